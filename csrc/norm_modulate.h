@@ -1,0 +1,36 @@
+// y = norm(x + gate * branch) * (1 + scale) + shift on the CPU; the contract is in
+// fastdit/ops/norm_modulate.py.
+#pragma once
+#include "operand.h"
+
+namespace fd {
+
+struct NormModulate {
+  Operand x;       // [B, N, D] at rows; written where branch is given
+  Operand out;     // [B, K, D]
+  Operand scale;   // broadcast to [B, K, D]; null: 0
+  Operand shift;   // broadcast to [B, K, D]; null: 0
+  Operand weight;  // broadcast to [B, K, D]; null: 1
+  Operand bias;    // broadcast to [B, K, D]; null: 0
+  Operand branch;  // [B, K, D]; null: none
+  Operand gate;    // broadcast to [B, K, D]; null: 1
+  Operand cache;   // [B, N, D] written at rows; null: none
+  Rows rows;       // applies to x and the cache
+  Shape shape;     // B, K, D
+  float eps = 0;
+  bool rms = false;
+  Dtype dtype = Dtype::kFloat32;
+  int threads = 1;
+};
+
+namespace base {
+void norm_modulate(const NormModulate& p);
+}
+namespace avx2 {
+void norm_modulate(const NormModulate& p);
+}
+namespace avx512 {
+void norm_modulate(const NormModulate& p);
+}
+
+}  // namespace fd

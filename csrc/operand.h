@@ -1,0 +1,43 @@
+// How tensors reach a kernel: an address and two strides; the last dimension always has stride 1.
+#pragma once
+#include <cstdint>
+
+namespace fd {
+
+enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+// A [B, K, D] tensor. Strides are in elements and 0 where the tensor is broadcast. data is null for
+// an operand that was not given.
+struct Operand {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t token_stride = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+
+  template <class T>
+  T* row(int64_t batch, int64_t token) const {
+    return static_cast<T*>(data) + batch * batch_stride + token * token_stride;
+  }
+};
+
+// The [B, K] index of active rows, int32 or int64. Without one, token k is row k.
+struct Rows {
+  const void* data = nullptr;
+  int64_t batch_stride = 0;
+  bool wide = false;  // int64
+
+  int64_t at(int64_t batch, int64_t token) const {
+    if (data == nullptr) return token;
+    const int64_t i = batch * batch_stride + token;
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+};
+
+struct Shape {
+  int64_t batch = 0;   // B
+  int64_t tokens = 0;  // K, the active ones
+  int64_t width = 0;   // D
+};
+
+}  // namespace fd

@@ -1,0 +1,1 @@
+"""Faster diffusion transformers for Hugging Face diffusers."""

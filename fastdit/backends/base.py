@@ -1,0 +1,54 @@
+"""What a backend is: a name, a priority, a statement of what it can serve, and one function an op.
+
+Arguments reach a backend checked (`fastdit/ops/checks.py`) and in the order of the op's schema. It
+writes into the tensors it is given, returns nothing and allocates nothing that outlives the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Backend:
+    """Base of all backends; the op functions below are the contract, not an implementation."""
+
+    name: str
+    priority: int  # the highest that supports an op, device and dtype is picked
+
+    def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None if the op can be served there, else the reason why it cannot."""
+        raise TypeError(f"backend {self.name} does not say what it supports")
+
+    def gated_residual(
+        self,
+        x: Tensor,  # [B, K, D]
+        branches: Sequence[Tensor],  # [B, K, D], or row stores [B, N, D] where rows is given
+        gates: Sequence[Tensor | None],  # [B, 1, D] and the like
+        fresh: int,
+        cache: Tensor | None,  # [B, N, D], written at the active rows
+        rows: Tensor | None,  # [B, K]
+        out: Tensor,  # [B, K, D], written; may be x
+    ) -> None:
+        """out = x + sum_i gates[i] * branches[i]; cache[rows] = branches[fresh]."""
+        raise TypeError(f"backend {self.name} has no gated_residual")
+
+    def norm_modulate(
+        self,
+        x: Tensor,  # [B, N, D], written at the active rows where branch is given
+        scale: Tensor | None,
+        shift: Tensor | None,
+        weight: Tensor | None,  # [D]
+        bias: Tensor | None,  # [D]
+        eps: float,
+        rms: bool,
+        branch: Tensor | None,  # [B, K, D]
+        gate: Tensor | None,
+        cache: Tensor | None,  # [B, N, D], written at the active rows
+        rows: Tensor | None,  # [B, K]
+        out: Tensor,  # [B, K, D], written
+    ) -> None:
+        """x[rows] += gate * branch; cache[rows] = branch; out = norm(x[rows]) * (1 + scale) + shift."""
+        raise TypeError(f"backend {self.name} has no norm_modulate")

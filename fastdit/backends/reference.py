@@ -1,0 +1,125 @@
+"""Plain torch: diffusers' own expressions, in their order and with their casts, so bit-equal to stock.
+
+A residual is `x = x + gate * branch`, one branch after the other, each operation rounded in the
+dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32 as
+diffusers' RMSNorm does, whatever the dtype. Runs wherever torch does, and is what the ops
+differentiate through. It is not fast: every operation is a pass over memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit.backends.base import Backend
+from fastdit.errors import ArgumentError
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def residual_sum(
+    x: Tensor,
+    branches: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    fresh: int = -1,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """x + sum_i gates[i] * branches[i]; branches other than `fresh` are read at `rows`."""
+    for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
+        if rows is not None and i != fresh:
+            branch = gather_rows(branch, rows)
+        x = x + (branch if gate is None else per_token(gate) * branch)
+    return x
+
+
+def modulated_norm(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+) -> Tensor:
+    """norm(x) * (1 + scale) + shift over the last dimension."""
+    if rms:
+        variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        y = (x * torch.rsqrt(variance + eps)).to(x.dtype)
+        if weight is not None:
+            y = y * weight
+        if bias is not None:
+            y = y + bias
+    else:
+        y = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + per_token(scale))
+    if shift is not None:
+        y = y + per_token(shift)
+    return y
+
+
+def per_token(modulation: Tensor) -> Tensor:
+    """[B, D] as [B, 1, D], so that it broadcasts over tokens; [D] and rank 3 do already."""
+    return modulation.unsqueeze(1) if modulation.dim() == 2 else modulation
+
+
+def gather_rows(store: Tensor, rows: Tensor) -> Tensor:
+    """store [B, N, D] at rows [B, K] -> [B, K, D]."""
+    return store[_batch_index(rows), rows]
+
+
+def scatter_rows(store: Tensor, rows: Tensor | None, values: Tensor) -> None:
+    """store [B, N, D] at rows [B, K] = values [B, K, D]; all rows where rows is None."""
+    if rows is None:
+        store.copy_(values)
+    else:
+        store[_batch_index(rows), rows] = values
+
+
+def _batch_index(rows: Tensor) -> Tensor:
+    return torch.arange(rows.shape[0], device=rows.device, dtype=rows.dtype).unsqueeze(1)
+
+
+def _check_range(rows: Tensor | None, tokens: int) -> None:
+    # A look at the values waits for the device, so only where there is nothing to wait for.
+    if rows is None or rows.device.type != "cpu" or rows.numel() == 0:
+        return
+    low, high = rows.min().item(), rows.max().item()
+    if low < 0 or high >= tokens:
+        wrong = low if low < 0 else high
+        raise ArgumentError(f"rows: found {wrong}, but the store has rows 0 to {tokens - 1}")
+
+
+class Reference(Backend):
+    name = "reference"
+    priority = 0
+
+    def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        return None if dtype in FLOATING else f"{dtype} is not a floating dtype it knows"
+
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+        for i, store in enumerate(branches):
+            if i != fresh:
+                _check_range(rows, store.shape[1])
+        if cache is not None:
+            _check_range(rows, cache.shape[1])
+            scatter_rows(cache, rows, branches[fresh])
+        out.copy_(residual_sum(x, branches, gates, fresh, rows))
+
+    def norm_modulate(
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+    ):
+        _check_range(rows, x.shape[1])
+        active = x if rows is None else gather_rows(x, rows)
+        if branch is not None:
+            active = residual_sum(active, [branch], [gate])
+            scatter_rows(x, rows, active)
+            if cache is not None:
+                scatter_rows(cache, rows, branch)
+        out.copy_(modulated_norm(active, scale, shift, weight, bias, eps, rms))
+
+
+BACKEND = Reference()

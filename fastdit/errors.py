@@ -1,0 +1,33 @@
+"""The exceptions fastdit raises on purpose.
+
+Every message names the argument, what was given, what is accepted, and where it helps the next step. All derive from
+:class:`FastDiTError`, and each also from the builtin a caller would expect, so `except ValueError` keeps working.
+"""
+
+
+class FastDiTError(Exception):
+    """Base of every error fastdit raises on purpose."""
+
+
+class ArgumentError(FastDiTError, ValueError):
+    """An argument has the wrong type, dtype, device, shape or value."""
+
+
+class BackendError(FastDiTError, RuntimeError):
+    """A backend that was asked for by name cannot serve an op here."""
+
+
+class UnsupportedModelError(FastDiTError, TypeError):
+    """The pipeline, transformer or block is of a class no adapter knows, or was altered in a way it cannot follow."""
+
+
+class DriftError(FastDiTError, RuntimeError):
+    """A block of the installed diffusers does not compute what its adapter restates."""
+
+
+class ScheduleError(FastDiTError, ValueError):
+    """A caching schedule is malformed, or does not fit the model or the run."""
+
+
+class CompositionError(FastDiTError, ValueError):
+    """Two methods were given that cannot run together."""

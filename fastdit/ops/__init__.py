@@ -1,0 +1,41 @@
+"""The ops: each one memory-bound region of a transformer block, one file each, on every backend.
+
+>>> from fastdit import ops
+>>> y = ops.norm_modulate(x, scale, shift)           # the backend of highest priority
+>>> fast = ops.bind("cpu")                           # or one by name, for a whole run
+>>> fast.gated_residual(x, [branch], [gate], out=x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastdit.ops.gated_residual import gated_residual
+from fastdit.ops.norm_modulate import norm_modulate
+from fastdit.ops.registry import BACKENDS, choose, requested_backend
+
+__all__ = ["BACKENDS", "Ops", "bind", "gated_residual", "norm_modulate"]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """All ops bound to one backend, or to the automatic choice where `backend` is None."""
+
+    backend: str | None
+    gated_residual: Callable[..., Tensor]
+    norm_modulate: Callable[..., Tensor]
+
+    def backend_for(self, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+        """The name of the backend that will serve `op` there; BackendError where none does."""
+        return choose(op, torch.device(device).type, dtype, self.backend).name
+
+
+def bind(backend: str | None = None) -> Ops:
+    """The ops on a named backend; None for FASTDIT_BACKEND, or the automatic choice."""
+    name = requested_backend(backend)
+    return Ops(name, partial(gated_residual, backend=name), partial(norm_modulate, backend=name))

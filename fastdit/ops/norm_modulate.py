@@ -1,0 +1,156 @@
+"""y = norm(x) * (1 + scale) + shift, with the preceding gated residual folded in when it is given.
+
+norm is LayerNorm (no affine unless weight or bias), or RMSNorm with `rms`, over the last dimension.
+With `branch`, x <- x + gate * branch first, in place: that is one read and one write of x in place
+of two reads and one write by separate ops. `cache` [B, N, D] receives a bit-exact copy of branch.
+
+Shapes: x [B, N, D], y [B, K, D]. Without `rows`, K = N. With `rows` [B, K] the op works on the rows
+x[b, rows[b, k]] only: branch and y are compact, the updated rows go back into x, the other rows of
+x and of the cache stay as they were.
+
+Bytes moved: 2 B K D elements; 4 with a branch; one more for a cache write. Variance is taken in two
+passes in fp32, over the values of x as they are stored, so the fused form equals the two ops.
+
+It has no gradient through the in-place form, and does not mix dtypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdit.backends.reference import gather_rows, modulated_norm
+from fastdit.errors import ArgumentError
+from fastdit.ops import checks
+from fastdit.ops.registry import define, requires_grad, resolve, traced
+
+# Two schemas, so that tracers know x to be written only where it is.
+SCHEMA = (
+    "norm_modulate(Tensor x, Tensor? scale, Tensor? shift, Tensor? weight, Tensor? bias, "
+    "float eps, bool rms, Tensor? rows, Tensor(a!) out, str? backend) -> ()"
+)
+RESIDUAL_SCHEMA = (
+    "residual_norm_modulate(Tensor(a!) x, Tensor? scale, Tensor? shift, Tensor? weight, "
+    "Tensor? bias, float eps, bool rms, Tensor branch, Tensor? gate, Tensor(b!)? cache, "
+    "Tensor? rows, Tensor(c!) out, str? backend) -> ()"
+)
+
+
+def norm_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    cache: Tensor | None = None,
+    rows: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalise and modulate, after adding a gated branch to x where one is given.
+
+    Args:
+        x: [B, N, D]; updated in place where branch is given.
+        scale, shift: None, or [D], [B or 1, D], [B or 1, K or 1, D].
+        weight, bias: [D], the norm's own affine parameters.
+        eps: added to the variance or mean square.
+        rms: RMSNorm in place of LayerNorm.
+        branch: [B, K, D], the sub-layer output to add first.
+        gate: its gate, shaped like scale; None adds the branch as it is.
+        cache: row store [B, N, D] to write the branch into.
+        rows: int32 or int64 [B, K], sorted and unique in each sample; None for all tokens.
+        out: [B, K, D], where to write; a new tensor by default.
+        backend: a backend by name; None for FASTDIT_BACKEND or the automatic choice.
+
+    Returns:
+        `out`. A gradient flows where grad is enabled and an input requires it (through
+        `reference`); `branch`, `cache` and `out` are refused then, since they write in place.
+
+    Raises:
+        ArgumentError: an argument has the wrong type, dtype, device, shape, stride or memory.
+        BackendError: the backend that was named cannot serve this dtype or device.
+
+    Example:
+        >>> y = norm_modulate(h, scale_mlp, shift_mlp, branch=attention, gate=gate_msa)
+    """
+    if torch.is_grad_enabled() and requires_grad(x, scale, shift, weight, bias, branch, gate):
+        if out is not None or branch is not None:
+            raise ArgumentError(
+                "branch, out: got a tensor while an input requires a gradient; accepted is None "
+                "(in-place forms have no gradient: use gated_residual first, or torch.no_grad())"
+            )
+        _check(x, scale, shift, weight, bias, branch, gate, cache, rows, None)
+        active = x if rows is None else gather_rows(x, rows)
+        return modulated_norm(active, scale, shift, weight, bias, eps, rms)
+    if branch is None and (gate is not None or cache is not None):
+        raise ArgumentError("gate, cache: got a tensor without branch; accepted is None")
+    if out is None:
+        out = x.new_empty(x.shape if rows is None else (*rows.shape, x.shape[-1]))
+    if not traced():
+        _run_residual(
+            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
+        )
+    elif branch is None:
+        torch.ops.fastdit.norm_modulate.default(
+            x, scale, shift, weight, bias, eps, rms, rows, out, backend
+        )
+    else:
+        torch.ops.fastdit.residual_norm_modulate.default(
+            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
+        )
+    return out
+
+
+def _run_residual(
+    x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend=None
+) -> None:
+    _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
+    function = resolve("norm_modulate", x.device.type, x.dtype, backend)
+    function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
+
+
+def _run(x, scale, shift, weight, bias, eps, rms, rows, out, backend=None) -> None:
+    _run_residual(x, scale, shift, weight, bias, eps, rms, None, None, None, rows, out, backend)
+
+
+define(SCHEMA, _run)
+define(RESIDUAL_SCHEMA, _run_residual)
+
+
+def _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out) -> None:
+    checks.state("x", x)
+    batch, tokens, width = x.shape
+    if rows is not None:
+        checks.row_index(rows, x)
+        tokens = rows.shape[1]
+    compact = (batch, tokens, width)
+    for name, value in (("scale", scale), ("shift", shift), ("gate", gate)):
+        if value is not None:
+            checks.modulation(name, value, batch, tokens, x)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            checks.operand(name, value, (width,), x)
+    if out is not None:
+        checks.operand("out", out, compact, x)
+        checks.written("out", out)
+    if branch is None:
+        if out is not None and rows is None:
+            checks.disjoint_or_same("out", out, "x", x)
+        elif out is not None:
+            checks.disjoint("out", out, "x", x)
+        return
+    checks.operand("branch", branch, compact, x)
+    checks.written("x", x)
+    checks.disjoint("out", out, "x", x)
+    checks.disjoint("x", x, "branch", branch)
+    checks.disjoint("out", out, "branch", branch)
+    if cache is not None:
+        checks.operand("cache", cache, x.shape, x)
+        checks.written("cache", cache)
+        for name, other in (("x", x), ("branch", branch), ("out", out)):
+            checks.disjoint("cache", cache, name, other)

@@ -1,0 +1,111 @@
+"""Which backend serves an op, and how an op becomes visible to torch's tracers.
+
+`resolve` picks the backend of highest priority that supports an op on a device and dtype. A backend
+that was named, by argument or by the environment variable FASTDIT_BACKEND, is never replaced: what
+it cannot do is a BackendError. The environment is read when ops are bound: `bind()` reads it each
+time, the functions of `fastdit.ops` are bound once, at import.
+
+Schemas are defined by `torch.library.Library` and not by `custom_op`, which costs ten times as much
+a call. Eager calls do not pass the dispatcher at all (`traced` says when they must).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+
+import torch
+
+import fastdit.backends
+from fastdit.backends.base import Backend
+from fastdit.discover import discover
+from fastdit.errors import ArgumentError, BackendError
+
+ENVIRONMENT = "FASTDIT_BACKEND"
+LIBRARY = torch.library.Library("fastdit", "DEF")
+BACKENDS: Mapping[str, Backend] = discover(fastdit.backends, "BACKEND")
+
+
+def requested_backend(name: str | None = None) -> str | None:
+    """The backend named by argument, else by the environment, else None for automatic."""
+    name = name or os.environ.get(ENVIRONMENT) or None
+    if name is not None and name not in BACKENDS:
+        raise BackendError(
+            f"backend {name!r} does not exist; there are {', '.join(BACKENDS)} "
+            f"(named by argument or by {ENVIRONMENT})"
+        )
+    return name
+
+
+_AT_IMPORT = os.environ.get(ENVIRONMENT) or None
+
+
+@functools.lru_cache(maxsize=None)
+def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> Backend:
+    """The backend that serves `op`; BackendError where none does or the named one does not."""
+    device = torch.device(device_type)
+    reasons = {b.name: b.supports(op, device, dtype) for b in BACKENDS.values()}
+    able = sorted(
+        (b for b in BACKENDS.values() if reasons[b.name] is None), key=lambda b: -b.priority
+    )
+    name = requested_backend(name or _AT_IMPORT) if name or _AT_IMPORT else None
+    if name is None and able:
+        return able[0]
+    if name is not None and reasons[name] is None:
+        return BACKENDS[name]
+    what = f"{op} for {str(dtype).removeprefix('torch.')} on {device_type}"
+    available = ", ".join(b.name for b in able) or "none"
+    if name is None:
+        why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+        raise BackendError(f"no backend can run {what} ({why})")
+    raise BackendError(
+        f"backend {name!r} cannot run {what}: {reasons[name]}; available there: {available}"
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def resolve(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> Callable:
+    """The backend function that serves `op`: one dictionary look-up a call."""
+    return getattr(choose(op, device_type, dtype, name), op)
+
+
+def traced() -> bool:
+    """Whether torch must see the op itself: while compiling, and under any dispatch mode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def define(schema: str, run: Callable[..., None]) -> None:
+    """Declare `fastdit::<schema>`, served by `run` on every device and invisible to autograd."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, key)
+    LIBRARY.impl(name, functools.partial(_below_autograd, name), "Autograd")
+    # Destination-passing: shapes and dtypes are those of the tensors given, nothing is returned.
+    torch.library.register_fake(f"fastdit::{name}", _nothing, lib=LIBRARY)
+
+
+def _below_autograd(name: str, *args) -> None:
+    if torch.is_grad_enabled() and requires_grad(*args):
+        raise ArgumentError(
+            f"torch.ops.fastdit.{name} writes in place and has no gradient: "
+            "call the function of fastdit.ops, or use torch.no_grad()"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        getattr(torch.ops.fastdit, name).default(*args)
+
+
+def _nothing(*args) -> None:
+    return None
+
+
+def requires_grad(*values) -> bool:
+    """Whether any tensor among values, or in lists among them, requires a gradient."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                return True
+        elif isinstance(value, (list, tuple)) and requires_grad(*value):
+            return True
+    return False

@@ -1,0 +1,1 @@
+"""Triton kernels, one file each, with the stems of `fastdit/ops`; none imports `fastdit`."""
