@@ -1,1 +1,49 @@
-"""Faster diffusion transformers for Hugging Face diffusers."""
+"""fastdit: make the diffusion transformers of Hugging Face diffusers faster, through two verbs.
+
+>>> import fastdit
+>>> handle = fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))
+>>> image = pipe("a red circle").images[0]
+>>> fastdit.unpatch(pipe)
+
+`patch` takes a pipeline or a transformer and any methods that compose; the handle it returns explains, reports, pauses and
+removes the patch. diffusers itself is imported only where a pipeline is.
+"""
+
+from fastdit.errors import (
+    ArgumentError,
+    BackendError,
+    CompositionError,
+    DriftError,
+    FastDiTError,
+    ScheduleError,
+    UnsupportedModelError,
+)
+from fastdit.explain import Explanation
+from fastdit.methods.cached import Cached
+from fastdit.methods.dense import Dense
+from fastdit.patch import Handle, explain, patch, report, unpatch
+from fastdit.report import Report
+from fastdit.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "Cached",
+    "CompositionError",
+    "Dense",
+    "DriftError",
+    "Explanation",
+    "FastDiTError",
+    "Handle",
+    "Report",
+    "Schedule",
+    "ScheduleError",
+    "UnsupportedModelError",
+    "__version__",
+    "explain",
+    "patch",
+    "report",
+    "unpatch",
+]

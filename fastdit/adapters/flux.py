@@ -1,0 +1,203 @@
+"""FLUX.1: double-stream blocks, then single-stream blocks over [text, image], rotary positions, adaLN-zero.
+
+Restates diffusers' `FluxTransformerBlock` and `FluxSingleTransformerBlock` (the forms of diffusers >= 0.35, which take
+and return the two streams apart). Component names are ECAD's. In single blocks only `single_proj_out` reaches the residual
+stream; `single_attn` and `single_proj_mlp` (cached before the GELU) are read by it alone, so they do not run where it is
+reused, unless a later step wants their value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import Tensor, nn
+
+from fastdit.adapters.base import Adapter, Size, chunk_gates, linear_macs
+from fastdit.forward import Forward, joint_normed
+
+DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
+
+
+def double_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One `FluxTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
+    image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(
+        _modulation(fw, block.norm1, temb), 6
+    )
+    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = chunk_gates(
+        _modulation(fw, block.norm1_context, temb), 6
+    )
+    attention = fw.component(
+        "full_attn",
+        lambda: fw.segments.attention(
+            block.attn,
+            hidden_states=image.normed(block.norm1.norm, scale, shift),
+            encoder_hidden_states=text.normed(block.norm1_context.norm, c_scale, c_shift),
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        ),
+    )
+    image.add(attention[0], gate)
+    image.add(
+        fw.component(
+            "full_ff",
+            lambda: fw.segments.feed_forward(
+                block.ff, image.normed(block.norm2, scale_mlp, shift_mlp)
+            ),
+        ),
+        gate_mlp,
+    )
+    if len(attention) == 3:  # an IP-adapter's image prompt, added without a gate
+        image.add(attention[2])
+    text.add(attention[1], c_gate)
+    text.add(
+        fw.component(
+            "full_ff_context",
+            lambda: fw.segments.feed_forward(
+                block.ff_context, text.normed(block.norm2_context, c_scale_mlp, c_shift_mlp)
+            ),
+        ),
+        c_gate_mlp,
+    )
+    text.clip_to_half()
+    return text.leave(), image.leave()
+
+
+def single_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One `FluxSingleTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
+    image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
+    text_length = encoder_hidden_states.shape[1]
+    shift, scale, gate = chunk_gates(_modulation(fw, block.norm, temb), 3)
+    runs_out = fw.computes("single_proj_out")
+    if runs_out or fw.computes("single_attn") or fw.computes("single_proj_mlp"):
+        u = joint_normed((text, image), block.norm.norm, scale, shift)
+
+    def attend() -> Tensor:
+        return fw.segments.attention(
+            block.attn,
+            hidden_states=u,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+
+    def expand() -> Tensor:
+        return fw.segments.linear(block.proj_mlp, u)
+
+    if runs_out:
+        mlp = fw.component("single_proj_mlp", expand)
+        attention = fw.component("single_attn", attend)
+    else:  # the output is reused; refresh what a later step will read
+        if fw.computes("single_proj_mlp"):
+            fw.component("single_proj_mlp", expand)
+        if fw.computes("single_attn"):
+            fw.component("single_attn", attend)
+    branch = fw.component(
+        "single_proj_out",
+        lambda: fw.segments.project(block.proj_out, attention, block.act_mlp, mlp),
+    )
+    text.add(branch[:, :text_length], gate)
+    image.add(branch[:, text_length:], gate)
+    text.clip_to_half()
+    image.clip_to_half()
+    return text.leave(), image.leave()
+
+
+def _modulation(fw: Forward, norm: nn.Module, temb: Tensor) -> Tensor:
+    return fw.segments.linear(norm.linear, norm.silu(temb))
+
+
+class Flux(Adapter):
+    """Adapter of `FluxTransformer2DModel`."""
+
+    family = "flux"
+    model_classes = ("FluxTransformer2DModel",)
+    kinds = {DOUBLE: "FluxTransformerBlock", SINGLE: "FluxSingleTransformerBlock"}
+    components = {
+        DOUBLE: ("full_attn", "full_ff", "full_ff_context"),
+        SINGLE: ("single_attn", "single_proj_mlp", "single_proj_out"),
+    }
+    consumers = {SINGLE: {"single_attn": "single_proj_out", "single_proj_mlp": "single_proj_out"}}
+    forwards = {DOUBLE: double_block, SINGLE: single_block}
+    text_tokens = 512
+    uses_cfg = False
+
+    def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
+        """The pipeline packs latents to [B, N, 4 C]; a [B, C, H, W] shape (for predictions) packs 2 x 2."""
+        if len(latent_shape) == 3:
+            return latent_shape[1]
+        return (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
+
+    def macs(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Linear layers, and QK^T and AV over text and image."""
+        joint = size.image + size.text
+        attend = 2 * joint * joint * transformer.inner_dim
+        attn = block.attn
+        if component == "full_attn":
+            image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
+            text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out)
+            return image * size.image + text * size.text + attend
+        if component == "single_attn":
+            return linear_macs(attn.to_q, attn.to_k, attn.to_v) * joint + attend
+        tokens = {"full_ff": size.image, "full_ff_context": size.text}.get(component, joint)
+        module = {"full_ff": "ff", "full_ff_context": "ff_context"}.get(
+            component, component.removeprefix("single_")
+        )
+        return linear_macs(getattr(block, module)) * tokens
+
+    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
+        """Embedders, adaLN modulations and the output projection."""
+        norms = [
+            norm for b in transformer.transformer_blocks for norm in (b.norm1, b.norm1_context)
+        ]
+        norms += [b.norm for b in transformer.single_transformer_blocks]
+        per_image = linear_macs(transformer.time_text_embed, transformer.norm_out, *norms)
+        per_token = linear_macs(transformer.x_embedder, transformer.proj_out)
+        return (
+            per_image
+            + per_token * size.image
+            + linear_macs(transformer.context_embedder) * size.text
+        )
+
+    def slot_elements(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """`full_attn` caches a pair; single blocks cache joint rows, the MLP branch at its hidden width."""
+        width = block.mlp_hidden_dim if component == "single_proj_mlp" else transformer.inner_dim
+        tokens = {"full_ff": size.image, "full_ff_context": size.text}.get(
+            component, size.image + size.text
+        )
+        return tokens * width
+
+    def probe(
+        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
+    ) -> dict[str, Any]:
+        """8 image and 5 text tokens at random rotary angles."""
+        width = transformer.inner_dim
+        head = block.attn.head_dim
+        return {
+            "hidden_states": random(2, 8, width),
+            "encoder_hidden_states": random(2, 5, width),
+            "temb": random(2, width),
+            "image_rotary_emb": (random(13, head).float().cos(), random(13, head).float().sin()),
+        }
+
+
+ADAPTER = Flux()

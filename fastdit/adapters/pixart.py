@@ -1,0 +1,177 @@
+"""PixArt-alpha and -Sigma: self-attention, cross-attention, feed-forward, modulated by adaLN-single.
+
+Restates the `ada_norm_single` path of diffusers' `BasicTransformerBlock.forward`. The modulation of a block is its own
+table plus a vector shared by all blocks, so those of all blocks are formed by one addition per call once every block has
+shown its table (in the first call after patching; tables may live on another device until their block runs). The
+cross-attention reads the un-normed stream and is added without a gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.adapters.base import Adapter, Size, linear_macs
+from fastdit.errors import UnsupportedModelError
+from fastdit.forward import Forward
+
+
+def basic_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep: Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: Tensor | None = None,
+    added_cond_kwargs: dict[str, Tensor] | None = None,
+) -> Tensor:
+    """One adaLN-single block: image [B, N, D], text [B, T, D], timestep [B, 6 D] -> image."""
+    image = fw.enter(hidden_states, "image")
+    kwargs = dict(cross_attention_kwargs or {})
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(block, fw, timestep)
+
+    image.add(
+        fw.component(
+            "attn1",
+            lambda: fw.segments.attention(
+                block.attn1,
+                image.normed(block.norm1, scale, shift),
+                encoder_hidden_states=None,
+                attention_mask=attention_mask,
+                **kwargs,
+            ),
+        ),
+        gate,
+    )
+    image.add(
+        fw.component(
+            "attn2",
+            lambda: fw.segments.attention(
+                block.attn2,
+                image.read(),
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=encoder_attention_mask,
+                **kwargs,
+            ),
+        )
+    )
+    image.add(
+        fw.component(
+            "ff",
+            lambda: fw.segments.feed_forward(
+                block.ff,
+                image.normed(block.norm2, scale_mlp, shift_mlp),
+                block._chunk_size,
+                block._chunk_dim,
+            ),
+        ),
+        gate_mlp,
+    )
+    return image.leave()
+
+
+def _modulation(block: nn.Module, fw: Forward, timestep: Tensor) -> tuple[Tensor, ...]:
+    """Six [B, 1, D] vectors: shift, scale, gate of the attention, then of the feed-forward."""
+    shared = timestep.reshape(timestep.shape[0], 6, -1)
+    if fw.immediate:
+        return (block.scale_shift_table[None] + shared).chunk(6, dim=1)
+    tables = fw.family.setdefault("tables", Tables(len(fw.blocks)))
+    stacked = tables.stack(fw.index, block.scale_shift_table)
+    if stacked is None or stacked.device != shared.device:
+        return (block.scale_shift_table[None] + shared).chunk(6, dim=1)
+    if "modulations" not in fw.scratch:
+        fw.scratch["modulations"] = (stacked + shared).unbind(0)
+    return fw.scratch["modulations"][fw.index].split(1, dim=1)
+
+
+class Tables:
+    """The blocks' scale/shift tables, each taken when its block runs, stacked [blocks, 1, 6, D] once all are known."""
+
+    def __init__(self, count: int) -> None:
+        self._seen: list[tuple[int, int] | None] = [None] * count
+        self._tables: list[Tensor | None] = [None] * count
+        self._stacked: Tensor | None = None
+
+    def stack(self, index: int, table: Tensor) -> Tensor | None:
+        """Note block `index`'s table; the stack, or None until every block has been seen as it is now."""
+        mark = (table.data_ptr(), 0 if table.is_inference() else table._version)
+        if self._seen[index] != mark:
+            self._seen[index] = mark
+            self._tables[index] = table.detach().clone()
+            self._stacked = None
+        if self._stacked is None and index == len(self._tables) - 1 and None not in self._seen:
+            self._stacked = torch.stack(self._tables)[:, None]
+        return self._stacked
+
+
+class PixArt(Adapter):
+    """Adapter of `PixArtTransformer2DModel`."""
+
+    family = "pixart"
+    model_classes = ("PixArtTransformer2DModel",)
+    kinds = {"transformer_blocks": "BasicTransformerBlock"}
+    components = {"transformer_blocks": ("attn1", "attn2", "ff")}
+    forwards = {"transformer_blocks": basic_block}
+    text_tokens = 120
+
+    def check_block(self, kind: str, index: int, block: nn.Module) -> None:
+        """The block must be of the adaLN-single form with a cross-attention."""
+        if (
+            block.norm_type != "ada_norm_single"
+            or block.attn2 is None
+            or block.only_cross_attention
+        ):
+            raise UnsupportedModelError(
+                f"{kind}[{index}] must have norm_type 'ada_norm_single', a cross-attention and a self-attention; "
+                f"got norm_type {block.norm_type!r}"
+            )
+
+    def macs(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Linear layers, and QK^T and AV."""
+        module = getattr(block, component)
+        if component == "attn1":
+            return linear_macs(module) * size.image + 2 * size.image * size.image * module.inner_dim
+        if component == "attn2":
+            image, text = (
+                linear_macs(module.to_q, module.to_out),
+                linear_macs(module.to_k, module.to_v),
+            )
+            return (
+                image * size.image
+                + text * size.text
+                + 2 * size.image * size.text * module.inner_dim
+            )
+        return linear_macs(module) * size.image
+
+    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
+        """Embedders, the shared modulation and the output projection."""
+        per_token = linear_macs(transformer.pos_embed, transformer.proj_out)
+        text = linear_macs(transformer.caption_projection) * size.text
+        return linear_macs(transformer.adaln_single) + per_token * size.image + text
+
+    def slot_elements(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Every component caches image rows."""
+        return size.image * transformer.inner_dim
+
+    def probe(
+        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
+    ) -> dict[str, Any]:
+        """8 image and 5 text tokens."""
+        width = transformer.inner_dim
+        return {
+            "hidden_states": random(2, 8, width),
+            "encoder_hidden_states": random(2, 5, block.attn2.cross_attention_dim),
+            "timestep": random(2, 6 * width),
+        }
+
+
+ADAPTER = PixArt()

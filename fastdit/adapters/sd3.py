@@ -1,0 +1,173 @@
+"""Stable Diffusion 3 and 3.5: joint image/text attention blocks, adaLN-zero, optional second image attention.
+
+Restates diffusers' `JointTransformerBlock.forward`. Token order in joint attention is [image, text], inside the stock
+processor. The last block drops the text stream (`context_pre_only`); its `ff_context` is absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import Tensor, nn
+
+from fastdit.adapters.base import Adapter, Size, chunk_gates, linear_macs
+from fastdit.forward import Forward
+
+COMPONENTS = ("attn", "attn2", "ff", "ff_context")
+
+
+def joint_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """One `JointTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text or None, image)."""
+    image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
+    attention_kwargs = joint_attention_kwargs or {}
+    last = block.context_pre_only
+    emb = block.norm1.silu(temb)
+    modulation = fw.segments.linear(block.norm1.linear, emb)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = chunk_gates(
+        modulation, 9 if block.use_dual_attention else 6
+    )
+    if not last:
+        context = chunk_gates(
+            fw.segments.linear(block.norm1_context.linear, block.norm1_context.silu(temb)), 6
+        )
+
+    # Both attentions read the stream as it was before either adds to it.
+    runs_attention = fw.computes("attn")
+    if runs_attention:
+        u_image = image.normed(block.norm1.norm, scale, shift)
+        if last:
+            projected = block.norm1_context.silu(temb).to(encoder_hidden_states.dtype)
+            c_scale, c_shift = chunk_gates(
+                fw.segments.linear(block.norm1_context.linear, projected), 2
+            )
+        else:
+            c_shift, c_scale = context[:2]
+        u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
+    if block.use_dual_attention and fw.computes("attn2"):
+        u_second = image.normed(block.norm1.norm, second[1], second[0])
+
+    attention = fw.component(
+        "attn",
+        lambda: fw.segments.attention(
+            block.attn, hidden_states=u_image, encoder_hidden_states=u_text, **attention_kwargs
+        ),
+    )
+    image.add(attention[0], gate)
+    if block.use_dual_attention:
+        branch = fw.component(
+            "attn2",
+            lambda: fw.segments.attention(block.attn2, hidden_states=u_second, **attention_kwargs),
+        )
+        image.add(branch, second[2])
+    image.add(
+        fw.component(
+            "ff",
+            lambda: _feed_forward(fw, block, block.ff, image, block.norm2, scale_mlp, shift_mlp),
+        ),
+        gate_mlp,
+    )
+    if last:
+        text.discard()
+        return None, image.leave()
+
+    _, _, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = context
+    text.add(attention[1], c_gate)
+    text.add(
+        fw.component(
+            "ff_context",
+            lambda: _feed_forward(
+                fw, block, block.ff_context, text, block.norm2_context, c_scale_mlp, c_shift_mlp
+            ),
+        ),
+        c_gate_mlp,
+    )
+    return text.leave(), image.leave()
+
+
+def _feed_forward(
+    fw: Forward,
+    block: nn.Module,
+    ff: nn.Module,
+    stream: Any,
+    norm: nn.Module,
+    scale: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    return fw.segments.feed_forward(
+        ff, stream.normed(norm, scale, shift), block._chunk_size, block._chunk_dim
+    )
+
+
+class SD3(Adapter):
+    """Adapter of `SD3Transformer2DModel`."""
+
+    family = "sd3"
+    model_classes = ("SD3Transformer2DModel",)
+    kinds = {"transformer_blocks": "JointTransformerBlock"}
+    components = {"transformer_blocks": COMPONENTS}
+    forwards = {"transformer_blocks": joint_block}
+    text_tokens = 77 + 256
+
+    def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
+        """attn2 exists in dual-attention blocks only, ff_context in all but the last."""
+        return getattr(block, component) is not None
+
+    def macs(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Linear layers, and QK^T and AV over image and text."""
+        module = getattr(block, component)
+        if component == "attn":
+            attn = block.attn
+            image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
+            text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            text += 0 if block.context_pre_only else linear_macs(attn.to_add_out)
+            joint = size.image + size.text
+            return image * size.image + text * size.text + 2 * joint * joint * attn.inner_dim
+        if component == "attn2":
+            return linear_macs(module) * size.image + 2 * size.image * size.image * module.inner_dim
+        return linear_macs(module) * (size.image if component == "ff" else size.text)
+
+    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
+        """Embedders, adaLN modulations and the output projection."""
+        modulation = sum(
+            linear_macs(block.norm1, block.norm1_context)
+            for block in transformer.transformer_blocks
+        )
+        per_image = linear_macs(transformer.time_text_embed, transformer.norm_out) + modulation
+        per_token = linear_macs(transformer.pos_embed, transformer.proj_out)
+        return (
+            per_image
+            + per_token * size.image
+            + linear_macs(transformer.context_embedder) * size.text
+        )
+
+    def slot_elements(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """`attn` caches the pair of image and text outputs."""
+        tokens = {"attn": size.image + size.text, "ff_context": size.text}.get(
+            component, size.image
+        )
+        return tokens * transformer.inner_dim
+
+    def probe(
+        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
+    ) -> dict[str, Any]:
+        """8 image and 5 text tokens."""
+        width = transformer.inner_dim
+        return {
+            "hidden_states": random(2, 8, width),
+            "encoder_hidden_states": random(2, 5, width),
+            "temb": random(2, width),
+        }
+
+
+ADAPTER = SD3()

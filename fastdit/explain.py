@@ -1,0 +1,251 @@
+"""What a patched model will do, before it does it: backends, plan, FLOPs, bytes and cache size.
+
+Counts are closed forms over the model's own layers (multiply-accumulates of linear layers and of attention products; norms and
+activations are not counted), so nothing runs. The cache size is the sum of the slots that are kept after the worst step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Mapping
+
+from torch import nn
+
+from fastdit.adapters.base import Size
+from fastdit.errors import ArgumentError
+from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan, plan_run
+from fastdit.spec import ModelSpec
+
+DEFAULT_STEPS = 28
+SHADES = "·░▒▓█"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A prediction; `print` it.
+
+    Attributes:
+        family, model: Adapter and transformer class.
+        blocks: Block kind -> (count, component names).
+        methods: Names of the methods.
+        backends: Op -> backend that will serve it.
+        steps, rows, image_tokens, text_tokens: The run: transformer rows are batch times CFG branches.
+        macs, dense_macs: Multiply-accumulates of the run, with the plan and without.
+        residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
+        cache_bytes: Most bytes in caches at once.
+        raster: One line per component, one character per step: share of the blocks that compute.
+    """
+
+    family: str
+    model: str
+    blocks: Mapping[str, tuple[int, tuple[str, ...]]]
+    methods: tuple[str, ...]
+    backends: Mapping[str, str]
+    steps: int
+    rows: int
+    image_tokens: int
+    text_tokens: int
+    macs: int
+    dense_macs: int
+    residual_bytes: int
+    dense_residual_bytes: int
+    cache_bytes: int
+    raster: str
+
+    @property
+    def flop_speedup(self) -> float:
+        """Dense over planned multiply-accumulates: the most a run can gain where arithmetic is all."""
+        return self.dense_macs / self.macs
+
+    def __str__(self) -> str:
+        blocks = ", ".join(
+            f"{count} x {kind} ({', '.join(names)})" for kind, (count, names) in self.blocks.items()
+        )
+        backends = ", ".join(f"{op} on {name}" for op, name in self.backends.items())
+        lines = [
+            f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
+            f"  blocks    {blocks}",
+            f"  ops       {backends}",
+            f"  run       {self.steps} steps, {self.rows} rows of {self.image_tokens} image + {self.text_tokens} text tokens",
+            f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer",
+            f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
+            f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
+        ]
+        return "\n".join(lines) + (
+            f"\n  plan      step 0 to {self.steps - 1}\n{self.raster}" if self.raster else ""
+        )
+
+
+def explain_session(
+    session: Any,
+    transformer: nn.Module,
+    pipeline: Any | None,
+    height: int | None,
+    width: int | None,
+    batch: int,
+    steps: int | None,
+    cfg: bool | None,
+    text_tokens: int | None,
+) -> Explanation:
+    """See :meth:`fastdit.patch.Handle.explain`."""
+    adapter, spec = session.adapter, session.spec
+    steps = (
+        steps
+        or next((m.steps for m in session.methods if m.steps), None)
+        or _default_steps(pipeline)
+    )
+    for name, value in (("batch", batch), ("steps", steps), ("height", height), ("width", width)):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
+            raise ArgumentError(f"{name} must be a positive int, got {value!r}")
+    image = adapter.tokens(transformer, (1, 1, *_latent_size(transformer, pipeline, height, width)))
+    text = adapter.text_tokens_of(pipeline) if text_tokens is None else text_tokens
+    size = Size(image, text)
+    rows = batch * (2 if (adapter.uses_cfg if cfg is None else cfg) else 1)
+    weight = next(p for p in transformer.parameters() if p.is_floating_point())
+    plan = plan_run(session.methods, spec, steps)
+    count = _Count(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
+    return Explanation(
+        family=adapter.family,
+        model=type(transformer).__name__,
+        blocks={kind.name: (kind.count, kind.components) for kind in spec.kinds},
+        methods=tuple(method.name for method in session.methods),
+        backends={
+            op: session.ops.backend_for(op, weight.device, transformer.dtype)
+            for op in ("gated_residual", "norm_modulate")
+        },
+        steps=steps,
+        rows=rows,
+        image_tokens=image,
+        text_tokens=text,
+        macs=count.macs(plan),
+        dense_macs=count.macs(RunPlan(steps, None, ())),
+        residual_bytes=count.residual_bytes(plan),
+        dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
+        cache_bytes=count.cache_bytes(plan),
+        raster=raster(plan, spec),
+    )
+
+
+class _Count:
+    """Sums over the components of a model for one size; per-component values are computed once."""
+
+    def __init__(
+        self,
+        adapter: Any,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        size: Size,
+        rows: int,
+        itemsize: int,
+    ) -> None:
+        blocks = adapter.blocks(transformer)
+        first = {}
+        for index, (kind, _) in enumerate(blocks):
+            first.setdefault(kind, index)
+        self.cells = []  # (block over all kinds, component, MACs, bytes, adds to the stream itself)
+        for kind, block, component in spec.components():
+            index = first[kind.name] + block
+            arguments = (transformer, kind.name, blocks[index][1], component, size)
+            macs = adapter.macs(*arguments) * rows
+            moved = adapter.slot_elements(*arguments) * rows * itemsize
+            self.cells.append((index, component, macs, moved, component not in kind.consumers))
+        self.overhead = adapter.overhead_macs(transformer, size) * rows
+        self.stream = (size.image + size.text) * transformer.inner_dim * rows * itemsize
+
+    def macs(self, plan: RunPlan) -> int:
+        """Multiply-accumulates of a run."""
+        dense = self.overhead + sum(macs for _, _, macs, _, _ in self.cells)
+        if not plan.actions:
+            return plan.steps * dense
+        total = plan.steps * self.overhead
+        for step in plan.actions:
+            total += sum(
+                macs
+                for index, component, macs, _, _ in self.cells
+                if step[index][component] & COMPUTE
+            )
+        return total
+
+    def bytes_of_outputs(self) -> int:
+        """Bytes of all outputs that are added to the stream in one step."""
+        return sum(moved for _, _, _, moved, adds in self.cells if adds)
+
+    def residual_bytes(self, plan: RunPlan) -> int:
+        """Bytes moved by residual updates: each output once, and the stream read and written once per update.
+
+        An update is a maximal run of reused components together with the computed one that ends it.
+        """
+        if not plan.actions:
+            updates = sum(1 for *_, adds in self.cells if adds)
+            return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
+        total = 0
+        for step in plan.actions:
+            added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
+            updates = sum(1 for flags in added if flags & COMPUTE) + bool(
+                added and added[-1] & REUSE
+            )
+            total += self.bytes_of_outputs() + 2 * updates * self.stream
+        return total
+
+    def cache_bytes(self, plan: RunPlan) -> int:
+        """Most bytes kept after any step."""
+        return max(
+            (
+                sum(
+                    moved
+                    for index, component, _, moved, _ in self.cells
+                    if step[index][component] & KEEP
+                )
+                for step in plan.actions
+            ),
+            default=0,
+        )
+
+
+def raster(plan: RunPlan, spec: ModelSpec) -> str:
+    """The plan as text: one line per component, one character per step."""
+    if not plan.actions:
+        return ""
+    lines, first = [], 0
+    names = [component for kind in spec.kinds for component in kind.components]
+    for kind in spec.kinds:
+        for component in kind.components:
+            blocks = [first + b for b in range(kind.count) if (b, component) not in kind.absent]
+            if blocks:
+                shares = [
+                    sum(step[b][component] & COMPUTE for b in blocks) / len(blocks)
+                    for step in plan.actions
+                ]
+                cells = "".join(
+                    SHADES[0 if s == 0 else 4 if s == 1 else 1 + min(2, int(3 * s))] for s in shares
+                )
+                lines.append(f"  {component:>{max(map(len, names))}} {cells}")
+        first += kind.count
+    return "\n".join(lines)
+
+
+def _default_steps(pipeline: Any | None) -> int:
+    if pipeline is None:
+        return DEFAULT_STEPS
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("num_inference_steps")
+    return (
+        parameter.default
+        if parameter is not None and isinstance(parameter.default, int)
+        else DEFAULT_STEPS
+    )
+
+
+def _latent_size(
+    transformer: nn.Module, pipeline: Any | None, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Latent height and width; FLUX has its default size in the pipeline, the others in the transformer."""
+    scale = getattr(pipeline, "vae_scale_factor", 8)
+    sample = (
+        getattr(transformer.config, "sample_size", None)
+        or getattr(pipeline, "default_sample_size", None)
+        or 128
+    )
+    return (height // scale if height else sample), (width // scale if width else sample)

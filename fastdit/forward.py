@@ -1,0 +1,259 @@
+"""One call of the transformer: which component runs, where its output is kept, and when the residual stream is updated.
+
+Adapters restate a block as `Forward` and `Residual` calls. Two ways of running it share that one text:
+
+* *immediate*: every gated residual is added at once and out of place, in diffusers' own order and with its roundings. So
+  does the `reference` backend, and everything that needs autograd or runs under autocast.
+* *deferred*: a residual waits until somebody reads the stream, also across blocks. Then one `gated_residual` adds all that
+  waited (a run of n reused components moves (n + 2) X bytes for the 5 n X of eager code; ECAD spec section 10), or
+  `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact algebra;
+  only the rounding is (in our favour) another.
+
+Slots hold references to module outputs, never copies; nothing writes into a slot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.ops.gated_residual import MAX_BRANCHES
+from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
+from fastdit.segments import Segments
+
+Slots = dict[tuple[int, str], Any]
+Gate = Tensor | None
+
+#: what an empty plan says of every component
+ALWAYS: BlockActions = {}
+
+
+class Forward:
+    """The state of one transformer call. The session makes one per call; adapters use it inside blocks.
+
+    Attributes:
+        index: Index of the running block, over all kinds.
+        scratch: Free space of the adapter for values that live as long as this call.
+        family: Free space of the adapter that lives as long as the patch.
+        computed, reused: Components that ran, and that a plan spared, in this call.
+    """
+
+    def __init__(
+        self,
+        ops: Any,
+        blocks: Sequence[nn.Module],
+        *,
+        actions: Sequence[BlockActions] = (),
+        slots: Slots | None = None,
+        immediate: bool = True,
+        defer: bool = False,
+        family: dict[str, Any] | None = None,
+    ) -> None:
+        self.ops = ops
+        self.blocks = blocks
+        self.actions = actions
+        self.slots: Slots = {} if slots is None else slots
+        self.immediate = immediate
+        self.defer = defer
+        self.family = {} if family is None else family
+        self.scratch: dict[str, Any] = {}
+        self.segments = Segments(False)
+        self.index = 0
+        self.computed = 0
+        self._planned = 0
+        self._row: BlockActions = ALWAYS
+        self._waiting: dict[str, list[tuple[Tensor, Gate]]] = {}
+        self._owned: dict[str, Tensor] = {}
+
+    def start_block(self, index: int) -> None:
+        """Called before each block's rewritten forward."""
+        self.index = index
+        self._row = self.actions[index] if self.actions else ALWAYS
+        self._planned += len(self._row)
+        self.segments = Segments(self.blocks[index]._compiled_call_impl is not None)
+
+    # ---- components
+
+    def computes(self, component: str) -> bool:
+        """Whether the component's module runs in this call, so that its input is worth preparing."""
+        flags = self._row.get(component, COMPUTE)
+        return bool(flags & COMPUTE) or bool(
+            flags & REUSE and (self.index, component) not in self.slots
+        )
+
+    def component(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The component's output: fresh from `compute`, or from its slot where the plan reuses it.
+
+        A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
+        """
+        flags = self._row.get(name, COMPUTE)
+        key = (self.index, name)
+        value = None if flags & COMPUTE else self.slots.get(key)
+        if value is None:
+            value = compute()
+            self.computed += 1
+        if flags & KEEP:
+            self.slots[key] = value
+        else:
+            self.slots.pop(key, None)
+        return value
+
+    # ---- residual streams
+
+    def enter(self, hidden_states: Tensor, stream: str) -> Residual:
+        """Take over a block input as residual stream `stream` ("image" or "text")."""
+        return Residual(self, stream, hidden_states)
+
+    @property
+    def reused(self) -> int:
+        """Components of the blocks visited that did not run; 0 without a plan."""
+        return max(0, self._planned - self.computed)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no residual waits; anything else at the end of a call is a defect of an adapter."""
+        return not any(self._waiting.values())
+
+    def _may_wait(self) -> bool:
+        """Whether residuals may wait beyond the running block: nobody looks at the stream before the next one."""
+        following = self.index + 1
+        return (
+            self.defer
+            and following < len(self.blocks)
+            and not _observed(self.blocks[self.index])
+            and not _observed(self.blocks[following])
+        )
+
+
+class Residual:
+    """One residual stream inside one block: ``h + sum_i gate_i * branch_i``, added late.
+
+    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D] or None for 1.
+    """
+
+    __slots__ = ("_forward", "_stream", "_h", "_waiting")
+
+    def __init__(self, forward: Forward, stream: str, h: Tensor) -> None:
+        self._forward = forward
+        self._stream = stream
+        self._h = h
+        if (
+            h.stride(-1) != 1 and not forward.immediate
+        ):  # PixArt's patch embedding comes out transposed
+            self._h = forward._owned[stream] = h.contiguous()
+        self._waiting = forward._waiting.setdefault(stream, [])
+
+    def add(self, branch: Tensor, gate: Gate = None) -> None:
+        """Add ``gate * branch``, now or when the stream is next read."""
+        forward = self._forward
+        uniform = branch.dtype is self._h.dtype and (gate is None or gate.dtype is self._h.dtype)
+        if forward.immediate or not uniform:
+            self._h = _eager_add(self.read(), branch, gate)
+        else:
+            self._waiting.append((branch if branch.stride(-1) == 1 else branch.contiguous(), gate))
+
+    def normed(
+        self, norm: nn.Module, scale: Gate, shift: Gate, out: Tensor | None = None
+    ) -> Tensor:
+        """``norm(h) * (1 + scale) + shift`` [B, n, D], the input of a component; `norm` is a LayerNorm module."""
+        forward = self._forward
+        if (
+            forward.immediate
+            or not _is_plain(norm, self._h)
+            or (scale is not None and scale.dtype is not self._h.dtype)
+        ):
+            normed = norm(self.read())
+            return normed if scale is None else normed * (1 + _rows(scale)) + _rows(shift)
+        branch = gate = None
+        if len(self._waiting) == 1 and self._is_owned():
+            branch, gate = self._waiting.pop()
+        h = self.read()
+        return forward.ops.norm_modulate(
+            h,
+            scale,
+            shift,
+            weight=norm.weight,
+            bias=getattr(norm, "bias", None),
+            eps=norm.eps,
+            branch=branch,
+            gate=gate,
+            out=out,
+        )
+
+    def read(self) -> Tensor:
+        """The stream with everything added."""
+        for first in range(0, len(self._waiting), MAX_BRANCHES):
+            branches, gates = zip(*self._waiting[first : first + MAX_BRANCHES])
+            self._h = self._forward.ops.gated_residual(
+                self._h, branches, gates, out=self._h if self._is_owned() else None
+            )
+            self._forward._owned[self._stream] = self._h
+        self._waiting.clear()
+        return self._h
+
+    def clip_to_half(self) -> None:
+        """Clip to fp16's finite range, as FLUX does after a block in that dtype."""
+        if self._h.dtype is torch.float16:
+            self._h = self.read().clip(-65504, 65504)
+
+    def leave(self) -> Tensor:
+        """The block's output. What still waits is added here unless the next block is sure to take it over."""
+        if self._forward._may_wait():
+            return self._h
+        h = self.read()
+        self._forward._owned.pop(self._stream, None)  # somebody may hold on to it
+        return h
+
+    def discard(self) -> None:
+        """Forget what still waits: the stream ends in this block and nobody reads it."""
+        self._waiting.clear()
+
+    def _is_owned(self) -> bool:
+        """Whether `h` was made here and was seen by nobody else, so that it may be updated in place."""
+        return self._forward._owned.get(self._stream) is self._h
+
+
+def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:
+    """The streams' normed and modulated rows one after the other, [B, sum n, D], without joining the streams first."""
+    first = streams[0]._h
+    forward = streams[0]._forward
+    if forward.immediate or not all(_is_plain(norm, stream._h) for stream in streams):
+        return torch.cat([stream.normed(norm, scale, shift) for stream in streams], dim=1)
+    lengths = [stream._h.shape[1] for stream in streams]
+    out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
+    for stream, part in zip(streams, out.split(lengths, dim=1)):
+        stream.normed(norm, scale, shift, out=part)
+    return out
+
+
+def _rows(vector: Tensor) -> Tensor:
+    """[B, D] -> [B, 1, D]; already per-token vectors stay."""
+    return vector.unsqueeze(1) if vector.ndim == 2 else vector
+
+
+def _eager_add(h: Tensor, branch: Tensor, gate: Gate) -> Tensor:
+    return h + branch if gate is None else h + _rows(gate) * branch
+
+
+def _is_plain(norm: nn.Module, h: Tensor) -> bool:
+    """Whether the op may stand in for the module: a LayerNorm over the last axis, in the stream's dtype, no hooks."""
+    weight = getattr(norm, "weight", None)
+    return (
+        type(norm).__name__ == "LayerNorm"
+        and not _observed(norm)
+        and (weight is None or weight.dtype is h.dtype)
+    )
+
+
+def _observed(module: nn.Module) -> bool:
+    """Whether somebody's hook sees the module's inputs or outputs."""
+    state: Mapping[str, Any] = module.__dict__
+    registry = state.get("_diffusers_hook")
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or "_old_forward" in state
+        or (registry is not None and registry.hooks)
+    )

@@ -1,0 +1,34 @@
+"""What a method is: a frozen config that says, before a run, which fields of the plan it fills and with what.
+
+A method knows block kinds and component names (a :class:`~fastdit.spec.ModelSpec`), never a model family, a backend or
+a tensor. Adding one is adding a file here that exposes ``METHOD``.
+"""
+
+from __future__ import annotations
+
+from fastdit.schedule import Schedule
+from fastdit.spec import ModelSpec
+
+
+class Method:
+    """Base of all methods; does nothing by itself.
+
+    Attributes:
+        name: How errors, `explain` and `report` call it.
+        writes: The plan fields it decides; two methods that share one do not compose.
+    """
+
+    name: str = ""
+    writes: frozenset[str] = frozenset()
+
+    @property
+    def steps(self) -> int | None:
+        """The only number of steps it fits, or None when it fits any."""
+        return None
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse a model it cannot run on; called when patching, before anything changes."""
+
+    def schedule(self, spec: ModelSpec, steps: int) -> Schedule | None:
+        """The schedule of reused components for a run of `steps` steps, for methods that write ``"reuse"``."""
+        return None

@@ -1,0 +1,332 @@
+"""The two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
+
+Only instances are touched: the blocks' innermost forward (`install.py`), two native forward hooks on the transformer, the
+scheduler's class (`clock.py`), and one instance attribute each as the link to the session. Everything is checked before
+anything changes, and what fails on the way is rolled back.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from contextlib import contextmanager
+from typing import Any, Iterator, Sequence
+
+import torch
+from torch import nn
+
+import fastdit.adapters
+from fastdit import clock, ops
+from fastdit.discover import discover
+from fastdit.drift import check_drift
+from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
+from fastdit.explain import Explanation, explain_session
+from fastdit.install import LINK, install, uninstall
+from fastdit.methods.base import Method
+from fastdit.methods.dense import Dense
+from fastdit.plan import check_composition
+from fastdit.report import Report, report_session
+from fastdit.session import Session
+
+OPS = ("gated_residual", "norm_modulate")
+_RESET = "_reset_stateful_cache"
+
+
+class BlockLink:
+    """What a block's rewritten forward calls; a deep copy of the model gets links to the copied session."""
+
+    __slots__ = ("session", "kind", "index")
+
+    def __init__(self, session: Session, kind: str, index: int) -> None:
+        self.session = session
+        self.kind = kind
+        self.index = index
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.block(self.kind, self.index, module, args, kwargs)
+
+
+class Handle:
+    """What `patch` returns: look at, pause, and remove a patch."""
+
+    def __init__(self, session: Session, transformer: nn.Module, pipeline: Any | None) -> None:
+        self._session = session
+        self._transformer = transformer
+        self._pipeline = pipeline
+
+    def explain(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+        steps: int | None = None,
+        cfg: bool | None = None,
+        text_tokens: int | None = None,
+    ) -> Explanation:
+        """Predict what a run will do: backends, plan, FLOPs, bytes and cache size.
+
+        Args:
+            height, width: Image size in pixels; the pipeline's default if left out.
+            batch: Images per run.
+            steps: Transformer steps; the schedule's, else the pipeline's default.
+            cfg: Whether classifier-free guidance doubles the rows; by default what is usual for the family.
+            text_tokens: Text length; the family's usual one if left out.
+
+        Raises:
+            ScheduleError: A schedule does not fit `steps`.
+            ArgumentError: A size is not positive.
+        """
+        return explain_session(
+            self._session,
+            self._transformer,
+            self._pipeline,
+            height,
+            width,
+            batch,
+            steps,
+            cfg,
+            text_tokens,
+        )
+
+    def report(self) -> Report:
+        """What the last run did; warns when a method that should reuse something reused nothing."""
+        return report_session(self._session)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the stock model inside the `with`; caches are dropped on the way in and out."""
+        session, before = self._session, self._session.enabled
+        session.reset()
+        session.enabled = False
+        try:
+            yield
+        finally:
+            session.enabled = before
+            session.reset()
+
+    @contextmanager
+    def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:
+        """One run of a hand-written loop over `timesteps`, where no scheduler tells the steps.
+
+        A new value of the transformer's timestep argument is a new step; that read waits for a GPU. Call `advance()` after
+        each step to spare it.
+
+        Example:
+            >>> with h.run(timesteps):
+            ...     for t in timesteps:
+            ...         velocity = transformer(latents, timestep=t, ...)
+            ...         latents = update(latents, velocity)
+            ...         h.advance()
+        """
+        if len(timesteps) < 1:
+            raise ArgumentError("timesteps must hold at least one value, got none")
+        self._session.start_run(len(timesteps))
+        self._session.run.timesteps_given = True
+        try:
+            yield self
+        finally:
+            self._session.end_run()
+
+    def advance(self) -> None:
+        """Say that a step of `run` is done, instead of letting the timestep argument tell."""
+        if self._session.run is None:
+            raise ArgumentError(
+                "advance() needs a run in progress: use it inside `with h.run(timesteps)`"
+            )
+        self._session.run.manual = True
+        self._session.end_step()
+
+    def reset(self) -> None:
+        """Drop all caches and forget the run in progress, e.g. after an aborted run of a bare transformer."""
+        self._session.reset()
+
+    def unpatch(self) -> None:
+        """Remove the patch; the model is as it was before. A later patch of the same model is not affected."""
+        if self._transformer.__dict__.get(LINK) is self._session:
+            _remove(self._transformer, self._pipeline)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(method.name for method in self._session.methods)
+        return f"<fastdit {methods} on {type(self._transformer).__name__}>"
+
+
+def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
+    """Make a diffusers pipeline or transformer run on fastdit.
+
+    Args:
+        target: A pipeline with a supported `transformer`, or the transformer itself.
+        methods: What to skip; none means :class:`Dense` (skip nothing).
+        backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that serves
+            each op's device and dtype. A backend named here or there is never silently replaced.
+
+    Returns:
+        A :class:`Handle`. A second patch of the same model replaces the first.
+
+    Raises:
+        UnsupportedModelError: No adapter knows the model; names what is supported.
+        ScheduleError, CompositionError: A method does not fit the model or the other methods.
+        BackendError: The backend named cannot serve an op on the model's device and dtype.
+        DriftError: The installed diffusers computes a block otherwise than the adapter.
+        In every case the model, and a patch it already has, stay as they were.
+
+    Example:
+        >>> handle = fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))
+        >>> image = pipe("a red circle").images[0]
+        >>> print(handle.report())
+    """
+    pipeline, transformer = _resolve(target)
+    adapter = find_adapter(transformer)
+    for method in methods:
+        if not isinstance(method, Method):
+            raise ArgumentError(
+                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}"
+            )
+    methods = methods or (Dense(),)
+    spec = adapter.spec(transformer)
+    check_composition(methods)
+    for method in methods:
+        method.check(spec)
+    bound = ops.bind(backend)
+    _check_backend(bound, transformer)
+    check_drift(adapter, transformer)
+
+    blocks = adapter.blocks(transformer)
+    session = Session(
+        adapter, spec, methods, bound, [block for _, block in blocks], bound.backend == "reference"
+    )
+    if pipeline is not None:
+        session.pipeline = weakref.ref(pipeline)
+    if LINK in transformer.__dict__:
+        _remove(transformer, pipeline)
+    try:
+        _install(session, transformer, pipeline, blocks)
+    except BaseException:
+        _remove(transformer, pipeline)
+        raise
+    return Handle(session, transformer, pipeline)
+
+
+def unpatch(target: Any) -> None:
+    """Remove fastdit from a pipeline or transformer, also from a deep copy. Does nothing on one that has no patch."""
+    pipeline, transformer = _resolve(target)
+    _remove(transformer, pipeline)
+
+
+def explain(target: Any, **kwargs: Any) -> Explanation:
+    """:meth:`Handle.explain` of a patched pipeline or transformer."""
+    return handle_of(target).explain(**kwargs)
+
+
+def report(target: Any) -> Report:
+    """:meth:`Handle.report` of a patched pipeline or transformer."""
+    return handle_of(target).report()
+
+
+def handle_of(target: Any) -> Handle:
+    """The handle of a patched pipeline or transformer.
+
+    Raises:
+        FastDiTError: It is not patched.
+    """
+    pipeline, transformer = _resolve(target)
+    session = transformer.__dict__.get(LINK)
+    if session is None:
+        raise FastDiTError(f"this {type(target).__name__} is not patched; call fastdit.patch first")
+    return Handle(session, transformer, pipeline)
+
+
+def adapters() -> dict[str, Any]:
+    """All adapters by module name."""
+    return dict(discover(fastdit.adapters, "ADAPTER"))
+
+
+def find_adapter(transformer: nn.Module) -> Any:
+    """The adapter of a transformer's family.
+
+    Raises:
+        UnsupportedModelError: There is none; names the supported classes.
+    """
+    known = adapters().values()
+    for adapter in known:
+        if adapter.matches(transformer):
+            return adapter
+    supported = sorted(name for adapter in known for name in adapter.model_classes)
+    raise UnsupportedModelError(
+        f"no adapter for {type(transformer).__name__}; supported transformers: {', '.join(supported)}"
+    )
+
+
+def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
+    """(pipeline or None, transformer); a transformer wrapped by torch.compile is unwrapped."""
+    pipeline = None if isinstance(target, nn.Module) else target
+    transformer = target if pipeline is None else getattr(target, "transformer", None)
+    transformer = getattr(transformer, "_orig_mod", transformer)
+    if not isinstance(transformer, nn.Module):
+        supported = sorted(
+            name for adapter in adapters().values() for name in adapter.model_classes
+        )
+        raise UnsupportedModelError(
+            f"target must be a pipeline with a transformer, or a transformer, got {type(target).__name__}; "
+            f"supported transformers: {', '.join(supported)}"
+        )
+    return pipeline, transformer
+
+
+def _check_backend(bound: Any, transformer: nn.Module) -> None:
+    weight = next(
+        (p for p in transformer.parameters() if p.is_floating_point() and p.device.type != "meta"),
+        None,
+    )
+    if weight is not None:
+        for op in OPS:
+            bound.backend_for(op, weight.device, transformer.dtype)
+
+
+def _install(
+    session: Session, transformer: nn.Module, pipeline: Any, blocks: list[tuple[str, nn.Module]]
+) -> None:
+    transformer.__dict__[LINK] = session
+    for index, (kind, block) in enumerate(blocks):
+        install(block, BlockLink(session, kind, index))
+    transformer.register_forward_pre_hook(session.before_forward, with_kwargs=True)
+    transformer.register_forward_hook(session.after_forward, with_kwargs=True, always_call=True)
+    transformer.__dict__[_RESET] = types.MethodType(_end_of_pipeline_call, transformer)
+    if pipeline is not None:
+        clock.attach(pipeline.scheduler, session)
+
+
+def _remove(transformer: nn.Module, pipeline: Any) -> None:
+    session = transformer.__dict__.pop(LINK, None)
+    if session is None:
+        return
+    for _, block in session.adapter.blocks(transformer):
+        uninstall(block)
+    _remove_hooks(transformer, session)
+    transformer.__dict__.pop(_RESET, None)
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None and session.pipeline is not None:
+        scheduler = getattr(session.pipeline(), "scheduler", None)
+    if scheduler is not None and scheduler.__dict__.get(clock.LINK) is session:
+        clock.detach(scheduler)
+    session.reset()
+
+
+def _remove_hooks(transformer: nn.Module, session: Session) -> None:
+    for names in (
+        ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+        ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    ):
+        hooks = getattr(transformer, names[0])
+        for key in [
+            key for key, hook in hooks.items() if getattr(hook, "__self__", None) is session
+        ]:
+            for name in names:
+                getattr(transformer, name).pop(key, None)
+
+
+def _end_of_pipeline_call(transformer: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """diffusers calls this on every component when a pipeline call ends, also after an interrupted one."""
+    transformer.__dict__[LINK].end_run()
+    inherited = getattr(type(transformer), _RESET, None)
+    if inherited is not None:
+        inherited(transformer, *args, **kwargs)

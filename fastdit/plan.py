@@ -1,0 +1,127 @@
+"""What happens at each step, as data: the merge of what the methods want, lowered for the block loop.
+
+A method fills in some fields of a plan (`reuse` is the first; token rows and resolution are further fields of the same
+merge). Two methods that fill the same field do not compose, which is checked when patching.
+
+:func:`lower` turns a bound schedule into one small set of flags per (step, block, component):
+
+* COMPUTE: run the component. REUSE: read its slot. Neither: nobody reads it at this step, so it does not run at all
+  (a FLUX attention whose `proj_out` is reused).
+* KEEP: a later step reads the value that is current after this step, so the slot stays; without it the slot is freed.
+
+No tensors here, and no models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Protocol, Sequence
+
+import numpy as np
+
+from fastdit.errors import CompositionError
+from fastdit.schedule import Schedule
+from fastdit.spec import BlockKind, ModelSpec
+
+COMPUTE, REUSE, KEEP = 1, 2, 4
+
+#: component -> flags, for one block at one step
+BlockActions = Mapping[str, int]
+
+
+class PlanningMethod(Protocol):
+    """The part of a method that planning needs."""
+
+    name: str
+    writes: frozenset[str]
+
+    def schedule(self, spec: ModelSpec, steps: int) -> Schedule | None: ...
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of one run.
+
+    Attributes:
+        steps: Number of transformer steps.
+        reuse: The bound schedule, or None when everything computes.
+        actions: ``actions[step][block]`` -> flags per component, blocks of all kinds in running order. Empty when
+            everything computes.
+    """
+
+    steps: int
+    reuse: Schedule | None
+    actions: Sequence[Sequence[BlockActions]]
+
+
+def check_composition(methods: Sequence[PlanningMethod]) -> None:
+    """Refuse methods that write the same field of a plan.
+
+    Raises:
+        CompositionError: Naming both methods and the field.
+    """
+    owner: dict[str, str] = {}
+    for method in methods:
+        for field in sorted(method.writes):
+            if field in owner:
+                raise CompositionError(
+                    f"{owner[field]} and {method.name} both decide {field!r} and cannot be composed; give one of them"
+                )
+            owner[field] = method.name
+
+
+def plan_run(methods: Sequence[PlanningMethod], spec: ModelSpec, steps: int) -> RunPlan:
+    """Merge what the methods want for a run of `steps` steps.
+
+    Raises:
+        ScheduleError: A schedule does not fit the model or the number of steps.
+    """
+    reuse = None
+    for method in methods:
+        if "reuse" in method.writes:
+            reuse = method.schedule(spec, steps)
+    return RunPlan(steps, reuse, lower(reuse, spec) if reuse is not None else ())
+
+
+def lower(schedule: Schedule, spec: ModelSpec) -> list[list[dict[str, int]]]:
+    """Flags per step, block (all kinds, in running order) and component; see the module's description."""
+    actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
+    for kind in spec.kinds:
+        flags = _lower_kind(schedule, kind)
+        for step in range(schedule.steps):
+            for block in range(kind.count):
+                row = {
+                    component: int(flags[component][step, block])
+                    for component in kind.components
+                    if (block, component) not in kind.absent
+                }
+                actions[step].append(row)
+    return actions
+
+
+def _lower_kind(schedule: Schedule, kind: BlockKind) -> dict[str, np.ndarray]:
+    layer = schedule.layers[kind.name]
+    always = np.ones((schedule.steps, kind.count), dtype=bool)
+    bits = {c: layer.bits[:, :, layer.components.index(c)] for c in layer.components}
+    bits = {c: bits.get(c, always) for c in kind.components}
+    flags: dict[str, np.ndarray] = {}
+    # A consumer is lowered before what it consumes: whether it runs decides whether its inputs are read.
+    for component in sorted(kind.components, key=lambda c: c in kind.consumers):
+        consumer = kind.consumers.get(component)
+        read = (flags[consumer] & COMPUTE).astype(bool) if consumer else always
+        flags[component] = _lower_component(bits[component], read)
+    return flags
+
+
+def _lower_component(bits: np.ndarray, read: np.ndarray) -> np.ndarray:
+    """Backward liveness over the steps; `bits` (compute) and `read` (value is used) are bool [steps, blocks]."""
+    flags = np.zeros(bits.shape, dtype=np.uint8)
+    wanted = np.zeros(
+        bits.shape[1], dtype=bool
+    )  # does a later step read the value current after this one?
+    for step in reversed(range(bits.shape[0])):
+        compute = bits[step] & (read[step] | wanted)
+        reuse = ~bits[step] & read[step]
+        flags[step] = compute * COMPUTE + reuse * REUSE + wanted * KEEP
+        wanted = ~bits[step] & (read[step] | wanted)
+    return flags

@@ -1,0 +1,67 @@
+"""The heavy calls inside a block, each a function of its own so that it can be compiled apart from the dispatcher.
+
+The rewritten block forwards stay eager: they read the step and the slots, which a compiler would turn into one graph per
+step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`), these calls are
+compiled instead. They hold no Python state, so their number of graphs does not depend on the schedule. One function per
+kind of call, because the limit counts per function.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class Segments:
+    """The calls, compiled or not."""
+
+    __slots__ = ("attention", "feed_forward", "project", "linear")
+
+    def __init__(self, compiled: bool) -> None:
+        wrap: Callable[[Callable], Callable] = _compiled if compiled else _plain
+        self.attention = wrap(attention)
+        self.feed_forward = wrap(feed_forward)
+        self.project = wrap(project)
+        self.linear = wrap(linear)
+
+
+def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """An attention module with its stock processor."""
+    return module(*args, **kwargs)
+
+
+def feed_forward(
+    module: nn.Module, x: Tensor, chunk_size: int | None = None, chunk_dim: int = 0
+) -> Tensor:
+    """A feed-forward module, in chunks where the user asked diffusers for that (`enable_forward_chunking`)."""
+    if chunk_size is None:
+        return module(x)
+    if x.shape[chunk_dim] % chunk_size:
+        raise ValueError(
+            f"chunk_size must divide dimension {chunk_dim} of the hidden states ({x.shape[chunk_dim]}), got {chunk_size}"
+        )
+    return torch.cat([module(part) for part in x.split(chunk_size, dim=chunk_dim)], dim=chunk_dim)
+
+
+def project(
+    module: nn.Module, attention_output: Tensor, activation: nn.Module, mlp_output: Tensor
+) -> Tensor:
+    """FLUX's fused output projection over the attention output and the activated MLP branch."""
+    return module(torch.cat([attention_output, activation(mlp_output)], dim=2))
+
+
+def linear(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer on its own."""
+    return module(x)
+
+
+def _plain(function: Callable) -> Callable:
+    return function
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    return torch.compile(function)

@@ -1,0 +1,299 @@
+"""Everything that lives as long as a patched model: the clock, the run in progress, its slots and its report.
+
+One session per transformer. It learns where a run stands from three places: the scheduler (`clock.py`), the transformer's
+native forward hooks, and, where there is no scheduler, the timestep argument. A run's state is a :class:`Run`; starting,
+ending or aborting a run drops it whole, so nothing crosses from one run to the next.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import weakref
+from dataclasses import dataclass, field
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import clock
+from fastdit.errors import ScheduleError
+from fastdit.forward import Forward, Slots
+from fastdit.plan import RunPlan, plan_run
+from fastdit.spec import ModelSpec
+
+
+#: steps planned for when nobody says how many there will be: the training timesteps of every supported family
+OPEN_STEPS = 1000
+
+
+@dataclass
+class StepRecord:
+    """What one step did: tokens through the blocks, components computed and reused, summed over its calls."""
+
+    tokens: int = 0
+    computed: int = 0
+    reused: int = 0
+
+
+@dataclass
+class Branch:
+    """The caches of one transformer call within a step (batched CFG has one, sequential CFG two)."""
+
+    slots: Slots = field(default_factory=dict)
+    signature: tuple[Any, ...] | None = None
+    embeddings: Tensor | None = None
+    version: int = -1
+
+
+@dataclass
+class Run:
+    """One pass over the timesteps."""
+
+    steps: int | None
+    plan: RunPlan
+    scheduler: Any = None
+    step: int = 0
+    first: int | None = None
+    call: int = 0
+    branches: dict[int, Branch] = field(default_factory=dict)
+    timesteps_given: bool = False
+    manual: bool = False
+    last_timestep: float | None = None
+    records: dict[int, StepRecord] = field(default_factory=dict)
+    peak_bytes: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Session:
+    """The state of one patched transformer.
+
+    Attributes:
+        adapter, spec, methods, ops: What runs, fixed when patching.
+        blocks: The transformer's blocks of all kinds in running order.
+        eager: True on the `reference` backend: no rewrite that changes a rounding.
+        enabled: False inside ``with h.disabled()``.
+        run: The run in progress, or the last one (its caches already dropped), or None.
+    """
+
+    def __init__(
+        self,
+        adapter: Any,
+        spec: ModelSpec,
+        methods: Sequence[Any],
+        ops: Any,
+        blocks: Sequence[nn.Module],
+        eager: bool,
+    ) -> None:
+        self.adapter = adapter
+        self.spec = spec
+        self.methods = tuple(methods)
+        self.ops = ops
+        self.blocks = list(blocks)
+        self.eager = eager
+        self.enabled = True
+        self.run: Run | None = None
+        self.forward: Forward | None = None
+        self.family: dict[str, Any] = {}
+        self.pipeline: weakref.ref[Any] | None = None
+        self._branch: Branch | None = None
+        self._tokens = 0
+        self._plans: dict[int, RunPlan] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        """A copied model gets a session of its own: the same methods, the copied blocks, no run."""
+        clone = Session.__new__(Session)
+        memo[id(self)] = clone
+        blocks = copy.deepcopy(self.blocks, memo)
+        Session.__init__(clone, self.adapter, self.spec, self.methods, self.ops, blocks, self.eager)
+        clone.enabled = self.enabled
+        return clone
+
+    # ---- the run, as told by the scheduler or by `with h.run(...)`
+
+    def start_run(self, steps: int | None, scheduler: Any = None) -> None:
+        """Begin a run of `steps` steps; whatever an earlier run left is dropped.
+
+        Raises:
+            ScheduleError: A method does not fit this number of steps. No run is open afterwards.
+        """
+        self.reset()
+        planned = OPEN_STEPS if steps is None else steps
+        if planned not in self._plans:
+            self._plans[planned] = plan_run(self.methods, self.spec, planned)
+        self.run = Run(steps, self._plans[planned], scheduler)
+
+    def end_step(self) -> None:
+        """The scheduler has stepped."""
+        run = self.run
+        if run is None or run.finished:
+            return
+        run.step += 1
+        run.call = 0
+        if run.steps is not None and run.step >= run.steps:
+            self.end_run()
+
+    def end_run(self) -> None:
+        """Drop the caches; the run's record stays for the report."""
+        if self.run is not None and not self.run.finished:
+            self.run.finished = True
+            self.run.seconds = time.perf_counter() - self.run.started
+            self.run.branches.clear()
+            self.run.scheduler = None
+        self.forward = None
+        self._branch = None
+
+    def reset(self) -> None:
+        """Forget the run in progress and all caches."""
+        self.end_run()
+        self.run = None
+        self.family.clear()
+
+    def cache_bytes(self) -> int:
+        """Bytes held by slots now; storages counted once."""
+        storages = {}
+        for branch in self.run.branches.values() if self.run else ():
+            for value in branch.slots.values():
+                for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                    if isinstance(tensor, Tensor):
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    # ---- one transformer call
+
+    @torch.compiler.disable
+    def before_forward(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Native forward pre-hook of the transformer: place this call in the run and prepare its state."""
+        self.forward = None
+        if not self.enabled:
+            return
+        call = self.adapter.call(transformer, args, kwargs)
+        run = self._locate(call.timestep)
+        self._branch = self._prepare_branch(run, call)
+        self._tokens = call.tokens
+        run.call += 1
+        actions = run.plan.actions[run.step] if run.plan.actions else ()
+        immediate = (
+            self.eager
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(call.hidden_states.device.type)
+        )
+        self.forward = Forward(
+            self.ops,
+            self.blocks,
+            actions=actions,
+            slots=self._branch.slots,
+            immediate=immediate,
+            defer=not immediate and not call.skips_blocks,
+            family=self.family,
+        )
+
+    @torch.compiler.disable
+    def after_forward(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
+    ) -> None:
+        """Native forward hook of the transformer, also called after an exception."""
+        forward, self.forward = self.forward, None
+        if forward is None or output is None or self.run is None:
+            return
+        assert forward.settled, (
+            "a residual was left waiting: the adapter's last block did not settle its streams"
+        )
+        record = self.run.records.setdefault(self.run.step, StepRecord())
+        record.tokens = self._tokens
+        record.computed += forward.computed
+        record.reused += forward.reused
+        if forward.computed and forward.slots:
+            self.run.peak_bytes = max(self.run.peak_bytes, self.cache_bytes())
+
+    def block(
+        self,
+        kind: str,
+        index: int,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A block's rewritten forward; outside a transformer call, and while disabled, the stock one."""
+        if self.forward is None:
+            return type(module).forward(module, *args, **kwargs)
+        self.forward.start_block(index)
+        return self.adapter.forwards[kind](module, self.forward, *args, **kwargs)
+
+    # ---- helpers
+
+    def _locate(self, timestep: Any) -> Run:
+        """The run this call belongs to, its step counter up to date."""
+        self._follow_scheduler()
+        run = self.run
+        if run is None or run.scheduler is None or run.finished:
+            return self._locate_by_timestep(run, timestep)
+        if (
+            run.first is None
+        ):  # image-to-image enters the schedule late; rows of a plan are scheduler indices
+            run.step = run.first = getattr(run.scheduler, "_begin_index", None) or 0
+        return run
+
+    def _follow_scheduler(self) -> None:
+        """Attach to a scheduler that was put into the pipeline after patching; its timesteps are already set."""
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        if pipeline is None or clock.is_attached(pipeline.scheduler):
+            return
+        clock.attach(pipeline.scheduler, self)
+        self.start_run(len(pipeline.scheduler.timesteps), pipeline.scheduler)
+
+    def _locate_by_timestep(self, run: Run | None, timestep: Any) -> Run:
+        """Without a scheduler the timestep argument tells: another value is another step, a higher one another run.
+
+        Reads the value, so it waits for a GPU; a scheduler, or `advance()`, does not.
+        """
+        if run is not None and run.manual:
+            return run
+        value = (
+            float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
+        )
+        last = None if run is None else run.last_timestep
+        if (
+            run is None
+            or run.finished
+            or (last is not None and value > last and not run.timesteps_given)
+        ):
+            self.start_run(
+                next((method.steps for method in self.methods if method.steps is not None), None)
+            )
+            run = self.run
+        elif last is not None and value != last:
+            run.step += 1
+            run.call = 0
+        if run.step >= (run.steps or OPEN_STEPS):
+            raise ScheduleError(
+                f"the transformer was called for step {run.step + 1} of a run of {run.steps or OPEN_STEPS} steps; "
+                "call reset() on the handle before another run"
+            )
+        run.first = run.first or 0
+        run.last_timestep = value
+        return run
+
+    def _prepare_branch(self, run: Run, call: Any) -> Branch:
+        """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
+        branch = run.branches.setdefault(run.call, Branch())
+        autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
+        signature = (*call.signature, autocast)
+        version = _version(call.embeddings)
+        same = branch.embeddings is call.embeddings and branch.version == version
+        if not same and branch.embeddings is not None and call.embeddings is not None:
+            # Only hand-written loops that build their embeddings anew get here; a pipeline passes the same tensor.
+            same = branch.signature == signature and torch.equal(branch.embeddings, call.embeddings)
+        if branch.signature != signature or not same:
+            branch.slots.clear()
+        branch.signature, branch.embeddings, branch.version = signature, call.embeddings, version
+        return branch
+
+
+def _version(tensor: Tensor | None) -> int:
+    return -1 if tensor is None or tensor.is_inference() else tensor._version

@@ -1,0 +1,56 @@
+"""What a method may know of a model: its block kinds and their components, as plain data.
+
+An adapter fills a :class:`ModelSpec` from a transformer; schedules, plans and methods read it. Nothing here knows a model
+family, a tensor or a kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Iterator, Mapping
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """One list of equal blocks of a transformer.
+
+    Attributes:
+        name: The attribute of the transformer that holds the list, e.g. ``"single_transformer_blocks"``.
+        count: Number of blocks.
+        components: The parts whose outputs can be reused, in the order in which they run.
+        absent: (block, component) pairs this very model does not have, e.g. the last SD3 block's ``ff_context``.
+        consumers: component -> the only component that reads its output. A component that is not listed adds its
+            output to the residual stream itself.
+    """
+
+    name: str
+    count: int
+    components: tuple[str, ...]
+    absent: frozenset[tuple[int, str]] = frozenset()
+    consumers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The block kinds of one transformer, in the order in which they run."""
+
+    family: str
+    kinds: tuple[BlockKind, ...]
+
+    def kind(self, name: str) -> BlockKind | None:
+        """The kind called `name`, or None."""
+        return next((kind for kind in self.kinds if kind.name == name), None)
+
+    @property
+    def block_count(self) -> int:
+        """Number of blocks of all kinds."""
+        return sum(kind.count for kind in self.kinds)
+
+    def components(self) -> Iterator[tuple[BlockKind, int, str]]:
+        """Every (kind, block, component) the model really has, in running order."""
+        for kind in self.kinds:
+            for block in range(kind.count):
+                for component in kind.components:
+                    if (block, component) not in kind.absent:
+                        yield kind, block, component
