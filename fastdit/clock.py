@@ -1,13 +1,12 @@
 """The clock of a run, read off the scheduler: `set_timesteps` starts a run, `step` ends a step.
 
 The scheduler instance's class is swapped for a cached dynamic subclass of the same name whose two methods keep their
-signatures (pipelines inspect them). isinstance, save_pretrained, from_config and deepcopy keep working; a pickle, and
-anything made `from_config`, is an ordinary scheduler again.
+signatures (pipelines inspect them). isinstance, save_pretrained and from_config keep working; a copy, a pickle, and anything
+made `from_config`, is an ordinary scheduler again.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, Protocol
 
@@ -21,11 +20,23 @@ class Listener(Protocol):
 
     def start_run(self, steps: int, scheduler: Any) -> None: ...
 
-    def end_step(self) -> None: ...
+    def end_step(self, scheduler: Any) -> None: ...
 
 
 def attach(scheduler: Any, listener: Listener) -> None:
     """Report the scheduler's runs and steps to `listener`. A second call replaces the listener.
+
+    Raises:
+        UnsupportedModelError: See :func:`check_scheduler`.
+    """
+    check_scheduler(scheduler)
+    scheduler.__dict__[LINK] = listener
+    if not is_attached(scheduler):
+        scheduler.__class__ = _clocked(type(scheduler))
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse an object that cannot be a clock.
 
     Raises:
         UnsupportedModelError: The object has no `set_timesteps` or `step`.
@@ -35,9 +46,6 @@ def attach(scheduler: Any, listener: Listener) -> None:
             raise UnsupportedModelError(
                 f"scheduler must have set_timesteps and step, got {type(scheduler).__name__} without {method}"
             )
-    scheduler.__dict__[LINK] = listener
-    if not is_attached(scheduler):
-        scheduler.__class__ = _clocked(type(scheduler))
 
 
 def detach(scheduler: Any) -> None:
@@ -47,9 +55,10 @@ def detach(scheduler: Any) -> None:
     scheduler.__dict__.pop(LINK, None)
 
 
-def is_attached(scheduler: Any) -> bool:
-    """Whether the scheduler's class is ours."""
-    return "_fastdit_clocked" in type(scheduler).__dict__
+def is_attached(scheduler: Any, listener: Listener | None = None) -> bool:
+    """Whether the scheduler reports, and to `listener` if one is given."""
+    clocked = "_fastdit_clocked" in type(scheduler).__dict__
+    return clocked and (listener is None or scheduler.__dict__.get(LINK) is listener)
 
 
 @functools.cache
@@ -65,27 +74,18 @@ def _clocked(base: type) -> type:
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.step(self, *args, **kwargs)
         if LINK in self.__dict__:
-            self.__dict__[LINK].end_step()
+            self.__dict__[LINK].end_step(self)
         return result
 
     def reduce_ex(self: Any, protocol: int) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name != LINK}
         return base.__new__, (base,), state
 
-    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
-        clone = type(self).__new__(type(self))
-        memo[id(self)] = clone
-        clone.__dict__.update(
-            {name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()}
-        )
-        return clone
-
     members = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce_ex,
-        "__deepcopy__": deepcopy,
         "_fastdit_clocked": True,
         "set_timesteps": set_timesteps,
         "step": step,

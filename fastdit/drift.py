@@ -59,7 +59,6 @@ def _check_result(adapter: Any, transformer: nn.Module, kind: str, block: nn.Mod
 
     arguments = adapter.probe(transformer, kind, block, random)
     forward = Forward(None, [block])
-    forward.start_block(0)
     with torch.no_grad(), _evaluating(block):
         expected = type(block).forward(block, **arguments)
         actual = adapter.forwards[kind](block, forward, **arguments)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdit.ops.gated_residual import MAX_BRANCHES
 from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
-from fastdit.segments import Segments
+from fastdit.segments import EAGER, segments_like
 
 Slots = dict[tuple[int, str], Any]
 Gate = Tensor | None
@@ -50,6 +50,7 @@ class Forward:
         immediate: bool = True,
         defer: bool = False,
         family: dict[str, Any] | None = None,
+        compiled: Callable[..., Any] | None = None,
     ) -> None:
         self.ops = ops
         self.blocks = blocks
@@ -59,9 +60,10 @@ class Forward:
         self.defer = defer
         self.family = {} if family is None else family
         self.scratch: dict[str, Any] = {}
-        self.segments = Segments(False)
+        self.segments = EAGER
         self.index = 0
         self.computed = 0
+        self._compiled = compiled
         self._planned = 0
         self._row: BlockActions = ALWAYS
         self._waiting: dict[str, list[tuple[Tensor, Gate]]] = {}
@@ -72,7 +74,7 @@ class Forward:
         self.index = index
         self._row = self.actions[index] if self.actions else ALWAYS
         self._planned += len(self._row)
-        self.segments = Segments(self.blocks[index]._compiled_call_impl is not None)
+        self.segments = segments_like(self.blocks[index]._compiled_call_impl or self._compiled)
 
     # ---- components
 
@@ -102,9 +104,13 @@ class Forward:
 
     # ---- residual streams
 
-    def enter(self, hidden_states: Tensor, stream: str) -> Residual:
-        """Take over a block input as residual stream `stream` ("image" or "text")."""
-        return Residual(self, stream, hidden_states)
+    def enter(self, hidden_states: Tensor, stream: str, branch_first: bool = False) -> Residual:
+        """Take over a block input as residual stream `stream` ("image" or "text").
+
+        `branch_first` where diffusers writes ``branch + h``: the same sum, but torch lays a sum out in memory like its first
+        operand, and what reads it next rounds by layout.
+        """
+        return Residual(self, stream, hidden_states, branch_first)
 
     @property
     def reused(self) -> int:
@@ -133,12 +139,13 @@ class Residual:
     `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D] or None for 1.
     """
 
-    __slots__ = ("_forward", "_stream", "_h", "_waiting")
+    __slots__ = ("_branch_first", "_forward", "_h", "_stream", "_waiting")
 
-    def __init__(self, forward: Forward, stream: str, h: Tensor) -> None:
+    def __init__(self, forward: Forward, stream: str, h: Tensor, branch_first: bool) -> None:
         self._forward = forward
         self._stream = stream
         self._h = h
+        self._branch_first = branch_first
         if (
             h.stride(-1) != 1 and not forward.immediate
         ):  # PixArt's patch embedding comes out transposed
@@ -150,7 +157,8 @@ class Residual:
         forward = self._forward
         uniform = branch.dtype is self._h.dtype and (gate is None or gate.dtype is self._h.dtype)
         if forward.immediate or not uniform:
-            self._h = _eager_add(self.read(), branch, gate)
+            branch = branch if gate is None else _rows(gate) * branch
+            self._h = branch + self.read() if self._branch_first else self.read() + branch
         else:
             self._waiting.append((branch if branch.stride(-1) == 1 else branch.contiguous(), gate))
 
@@ -231,10 +239,6 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
 def _rows(vector: Tensor) -> Tensor:
     """[B, D] -> [B, 1, D]; already per-token vectors stay."""
     return vector.unsqueeze(1) if vector.ndim == 2 else vector
-
-
-def _eager_add(h: Tensor, branch: Tensor, gate: Gate) -> Tensor:
-    return h + branch if gate is None else h + _rows(gate) * branch
 
 
 def _is_plain(norm: nn.Module, h: Tensor) -> bool:

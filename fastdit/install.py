@@ -21,27 +21,26 @@ _MARK = "_fastdit_forward"
 LINK = "_fastdit"
 
 
-def install(module: nn.Module, link: Any) -> None:
-    """Replace the innermost forward of `module` by one that calls ``link(module, *args, **kwargs)``.
+def check_installable(module: nn.Module) -> None:
+    """Refuse a module whose innermost forward is neither its class's nor ours.
 
     Raises:
         UnsupportedModelError: Somebody else has replaced the instance's forward.
     """
-    place = next(
-        (
-            (owner, key)
-            for owner, key in _places(module)
-            if _function(_get(owner, key)) is type(module).forward
-        ),
-        None,
-    )
-    if place is None and "forward" in module.__dict__:
+    if not is_installed(module) and _stock_place(module) is None and "forward" in module.__dict__:
         replaced = module.__dict__["forward"]
         raise UnsupportedModelError(
             f"the forward of this {type(module).__name__} was replaced on the instance by "
             f"{getattr(replaced, '__qualname__', replaced)!r}; undo that before patching"
         )
-    owner, key = place or (module.__dict__, "forward")
+
+
+def install(module: nn.Module, link: Any) -> None:
+    """Replace the innermost forward of `module` by one that calls ``link(module, *args, **kwargs)``.
+
+    :func:`check_installable` must have passed, and nothing of ours be installed.
+    """
+    owner, key = _stock_place(module) or (module.__dict__, "forward")
     module.__dict__[LINK] = link
     _set(owner, key, types.MethodType(_rewritten(type(module)), module))
 
@@ -60,6 +59,15 @@ def uninstall(module: nn.Module) -> None:
 def is_installed(module: nn.Module) -> bool:
     """Whether :func:`install` is in effect on the module."""
     return any(hasattr(_function(_get(owner, key)), _MARK) for owner, key in _places(module))
+
+
+def _stock_place(module: nn.Module) -> tuple[Any, str] | None:
+    """Where hooks keep the class's own forward, if they do."""
+    stock = type(module).forward
+    return next(
+        (place for place in _places(module) if _function(_get(*place)) is stock),
+        None,
+    )
 
 
 def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:
@@ -95,7 +103,10 @@ def _rewritten(cls: type[nn.Module]) -> Callable:
     """The dispatcher for blocks of class `cls`; it shows the signature of the forward it stands for."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__[LINK](self, *args, **kwargs)
+        link = self.__dict__.get(LINK)
+        if link is None:  # unpatched, but somebody still holds on to this function
+            return cls.forward(self, *args, **kwargs)
+        return link(self, *args, **kwargs)
 
     eager = torch.compiler.disable(
         forward,

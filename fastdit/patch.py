@@ -1,8 +1,8 @@
 """The two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
 
 Only instances are touched: the blocks' innermost forward (`install.py`), two native forward hooks on the transformer, the
-scheduler's class (`clock.py`), and one instance attribute each as the link to the session. Everything is checked before
-anything changes, and what fails on the way is rolled back.
+scheduler's class (`clock.py`), and one instance attribute each as the link to the session. Everything that can be refused
+is checked before anything changes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastdit.discover import discover
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.explain import Explanation, explain_session
-from fastdit.install import LINK, install, uninstall
+from fastdit.install import LINK, check_installable, install, uninstall
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
 from fastdit.plan import check_composition
@@ -120,21 +120,27 @@ class Handle:
         """
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
-        self._session.start_run(len(timesteps))
-        self._session.run.timesteps_given = True
+        session = self._session
+        session.start_run(len(timesteps), timesteps_given=True)
+        run = session.run
         try:
             yield self
         finally:
-            self._session.end_run()
+            session.end_run()
+            if run is not None:
+                run.timesteps_given = False
 
     def advance(self) -> None:
         """Say that a step of `run` is done, instead of letting the timestep argument tell."""
-        if self._session.run is None:
+        session = self._session
+        if not session.enabled:
+            return
+        if session.run is None:
             raise ArgumentError(
                 "advance() needs a run in progress: use it inside `with h.run(timesteps)`"
             )
-        self._session.run.manual = True
-        self._session.end_step()
+        session.run.manual = True
+        session.end_step()
 
     def reset(self) -> None:
         """Drop all caches and forget the run in progress, e.g. after an aborted run of a bare transformer."""
@@ -143,7 +149,7 @@ class Handle:
     def unpatch(self) -> None:
         """Remove the patch; the model is as it was before. A later patch of the same model is not affected."""
         if self._transformer.__dict__.get(LINK) is self._session:
-            _remove(self._transformer, self._pipeline)
+            _remove(self._transformer)
 
     def __repr__(self) -> str:
         methods = ", ".join(method.name for method in self._session.methods)
@@ -189,27 +195,27 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     bound = ops.bind(backend)
     _check_backend(bound, transformer)
     check_drift(adapter, transformer)
-
     blocks = adapter.blocks(transformer)
+    for _, block in blocks:
+        check_installable(block)
+    if pipeline is not None:
+        clock.check_scheduler(pipeline.scheduler)
+
     session = Session(
         adapter, spec, methods, bound, [block for _, block in blocks], bound.backend == "reference"
     )
     if pipeline is not None:
         session.pipeline = weakref.ref(pipeline)
     if LINK in transformer.__dict__:
-        _remove(transformer, pipeline)
-    try:
-        _install(session, transformer, pipeline, blocks)
-    except BaseException:
-        _remove(transformer, pipeline)
-        raise
+        _remove(transformer)
+    _install(session, transformer, pipeline, blocks)
     return Handle(session, transformer, pipeline)
 
 
 def unpatch(target: Any) -> None:
     """Remove fastdit from a pipeline or transformer, also from a deep copy. Does nothing on one that has no patch."""
-    pipeline, transformer = _resolve(target)
-    _remove(transformer, pipeline)
+    _, transformer = _resolve(target)
+    _remove(transformer)
 
 
 def explain(target: Any, **kwargs: Any) -> Explanation:
@@ -292,10 +298,10 @@ def _install(
     transformer.register_forward_hook(session.after_forward, with_kwargs=True, always_call=True)
     transformer.__dict__[_RESET] = types.MethodType(_end_of_pipeline_call, transformer)
     if pipeline is not None:
-        clock.attach(pipeline.scheduler, session)
+        session.follow(pipeline.scheduler)
 
 
-def _remove(transformer: nn.Module, pipeline: Any) -> None:
+def _remove(transformer: nn.Module) -> None:
     session = transformer.__dict__.pop(LINK, None)
     if session is None:
         return
@@ -303,11 +309,7 @@ def _remove(transformer: nn.Module, pipeline: Any) -> None:
         uninstall(block)
     _remove_hooks(transformer, session)
     transformer.__dict__.pop(_RESET, None)
-    scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None and session.pipeline is not None:
-        scheduler = getattr(session.pipeline(), "scheduler", None)
-    if scheduler is not None and scheduler.__dict__.get(clock.LINK) is session:
-        clock.detach(scheduler)
+    session.unfollow()
     session.reset()
 
 

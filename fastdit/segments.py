@@ -1,14 +1,15 @@
 """The heavy calls inside a block, each a function of its own so that it can be compiled apart from the dispatcher.
 
 The rewritten block forwards stay eager: they read the step and the slots, which a compiler would turn into one graph per
-step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`), these calls are
-compiled instead. They hold no Python state, so their number of graphs does not depend on the schedule. One function per
-kind of call, because the limit counts per function.
+step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`) or the whole
+transformer, these calls are compiled instead, with the user's own settings. They hold no Python state, so their number of
+graphs does not depend on the schedule. One function per kind of call, because the limit counts per function.
 """
 
 from __future__ import annotations
 
-import functools
+import inspect
+import weakref
 from typing import Any, Callable
 
 import torch
@@ -16,12 +17,11 @@ from torch import Tensor, nn
 
 
 class Segments:
-    """The calls, compiled or not."""
+    """The calls, each passed through `wrap`."""
 
-    __slots__ = ("attention", "feed_forward", "project", "linear")
+    __slots__ = ("__weakref__", "attention", "feed_forward", "linear", "project")
 
-    def __init__(self, compiled: bool) -> None:
-        wrap: Callable[[Callable], Callable] = _compiled if compiled else _plain
+    def __init__(self, wrap: Callable[[Callable], Callable]) -> None:
         self.attention = wrap(attention)
         self.feed_forward = wrap(feed_forward)
         self.project = wrap(project)
@@ -58,10 +58,16 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-def _plain(function: Callable) -> Callable:
-    return function
+EAGER = Segments(lambda function: function)
+_COMPILED: weakref.WeakKeyDictionary[Callable, Segments] = weakref.WeakKeyDictionary()
 
 
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function)
+def segments_like(compiled: Callable | None) -> Segments:
+    """The segments for a module whose compiled call is `compiled`, as `Module.compile` leaves it; None if it is eager."""
+    if compiled is None:
+        return EAGER
+    if compiled not in _COMPILED:
+        # A torch.compile context wraps any function; it is the only bearer of the settings (backend, mode, dynamic).
+        context = inspect.getclosurevars(compiled).nonlocals.get("self")
+        _COMPILED[compiled] = Segments(context if callable(context) else torch.compile)
+    return _COMPILED[compiled]

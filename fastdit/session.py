@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import clock
-from fastdit.errors import ScheduleError
+from fastdit.errors import FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots
 from fastdit.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
@@ -42,8 +42,8 @@ class Branch:
 
     slots: Slots = field(default_factory=dict)
     signature: tuple[Any, ...] | None = None
-    embeddings: Tensor | None = None
-    version: int = -1
+    embeddings: tuple[Tensor, ...] = ()
+    versions: tuple[int, ...] = ()
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Session:
         self.forward: Forward | None = None
         self.family: dict[str, Any] = {}
         self.pipeline: weakref.ref[Any] | None = None
-        self._branch: Branch | None = None
+        self._scheduler: weakref.ref[Any] | None = None
         self._tokens = 0
         self._plans: dict[int, RunPlan] = {}
 
@@ -109,26 +109,52 @@ class Session:
         blocks = copy.deepcopy(self.blocks, memo)
         Session.__init__(clone, self.adapter, self.spec, self.methods, self.ops, blocks, self.eager)
         clone.enabled = self.enabled
+        copied = memo.get(id(self.pipeline())) if self.pipeline is not None else None
+        if copied is not None:  # the whole pipeline is being copied
+            clone.pipeline = weakref.ref(copied)
         return clone
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FastDiTError(
+            "a patched model cannot be pickled: call fastdit.unpatch first; "
+            "state_dict and save_pretrained work as they are"
+        )
 
     # ---- the run, as told by the scheduler or by `with h.run(...)`
 
-    def start_run(self, steps: int | None, scheduler: Any = None) -> None:
+    def follow(self, scheduler: Any) -> None:
+        """Take the clock from `scheduler`, and no longer from the one before."""
+        self.unfollow()
+        clock.attach(scheduler, self)
+        self._scheduler = weakref.ref(scheduler)
+
+    def unfollow(self) -> None:
+        """Leave the scheduler as it was before :meth:`follow`."""
+        scheduler = self._scheduler() if self._scheduler is not None else None
+        if scheduler is not None and clock.is_attached(scheduler, self):
+            clock.detach(scheduler)
+        self._scheduler = None
+
+    def start_run(
+        self, steps: int | None, scheduler: Any = None, timesteps_given: bool = False
+    ) -> None:
         """Begin a run of `steps` steps; whatever an earlier run left is dropped.
 
         Raises:
             ScheduleError: A method does not fit this number of steps. No run is open afterwards.
         """
         self.reset()
+        if not self.enabled:
+            return
         planned = OPEN_STEPS if steps is None else steps
         if planned not in self._plans:
             self._plans[planned] = plan_run(self.methods, self.spec, planned)
-        self.run = Run(steps, self._plans[planned], scheduler)
+        self.run = Run(steps, self._plans[planned], scheduler, timesteps_given=timesteps_given)
 
-    def end_step(self) -> None:
-        """The scheduler has stepped."""
+    def end_step(self, scheduler: Any = None) -> None:
+        """A step is done, says `scheduler`, or the user; only the one that leads the run is heard."""
         run = self.run
-        if run is None or run.finished:
+        if run is None or run.finished or run.scheduler is not scheduler:
             return
         run.step += 1
         run.call = 0
@@ -143,7 +169,6 @@ class Session:
             self.run.branches.clear()
             self.run.scheduler = None
         self.forward = None
-        self._branch = None
 
     def reset(self) -> None:
         """Forget the run in progress and all caches."""
@@ -174,7 +199,7 @@ class Session:
             return
         call = self.adapter.call(transformer, args, kwargs)
         run = self._locate(call.timestep)
-        self._branch = self._prepare_branch(run, call)
+        branch = self._prepare_branch(run, call)
         self._tokens = call.tokens
         run.call += 1
         actions = run.plan.actions[run.step] if run.plan.actions else ()
@@ -187,10 +212,11 @@ class Session:
             self.ops,
             self.blocks,
             actions=actions,
-            slots=self._branch.slots,
+            slots=branch.slots,
             immediate=immediate,
             defer=not immediate and not call.skips_blocks,
             family=self.family,
+            compiled=self._compiled_call(transformer),
         )
 
     @torch.compiler.disable
@@ -240,19 +266,30 @@ class Session:
         return run
 
     def _follow_scheduler(self) -> None:
-        """Attach to a scheduler that was put into the pipeline after patching; its timesteps are already set."""
+        """Follow a scheduler that was put into the pipeline after patching; its timesteps are already set."""
         pipeline = self.pipeline() if self.pipeline is not None else None
-        if pipeline is None or clock.is_attached(pipeline.scheduler):
+        given = self.run is not None and self.run.timesteps_given
+        if pipeline is None or given or clock.is_attached(pipeline.scheduler, self):
             return
-        clock.attach(pipeline.scheduler, self)
+        self.follow(pipeline.scheduler)
         self.start_run(len(pipeline.scheduler.timesteps), pipeline.scheduler)
+
+    def _compiled_call(self, transformer: nn.Module) -> Any:
+        """The transformer's compiled call, made by `transformer.compile()` or by wrapping it in the pipeline; or None."""
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        wrapper = getattr(pipeline, "transformer", None)
+        if getattr(wrapper, "_orig_mod", None) is transformer:
+            return wrapper.forward
+        return transformer._compiled_call_impl
 
     def _locate_by_timestep(self, run: Run | None, timestep: Any) -> Run:
         """Without a scheduler the timestep argument tells: another value is another step, a higher one another run.
 
         Reads the value, so it waits for a GPU; a scheduler, or `advance()`, does not.
         """
-        if run is not None and run.manual:
+        if run is not None and run.timesteps_given and run.finished:
+            raise ScheduleError(_one_call_too_many(run.steps))
+        if run is not None and run.manual and not run.finished:
             return run
         value = (
             float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
@@ -271,10 +308,7 @@ class Session:
             run.step += 1
             run.call = 0
         if run.step >= (run.steps or OPEN_STEPS):
-            raise ScheduleError(
-                f"the transformer was called for step {run.step + 1} of a run of {run.steps or OPEN_STEPS} steps; "
-                "call reset() on the handle before another run"
-            )
+            raise ScheduleError(_one_call_too_many(run.steps or OPEN_STEPS))
         run.first = run.first or 0
         run.last_timestep = value
         return run
@@ -284,16 +318,31 @@ class Session:
         branch = run.branches.setdefault(run.call, Branch())
         autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
         signature = (*call.signature, autocast)
-        version = _version(call.embeddings)
-        same = branch.embeddings is call.embeddings and branch.version == version
-        if not same and branch.embeddings is not None and call.embeddings is not None:
-            # Only hand-written loops that build their embeddings anew get here; a pipeline passes the same tensor.
-            same = branch.signature == signature and torch.equal(branch.embeddings, call.embeddings)
-        if branch.signature != signature or not same:
+        versions = tuple(-1 if t.is_inference() else t._version for t in call.embeddings)
+        if branch.signature != signature or not _same_tensors(branch, call.embeddings, versions):
             branch.slots.clear()
-        branch.signature, branch.embeddings, branch.version = signature, call.embeddings, version
+        branch.signature, branch.embeddings, branch.versions = signature, call.embeddings, versions
         return branch
 
 
-def _version(tensor: Tensor | None) -> int:
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
+def _same_tensors(branch: Branch, tensors: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
+    """Whether these are the tensors the branch was made for, unwritten since; or, in new memory, equal ones.
+
+    A pipeline passes the same tensors at every step; only hand-written loops that build them anew have them compared.
+    """
+    for old, before, new, now in zip(
+        branch.embeddings, branch.versions, tensors, versions, strict=True
+    ):
+        if old is new:
+            if before != now:
+                return False
+        elif not torch.equal(old, new):
+            return False
+    return True
+
+
+def _one_call_too_many(steps: int) -> str:
+    return (
+        f"the transformer was called for step {steps + 1} of a run of {steps} steps; "
+        "call reset() on the handle before another run"
+    )

@@ -29,7 +29,7 @@ class Call:
     Attributes:
         hidden_states: The latents, as given.
         timestep: As given.
-        embeddings: The text or class condition, whose change invalidates caches.
+        embeddings: The text or class conditions, whose change invalidates caches.
         tokens: Image tokens that pass the blocks, per batch row.
         signature: Shapes and dtypes a cached value depends on.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
@@ -37,7 +37,7 @@ class Call:
 
     hidden_states: Tensor
     timestep: Any
-    embeddings: Tensor | None
+    embeddings: tuple[Tensor, ...]
     tokens: int
     signature: tuple[Any, ...]
     skips_blocks: bool
@@ -61,7 +61,7 @@ class Adapter:
         components: Block list attribute -> component names in running order.
         consumers: Block list attribute -> {component: the only component that reads it}.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
-        embeddings_argument: The transformer argument that holds the condition.
+        embeddings_arguments: The transformer arguments that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
     """
@@ -72,7 +72,7 @@ class Adapter:
     components: Mapping[str, tuple[str, ...]]
     consumers: Mapping[str, Mapping[str, str]] = {}
     forwards: Mapping[str, Callable[..., Any]]
-    embeddings_argument = "encoder_hidden_states"
+    embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
     uses_cfg = True
 
@@ -138,10 +138,11 @@ class Adapter:
             return args[position] if position < len(args) else None
 
         latents = argument("hidden_states")
-        embeddings = argument(self.embeddings_argument)
+        conditions = (argument(name) for name in self.embeddings_arguments if name in names)
+        embeddings = tuple(value for value in conditions if value is not None)
         tokens = self.tokens(transformer, latents.shape)
-        shape = None if embeddings is None else tuple(embeddings.shape)
-        signature = (tuple(latents.shape), latents.dtype, latents.device, shape)
+        tensors = (latents, *embeddings)
+        signature = tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
         return Call(
             latents,
             argument("timestep"),
@@ -195,6 +196,11 @@ def linear_macs(*modules: nn.Module | None) -> int:
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 total += layer.weight.numel()
     return total
+
+
+def attention_macs(attention: nn.Module) -> int:
+    """:func:`linear_macs` of an attention over one sequence; `fuse_qkv_projections` leaves the unfused layers in place."""
+    return linear_macs(attention.to_q, attention.to_k, attention.to_v, attention.to_out)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, chunk_gates, linear_macs
+from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
 
@@ -29,7 +29,7 @@ def basic_block(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """One adaLN-zero block: image [B, N, D], timestep [B], class_labels [B] -> image."""
-    image = fw.enter(hidden_states, "image")
+    image = fw.enter(hidden_states, "image", branch_first=True)
     emb = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
     modulation = fw.segments.linear(block.norm1.linear, block.norm1.silu(emb))
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(modulation, 6)
@@ -69,7 +69,7 @@ class DiT(Adapter):
     kinds = {"transformer_blocks": "BasicTransformerBlock"}
     components = {"transformer_blocks": ("attn1", "ff")}
     forwards = {"transformer_blocks": basic_block}
-    embeddings_argument = "class_labels"
+    embeddings_arguments = ("class_labels",)
     text_tokens = 0
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:
@@ -88,9 +88,10 @@ class DiT(Adapter):
         self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
     ) -> int:
         """Linear layers, and QK^T and AV."""
-        module = getattr(block, component)
-        products = 2 * size.image * size.image * module.inner_dim if component == "attn1" else 0
-        return linear_macs(module) * size.image + products
+        if component == "attn1":
+            attn = block.attn1
+            return size.image * (attention_macs(attn) + 2 * size.image * attn.inner_dim)
+        return linear_macs(block.ff) * size.image
 
     def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
         """Embedders and modulations of every block, the output modulation (block 0's embedder again) and projection."""

@@ -13,7 +13,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, linear_macs
+from fastdit.adapters.base import Adapter, Size, attention_macs, linear_macs
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
 
@@ -31,7 +31,7 @@ def basic_block(
     added_cond_kwargs: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """One adaLN-single block: image [B, N, D], text [B, T, D], timestep [B, 6 D] -> image."""
-    image = fw.enter(hidden_states, "image")
+    image = fw.enter(hidden_states, "image", branch_first=True)
     kwargs = dict(cross_attention_kwargs or {})
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(block, fw, timestep)
 
@@ -137,7 +137,7 @@ class PixArt(Adapter):
         """Linear layers, and QK^T and AV."""
         module = getattr(block, component)
         if component == "attn1":
-            return linear_macs(module) * size.image + 2 * size.image * size.image * module.inner_dim
+            return size.image * (attention_macs(module) + 2 * size.image * module.inner_dim)
         if component == "attn2":
             image, text = (
                 linear_macs(module.to_q, module.to_out),

@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, chunk_gates, linear_macs
+from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
 from fastdit.forward import Forward
 
 COMPONENTS = ("attn", "attn2", "ff", "ff_context")
@@ -53,12 +53,13 @@ def joint_block(
     if block.use_dual_attention and fw.computes("attn2"):
         u_second = image.normed(block.norm1.norm, second[1], second[0])
 
-    attention = fw.component(
-        "attn",
-        lambda: fw.segments.attention(
+    def attend() -> tuple[Tensor, Tensor | None]:
+        outputs = fw.segments.attention(
             block.attn, hidden_states=u_image, encoder_hidden_states=u_text, **attention_kwargs
-        ),
-    )
+        )
+        return (outputs[0], None) if last else outputs  # the last block's text ends here
+
+    attention = fw.component("attn", attend)
     image.add(attention[0], gate)
     if block.use_dual_attention:
         branch = fw.component(
@@ -132,7 +133,7 @@ class SD3(Adapter):
             joint = size.image + size.text
             return image * size.image + text * size.text + 2 * joint * joint * attn.inner_dim
         if component == "attn2":
-            return linear_macs(module) * size.image + 2 * size.image * size.image * module.inner_dim
+            return size.image * (attention_macs(module) + 2 * size.image * module.inner_dim)
         return linear_macs(module) * (size.image if component == "ff" else size.text)
 
     def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
@@ -152,10 +153,9 @@ class SD3(Adapter):
     def slot_elements(
         self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
     ) -> int:
-        """`attn` caches the pair of image and text outputs."""
-        tokens = {"attn": size.image + size.text, "ff_context": size.text}.get(
-            component, size.image
-        )
+        """`attn` caches the pair of image and text outputs, the last block's image only."""
+        text = 0 if component == "attn" and block.context_pre_only else size.text
+        tokens = {"attn": size.image + text, "ff_context": text}.get(component, size.image)
         return tokens * transformer.inner_dim
 
     def probe(
