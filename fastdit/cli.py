@@ -1,0 +1,255 @@
+"""The command line: `fastdit demo`, `explain`, `schedule show`, `backends`.
+
+Reads arguments, calls the library, prints. Errors the library raises on purpose end as one red line
+and exit code 2, Ctrl-C as exit code 130. What is heavy (torch, diffusers, drawing) is imported by
+the command that needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from fastdit import options
+from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
+
+if TYPE_CHECKING:
+    from fastdit.demo import Settings
+    from fastdit.loading import Model
+    from fastdit.methods.base import Method
+    from fastdit.schedule import Schedule
+
+REFUSED, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """Commands whose expected failures end without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; see the module's description."""
+        try:
+            return super().invoke(ctx)
+        except FastDiTError as error:
+            line = " ".join(str(error).split())
+            Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
+            raise typer.Exit(REFUSED) from None
+        except KeyboardInterrupt:
+            Console(stderr=True).print("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    name="fastdit",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+schedules = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at schedule files.")
+app.add_typer(schedules, name="schedule")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fastdit import __version__
+
+        typer.echo(f"fastdit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fastdit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Faster diffusion transformers for Hugging Face diffusers.
+
+    [bold]Examples[/bold]
+
+      fastdit demo
+
+      fastdit demo "a large red circle at the left on a white background" --every 3
+
+      fastdit demo "a fox in the snow" --model ./PixArt-XL-2-512x512 --steps 20
+
+      fastdit explain --model ./FLUX.1-dev --every 2 --height 1024 --width 1024
+
+      fastdit schedule show ecad.json --png ecad.png
+    """
+
+
+@app.command()
+def demo(
+    prompts: options.Prompts = None,
+    model: options.Model = None,
+    out: options.Picture = Path("fastdit-demo.png"),
+    every: options.SeveralEvery = None,
+    schedule: options.Schedule = None,
+    steps: options.Steps = None,
+    seed: options.Seed = 0,
+    repeats: options.Repeats = 3,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    backend: options.Backend = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+) -> None:
+    """Draw the same seeds unpatched, by a schedule, and by fewer steps in the schedule's time.
+
+    Writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched.
+
+    For a DiT pipeline the prompts are class numbers.
+    """
+    _check_output(out, "--out")
+    methods = _methods(schedule, every, default=(2, 3))
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    loaded = _load(model, dtype)
+    from fastdit.demo import Settings, resolve_steps
+
+    steps = resolve_steps(loaded.pipeline, list(methods.values()), steps, backend)
+    settings = Settings(steps, seed, repeats, height, width, backend)
+    _run_demo(loaded, list(prompts or ()), methods, settings, out)
+
+
+def _run_demo(
+    model: Model, prompts: list[str], methods: dict[str, Method], settings: Settings, out: Path
+) -> None:
+    from fastdit import console as view
+    from fastdit.demo import compare
+    from fastdit.loading import calls, default_prompts, judge_of
+    from fastdit.machine import describe
+
+    console = Console()
+    where = f"{describe(model.device)}, {model.dtype}"
+    prompts = prompts or default_prompts(model)
+    asked = calls(model.pipeline, prompts, settings.height, settings.width)
+    console.print(
+        f"[bold]fastdit demo[/bold]: {model.name} on {where}\n"
+        f"prompts: {len(prompts)}, steps: {settings.steps}, seed: {settings.seed}, "
+        f"timed calls per picture: {settings.repeats}",
+        highlight=False,
+    )
+    with view.progress_bar(console) as advance:
+        found = compare(
+            model.pipeline, asked, prompts, methods, settings, judge_of(model), progress=advance
+        )
+    console.print(view.comparison_table(found))
+    view.comparison_picture(found, model, where).save(out, format="PNG")
+    console.print(f"pictures: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def explain(
+    model: options.Model = None,
+    schedule: options.Schedule = None,
+    every: options.Every = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    batch: options.Batch = 1,
+    steps: options.Steps = None,
+    cfg: options.Guidance = None,
+    backend: options.Backend = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Say what a patched model will do, without running it: plan, compute, bytes, caches."""
+    (method,) = _methods(schedule, None if every is None else [every], default=(2,)).values()
+    loaded = _load(model, dtype)
+    from fastdit import patch
+    from fastdit.console import explanation_text
+
+    handle = patch(loaded.pipeline, method, backend=backend)
+    text = explanation_text(handle.explain(height, width, batch, steps, cfg))
+    Console().print(text, soft_wrap=True)
+
+
+@schedules.command("show")
+def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
+    """Print a schedule's facts, and which share of the blocks computes at each step."""
+    if png is not None:
+        _check_output(png, "--png")
+    from fastdit.console import schedule_facts
+
+    found = _read_schedule(file, "FILE")
+    Console().print(schedule_facts(found, str(file)), soft_wrap=True)
+    if png is not None:
+        from fastdit.raster import save_raster
+
+        save_raster(found, png, file.stem)
+        Console().print(f"picture: {png}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def backends() -> None:
+    """List the backends: what each serves on the devices here, and what was built."""
+    from fastdit import machine
+    from fastdit.console import Fact, backend_table, facts
+
+    console = Console()
+    console.print(backend_table(machine.backend_rows(), machine.DTYPES))
+    lines = [Fact(f"{name} serves nothing", why) for name, why in machine.refusals()]
+    lines += [Fact(name, what) for name, what in machine.built()]
+    console.print(facts(lines))
+
+
+def main() -> None:
+    """The console script `fastdit`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+# ---- arguments
+
+
+def _methods(
+    schedule: Path | None, every: list[int] | None, default: tuple[int, ...]
+) -> dict[str, Method]:
+    """Name -> method for --schedule or --every."""
+    if schedule is not None and every:
+        raise ArgumentError("--schedule and --every exclude each other: give one of them")
+    from fastdit import Cached, Schedule
+
+    if schedule is not None:
+        return {schedule.stem: Cached(_read_schedule(schedule, "--schedule"))}
+    return {f"every({n})": Cached(Schedule.every(n)) for n in every or default}
+
+
+def _read_schedule(path: Path, argument: str) -> Schedule:
+    from fastdit.schedule import Schedule
+
+    try:
+        return Schedule.load(path)
+    except ScheduleError as error:
+        raise ScheduleError(f"{argument} {error}") from error
+
+
+def _check_output(path: Path, argument: str) -> None:
+    """Refuse before the work what could not be written after it."""
+    if path.suffix.lower() != ".png":
+        raise ArgumentError(f"{argument} must end in .png, got {path}")
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir():
+        raise ArgumentError(f"{argument} {path} cannot be written: its folder does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ArgumentError(f"{argument} {path} cannot be written: permission denied")
+
+
+def _load(folder: Path | None, dtype: str | None) -> Model:
+    from fastdit.loading import load_model
+
+    name = "the embedded model" if folder is None else str(folder)
+    with Console(stderr=True).status(f"loading {name}"):
+        return load_model(folder, dtype)

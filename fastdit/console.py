@@ -1,0 +1,216 @@
+"""How the results of the commands look: tables for the terminal, and the labels of the demo's
+pictures.
+
+Only wording and layout: what is shown was computed elsewhere. Tables fit a terminal of 80 columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from fastdit.demo import Arm, Cell, Comparison, Progress
+    from fastdit.explain import Explanation
+    from fastdit.loading import Model
+    from fastdit.schedule import Schedule
+
+MEANING = (
+    "Seconds are those of whole pipeline calls (text encoding, all steps, decoding): medians of "
+    "{calls} interleaved calls {each}. Speed-up is the median over the interleaved pairs with the "
+    "unpatched model. PSNR (in dB) and relative L2 are distances to the unpatched picture of the "
+    "same seed, in floating point over [0, 1]."
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of a list of facts."""
+
+    name: str
+    value: str
+
+
+def facts(lines: Sequence[Fact]) -> Table:
+    """Names and values in two columns."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for line in lines:
+        table.add_row(line.name, Text(line.value))
+    return table
+
+
+# ---- demo
+
+
+def comparison_table(comparison: Comparison) -> RenderableType:
+    """One line per arm: medians over all prompts and repeats."""
+    judged = comparison.right(0) is not None
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("")
+    for name in ("steps", "seconds", "min-max", "speed-up", "compute", "PSNR", "rel. L2"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if judged:
+        table.add_column("right", justify="right", no_wrap=True)
+    for index, arm in enumerate(comparison.arms):
+        seconds = comparison.seconds(index)
+        column = [row[index] for row in comparison.cells]
+        cells = [
+            arm.name,
+            str(arm.steps),
+            _short(median(seconds)),
+            f"{_short(min(seconds))}-{_short(max(seconds))}",
+            f"{comparison.speedup(index):.2f}x",
+            f"{1 / arm.compute_ratio:.0%}",
+            _decibels(median(cell.psnr for cell in column)) if index else "-",
+            f"{median(cell.relative_l2 for cell in column):.3f}" if index else "-",
+        ]
+        if judged:
+            cells.append(_of(comparison.right(index)))
+        table.add_row(*cells)
+    return Group(table, Text(_meaning(comparison, judged), style="dim"))
+
+
+def _meaning(comparison: Comparison, judged: bool) -> str:
+    calls = comparison.settings.repeats * len(comparison.prompts)
+    text = MEANING.format(calls=calls, each="each")
+    text += " Compute is the share of the transformer's multiply-accumulates."
+    if judged:
+        text += " Right: how many of the objects named have their shape and colour."
+    return text
+
+
+def comparison_picture(comparison: Comparison, model: Model, where: str) -> Image.Image:
+    """The labelled grid: one row per prompt, one column per arm."""
+    from fastdit.grid import Row, Tile, draw_grid
+
+    settings = comparison.settings
+    headers = [(arm.name, _detail(arm)) for arm in comparison.arms]
+    rows = []
+    for index, prompt in enumerate(comparison.prompts):
+        tiles = [
+            Tile(cell.image, _labels(cell, comparison.speedup(arm, index), arm == 0))
+            for arm, cell in enumerate(comparison.cells[index])
+        ]
+        rows.append(Row(prompt, tuple(tiles)))
+    height, width = comparison.cells[0][0].image.shape[:2]
+    title = f"fastdit demo: {model.name}, {width} x {height}, {where}, seed {settings.seed}"
+    footer = MEANING.format(calls=settings.repeats, each="per picture")
+    return draw_grid(title, headers, rows, footer)
+
+
+def _detail(arm: Arm) -> str:
+    return f"{arm.steps} steps" + ("" if arm.rival is None else f", the time of {arm.rival}")
+
+
+def _labels(cell: Cell, speedup: float, is_reference: bool) -> tuple[str, ...]:
+    seconds = f"{_short(median(cell.seconds))} s"
+    judged = "" if cell.right is None else f"objects right {_of(cell.right)}"
+    if is_reference:
+        lines = (f"{seconds} · reference", judged)
+    else:
+        lines = (
+            f"{seconds} · {speedup:.2f}x",
+            f"PSNR {_decibels(cell.psnr, ' dB')} · rel. L2 {cell.relative_l2:.3f}",
+            judged,
+        )
+    return tuple(line for line in lines if line)
+
+
+def _short(seconds: float) -> str:
+    """Three digits, as far as they are worth saying."""
+    return f"{seconds:.{max(0, 2 - len(str(int(seconds))) + 1)}f}"
+
+
+def _decibels(value: float, unit: str = "") -> str:
+    return "equal" if math.isinf(value) else f"{value:.1f}{unit}"
+
+
+def _of(right: tuple[int, int] | None) -> str:
+    return "-" if right is None else f"{right[0]}/{right[1]}"
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """A bar that says what is being drawn; gone when the work is done."""
+    columns = (
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with RichProgress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(text: str, done: int, total: int) -> None:
+            bar.update(task, description=text, completed=done, total=total)
+
+        yield advance
+
+
+# ---- explain, schedule, backends
+
+
+def explanation_text(explanation: Explanation) -> Text:
+    """The explanation's own words, with its labels coloured."""
+    text = Text(str(explanation))
+    text.highlight_regex(r"\A[^\n]+", "bold")
+    text.highlight_regex(r"(?m)^  [a-z]+(?=  )", "cyan")
+    return text
+
+
+def schedule_facts(schedule: Schedule, name: str) -> RenderableType:
+    """Facts of a schedule and its raster: a line per component, a character per step."""
+    lines = [Fact("file", name), Fact("steps", str(schedule.steps))]
+    lines += [
+        Fact("blocks", f"{layer.bits.shape[1]} x {kind} ({', '.join(layer.components)})")
+        for kind, layer in schedule.layers.items()
+    ]
+    lines.append(Fact("reused", f"{schedule.reuse_share:.1%} of all (step, block, component)"))
+    lines.append(Fact("sha256", schedule.sha256))
+    lines += [Fact(f"from {key}", str(value)) for key, value in schedule.provenance.items()]
+    return Group(facts(lines), Text(), schedule_raster(schedule))
+
+
+def schedule_raster(schedule: Schedule) -> Text:
+    """Share of the blocks that compute, at each step and component, as text."""
+    from fastdit.explain import raster
+    from fastdit.methods.cached import Cached
+    from fastdit.plan import plan_run
+    from fastdit.schedule import Schedule
+    from fastdit.spec import BlockKind, ModelSpec
+
+    parts = []
+    for kind, layer in schedule.layers.items():
+        # The library's own raster, for a model of this one kind of block.
+        spec = ModelSpec("any", (BlockKind(kind, layer.bits.shape[1], layer.components),))
+        parts.append(kind)
+        parts.append(
+            raster(plan_run([Cached(Schedule({kind: layer}))], spec, schedule.steps), spec)
+        )
+    parts.append("one column per step: █ every block computes, · every block reuses")
+    return Text("\n".join(parts))
+
+
+def backend_table(rows: Sequence[tuple[str, str, Sequence[str]]], dtypes: Sequence[str]) -> Table:
+    """(backend, device, one entry per dtype) as a table."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("backend", "device", *dtypes):
+        table.add_column(name)
+    for backend, device, entries in rows:
+        table.add_row(backend, device, *entries)
+    return table

@@ -1,0 +1,294 @@
+"""The work behind `fastdit demo`: the same seeds unpatched, by static schedules, and by fewer steps
+at equal time.
+
+A time is that of the whole pipeline call: text encoding, all steps, decoding. After a warm-up the
+arms are timed interleaved (A B C, A B C, ...), so that a machine that slows down slows all of them.
+Each schedule stands beside its honest rival: the unpatched model with as many steps as fit into the
+schedule's time, timed again with the others. Patching is not timed; nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastdit.distance import psnr, relative_l2
+from fastdit.errors import ArgumentError, FastDiTError
+from fastdit.methods.base import Method
+from fastdit.patch import patch
+
+PILOT_RUNS = 2
+
+Judge = Callable[[Sequence[np.ndarray], Sequence[str]], Any]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compare.
+
+    Attributes:
+        steps: Steps of the unpatched and of the patched runs.
+        seed: Of every picture; drawn on the CPU, so that all devices start from the same noise.
+        repeats: Timed calls per picture, >= 1.
+        height, width: In pixels, to predict what is computed; the pipeline's default if None.
+        backend: As in :func:`fastdit.patch`.
+    """
+
+    steps: int
+    seed: int = 0
+    repeats: int = 3
+    height: int | None = None
+    width: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of drawing: a column of the comparison.
+
+    Attributes:
+        name: How to call it.
+        steps: Number of steps.
+        method: What to patch in; None leaves the model alone.
+        compute_ratio: Multiply-accumulates of the transformer, unpatched over this arm.
+        rival: The arm in whose time it is meant to be done, for the arms with fewer steps.
+    """
+
+    name: str
+    steps: int
+    method: Method | None
+    compute_ratio: float
+    rival: str | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture and what it cost.
+
+    Attributes:
+        image: [h, w, 3], float in [0, 1].
+        seconds: Of each timed call.
+        psnr, relative_l2: Against the unpatched picture; see `fastdit/distance.py`.
+        right: (objects with the right shape and colour, objects named); None if nobody judged.
+    """
+
+    image: np.ndarray
+    seconds: tuple[float, ...]
+    psnr: float
+    relative_l2: float
+    right: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` found: ``cells[prompt][arm]``, the first arm being unpatched."""
+
+    prompts: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    cells: tuple[tuple[Cell, ...], ...]
+    settings: Settings
+
+    def seconds(self, arm: int) -> list[float]:
+        """All timed calls of an arm, repeats of one prompt after the other."""
+        return [value for row in self.cells for value in row[arm].seconds]
+
+    def speedup(self, arm: int, prompt: int | None = None) -> float:
+        """Median over interleaved pairs of unpatched to the arm's seconds; of one prompt or all."""
+        rows = self.cells if prompt is None else [self.cells[prompt]]
+        return median(ratio for row in rows for ratio in _ratios(row[0].seconds, row[arm].seconds))
+
+    def right(self, arm: int) -> tuple[int, int] | None:
+        """(objects right, objects named) over the judged prompts, or None where nobody judged."""
+        judged = [row[arm].right for row in self.cells if row[arm].right is not None]
+        return (sum(r for r, _ in judged), sum(n for _, n in judged)) if judged else None
+
+
+def compare(
+    pipeline: Any,
+    calls: Sequence[Mapping[str, Any]],
+    prompts: Sequence[str],
+    methods: Mapping[str, Method],
+    settings: Settings,
+    judge: Judge | None = None,
+    progress: Progress = lambda text, done, total: None,
+) -> Comparison:
+    """Draw and time every prompt unpatched, by each method, and by fewer steps in its time.
+
+    Args:
+        pipeline: A diffusers pipeline without a patch; it has none afterwards, also after an error.
+        calls: The pipeline's arguments for each prompt, without steps, seed and output type.
+        prompts: Their names.
+        methods: Name -> what to patch in.
+        settings: Steps, seed, repeats, size, backend.
+        judge: ``judge([image], [prompt])`` -> an object like :class:`fastdit.tiny.Score`; a
+            ValueError means that it cannot judge the prompt.
+        progress: Called as ``progress(what, calls done, calls in all)`` before every pipeline call.
+
+    Raises:
+        FastDiTError: A method does not fit the model, or the pipeline refuses the arguments.
+    """
+    total = total_calls(len(calls), len(methods), settings)
+    runs = _Runs(pipeline, calls, settings, progress, total)
+    patched = [_schedule_arm(pipeline, name, methods[name], settings) for name in methods]
+    arms = [Arm("unpatched", settings.steps, None, 1.0)]
+    for arm, share in zip(patched, _time_shares(runs, [*arms, *patched]), strict=True):
+        steps = equal_time_steps(settings.steps, share)
+        arms += [Arm("fewer steps", steps, None, settings.steps / steps, arm.name), arm]
+    images, seconds = _measure(runs, arms)
+    cells = tuple(
+        tuple(
+            _cell(image, spent, images[row][0], judge, prompt)
+            for image, spent in zip(images[row], seconds[row], strict=True)
+        )
+        for row, prompt in enumerate(prompts)
+    )
+    return Comparison(tuple(prompts), tuple(arms), cells, settings)
+
+
+def resolve_steps(
+    pipeline: Any, methods: Sequence[Method], asked: int | None, backend: str | None = None
+) -> int:
+    """The number of steps: as asked, else what a schedule is made for, else the pipeline's default.
+
+    Raises:
+        FastDiTError: The pipeline cannot be patched, or a method does not fit it or `asked`.
+    """
+    steps = asked
+    for method in methods:
+        with _patched(pipeline, method, backend) as handle:
+            steps = handle.explain(steps=steps).steps
+    if steps is None:
+        raise ArgumentError("methods must hold at least one method, got none")
+    return steps
+
+
+def equal_time_steps(steps: int, time_share: float) -> int:
+    """Steps that take `time_share` of the time of `steps`: at least 1, at most `steps`."""
+    return min(steps, max(1, round(steps * time_share)))
+
+
+def total_calls(prompts: int, methods: int, settings: Settings) -> int:
+    """How many pipeline calls :func:`compare` makes."""
+    return (1 + methods) * (1 + PILOT_RUNS) + settings.repeats * prompts * (1 + 2 * methods)
+
+
+def _schedule_arm(pipeline: Any, name: str, method: Method, settings: Settings) -> Arm:
+    with _patched(pipeline, method, settings.backend) as handle:
+        facts = handle.explain(settings.height, settings.width, steps=settings.steps)
+    return Arm(name, settings.steps, method, facts.flop_speedup)
+
+
+def _time_shares(runs: _Runs, arms: Sequence[Arm]) -> list[float]:
+    """Time of each later arm over the first's: a warm-up each, then interleaved pairs."""
+    for arm in arms:
+        runs.draw(0, arm, f"warming up: {arm.name}")
+    seconds: list[list[float]] = [[] for _ in arms]
+    for _ in range(PILOT_RUNS):
+        for spent, arm in zip(seconds, arms, strict=True):
+            spent.append(runs.draw(0, arm, f"looking for equal time: {arm.name}")[1])
+    return [median(_ratios(spent, seconds[0])) for spent in seconds[1:]]
+
+
+def _measure(
+    runs: _Runs, arms: Sequence[Arm]
+) -> tuple[list[list[np.ndarray]], list[list[list[float]]]]:
+    """Pictures ``[prompt][arm]`` and seconds ``[prompt][arm][repeat]``, the arms interleaved."""
+    rows, repeats = len(runs.calls), runs.settings.repeats
+    images: list[list[np.ndarray]] = [[] for _ in range(rows)]
+    seconds: list[list[list[float]]] = [[[] for _ in arms] for _ in range(rows)]
+    for repeat in range(repeats):
+        for row in range(rows):
+            for column, arm in enumerate(arms):
+                where = f"prompt {row + 1} of {rows}, repeat {repeat + 1} of {repeats}"
+                image, spent = runs.draw(row, arm, f"timing: {arm.name}, {where}")
+                seconds[row][column].append(spent)
+                if repeat == 0:
+                    images[row].append(image)
+    return images, seconds
+
+
+def _ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [one / other for one, other in zip(seconds, others, strict=True)]
+
+
+def _cell(
+    image: np.ndarray,
+    seconds: Sequence[float],
+    reference: np.ndarray,
+    judge: Judge | None,
+    prompt: str,
+) -> Cell:
+    return Cell(
+        image,
+        tuple(seconds),
+        psnr(image, reference),
+        relative_l2(image, reference),
+        None if judge is None else _judged(judge, image, prompt),
+    )
+
+
+def _judged(judge: Judge, image: np.ndarray, prompt: str) -> tuple[int, int] | None:
+    try:
+        objects = judge([image], [prompt]).objects
+    except ValueError:  # a prompt in words of its own
+        return None
+    return sum(1 for verdict in objects if verdict.right), len(objects)
+
+
+@dataclass
+class _Runs:
+    """Pipeline calls, counted and timed."""
+
+    pipeline: Any
+    calls: Sequence[Mapping[str, Any]]
+    settings: Settings
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def draw(self, row: int, arm: Arm, text: str) -> tuple[np.ndarray, float]:
+        """(image [h, w, 3], seconds) of one call; the image is on the host, so all is done."""
+        self.progress(text, self.done, self.total)
+        generator = torch.Generator("cpu").manual_seed(self.settings.seed)
+        with _patched(self.pipeline, arm.method, self.settings.backend):
+            start = time.perf_counter()
+            try:
+                output = self.pipeline(
+                    **self.calls[row],
+                    num_inference_steps=arm.steps,
+                    generator=generator,
+                    output_type="np",
+                )
+            except FastDiTError:
+                raise
+            except ValueError as error:  # how pipelines refuse arguments
+                raise ArgumentError(f"{type(self.pipeline).__name__}: {error}") from error
+            spent = time.perf_counter() - start
+        self.done += 1
+        return np.asarray(output.images[0]), spent
+
+
+@contextmanager
+def _patched(pipeline: Any, method: Method | None, backend: str | None) -> Iterator[Any]:
+    """Patch for the length of the `with`; without a method, leave the pipeline alone."""
+    if method is None:
+        yield None
+        return
+    handle = patch(pipeline, method, backend=backend)
+    try:
+        yield handle
+    finally:
+        handle.unpatch()

@@ -1,0 +1,190 @@
+"""What the commands run on: a diffusers pipeline from the package or from a folder, and the calls
+that draw a prompt.
+
+Folders are read from the disk alone: nothing is downloaded and no code of the folder is executed.
+What a pipeline is asked for follows from its own `__call__` signature; this file knows no model
+family.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastdit.errors import ArgumentError, UnsupportedModelError
+
+INDEX = "model_index.json"
+DTYPES = ("float32", "bfloat16", "float16")
+PROMPTS = (
+    "a small red fox sitting in fresh snow, photograph",
+    "a bowl of lemons on a blue table, oil painting",
+    "a lighthouse on a cliff at sunset, watercolour",
+    "the word HELLO in white chalk on a blackboard",
+)
+CLASSES = ("207", "360", "387", "974")  # of ImageNet: golden retriever, otter, red panda, geyser
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded pipeline.
+
+    Attributes:
+        pipeline: On its device, without progress bars.
+        name: How to call it in titles.
+        embedded: Whether it is the package's own, whose pictures `fastdit.tiny.score` can judge.
+        device, dtype: Where and in what the transformer computes.
+    """
+
+    pipeline: Any
+    name: str
+    embedded: bool
+    device: str
+    dtype: str
+
+
+def load_model(folder: Path | None = None, dtype: str | None = None) -> Model:
+    """Load the embedded model, or the diffusers pipeline saved in `folder`.
+
+    Args:
+        folder: What `DiffusionPipeline.save_pretrained` wrote; the embedded model if left out.
+        dtype: One of `DTYPES`; by default float32 on a CPU and bfloat16 on a GPU.
+
+    Returns:
+        The model on the first CUDA device if there is one, else on the CPU.
+
+    Raises:
+        ArgumentError: There is no such pipeline, or `dtype` is not accepted.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ArgumentError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if folder is not None and not (folder / INDEX).is_file():
+        what = f"it has no {INDEX}" if folder.is_dir() else "there is no such folder"
+        raise ArgumentError(f"--model {folder} is not a saved diffusers pipeline: {what}")
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    pipeline = _read(folder, getattr(torch, dtype)).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    name = "embedded model" if folder is None else folder.resolve().name
+    return Model(pipeline, name, folder is None, device, dtype)
+
+
+def _read(folder: Path | None, dtype: Any) -> Any:
+    if folder is None:
+        from fastdit import tiny
+
+        try:
+            with _quiet():
+                return tiny.load_pipeline(torch_dtype=dtype)
+        except FileNotFoundError as error:
+            raise ArgumentError(
+                f"this copy of fastdit comes without its embedded model ({error}); "
+                "give --model the folder of a diffusers pipeline"
+            ) from error
+    from diffusers import DiffusionPipeline
+
+    try:
+        # A part saved as absent (SD3 without T5) has to be named again as absent.
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        absent = {name: None for name, part in index.items() if part == [None, None]}
+        with _quiet():
+            return DiffusionPipeline.from_pretrained(
+                str(folder), torch_dtype=dtype, local_files_only=True, **absent
+            )
+    # What a damaged folder raises depends on the part and on the library that reads it.
+    except Exception as error:
+        raise ArgumentError(
+            f"--model {folder} could not be loaded: {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars and no advice about other packages; as it was before afterwards."""
+    import diffusers
+    import transformers
+
+    logs = [library.utils.logging for library in (diffusers, transformers)]
+    before = [(log.is_progress_bar_enabled(), log.get_verbosity()) for log in logs]
+    for log in logs:
+        log.disable_progress_bar()
+        log.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames `torch_dtype`; the oldest version supported has only that name.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log, (bar, verbosity) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bar:
+                log.enable_progress_bar()
+
+
+def default_prompts(model: Model) -> list[str]:
+    """Four prompts that suit the model; for the embedded one, scenes it was not trained on."""
+    if model.embedded:
+        from fastdit import tiny
+
+        return [*tiny.prompts(2, objects=1), *tiny.prompts(2, objects=2)]
+    return list(CLASSES if "class_labels" in _parameters(model.pipeline) else PROMPTS)
+
+
+def judge_of(model: Model) -> Callable[..., Any] | None:
+    """What can judge the model's pictures by their prompts, if anything can."""
+    if not model.embedded:
+        return None
+    from fastdit import tiny
+
+    return tiny.score
+
+
+def calls(
+    pipeline: Any, prompts: Sequence[str], height: int | None = None, width: int | None = None
+) -> list[dict[str, Any]]:
+    """The arguments of `pipeline(...)` that draw each prompt; for DiT these are classes.
+
+    Raises:
+        UnsupportedModelError: The pipeline takes neither prompts nor classes.
+        ArgumentError: It cannot draw a prompt, or not at this size.
+    """
+    parameters = _parameters(pipeline)
+    size = {"height": height, "width": width}
+    size = {name: value for name, value in size.items() if value is not None}
+    if refused := [name for name in size if name not in parameters]:
+        raise ArgumentError(
+            f"--{refused[0]}: {type(pipeline).__name__} always draws at the size it was trained for"
+        )
+    if "prompt" in parameters:
+        return [{"prompt": prompt, **size} for prompt in prompts]
+    if "class_labels" in parameters:
+        return [{"class_labels": [_class_number(pipeline, prompt)], **size} for prompt in prompts]
+    raise UnsupportedModelError(
+        f"{type(pipeline).__name__} takes neither prompts nor class labels: "
+        "fastdit demo cannot drive it"
+    )
+
+
+def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def _class_number(pipeline: Any, prompt: str) -> int:
+    count = pipeline.transformer.config.num_embeds_ada_norm
+    labels = getattr(pipeline, "labels", None) or {}
+    text = prompt.strip()
+    number = int(text) if text.isascii() and text.isdigit() else labels.get(text, -1)
+    if not 0 <= number < count:
+        known = ", or one of the labels it was saved with" if labels else ""
+        raise ArgumentError(
+            f"prompt {prompt!r}: {type(pipeline).__name__} draws classes, not texts; "
+            f"give a class number from 0 to {count - 1}{known}"
+        )
+    return number

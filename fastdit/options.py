@@ -1,0 +1,73 @@
+"""The arguments of the commands: their types, bounds and help, one name each.
+
+Declarations only; what they mean is in `cli.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Prompts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="PROMPT", help="A row each; four that suit the model if left out."),
+]
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        metavar="FOLDER",
+        help="A diffusers pipeline saved on this disk; the embedded model if left out.",
+    ),
+]
+Schedule = Annotated[
+    Path | None,
+    typer.Option("--schedule", metavar="FILE", help="A schedule file, in place of --every."),
+]
+Every = Annotated[
+    int | None, typer.Option(min=1, help="Compute at every n-th step. [dim]default: 2[/dim]")
+]
+SeveralEvery = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--every",
+        min=1,
+        help="Compute at every n-th step; may be given again. [dim]default: 2 and 3[/dim]",
+    ),
+]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Steps; the schedule's, else the pipeline's default.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of every picture.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed calls per picture.")]
+Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per run.")]
+Guidance = Annotated[
+    bool | None,
+    typer.Option(
+        "--cfg/--no-cfg",
+        help="Whether guidance doubles the rows; what is usual for the family if left out.",
+    ),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="For all ops; see [bold]fastdit backends[/bold]."),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="float32, bfloat16 or float16. [dim]default: float32, on a GPU bfloat16[/dim]",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads; torch's default if left out.")
+]
+Picture = Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Where the pictures go.")]
+ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule file.")]
+Raster = Annotated[
+    Path | None,
+    typer.Option("--png", metavar="FILE.png", help="Draw every block, step and component here."),
+]
