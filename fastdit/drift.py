@@ -3,7 +3,7 @@
 An adapter restates block forwards, so a diffusers release that changes one would be answered with wrong pictures. For each
 block class present the guard compares the argument names with the adapter's, then runs one block both ways on a few
 random tokens and demands equal bits. It draws from a generator of its own, runs the innermost forward, and leaves out the
-second half where weights are not at hand (meta device, offloading hooks).
+second half where weights are not at hand (meta device, offloading hooks) or somebody's hook would see the random tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.errors import DriftError
-from fastdit.forward import Forward
+from fastdit.forward import Forward, observed
 
 
 def check_drift(adapter: Any, transformer: nn.Module) -> None:
@@ -36,7 +36,7 @@ def check_drift(adapter: Any, transformer: nn.Module) -> None:
         if variant not in seen:
             seen.add(variant)
             _check_arguments(adapter, kind, block)
-            if _weights_at_hand(block):
+            if _may_run(block):
                 _check_result(adapter, transformer, kind, block)
 
 
@@ -76,9 +76,10 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
 
 
-def _weights_at_hand(block: nn.Module) -> bool:
+def _may_run(block: nn.Module) -> bool:
     hooked = any(
-        "_hf_hook" in m.__dict__ or "_diffusers_hook" in m.__dict__ for m in block.modules()
+        observed(m) or "_hf_hook" in m.__dict__ or "_diffusers_hook" in m.__dict__
+        for m in block.modules()
     )
     return not hooked and all(p.device.type != "meta" for p in block.parameters())
 

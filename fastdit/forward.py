@@ -128,8 +128,8 @@ class Forward:
         return (
             self.defer
             and following < len(self.blocks)
-            and not _observed(self.blocks[self.index])
-            and not _observed(self.blocks[following])
+            and not observed(self.blocks[self.index])
+            and not observed(self.blocks[following])
         )
 
 
@@ -155,8 +155,7 @@ class Residual:
     def add(self, branch: Tensor, gate: Gate = None) -> None:
         """Add ``gate * branch``, now or when the stream is next read."""
         forward = self._forward
-        uniform = branch.dtype is self._h.dtype and (gate is None or gate.dtype is self._h.dtype)
-        if forward.immediate or not uniform:
+        if forward.immediate or branch.shape != self._h.shape or not self._suits(branch, gate):
             branch = branch if gate is None else _rows(gate) * branch
             self._h = branch + self.read() if self._branch_first else self.read() + branch
         else:
@@ -167,11 +166,7 @@ class Residual:
     ) -> Tensor:
         """``norm(h) * (1 + scale) + shift`` [B, n, D], the input of a component; `norm` is a LayerNorm module."""
         forward = self._forward
-        if (
-            forward.immediate
-            or not _is_plain(norm, self._h)
-            or (scale is not None and scale.dtype is not self._h.dtype)
-        ):
+        if not self.takes_op(norm, scale):
             normed = norm(self.read())
             return normed if scale is None else normed * (1 + _rows(scale)) + _rows(shift)
         branch = gate = None
@@ -188,6 +183,20 @@ class Residual:
             branch=branch,
             gate=gate,
             out=out,
+        )
+
+    def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
+        """Whether :meth:`normed` uses the op, or torch as diffusers does."""
+        return not self._forward.immediate and _is_plain(norm, self._h) and self._suits(scale)
+
+    def _suits(self, *vectors: Gate) -> bool:
+        """Whether the ops take these operands: the stream's dtype, and no more batch rows than it has.
+
+        Autocast mixes dtypes, and a prompt given once for several images has fewer rows than its modulation.
+        """
+        h = self._h
+        return all(
+            v is None or (v.dtype is h.dtype and v.shape[0] in (1, h.shape[0])) for v in vectors
         )
 
     def read(self) -> Tensor:
@@ -226,8 +235,7 @@ class Residual:
 def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:
     """The streams' normed and modulated rows one after the other, [B, sum n, D], without joining the streams first."""
     first = streams[0]._h
-    forward = streams[0]._forward
-    if forward.immediate or not all(_is_plain(norm, stream._h) for stream in streams):
+    if not all(stream.takes_op(norm, scale) for stream in streams):
         return torch.cat([stream.normed(norm, scale, shift) for stream in streams], dim=1)
     lengths = [stream._h.shape[1] for stream in streams]
     out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
@@ -246,12 +254,12 @@ def _is_plain(norm: nn.Module, h: Tensor) -> bool:
     weight = getattr(norm, "weight", None)
     return (
         type(norm).__name__ == "LayerNorm"
-        and not _observed(norm)
+        and not observed(norm)
         and (weight is None or weight.dtype is h.dtype)
     )
 
 
-def _observed(module: nn.Module) -> bool:
+def observed(module: nn.Module) -> bool:
     """Whether somebody's hook sees the module's inputs or outputs."""
     state: Mapping[str, Any] = module.__dict__
     registry = state.get("_diffusers_hook")

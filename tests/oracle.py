@@ -1,0 +1,122 @@
+"""A plain cache of module outputs, the independent truth for schedules.
+
+It knows nothing of fastdit: it puts a wrapper around the forward of the stock block's own sub-modules (attention, feed-forward,
+projection), keeps each module's last output per transformer call within a step, and returns it where the schedule says so. What
+is kept is the raw output, before the gate; FLUX's `single_proj_mlp` is the output of that linear layer, before the GELU; an empty
+slot computes.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Mapping
+
+import numpy as np
+from torch import nn
+
+#: block list -> component -> the sub-module of the block whose output it is
+MODULES: dict[str, dict[str, dict[str, str]]] = {
+    "SD3Transformer2DModel": {
+        "transformer_blocks": {
+            "attn": "attn",
+            "attn2": "attn2",
+            "ff": "ff",
+            "ff_context": "ff_context",
+        },
+    },
+    "FluxTransformer2DModel": {
+        "transformer_blocks": {
+            "full_attn": "attn",
+            "full_ff": "ff",
+            "full_ff_context": "ff_context",
+        },
+        "single_transformer_blocks": {
+            "single_attn": "attn",
+            "single_proj_mlp": "proj_mlp",
+            "single_proj_out": "proj_out",
+        },
+    },
+    "PixArtTransformer2DModel": {
+        "transformer_blocks": {"attn1": "attn1", "attn2": "attn2", "ff": "ff"},
+    },
+    "DiTTransformer2DModel": {"transformer_blocks": {"attn1": "attn1", "ff": "ff"}},
+}
+
+Bits = Mapping[str, np.ndarray]
+
+
+def random_bits(
+    transformer: nn.Module, steps: int, seed: int, compute: float = 0.4
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
+    """A random schedule of a stock transformer: bits [step, block, component] and component names per block list."""
+    generator = np.random.default_rng(seed)
+    names = {kind: tuple(parts) for kind, parts in MODULES[type(transformer).__name__].items()}
+    bits = {
+        kind: generator.random((steps, len(getattr(transformer, kind)), len(parts))) < compute
+        for kind, parts in names.items()
+    }
+    return bits, names
+
+
+class Oracle:
+    """A stock transformer that runs a schedule.
+
+    Args:
+        transformer: Not patched.
+        bits: Block list -> bool [step, block, component], True = compute.
+        calls_per_step: Transformer calls within a step: 2 for sequential guidance.
+        first: Step of the first call, for runs that enter the schedule late.
+    """
+
+    def __init__(
+        self, transformer: nn.Module, bits: Bits, calls_per_step: int = 1, first: int = 0
+    ) -> None:
+        self._transformer = transformer
+        self._bits = bits
+        self._calls_per_step = calls_per_step
+        self._first = first
+        self._calls = -1
+        self._slots: dict[Any, Any] = {}
+        self.computed = 0
+        self.reused = 0
+
+    def drop(self) -> None:
+        """Empty every slot."""
+        self._slots.clear()
+
+    @contextmanager
+    def installed(self) -> Iterator[Oracle]:
+        """Run the schedule inside the `with`, from its start."""
+        wrapped = list(self._components())
+        for module, name in wrapped:
+            module.forward = self._wrap(module.forward, *name)
+        handle = self._transformer.register_forward_pre_hook(self._count)
+        try:
+            yield self
+        finally:
+            handle.remove()
+            for module, _ in wrapped:
+                del module.forward
+
+    def _components(self) -> Iterator[tuple[nn.Module, tuple[str, int, int]]]:
+        for kind, parts in MODULES[type(self._transformer).__name__].items():
+            for index, block in enumerate(getattr(self._transformer, kind)):
+                for position, attribute in enumerate(parts.values()):
+                    if (module := getattr(block, attribute)) is not None:
+                        yield module, (kind, index, position)
+
+    def _count(self, module: nn.Module, args: Any) -> None:
+        self._calls += 1
+
+    def _wrap(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
+        def cached(*args: Any, **kwargs: Any) -> Any:
+            step, branch = divmod(self._calls, self._calls_per_step)
+            key = (kind, block, position, branch)
+            if self._bits[kind][self._first + step, block, position] or key not in self._slots:
+                self._slots[key] = forward(*args, **kwargs)
+                self.computed += 1
+            else:
+                self.reused += 1
+            return self._slots[key]
+
+        return cached

@@ -1,0 +1,120 @@
+"""Skipping nothing changes nothing: every family's transformer under Dense and under schedules that reuse nothing."""
+
+from __future__ import annotations
+
+import fastdit
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from contract import FORWARD_FP64, distance, same_bits, within_contract
+from fastdit import Cached, Dense, Schedule
+from oracle import random_bits
+
+pytestmark = pytest.mark.diffusers
+
+FAMILIES = list(tiny_models.FAMILIES)
+SHAPES = [(1, 8, 16), (3, 12, 8)]  # batch, height, width
+
+
+def nothing_reused(model: torch.nn.Module) -> list[fastdit.methods.base.Method]:
+    """Every way to say: compute everything."""
+    bits, names = random_bits(model, steps=1, seed=0)
+    ones = {kind: np.ones_like(value) for kind, value in bits.items()}
+    return [
+        Dense(),
+        Cached(Schedule.from_bits(ones, names)),
+        Cached(Schedule.every(1)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_reference_is_bit_equal_to_stock(family, shape, dtype):
+    model = tiny_models.transformer(family, dtype)
+    batch, height, width = shape
+    inputs = tiny_models.call(family, batch, dtype, height, width)
+    stock = model(**inputs)[0]
+    for method in nothing_reused(model):
+        fastdit.patch(model, method, backend="reference")
+        same_bits(model(**inputs)[0], stock)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_fast_path_is_exact_in_fp64(family, shape):
+    model = tiny_models.transformer(family, torch.float64)
+    batch, height, width = shape
+    inputs = tiny_models.call(family, batch, torch.float64, height, width)
+    stock = model(**inputs)[0]
+    for method in nothing_reused(model):
+        fastdit.patch(model, method)
+        for _ in range(2):  # some rewrites begin with the second call
+            within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_fast_path_errs_at_most_twice_as_much_as_stock(family, dtype):
+    """Over several inputs together, so that one lucky stock rounding does not decide."""
+    model = tiny_models.transformer(family, dtype)
+    truth_model = tiny_models.transformer(family, dtype).double()  # the same rounded weights
+    actual, stock, truth = [], [], []
+    for step in range(4):
+        inputs = tiny_models.call(family, 3, dtype, step=step)
+        truth.append(truth_model(**as_double(inputs))[0])
+        stock.append(model(**inputs)[0])
+    fastdit.patch(model)
+    for step in range(4):
+        actual.append(model(**tiny_models.call(family, 3, dtype, step=step))[0])
+    within_contract(torch.cat(actual), torch.cat(stock), torch.cat(truth))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_batch_equals_single_runs(family):
+    model = tiny_models.transformer(family, torch.float64)
+    fastdit.patch(model)
+    inputs = tiny_models.call(family, 3, torch.float64)
+    together = model(**inputs)[0]
+    for index in range(3):
+        alone = model(**row(inputs, index))[0]
+        assert distance(together[index : index + 1], alone) <= FORWARD_FP64
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_parameter_can_hide_a_mistake(family):
+    """The models under test have no zero weights, and every parameter reaches the output."""
+    model = tiny_models.transformer(family, torch.float64)
+    model(**tiny_models.call(family, 2, torch.float64))[0].square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.abs().min() == 0] == []
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def as_double(inputs: dict) -> dict:
+    """The same inputs in fp64."""
+
+    def convert(value):
+        if isinstance(value, dict):
+            return as_double(value)
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.double() if floating else value
+
+    return {name: convert(value) for name, value in inputs.items()}
+
+
+def row(inputs: dict, index: int) -> dict:
+    """One batch row of the inputs."""
+
+    def pick(name, value):
+        if isinstance(value, dict):
+            return row(value, index)
+        if not isinstance(value, torch.Tensor) or name.endswith("_ids"):
+            return value
+        return value[index : index + 1]
+
+    return {name: pick(name, value) for name, value in inputs.items()}

@@ -1,0 +1,292 @@
+"""Random schedules equal a plain cache of module outputs: bits on `reference`, the contract elsewhere."""
+
+from __future__ import annotations
+
+import fastdit
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from contract import FORWARD_FP64, distance, same_bits, within_contract
+from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
+from fastdit import Cached, Schedule
+from oracle import Oracle, random_bits
+from tiny_models import generate
+
+pytestmark = pytest.mark.diffusers
+
+STEPS = 5
+FAMILIES = list(tiny_models.FAMILIES)
+
+
+def both_ways(family, bits, names, batch, dtype, backend, steps=STEPS):
+    """The outputs of each step's call: (patched, oracle)."""
+    model = tiny_models.transformer(family, dtype)
+    inputs = [tiny_models.call(family, batch, dtype, step=step) for step in range(steps)]
+    with torch.no_grad(), Oracle(model, bits).installed():
+        expected = [model(**given)[0] for given in inputs]
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)), backend=backend)
+    with torch.no_grad(), handle.run(range(steps)):
+        actual = [model(**given)[0] for given in inputs]
+    return actual, expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_schedules_are_bit_equal_on_reference(family, seed):
+    model = tiny_models.FAMILIES[family].build()
+    bits, names = random_bits(model, STEPS, seed, compute=(0.2, 0.4, 0.6, 0.8)[seed])
+    dtype = (torch.float32, torch.bfloat16)[seed % 2]
+    for actual, expected in zip(
+        *both_ways(family, bits, names, 2, dtype, "reference"), strict=True
+    ):
+        same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_schedules_are_exact_in_fp64(family, seed):
+    model = tiny_models.FAMILIES[family].build()
+    bits, names = random_bits(
+        model, STEPS, 10 + seed, compute=(0.05, 0.2, 0.4, 0.6, 0.8, 0.95)[seed]
+    )
+    for actual, expected in zip(
+        *both_ways(family, bits, names, 1 + seed % 3, torch.float64, None), strict=True
+    ):
+        within_contract(actual, expected, bound=FORWARD_FP64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_schedules_err_at_most_twice_as_much_as_the_oracle(family, dtype):
+    bits, names = random_bits(tiny_models.FAMILIES[family].build(), STEPS, 20, compute=0.3)
+    actual, expected = both_ways(family, bits, names, 3, dtype, None)
+    truth_model = tiny_models.transformer(family, dtype).double()
+    with torch.no_grad(), Oracle(truth_model, bits).installed():
+        truth = [
+            truth_model(**as_double(tiny_models.call(family, 3, dtype, step=step)))[0]
+            for step in range(STEPS)
+        ]
+    within_contract(torch.cat(actual), torch.cat(expected), torch.cat(truth))
+
+
+def as_double(value):
+    """The same call arguments with every floating tensor in fp64."""
+    if isinstance(value, dict):
+        return {name: as_double(entry) for name, entry in value.items()}
+    floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.double() if floating else value
+
+
+@pytest.mark.parametrize("component", ["single_attn", "single_proj_mlp", "single_proj_out"])
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "stale"])
+def test_flux_single_block_bits_are_independent(component, fresh):
+    """One component alone fresh, or alone stale: what is fresh but not consumed now is consumed later."""
+    steps = 6
+    bits, names = random_bits(tiny_models.FAMILIES["flux"].build(), steps, 0, compute=1.1)
+    kind = "single_transformer_blocks"
+    index = names[kind].index(component)
+    bits[kind][:] = not fresh
+    bits[kind][..., index] = fresh
+    bits[kind][4] = True
+    bits[kind][4, :, :2] = [fresh, False]  # the projection runs on what the other bits left behind
+    for actual, expected in zip(
+        *both_ways("flux", bits, names, 2, torch.float64, None, steps), strict=True
+    ):
+        within_contract(actual, expected, bound=FORWARD_FP64)
+
+
+def test_every_pattern_of_a_flux_single_block():
+    """All 64 ways to set the three bits of a block in two later steps, followed by a step that consumes."""
+    kind = "single_transformer_blocks"
+    model = tiny_models.transformer("flux", torch.float64)
+    inputs = [tiny_models.call("flux", 1, torch.float64, step=step) for step in range(4)]
+    base, names = random_bits(model, 4, 0, compute=1.1)
+    handle = None
+    for pattern in range(64):
+        bits = {name: value.copy() for name, value in base.items()}
+        flags = [bool(pattern >> i & 1) for i in range(6)]
+        bits[kind][1, :], bits[kind][2, :], bits[kind][3, :] = flags[:3], flags[3:], [0, 0, 1]
+        fastdit.unpatch(model)
+        with torch.no_grad(), Oracle(model, bits).installed():
+            expected = [model(**given)[0] for given in inputs]
+        handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
+        with torch.no_grad(), handle.run(range(4)):
+            for given, wanted in zip(inputs, expected, strict=True):
+                assert distance(model(**given)[0], wanted) <= FORWARD_FP64, flags
+
+
+# ---- whole pipelines
+
+RUNS = [(name, cfg) for name in tiny_models.PIPELINES for cfg in (True, False)]
+
+
+@pytest.mark.parametrize(("name", "cfg"), RUNS)
+def test_pipelines_run_random_schedules_like_the_oracle(name, cfg):
+    pipe = tiny_models.pipeline(name)
+    options = {"steps": STEPS, "batch": 2, "cfg": cfg}
+    bits, names = random_bits(pipe.transformer, STEPS, 3)
+    # FLUX calls the transformer twice where it guides; image-to-image at strength 0.6 enters at step 2 of 5.
+    calls = 2 if name.startswith("flux") and cfg else 1
+    first = 2 if "img2img" in name else 0
+    with Oracle(pipe.transformer, bits, calls, first).installed():
+        expected = generate(pipe, name, **options)
+    fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)), backend="reference")
+    same_bits(generate(pipe, name, **options), expected)
+    assert fastdit.report(pipe).reused > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("sd3", FlowMatchHeunDiscreteScheduler), ("pixart-sigma", HeunDiscreteScheduler)],
+)
+def test_every_transformer_call_of_heun_is_a_step(name, scheduler):
+    pipe = tiny_models.pipeline(name, scheduler=scheduler())
+    pipe.scheduler.set_timesteps(3)
+    steps = len(pipe.scheduler.timesteps)
+    assert steps > 3
+    bits, names = random_bits(pipe.transformer, steps, 4)
+    with Oracle(pipe.transformer, bits).installed():
+        expected = generate(pipe, name, steps=3)
+    fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)), backend="reference")
+    same_bits(generate(pipe, name, steps=3), expected)
+
+
+def test_skip_layer_guidance_has_caches_of_its_own():
+    """The guiding call comes after the main call of a step and starts late, so the oracle runs it as a second branch."""
+    pipe = tiny_models.pipeline("sd3")
+    bits, names = random_bits(pipe.transformer, STEPS, 5)
+    options = {
+        "steps": STEPS,
+        "skip_guidance_layers": [1],
+        "skip_layer_guidance_start": -0.01,
+        "skip_layer_guidance_stop": 1.01,
+    }
+    with Oracle(pipe.transformer, bits, calls_per_step=2).installed():
+        expected = generate(pipe, "sd3", **options)
+    fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)), backend="reference")
+    same_bits(generate(pipe, "sd3", **options), expected)
+
+
+# ---- what is cached, and when
+
+
+@pytest.mark.parametrize("family", ["sd3", "pixart-sigma", "dit"])
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_a_cached_output_is_gated_by_the_new_step(family, backend):
+    """Two steps, one block, only the feed-forward reused: the stream ends as ``h + gate(t2) * cached``, gate of step two."""
+    model = tiny_models.transformer(family, torch.float64)
+    del model.transformer_blocks[1:]
+    block = model.transformer_blocks[0]
+    bits, names = random_bits(model, 2, 0, compute=1.1)
+    bits["transformer_blocks"][1, :, names["transformer_blocks"].index("ff")] = False
+    first, second = (tiny_models.call(family, 2, torch.float64, step=step) for step in range(2))
+
+    record = {}
+    hooks = [
+        block.ff.register_forward_hook(lambda m, a, out: record.setdefault("cached", out)),
+        block.register_forward_hook(
+            lambda m, a, kw, out: record.update(
+                out=out[1] if isinstance(out, tuple) else out,
+                emb=kw.get("temb", kw.get("timestep", a[-1] if a else None)),
+                labels=kw.get("class_labels"),
+            ),
+            with_kwargs=True,
+        ),
+    ]
+    with torch.no_grad():
+        model(**first)
+        cached = record["cached"]
+        # The stream before the feed-forward, at the second step: the block with a feed-forward that gives zero.
+        zero = block.ff.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
+        model(**second)
+        zero.remove()
+        before, gate = record["out"], feed_forward_gate(block, record)
+        for hook in hooks:
+            hook.remove()
+        outputs = []
+        block.register_forward_hook(
+            lambda m, a, out: outputs.append(out[1] if isinstance(out, tuple) else out)
+        )
+        handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)), backend=backend)
+        with handle.run(range(2)):
+            model(**first)
+            model(**second)
+    assert distance(outputs[1], before + gate * cached) <= FORWARD_FP64
+
+
+def feed_forward_gate(block, record):
+    """gate_mlp [B, 1, D] of a block at the embedding its hook saw, by the block's own layers."""
+    if hasattr(block, "scale_shift_table") and block.scale_shift_table is not None:
+        table = block.scale_shift_table + record["emb"].reshape(len(record["emb"]), 6, -1)
+        return table[:, 5:6]
+    if record["labels"] is not None:
+        emb = block.norm1.emb(record["emb"], record["labels"], hidden_dtype=torch.float64)
+    else:
+        emb = record["emb"]
+    return block.norm1.linear(block.norm1.silu(emb)).chunk(6, dim=1)[5].unsqueeze(1)
+
+
+def test_a_false_bit_at_step_0_computes():
+    family = "pixart-alpha"
+    bits, names = random_bits(tiny_models.FAMILIES[family].build(), 1, 0, compute=-1)
+    actual, expected = both_ways(family, bits, names, 1, torch.float32, "reference", steps=1)
+    stock = tiny_models.transformer(family)
+    with torch.no_grad():
+        same_bits(actual[0], stock(**tiny_models.call(family, 1))[0])
+    same_bits(expected[0], actual[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_writes_into_a_slot(family):
+    """Cached outputs keep their bits through a whole run of the fast path, which adds residuals in place."""
+    model = tiny_models.transformer(family)
+    kept = []
+    for block in model.transformer_blocks:
+        for module in (block.ff, getattr(block, "attn", None) or block.attn1):
+            module.register_forward_hook(lambda m, a, out: kept.extend(tensors(out)))
+    handle = fastdit.patch(model, Cached(Schedule.every(4)))
+    with torch.no_grad(), handle.run(range(4)):
+        model(**tiny_models.call(family, 2, step=0))
+        before = [tensor.clone() for tensor in kept]
+        for step in range(1, 4):
+            model(**tiny_models.call(family, 2, step=step))
+    assert len(kept) == len(before)
+    for tensor, copy in zip(kept, before, strict=True):
+        same_bits(tensor, copy)
+
+
+def tensors(output):
+    return list(output) if isinstance(output, tuple) else [output]
+
+
+def test_modules_that_are_reused_do_not_run():
+    model = tiny_models.transformer("flux")
+    calls = []
+    for kind in ("transformer_blocks", "single_transformer_blocks"):
+        for block in getattr(model, kind):
+            for name in ("attn", "ff", "ff_context", "proj_mlp", "act_mlp", "proj_out"):
+                if (module := getattr(block, name, None)) is not None:
+                    module.register_forward_hook(lambda m, a, out: calls.append(m))
+    handle = fastdit.patch(model, Cached(Schedule.every(3)))
+    with torch.no_grad(), handle.run(range(3)):
+        model(**tiny_models.call("flux", 1, step=0))
+        assert len(calls) == 2 * 3 + 2 * 4
+        for step in (1, 2):
+            model(**tiny_models.call("flux", 1, step=step))
+    assert len(calls) == 2 * 3 + 2 * 4  # as after step 0
+
+
+def test_a_schedule_with_fewer_components_computes_the_others():
+    """A file may name only some components of a family; the others always compute."""
+    model = tiny_models.transformer("pixart-sigma")
+    bits = np.zeros((3, 3, 1), dtype=bool)
+    full, _ = random_bits(model, 3, 0, compute=1.1)
+    full["transformer_blocks"][:, :, 1] = False
+    inputs = [tiny_models.call("pixart-sigma", 1, step=step) for step in range(3)]
+    with torch.no_grad(), Oracle(model, full).installed():
+        expected = [model(**given)[0] for given in inputs]
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, ["attn2"])), backend="reference")
+    with torch.no_grad(), handle.run(range(3)):
+        for given, wanted in zip(inputs, expected, strict=True):
+            same_bits(model(**given)[0], wanted)

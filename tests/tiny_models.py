@@ -1,0 +1,368 @@
+"""Tiny transformers and pipelines of every family, built offline, with random weights everywhere.
+
+diffusers initialises gates and output projections to zero, under which most mistakes give the right answer; so every
+parameter is drawn anew, at a scale that keeps activations near one. Pipelines have no text encoders: prompts are embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Img2ImgPipeline,
+    StableDiffusion3Pipeline,
+)
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+logging.set_verbosity_error()
+
+TEXT = 5
+LATENT = 4
+HEIGHT, WIDTH = 8, 16
+
+
+def sd3(dual: tuple[int, ...] = (), qk_norm: str | None = None, layers: int = 3) -> nn.Module:
+    """SD3; with `dual` and `qk_norm` it is SD3.5-medium's form."""
+    return SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=LATENT,
+        out_channels=LATENT,
+        num_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=20,
+        pooled_projection_dim=12,
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
+        pos_embed_max_size=16,
+    )
+
+
+def flux(guidance: bool = False, layers: int = 2, single_layers: int = 2) -> nn.Module:
+    """FLUX.1; with `guidance` it is the distilled dev form."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        pooled_projection_dim=12,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def pixart(sigma: bool = False, layers: int = 3) -> nn.Module:
+    """PixArt; alpha conditions on the image size too, Sigma does not."""
+    return PixArtTransformer2DModel(
+        sample_size=16 if sigma else 128,
+        num_layers=layers,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        in_channels=LATENT,
+        out_channels=2 * LATENT,
+        caption_channels=20,
+        cross_attention_dim=24,
+        interpolation_scale=1,
+        use_additional_conditions=not sigma,
+    )
+
+
+def dit(layers: int = 3) -> nn.Module:
+    """DiT, class-conditional; square images only."""
+    return DiTTransformer2DModel(
+        sample_size=8,
+        num_layers=layers,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        in_channels=LATENT,
+        out_channels=2 * LATENT,
+        num_embeds_ada_norm=1000,
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """One form of a transformer: how to build it and how to call it."""
+
+    build: Callable[[], nn.Module]
+    square: bool = False
+    cfg_in_one_call: bool = True
+
+
+FAMILIES: dict[str, Family] = {
+    "sd3": Family(sd3),
+    "sd3.5": Family(functools.partial(sd3, dual=(0, 1), qk_norm="rms_norm")),
+    "flux": Family(flux, cfg_in_one_call=False),
+    "flux-dev": Family(functools.partial(flux, guidance=True), cfg_in_one_call=False),
+    "pixart-alpha": Family(pixart),
+    "pixart-sigma": Family(functools.partial(pixart, sigma=True)),
+    "dit": Family(dit, square=True),
+}
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter: matrices at 1/sqrt(fan in), norm weights around one, biases and tables small."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            value = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if "scale_shift_table" in name:
+                value = 0.7 * value
+            elif parameter.ndim > 1:
+                value = value / parameter[0].numel() ** 0.5
+            elif "norm" in name and name.endswith("weight"):
+                value = 1 + 0.2 * value
+            else:
+                value = 0.2 * value
+            parameter.copy_(value)
+    return module.eval()
+
+
+def transformer(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A random transformer of a form in FAMILIES."""
+    return randomise(FAMILIES[name].build(), seed).to(dtype)
+
+
+def call(
+    name: str,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    step: int = 0,
+    text: int = TEXT,
+    timestep: float | None = None,
+) -> dict[str, Any]:
+    """Keyword arguments of one transformer call: same condition at each `step`, other latents and timestep."""
+    condition = torch.Generator().manual_seed(7)
+    noise = torch.Generator().manual_seed(100 + step)
+    if FAMILIES[name].square:
+        height = width = 8
+
+    def randn(generator: torch.Generator, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    t = 900.0 - 150 * step if timestep is None else timestep
+    if name.startswith("dit"):
+        return {
+            "hidden_states": randn(noise, batch, LATENT, height, width),
+            "timestep": torch.full((batch,), int(t)),
+            "class_labels": torch.arange(batch) + 3,
+            "return_dict": False,
+        }
+    arguments: dict[str, Any] = {
+        "hidden_states": randn(noise, batch, LATENT, height, width),
+        "encoder_hidden_states": randn(condition, batch, text, 20),
+        "timestep": torch.full((batch,), t, dtype=dtype),
+        "return_dict": False,
+    }
+    if name.startswith("pixart"):
+        mask = torch.ones(batch, text)
+        mask[:, -1] = 0
+        arguments["encoder_attention_mask"] = mask
+        arguments["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None}
+        if name == "pixart-alpha":
+            arguments["added_cond_kwargs"] = {
+                "resolution": torch.tensor([[height, width]] * batch, dtype=dtype),
+                "aspect_ratio": torch.tensor([[height / width]] * batch, dtype=dtype),
+            }
+        return arguments
+    arguments["pooled_projections"] = randn(condition, batch, 12)
+    if name.startswith("flux"):
+        tokens = height * width // 4
+        arguments["hidden_states"] = randn(noise, batch, tokens, 4 * LATENT)
+        arguments["timestep"] = arguments["timestep"] / 1000
+        ids = torch.stack(
+            torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij"), -1
+        )
+        arguments["img_ids"] = torch.cat([torch.zeros(tokens, 1), ids.reshape(tokens, 2)], 1).to(
+            dtype
+        )
+        arguments["txt_ids"] = torch.zeros(text, 3, dtype=dtype)
+        arguments["guidance"] = (
+            torch.full((batch,), 3.5, dtype=dtype) if name == "flux-dev" else None
+        )
+    return arguments
+
+
+# ---- pipelines
+
+
+def vae() -> nn.Module:
+    """An autoencoder that keeps the size: one latent pixel per pixel."""
+    model = AutoencoderKL(
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=LATENT,
+        norm_num_groups=1,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.06,
+        scaling_factor=1.5,
+        sample_size=16,
+    )
+    return randomise(model, 1)
+
+
+_NO_TEXT = {
+    "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+    "sd3": (
+        "text_encoder",
+        "tokenizer",
+        "text_encoder_2",
+        "tokenizer_2",
+        "text_encoder_3",
+        "tokenizer_3",
+    ),
+    "pixart": ("text_encoder", "tokenizer"),
+    "dit": (),
+}
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """A pipeline class with the transformer form and the scheduler it usually has."""
+
+    family: str
+    pipeline: type
+    scheduler: Callable[[], Any]
+    image_to_image: bool = False
+
+
+PIPELINES: dict[str, Pipe] = {
+    "sd3": Pipe("sd3", StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler),
+    "sd3.5": Pipe("sd3.5", StableDiffusion3Pipeline, FlowMatchEulerDiscreteScheduler),
+    "sd3-img2img": Pipe(
+        "sd3", StableDiffusion3Img2ImgPipeline, FlowMatchEulerDiscreteScheduler, True
+    ),
+    "flux": Pipe("flux", FluxPipeline, FlowMatchEulerDiscreteScheduler),
+    "flux-dev": Pipe("flux-dev", FluxPipeline, FlowMatchEulerDiscreteScheduler),
+    "flux-img2img": Pipe("flux-dev", FluxImg2ImgPipeline, FlowMatchEulerDiscreteScheduler, True),
+    "pixart-alpha": Pipe("pixart-alpha", PixArtAlphaPipeline, DPMSolverMultistepScheduler),
+    "pixart-sigma": Pipe("pixart-sigma", PixArtSigmaPipeline, DPMSolverMultistepScheduler),
+    "dit": Pipe("dit", DiTPipeline, DDIMScheduler),
+}
+
+
+def pipeline(
+    name: str, dtype: torch.dtype = torch.float32, scheduler: Any = None, seed: int = 0
+) -> Any:
+    """A random pipeline of PIPELINES."""
+    entry = PIPELINES[name]
+    kind = entry.family.partition("-")[0].partition(".")[0]
+    parts: dict[str, Any] = dict.fromkeys(_NO_TEXT[kind])
+    pipe = entry.pipeline(
+        vae=vae().to(dtype),
+        transformer=transformer(entry.family, dtype, seed),
+        scheduler=scheduler or entry.scheduler(),
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def arguments(
+    name: str,
+    batch: int = 1,
+    steps: int = 4,
+    seed: int = 0,
+    cfg: bool = True,
+    dtype: torch.dtype = torch.float32,
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    **more: Any,
+) -> dict[str, Any]:
+    """Arguments of a pipeline call; latents come back."""
+    entry = PIPELINES[name]
+    condition = torch.Generator().manual_seed(11)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=condition, dtype=torch.float64).to(dtype)
+
+    result: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "latent",
+        "guidance_scale": 4.0 if cfg else 1.0,
+    }
+    if name == "dit":
+        # DiTPipeline has no latent output and no size; see `generate`.
+        return result | {"class_labels": [3] * batch, "output_type": "np"} | more
+    # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the pooled ones.
+    prompts, images = (batch, 1) if name.startswith("sd3") else (1, batch)
+    result |= {
+        "prompt_embeds": randn(prompts, TEXT, 20),
+        "num_images_per_prompt": images,
+        "height": height,
+        "width": width,
+    }
+    if name.startswith("pixart"):
+        result |= {
+            "prompt": None,
+            "negative_prompt": None,
+            "negative_prompt_embeds": randn(prompts, TEXT, 20),
+            "prompt_attention_mask": torch.ones(1, TEXT),
+            "negative_prompt_attention_mask": torch.ones(1, TEXT),
+            "use_resolution_binning": False,
+        }
+    else:
+        result["pooled_prompt_embeds"] = randn(prompts, 12)
+    if name.startswith("sd3") or (name.startswith("flux") and cfg):
+        result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
+        result["negative_pooled_prompt_embeds"] = randn(prompts, 12)
+    if name.startswith("flux"):
+        result |= {"guidance_scale": 3.5, "true_cfg_scale": 4.0 if cfg else 1.0}
+    if entry.image_to_image:
+        result |= {"image": randn(1, 3, height, width).sigmoid(), "strength": 0.6}
+    return result | more
+
+
+def generate(pipe: Any, name: str, **kwargs: Any) -> Tensor:
+    """The latents that a run ends with."""
+    kwargs.setdefault("dtype", pipe.transformer.dtype)
+    return latents_of(pipe, arguments(name, **kwargs))
+
+
+def latents_of(pipe: Any, given: dict[str, Any]) -> Tensor:
+    """The latents that ``pipe(**given)`` ends with; DiTPipeline shows them to its autoencoder only."""
+    if not isinstance(pipe, DiTPipeline):
+        return pipe(**given).images
+    seen = []
+    decode = pipe.vae.decode
+
+    def observe(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(latents)
+        return decode(latents, *args, **kwargs)
+
+    pipe.vae.decode = observe
+    try:
+        pipe(**given)
+    finally:
+        del pipe.vae.decode
+    return seen[-1]
