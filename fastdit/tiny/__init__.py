@@ -1,0 +1,70 @@
+"""The embedded default: a small trained text-to-image model, its data and its judge.
+
+A Stable Diffusion 3 pipeline of stock diffusers classes that draws one or two flat shapes
+from a prompt, trained by this package on scenes drawn by this package, and shipped in it.
+Importing this is cheap: diffusers and transformers load with the first pipeline. It does
+not know any acceleration method.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import captions, scenes
+from .captions import prompts
+from .score import ObjectScore, Score, score
+
+if TYPE_CHECKING:
+    import torch
+
+    from .pipeline import TinySD3Pipeline
+
+__all__ = [
+    "ObjectScore",
+    "Score",
+    "assets_path",
+    "captions",
+    "load_pipeline",
+    "prompts",
+    "scenes",
+    "score",
+]
+
+
+def assets_path() -> Path:
+    """Folder of the shipped model, in the layout of ``DiffusionPipeline.save_pretrained``."""
+    return Path(__file__).parent / "assets"
+
+
+def load_pipeline(
+    folder: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    progress_bar: bool = False,
+) -> TinySD3Pipeline:
+    """Load the tiny model, from the package alone: no network, no code execution.
+
+    Parameters
+    ----------
+    folder : str or Path, optional
+        A saved pipeline; the shipped one if not given.
+    torch_dtype : torch.dtype, optional
+        Type of the weights in memory; float32 if not given (files hold float16).
+    progress_bar : bool
+        Whether the pipeline shows diffusers' progress bar while it samples.
+
+    Returns
+    -------
+    TinySD3Pipeline
+        On the CPU. Its defaults are 128 x 128 pixels and 28 steps.
+
+    Raises
+    ------
+    FileNotFoundError
+        If ``folder`` holds no saved pipeline.
+    """
+    import torch
+
+    from .pipeline import load_pipeline as load
+
+    return load(folder, torch_dtype or torch.float32, progress_bar)

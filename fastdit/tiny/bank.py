@@ -1,0 +1,105 @@
+"""A bank of encoded training scenes, so that the denoiser's training never runs the encoder.
+
+Draws train scenes at half and at full size, encodes them once and keeps latents in
+float16 beside the scenes. It does not hold captions: those are worded anew at every use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import scenes
+from .scenes import Scene, SceneObject
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class BankConfig:
+    """How many scenes of each size; ``single`` is the share of one-object scenes."""
+
+    half: int = 24000
+    full: int = 6000
+    single: float = 0.35
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Scaled latents ``[n, 4, h, w]`` (float16) with their scenes, by size in pixels."""
+
+    latents: dict[int, torch.Tensor]
+    scenes: dict[int, list[Scene]]
+
+
+def draw(count: int, size: int, config: BankConfig) -> tuple[list[Scene], np.random.Generator]:
+    """Sample ``count`` train scenes; also return the generator that draws their jitter."""
+    rng = np.random.default_rng((config.seed, 4, size))
+    chosen = []
+    for _ in range(count):
+        objects = 1 if rng.random() < config.single else 2
+        chosen.append(scenes.sample_scene(rng, objects))
+    return chosen, rng
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
+    """Scaled latents (float32) of pictures ``[n, h, w, 3]`` in [0, 1]."""
+    batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
+    means = vae.encode(batch).latent_dist.mean
+    return (means - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def build_bank(
+    vae: AutoencoderKL, config: BankConfig, report: Callable[[str], None] = print
+) -> Bank:
+    """Draw and encode all scenes of ``config``."""
+    vae.eval()
+    latents: dict[int, torch.Tensor] = {}
+    chosen: dict[int, list[Scene]] = {}
+    for size, count in ((64, config.half), (128, config.full)):
+        chosen[size], rng = draw(count, size, config)
+        parts = []
+        for start in range(0, count, 50):
+            some = chosen[size][start : start + 50]
+            pictures = np.stack([scenes.render(scene, size, rng) for scene in some])
+            parts.append(encode(vae, pictures).half())
+            if start % 2000 == 0:
+                report(f"bank {size} px: {start} of {count}")
+        latents[size] = torch.cat(parts)
+    return Bank(latents, chosen)
+
+
+def save_bank(bank: Bank, folder: str | Path) -> None:
+    """Write ``bank.safetensors`` and ``bank.json`` into ``folder``."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({str(s): t for s, t in bank.latents.items()}, str(folder / "bank.safetensors"))
+    listed = {str(size): [asdict(scene) for scene in some] for size, some in bank.scenes.items()}
+    (folder / "bank.json").write_text(json.dumps(listed))
+
+
+def load_bank(folder: str | Path) -> Bank | None:
+    """Read what :func:`save_bank` wrote, or return ``None``."""
+    folder = Path(folder)
+    if not (folder / "bank.json").exists():
+        return None
+    listed = json.loads((folder / "bank.json").read_text())
+    chosen = {
+        int(size): [
+            Scene(tuple(SceneObject(**item) for item in scene["objects"]), scene["background"])
+            for scene in some
+        ]
+        for size, some in listed.items()
+    }
+    latents = load_file(str(folder / "bank.safetensors"))
+    return Bank({int(size): t for size, t in latents.items()}, chosen)

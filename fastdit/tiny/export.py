@@ -1,0 +1,94 @@
+"""Putting trained parts together into the shipped folder.
+
+Builds the pipeline from a run's checkpoints and saves it in diffusers' standard layout with
+float16 safetensors. It neither trains nor measures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import checkpoint
+from .denoiser import Denoiser
+from .models import build_scheduler, build_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from .pipeline import TinySD3Pipeline
+
+
+def load_vae(folder: str | Path) -> AutoencoderKL:
+    """The autoencoder of a run, scaled; ``FileNotFoundError`` if that stage has not run."""
+    saved = checkpoint.load(Path(folder) / "vae")
+    if saved is None or "scaling_factor" not in saved[1]:
+        raise FileNotFoundError(f"folder must hold a finished vae stage, got {str(folder)!r}")
+    tensors, facts = saved
+    vae = build_vae()
+    vae.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
+    vae.register_to_config(
+        scaling_factor=facts["scaling_factor"], shift_factor=facts["shift_factor"]
+    )
+    return vae.eval()
+
+
+def load_denoiser(folder: str | Path) -> Denoiser:
+    """The averaged denoiser of a run; ``FileNotFoundError`` if that stage has not run."""
+    saved = checkpoint.load(Path(folder) / "transformer")
+    if saved is None:
+        raise FileNotFoundError(f"folder must hold a transformer stage, got {str(folder)!r}")
+    model = Denoiser()
+    model.load_state_dict({n[8:]: t for n, t in saved[0].items() if n.startswith("average.")})
+    return model.eval()
+
+
+def assemble(vae: AutoencoderKL, model: Denoiser) -> TinySD3Pipeline:
+    """Join trained parts to a pipeline."""
+    from .pipeline import TinySD3Pipeline
+
+    pipeline = TinySD3Pipeline(
+        transformer=model.transformer,
+        scheduler=build_scheduler(),
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer_2=model.tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _tidy_tokenizer(folder: Path) -> None:
+    """Name the tokenizer's class as every version of transformers knows it."""
+    path = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def _tidy_config(path: Path) -> None:
+    """Drop where parts were loaded from, which is nobody else's business."""
+    settings: dict[str, Any] = json.loads(path.read_text())
+    settings.pop("_name_or_path", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def export(pipeline: TinySD3Pipeline, folder: str | Path) -> None:
+    """Save ``pipeline`` into ``folder`` as float16; the pipeline itself becomes float16."""
+    folder = Path(folder)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    for name in ("tokenizer", "tokenizer_2"):
+        _tidy_tokenizer(folder / name)
+        index[name] = ["transformers", "PreTrainedTokenizerFast"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        _tidy_config(folder / name / "config.json")
