@@ -127,8 +127,8 @@ def _run_demo(
     model: Model, prompts: list[str], methods: dict[str, Method], settings: Settings, out: Path
 ) -> None:
     from fastdit import console as view
-    from fastdit.demo import compare
-    from fastdit.loading import calls, default_prompts, judge_of
+    from fastdit.demo import compare, total_calls
+    from fastdit.loading import calls, default_prompts, judge_of, messages_once
     from fastdit.machine import describe
 
     console = Console()
@@ -138,10 +138,12 @@ def _run_demo(
     console.print(
         f"[bold]fastdit demo[/bold]: {model.name} on {where}\n"
         f"prompts: {len(prompts)}, steps: {settings.steps}, seed: {settings.seed}, "
-        f"timed calls per picture: {settings.repeats}",
+        f"timed calls per picture: {settings.repeats}\n"
+        f"{total_calls(len(prompts), len(methods), settings)} pipeline calls: warm-up, "
+        "how many steps take equal time, then all arms in turn",
         highlight=False,
     )
-    with view.progress_bar(console) as advance:
+    with messages_once(), view.progress_bar(console) as advance:
         found = compare(
             model.pipeline, asked, prompts, methods, settings, judge_of(model), progress=advance
         )

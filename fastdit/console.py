@@ -36,6 +36,11 @@ MEANING = (
 )
 
 
+STEADY = 1.5
+BUSY = "This machine was busy, calls that do the same differed"
+ADVICE = "read the speed-ups with care, or try again with more --repeats"
+
+
 @dataclass(frozen=True)
 class Fact:
     """One line of a list of facts."""
@@ -77,12 +82,20 @@ def comparison_table(comparison: Comparison) -> RenderableType:
             f"{comparison.speedup(index):.2f}x",
             f"{1 / arm.compute_ratio:.0%}",
             _decibels(median(cell.psnr for cell in column)) if index else "-",
-            f"{median(cell.relative_l2 for cell in column):.3f}" if index else "-",
+            f"{median(cell.relative_l2 for cell in column):.2g}" if index else "-",
         ]
         if judged:
             cells.append(_of(comparison.right(index)))
         table.add_row(*cells)
-    return Group(table, Text(_meaning(comparison, judged), style="dim"))
+    notes = [Text(_meaning(comparison, judged), style="dim")]
+    if (spread := _unsteadiness(comparison)) > STEADY:
+        notes.append(Text(f"{BUSY} by up to {spread:.1f}x: {ADVICE}", style="yellow"))
+    return Group(table, *notes)
+
+
+def _unsteadiness(comparison: Comparison) -> float:
+    """The largest ratio between two timed calls that draw the same picture in the same way."""
+    return max(max(cell.seconds) / min(cell.seconds) for row in comparison.cells for cell in row)
 
 
 def _meaning(comparison: Comparison, judged: bool) -> str:
@@ -125,7 +138,7 @@ def _labels(cell: Cell, speedup: float, is_reference: bool) -> tuple[str, ...]:
     else:
         lines = (
             f"{seconds} · {speedup:.2f}x",
-            f"PSNR {_decibels(cell.psnr, ' dB')} · rel. L2 {cell.relative_l2:.3f}",
+            f"PSNR {_decibels(cell.psnr, ' dB')} · rel. L2 {cell.relative_l2:.2g}",
             judged,
         )
     return tuple(line for line in lines if line)

@@ -6,6 +6,7 @@ depends on how long anything takes.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fastdit.demo import Settings, compare, equal_time_steps, resolve_steps, tot
 from fastdit.distance import psnr, relative_l2
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError, UnsupportedModelError
 from fastdit.grid import GAP, MARGIN, Row, Tile, draw_grid, shown_size, to_picture
-from fastdit.loading import calls, default_prompts, load_model
+from fastdit.loading import calls, default_prompts, load_model, messages_once
 
 pytestmark = pytest.mark.diffusers
 
@@ -265,3 +266,23 @@ def test_grid_text_stays_inside():
     pixels = np.asarray(grid)
     for edge in (pixels[:8], pixels[-8:], pixels[:, :8], pixels[:, -8:]):
         assert (edge == 255).all()
+
+
+# ---- messages
+
+
+def test_what_libraries_repeat_is_said_once():
+    logger = logging.getLogger("diffusers.some.pipeline")
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    root = logging.getLogger("diffusers")
+    root.addHandler(handler)
+    try:
+        with messages_once():
+            for _ in range(3):
+                logger.warning("the prompt was cut")
+        logger.warning("the prompt was cut")
+    finally:
+        root.removeHandler(handler)
+    assert heard == ["the prompt was cut"] * 2
