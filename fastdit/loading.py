@@ -146,15 +146,15 @@ class _Once(logging.Filter):
 @contextmanager
 def messages_once() -> Iterator[None]:
     """What diffusers and transformers say at every call (a prompt was cut) is said once."""
-    once = _Once()
     names = ("diffusers", "transformers")
     handlers = [handler for name in names for handler in logging.getLogger(name).handlers]
-    for handler in handlers:
+    filters = [_Once() for _ in handlers]
+    for handler, once in zip(handlers, filters, strict=True):
         handler.addFilter(once)
     try:
         yield
     finally:
-        for handler in handlers:
+        for handler, once in zip(handlers, filters, strict=True):
             handler.removeFilter(once)
 
 
