@@ -42,7 +42,7 @@ def chosen_nvcc() -> str | None:
     nvcc = find_nvcc()
     if mode == "1" and nvcc is None:
         sys.exit(
-            "FASTDIT_CUDA=1, but there is no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda: "
+            "FASTDIT_CUDA=1, but CUDA_HOME, CUDA_PATH, PATH and /usr/local/cuda have no nvcc: "
             "install the CUDA toolkit, or build without CUDA by FASTDIT_CUDA=0"
         )
     return nvcc

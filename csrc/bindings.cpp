@@ -1,9 +1,11 @@
 // Module fastdit._C: addresses, strides and sizes in, nothing back. The callers are
 // fastdit/backends/cpu.py, which took them from tensors that fastdit/ops has checked.
 //
-// An operand is None or a tuple (address, batch stride, token stride), strides in elements; rows is
-// None or (address, batch stride, whether int64). Row numbers are the one thing checked here, since
-// only their values can be wrong: one out of range raises IndexError before anything is written.
+// An operand is None, or a tuple (address, batch stride, token stride) with strides in elements, or
+// the bare address of the usual case, which is quicker to make and to read: a contiguous tensor
+// [B, K, D], or one row for all where it is a modulation. rows is None or (address, batch stride,
+// whether int64). Row numbers are the one thing checked here, since only their values can be wrong:
+// one out of range raises IndexError before anything is written.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,29 +24,37 @@ namespace {
 // interpreter's lock to another thread and waiting to have it back.
 constexpr int64_t kSmall = 32768;
 
-int64_t integer(PyObject* tuple, Py_ssize_t i) {
-  const long long value = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, i));
+int64_t integer(PyObject* number) {
+  const long long value = PyLong_AsLongLong(number);
   if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
   return value;
 }
 
-PyObject* triple(py::handle h) {
+int64_t item(py::handle h, Py_ssize_t i) {
   if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 3) {
-    throw py::type_error("an operand is None or a tuple of three integers");
+    throw py::type_error("an operand is None, an address or a tuple of three integers");
   }
-  return h.ptr();
+  return integer(PyTuple_GET_ITEM(h.ptr(), i));
 }
 
-Operand operand(py::handle h) {
+// The strides are those of a bare address.
+Operand operand(py::handle h, int64_t batch_stride, int64_t token_stride) {
   if (h.is_none()) return {};
-  PyObject* t = triple(h);
-  return {reinterpret_cast<void*>(integer(t, 0)), integer(t, 1), integer(t, 2)};
+  if (PyLong_Check(h.ptr())) {
+    return {reinterpret_cast<void*>(integer(h.ptr())), batch_stride, token_stride};
+  }
+  return {reinterpret_cast<void*>(item(h, 0)), item(h, 1), item(h, 2)};
 }
+
+Operand state(py::handle h, const Shape& shape) {
+  return operand(h, shape.tokens * shape.width, shape.width);
+}
+
+Operand modulation(py::handle h) { return operand(h, 0, 0); }
 
 Rows row_index(py::handle h) {
   if (h.is_none()) return {};
-  PyObject* t = triple(h);
-  return {reinterpret_cast<const void*>(integer(t, 0)), integer(t, 1), integer(t, 2) != 0};
+  return {reinterpret_cast<const void*>(item(h, 0)), item(h, 1), item(h, 2) != 0};
 }
 
 Dtype dtype_of(int code) {
@@ -87,14 +97,14 @@ void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, int
   }
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};
-  p.x = operand(x);
-  p.out = operand(out);
+  p.x = state(x, p.shape);
+  p.out = state(out, p.shape);
   for (int i = 0; i < p.count; ++i) {
-    p.branches[i] = operand(branches[i]);
-    p.gates[i] = operand(gates[i]);
+    p.branches[i] = state(branches[i], p.shape);
+    p.gates[i] = modulation(gates[i]);
   }
   p.fresh = fresh;
-  p.cache = operand(cache);
+  p.cache = state(cache, p.shape);
   p.rows = row_index(rows);
   p.threads = threads;
   check_rows(p.rows, p.shape, stored);
@@ -108,17 +118,17 @@ void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, int6
   NormModulate p;
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};
-  p.x = operand(x);
-  p.out = operand(out);
-  p.scale = operand(scale);
-  p.shift = operand(shift);
-  p.weight = operand(weight);
-  p.bias = operand(bias);
-  p.eps = static_cast<float>(eps);
+  p.x = state(x, p.shape);
+  p.out = state(out, p.shape);
+  p.scale = modulation(scale);
+  p.shift = modulation(shift);
+  p.weight = modulation(weight);
+  p.bias = modulation(bias);
+  p.eps = eps;
   p.rms = rms;
-  p.branch = operand(branch);
-  p.gate = operand(gate);
-  p.cache = operand(cache);
+  p.branch = state(branch, p.shape);
+  p.gate = modulation(gate);
+  p.cache = state(cache, p.shape);
   p.rows = row_index(rows);
   p.threads = threads;
   check_rows(p.rows, p.shape, stored);

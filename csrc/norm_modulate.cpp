@@ -24,40 +24,36 @@ struct Moments {
   float scale = 0;      // 1 / sqrt(variance + eps)
 };
 
-float total(const float* lane) {
-  float sum = 0;
-  for (int j = 0; j < kLanes; ++j) sum += lane[j];
-  return sum;
-}
-
-// sum over i of term(x[i])
+// sum over i of term(x[i]), divided by n. What happens once a row is done in double: it costs nothing
+// there, and leaves the lanes' own rounding as the only one.
 template <class T, class Term>
-float sum_of(const T* x, int64_t n, Term term) {
+double mean_of(const T* x, int64_t n, Term term) {
   float lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     for (int j = 0; j < kLanes; ++j) lane[j] += term(to_float(x[i + j]));
   }
   for (int j = 0; i + j < n; ++j) lane[j] += term(to_float(x[i + j]));
-  return total(lane);
+  double sum = 0;
+  for (int j = 0; j < kLanes; ++j) sum += lane[j];
+  return sum / double(n);
 }
 
 template <class T>
-Moments moments(const T* x, int64_t n, float eps, bool rms) {
-  const float inverse = 1.0f / float(n);
+Moments moments(const T* x, int64_t n, double eps, bool rms) {
   Moments m;
   if (rms) {
-    const float square = sum_of(x, n, [](float v) { return v * v; }) * inverse;
-    m.scale = 1.0f / std::sqrt(square + eps);
+    const double square = mean_of(x, n, [](float v) { return v * v; });
+    m.scale = float(1.0 / std::sqrt(square + eps));
     return m;
   }
-  const float mean = sum_of(x, n, [](float v) { return v; }) * inverse;
-  const float rest = sum_of(x, n, [mean](float v) { return v - mean; }) * inverse;
-  const float variance =
-      sum_of(x, n, [=](float v) { return (v - mean - rest) * (v - mean - rest); }) * inverse;
+  const float mean = float(mean_of(x, n, [](float v) { return v; }));
+  const float rest = float(mean_of(x, n, [mean](float v) { return v - mean; }));
+  const double variance =
+      mean_of(x, n, [=](float v) { return (v - mean - rest) * (v - mean - rest); });
   m.mean = mean;
   m.remainder = rest;
-  m.scale = 1.0f / std::sqrt(variance + eps);
+  m.scale = float(1.0 / std::sqrt(variance + eps));
   return m;
 }
 

@@ -17,7 +17,7 @@ struct NormModulate {
   Operand cache;   // [B, N, D] written at rows; null: none
   Rows rows;       // applies to x and the cache
   Shape shape;     // B, K, D
-  float eps = 0;
+  double eps = 0;
   bool rms = false;
   Dtype dtype = Dtype::kFloat32;
   int threads = 1;

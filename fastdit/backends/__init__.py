@@ -1,1 +1,1 @@
-"""One file is one backend: a module with a `BACKEND` that follows `base.Backend`, found by its folder."""
+"""One file is one backend: a module with a `BACKEND` (see base.py), found by its folder."""

@@ -50,5 +50,5 @@ class Backend:
         rows: Tensor | None,  # [B, K]
         out: Tensor,  # [B, K, D], written
     ) -> None:
-        """x[rows] += gate * branch; cache[rows] = branch; out = norm(x[rows]) * (1 + scale) + shift."""
+        """x[rows] += gate * branch; cache[rows] = branch; out = modulated norm of x[rows]."""
         raise TypeError(f"backend {self.name} has no norm_modulate")

@@ -35,6 +35,8 @@ class Cpu(Backend):
 
     def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
         batch, tokens, width = x.shape
+        # Stores of another length than K need their strides told; see csrc/bindings.cpp.
+        operand = _address if rows is None else _strided
         try:
             _C.gated_residual(
                 DTYPE_CODES[x.dtype],
@@ -42,12 +44,12 @@ class Cpu(Backend):
                 tokens,
                 width,
                 0 if rows is None else _shortest(branches, fresh, cache),
-                _operand(x),
-                _operand(out),
-                [_operand(branch) for branch in branches],
-                [None if gate is None else _broadcast(gate) for gate in gates],
+                _address(x),
+                _address(out),
+                [operand(branch) for branch in branches],
+                [_modulation(gate, width) for gate in gates],
                 fresh,
-                None if cache is None else _operand(cache),
+                None if cache is None else operand(cache),
                 None if rows is None else _row_index(rows),
                 get_num_threads(),
             )
@@ -58,6 +60,7 @@ class Cpu(Backend):
         self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
     ):
         batch, tokens, width = out.shape
+        operand = _address if rows is None else _strided
         try:
             _C.norm_modulate(
                 DTYPE_CODES[x.dtype],
@@ -65,17 +68,17 @@ class Cpu(Backend):
                 tokens,
                 width,
                 x.shape[1],
-                _operand(x),
-                _operand(out),
-                None if scale is None else _broadcast(scale),
-                None if shift is None else _broadcast(shift),
-                None if weight is None else _broadcast(weight),
-                None if bias is None else _broadcast(bias),
+                operand(x),
+                _address(out),
+                _modulation(scale, width),
+                _modulation(shift, width),
+                _modulation(weight, width),
+                _modulation(bias, width),
                 eps,
                 rms,
-                None if branch is None else _operand(branch),
-                None if gate is None else _broadcast(gate),
-                None if cache is None else _operand(cache),
+                None if branch is None else _address(branch),
+                _modulation(gate, width),
+                None if cache is None else operand(cache),
                 None if rows is None else _row_index(rows),
                 get_num_threads(),
             )
@@ -83,20 +86,25 @@ class Cpu(Backend):
             raise ArgumentError(str(error)) from None
 
 
-def _operand(t: Tensor) -> tuple[int, int, int]:
+def _address(t: Tensor) -> int | tuple[int, int, int]:
+    """The bare address of a contiguous [B, K, D]."""
+    return t.data_ptr() if t.is_contiguous() else _strided(t)
+
+
+def _strided(t: Tensor) -> tuple[int, int, int]:
     stride = t.stride()
     return t.data_ptr(), stride[0], stride[1]
 
 
-def _broadcast(t: Tensor) -> tuple[int, int, int]:
-    """A modulation as [B, K, D]: stride 0 where it has one row for all."""
-    shape = t.shape
-    rank = len(shape)
-    if rank == 1:
-        return t.data_ptr(), 0, 0
-    stride = t.stride()
-    per_batch = stride[0] if shape[0] > 1 else 0
-    return t.data_ptr(), per_batch, stride[1] if rank == 3 and shape[1] > 1 else 0
+def _modulation(t: Tensor | None, width: int) -> int | tuple[int, int, int] | None:
+    """The bare address of a single row; strides of 0 wherever it has one row for all."""
+    if t is None:
+        return None
+    if t.numel() == width:
+        return t.data_ptr()
+    shape, stride = t.shape, t.stride()
+    per_token = stride[1] if len(shape) == 3 and shape[1] > 1 else 0
+    return t.data_ptr(), stride[0] if shape[0] > 1 else 0, per_token
 
 
 def _row_index(rows: Tensor) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
-"""Plain torch: diffusers' own expressions, in their order and with their casts, so bit-equal to stock.
+"""Plain torch: diffusers' own expressions, with their order and casts, so bit-equal to stock.
 
 A residual is `x = x + gate * branch`, one branch after the other, each operation rounded in the
-dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32 as
-diffusers' RMSNorm does, whatever the dtype. Runs wherever torch does, and is what the ops
+dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32,
+as diffusers' RMSNorm does, whatever the dtype. Runs wherever torch does, and is what the ops
 differentiate through. It is not fast: every operation is a pass over memory of its own.
 """
 

@@ -32,7 +32,7 @@ class Ops:
 
     def backend_for(self, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
         """The name of the backend that will serve `op` there; BackendError where none does."""
-        return choose(op, torch.device(device).type, dtype, self.backend).name
+        return choose(op, torch.device(device), dtype, self.backend).name
 
 
 def bind(backend: str | None = None) -> Ops:

@@ -1,6 +1,8 @@
 """The boundary checks the ops share. Each passes quickly, or raises an ArgumentError that says why.
 
 Kernels do not check again. A check reads attributes only, never values, so none waits for a device.
+They run on every eager call, so the test that passes comes first and is flat; what went wrong is
+worked out afterwards.
 """
 
 from __future__ import annotations
@@ -17,71 +19,80 @@ FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float1
 ROW_DTYPES = frozenset((torch.int64, torch.int32))
 
 
-def state(name: str, x: Tensor) -> None:
-    """The tensor all others are compared with: floating, of rank 3."""
+def state(name: str, x: Tensor) -> torch.Size:
+    """The tensor all others are compared with: floating, of rank 3. Returns its shape."""
     if not isinstance(x, Tensor):
         _refuse(name, type(x).__name__, "a tensor [B, tokens, D]")
-    if x.dim() != 3:
-        _refuse(name, f"shape {list(x.shape)}", "rank 3: [B, tokens, D]")
+    shape = x.shape
+    if len(shape) != 3:
+        _refuse(name, f"shape {list(shape)}", "rank 3: [B, tokens, D]")
     if x.dtype not in FLOATING:
         _refuse(name, str(x.dtype), "float64, float32, bfloat16 or float16")
     if not x.is_contiguous():
         _unit_stride(name, x)
+    return shape
 
 
-def operand(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
-    """A tensor of exactly this shape, with the dtype and device of x."""
+def operand(
+    name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """A tensor of exactly this shape, dtype and device."""
     if (
         isinstance(t, Tensor)
         and t.shape == shape
-        and t.dtype is x.dtype
-        and t.device == x.device
+        and t.dtype is dtype
+        and t.device == device
         and (t.is_contiguous() or t.stride(-1) == 1)
     ):
         return
-    _same_kind(name, t, x)
+    _same_kind(name, t, dtype, device)
     if tuple(t.shape) != tuple(shape):
         _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
     _unit_stride(name, t)
 
 
-def store(name: str, t: Tensor, x: Tensor) -> None:
+def store(
+    name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
     """A row store over the full token layout: [B, N, D] with any N."""
+    batch, _, width = shape
     if not isinstance(t, Tensor) or t.dim() != 3:
-        found = list(t.shape) if isinstance(t, Tensor) else type(t).__name__
-        _refuse(name, str(found), "a row store [B, N, D]")
-    operand(name, t, (x.shape[0], t.shape[1], x.shape[2]), x)
+        found = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        _refuse(name, found, f"a row store [{batch}, N, {width}]")
+    operand(name, t, (batch, t.shape[1], width), dtype, device)
 
 
-def modulation(name: str, t: Tensor, batch: int, tokens: int, x: Tensor) -> None:
+def modulation(
+    name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
     """A gate, scale or shift: [D], [B or 1, D] or [B or 1, K or 1, D]."""
-    _same_kind(name, t, x)
-    shape = t.shape
-    rank = len(shape)
-    width = x.shape[-1]
-    fits = (
+    if not isinstance(t, Tensor) or t.dtype is not dtype or t.device != device:
+        _same_kind(name, t, dtype, device)
+    batch, tokens, width = shape
+    found = t.shape
+    rank = len(found)
+    if not (
         1 <= rank <= 3
-        and shape[-1] == width
-        and (rank == 1 or shape[0] == batch or shape[0] == 1)
-        and (rank < 3 or shape[1] == tokens or shape[1] == 1)
-    )
-    if not fits:
+        and found[-1] == width
+        and (rank == 1 or found[0] == batch or found[0] == 1)
+        and (rank < 3 or found[1] == tokens or found[1] == 1)
+    ):
         accepted = f"[{width}], [{batch} or 1, {width}] or [{batch} or 1, {tokens} or 1, {width}]"
-        _refuse(name, f"shape {list(shape)}", accepted)
+        _refuse(name, f"shape {list(found)}", accepted)
     if not t.is_contiguous():
         _unit_stride(name, t)
 
 
-def row_index(rows: Tensor, x: Tensor) -> None:
+def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
     """int64 or int32 [B, K]; sorted and unique by contract, which only the values could show."""
     if not isinstance(rows, Tensor):
         _refuse("rows", type(rows).__name__, "a tensor [B, K]")
     if rows.dtype not in ROW_DTYPES:
         _refuse("rows", str(rows.dtype), "int64 or int32")
-    if rows.device != x.device:
-        _refuse("rows", f"on {rows.device}", f"on {x.device}, where x is")
-    if rows.dim() != 2 or rows.shape[0] != x.shape[0]:
-        _refuse("rows", f"shape {list(rows.shape)}", f"shape [{x.shape[0]}, K]")
+    if rows.device != device:
+        _refuse("rows", f"on {rows.device}", f"on {device}, where x is")
+    if rows.dim() != 2 or rows.shape[0] != batch:
+        _refuse("rows", f"shape {list(rows.shape)}", f"shape [{batch}, K]")
     if not rows.is_contiguous():
         _unit_stride("rows", rows)
 
@@ -97,7 +108,12 @@ def written(name: str, t: Tensor) -> None:
 
 def disjoint(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """`t` is written while `other` is still read, so they must not share elements."""
-    if _overlap(t, other):
+    ahead = other.data_ptr() - t.data_ptr()
+    if ahead >= 0:
+        clear = t.is_contiguous() and ahead >= t.nbytes
+    else:
+        clear = other.is_contiguous() and -ahead >= other.nbytes
+    if not clear and _overlap(t, other):
         _refuse(name, f"memory it shares with {other_name}", "a tensor of its own")
 
 
@@ -113,12 +129,12 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     offset = second.data_ptr() - first.data_ptr()
     if a.numel() == 0 or b.numel() == 0 or offset >= _extent(first) * first.element_size():
         return False
-    # Side by side within each batch row of one buffer, like store[:, :T] and store[:, T:].
+    # Side by side within each sample of one buffer, like store[:, :T] and store[:, T:].
     if a.dim() == b.dim() == 3 and a.stride(0) == b.stride(0) > 0:
-        row = a.stride(0) * a.element_size()
-        start = offset % row
+        sample = a.stride(0) * a.element_size()
+        start = offset % sample
         return start < _extent(first[0]) * a.element_size() or (
-            start + _extent(second[0]) * a.element_size() > row
+            start + _extent(second[0]) * a.element_size() > sample
         )
     return True
 
@@ -128,13 +144,13 @@ def _extent(t: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def _same_kind(name: str, t: Tensor, x: Tensor) -> None:
+def _same_kind(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(t, Tensor):
         _refuse(name, type(t).__name__, "a tensor")
-    if t.dtype is not x.dtype:
-        _refuse(name, str(t.dtype), f"{x.dtype}, the dtype of x")
-    if t.device != x.device:
-        _refuse(name, f"on {t.device}", f"on {x.device}, where x is")
+    if t.dtype is not dtype:
+        _refuse(name, str(t.dtype), f"{dtype}, the dtype of x")
+    if t.device != device:
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, where x is")
 
 
 def _unit_stride(name: str, t: Tensor) -> None:

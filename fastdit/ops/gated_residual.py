@@ -24,6 +24,8 @@ from fastdit.ops import checks
 from fastdit.ops.registry import define, requires_grad, resolve, traced
 
 MAX_BRANCHES = 64
+_BRANCHES = tuple(f"branches[{i}]" for i in range(MAX_BRANCHES))  # names for messages, made once
+_GATES = tuple(f"gates[{i}]" for i in range(MAX_BRANCHES))
 
 SCHEMA = (
     "gated_residual(Tensor x, Tensor[] branches, Tensor?[] gates, int fresh, Tensor(a!)? cache, "
@@ -71,22 +73,30 @@ def gated_residual(
                 "out, cache: got a tensor while an input requires a gradient; accepted is None "
                 "(in-place forms have no gradient: use torch.no_grad())"
             )
-        _check(x, branches, gates, fresh, cache, rows, x)
+        _check(x, branches, gates, fresh, None, rows, None)
         return residual_sum(x, branches, gates, fresh, rows)
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if traced():
+        out = _new_out(x) if out is None else out
         torch.ops.fastdit.gated_residual.default(
             x, branches, gates, fresh, cache, rows, out, backend
         )
-    else:
-        _run(x, branches, gates, fresh, cache, rows, out, backend)
+        return out
+    _check(x, branches, gates, fresh, cache, rows, out)
+    if out is None:
+        out = _new_out(x)
+    function = resolve("gated_residual", x.device, x.dtype, backend)
+    function(x, branches, gates, fresh, cache, rows, out)
     return out
 
 
+def _new_out(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _run(x, branches, gates, fresh, cache, rows, out, backend=None) -> None:
+    """What torch.ops calls once a trace runs."""
     _check(x, branches, gates, fresh, cache, rows, out)
-    function = resolve("gated_residual", x.device.type, x.dtype, backend)
+    function = resolve("gated_residual", x.device, x.dtype, backend)
     function(x, branches, gates, fresh, cache, rows, out)
 
 
@@ -94,10 +104,11 @@ define(SCHEMA, _run)
 
 
 def _check(x, branches, gates, fresh, cache, rows, out) -> None:
-    checks.state("x", x)
-    shape = x.shape
+    """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
+    shape = checks.state("x", x)
+    dtype, device = x.dtype, x.device
     if rows is not None:
-        checks.row_index(rows, x)
+        checks.row_index(rows, shape[0], device)
         if rows.shape[1] != shape[1]:
             raise ArgumentError(
                 f"rows: got shape {list(rows.shape)}; accepted is {list(shape[:2])}, one row for "
@@ -113,33 +124,36 @@ def _check(x, branches, gates, fresh, cache, rows, out) -> None:
         raise ArgumentError(f"fresh: got {fresh}; accepted is -1 to {count - 1}")
     for i, branch in enumerate(branches):
         if rows is None or i == fresh:
-            checks.operand("branches", branch, shape, x)
+            checks.operand(_BRANCHES[i], branch, shape, dtype, device)
         else:
-            checks.store("branches", branch, x)
-        gate = gates[i]
-        if gate is not None:
-            checks.modulation("gates", gate, shape[0], shape[1], x)
-    if out is not x:
-        checks.operand("out", out, shape, x)
-    _check_memory(x, branches, gates, fresh, cache, rows, out)
-
-
-def _check_memory(x, branches, gates, fresh, cache, rows, out) -> None:
-    if cache is not None:
-        if fresh < 0:
-            raise ArgumentError("cache: got a tensor with fresh=-1; accepted is the fresh branch's")
-        if rows is None:
-            checks.operand("cache", cache, x.shape, x)
-        else:
-            checks.store("cache", cache, x)
-        checks.written("cache", cache)
-        checks.disjoint("cache", cache, "x", x)
-        checks.disjoint("cache", cache, "out", out)
-        for i, branch in enumerate(branches):
-            checks.disjoint("cache", cache, f"branches[{i}]", branch)
-    checks.written("out", out)
-    checks.disjoint_or_same("out", out, "x", x)
-    for i, branch in enumerate(branches):
-        checks.disjoint("out", out, f"branches[{i}]", branch)
+            checks.store(_BRANCHES[i], branch, shape, dtype, device)
         if gates[i] is not None:
-            checks.disjoint("out", out, f"gates[{i}]", gates[i])
+            checks.modulation(_GATES[i], gates[i], shape, dtype, device)
+    if out is not None:
+        _check_out(x, branches, gates, out)
+    if cache is not None:
+        _check_cache(x, branches, fresh, cache, rows, out)
+
+
+def _check_out(x, branches, gates, out) -> None:
+    if out is not x:
+        checks.operand("out", out, x.shape, x.dtype, x.device)
+        checks.disjoint_or_same("out", out, "x", x)
+    checks.written("out", out)
+    for i, branch in enumerate(branches):
+        checks.disjoint("out", out, _BRANCHES[i], branch)
+        if gates[i] is not None:
+            checks.disjoint("out", out, _GATES[i], gates[i])
+
+
+def _check_cache(x, branches, fresh, cache, rows, out) -> None:
+    if fresh < 0:
+        raise ArgumentError("cache: got a tensor with fresh=-1; accepted is None without fresh")
+    check = checks.operand if rows is None else checks.store
+    check("cache", cache, x.shape, x.dtype, x.device)
+    checks.written("cache", cache)
+    checks.disjoint("cache", cache, "x", x)
+    if out is not None:
+        checks.disjoint("cache", cache, "out", out)
+    for i, branch in enumerate(branches):
+        checks.disjoint("cache", cache, _BRANCHES[i], branch)

@@ -87,30 +87,38 @@ def norm_modulate(
         _check(x, scale, shift, weight, bias, branch, gate, cache, rows, None)
         active = x if rows is None else gather_rows(x, rows)
         return modulated_norm(active, scale, shift, weight, bias, eps, rms)
-    if branch is None and (gate is not None or cache is not None):
-        raise ArgumentError("gate, cache: got a tensor without branch; accepted is None")
+    if traced():
+        out = _new_out(x, rows) if out is None else out
+        if branch is None:
+            _refuse_without_branch(gate, cache)
+            torch.ops.fastdit.norm_modulate.default(
+                x, scale, shift, weight, bias, eps, rms, rows, out, backend
+            )
+        else:
+            torch.ops.fastdit.residual_norm_modulate.default(
+                x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
+            )
+        return out
+    _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
     if out is None:
-        out = x.new_empty(x.shape if rows is None else (*rows.shape, x.shape[-1]))
-    if not traced():
-        _run_residual(
-            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
-        )
-    elif branch is None:
-        torch.ops.fastdit.norm_modulate.default(
-            x, scale, shift, weight, bias, eps, rms, rows, out, backend
-        )
-    else:
-        torch.ops.fastdit.residual_norm_modulate.default(
-            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
-        )
+        out = _new_out(x, rows)
+    function = resolve("norm_modulate", x.device, x.dtype, backend)
+    function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
     return out
+
+
+def _new_out(x: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty((*rows.shape, x.shape[-1]))
 
 
 def _run_residual(
     x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend=None
 ) -> None:
+    """What torch.ops calls once a trace runs."""
     _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
-    function = resolve("norm_modulate", x.device.type, x.dtype, backend)
+    function = resolve("norm_modulate", x.device, x.dtype, backend)
     function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
 
 
@@ -123,34 +131,58 @@ define(RESIDUAL_SCHEMA, _run_residual)
 
 
 def _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out) -> None:
-    checks.state("x", x)
-    batch, tokens, width = x.shape
+    """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
+    shape = checks.state("x", x)
+    dtype, device = x.dtype, x.device
     if rows is not None:
-        checks.row_index(rows, x)
-        tokens = rows.shape[1]
-    compact = (batch, tokens, width)
-    for name, value in (("scale", scale), ("shift", shift), ("gate", gate)):
-        if value is not None:
-            checks.modulation(name, value, batch, tokens, x)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            checks.operand(name, value, (width,), x)
+        checks.row_index(rows, shape[0], device)
+        shape = (shape[0], rows.shape[1], shape[2])
+    if scale is not None:
+        checks.modulation("scale", scale, shape, dtype, device)
+    if shift is not None:
+        checks.modulation("shift", shift, shape, dtype, device)
+    if weight is not None:
+        checks.operand("weight", weight, shape[2:], dtype, device)
+    if bias is not None:
+        checks.operand("bias", bias, shape[2:], dtype, device)
     if out is not None:
-        checks.operand("out", out, compact, x)
-        checks.written("out", out)
+        checks.operand("out", out, shape, dtype, device)
+        _check_out(x, (scale, shift, weight, bias, gate), branch, rows, out)
     if branch is None:
-        if out is not None and rows is None:
-            checks.disjoint_or_same("out", out, "x", x)
-        elif out is not None:
-            checks.disjoint("out", out, "x", x)
+        _refuse_without_branch(gate, cache)
         return
-    checks.operand("branch", branch, compact, x)
+    checks.operand("branch", branch, shape, dtype, device)
+    if gate is not None:
+        checks.modulation("gate", gate, shape, dtype, device)
+        checks.disjoint("x", x, "gate", gate)
     checks.written("x", x)
-    checks.disjoint("out", out, "x", x)
     checks.disjoint("x", x, "branch", branch)
-    checks.disjoint("out", out, "branch", branch)
     if cache is not None:
-        checks.operand("cache", cache, x.shape, x)
-        checks.written("cache", cache)
-        for name, other in (("x", x), ("branch", branch), ("out", out)):
-            checks.disjoint("cache", cache, name, other)
+        _check_cache(x, branch, cache, out)
+
+
+def _check_out(x, small, branch, rows, out) -> None:
+    checks.written("out", out)
+    if branch is None and rows is None:
+        checks.disjoint_or_same("out", out, "x", x)
+    else:
+        checks.disjoint("out", out, "x", x)
+    if branch is not None:
+        checks.disjoint("out", out, "branch", branch)
+    for value in small:
+        if value is not None:
+            checks.disjoint("out", out, "scale, shift, weight, bias or gate", value)
+
+
+def _check_cache(x, branch, cache, out) -> None:
+    checks.operand("cache", cache, x.shape, x.dtype, x.device)
+    checks.written("cache", cache)
+    checks.disjoint("cache", cache, "x", x)
+    checks.disjoint("cache", cache, "branch", branch)
+    if out is not None:
+        checks.disjoint("cache", cache, "out", out)
+
+
+def _refuse_without_branch(gate, cache) -> None:
+    if gate is not None or cache is not None:
+        raise ArgumentError("gate, cache: got a tensor without branch; accepted is None")

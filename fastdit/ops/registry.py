@@ -41,10 +41,9 @@ def requested_backend(name: str | None = None) -> str | None:
 _AT_IMPORT = os.environ.get(ENVIRONMENT) or None
 
 
-@functools.lru_cache(maxsize=None)
-def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> Backend:
+@functools.cache
+def choose(op: str, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Backend:
     """The backend that serves `op`; BackendError where none does or the named one does not."""
-    device = torch.device(device_type)
     reasons = {b.name: b.supports(op, device, dtype) for b in BACKENDS.values()}
     able = sorted(
         (b for b in BACKENDS.values() if reasons[b.name] is None), key=lambda b: -b.priority
@@ -54,7 +53,7 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
         return able[0]
     if name is not None and reasons[name] is None:
         return BACKENDS[name]
-    what = f"{op} for {str(dtype).removeprefix('torch.')} on {device_type}"
+    what = f"{op} for {str(dtype).removeprefix('torch.')} on {device.type}"
     available = ", ".join(b.name for b in able) or "none"
     if name is None:
         why = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
@@ -64,10 +63,12 @@ def choose(op: str, device_type: str, dtype: torch.dtype, name: str | None = Non
     )
 
 
-@functools.lru_cache(maxsize=None)
-def resolve(op: str, device_type: str, dtype: torch.dtype, name: str | None = None) -> Callable:
+@functools.cache
+def resolve(
+    op: str, device: torch.device, dtype: torch.dtype, name: str | None = None
+) -> Callable[..., None]:
     """The backend function that serves `op`: one dictionary look-up a call."""
-    return getattr(choose(op, device_type, dtype, name), op)
+    return getattr(choose(op, device, dtype, name), op)
 
 
 def traced() -> bool:

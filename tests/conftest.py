@@ -1,0 +1,63 @@
+"""What all tests share: no network, one seed, few threads, and the backends to run on."""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of transformers or diffusers: a test that would download fails instead.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+from fastdit.ops import BACKENDS
+from inputs import Runner
+
+
+def backend_labels() -> list[str]:
+    """Every backend that serves this machine's CPU, and each instruction set of the C++ one."""
+    cpu = torch.device("cpu")
+    labels = []
+    for name, backend in BACKENDS.items():
+        if backend.supports("gated_residual", cpu, torch.float32) is not None:
+            continue
+        if name == "cpu":
+            from fastdit import _C
+
+            labels += [f"cpu-{isa}" for isa in _C.build_info()["isas"]]
+        else:
+            labels.append(name)
+    return labels
+
+
+@pytest.fixture(params=backend_labels())
+def runner(request):
+    """A Runner for each backend and instruction set."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield Runner(BACKENDS[name], request.param)
+        return
+    from fastdit import _C
+
+    _C.set_isa(isa)
+    yield Runner(BACKENDS[name], request.param)
+    _C.set_isa("auto")
+
+
+@pytest.fixture(autouse=True)
+def _reproducible():
+    """The same seed for every test, and one thread: the machines that run this are small."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

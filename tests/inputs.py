@@ -1,0 +1,163 @@
+"""Inputs that are hard on a kernel: ugly sizes, views, offsets, poisoned outputs, guard bands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdit.backends.base import Backend
+from fastdit.ops import BACKENDS
+from fastdit.ops import gated_residual as gated_residual_op
+from fastdit.ops import norm_modulate as norm_modulate_op
+from tolerance import Mismatch, bits
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# B, K, D. 512 is a block of the C++ kernels and 16 a vector, so their neighbours are here.
+SHAPES = (
+    (1, 1, 1),
+    (3, 2, 7),
+    (2, 17, 64),
+    (1, 113, 72),
+    (2, 2, 511),
+    (1, 17, 528),
+    (2, 3, 1152),
+    (1, 1, 2305),
+)
+
+GUARD = 37  # elements either side; odd, so that what lies between is not aligned
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Calls one backend: through the public op if it is a registered one, else directly."""
+
+    backend: Backend
+    label: str
+
+    def dtypes(self) -> list[torch.dtype]:
+        cpu = torch.device("cpu")
+        return [d for d in DTYPES if self.backend.supports("gated_residual", cpu, d) is None]
+
+    def gated_residual(
+        self, x, branches, gates, *, fresh=-1, cache=None, rows=None, out=None
+    ) -> Tensor:
+        out = poisoned(x.shape, x.dtype) if out is None else out
+        if BACKENDS.get(self.backend.name) is self.backend:
+            name = self.backend.name
+            return gated_residual_op(
+                x, branches, gates, fresh=fresh, cache=cache, rows=rows, out=out, backend=name
+            )
+        self.backend.gated_residual(x, branches, gates, fresh, cache, rows, out)
+        return out
+
+    def norm_modulate(
+        self,
+        x,
+        scale=None,
+        shift=None,
+        *,
+        weight=None,
+        bias=None,
+        eps=1e-6,
+        rms=False,
+        branch=None,
+        gate=None,
+        cache=None,
+        rows=None,
+        out=None,
+    ) -> Tensor:
+        if out is None:
+            out = poisoned(x.shape if rows is None else (*rows.shape, x.shape[-1]), x.dtype)
+        if BACKENDS.get(self.backend.name) is self.backend:
+            affine = {"weight": weight, "bias": bias, "eps": eps, "rms": rms}
+            residual = {"branch": branch, "gate": gate, "cache": cache}
+            name = self.backend.name
+            return norm_modulate_op(
+                x, scale, shift, **affine, **residual, rows=rows, out=out, backend=name
+            )
+        self.backend.norm_modulate(
+            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+        )
+        return out
+
+
+def generator(*key: int) -> torch.Generator:
+    """Reproducible from the case's own numbers, whatever ran before."""
+    seed = 0
+    for number in key:
+        seed = (seed * 1009 + number + 1) % (1 << 31)
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(shape, dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=g).to(dtype)
+
+
+def poisoned(shape, dtype: torch.dtype) -> Tensor:
+    """NaN in every element, so that one left unwritten shows."""
+    return torch.full(tuple(shape), float("nan"), dtype=dtype)
+
+
+def some_rows(batch: int, active: int, tokens: int, g: torch.Generator, dtype=torch.int64):
+    """[B, K] sorted and unique in each sample, of `tokens` rows."""
+    picks = [torch.randperm(tokens, generator=g)[:active].sort().values for _ in range(batch)]
+    return torch.stack(picks).to(dtype)
+
+
+class Guarded:
+    """A tensor inside a larger buffer; `assert_intact` says whether the rest was written to."""
+
+    def __init__(self, values: Tensor):
+        self.buffer = torch.full((values.numel() + 2 * GUARD,), 7.25, dtype=values.dtype)
+        self.tensor = self.buffer[GUARD : GUARD + values.numel()].view(values.shape)
+        self.tensor.copy_(values)
+
+    def assert_intact(self, what: str) -> None:
+        for band in (self.buffer[:GUARD], self.buffer[-GUARD:]):
+            if not bool((band == 7.25).all()):
+                raise Mismatch(f"{what}: wrote outside its tensor")
+
+
+class Untouched:
+    """Remembers the bits of tensors; `check` says which one changed."""
+
+    def __init__(self, **tensors: Tensor | None):
+        self.tensors = {name: t for name, t in tensors.items() if t is not None}
+        self.before = {name: bits(t).clone() for name, t in self.tensors.items()}
+
+    def check(self, what: str) -> None:
+        for name, t in self.tensors.items():
+            if not torch.equal(bits(t), self.before[name]):
+                raise Mismatch(f"{what}: changed its input {name}")
+
+
+def misaligned(t: Tensor, offset: int = 1) -> Tensor:
+    """The same values at an address that is no multiple of a vector's size."""
+    buffer = torch.empty(t.numel() + offset, dtype=t.dtype)
+    return buffer[offset:].view(t.shape).copy_(t)
+
+
+def padded_rows(t: Tensor, padding: int = 3) -> Tensor:
+    """The same values as a view whose token and batch strides are larger than its sizes."""
+    batch, tokens, width = t.shape
+    buffer = poisoned((batch, tokens + 2, width + padding), t.dtype)
+    return buffer[:, 1 : tokens + 1, :width].copy_(t)
+
+
+def gate_kinds(batch: int, tokens: int, width: int, dtype, g) -> dict[str, Tensor | None]:
+    """Every accepted form of a gate, scale or shift."""
+    return {
+        "none": None,
+        "[D]": normal((width,), dtype, g),
+        "[B, D]": normal((batch, width), dtype, g),
+        "[1, D]": normal((1, width), dtype, g),
+        "[1, 1, D]": normal((1, 1, width), dtype, g),
+        "[B, 1, D]": normal((batch, 1, width), dtype, g),
+        "[B, K, D]": normal((batch, tokens, width), dtype, g),
+        "chunk": normal((batch, 6, width), dtype, g).chunk(6, dim=1)[2],
+        "expanded": normal((1, 1, width), dtype, g).expand(batch, tokens, width),
+        "padded": padded_rows(normal((batch, tokens, width), dtype, g)),
+    }

@@ -1,0 +1,69 @@
+"""The ops once more, spelled out without looking at fastdit: what is true, and what stock does.
+
+`exact_*` is the mathematics in fp64 without casts. `eager_*` is stock diffusers' expression in the
+dtype of its inputs; the `reference` backend must equal it bit for bit, all others by the rule of
+tolerance.py. Rows are read through `torch.gather`, which the library does not use.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rows_of(store: Tensor, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return store
+    return store.gather(1, rows.long().unsqueeze(-1).expand(-1, -1, store.shape[-1]))
+
+
+def gate_of(gate: Tensor) -> Tensor:
+    return gate[:, None, :] if gate.dim() == 2 else gate
+
+
+def eager_gated_residual(x, branches, gates, fresh=-1, rows=None):
+    for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
+        active = branch if i == fresh else rows_of(branch, rows)
+        x = x + active if gate is None else x + gate_of(gate) * active
+    return x
+
+
+def exact_gated_residual(x, branches, gates, fresh=-1, rows=None):
+    branches = [branch.double() for branch in branches]
+    gates = [None if gate is None else gate.double() for gate in gates]
+    return eager_gated_residual(x.double(), branches, gates, fresh, rows)
+
+
+def eager_norm_modulate(
+    x, scale=None, shift=None, weight=None, bias=None, eps=1e-6, rms=False, branch=None, gate=None
+):
+    """x holds the active rows already. Returns y and the updated x."""
+    if branch is not None:
+        x = eager_gated_residual(x, [branch], [gate])
+    if rms:
+        mean_square = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        y = x * torch.rsqrt(mean_square + eps)
+        y = y.to(x.dtype)
+        y = y if weight is None else y * weight
+        y = y if bias is None else y + bias
+    else:
+        y = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = y if scale is None else y * (1 + gate_of(scale))
+    return (y if shift is None else y + gate_of(shift)), x
+
+
+def exact_norm_modulate(
+    x, scale=None, shift=None, weight=None, bias=None, eps=1e-6, rms=False, branch=None, gate=None
+):
+    x, scale, shift, weight, bias, branch, gate = (
+        None if t is None else t.double() for t in (x, scale, shift, weight, bias, branch, gate)
+    )
+    if branch is not None:
+        x = exact_gated_residual(x, [branch], [gate])
+    centred = x if rms else x - x.mean(-1, keepdim=True)
+    y = centred / torch.sqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    y = y if scale is None else y * (1 + gate_of(scale))
+    return (y if shift is None else y + gate_of(shift)), x
