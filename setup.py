@@ -90,7 +90,8 @@ class CMakeBuild(build_ext):
 
     def get_source_files(self) -> list[str]:
         sources = [p for p in (ROOT / "csrc").rglob("*") if p.is_file()]
-        return ["CMakeLists.txt", *(str(p.relative_to(ROOT)) for p in sources)]
+        own = ["CMakeLists.txt", "tools/_backend.py"]  # what a source archive needs to build
+        return own + [str(p.relative_to(ROOT)) for p in sources]
 
 
 setup(ext_modules=[Extension("fastdit._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
