@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import clock
-from fastdit.errors import FastDiTError, ScheduleError
+from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots
 from fastdit.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
@@ -197,6 +197,7 @@ class Session:
         self.forward = None
         if not self.enabled:
             return
+        self._refuse_checkpointing(transformer)
         call = self.adapter.call(transformer, args, kwargs)
         run = self._locate(call.timestep)
         branch = self._prepare_branch(run, call)
@@ -245,13 +246,32 @@ class Session:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """A block's rewritten forward; outside a transformer call, and while disabled, the stock one."""
+        """A block's rewritten forward; outside a transformer call, and while disabled, the stock one.
+
+        Stock too where gradients are wanted and no plan acts: another order of the same operations would accumulate them in
+        another order.
+        """
         if self.forward is None:
+            return type(module).forward(module, *args, **kwargs)
+        if torch.is_grad_enabled() and not self.forward.actions:
+            parts = self.adapter.components[kind]
+            self.forward.computed += sum(
+                self.adapter.has_component(kind, module, part) for part in parts
+            )
             return type(module).forward(module, *args, **kwargs)
         self.forward.start_block(index)
         return self.adapter.forwards[kind](module, self.forward, *args, **kwargs)
 
     # ---- helpers
+
+    def _refuse_checkpointing(self, transformer: nn.Module) -> None:
+        """Gradient checkpointing runs blocks again in the backward pass, when the caches have moved on."""
+        acts = any(method.writes for method in self.methods)
+        if acts and torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", 0):
+            raise ArgumentError(
+                "a schedule cannot run under gradient checkpointing, which recomputes blocks in the backward pass; "
+                "call disable_gradient_checkpointing() on the transformer, or run under torch.no_grad()"
+            )
 
     def _locate(self, timestep: Any) -> Run:
         """The run this call belongs to, its step counter up to date."""

@@ -87,16 +87,18 @@ class Oracle:
     @contextmanager
     def installed(self) -> Iterator[Oracle]:
         """Run the schedule inside the `with`, from its start."""
-        wrapped = list(self._components())
-        for module, name in wrapped:
+        wrapped = [(module, module.__dict__.get("forward")) for module, _ in self._components()]
+        for module, name in list(self._components()):
             module.forward = self._wrap(module.forward, *name)
         handle = self._transformer.register_forward_pre_hook(self._count)
         try:
             yield self
         finally:
             handle.remove()
-            for module, _ in wrapped:
+            for module, before in wrapped:
                 del module.forward
+                if before is not None:  # a hook's
+                    module.forward = before
 
     def _components(self) -> Iterator[tuple[nn.Module, tuple[str, int, int]]]:
         for kind, parts in MODULES[type(self._transformer).__name__].items():
