@@ -24,7 +24,7 @@ from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.methods.base import Method
 from fastdit.patch import patch
 
-PILOT_RUNS = 2
+PILOT_RUNS = 3
 
 Judge = Callable[[Sequence[np.ndarray], Sequence[str]], Any]
 Progress = Callable[[str, int, int], None]

@@ -159,7 +159,7 @@ def _judge(images, prompts):
     return tiny.Score(1.0, 1.0, 1.0, 1.0, 0.0, (verdict,))
 
 
-@pytest.mark.parametrize("failing_call", range(5))
+@pytest.mark.parametrize("failing_call", range(8))
 def test_nothing_stays_patched_after_an_error(pipeline, monkeypatch, failing_call):
     count = iter(range(100))
     stock = type(pipeline).__call__
