@@ -1,14 +1,14 @@
-"""Whole steps of a PixArt-XL/2-wide transformer: static schedules against the unpatched model and against plain hooks.
+"""Whole steps at PixArt-XL/2's width: static schedules against the unpatched model and plain hooks.
 
     python benchmarks/bench_step.py [--out FILE] [--depth 4] [--tokens 256] [--steps 20] [--pairs 7]
 
-Random weights, depth reduced (labelled so), CFG batch of 2, no text encoder and no VAE. Three tables:
+Random weights, reduced depth, a CFG batch of 2, fp32, no text encoder and no VAE. Three tables:
 
-* runs of `--steps` steps, unpatched and patched in turns: wall speed-up, FLOP speed-up, and their quotient, the share realised;
+* runs, unpatched and patched in turns: wall speed-up, FLOP speed-up, and the share realised;
 * one fully reused step, its block stack and the whole call, fastdit and plain hooks in turns;
-* the block stack of that step traced: kernels and bytes, against the floor of (n + 2 runs) X bytes.
+* the block stack of that step traced: kernels and bytes, against the floor of (n + 2 runs) X.
 
-Medians over interleaved pairs, with their spread. Results go to a JSON file from which the README's table is made.
+Medians over interleaved pairs with their range, written to a JSON file.
 """
 
 from __future__ import annotations
@@ -17,48 +17,117 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable
+from trace import Trace
+from typing import Any
 
 import numpy as np
 import torch
-from hooks import HookCache
-from machine import describe_machine
-from torch import Tensor, nn
-from trace import Trace
+from torch import Tensor
 
 import fastdit
 from fastdit import Schedule
+from hooks import HookCache
+from machine import describe_machine
 
 COMPONENTS = ("attn1", "attn2", "ff")
 TEXT_TOKENS = 120
+DEPTH = 28
+
+#: told the step about to run
+Tick = Callable[[int], None]
 
 
-def build(depth: int, tokens: int) -> nn.Module:
-    """PixArt-XL/2 at reduced depth, random weights."""
-    from diffusers import PixArtTransformer2DModel
+class Bench:
+    """One model with its inputs, and the ways to run it."""
 
-    torch.manual_seed(0)
-    model = PixArtTransformer2DModel(
-        sample_size=2 * int(tokens**0.5),
-        num_layers=depth,
-        caption_channels=4096,
-        use_additional_conditions=False,
-    )
-    return model.eval().requires_grad_(False)
+    def __init__(self, depth: int, tokens: int) -> None:
+        from diffusers import PixArtTransformer2DModel
 
+        torch.manual_seed(0)
+        size = 2 * int(tokens**0.5)
+        model = PixArtTransformer2DModel(
+            sample_size=size,
+            num_layers=depth,
+            caption_channels=4096,
+            use_additional_conditions=False,
+        )
+        self.model = model.eval().requires_grad_(False)
+        self.blocks = list(model.transformer_blocks)
+        self.x_bytes = 2 * tokens * model.inner_dim * 4
+        self.inputs = {
+            "hidden_states": torch.randn(2, 4, size, size),
+            "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, 4096),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
 
-def inputs(model: nn.Module) -> dict[str, Tensor]:
-    """One CFG pair of latents and captions."""
-    generator = torch.Generator().manual_seed(0)
-    size = model.config.sample_size
-    return {
-        "hidden_states": torch.randn(2, 4, size, size, generator=generator),
-        "encoder_hidden_states": torch.randn(
-            2, TEXT_TOKENS, model.config.caption_channels, generator=generator
-        ),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
+    def call(self, t: Tensor) -> None:
+        """One transformer call at timestep `t`."""
+        self.model(**self.inputs, timestep=t.expand(2), return_dict=False)
+
+    @contextmanager
+    def fastdit(self, schedule: Schedule) -> Iterator[Tick]:
+        """Patched, inside a run."""
+        handle = fastdit.patch(self.model, fastdit.Cached(schedule))
+        with handle.run(timesteps(schedule.steps)):
+            yield lambda step: handle.advance() if step else None
+        handle.unpatch()
+
+    @contextmanager
+    def hooks(self, schedule: Schedule) -> Iterator[Tick]:
+        """With plain hooks."""
+        cache = HookCache(self.blocks, COMPONENTS, schedule)
+        yield cache.start_step
+        cache.remove()
+
+    @contextmanager
+    def around_stack(self, start: Callable[[], Any], stop: Callable[[], Any]) -> Iterator[None]:
+        """Call `start` before and `stop` after the block stack of each call.
+
+        By hooks on the modules that run right before and right after the stack: hooks on the blocks
+        themselves would make fastdit settle its residuals for them.
+        """
+        before = self.model.caption_projection.register_forward_hook(lambda *_: start() and None)
+        after = self.model.norm_out.register_forward_pre_hook(lambda *_: stop() and None)
+        yield
+        before.remove()
+        after.remove()
+
+    def run_seconds(self, steps: int, tick: Tick) -> float:
+        """Seconds of a run."""
+        start = time.perf_counter()
+        for step, t in enumerate(timesteps(steps)):
+            tick(step)
+            self.call(t)
+        return time.perf_counter() - start
+
+    def second_step_seconds(self, tick: Tick) -> dict[str, float]:
+        """Seconds of the second step: of its block stack, and of the whole call."""
+        marks: list[float] = []
+
+        def mark() -> None:
+            marks.append(time.perf_counter())
+
+        with self.around_stack(mark, mark):
+            for step, t in enumerate(timesteps(2)):
+                tick(step)
+                start = time.perf_counter()
+                self.call(t)
+                call = time.perf_counter() - start
+        return {"stack": marks[-1] - marks[-2], "call": call}
+
+    def second_step_trace(self, tick: Tick) -> Trace:
+        """The second step's block stack, traced."""
+        trace = Trace(large=self.x_bytes // 2)
+        first, second = timesteps(2)
+        tick(0)
+        self.call(first)
+        tick(1)
+        with self.around_stack(trace.__enter__, lambda: trace.__exit__(None, None, None)):
+            self.call(second)
+        return trace
 
 
 def timesteps(steps: int) -> Tensor:
@@ -66,228 +135,131 @@ def timesteps(steps: int) -> Tensor:
     return torch.linspace(999, 0, steps)
 
 
-@torch.no_grad()
-def run(
-    model: nn.Module, arguments: dict[str, Any], steps: int, tick: Callable[[int], None]
-) -> float:
-    """Seconds of `steps` calls; `tick(step)` is called before each."""
-    start = time.perf_counter()
-    for step, t in enumerate(timesteps(steps)):
-        tick(step)
-        model(**arguments, timestep=t.expand(2), return_dict=False)
-    return time.perf_counter() - start
-
-
 def schedules(steps: int, depth: int) -> dict[str, Schedule]:
     """The schedules measured; `random 80 %` reuses single components, seeded."""
-    bits = np.random.default_rng(0).random((steps, depth, len(COMPONENTS))) >= 0.8 * steps / (
-        steps - 1
-    )
-    kinds = {"every(2)": 2, "every(3)": 3, "every(5)": 5}
-    named = {
-        name: Schedule.from_bits(
-            np.broadcast_to((np.arange(steps) % n == 0)[:, None, None], bits.shape), COMPONENTS
-        )
-        for name, n in kinds.items()
+    shape = (steps, depth, len(COMPONENTS))
+    random = np.random.default_rng(0).random(shape) >= 0.8 * steps / (steps - 1)
+    bits = {
+        f"every({n})": np.broadcast_to((np.arange(steps) % n == 0)[:, None, None], shape)
+        for n in (2, 3, 5)
     }
-    return {**named, "random 80 %": Schedule.from_bits(bits, COMPONENTS)}
+    bits["random 80 %"] = random
+    return {name: Schedule.from_bits(value, COMPONENTS) for name, value in bits.items()}
 
 
-def measure_runs(model: nn.Module, steps: int, pairs: int) -> list[dict[str, Any]]:
-    """Wall and FLOP speed-up of each schedule over the unpatched model."""
-    arguments = inputs(model)
-    rows = []
-    for name, schedule in schedules(steps, len(model.transformer_blocks)).items():
-        ratios, ours, theirs = [], [], []
-        for _ in range(pairs + 1):
-            base = run(model, arguments, steps, lambda step: None)
-            handle = fastdit.patch(model, fastdit.Cached(schedule))
-            with handle.run(timesteps(steps)):
-                fast = run(model, arguments, steps, lambda step: step and handle.advance())
-            flop_speedup = handle.explain(
-                batch=1, steps=steps, text_tokens=TEXT_TOKENS
-            ).flop_speedup
-            handle.unpatch()
-            ratios.append(base / fast)
-            theirs.append(base)
-            ours.append(fast)
-        ratios, ours, theirs = ratios[1:], ours[1:], theirs[1:]  # the first pair warms up
-        speedup = statistics.median(ratios)
-        rows.append(
-            {
-                "schedule": name,
-                "reused": schedule.reuse_share,
-                "unpatched_s": statistics.median(theirs),
-                "fastdit_s": statistics.median(ours),
-                "wall_speedup": speedup,
-                "wall_speedup_range": [min(ratios), max(ratios)],
-                "flop_speedup": flop_speedup,
-                "realised": speedup / flop_speedup,
-            }
-        )
-        print(
-            f"{name:12} reused {schedule.reuse_share:5.1%}  wall {speedup:5.2f}x "
-            f"[{min(ratios):.2f}, {max(ratios):.2f}]  FLOP {flop_speedup:5.2f}x  realised {speedup / flop_speedup:.3f}",
-            flush=True,
-        )
-    return rows
+def all_reused(depth: int) -> Schedule:
+    """Two steps, the second fully reused."""
+    return Schedule.from_bits(np.zeros((2, depth, len(COMPONENTS)), dtype=bool), COMPONENTS)
 
 
-class StackTimer:
-    """Seconds of the block stack, by native hooks on the modules that run right before and right after it.
-
-    Hooks on the blocks themselves would make fastdit settle its residuals for them.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.seconds = 0.0
-        self._handles = [
-            model.caption_projection.register_forward_hook(self._start),
-            model.norm_out.register_forward_pre_hook(self._stop),
-        ]
-
-    def _start(self, *_: Any) -> None:
-        self._begin = time.perf_counter()
-
-    def _stop(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self._begin
-
-    def remove(self) -> None:
-        """Take the hooks out."""
-        for handle in self._handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def reused_step(model: nn.Module, pairs: int) -> dict[str, Any]:
-    """One fully reused step: seconds of the block stack and of the whole call, fastdit against hooks."""
-    depth = len(model.transformer_blocks)
-    bits = np.zeros((2, depth, len(COMPONENTS)), dtype=bool)
-    schedule = Schedule.from_bits(bits, COMPONENTS)
-    arguments = inputs(model)
-    found: dict[str, dict[str, list[float]]] = {
-        a: {"stack": [], "call": []} for a in ("fastdit", "hooks")
-    }
-
-    def second_step(tick: Callable[[int], None]) -> tuple[float, float]:
-        timer = StackTimer(model)
-        run_step(model, arguments, 0, tick)
-        start = time.perf_counter()
-        run_step(model, arguments, 1, tick)
-        call = time.perf_counter() - start
-        timer.remove()
-        return timer.seconds, call
-
+def measure_run(bench: Bench, name: str, schedule: Schedule, pairs: int) -> dict[str, Any]:
+    """Wall and FLOP speed-up of a schedule over the unpatched model."""
+    steps = schedule.steps
+    seconds = []
     for _ in range(pairs + 1):
-        handle = fastdit.patch(model, fastdit.Cached(schedule))
-        with handle.run(timesteps(2)):
-            stack, call = second_step(lambda step: step and handle.advance())
-        handle.unpatch()
-        found["fastdit"]["stack"].append(stack)
-        found["fastdit"]["call"].append(call)
-        cache = HookCache(list(model.transformer_blocks), COMPONENTS, schedule)
-        stack, call = second_step(lambda step: setattr(cache, "step", step))
-        cache.remove()
-        found["hooks"]["stack"].append(stack)
-        found["hooks"]["call"].append(call)
-    median = {
-        arm: {what: statistics.median(values[1:]) for what, values in row.items()}
-        for arm, row in found.items()
+        base = bench.run_seconds(steps, lambda step: None)
+        with bench.fastdit(schedule) as tick:
+            seconds.append((base, bench.run_seconds(steps, tick)))
+            explanation = fastdit.explain(bench.model, steps=steps, text_tokens=TEXT_TOKENS)
+    seconds = seconds[1:]  # the first pair warms up
+    ratios = [base / fast for base, fast in seconds]
+    speedup, flops = statistics.median(ratios), explanation.flop_speedup
+    print(
+        f"{name:12} reused {schedule.reuse_share:5.1%}  wall {speedup:5.2f}x "
+        f"[{min(ratios):.2f}, {max(ratios):.2f}]  FLOP {flops:5.2f}x, share {speedup / flops:.3f}",
+        flush=True,
+    )
+    return {
+        "schedule": name,
+        "reused": schedule.reuse_share,
+        "unpatched_s": statistics.median(base for base, _ in seconds),
+        "fastdit_s": statistics.median(fast for _, fast in seconds),
+        "wall_speedup": speedup,
+        "wall_speedup_range": [min(ratios), max(ratios)],
+        "flop_speedup": flops,
+        "realised": speedup / flops,
     }
-    ratio = {what: median["fastdit"][what] / median["hooks"][what] for what in ("stack", "call")}
-    for what in ("stack", "call"):
+
+
+def measure_reused_step(bench: Bench, pairs: int) -> dict[str, Any]:
+    """Seconds of a fully reused step, fastdit against hooks."""
+    schedule = all_reused(len(bench.blocks))
+    arms = {"fastdit": bench.fastdit, "hooks": bench.hooks}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for _ in range(pairs + 1):
+        for name, arm in arms.items():
+            with arm(schedule) as tick:
+                found[name].append(bench.second_step_seconds(tick))
+    parts: dict[str, Any] = {}
+    for part in ("stack", "call"):
+        fast, slow = ([row[part] for row in found[name][1:]] for name in arms)
+        ratios = [a / b for a, b in zip(fast, slow, strict=True)]
+        parts[part] = {
+            "fastdit_s": statistics.median(fast),
+            "hooks_s": statistics.median(slow),
+            "ratio": statistics.median(ratios),
+            "ratio_range": [min(ratios), max(ratios)],
+        }
         print(
-            f"fully reused step, {what:5}: fastdit {1e3 * median['fastdit'][what]:7.2f} ms, "
-            f"hooks {1e3 * median['hooks'][what]:7.2f} ms, ratio {ratio[what]:.3f}"
+            f"fully reused step, {part:5}: fastdit {1e3 * parts[part]['fastdit_s']:7.2f} ms, "
+            f"hooks {1e3 * parts[part]['hooks_s']:7.2f} ms, ratio {parts[part]['ratio']:.3f}"
         )
-    return {"seconds": median, "ratio": ratio}
+    return parts
 
 
-def run_step(
-    model: nn.Module, arguments: dict[str, Any], step: int, tick: Callable[[int], None]
-) -> None:
-    """One call at step `step` of two."""
-    tick(step)
-    model(**arguments, timestep=timesteps(2)[step].expand(2), return_dict=False)
-
-
-@torch.no_grad()
-def traced_step(model: nn.Module) -> dict[str, Any]:
+def measure_traffic(bench: Bench) -> dict[str, Any]:
     """Kernels and bytes of a fully reused step's block stack, against the floor."""
-    depth = len(model.transformer_blocks)
-    schedule = Schedule.from_bits(np.zeros((2, depth, len(COMPONENTS)), dtype=bool), COMPONENTS)
-    arguments = inputs(model)
-    handle = fastdit.patch(model, fastdit.Cached(schedule))
-    x = 4 * 2 * (model.config.sample_size // 2) ** 2 * model.inner_dim
-    with handle.run(timesteps(2)):
-        run_step(model, arguments, 0, lambda step: None)
-        handle.advance()
-        fast = trace_stack(model, arguments, x)
-    handle.unpatch()
-    cache = HookCache(list(model.transformer_blocks), COMPONENTS, schedule)
-    run_step(model, arguments, 0, lambda step: None)
-    cache.step = 1
-    eager = trace_stack(model, arguments, x)
-    cache.remove()
-    n, runs = depth * len(COMPONENTS), 1
-    result = {
+    schedule = all_reused(len(bench.blocks))
+    n, runs, x = len(bench.blocks) * len(COMPONENTS), 1, bench.x_bytes
+    result: dict[str, Any] = {
         "X_bytes": x,
         "reused_components": n,
         "runs": runs,
         "floor_X": n + 2 * runs,
-        "fastdit": {
-            "kernels": len(fast.kernels),
-            "token_X": fast.large_bytes / x,
-            "all_X": fast.bytes / x,
-        },
-        "hooks": {
-            "kernels": len(eager.kernels),
-            "token_X": eager.large_bytes / x,
-            "all_X": eager.bytes / x,
-        },
-        "fastdit_kernels": [kernel.name for kernel in fast.kernels],
+        "kernel_limit": runs + 10,
     }
-    for arm in ("fastdit", "hooks"):
+    for name, arm in (("fastdit", bench.fastdit), ("hooks", bench.hooks)):
+        with arm(schedule) as tick:
+            trace = bench.second_step_trace(tick)
+        result[name] = {
+            "kernels": len(trace.kernels),
+            "token_X": trace.large_bytes / x,
+            "all_X": trace.bytes / x,
+        }
         print(
-            f"fully reused step traced, {arm:7}: {result[arm]['kernels']:4d} kernels, {result[arm]['token_X']:7.2f} X in "
-            f"token tensors, {result[arm]['all_X']:7.2f} X in all; floor {n + 2 * runs} X, {runs + 10} kernels"
+            f"fully reused step, {name:7}: {len(trace.kernels):4d} kernels (limit {runs + 10}), "
+            f"{trace.large_bytes / x:7.2f} X in token tensors (floor {n + 2 * runs}), "
+            f"{trace.bytes / x:7.2f} X with gates"
         )
     return result
 
 
-def trace_stack(model: nn.Module, arguments: dict[str, Any], x: int) -> Trace:
-    """Trace the second step's block stack; see :class:`StackTimer` for the hooks."""
-    trace = Trace(large=x // 2)
-    handles = [
-        model.caption_projection.register_forward_hook(lambda *_: trace.__enter__() and None),
-        model.norm_out.register_forward_pre_hook(lambda *_: trace.__exit__(None, None, None)),
-    ]
-    model(**arguments, timestep=timesteps(2)[1].expand(2), return_dict=False)
-    for handle in handles:
-        handle.remove()
-    return trace
-
-
+@torch.no_grad()
 def main() -> None:
-    """Run all three and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure all three and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step-cpu.json"))
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=7)
     options = parser.parse_args()
-    model = build(options.depth, options.tokens)
-    print(
-        f"PixArt-XL/2 width 1152, depth {options.depth} of 28, {options.tokens} tokens, batch 2 (CFG), fp32, random weights"
+    bench = Bench(options.depth, options.tokens)
+    what = (
+        f"PixArt-XL/2 width, depth {options.depth} of {DEPTH}, {options.tokens} image and "
+        f"{TEXT_TOKENS} text tokens, CFG batch 2, fp32, {options.steps} steps, random weights"
     )
+    print(what)
     results = {
-        "what": f"PixArt-XL/2 width, depth {options.depth} of 28, {options.tokens} image and {TEXT_TOKENS} text tokens, "
-        f"CFG batch 2, fp32, {options.steps} steps, random weights",
+        "what": what,
         "machine": describe_machine(),
-        "reused_step": reused_step(model, 4 * options.pairs),
-        "trace": traced_step(model),
-        "runs": measure_runs(model, options.steps, options.pairs),
+        "pairs": options.pairs,
+        "reused_step": measure_reused_step(bench, 4 * options.pairs),
+        "traffic": measure_traffic(bench),
+        "runs": [
+            measure_run(bench, name, schedule, options.pairs)
+            for name, schedule in schedules(options.steps, options.depth).items()
+        ],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")

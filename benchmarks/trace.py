@@ -1,8 +1,9 @@
-"""Count kernels and bytes of a piece of torch code through a dispatch trace, views and bookkeeping left out.
+"""Count kernels and bytes of a piece of torch code through a dispatch trace, without views.
 
-A kernel is an operator call that makes or changes a tensor's memory. Its bytes are those of its distinct tensor arguments
-and results, each counted once per read and once per write. fastdit's ops show themselves to a dispatch mode, so the same
-trace counts eager code and fused code. Caches of the processor are not modelled: this is the traffic a GPU would see.
+A kernel is an operator call that makes or changes a tensor's memory. Its bytes are those of its
+distinct tensor arguments and results, each counted once per read and once per write. fastdit's ops
+show themselves to a dispatch mode, so the same trace counts eager code and fused code. Caches of
+the processor are not modelled: this is the traffic a GPU would see.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,12 @@ class Kernel:
 
 @dataclass
 class Trace(TorchDispatchMode):
-    """``with Trace(large=...) as trace: ...``; `large` is the size in bytes from which a tensor counts as a token tensor."""
+    """``with Trace(large=...) as trace: ...``
+
+    Attributes:
+        large: Size in bytes from which a tensor counts as a token tensor.
+        kernels: What ran, in order.
+    """
 
     large: int = 0
     kernels: list[Kernel] = field(default_factory=list)
@@ -82,12 +87,13 @@ def _reads(inputs: list[Tensor], written: list[Tensor], func: Any) -> list[Tenso
 
 def _arguments(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     schema = func._schema.arguments
-    return [*zip(schema, args), *((a, kwargs[a.name]) for a in schema if a.name in kwargs)]
+    named = [(a, kwargs[a.name]) for a in schema if a.name in kwargs]
+    return [*zip(schema, args, strict=False), *named]
 
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes of the distinct elements: expanded dimensions are read once."""
     elements = 1
-    for size, stride in zip(tensor.shape, tensor.stride()):
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1
     return elements * tensor.element_size()
