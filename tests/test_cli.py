@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from saved_pipelines import save_dit, save_sd3, save_unsupported
 from typer.testing import CliRunner
 
 import fastdit
 from fastdit import cli, console
 from fastdit.grid import GAP, MARGIN, to_picture
 from fastdit.loading import load_model
+from saved_pipelines import save_dit, save_sd3, save_unsupported
 
 pytestmark = pytest.mark.diffusers
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from saved_pipelines import save_dit, save_sd3, save_unsupported
 
 import fastdit
 from fastdit import tiny
@@ -22,6 +21,7 @@ from fastdit.distance import psnr, relative_l2
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError, UnsupportedModelError
 from fastdit.grid import GAP, MARGIN, Row, Tile, draw_grid, shown_size, to_picture
 from fastdit.loading import calls, default_prompts, load_model, messages_once
+from saved_pipelines import save_dit, save_sd3, save_unsupported
 
 pytestmark = pytest.mark.diffusers
 
