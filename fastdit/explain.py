@@ -90,11 +90,9 @@ def explain_session(
 ) -> Explanation:
     """See :meth:`fastdit.patch.Handle.explain`."""
     adapter, spec = session.adapter, session.spec
-    steps = (
-        steps
-        or next((m.steps for m in session.methods if m.steps), None)
-        or _default_steps(pipeline)
-    )
+    if steps is None:
+        fixed = (method.steps for method in session.methods)
+        steps = next((n for n in fixed if n is not None), _default_steps(pipeline))
     for name, value in (("batch", batch), ("steps", steps), ("height", height), ("width", width)):
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1

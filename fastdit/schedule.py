@@ -182,7 +182,7 @@ class Schedule:
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
         try:
             return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -203,7 +203,12 @@ class Schedule:
                     f"{path}: {size} bytes, a schedule has at most {MAX_FILE_BYTES}"
                 )
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except ScheduleError:
+            raise
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # also bytes that are no text, and paths that are none
             raise ScheduleError(f"{path}: not a readable schedule file: {error}") from error
         try:
             return cls.from_json(text)

@@ -154,7 +154,10 @@ class PixArt(Adapter):
         """Embedders, the shared modulation and the output projection."""
         per_token = linear_macs(transformer.pos_embed, transformer.proj_out)
         text = linear_macs(transformer.caption_projection) * size.text
-        return linear_macs(transformer.adaln_single) + per_token * size.image + text
+        # alpha embeds the image's height and width apart, by one layer
+        resolution = getattr(transformer.adaln_single.emb, "resolution_embedder", None)
+        per_image = linear_macs(transformer.adaln_single, resolution)
+        return per_image + per_token * size.image + text
 
     def slot_elements(
         self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size

@@ -123,15 +123,20 @@ class SD3(Adapter):
     def macs(
         self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
     ) -> int:
-        """Linear layers, and QK^T and AV over image and text."""
+        """Linear layers, and QK^T and AV over image and text; the last text modulation only feeds its attention."""
         module = getattr(block, component)
         if component == "attn":
             attn = block.attn
             image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
             text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            text += 0 if block.context_pre_only else linear_macs(attn.to_add_out)
+            modulation = 0
+            if block.context_pre_only:
+                modulation = linear_macs(block.norm1_context)
+            else:
+                text += linear_macs(attn.to_add_out)
             joint = size.image + size.text
-            return image * size.image + text * size.text + 2 * joint * joint * attn.inner_dim
+            products = 2 * joint * joint * attn.inner_dim
+            return modulation + image * size.image + text * size.text + products
         if component == "attn2":
             return size.image * (attention_macs(module) + 2 * size.image * module.inner_dim)
         return linear_macs(module) * (size.image if component == "ff" else size.text)
@@ -139,7 +144,7 @@ class SD3(Adapter):
     def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
         """Embedders, adaLN modulations and the output projection."""
         modulation = sum(
-            linear_macs(block.norm1, block.norm1_context)
+            linear_macs(block.norm1, None if block.context_pre_only else block.norm1_context)
             for block in transformer.transformer_blocks
         )
         per_image = linear_macs(transformer.time_text_embed, transformer.norm_out) + modulation
