@@ -17,9 +17,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastdit
-from fastdit import cli, console
-from fastdit.grid import GAP, MARGIN, to_picture
-from fastdit.loading import load_model
+from fastdit.cli import commands as cli
+from fastdit.cli import console
+from fastdit.cli.grid import GAP, MARGIN, to_picture
+from fastdit.cli.loading import load_model
 from saved_pipelines import save_dit, save_sd3, save_unsupported
 
 pytestmark = pytest.mark.diffusers
@@ -208,7 +209,7 @@ def test_ctrl_c_ends_with_130(folder, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastdit.loading.load_model", interrupt)
+    monkeypatch.setattr("fastdit.cli.loading.load_model", interrupt)
     output = run("demo", "--model", folder, "--out", tmp_path / "a.png", code=130)
     assert output.strip() == "interrupted"
 

@@ -16,11 +16,11 @@ import torch
 
 import fastdit
 from fastdit import tiny
-from fastdit.demo import Settings, compare, equal_time_steps, resolve_steps, total_calls
-from fastdit.distance import psnr, relative_l2
+from fastdit.cli.demo import Settings, compare, equal_time_steps, resolve_steps, total_calls
+from fastdit.cli.distance import psnr, relative_l2
+from fastdit.cli.grid import GAP, MARGIN, Row, Tile, draw_grid, shown_size, to_picture
+from fastdit.cli.loading import calls, default_prompts, load_model, messages_once
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError, UnsupportedModelError
-from fastdit.grid import GAP, MARGIN, Row, Tile, draw_grid, shown_size, to_picture
-from fastdit.loading import calls, default_prompts, load_model, messages_once
 from saved_pipelines import save_dit, save_sd3, save_unsupported
 
 pytestmark = pytest.mark.diffusers

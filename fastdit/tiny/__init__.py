@@ -64,7 +64,14 @@ def load_pipeline(
         If ``folder`` holds no saved pipeline.
     """
     import torch
+    import transformers
 
-    from .pipeline import load_pipeline as load
-
+    # diffusers pulls in picture processors that this model does not use, and transformers
+    # would warn that their optional packages are missing.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        from .pipeline import load_pipeline as load
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     return load(folder, torch_dtype or torch.float32, progress_bar)

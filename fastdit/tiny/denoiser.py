@@ -45,7 +45,12 @@ class Denoiser(torch.nn.Module):
         return tokens, torch.cat([output.text_embeds for output in outputs], dim=-1)
 
     def loss(
-        self, latents: torch.Tensor, captions: list[str], noise: torch.Generator, mean: float
+        self,
+        latents: torch.Tensor,
+        captions: list[str],
+        noise: torch.Generator,
+        mean: float = 0.0,
+        std: float = 1.0,
     ) -> torch.Tensor:
         """Flow-matching loss: the mean squared error of the predicted velocity.
 
@@ -57,11 +62,12 @@ class Denoiser(torch.nn.Module):
             One per latent; ``""`` trains the unconditional branch.
         noise : torch.Generator
             Draws noise and times.
-        mean : float
-            Mean of the logit of the time; positive values favour noisy times.
+        mean, std : float
+            Of the logit of the time. What is drawn where is decided at noisy times, which
+            a positive mean favours; edges are drawn at the others.
         """
         tokens, pooled = self.encode(captions)
-        sigma = torch.sigmoid(torch.randn(len(latents), generator=noise) + mean)
+        sigma = torch.sigmoid(torch.randn(len(latents), generator=noise) * std + mean)
         gaussian = torch.randn(latents.shape, generator=noise)
         level = sigma[:, None, None, None]
         predicted = self.transformer(

@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint
 from .denoiser import Denoiser
-from .models import build_scheduler, build_vae
+from .models import TEACHER, VaeConfig, build_scheduler, build_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -22,13 +22,27 @@ if TYPE_CHECKING:
     from .pipeline import TinySD3Pipeline
 
 
-def load_vae(folder: str | Path) -> AutoencoderKL:
-    """The autoencoder of a run, scaled; ``FileNotFoundError`` if that stage has not run."""
-    saved = checkpoint.load(Path(folder) / "vae")
+def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
+    """An autoencoder of a run, scaled.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The run's folder.
+    stage : str
+        ``"vae"`` for the larger one that the bank is encoded with, ``"compact"`` for the
+        shipped one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If that stage has not run.
+    """
+    saved = checkpoint.load(Path(folder) / stage)
     if saved is None or "scaling_factor" not in saved[1]:
-        raise FileNotFoundError(f"folder must hold a finished vae stage, got {str(folder)!r}")
+        raise FileNotFoundError(f"folder must hold a finished {stage} stage, got {str(folder)!r}")
     tensors, facts = saved
-    vae = build_vae()
+    vae = build_vae(TEACHER if stage == "vae" else VaeConfig())
     vae.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
     vae.register_to_config(
         scaling_factor=facts["scaling_factor"], shift_factor=facts["shift_factor"]

@@ -1,8 +1,9 @@
 """Command line of the tiny model's training: ``python -m fastdit.tiny.train STAGE``.
 
-Stages, in order: ``vae``, ``transformer`` (which first encodes a bank of scenes) and
-``export``; ``all`` does the three. Each resumes from what the run's folder holds. The work
-is done in the modules named after the stages; this file only wires them together.
+Stages, in order: ``vae``, ``compact`` (the smaller autoencoder that is shipped),
+``transformer`` (which first encodes a bank of scenes) and ``export``; ``all`` does them all.
+Each resumes from what the run's folder holds. The work is done in the modules named after the
+stages; this file only wires them together.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 
 from .bank import Bank, BankConfig, build_bank, load_bank, save_bank
+from .compact_vae import CompactTraining, train_compact
 from .train_transformer import TransformerTraining, train_transformer
 from .train_vae import VaeTraining, train_vae
 
-STAGES = ("vae", "transformer", "export", "all")
+STAGES = ("vae", "compact", "transformer", "export", "all")
 
 
 def _report(line: str) -> None:
@@ -32,7 +34,7 @@ def _bank(folder: Path, seed: int) -> Bank:
 
     bank = load_bank(folder)
     if bank is None:
-        bank = build_bank(load_vae(folder), BankConfig(seed=seed), _report)
+        bank = build_bank(load_vae(folder, "vae"), BankConfig(seed=seed), _report)
         save_bank(bank, folder)
     return bank
 
@@ -46,6 +48,16 @@ def run_vae(options: argparse.Namespace) -> None:
     _report(f"latents scaled by {vae.config.scaling_factor:.4f}")
 
 
+def run_compact(options: argparse.Namespace) -> None:
+    """Train the autoencoder that is shipped."""
+    from .export import load_vae
+
+    config = CompactTraining(seed=options.seed, steps=options.steps)
+    if options.minutes is not None:
+        config = replace(config, minutes=options.minutes)
+    train_compact(load_vae(options.run, "vae"), config, options.run, _report)
+
+
 def run_transformer(options: argparse.Namespace) -> None:
     """Train the denoiser and the text encoders."""
     config = TransformerTraining(seed=options.seed, steps=options.steps)
@@ -56,7 +68,7 @@ def run_transformer(options: argparse.Namespace) -> None:
 
 def _provenance(options: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
     stages = {}
-    for stage in ("vae", "transformer"):
+    for stage in ("vae", "compact", "transformer"):
         facts = json.loads((Path(options.run) / stage / "state.json").read_text())
         stages[stage] = {
             "steps": facts["step"],
@@ -103,7 +115,12 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     # Nearly vanished gradients become denormal numbers, on which many processors are slow.
     torch.set_flush_denormal(True)
-    stages = {"vae": run_vae, "transformer": run_transformer, "export": run_export}
+    stages = {
+        "vae": run_vae,
+        "compact": run_compact,
+        "transformer": run_transformer,
+        "export": run_export,
+    }
     for name in stages if options.stage == "all" else [options.stage]:
         stages[name](options)
 

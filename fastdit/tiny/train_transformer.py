@@ -32,12 +32,14 @@ class TransformerTraining:
     half_batch: int = 32
     full_batch: int = 12
     rate: float = 1.5e-3
+    matrix_rate: float = 4e-3
     warmup: int = 100
     decay: float = 0.01
     average: float = 0.999
     null_share: float = 0.1
     drop: float = 0.2
-    time_mean: float = 0.4
+    time_mean: float = 1.1
+    time_std: float = 1.3
     seed: int = 0
     log_every: int = 50
     save_every: int = 200
@@ -72,7 +74,7 @@ def build_optimizers(model: Denoiser, config: TransformerTraining) -> list[torch
         inside = name.startswith("transformer.transformer_blocks") and "norm" not in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return [
-        Muon(matrices, lr=config.rate, weight_decay=config.decay),
+        Muon(matrices, lr=config.matrix_rate, weight_decay=config.decay),
         torch.optim.AdamW(others, lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -126,7 +128,7 @@ class Trainer:
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.config.rate * warm * (0.01 + 0.99 * cosine)
+                group["lr"] = optimizer.defaults["lr"] * warm * (0.01 + 0.99 * cosine)
 
     def _update_average(self) -> None:
         # A short memory at first, so that the average is useful early in a run.
@@ -143,7 +145,7 @@ class Trainer:
         latents, texts = make_batch(self.bank, self.config, self.step)
         noise = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         self._set_rate()
-        loss = self.model.loss(latents, texts, noise, self.config.time_mean)
+        loss = self.model.loss(latents, texts, noise, self.config.time_mean, self.config.time_std)
         self.model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

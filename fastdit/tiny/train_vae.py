@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from . import checkpoint, scenes
-from .models import build_vae
+from .models import TEACHER, build_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -79,7 +79,7 @@ def vae_batch(config: VaeTraining, step: int) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
 
 
-def _gradient_loss(difference: torch.Tensor) -> torch.Tensor:
+def gradient_loss(difference: torch.Tensor) -> torch.Tensor:
     """Mean absolute slope of the error along rows and columns."""
     across = (difference[..., 1:] - difference[..., :-1]).abs().mean()
     down = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
@@ -95,7 +95,7 @@ def vae_loss(
     difference = vae.decode(sample).sample - pictures
     pixel = difference.abs().mean() + 2.0 * difference.square().mean()
     divergence = 0.5 * (moments.mean.square() + moments.var - 1.0 - moments.logvar).mean()
-    loss = pixel + config.gradient * _gradient_loss(difference) + config.kl * divergence
+    loss = pixel + config.gradient * gradient_loss(difference) + config.kl * divergence
     return loss, float(difference.detach().abs().mean())
 
 
@@ -119,7 +119,7 @@ def train_vae(
         In evaluation mode, with ``scaling_factor`` and ``shift_factor`` measured.
     """
     torch.manual_seed(config.seed)
-    vae = build_vae()
+    vae = build_vae(TEACHER)
     names = {parameter: name for name, parameter in vae.named_parameters()}
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.rate, betas=(0.9, 0.95))
     step, spent = 0, 0.0

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fastdit import options
+from fastdit.cli import options
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 
 if TYPE_CHECKING:
-    from fastdit.demo import Settings
-    from fastdit.loading import Model
+    from fastdit.cli.demo import Settings
+    from fastdit.cli.loading import Model
     from fastdit.methods.base import Method
     from fastdit.schedule import Schedule
 
@@ -116,7 +116,7 @@ def demo(
 
         torch.set_num_threads(threads)
     loaded = _load(model, dtype)
-    from fastdit.demo import Settings, resolve_steps
+    from fastdit.cli.demo import Settings, resolve_steps
 
     steps = resolve_steps(loaded.pipeline, list(methods.values()), steps, backend)
     settings = Settings(steps, seed, repeats, height, width, backend)
@@ -126,10 +126,10 @@ def demo(
 def _run_demo(
     model: Model, prompts: list[str], methods: dict[str, Method], settings: Settings, out: Path
 ) -> None:
-    from fastdit import console as view
-    from fastdit.demo import compare, total_calls
-    from fastdit.loading import calls, default_prompts, judge_of, messages_once
-    from fastdit.machine import describe
+    from fastdit.cli import console as view
+    from fastdit.cli.demo import compare, total_calls
+    from fastdit.cli.loading import calls, default_prompts, judge_of, messages_once
+    from fastdit.cli.machine import describe
 
     console = Console()
     where = f"{describe(model.device)}, {model.dtype}"
@@ -169,7 +169,7 @@ def explain(
     (method,) = _methods(schedule, None if every is None else [every], default=(2,)).values()
     loaded = _load(model, dtype)
     from fastdit import patch
-    from fastdit.console import explanation_text
+    from fastdit.cli.console import explanation_text
 
     handle = patch(loaded.pipeline, method, backend=backend)
     text = explanation_text(handle.explain(height, width, batch, steps, cfg))
@@ -181,12 +181,12 @@ def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
     """Print a schedule's facts, and which share of the blocks computes at each step."""
     if png is not None:
         _check_output(png, "--png")
-    from fastdit.console import schedule_facts
+    from fastdit.cli.console import schedule_facts
 
     found = _read_schedule(file, "FILE")
     Console().print(schedule_facts(found, str(file)), soft_wrap=True)
     if png is not None:
-        from fastdit.raster import save_raster
+        from fastdit.cli.raster import save_raster
 
         save_raster(found, png, file.stem)
         Console().print(f"picture: {png}", highlight=False, soft_wrap=True)
@@ -195,8 +195,8 @@ def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
 @app.command()
 def backends() -> None:
     """List the backends: what each serves on the devices here, and what was built."""
-    from fastdit import machine
-    from fastdit.console import Fact, backend_table, facts
+    from fastdit.cli import machine
+    from fastdit.cli.console import Fact, backend_table, facts
 
     console = Console()
     console.print(backend_table(machine.backend_rows(), machine.DTYPES))
@@ -250,7 +250,7 @@ def _check_output(path: Path, argument: str) -> None:
 
 
 def _load(folder: Path | None, dtype: str | None) -> Model:
-    from fastdit.loading import load_model
+    from fastdit.cli.loading import load_model
 
     name = "the embedded model" if folder is None else str(folder)
     with Console(stderr=True).status(f"loading {name}"):

@@ -23,9 +23,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fastdit.demo import Arm, Cell, Comparison, Progress
+    from fastdit.cli.demo import Arm, Cell, Comparison, Progress
+    from fastdit.cli.loading import Model
     from fastdit.explain import Explanation
-    from fastdit.loading import Model
     from fastdit.schedule import Schedule
 
 MEANING = (
@@ -109,7 +109,7 @@ def _meaning(comparison: Comparison, judged: bool) -> str:
 
 def comparison_picture(comparison: Comparison, model: Model, where: str) -> Image.Image:
     """The labelled grid: one row per prompt, one column per arm."""
-    from fastdit.grid import Row, Tile, draw_grid
+    from fastdit.cli.grid import Row, Tile, draw_grid
 
     settings = comparison.settings
     headers = [(arm.name, _detail(arm)) for arm in comparison.arms]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastdit.distance import psnr, relative_l2
+from fastdit.cli.distance import psnr, relative_l2
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.methods.base import Method
 from fastdit.patch import patch
@@ -81,7 +81,7 @@ class Cell:
     Attributes:
         image: [h, w, 3], float in [0, 1].
         seconds: Of each timed call.
-        psnr, relative_l2: Against the unpatched picture; see `fastdit/distance.py`.
+        psnr, relative_l2: Against the unpatched picture; see `distance.py`.
         right: (objects with the right shape and colour, objects named); None if nobody judged.
     """
 
