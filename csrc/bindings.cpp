@@ -88,8 +88,9 @@ void launch(void (*kernel)(const Params&), Params& p) {
 }
 
 void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, int64_t stored,
-                    py::handle x, py::handle out, const py::list& branches, const py::list& gates,
-                    int fresh, py::handle cache, py::handle rows, int threads) {
+                    py::handle x, int64_t x_step, py::handle out, const py::list& branches,
+                    const py::list& gates, int fresh, py::handle cache, py::handle rows,
+                    int threads) {
   GatedResidual p;
   p.count = static_cast<int>(branches.size());
   if (p.count < 1 || p.count > kMaxBranches || gates.size() != branches.size()) {
@@ -98,6 +99,7 @@ void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, int
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};
   p.x = state(x, p.shape);
+  p.x_step = x_step;
   p.out = state(out, p.shape);
   for (int i = 0; i < p.count; ++i) {
     p.branches[i] = state(branches[i], p.shape);

@@ -24,6 +24,16 @@ void add(float* __restrict__ sum, const T* __restrict__ branch, const T* __restr
   }
 }
 
+// sum = x. A step other than 1 reads a transposed x: neighbouring rows share its cache lines.
+template <class T>
+void load(float* __restrict__ sum, const T* __restrict__ x, int64_t step, int64_t n) {
+  if (step == 1) {
+    for (int64_t i = 0; i < n; ++i) sum[i] = to_float(x[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) sum[i] = to_float(x[i * step]);
+  }
+}
+
 template <class T>
 void row(const GatedResidual& p, int64_t b, int64_t k) {
   const int64_t stored = p.rows.at(b, k);
@@ -32,7 +42,7 @@ void row(const GatedResidual& p, int64_t b, int64_t k) {
   for (int64_t d = 0; d < p.shape.width; d += kBlock) {
     const int64_t n = p.shape.width - d < kBlock ? p.shape.width - d : kBlock;
     float sum[kBlock];
-    for (int64_t i = 0; i < n; ++i) sum[i] = to_float(x[d + i]);
+    load(sum, x + d * p.x_step, p.x_step, n);
     for (int j = 0; j < p.count; ++j) {
       const T* branch = p.branches[j].row<T>(b, j == p.fresh ? k : stored) + d;
       const T* gate = p.gates[j] ? p.gates[j].row<T>(b, k) + d : nullptr;

@@ -8,6 +8,7 @@ constexpr int kMaxBranches = 64;
 
 struct GatedResidual {
   Operand x;                       // [B, K, D], may be out
+  int64_t x_step = 1;              // between x's elements along D; 1 where x is out
   Operand out;                     // [B, K, D]
   Operand branches[kMaxBranches];  // [B, K, D], or [B, N, D] read at rows
   Operand gates[kMaxBranches];     // broadcast to [B, K, D]; null: ungated

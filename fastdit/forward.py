@@ -71,10 +71,11 @@ class Forward:
 
     def start_block(self, index: int) -> None:
         """Called before each block's rewritten forward."""
+        block = self.blocks[index]
         self.index = index
         self._row = self.actions[index] if self.actions else ALWAYS
         self._planned += len(self._row)
-        self.segments = segments_like(self.blocks[index]._compiled_call_impl or self._compiled)
+        self.segments = segments_like(block._compiled_call_impl or self._compiled, block)
 
     # ---- components
 
@@ -146,10 +147,6 @@ class Residual:
         self._stream = stream
         self._h = h
         self._branch_first = branch_first
-        if (
-            h.stride(-1) != 1 and not forward.immediate
-        ):  # PixArt's patch embedding comes out transposed
-            self._h = forward._owned[stream] = h.contiguous()
         self._waiting = forward._waiting.setdefault(stream, [])
 
     def add(self, branch: Tensor, gate: Gate = None) -> None:
@@ -172,9 +169,10 @@ class Residual:
         branch = gate = None
         if len(self._waiting) == 1 and self._is_owned():
             branch, gate = self._waiting.pop()
-        h = self.read()
+        if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
+            self._h = forward._owned[self._stream] = self._h.contiguous()
         return forward.ops.norm_modulate(
-            h,
+            self._h,
             scale,
             shift,
             weight=norm.weight,

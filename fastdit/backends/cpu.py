@@ -45,6 +45,7 @@ class Cpu(Backend):
                 width,
                 0 if rows is None else _shortest(branches, fresh, cache),
                 _address(x),
+                x.stride(2),
                 _address(out),
                 [operand(branch) for branch in branches],
                 [_modulation(gate, width) for gate in gates],

@@ -19,7 +19,7 @@ FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float1
 ROW_DTYPES = frozenset((torch.int64, torch.int32))
 
 
-def state(name: str, x: Tensor) -> torch.Size:
+def state(name: str, x: Tensor, any_stride: bool = False) -> torch.Size:
     """The tensor all others are compared with: floating, of rank 3. Returns its shape."""
     if not isinstance(x, Tensor):
         _refuse(name, type(x).__name__, "a tensor [B, tokens, D]")
@@ -28,7 +28,7 @@ def state(name: str, x: Tensor) -> torch.Size:
         _refuse(name, f"shape {list(shape)}", "rank 3: [B, tokens, D]")
     if x.dtype not in FLOATING:
         _refuse(name, str(x.dtype), "float64, float32, bfloat16 or float16")
-    if not x.is_contiguous():
+    if not (any_stride or x.is_contiguous()):
         _unit_stride(name, x)
     return shape
 

@@ -47,7 +47,8 @@ def gated_residual(
     """Add gated branches to the residual stream in one pass.
 
     Args:
-        x: [B, K, D], the residual stream at the active tokens.
+        x: [B, K, D], the residual stream at the active tokens; of any strides, such as a patch
+            embedding's transposed ones, unless it is also `out`.
         branches: 1 to 64 tensors; see the module text for their shapes.
         gates: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D].
         fresh: number of the branch that was computed in this step; -1 for none.
@@ -105,7 +106,7 @@ define(SCHEMA, _run)
 
 def _check(x, branches, gates, fresh, cache, rows, out) -> None:
     """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
-    shape = checks.state("x", x)
+    shape = checks.state("x", x, any_stride=out is not x)
     dtype, device = x.dtype, x.device
     if rows is not None:
         checks.row_index(rows, shape[0], device)

@@ -1,0 +1,407 @@
+"""What the ops promise whatever the backend: checks, choice of backend, gradients, compilation."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import truth
+from fastdit import ops
+from fastdit.errors import ArgumentError, BackendError, FastDiTError
+from fastdit.ops.registry import BACKENDS
+from inputs import generator, normal, poisoned, some_rows
+
+B, K, N, D = 2, 3, 7, 40
+FLOAT = torch.float32
+
+
+def some(*shape, dtype=FLOAT, key=0):
+    return normal(shape, dtype, generator(key, *shape))
+
+
+def rows_of(active=K):
+    return some_rows(B, active, N, generator(1))
+
+
+# --- checks: the argument is named, with what was given and what is accepted
+
+X = some(B, K, D)
+TRANSPOSED = some(B, D, K).transpose(1, 2)
+STORE = some(B, N, D)
+WRONG_RESIDUAL = {
+    "x of rank 2": ({"x": some(B, D)}, "x", "rank 3"),
+    "x not a tensor": ({"x": 1.0}, "x", "tensor"),
+    "x of integers": ({"x": X.int()}, "x", "float64"),
+    "x in place with a last stride": ({"x": TRANSPOSED, "out": TRANSPOSED}, "x", "last stride"),
+    "branch dtype": ({"branches": [X.half()]}, "branches[0]", "torch.float32"),
+    "branch device": ({"branches": [X.to("meta")]}, "branches[0]", "cpu"),
+    "branch size": ({"branches": [some(B, K + 1, D)]}, "branches[0]", f"[{B}, {K}, {D}]"),
+    "branch stride": (
+        {"branches": [TRANSPOSED]},
+        "branches[0]",
+        "last stride",
+    ),
+    "branch not a tensor": ({"branches": [None]}, "branches[0]", "tensor"),
+    "no branch": ({"branches": [], "gates": []}, "branches", "1 to 64"),
+    "65 branches": ({"branches": [X] * 65, "gates": [None] * 65}, "branches", "1 to 64"),
+    "fewer gates": ({"branches": [X, X]}, "gates", "equal counts"),
+    "gate width": ({"gates": [some(B, D + 1)]}, "gates[0]", str(D)),
+    "gate batch": ({"gates": [some(B + 1, D)]}, "gates[0]", f"[{B} or 1"),
+    "gate dtype": ({"gates": [some(B, D).double()]}, "gates[0]", "torch.float32"),
+    "gate stride": ({"gates": [some(B, 1).expand(B, D)]}, "gates[0]", "last stride"),
+    "fresh": ({"fresh": 1}, "fresh", "-1 to 0"),
+    "rows dtype": ({"rows": rows_of().float(), "fresh": 0}, "rows", "int64 or int32"),
+    "rows shape": ({"rows": rows_of(2), "fresh": 0}, "rows", f"[{B}, {K}]"),
+    "rows device": ({"rows": rows_of().to("meta"), "fresh": 0}, "rows", "cpu"),
+    "rows out of range": ({"rows": rows_of() + N, "branches": [STORE]}, "rows", "0 to 6"),
+    "rows negative": ({"rows": rows_of() - N, "branches": [STORE]}, "rows", "0 to 6"),
+    "store width": (
+        {"rows": rows_of(), "branches": [some(B, N, D + 1)]},
+        "branches[0]",
+        f"{D}]",
+    ),
+    "cache without fresh": ({"cache": some(B, K, D)}, "cache", "fresh"),
+    "cache size": ({"cache": some(B, N, D), "fresh": 0}, "cache", f"[{B}, {K}, {D}]"),
+    "cache expanded": (
+        {"cache": some(1, K, D).expand(B, K, D), "fresh": 0},
+        "cache",
+        "without expanded",
+    ),
+    "out size": ({"out": some(B, K, D + 1)}, "out", f"[{B}, {K}, {D}]"),
+    "out dtype": ({"out": X.double()}, "out", "torch.float32"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_RESIDUAL)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gated_residual_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_RESIDUAL[case]
+    arguments = {"x": X, "branches": [some(B, K, D, key=1)], "gates": [some(B, D)], **changes}
+    with pytest.raises(ArgumentError) as error:
+        ops.gated_residual(**arguments, backend=backend)
+    assert name in str(error.value)
+    assert accepted in str(error.value)
+
+
+WRONG_NORM = {
+    "x of rank 2": ({"x": some(B, D)}, "x", "rank 3"),
+    "scale width": ({"scale": some(B, D + 1)}, "scale", str(D)),
+    "shift dtype": ({"shift": some(B, D).half()}, "shift", "torch.float32"),
+    "weight shape": ({"weight": some(1, D)}, "weight", f"[{D}]"),
+    "bias stride": ({"bias": some(2 * D)[::2]}, "bias", "last stride"),
+    "branch size": ({"branch": some(B, N, D)}, "branch", f"[{B}, {K}, {D}]"),
+    "gate without branch": ({"gate": some(B, D)}, "gate", "without branch"),
+    "cache without branch": ({"cache": some(B, K, D)}, "cache", "without branch"),
+    "cache size": ({"branch": X, "cache": STORE}, "cache", f"[{B}, {K}, {D}]"),
+    "rows rank": ({"rows": rows_of()[0]}, "rows", f"[{B}, K]"),
+    "rows out of range": ({"rows": rows_of() + N}, "rows", "0 to 2"),
+    "out size": ({"out": some(B, K + 1, D)}, "out", f"[{B}, {K}, {D}]"),
+    "x expanded": (
+        {"x": some(1, K, D).expand(B, K, D), "branch": X},
+        "x",
+        "without expanded",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NORM)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_norm_modulate_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_NORM[case]
+    arguments = {"x": some(B, K, D, key=2), **changes}
+    with pytest.raises(ArgumentError) as error:
+        ops.norm_modulate(**arguments, backend=backend)
+    assert name in str(error.value)
+    assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_written_memory_is_not_shared(backend):
+    x, branch = some(B, K, D), some(B, K, D, key=1)
+    buffer = some(2 * B * K * D)
+    shifted = (buffer[: B * K * D].view(B, K, D), buffer[D : D + B * K * D].view(B, K, D))
+    residual = [
+        {"x": x, "branches": [branch], "out": branch},
+        {"x": x, "branches": [shifted[0]], "out": shifted[1]},
+        {"x": shifted[0], "branches": [branch], "out": shifted[1]},
+        {"x": x, "branches": [branch], "fresh": 0, "cache": branch},
+        {"x": x, "branches": [branch], "fresh": 0, "cache": x},
+        {"x": x, "branches": [branch, STORE[:, :K]], "fresh": 0, "cache": STORE[:, 1 : K + 1]},
+    ]
+    for arguments in residual:
+        gates = [None] * len(arguments["branches"])
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.gated_residual(**arguments, gates=gates, backend=backend)
+    norm = [
+        {"x": shifted[0], "out": shifted[1]},
+        {"x": x, "branch": x},
+        {"x": x, "branch": branch, "out": x},
+        {"x": x, "branch": branch, "out": branch},
+        {"x": x, "branch": branch, "cache": x},
+        {"x": x, "branch": branch, "cache": branch},
+        {"x": x, "scale": branch, "out": branch},
+        {"x": x, "branch": branch, "gate": x},
+    ]
+    for arguments in norm:
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.norm_modulate(**arguments, backend=backend)
+
+
+def test_neighbours_in_one_buffer_are_not_shared_memory():
+    buffer = some(B, 2 * K, D)
+    x, branch = buffer[:, :K], buffer[:, K:]
+    expected = x + branch
+    ops.gated_residual(x, [branch], [None], out=x)
+    assert torch.equal(x, expected)
+    layers = some(3, B, K, D)
+    ops.gated_residual(layers[0], [layers[1]], [None], fresh=0, cache=layers[2], out=layers[0])
+    assert torch.equal(layers[2], layers[1])
+
+
+# --- which backend
+
+
+def test_automatic_choice_follows_dtype():
+    bound = ops.bind()
+    assert bound.backend is None
+    for op in ("gated_residual", "norm_modulate"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert bound.backend_for(op, "cpu", dtype) == "cpu"
+        assert bound.backend_for(op, "cpu", torch.float64) == "reference"
+
+
+def test_a_named_backend_is_not_replaced():
+    bound = ops.bind("cpu")
+    double = some(B, K, D).double()
+    with pytest.raises(BackendError, match=r"'cpu' cannot run .*float64.*available.*reference"):
+        bound.gated_residual(double, [double.clone()], [None])
+    with pytest.raises(BackendError, match="float64"):
+        bound.backend_for("norm_modulate", "cpu", torch.float64)
+    with pytest.raises(BackendError, match=r"'nonesuch' does not exist.*reference"):
+        ops.bind("nonesuch")
+    with pytest.raises(BackendError, match="nonesuch"):
+        ops.norm_modulate(some(B, K, D), backend="nonesuch")
+
+
+def test_bound_ops_run_where_they_say():
+    x, branch = (some(B, K, D, dtype=torch.bfloat16, key=i) for i in range(2))
+    eager = truth.eager_gated_residual(x, [branch, branch], [None, None])
+    assert torch.equal(ops.bind("reference").gated_residual(x, [branch] * 2, [None] * 2), eager)
+    once = (x.float() + branch.float() + branch.float()).bfloat16()
+    assert torch.equal(ops.bind("cpu").gated_residual(x, [branch] * 2, [None] * 2), once)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_environment_names_a_backend(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDIT_BACKEND", name)
+    assert ops.bind().backend == name
+    assert ops.bind("reference").backend == "reference"
+    code = (
+        "import torch; from fastdit import ops; from fastdit.ops.registry import choose; "
+        "print(choose('gated_residual', torch.device('cpu'), torch.float32).name)"
+    )
+    command = [sys.executable, "-I", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == name
+
+
+def test_backends_state_their_reasons():
+    assert {"reference", "cpu"} <= set(BACKENDS)
+    for name, backend in BACKENDS.items():
+        assert backend.name == name
+        for op in ("gated_residual", "norm_modulate"):
+            reason = backend.supports(op, torch.device("cpu"), torch.int64)
+            assert isinstance(reason, str)
+            assert reason
+
+
+def test_errors_are_of_the_family():
+    assert issubclass(ArgumentError, (FastDiTError, ValueError))
+    assert issubclass(BackendError, (FastDiTError, RuntimeError))
+
+
+# --- gradients
+
+
+def leaf(*shape, key=0, dtype=torch.float64):
+    return some(*shape, dtype=dtype, key=key).requires_grad_()
+
+
+def test_gated_residual_gradients():
+    rows = rows_of()
+    x, store, fresh = leaf(B, K, D), leaf(B, N, D, key=1), leaf(B, K, D, key=2)
+    gates = [leaf(B, D, key=3), leaf(B, 1, D, key=4)]
+
+    def f(x, store, fresh, a, b):
+        return ops.gated_residual(x, [store, fresh], [a, b], fresh=1, rows=rows)
+
+    assert gradcheck(f, (x, store, fresh, *gates), fast_mode=True)
+
+
+def test_norm_modulate_gradients():
+    inputs = (leaf(B, N, D), leaf(B, D, key=1), leaf(B, 1, D, key=2), leaf(D, key=3))
+
+    def f(x, scale, shift, weight):
+        return ops.norm_modulate(x, scale, shift, weight=weight, rows=rows_of(), eps=1e-3)
+
+    assert gradcheck(f, inputs, fast_mode=True)
+
+
+def test_rms_gradients_are_stock():
+    """diffusers takes the mean square in fp32, too coarse for gradcheck: compare with its own."""
+    ours, stock = leaf(B, K, D), leaf(B, K, D)
+    scale = some(B, D, dtype=torch.float64)
+    ops.norm_modulate(ours, scale, rms=True).square().sum().backward()
+    truth.eager_norm_modulate(stock, scale, rms=True)[0].square().sum().backward()
+    assert torch.equal(ours.grad, stock.grad)
+
+
+def test_in_place_forms_have_no_gradient():
+    x, branch = leaf(B, K, D), some(B, K, D).double()
+    with pytest.raises(ArgumentError, match="gradient"):
+        ops.gated_residual(x, [branch], [None], out=branch.clone())
+    with pytest.raises(ArgumentError, match="gradient"):
+        ops.gated_residual(x, [branch], [None], fresh=0, cache=branch.clone())
+    with pytest.raises(ArgumentError, match="gradient"):
+        ops.norm_modulate(x, branch=branch)
+    with pytest.raises(ArgumentError, match="gradient"):
+        ops.norm_modulate(x, out=branch.clone())
+    with torch.no_grad():
+        ops.gated_residual(x, [branch], [None], out=branch.clone())
+
+
+def test_the_dispatched_op_refuses_gradients():
+    x, out = leaf(B, K, D), some(B, K, D).double()
+    call = torch.ops.fastdit.gated_residual
+    with pytest.raises(ArgumentError, match="no gradient"):
+        call(x, [out.clone()], [None], -1, None, None, out, None)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_leaves_may_be_read_without_grad(mode):
+    with mode():
+        x, weight = some(B, K, D), torch.nn.Parameter(some(D))
+        y = ops.norm_modulate(x, weight=weight)
+        assert not y.requires_grad
+
+
+# --- tracing
+
+
+def residual_step(x, store, fresh, gate, cache, rows):
+    x = ops.gated_residual(x, [store, fresh], [gate, None], fresh=1, cache=cache, rows=rows)
+    return ops.gated_residual(x, [fresh], [gate], out=x) * 2
+
+
+def norm_step(x, branch, scale, gate, cache, rows):
+    x = x * 2
+    y = ops.norm_modulate(x, scale, branch=branch, gate=gate, cache=cache, rows=rows)
+    return x + 1, ops.norm_modulate(y, None, scale, rms=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(backend):
+    rows, cache, gate = rows_of(), some(B, N, D), some(B, 6, D).chunk(6, 1)[2]
+    compact, store = some(B, K, D), some(B, N, D, key=1)
+    cases = [
+        (residual_step, (compact, store, some(B, K, D, key=2), gate, cache, rows)),
+        (norm_step, (store, compact, gate, gate, cache, rows)),
+    ]
+    for step, arguments in cases:
+        plain, traced = ([a.clone() for a in arguments] for _ in range(2))
+        with torch.no_grad():
+            expected = step(*plain)
+            found = torch.compile(step, fullgraph=True, backend=backend)(*traced)
+        for a, b in zip([*plain, *_tuple(expected)], [*traced, *_tuple(found)], strict=True):
+            assert torch.equal(a, b)
+
+
+def _tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def test_compiles_with_gradients():
+    scale = some(B, D)
+
+    def f(x):
+        return ops.gated_residual(ops.norm_modulate(x, scale), [x], [scale])
+
+    ours, plain = leaf(B, K, D, dtype=FLOAT), leaf(B, K, D, dtype=FLOAT)
+    torch.compile(f, fullgraph=True, backend="aot_eager")(ours).sum().backward()
+    f(plain).sum().backward()
+    assert torch.equal(ours.grad, plain.grad)
+
+
+def opcheck_samples():
+    x, store, gate = some(B, K, D), some(B, N, D, key=1), some(B, 6, D).chunk(6, 1)[1]
+    rows, out, cache = rows_of(), poisoned((B, K, D), FLOAT).nan_to_num(), some(B, N, D)
+    fresh = some(B, K, D, key=2)
+    yield "gated_residual", (x, [fresh], [gate], -1, None, None, out, None)
+    yield "gated_residual", (x, [store, fresh], [gate, None], 1, cache, rows, out, "reference")
+    yield "norm_modulate", (x, gate, gate, None, None, 1e-6, False, None, out, None)
+    yield "norm_modulate", (store, gate, None, some(D), None, 1e-6, True, rows, out, None)
+    tail = (cache, rows, out, None)
+    options = (None, None, 1e-6, False)
+    yield "residual_norm_modulate", (store, gate, gate, *options, fresh, gate, *tail)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments"), opcheck_samples())
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(torch.ops.fastdit, name).default, arguments)
+
+
+def test_meta_tensors_give_shapes():
+    x, store = torch.empty(B, K, D, device="meta"), torch.empty(B, N, D, device="meta")
+    rows = torch.empty(B, K, dtype=torch.int64, device="meta")
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert ops.gated_residual(x, [store], [None], rows=rows).shape == (B, K, D)
+        assert ops.norm_modulate(store, rows=rows).shape == (B, K, D)
+
+
+def test_dispatch_modes_see_the_ops():
+    class Seen(TorchDispatchMode):
+        names: list = []  # noqa: RUF012  (one instance)
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    x, branch = some(B, K, D), some(B, K, D, key=1)
+    with Seen() as seen:
+        inside = ops.gated_residual(x, [branch], [None])
+        ops.norm_modulate(x)
+    assert "fastdit::gated_residual" in seen.names
+    assert "fastdit::norm_modulate" in seen.names
+    assert torch.equal(inside, ops.gated_residual(x, [branch], [None]))
+
+
+# --- stock diffusers
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_reference_is_bit_equal_to_diffusers(dtype):
+    from diffusers.models.normalization import AdaLayerNormZero, RMSNorm
+
+    x = some(B, K, D, dtype=dtype)
+    rms = RMSNorm(D, eps=1e-6).to(dtype)
+    torch.nn.init.normal_(rms.weight)
+    with torch.no_grad():
+        ours = ops.norm_modulate(x, weight=rms.weight, rms=True, backend="reference")
+        assert torch.equal(ours, rms(x))
+        plain = RMSNorm(D, eps=1e-6, elementwise_affine=False)
+        assert torch.equal(ops.norm_modulate(x, rms=True, backend="reference"), plain(x))
+        ada = AdaLayerNormZero(D).to(dtype)
+        stock, gate, *_ = ada(x, emb=some(B, D, dtype=dtype, key=1))
+        shift, scale, *_ = ada.linear(ada.silu(some(B, D, dtype=dtype, key=1))).chunk(6, dim=1)
+        ours = ops.norm_modulate(x, scale, shift, eps=ada.norm.eps, backend="reference")
+        assert torch.equal(ours, stock)
+        stock = x + gate.unsqueeze(1) * stock
+        assert torch.equal(ops.gated_residual(x, [ours], [gate], backend="reference"), stock)
