@@ -15,7 +15,7 @@ from tolerance import Mismatch, bits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# B, K, D. 512 is a block of the C++ kernels and 16 a vector, so their neighbours are here.
+# B, K, D. 2048 is a block of the C++ kernels and 16 a vector, so their neighbours are here.
 SHAPES = (
     (1, 1, 1),
     (3, 2, 7),
@@ -24,6 +24,7 @@ SHAPES = (
     (2, 2, 511),
     (1, 17, 528),
     (2, 3, 1152),
+    (2, 2, 2047),
     (1, 1, 2305),
 )
 

@@ -6,8 +6,10 @@ processor. The last block drops the text stream (`context_pre_only`); its `ff_co
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable
 
+import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
@@ -115,6 +117,16 @@ class SD3(Adapter):
     components = {"transformer_blocks": COMPONENTS}
     forwards = {"transformer_blocks": joint_block}
     text_tokens = 77 + 256
+
+    def text_tokens_of(self, pipeline: Any | None) -> int:
+        """CLIP's tokens and T5's, which stock pipelines pad with zeros where they have no T5."""
+        if pipeline is None:
+            return self.text_tokens
+        if pipeline.text_encoder_3 is None:
+            t5 = pipeline._get_t5_prompt_embeds("", device="cpu", dtype=torch.float32).shape[1]
+        else:
+            t5 = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
+        return pipeline.tokenizer_max_length + t5
 
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
         """attn2 exists in dual-attention blocks only, ff_context in all but the last."""
