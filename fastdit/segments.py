@@ -3,12 +3,15 @@
 The rewritten block forwards stay eager: they read the step and the slots, which a compiler would turn into one graph per
 step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`) or the whole
 transformer, these calls are compiled instead, with the user's own settings. They hold no Python state, so their number of
-graphs does not depend on the schedule. One function per kind of call, because the limit counts per function.
+graphs does not depend on the schedule. The compiler's limit counts per code object, so each form of block gets code of its
+own: other models and other forms in the process do not use it up.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 import weakref
 from typing import Any, Callable
 
@@ -59,15 +62,26 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 EAGER = Segments(lambda function: function)
-_COMPILED: weakref.WeakKeyDictionary[Callable, Segments] = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[Callable, dict[Any, Segments]] = weakref.WeakKeyDictionary()
 
 
-def segments_like(compiled: Callable | None) -> Segments:
-    """The segments for a module whose compiled call is `compiled`, as `Module.compile` leaves it; None if it is eager."""
+def segments_like(compiled: Callable | None, block: nn.Module) -> Segments:
+    """The segments of `block` under `compiled`, the compiled call that `Module.compile` leaves behind; None if eager."""
     if compiled is None:
         return EAGER
-    if compiled not in _COMPILED:
+    form = (type(block), *sorted(block._modules))
+    forms = _COMPILED.setdefault(compiled, {})
+    if form not in forms:
         # A torch.compile context wraps any function; it is the only bearer of the settings (backend, mode, dynamic).
         context = inspect.getclosurevars(compiled).nonlocals.get("self")
-        _COMPILED[compiled] = Segments(context if callable(context) else torch.compile)
-    return _COMPILED[compiled]
+        compile = context if callable(context) else torch.compile
+        forms[form] = Segments(lambda function: compile(_with_own_code(function, form)))
+    return forms[form]
+
+
+@functools.cache
+def _with_own_code(function: Callable, form: tuple[Any, ...]) -> Callable:
+    """A copy of `function` for blocks of a form; graphs are kept, and counted, per code object."""
+    return types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
+    )
