@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
+PINNED := env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt
 OLDEST := $(VENV)/oldest
 TIMED := tools/timed
 DEMO ?=
@@ -9,59 +10,59 @@ DEMO ?=
 # pip must take this torch before any requirement asks it for a newer one.
 TORCH := $(shell grep '^torch==' constraints/tested.txt)
 
+# What ends up in the wheel: a change to any of it installs the wheel anew.
+SOURCES := setup.py pyproject.toml CMakeLists.txt README.md LICENSE tools/_backend.py \
+    $(shell find csrc fastdit triton_kernels -type f -not -name '*.so' -not -path '*/__pycache__/*')
+
 .PHONY: help build demo test lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-build: $(VENV)/.torch  ## install the package into .venv
-	@rm -rf build
-	$(TIMED) build env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt $(PIP) install -q .
+build: $(VENV)/.built  ## install the package into .venv
 
-demo: build  ## install, then run the demo (DEMO="--seed 1" adds options)
+demo: $(VENV)/.built  ## install, then run the demo (DEMO="..." adds options)
 	$(VENV)/bin/fastdit demo $(DEMO)
 
-test: $(VENV)/.tested $(OLDEST)/.installed  ## install, then run the gates and all tests
+test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and all tests
 	$(TIMED) gates $(MAKE) --no-print-directory lint
-	@rm -rf build
-	$(TIMED) build env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt \
-	    $(PIP) install -q --force-reinstall --no-deps .
 	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q --durations=10
 	$(TIMED) "tests with the oldest diffusers" env FASTDIT_TEST_INSTALLED=1 \
 	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q -m diffusers --durations=5
 
-lint: $(VENV)/.tested  ## check formatting and style
+lint: $(VENV)/.testable  ## check formatting and style
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	@if command -v clang-format >/dev/null; then \
-	    clang-format --dry-run --Werror $$(git ls-files 'csrc/*'); \
-	else echo "clang-format is not installed: csrc not checked"; fi
+	    clang-format --dry-run --Werror csrc/*; \
+	else echo "clang-format is not installed: csrc is not checked"; fi
 
-format: $(VENV)/.tested  ## format and fix what can be
+format: $(VENV)/.testable  ## format, and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.tested  ## measure the ops; writes benchmarks/results
-	@rm -rf build
-	PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt $(PIP) install -q --force-reinstall --no-deps .
+bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
 	$(VENV)/bin/python -P benchmarks/record.py
 
-clean:  ## remove .venv and build products
+clean:  ## remove .venv and all build products
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.torch: constraints/tested.txt
 	$(PYTHON) -m venv $(VENV)
-	$(TIMED) torch $(PIP) install -q $(TORCH)
+	$(TIMED) "install torch" $(PIP) install -q $(TORCH)
 	@touch $@
 
-$(VENV)/.tested: $(VENV)/.torch pyproject.toml
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@rm -rf build
-	$(TIMED) requirements env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt \
-	    $(PIP) install -q ".[test,lint,triton]"
+	$(TIMED) build $(PINNED) $(PIP) install -q .
+	@touch $@
+
+$(VENV)/.testable: $(VENV)/.built
+	$(TIMED) "install test requirements" $(PINNED) $(PIP) install -q "fastdit[test,lint,triton]"
 	@touch $@
 
 $(OLDEST)/.installed: $(VENV)/.torch constraints/oldest.txt
 	@rm -rf $(OLDEST)
-	$(TIMED) "oldest diffusers" $(PIP) install -q --no-deps --target $(OLDEST) \
+	$(TIMED) "install the oldest diffusers" $(PIP) install -q --no-deps --target $(OLDEST) \
 	    -r constraints/oldest.txt
 	@touch $@

@@ -1,0 +1,141 @@
+"""The layers of the library, held by reading import statements (nothing is imported to do so).
+
+patch -> adapters, methods -> session -> ops -> backends -> kernels: a layer knows those below it
+and none above. Also: what has an op has its tests and benchmarks, under the same file name.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "fastdit"
+
+# A folder, and what no file in it may import.
+FORBIDDEN = {
+    "fastdit/backends": (
+        "fastdit.ops",
+        "fastdit.adapters",
+        "fastdit.methods",
+        "fastdit.session",
+        "fastdit.patch",
+    ),
+    "fastdit/ops": ("fastdit.adapters", "fastdit.methods", "fastdit.session", "fastdit.patch"),
+    "fastdit/methods": ("fastdit.adapters", "fastdit.backends", "fastdit.ops", "fastdit.patch"),
+    "fastdit/adapters": ("fastdit.methods", "fastdit.backends", "fastdit.patch"),
+    "triton_kernels": ("fastdit",),
+}
+
+# These use the library; the library does not use them. Each may import itself and the command line.
+TOOLS = ("tiny", "search", "train", "cli")
+TOOL_FILES = {"__main__"}
+
+OP_HELPERS = {"__init__", "registry", "checks"}
+
+
+def imports(path: Path, module_scope: bool = False) -> list[str]:
+    """Absolute names of what a file imports; only on loading it where module_scope is set."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found = []
+    for node in _walk(ast.parse(path.read_text()), module_scope):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            found += [name, *(f"{name}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def _walk(node: ast.AST, module_scope: bool):
+    for child in ast.iter_child_nodes(node):
+        yield child
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        if not (module_scope and (is_function or _type_checking(child))):
+            yield from _walk(child, module_scope)
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def reaches(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_a_layer_imports_none_above_it(folder):
+    files = python_files(folder)
+    assert files, f"{folder} is empty"
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        for name in imports(path)
+        for package in FORBIDDEN[folder]
+        if reaches(name, package)
+    ]
+    assert not wrong, wrong
+
+
+def test_the_library_does_not_use_its_tools():
+    library = [
+        path
+        for path in python_files("fastdit")
+        if path.relative_to(PACKAGE).parts[0] not in TOOLS
+        and not (path.parent == PACKAGE and path.stem in TOOL_FILES)
+    ]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in library
+        for name in imports(path)
+        for tool in TOOLS
+        if reaches(name, f"fastdit.{tool}")
+    ]
+    assert not wrong, wrong
+
+
+def test_diffusers_is_not_imported_with_the_library():
+    library = [
+        path
+        for path in python_files("fastdit")
+        if path.relative_to(PACKAGE).parts[0] not in ("tiny", "search", "train")
+    ]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name} at module scope"
+        for path in library
+        for name in imports(path, module_scope=True)
+        if reaches(name, "diffusers") or reaches(name, "transformers")
+    ]
+    assert not wrong, wrong
+
+
+def test_files_of_an_op_share_its_name():
+    ops = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - OP_HELPERS
+    assert ops
+    missing = [
+        name
+        for op in sorted(ops)
+        for name in (f"csrc/{op}.cpp", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py")
+        if not (ROOT / name).exists()
+    ]
+    assert not missing, missing
+
+
+def test_the_core_knows_no_model_and_no_paper():
+    """An op is named by its mathematics; papers and families have folders of their own."""
+    words = ("ras", "ralu", "ecad", "harmonica", "flux", "pixart")
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in ("fastdit/ops", "fastdit/backends", "triton_kernels", "csrc")
+        for path in sorted((ROOT / folder).rglob("*"))
+        for name in words
+        if name in path.stem.split("_")
+    ]
+    assert not wrong, wrong
