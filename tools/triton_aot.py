@@ -204,6 +204,16 @@ def complaints(name: str, found: Usage, budget: dict[str, Any], same_version: bo
     return over + ([f"shared {found.shared} > {limit}"] if found.shared > limit else [])
 
 
+def render(version: str, found: dict[str, Usage]) -> str:
+    """The budget file: what was found, registers in the eights that hardware hands out."""
+    kernels = {}
+    for name, value in found.items():
+        eights = -(-value.registers // 8) * 8
+        kernels[name] = dataclasses.asdict(dataclasses.replace(value, registers=eights))
+    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kernels.items())
+    return f'{{\n "triton": {json.dumps(version)},\n "kernels": {{\n{lines}\n }}\n}}\n'
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--update", action="store_true", help="write the budget")
@@ -216,8 +226,7 @@ def main() -> int:
         sys.exit(f"triton is not installed: {error}")
     found = measure()
     if arguments.update:
-        kernels = {name: dataclasses.asdict(value) for name, value in found.items()}
-        BUDGET.write_text(json.dumps({"triton": version, "kernels": kernels}, indent=1) + "\n")
+        BUDGET.write_text(render(version, found))
     budget = json.loads(BUDGET.read_text())
     same_version = budget["triton"] == version
     failed = False

@@ -1,0 +1,72 @@
+"""The kernels of triton_kernels on CUDA devices, compute capability 8.0 and up: one pass each.
+
+fp32, bf16 and fp16; fp64 is left to `reference`. Kernels are compiled at first use, once for each
+dtype, width and form of the arguments, so run a step before capturing it into a CUDA graph.
+Launches go to torch's current stream; nothing is allocated and nothing waits.
+
+With TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors, for tests: it is
+thousands of times slower, and truncates to bf16 where a GPU rounds (tests/interpreter.py mends it).
+Triton is imported when a kernel is first called, never by `import fastdit`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from fastdit.backends.base import Backend
+
+DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+CAPABILITY = (8, 0)  # the oldest architecture the kernels are compiled for in the tests
+
+
+class Triton(Backend):
+    name = "triton"
+    # On CUDA devices only `reference` is below it. Where the interpreter is on, `cpu` stays first.
+    priority = 5
+
+    def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        if dtype not in DTYPES:
+            return f"it has float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'fastdit[triton]')"
+        if device.type == "cuda":
+            return _refuse_device(device)
+        if device.type == "cpu":
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+            return "it runs on CUDA devices, and on the cpu only with TRITON_INTERPRET=1"
+        return f"it runs on CUDA devices, not on {device.type}"
+
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+        _kernel("gated_residual")(x, branches, gates, fresh, cache, rows, out)
+
+    def norm_modulate(
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+    ):
+        _kernel("norm_modulate")(
+            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+        )
+
+
+@functools.cache
+def _kernel(op: str) -> Callable[..., None]:
+    return getattr(importlib.import_module(f"triton_kernels.{op}"), op)
+
+
+def _refuse_device(device: torch.device) -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "no CUDA device: no driver, or none visible"
+    found = torch.cuda.get_device_capability(device)
+    if found < CAPABILITY:
+        return f"it needs compute capability 8.0; this device has {found[0]}.{found[1]}"
+    return None
+
+
+BACKEND = Triton()

@@ -1,0 +1,114 @@
+"""The compiled Triton kernels, without a GPU: their resources, and what makes a new kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (triton==3.7.1)"
+)
+
+
+def load():
+    spec = importlib.util.spec_from_file_location("triton_aot", TOOLS / "triton_aot.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Python in a folder where only the installed package can be imported."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env=environment,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@pytest.mark.slow
+@needs_triton
+def test_every_kernel_is_within_budget(tmp_path):
+    done = run(tmp_path, str(TOOLS / "triton_aot.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    budget = json.loads((TOOLS / "triton_budget.json").read_text())
+    assert done.stdout.count("ok  ") == len(budget["kernels"])
+
+
+@needs_triton
+def test_sizes_and_buffers_do_not_make_new_kernels(tmp_path):
+    """Only D, the dtype and the form of the arguments are compiled in."""
+    code = f"""
+import sys; sys.path.insert(0, {str(TOOLS)!r})
+import os, tempfile, torch
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+from triton_aot import compile_only
+from triton_kernels.gated_residual import gated_residual
+from triton_kernels.norm_modulate import norm_modulate
+with compile_only(90) as compiled:
+    for batch, tokens in ((2, 16), (1, 1), (3, 4095)):
+        x = torch.empty(batch, tokens, 64, dtype=torch.float16, device="meta")
+        gate = torch.empty(batch, 64, dtype=torch.float16, device="meta")
+        gated_residual(x, [x], [gate], -1, None, None, x)
+        norm_modulate(x, gate, gate, None, None, 1e-6, False, None, None, None, None, x)
+gated, norm = compiled[::2], compiled[1::2]
+assert len(gated) == len(norm) == 3
+# A single sample broadcasts with a stride of 0, which divides by 16 as D does.
+assert len({{kernel.hash for kernel in gated}}) == 1, gated
+assert len({{kernel.hash for kernel in norm}}) == 1, norm
+"""
+    done = run(tmp_path, "-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_budget_covers_both_ops_on_every_architecture():
+    tool = load()
+    names = json.loads(tool.BUDGET.read_text())["kernels"]
+    for architecture in tool.ARCHITECTURES:
+        for op in ("gated_residual", "norm_modulate"):
+            assert any(n.startswith(op) and n.endswith(f"sm_{architecture}") for n in names)
+
+
+def test_the_budget_allows_no_spill_and_no_stack():
+    for name, allowed in json.loads(load().BUDGET.read_text())["kernels"].items():
+        assert allowed["spills"] == allowed["stack"] == 0, name
+        assert allowed["narrow"] <= 2, name  # the row index is all that is read in small pieces
+
+
+@pytest.mark.parametrize("field", ["registers", "stack", "shared", "spills", "narrow"])
+def test_one_more_than_the_budget_fails(field):
+    tool = load()
+    name = "gated_residual bf16 sm_90"
+    found = tool.Usage(registers=32, stack=0, shared=0, spills=0, narrow=0)
+    budget = {"kernels": {name: dataclasses.asdict(found)}}
+    assert tool.complaints(name, found, budget, True) == []
+    more = dataclasses.replace(found, **{field: getattr(found, field) + 1})
+    assert field in tool.complaints(name, more, budget, True)[0]
+    held = field not in ("registers", "shared")
+    assert bool(tool.complaints(name, more, budget, False)) == held
+
+
+def test_a_kernel_without_budget_fails():
+    tool = load()
+    found = tool.Usage(32, 0, 0, 0, 0)
+    assert "no budget" in tool.complaints("new sm_90", found, {"kernels": {}}, True)[0]
+
+
+def test_more_shared_memory_than_the_device_has_fails():
+    tool = load()
+    name, found = "large sm_80", tool.Usage(32, 0, 200_000, 0, 0)
+    budget = {"kernels": {name: dataclasses.asdict(found)}}
+    assert "200000 > 166912" in tool.complaints(name, found, budget, True)[0]

@@ -1,0 +1,42 @@
+"""The Triton kernels without a GPU: all op checks, their own and planted faults, interpreted.
+
+Triton decides at import whether it compiles or interprets, so this starts one process with
+TRITON_INTERPRET=1. In it the backend `triton` serves CPU tensors, and the op tests pick it up.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FILES = (
+    "test_gated_residual.py",
+    "test_norm_modulate.py",
+    "test_triton_kernels.py",
+    "test_triton_faults.py",
+)
+# The op tests size their repeats for compiled kernels; test_triton_kernels.py has smaller ones.
+SELECTION = "triton and not triton-check_repeats"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (triton==3.7.1)"
+)
+def test_kernels_in_the_interpreter(tmp_path):
+    path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    environment.pop("FASTDIT_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreter", "-k", SELECTION]
+    command += ["-o", f"cache_dir={tmp_path}", *(str(HERE / name) for name in FILES)]
+    # Not in the checkout: `python -m` would import the package from there.
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

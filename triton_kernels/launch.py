@@ -1,0 +1,104 @@
+"""How large a tile is and how many warps work on it: a frozen table, and a rule where it is silent.
+
+`benchmarks/tune.py` measures candidates on a GPU and writes the winners between the two markers
+below, keyed by op, width D, bucket of rows and architecture. Nothing is tuned at run time: the same
+call launches the same kernel on every run. The rule is by reasoning, for a memory-bound kernel:
+
+* 16-byte accesses: 8 elements of bf16 a thread, so 256 columns a warp.
+* gated_residual has no reduction, so its tile is 1024 elements for 4 warps, as wide as the width
+  allows without idling more than an eighth of the lanes, over adjacent rows.
+* norm_modulate keeps whole rows in registers: one row a program from D = 1152 on (several below),
+  in at most 6 pieces, which is at most 48 fp32 registers a thread for the row. Up to D = 1536 one
+  warp holds a row and the reduction needs no barrier.
+
+With 20 resident warps or more that is at least 10 KiB of reads in flight for one processor and
+tensor, and every kernel here reads two or more; the floor of an H200 is about 25 KiB.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+BUCKETS = (256, 1024, 4096, 16384)  # rows of a call, B times K; the last one holds all above
+MAX_PROGRAM_ROWS = 2**31 - 1  # rows are counted in int32 inside the kernels
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rows and columns of one program's tile, powers of two, and what runs it."""
+
+    rows: int
+    cols: int
+    warps: int
+    stages: int = 1  # depth of pipelined loops; the kernels so far are straight-line code
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name}: got {value}; accepted is a power of two")
+
+
+Key = tuple[str, int, int, int]  # op, D, bucket of rows, 10 * major + minor of the architecture
+
+# tuned: begin
+TABLE: Mapping[Key, Launch] = MappingProxyType({})
+# tuned: end
+
+
+@functools.cache
+def launch_for(op: str, width: int, rows: int, architecture: int) -> Launch:
+    """The tuned launch of this op at this width and number of rows, else the rule's."""
+    tuned = TABLE.get((op, width, bucket(rows), architecture))
+    return tuned or RULES[op](width)
+
+
+def bucket(rows: int) -> int:
+    """The entry of BUCKETS that stands for this many rows."""
+    return next((size for size in BUCKETS if rows <= size), BUCKETS[-1])
+
+
+def programs(total: int, rows: int) -> int:
+    """Programs that cover `total` rows, `rows` each."""
+    if total + rows > MAX_PROGRAM_ROWS:
+        raise ValueError(f"rows: got {total} in one call; accepted are {MAX_PROGRAM_ROWS - rows}")
+    return -(-total // rows)
+
+
+@functools.cache
+def arch(device: torch.device) -> int:
+    """10 * major + minor of a CUDA device, 0 for anything else."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def streaming(width: int) -> Launch:
+    """1024 elements for 4 warps: the widest columns that idle at most an eighth of the lanes."""
+    cols = min(1024, max(16, _power_of_two(width)))
+    while cols > 128 and 8 * (-width % cols) > width + (-width % cols):
+        cols //= 2
+    return Launch(1024 // cols, cols, 4)
+
+
+def whole_rows(width: int) -> Launch:
+    """Whole rows in at most 6 pieces (beyond 16 warps, in more)."""
+    if width <= 256:
+        cols = max(16, _power_of_two(width))
+    else:
+        cols = min(4096, max(256, _power_of_two(-(-width // 6))))
+    rows = 1 if width >= 1152 else max(1, 1024 // cols)
+    return Launch(rows, cols, max(1, rows * cols // 256))
+
+
+RULES = MappingProxyType({"gated_residual": streaming, "norm_modulate": whole_rows})
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
