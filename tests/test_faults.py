@@ -1,0 +1,428 @@
+"""The checks of the ops catch planted faults: each fault names the checks that must refuse it.
+
+A fault is the reference backend with one thing wrong. The functions called are the very ones that
+test_gated_residual.py and test_norm_modulate.py call, and each of them has to catch something.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import test_gated_residual
+import test_norm_modulate
+from fastdit.backends import reference
+from fastdit.backends.reference import Reference, gather_rows, per_token, scatter_rows
+from inputs import Runner, normal
+from tolerance import Mismatch, assert_close
+
+CORRECT = Reference()
+
+
+class Faulty(Reference):
+    """Named apart, so that the checks call it directly and do not ask it to be bit-equal to stock."""
+
+    name = "faulty"
+
+
+# --- gated_residual: each is called with the backend's own arguments
+
+
+def next_row(x, branches, gates, fresh, cache, rows, out):
+    moved = [
+        b if rows is None or i == fresh else b.roll(-1, dims=1) for i, b in enumerate(branches)
+    ]
+    CORRECT.gated_residual(x, moved, gates, fresh, cache, rows, out)
+
+
+def wrong_batch_gate(x, branches, gates, fresh, cache, rows, out):
+    gates = [g if g is None or g.dim() == 1 else g.roll(1, dims=0) for g in gates]
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+
+
+def first_token_gate(x, branches, gates, fresh, cache, rows, out):
+    gates = [g[:, :1] if g is not None and g.dim() == 3 else g for g in gates]
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+
+
+def ungated(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, [None] * len(gates), fresh, cache, rows, out)
+
+
+def sixteen_branches_at_most(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches[:16], gates[:16], fresh, cache, rows, out)
+
+
+def contiguous_branches_assumed(x, branches, gates, fresh, cache, rows, out):
+    dense = [b.as_strided(b.shape, (b.shape[1] * b.shape[2], b.shape[2], 1)) for b in branches]
+    CORRECT.gated_residual(x, dense, gates, fresh, cache, rows, out)
+
+
+def fresh_read_at_rows(x, branches, gates, fresh, cache, rows, out):
+    if fresh >= 0 and rows is not None:
+        clamped = rows.clamp(max=branches[fresh].shape[1] - 1)
+        branches = [gather_rows(b, clamped) if i == fresh else b for i, b in enumerate(branches)]
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+
+
+def cache_unwritten(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, None, rows, out)
+
+
+def cache_at_next_row(x, branches, gates, fresh, cache, rows, out):
+    if cache is not None:
+        index = torch.arange(x.shape[1]).expand(x.shape[:2]) if rows is None else rows
+        scatter_rows(cache, (index + 1) % cache.shape[1], branches[fresh])
+    CORRECT.gated_residual(x, branches, gates, fresh, None, rows, out)
+
+
+def other_cache_rows_cleared(x, branches, gates, fresh, cache, rows, out):
+    if cache is not None:
+        cache.zero_()
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+
+
+def cache_by_arithmetic(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    if cache is not None:
+        cache.add_(0.0)
+
+
+def tail_unwritten(x, branches, gates, fresh, cache, rows, out):
+    before = out.clone()
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    whole = out.shape[-1] // 8 * 8
+    out[..., whole:] = before[..., whole:]
+
+
+def tail_overrun(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    end = out.storage_offset() + out.numel()
+    if out.is_contiguous() and end + 1 < out.untyped_storage().nbytes() // out.element_size():
+        out.as_strided((1,), (1,), end).fill_(0.0)
+
+
+def out_written_before_x_is_read(x, branches, gates, fresh, cache, rows, out):
+    out.zero_()
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+
+
+def input_overwritten(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    branches[0].neg_()
+
+
+def coarse_sums(x, branches, gates, fresh, cache, rows, out):
+    coarse = torch.float32 if x.dtype is torch.float64 else torch.bfloat16
+    total = reference.residual_sum(x, branches, gates, fresh, rows)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    out.copy_(total.to(coarse))
+
+
+def depends_on_threads(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    step = torch.finfo(out.dtype).eps
+    out.mul_(1 + step * torch.get_num_threads())
+
+
+def depends_on_position(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    if rows is not None:
+        step = torch.finfo(out.dtype).eps
+        out.mul_(1 + step * torch.arange(out.shape[1], dtype=out.dtype).view(1, -1, 1))
+
+
+def rows_take_another_path(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    if rows is not None:
+        out.mul_(1 + torch.finfo(out.dtype).eps)
+
+
+def nan_hidden(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    out.nan_to_num_()
+
+
+def zero_without_sign(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    out.add_(0.0)
+
+
+def cache_written_without_rows_to_write(x, branches, gates, fresh, cache, rows, out):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    if cache is not None and x.numel() == 0:
+        cache.zero_()
+
+
+RESIDUAL_FAULTS = {
+    next_row: ["check_rows", "check_rows_of_strided_stores"],
+    wrong_batch_gate: ["check_sizes", "check_gates", "check_rows"],
+    first_token_gate: ["check_gates"],
+    ungated: ["check_sizes", "check_gates"],
+    sixteen_branches_at_most: ["check_many_branches"],
+    contiguous_branches_assumed: ["check_strides"],
+    fresh_read_at_rows: ["check_rows"],
+    cache_unwritten: ["check_cache"],
+    cache_at_next_row: ["check_cache"],
+    other_cache_rows_cleared: ["check_cache"],
+    cache_by_arithmetic: ["check_cache"],
+    tail_unwritten: ["check_sizes"],
+    tail_overrun: ["check_inputs_and_guards"],
+    out_written_before_x_is_read: ["check_in_place"],
+    input_overwritten: ["check_inputs_and_guards"],
+    coarse_sums: ["check_sizes"],
+    depends_on_threads: ["check_repeats"],
+    depends_on_position: ["check_permuted_rows"],
+    rows_take_another_path: ["check_identity_rows"],
+    nan_hidden: ["check_special_values"],
+    zero_without_sign: ["check_special_values"],
+    cache_written_without_rows_to_write: ["check_empty"],
+}
+
+
+# --- norm_modulate: each changes the arguments, or the parts of the reference's expression
+
+
+class NormFault(Faulty):
+    """norm_modulate in parts, so that a fault changes one."""
+
+    def statistics(self, x, eps, rms):
+        mean = 0.0 if rms else x.mean(-1, keepdim=True)
+        square = (x - mean).square().mean(-1, keepdim=True)
+        return mean, torch.rsqrt(square + eps)
+
+    def modulate(self, y, scale, shift):
+        y = y if scale is None else y * (1 + scale)
+        return y if shift is None else y + shift
+
+    def update(self, x, branch, gate, cache, rows, active):
+        scatter_rows(x, rows, active)
+        if cache is not None:
+            scatter_rows(cache, rows, branch)
+
+    def norm_modulate(
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+    ):
+        active = x if rows is None else gather_rows(x, rows)
+        if branch is not None:
+            active = reference.residual_sum(active, [branch], [gate])
+            self.update(x, branch, gate, cache, rows, active)
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+        active, scale, shift, weight, bias = (
+            None if t is None else per_token(t).to(wide)
+            for t in (active, scale, shift, weight, bias)
+        )
+        mean, inverse = self.statistics(active, eps, rms)
+        y = (active - mean) * inverse
+        y = y if weight is None else y * weight
+        y = y if bias is None else y + bias
+        out.copy_(self.modulate(y, scale, shift))
+
+
+class SwappedScaleAndShift(NormFault):
+    def modulate(self, y, scale, shift):
+        return super().modulate(y, shift, scale)
+
+
+class ScaleWithoutOne(NormFault):
+    def modulate(self, y, scale, shift):
+        return super().modulate(y, None if scale is None else scale - 1, shift)
+
+
+class WrongBatchScale(NormFault):
+    def modulate(self, y, scale, shift):
+        return super().modulate(y, None if scale is None else scale.roll(1, dims=0), shift)
+
+
+class VarianceFromSquares(NormFault):
+    def statistics(self, x, eps, rms):
+        mean = 0.0 if rms else x.mean(-1, keepdim=True)
+        square = (x.square().mean(-1, keepdim=True) - mean * mean).clamp(min=0)
+        return mean, torch.rsqrt(square + eps)
+
+
+class VarianceOfASample(NormFault):
+    def statistics(self, x, eps, rms):
+        if rms:
+            return super().statistics(x, eps, rms)
+        mean = x.mean(-1, keepdim=True)
+        count = max(x.shape[-1] - 1, 1)
+        return mean, torch.rsqrt((x - mean).square().sum(-1, keepdim=True) / count + eps)
+
+
+class NoEps(NormFault):
+    def statistics(self, x, eps, rms):
+        return super().statistics(x, 0.0, rms)
+
+
+class CentredRms(NormFault):
+    def statistics(self, x, eps, rms):
+        return super().statistics(x, eps, False)
+
+
+class WeightLost(NormFault):
+    def norm_modulate(self, x, scale, shift, weight, *rest):
+        super().norm_modulate(x, scale, shift, None, *rest)
+
+
+class StatisticsOfTheWholeBatch(NormFault):
+    def statistics(self, x, eps, rms):
+        mean, inverse = super().statistics(x, eps, rms)
+        return mean, inverse.mean(1, keepdim=True).expand_as(inverse)
+
+
+class XNotUpdated(NormFault):
+    def update(self, x, branch, gate, cache, rows, active):
+        if cache is not None:
+            scatter_rows(cache, rows, branch)
+
+
+class CacheUnwritten(NormFault):
+    def update(self, x, branch, gate, cache, rows, active):
+        super().update(x, branch, gate, None, rows, active)
+
+
+class CacheHoldsGatedBranch(NormFault):
+    def update(self, x, branch, gate, cache, rows, active):
+        super().update(
+            x, branch if gate is None else per_token(gate) * branch, gate, cache, rows, active
+        )
+
+
+class OtherRowsOfXCleared(NormFault):
+    def update(self, x, branch, gate, cache, rows, active):
+        x.zero_()
+        super().update(x, branch, gate, cache, rows, active)
+
+
+class NextRow(NormFault):
+    def norm_modulate(self, x, *rest):
+        *middle, rows, out = rest
+        rows = None if rows is None else (rows + 1) % x.shape[1]
+        super().norm_modulate(x, *middle, rows, out)
+
+
+class DependsOnThreads(NormFault):
+    def modulate(self, y, scale, shift):
+        return super().modulate(y, scale, shift) * (1 + 0.01 * torch.get_num_threads())
+
+
+class ContiguousXAssumed(NormFault):
+    def norm_modulate(self, x, *rest):
+        dense = (x.shape[1] * x.shape[2], x.shape[2], 1)
+        super().norm_modulate(x.as_strided(x.shape, dense), *rest)
+
+
+class OutIsScratch(NormFault):
+    def norm_modulate(self, x, *rest):
+        rest[-1].fill_(1.0)
+        super().norm_modulate(x, *rest)
+
+
+class BranchOverwritten(NormFault):
+    def update(self, x, branch, gate, cache, rows, active):
+        super().update(x, branch, gate, cache, rows, active)
+        branch.neg_()
+
+
+class DependsOnPosition(NormFault):
+    def modulate(self, y, scale, shift):
+        y = super().modulate(y, scale, shift)
+        return y * (1 + 0.01 * torch.arange(y.shape[1]).view(1, -1, 1))
+
+
+class RowsTakeAnotherPath(NormFault):
+    def norm_modulate(self, *arguments):
+        super().norm_modulate(*arguments)
+        if arguments[-2] is not None:
+            arguments[-1].mul_(1.01)
+
+
+class ClearsXWithoutRows(NormFault):
+    def norm_modulate(self, x, *rest):
+        super().norm_modulate(x, *rest)
+        if rest[-1].numel() == 0:
+            x.zero_()
+
+
+NORM_FAULTS = {
+    SwappedScaleAndShift: ["check_sizes", "check_optional_parts", "check_modulations"],
+    ScaleWithoutOne: ["check_sizes", "check_modulations"],
+    WrongBatchScale: ["check_sizes", "check_modulations"],
+    VarianceFromSquares: ["check_offset_rows"],
+    VarianceOfASample: ["check_sizes"],
+    NoEps: ["check_constant_rows"],
+    CentredRms: ["check_sizes"],
+    WeightLost: ["check_optional_parts"],
+    StatisticsOfTheWholeBatch: ["check_sizes", "check_special_values"],
+    XNotUpdated: ["check_branch", "check_rows", "check_fused_equals_two_ops"],
+    CacheUnwritten: ["check_rows", "check_cache_without_rows"],
+    CacheHoldsGatedBranch: ["check_rows"],
+    OtherRowsOfXCleared: ["check_rows"],
+    NextRow: ["check_rows"],
+    DependsOnThreads: ["check_repeats"],
+    ContiguousXAssumed: ["check_strides"],
+    OutIsScratch: ["check_in_place"],
+    BranchOverwritten: ["check_inputs_and_guards"],
+    DependsOnPosition: ["check_permuted_rows"],
+    RowsTakeAnotherPath: ["check_identity_rows"],
+    ClearsXWithoutRows: ["check_empty"],
+}
+
+
+def refuses(check, runner: Runner) -> bool:
+    try:
+        check(runner)
+    except AssertionError:  # Mismatch is one
+        return True
+    return False
+
+
+def pairs(faults):
+    return [pytest.param(f, c, id=f"{f.__name__}-{c}") for f, cs in faults.items() for c in cs]
+
+
+@pytest.mark.parametrize(("fault", "check"), pairs(RESIDUAL_FAULTS))
+def test_gated_residual_fault_is_caught(fault, check):
+    backend = Faulty()
+    backend.gated_residual = fault
+    assert refuses(test_gated_residual.CHECKS[check], Runner(backend, fault.__name__))
+
+
+@pytest.mark.parametrize(("fault", "check"), pairs(NORM_FAULTS))
+def test_norm_modulate_fault_is_caught(fault, check):
+    assert refuses(test_norm_modulate.CHECKS[check], Runner(fault(), fault.__name__))
+
+
+@pytest.mark.parametrize(
+    ("module", "faults"),
+    [(test_gated_residual, RESIDUAL_FAULTS), (test_norm_modulate, NORM_FAULTS)],
+    ids=["gated_residual", "norm_modulate"],
+)
+def test_every_check_catches_something(module, faults):
+    assert set(module.CHECKS) == {name for names in faults.values() for name in names}
+
+
+@pytest.mark.parametrize(
+    ("module", "carrier"),
+    [(test_gated_residual, Faulty()), (test_norm_modulate, NormFault())],
+    ids=["gated_residual", "norm_modulate"],
+)
+def test_a_fault_is_not_caught_for_its_carrier(module, carrier):
+    for check in module.CHECKS.values():
+        check(Runner(carrier, "carrier"))
+
+
+def test_the_rule_tells_an_error_of_three_times_stock():
+    g = torch.Generator().manual_seed(0)
+    exact = normal((1, 4, 64), torch.float64, g)
+    eager = exact.to(torch.bfloat16)
+    error = (eager.double() - exact).abs().max()
+    unit = torch.finfo(torch.bfloat16).eps * 2
+    assert_close("eager itself", eager, exact, eager)
+    worse = exact.clone()
+    worse[0, 2, 7] += 3 * error + unit
+    with pytest.raises(Mismatch, match=r"worst at \(0, 2, 7\): got .* expected .* allowed"):
+        assert_close("one element off", worse.to(torch.bfloat16), exact, eager)
+    with pytest.raises(Mismatch):
+        assert_close("unwritten", torch.full_like(eager, float("nan")), exact, eager)
