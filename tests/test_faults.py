@@ -184,7 +184,7 @@ RESIDUAL_FAULTS = {
 
 
 class NormFault(Faulty):
-    """norm_modulate in parts, so that a fault changes one."""
+    """norm_modulate in fp64 parts, so that a fault changes one."""
 
     def statistics(self, x, eps, rms):
         mean = 0.0 if rms else x.mean(-1, keepdim=True)
@@ -207,9 +207,8 @@ class NormFault(Faulty):
         if branch is not None:
             active = reference.residual_sum(active, [branch], [gate])
             self.update(x, branch, gate, cache, rows, active)
-        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         active, scale, shift, weight, bias = (
-            None if t is None else per_token(t).to(wide)
+            None if t is None else per_token(t).double()
             for t in (active, scale, shift, weight, bias)
         )
         mean, inverse = self.statistics(active, eps, rms)
@@ -236,6 +235,7 @@ class WrongBatchScale(NormFault):
 
 class VarianceFromSquares(NormFault):
     def statistics(self, x, eps, rms):
+        x = x.float()
         mean = 0.0 if rms else x.mean(-1, keepdim=True)
         square = (x.square().mean(-1, keepdim=True) - mean * mean).clamp(min=0)
         return mean, torch.rsqrt(square + eps)
