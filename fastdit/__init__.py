@@ -5,8 +5,8 @@
 >>> image = pipe("a red circle").images[0]
 >>> fastdit.unpatch(pipe)
 
-`patch` takes a pipeline or a transformer and any methods that compose; the handle it returns explains, reports, pauses and
-removes the patch. diffusers itself is imported only where a pipeline is.
+`patch` takes a pipeline or a transformer and any methods that compose; the handle it returns explains, reports, pauses
+and removes the patch. diffusers itself is imported only where a pipeline is.
 """
 
 from fastdit.errors import (

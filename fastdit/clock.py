@@ -1,8 +1,8 @@
 """The clock of a run, read off the scheduler: `set_timesteps` starts a run, `step` ends a step.
 
 The scheduler instance's class is swapped for a cached dynamic subclass of the same name whose two methods keep their
-signatures (pipelines inspect them). isinstance, save_pretrained and from_config keep working; a copy, a pickle, and anything
-made `from_config`, is an ordinary scheduler again.
+signatures (pipelines inspect them). isinstance, save_pretrained and from_config keep working; a copy, a pickle, and
+anything made `from_config`, is an ordinary scheduler again.
 """
 
 from __future__ import annotations

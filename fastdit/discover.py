@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from types import MappingProxyType, ModuleType
-from typing import Any, Mapping
+from typing import Any
 
 
 def discover(package: ModuleType, attribute: str) -> Mapping[str, Any]:

@@ -1,17 +1,19 @@
 """The drift guard: before patching, make sure the adapter still says what the installed diffusers does.
 
-An adapter restates block forwards, so a diffusers release that changes one would be answered with wrong pictures. For each
-block class present the guard compares the argument names with the adapter's, then runs one block both ways on a few
-random tokens and demands equal bits. It draws from a generator of its own, runs the innermost forward, and leaves out the
-second half where weights are not at hand (meta device, offloading hooks) or somebody's hook would see the random tokens.
+An adapter restates block forwards, so a diffusers release that changes one would be answered with wrong pictures. For
+each block class present the guard compares the argument names with the adapter's, then runs one block both ways on a
+few random tokens and demands equal bits. It draws from a generator of its own, runs the innermost forward, and leaves
+out the second half where weights are not at hand (meta device, offloading hooks) or somebody's hook would see the
+random tokens.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import inspect
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -1,14 +1,16 @@
 """What a patched model will do, before it does it: backends, plan, FLOPs, bytes and cache size.
 
-Counts are closed forms over the model's own layers (multiply-accumulates of linear layers and of attention products; norms and
-activations are not counted), so nothing runs. The cache size is the sum of the slots that are kept after the worst step.
+Counts are closed forms over the model's own layers (multiply-accumulates of linear layers and of attention products;
+norms and activations are not counted), so nothing runs. The cache size is the sum of the slots that are kept after the
+worst step.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -67,7 +69,8 @@ class Explanation:
             f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
             f"  blocks    {blocks}",
             f"  ops       {backends}",
-            f"  run       {self.steps} steps, {self.rows} rows of {self.image_tokens} image + {self.text_tokens} text tokens",
+            f"  run       {self.steps} steps, {self.rows} rows of "
+            f"{self.image_tokens} image + {self.text_tokens} text tokens",
             f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer",
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",

@@ -2,19 +2,22 @@
 
 Adapters restate a block as `Forward` and `Residual` calls. Two ways of running it share that one text:
 
-* *immediate*: every gated residual is added at once and out of place, in diffusers' own order and with its roundings. So
+* *immediate*: every gated residual is added at once and out of place, in diffusers' own order and with its roundings.
+  So
   does the `reference` backend, and everything that needs autograd or runs under autocast.
-* *deferred*: a residual waits until somebody reads the stream, also across blocks. Then one `gated_residual` adds all that
+* *deferred*: a residual waits until somebody reads the stream, also across blocks. Then one `gated_residual` adds all
+  that
   waited (a run of n reused components moves (n + 2) X bytes for the 5 n X of eager code; ECAD spec section 10), or
-  `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact algebra;
-  only the rounding is (in our favour) another.
+  `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact
+  algebra; only the rounding is (in our favour) another.
 
 Slots hold references to module outputs, never copies; nothing writes into a slot.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,8 +111,8 @@ class Forward:
     def enter(self, hidden_states: Tensor, stream: str, branch_first: bool = False) -> Residual:
         """Take over a block input as residual stream `stream` ("image" or "text").
 
-        `branch_first` where diffusers writes ``branch + h``: the same sum, but torch lays a sum out in memory like its first
-        operand, and what reads it next rounds by layout.
+        `branch_first` where diffusers writes ``branch + h``: the same sum, but torch lays a sum out in memory like its
+        first operand, and what reads it next rounds by layout.
         """
         return Residual(self, stream, hidden_states, branch_first)
 
@@ -200,7 +203,7 @@ class Residual:
     def read(self) -> Tensor:
         """The stream with everything added."""
         for first in range(0, len(self._waiting), MAX_BRANCHES):
-            branches, gates = zip(*self._waiting[first : first + MAX_BRANCHES])
+            branches, gates = zip(*self._waiting[first : first + MAX_BRANCHES], strict=True)
             self._h = self._forward.ops.gated_residual(
                 self._h, branches, gates, out=self._h if self._is_owned() else None
             )
@@ -237,7 +240,7 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
         return torch.cat([stream.normed(norm, scale, shift) for stream in streams], dim=1)
     lengths = [stream._h.shape[1] for stream in streams]
     out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
-    for stream, part in zip(streams, out.split(lengths, dim=1)):
+    for stream, part in zip(streams, out.split(lengths, dim=1), strict=True):
         stream.normed(norm, scale, shift, out=part)
     return out
 

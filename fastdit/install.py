@@ -1,15 +1,16 @@
 """Put a rewritten forward into a module instance, below every hook, and take it out again.
 
-Classes are never touched. diffusers' hook registry and accelerate both keep the forward they found when they were attached;
-the rewritten one goes where that reference is, so hooks stay outside whether they came before or after. Removal looks for
-our function wherever hooks may have moved it meanwhile, which also makes it work on a deep copy.
+Classes are never touched. diffusers' hook registry and accelerate both keep the forward they found when they were
+attached; the rewritten one goes where that reference is, so hooks stay outside whether they came before or after.
+Removal looks for our function wherever hooks may have moved it meanwhile, which also makes it work on a deep copy.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from typing import Any, Callable, Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,8 +111,8 @@ def _rewritten(cls: type[nn.Module]) -> Callable:
 
     eager = torch.compiler.disable(
         forward,
-        reason="fastdit's block dispatcher reads the step and the caches and stays eager; its attention and feed-forward "
-        "calls are compiled apart. Use compile_repeated_blocks() or transformer.compile() without fullgraph=True",
+        reason="fastdit's block dispatcher reads the step and the caches and stays eager; its attention and "
+        "feed-forward calls are compiled apart. Use compile_repeated_blocks() or transformer.compile() without fullgraph=True",
     )
     functools.update_wrapper(eager, cls.forward)
     setattr(eager, _MARK, True)

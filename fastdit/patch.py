@@ -1,16 +1,17 @@
 """The two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
 
-Only instances are touched: the blocks' innermost forward (`install.py`), two native forward hooks on the transformer, the
-scheduler's class (`clock.py`), and one instance attribute each as the link to the session. Everything that can be refused
-is checked before anything changes.
+Only instances are touched: the blocks' innermost forward (`install.py`), two native forward hooks on the transformer,
+the scheduler's class (`clock.py`), and one instance attribute each as the link to the session. Everything that can be
+refused is checked before anything changes.
 """
 
 from __future__ import annotations
 
 import types
 import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ _RESET = "_reset_stateful_cache"
 class BlockLink:
     """What a block's rewritten forward calls; a deep copy of the model gets links to the copied session."""
 
-    __slots__ = ("session", "kind", "index")
+    __slots__ = ("index", "kind", "session")
 
     def __init__(self, session: Session, kind: str, index: int) -> None:
         self.session = session
@@ -108,8 +109,8 @@ class Handle:
     def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:
         """One run of a hand-written loop over `timesteps`, where no scheduler tells the steps.
 
-        A new value of the transformer's timestep argument is a new step; that read waits for a GPU. Call `advance()` after
-        each step to spare it.
+        A new value of the transformer's timestep argument is a new step; that read waits for a GPU. Call `advance()`
+        after each step to spare it.
 
         Example:
             >>> with h.run(timesteps):
@@ -162,7 +163,8 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     Args:
         target: A pipeline with a supported `transformer`, or the transformer itself.
         methods: What to skip; none means :class:`Dense` (skip nothing).
-        backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that serves
+        backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that
+            serves
             each op's device and dtype. A backend named here or there is never silently replaced.
 
     Returns:

@@ -57,8 +57,8 @@ def report_session(session: Any) -> Report:
     live = reused > 0 or not acts
     if records and not live:
         warnings.warn(
-            f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing was saved. "
-            "Does the schedule reuse anything at this number of steps?",
+            f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
+            "was saved. Does the schedule reuse anything at this number of steps?",
             stacklevel=3,
         )
     return Report(

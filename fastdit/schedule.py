@@ -1,8 +1,8 @@
 """The static schedule: which component of which block computes at which step, and its file.
 
 ``bits[step][block][component]`` is True where the component computes and False where it reuses its last output, the
-polarity and the order of the ECAD paper's released files (arXiv 2506.15682). Step 0 always computes: there is nothing to
-reuse yet, so False there means True and is stored as True.
+polarity and the order of the ECAD paper's released files (arXiv 2506.15682). Step 0 always computes: there is nothing
+to reuse yet, so False there means True and is stored as True.
 
 The file is JSON, written for people and diffs: one string of 0 and 1 per step and block kind, in [block][component]
 order, with a version, free provenance and a SHA-256 over the content. Reading it executes nothing; a file that is
@@ -15,10 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 

@@ -1,9 +1,10 @@
 """The heavy calls inside a block, each a function of its own so that it can be compiled apart from the dispatcher.
 
-The rewritten block forwards stay eager: they read the step and the slots, which a compiler would turn into one graph per
-step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`) or the whole
-transformer, these calls are compiled instead, with the user's own settings. They hold no Python state, so their number of
-graphs does not depend on the schedule. The compiler's limit counts per code object, so each form of block gets code of its
+The rewritten block forwards stay eager: they read the step and the slots, which a compiler would turn into one graph
+per step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`) or the
+whole transformer, these calls are compiled instead, with the user's own settings. They hold no Python state, so their
+number of graphs does not depend on the schedule. The compiler's limit counts per code object, so each form of block
+gets code of its
 own: other models and other forms in the process do not use it up.
 """
 
@@ -13,7 +14,8 @@ import functools
 import inspect
 import types
 import weakref
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +46,8 @@ def feed_forward(
         return module(x)
     if x.shape[chunk_dim] % chunk_size:
         raise ValueError(
-            f"chunk_size must divide dimension {chunk_dim} of the hidden states ({x.shape[chunk_dim]}), got {chunk_size}"
+            f"chunk_size must divide dimension {chunk_dim} of the hidden states ({x.shape[chunk_dim]}), "
+            f"got {chunk_size}"
         )
     return torch.cat([module(part) for part in x.split(chunk_size, dim=chunk_dim)], dim=chunk_dim)
 
@@ -66,7 +69,7 @@ _COMPILED: weakref.WeakKeyDictionary[Callable, dict[Any, Segments]] = weakref.We
 
 
 def segments_like(compiled: Callable | None, block: nn.Module) -> Segments:
-    """The segments of `block` under `compiled`, the compiled call that `Module.compile` leaves behind; None if eager."""
+    """The segments of `block` under `compiled`, the compiled call that `Module.compile` leaves; None if eager."""
     if compiled is None:
         return EAGER
     form = (type(block), *sorted(block._modules))

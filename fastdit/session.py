@@ -1,8 +1,8 @@
 """Everything that lives as long as a patched model: the clock, the run in progress, its slots and its report.
 
-One session per transformer. It learns where a run stands from three places: the scheduler (`clock.py`), the transformer's
-native forward hooks, and, where there is no scheduler, the timestep argument. A run's state is a :class:`Run`; starting,
-ending or aborting a run drops it whole, so nothing crosses from one run to the next.
+One session per transformer. It learns where a run stands from three places: the scheduler (`clock.py`), the
+transformer's native forward hooks, and, where there is no scheduler, the timestep argument. A run's state is a
+:class:`Run`; starting, ending or aborting a run drops it whole, so nothing crosses from one run to the next.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,6 @@ from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots
 from fastdit.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
-
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -248,8 +248,8 @@ class Session:
     ) -> Any:
         """A block's rewritten forward; outside a transformer call, and while disabled, the stock one.
 
-        Stock too where gradients are wanted and no plan acts: another order of the same operations would accumulate them in
-        another order.
+        Stock too where gradients are wanted and no plan acts: another order of the same operations would accumulate
+        them in another order.
         """
         if self.forward is None:
             return type(module).forward(module, *args, **kwargs)
@@ -295,7 +295,7 @@ class Session:
         self.start_run(len(pipeline.scheduler.timesteps), pipeline.scheduler)
 
     def _compiled_call(self, transformer: nn.Module) -> Any:
-        """The transformer's compiled call, made by `transformer.compile()` or by wrapping it in the pipeline; or None."""
+        """The transformer's compiled call, by `transformer.compile()` or a wrapper in the pipeline; or None."""
         pipeline = self.pipeline() if self.pipeline is not None else None
         wrapper = getattr(pipeline, "transformer", None)
         if getattr(wrapper, "_orig_mod", None) is transformer:

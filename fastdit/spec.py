@@ -1,14 +1,14 @@
 """What a method may know of a model: its block kinds and their components, as plain data.
 
-An adapter fills a :class:`ModelSpec` from a transformer; schedules, plans and methods read it. Nothing here knows a model
-family, a tensor or a kernel.
+An adapter fills a :class:`ModelSpec` from a transformer; schedules, plans and methods read it. Nothing here knows a
+model family, a tensor or a kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Iterator, Mapping
 
 
 @dataclass(frozen=True)

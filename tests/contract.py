@@ -1,7 +1,7 @@
 """The exactness contract of whole models: how near to stock diffusers a patched model must be.
 
-Bits on the `reference` backend. Elsewhere by dtype: in fp64 a relative L2 distance to stock, in the others at most twice the
-error that stock itself has against stock in fp64.
+Bits on the `reference` backend. Elsewhere by dtype: in fp64 a relative L2 distance to stock, in the
+others at most twice the error that stock itself has against stock in fp64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def same_bits(actual: Tensor, expected: Tensor) -> None:
 def within_contract(
     actual: Tensor, stock: Tensor, truth: Tensor | None = None, bound: float = RUN_FP64
 ) -> None:
-    """`actual` is as near to `stock` as its dtype asks; `truth` is stock's result in fp64, needed in other dtypes."""
+    """`actual` is as near to `stock` as its dtype asks; `truth` is stock's result in fp64, needed
+    in other dtypes.
+    """
     assert actual.dtype == stock.dtype
     if stock.dtype == torch.float64:
         assert distance(actual, stock) <= bound

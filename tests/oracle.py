@@ -1,15 +1,17 @@
 """A plain cache of module outputs, the independent truth for schedules.
 
-It knows nothing of fastdit: it puts a wrapper around the forward of the stock block's own sub-modules (attention, feed-forward,
-projection), keeps each module's last output per transformer call within a step, and returns it where the schedule says so. What
-is kept is the raw output, before the gate; FLUX's `single_proj_mlp` is the output of that linear layer, before the GELU; an empty
-slot computes.
+It knows nothing of fastdit: it puts a wrapper around the forward of the stock block's own
+sub-modules (attention, feed-forward, projection), keeps each module's last output per transformer
+call within a step, and returns it where the schedule says so. What is kept is the raw output,
+before the gate; FLUX's `single_proj_mlp` is the output of that linear layer, before the GELU; an
+empty slot computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -48,7 +50,9 @@ Bits = Mapping[str, np.ndarray]
 def random_bits(
     transformer: nn.Module, steps: int, seed: int, compute: float = 0.4
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
-    """A random schedule of a stock transformer: bits [step, block, component] and component names per block list."""
+    """A random schedule of a stock transformer: bits [step, block, component] and component names
+    per block list.
+    """
     generator = np.random.default_rng(seed)
     names = {kind: tuple(parts) for kind, parts in MODULES[type(transformer).__name__].items()}
     bits = {

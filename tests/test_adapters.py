@@ -1,12 +1,15 @@
-"""Skipping nothing changes nothing: every family's transformer under Dense and under schedules that reuse nothing."""
+"""Skipping nothing changes nothing: every family's transformer under Dense and under schedules that
+reuse nothing.
+"""
 
 from __future__ import annotations
 
-import fastdit
 import numpy as np
 import pytest
-import tiny_models
 import torch
+
+import fastdit
+import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import Cached, Dense, Schedule
 from oracle import random_bits

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import fastdit
 import pytest
-import tiny_models
 import torch
+from torch.autograd import gradcheck
+
+import fastdit
+import tiny_models
 from contract import same_bits
 from fastdit.forward import Forward
 from fastdit.patch import find_adapter
-from torch.autograd import gradcheck
 
 pytestmark = pytest.mark.diffusers
 
@@ -52,7 +53,9 @@ def test_gradient_checkpointing_in_training(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradcheck_through_every_kind_of_block(family):
-    """Without the parts that diffusers computes in fp32 whatever the dtype: RMS norms and rotary positions."""
+    """Without the parts that diffusers computes in fp32 whatever the dtype: RMS norms and rotary
+    positions.
+    """
     model = tiny_models.transformer(family, torch.float64)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -1,14 +1,17 @@
-"""Random schedules equal a plain cache of module outputs: bits on `reference`, the contract elsewhere."""
+"""Random schedules equal a plain cache of module outputs: bits on `reference`, the contract
+elsewhere.
+"""
 
 from __future__ import annotations
 
-import fastdit
 import numpy as np
 import pytest
-import tiny_models
 import torch
-from contract import FORWARD_FP64, distance, same_bits, within_contract
 from diffusers import FlowMatchHeunDiscreteScheduler, HeunDiscreteScheduler
+
+import fastdit
+import tiny_models
+from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import Cached, Schedule
 from oracle import Oracle, random_bits
 from tiny_models import generate
@@ -81,7 +84,9 @@ def as_double(value):
 @pytest.mark.parametrize("component", ["single_attn", "single_proj_mlp", "single_proj_out"])
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "stale"])
 def test_flux_single_block_bits_are_independent(component, fresh):
-    """One component alone fresh, or alone stale: what is fresh but not consumed now is consumed later."""
+    """One component alone fresh, or alone stale: what is fresh but not consumed now is consumed
+    later.
+    """
     steps = 6
     bits, names = random_bits(tiny_models.FAMILIES["flux"].build(), steps, 0, compute=1.1)
     kind = "single_transformer_blocks"
@@ -97,7 +102,9 @@ def test_flux_single_block_bits_are_independent(component, fresh):
 
 
 def test_every_pattern_of_a_flux_single_block():
-    """All 64 ways to set the three bits of a block in two later steps, followed by a step that consumes."""
+    """All 64 ways to set the three bits of a block in two later steps, followed by a step that
+    consumes.
+    """
     kind = "single_transformer_blocks"
     model = tiny_models.transformer("flux", torch.float64)
     inputs = [tiny_models.call("flux", 1, torch.float64, step=step) for step in range(4)]
@@ -164,7 +171,9 @@ def test_every_transformer_call_of_heun_is_a_step(name, scheduler):
 
 
 def test_skip_layer_guidance_has_caches_of_its_own():
-    """The guiding call comes after the main call of a step and starts late, so the oracle runs it as a second branch."""
+    """The guiding call comes after the main call of a step and starts late, so the oracle runs it
+    as a second branch.
+    """
     pipe = tiny_models.pipeline("sd3")
     bits, names = random_bits(pipe.transformer, STEPS, 5)
     options = {
@@ -185,7 +194,9 @@ def test_skip_layer_guidance_has_caches_of_its_own():
 @pytest.mark.parametrize("family", ["sd3", "pixart-sigma", "dit"])
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_a_cached_output_is_gated_by_the_new_step(family, backend):
-    """Two steps, one block, only the feed-forward reused: the stream ends as ``h + gate(t2) * cached``, gate of step two."""
+    """Two steps, one block, only the feed-forward reused: the stream ends as ``h + gate(t2) *
+    cached``, gate of step two.
+    """
     model = tiny_models.transformer(family, torch.float64)
     del model.transformer_blocks[1:]
     block = model.transformer_blocks[0]
@@ -208,7 +219,8 @@ def test_a_cached_output_is_gated_by_the_new_step(family, backend):
     with torch.no_grad():
         model(**first)
         cached = record["cached"]
-        # The stream before the feed-forward, at the second step: the block with a feed-forward that gives zero.
+        # The stream before the feed-forward, at the second step: the block with a feed-forward that
+        # gives zero.
         zero = block.ff.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
         model(**second)
         zero.remove()
@@ -250,7 +262,9 @@ def test_a_false_bit_at_step_0_computes():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_writes_into_a_slot(family):
-    """Cached outputs keep their bits through a whole run of the fast path, which adds residuals in place."""
+    """Cached outputs keep their bits through a whole run of the fast path, which adds residuals in
+    place.
+    """
     model = tiny_models.transformer(family)
     kept = []
     for block in model.transformer_blocks:

@@ -1,24 +1,27 @@
-"""Other people's features on the same model, before and after patching: their results stay, removal is clean."""
+"""Other people's features on the same model, before and after patching: their results stay, removal
+is clean.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import fastdit
 import pytest
-import tiny_models
 import torch
 from accelerate import cpu_offload_with_hook
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from contract import FORWARD_FP64, same_bits, within_contract
 from diffusers import hooks as diffusers_hooks
 from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig, inject_adapter_in_model
+
+import fastdit
+import tiny_models
+from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Schedule
 from fastdit.install import LINK, is_installed
 from fastdit.patch import handle_of
 from oracle import Oracle, random_bits
-from peft import LoraConfig, inject_adapter_in_model
 from snapshot import snapshot
 
 pytestmark = pytest.mark.diffusers

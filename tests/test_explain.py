@@ -1,19 +1,22 @@
-"""`explain` and `report` tell the truth: against torch's own FLOP counter, measured caches, and counts by hand."""
+"""`explain` and `report` tell the truth: against torch's own FLOP counter, measured caches, and
+counts by hand.
+"""
 
 from __future__ import annotations
 
 import warnings
 
-import fastdit
 import pytest
-import tiny_models
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdit
+import tiny_models
 from fastdit import Cached, Dense, Schedule
 from fastdit.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.diffusers
 

@@ -1,4 +1,6 @@
-"""The two verbs: what patching changes, that nothing is left behind, and that copies and neighbours stay apart."""
+"""The two verbs: what patching changes, that nothing is left behind, and that copies and neighbours
+stay apart.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,17 @@ import inspect
 import pickle
 import threading
 
-import fastdit
 import pytest
-import tiny_models
 import torch
-from contract import same_bits
 from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxImg2ImgPipeline,
 )
+
+import fastdit
+import tiny_models
+from contract import same_bits
 from fastdit import Cached, Schedule
 from snapshot import scheduler_snapshot, snapshot
 from tiny_models import generate

@@ -1,12 +1,11 @@
-"""Stock pipelines run unchanged on a patched transformer: whole runs, all schedulers, image to image, callbacks."""
+"""Stock pipelines run unchanged on a patched transformer: whole runs, all schedulers, image to
+image, callbacks.
+"""
 
 from __future__ import annotations
 
-import fastdit
 import pytest
-import tiny_models
 import torch
-from contract import same_bits, within_contract
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -16,6 +15,10 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+
+import fastdit
+import tiny_models
+from contract import same_bits, within_contract
 from tiny_models import generate
 
 pytestmark = pytest.mark.diffusers
@@ -128,7 +131,9 @@ def test_callbacks_see_and_edit_what_they_always_did(name):
 
 
 def test_skip_layer_guidance_through_the_pipeline():
-    """Its second call leaves out blocks, here also the last but one, so that no residual may cross blocks."""
+    """Its second call leaves out blocks, here also the last but one, so that no residual may cross
+    blocks.
+    """
     pipe = tiny_models.pipeline("sd3", torch.float64)
     options = {
         "skip_guidance_layers": [1],

@@ -1,15 +1,18 @@
-"""What cannot work is refused when patching or when a run starts, by name, and leaves everything as it was."""
+"""What cannot work is refused when patching or when a run starts, by name, and leaves everything as
+it was.
+"""
 
 from __future__ import annotations
 
 import types
 
-import fastdit
 import pytest
-import tiny_models
 import torch
-from contract import same_bits
 from diffusers import AutoencoderKL, UNet2DModel
+
+import fastdit
+import tiny_models
+from contract import same_bits
 from fastdit import Cached, Dense, Schedule
 from fastdit.install import LINK
 from oracle import random_bits
@@ -46,7 +49,7 @@ def test_models_without_an_adapter_are_named():
         layers_per_block=1,
     )
     with pytest.raises(
-        fastdit.UnsupportedModelError, match="UNet2DModel.*PixArtTransformer2DModel"
+        fastdit.UnsupportedModelError, match=r"UNet2DModel.*PixArtTransformer2DModel"
     ):
         fastdit.patch(unet)
     with pytest.raises(fastdit.UnsupportedModelError, match="AutoencoderKL"):
@@ -196,9 +199,11 @@ def test_a_run_of_another_length_is_refused_for_a_bare_transformer():
     model = tiny_models.transformer("dit")
     bits, names = random_bits(model, 4, 0)
     handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
-    with pytest.raises(fastdit.ScheduleError, match="4 steps but the run has 3"):
-        with handle.run(range(3)):
-            raise AssertionError("the run must not begin")
+    with (
+        pytest.raises(fastdit.ScheduleError, match="4 steps but the run has 3"),
+        handle.run(range(3)),
+    ):
+        raise AssertionError("the run must not begin")
     with handle.run(range(4)), torch.no_grad():
         model(**tiny_models.call("dit"))
 

@@ -1,18 +1,21 @@
-"""The schedule and its file: what round-trips, what is refused, and that a bad file is never anything but a ScheduleError."""
+"""The schedule and its file: what round-trips, what is refused, and that a bad file is never
+anything but a ScheduleError.
+"""
 
 from __future__ import annotations
 
 import json
 import string
 
-import fastdit
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastdit
 from fastdit import Cached, Schedule, ScheduleError
 from fastdit.schedule import MAX_COUNT
 from fastdit.spec import BlockKind, ModelSpec
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 SPEC = ModelSpec("toy", (BlockKind("transformer_blocks", 3, ("attn", "ff")),))
 

@@ -1,15 +1,17 @@
 """Who looks at or adds to the residual streams between blocks gets what stock diffusers has there.
 
-The fast path lets residuals wait across blocks and adds them in place, so hooks, ControlNet residuals and skipped blocks are
-where a stream could be seen unfinished or change behind somebody's back.
+The fast path lets residuals wait across blocks and adds them in place, so hooks, ControlNet
+residuals and skipped blocks are where a stream could be seen unfinished or change behind somebody's
+back.
 """
 
 from __future__ import annotations
 
-import fastdit
 import pytest
-import tiny_models
 import torch
+
+import fastdit
+import tiny_models
 from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Dense, Schedule
 from oracle import Oracle, random_bits
@@ -33,7 +35,8 @@ def run(model, family, **more):
 
 
 def compare(family, more=None, seed=0, backend=None, observe=None):
-    """Oracle and patched model under a random schedule, with extra arguments and hooks: outputs agree.
+    """Oracle and patched model under a random schedule, with extra arguments and hooks: outputs
+    agree.
 
     Returns:
         What `observe(model)` returned for the oracle and for the patched model.
@@ -59,7 +62,7 @@ def record_outputs(which):
         seen = []
 
         def hook(module, args, kwargs, output):
-            tensors = [t for t in (output if isinstance(output, tuple) else (output,))]
+            tensors = list(output) if isinstance(output, tuple) else [output]
             tensors += [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
             seen.append([(t, None if t is None else t.clone()) for t in tensors])
 

@@ -1,14 +1,16 @@
 """Tiny transformers and pipelines of every family, built offline, with random weights everywhere.
 
-diffusers initialises gates and output projections to zero, under which most mistakes give the right answer; so every
-parameter is drawn anew, at a scale that keeps activations near one. Pipelines have no text encoders: prompts are embeddings.
+diffusers initialises gates and output projections to zero, under which most mistakes give the right
+answer; so every parameter is drawn anew, at a scale that keeps activations near one. Pipelines have
+no text encoders: prompts are embeddings.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -125,7 +127,9 @@ FAMILIES: dict[str, Family] = {
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter: matrices at 1/sqrt(fan in), norm weights around one, biases and tables small."""
+    """Draw every parameter: matrices at 1/sqrt(fan in), norm weights around one, biases and tables
+    small.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -157,7 +161,9 @@ def call(
     text: int = TEXT,
     timestep: float | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one transformer call: same condition at each `step`, other latents and timestep."""
+    """Keyword arguments of one transformer call: same condition at each `step`, other latents and
+    timestep.
+    """
     condition = torch.Generator().manual_seed(7)
     noise = torch.Generator().manual_seed(100 + step)
     if FAMILIES[name].square:
@@ -314,7 +320,8 @@ def arguments(
     if name == "dit":
         # DiTPipeline has no latent output and no size; see `generate`.
         return result | {"class_labels": [3] * batch, "output_type": "np"} | more
-    # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the pooled ones.
+    # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the
+    # pooled ones.
     prompts, images = (batch, 1) if name.startswith("sd3") else (1, batch)
     result |= {
         "prompt_embeds": randn(prompts, TEXT, 20),

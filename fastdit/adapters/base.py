@@ -1,8 +1,8 @@
 """What an adapter is: everything fastdit knows about one model family, and nothing else.
 
 An adapter restates the forward of each of its block classes once, as calls on a :class:`~fastdit.forward.Forward`. It
-finds models by class name along the MRO, so diffusers is not imported here. Adding a family is adding a file to this folder
-that exposes ``ADAPTER``.
+finds models by class name along the MRO, so diffusers is not imported here. Adding a family is adding a file to this
+folder that exposes ``ADAPTER``.
 
 The counts behind `explain` live here too, since only the family knows them: multiply-accumulates and slot sizes per
 component, per row of the batch.
@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +200,7 @@ def linear_macs(*modules: nn.Module | None) -> int:
 
 
 def attention_macs(attention: nn.Module) -> int:
-    """:func:`linear_macs` of an attention over one sequence; `fuse_qkv_projections` leaves the unfused layers in place."""
+    """:func:`linear_macs` of an attention over one sequence; `fuse_qkv_projections` leaves the layers in place."""
     return linear_macs(attention.to_q, attention.to_k, attention.to_v, attention.to_out)
 
 

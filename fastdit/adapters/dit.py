@@ -6,7 +6,8 @@ Restates the `ada_norm_zero` path of diffusers' `BasicTransformerBlock.forward`.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn

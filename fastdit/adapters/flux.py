@@ -1,14 +1,15 @@
 """FLUX.1: double-stream blocks, then single-stream blocks over [text, image], rotary positions, adaLN-zero.
 
 Restates diffusers' `FluxTransformerBlock` and `FluxSingleTransformerBlock` (the forms of diffusers >= 0.35, which take
-and return the two streams apart). Component names are ECAD's. In single blocks only `single_proj_out` reaches the residual
-stream; `single_attn` and `single_proj_mlp` (cached before the GELU) are read by it alone, so they do not run where it is
-reused, unless a later step wants their value.
+and return the two streams apart). Component names are ECAD's. In single blocks only `single_proj_out` reaches the
+residual stream; `single_attn` and `single_proj_mlp` (cached before the GELU) are read by it alone, so they do not run
+where it is reused, unless a later step wants their value.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 

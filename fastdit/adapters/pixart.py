@@ -1,14 +1,15 @@
 """PixArt-alpha and -Sigma: self-attention, cross-attention, feed-forward, modulated by adaLN-single.
 
 Restates the `ada_norm_single` path of diffusers' `BasicTransformerBlock.forward`. The modulation of a block is its own
-table plus a vector shared by all blocks, so those of all blocks are formed by one addition per call once every block has
-shown its table (in the first call after patching; tables may live on another device until their block runs). The
+table plus a vector shared by all blocks, so those of all blocks are formed by one addition per call once every block
+has shown its table (in the first call after patching; tables may live on another device until their block runs). The
 cross-attention reads the un-normed stream and is added without a gate.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn

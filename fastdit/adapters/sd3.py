@@ -7,7 +7,8 @@ processor. The last block drops the text stream (`context_pre_only`); its `ff_co
 from __future__ import annotations
 
 import inspect
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn

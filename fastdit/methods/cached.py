@@ -1,4 +1,5 @@
-"""Reuse component outputs by a static schedule: the runtime of FORA, ECAD (arXiv 2506.15682) and learned schedules alike.
+"""Reuse component outputs by a static schedule: the runtime of FORA, ECAD (arXiv 2506.15682) and learned schedules
+alike.
 
 What is cached is the component's raw output, before the gate: the current step's gate multiplies it (ECAD spec 3.4).
 """
