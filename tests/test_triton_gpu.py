@@ -1,0 +1,174 @@
+"""The Triton kernels on a CUDA device: all checks of both ops, graph capture, streams, no waiting.
+
+The checks make CPU tensors. `Mirrored` copies the storages behind a call's arguments to a device,
+so strides, offsets, guard bands and shared memory stay as they are, calls there, and copies all of
+it back.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import test_gated_residual
+import test_norm_modulate
+import triton_checks
+from fastdit.backends.base import Backend
+from fastdit.ops import BACKENDS
+from inputs import Runner, some_rows
+
+SHARED = {
+    f"{op}-{name}": check
+    for op, checks in (
+        ("gated_residual", test_gated_residual.CHECKS),
+        ("norm_modulate", test_norm_modulate.CHECKS),
+        ("triton", triton_checks.CHECKS),
+    )
+    for name, check in checks.items()
+}
+
+
+class Mirrored(Backend):
+    """A backend on copies of its arguments' storages."""
+
+    name = "mirrored"
+
+    def __init__(self, backend: Backend, device: torch.device):
+        self.backend, self.device = backend, device
+
+    def supports(self, op, device, dtype):
+        return self.backend.supports(op, self.device, dtype)
+
+    def gated_residual(self, *arguments):
+        self._run("gated_residual", arguments)
+
+    def norm_modulate(self, *arguments):
+        self._run("norm_modulate", arguments)
+
+    def _run(self, op: str, arguments: tuple) -> None:
+        storages: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def there(value):
+            if isinstance(value, (list, tuple)):
+                return [there(item) for item in value]
+            if not isinstance(value, Tensor):
+                return value
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in storages:
+                here = torch.empty(0, dtype=torch.uint8).set_(storage)
+                storages[storage.data_ptr()] = here, here.to(self.device, copy=True)
+            copy = storages[storage.data_ptr()][1].untyped_storage()
+            view = torch.empty(0, dtype=value.dtype, device=self.device)
+            return view.set_(copy, value.storage_offset(), value.shape, value.stride())
+
+        getattr(self.backend, op)(*there(arguments))
+        for here, copy in storages.values():
+            here.copy_(copy)
+
+
+@pytest.mark.parametrize("name", [name for name in SHARED if not name.startswith("triton")])
+def test_a_mirrored_backend_passes_what_the_backend_passes(name):
+    """The mirror itself, on the CPU."""
+    if name.endswith("check_repeats"):
+        pytest.skip("compares a backend with itself")
+    mirror = Mirrored(BACKENDS["reference"], torch.device("cpu"))
+    SHARED[name](Runner(mirror, "mirrored reference"))
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHARED)
+def test_check(name, device):
+    SHARED[name](Runner(Mirrored(BACKENDS["triton"], device), "triton on cuda"))
+
+
+def both_ops(device: torch.device, dtype: torch.dtype = torch.bfloat16):
+    """Tensors of a call of each op, and a function that makes the calls."""
+    x, store, cache = (torch.randn(2, 300, 1152, device=device).to(dtype) for _ in range(3))
+    h, branch, out = (torch.randn(2, 120, 1152, device=device).to(dtype) for _ in range(3))
+    gate = torch.randn(2, 1152, device=device).to(dtype)
+    rows = some_rows(2, 120, 300, torch.Generator().manual_seed(0), torch.int32).to(device)
+    triton = BACKENDS["triton"]
+
+    def call() -> None:
+        triton.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
+        affine = (gate, gate, None, None, 1e-6, False)
+        triton.norm_modulate(x, *affine, h, gate, cache, rows, out)
+
+    return (x, store, cache, h, branch, out), call
+
+
+def results(tensors, call, start) -> list[Tensor]:
+    for t, value in zip(tensors, start, strict=True):
+        t.copy_(value)
+    call()
+    torch.cuda.synchronize()
+    return [t.clone() for t in tensors]
+
+
+def assert_all_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(a, b), f"tensor {index}"
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_new_inputs(device):
+    tensors, call = both_ops(device)
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for _ in range(3):
+        start = [torch.randn_like(t) for t in tensors]
+        assert_all_equal(results(tensors, graph.replay, start), results(tensors, call, start))
+
+
+@pytest.mark.gpu
+def test_launches_go_to_the_current_stream(device):
+    """Behind a long wait on a side stream, a launch on the default one would read old inputs."""
+    tensors, call = both_ops(device)
+    start = [torch.randn_like(t) for t in tensors]
+    expected = results(tensors, call, start)
+    for t in tensors:
+        t.zero_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        for t, value in zip(tensors, start, strict=True):
+            t.copy_(value)
+        call()
+    side.synchronize()
+    assert_all_equal(list(tensors), expected)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_and_nothing_is_allocated(device):
+    _, call = both_ops(device)
+    call()  # compiles
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_tensors_of_a_device_that_is_not_current():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    tensors, call = both_ops(torch.device("cuda", 1))
+    start = [torch.randn_like(t) for t in tensors]
+    with torch.cuda.device(1):
+        expected = results(tensors, call, start)
+    with torch.cuda.device(0):
+        assert_all_equal(results(tensors, call, start), expected)
+        assert torch.cuda.current_device() == 0
