@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,14 @@ class Bank:
 
     latents: dict[int, torch.Tensor]
     scenes: dict[int, list[Scene]]
+
+    @cached_property
+    def single(self) -> dict[int, np.ndarray]:
+        """Indices of the scenes with one object, by size."""
+        return {
+            size: np.array([i for i, scene in enumerate(some) if len(scene.objects) == 1])
+            for size, some in self.scenes.items()
+        }
 
 
 def draw(count: int, size: int, config: BankConfig) -> tuple[list[Scene], np.random.Generator]:

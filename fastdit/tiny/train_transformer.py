@@ -7,7 +7,6 @@ Resumable and seeded: step ``n`` sees the same data and noise whenever it runs.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,16 +23,23 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """Settings of the denoiser stage; ``steps`` overrides the time budget."""
+    """Settings of the denoiser stage; ``steps`` overrides the time budget.
+
+    Where a word puts an object is what such a model learns last. Up to ``simple_until`` of the
+    budget, ``simple_share`` of the steps therefore show single objects under complete captions.
+    """
 
     minutes: float = 78.0
     steps: int | None = None
-    half_share: float = 0.78
+    half_share: float = 0.85
+    simple_until: float = 0.72
+    simple_share: float = 0.85
     half_batch: int = 32
     full_batch: int = 12
     rate: float = 1.5e-3
     matrix_rate: float = 4e-3
     warmup: int = 100
+    cooling: float = 0.2
     decay: float = 0.01
     average: float = 0.999
     null_share: float = 0.1
@@ -46,20 +52,21 @@ class TransformerTraining:
 
 
 def make_batch(
-    bank: Bank, config: TransformerTraining, step: int
+    bank: Bank, config: TransformerTraining, step: int, progress: float = 1.0
 ) -> tuple[torch.Tensor, list[str]]:
-    """Latents (float32) and captions of one step, a function of the seed and the step."""
+    """Latents (float32) and captions of one step, a function of seed, step and progress."""
     rng = np.random.default_rng((config.seed, 5, step))
     half = rng.random() < config.half_share
     size, count = (64, config.half_batch) if half else (128, config.full_batch)
-    chosen = rng.integers(len(bank.scenes[size]), size=count)
+    simple = progress < config.simple_until and rng.random() < config.simple_share
+    chosen = rng.choice(bank.single[size] if simple else len(bank.scenes[size]), size=count)
     texts = []
     for index in chosen:
         if rng.random() < config.null_share:
             texts.append("")
             continue
         # Half of the captions name everything, as the prompts of a test split do.
-        drop = 0.0 if rng.random() < 0.5 else config.drop * 2.0
+        drop = 0.0 if simple or rng.random() < 0.5 else config.drop * 2.0
         texts.append(captions.write(bank.scenes[size][int(index)], rng, drop, synonyms=0.04))
     return bank.latents[size][torch.from_numpy(chosen)].float(), texts
 
@@ -125,10 +132,10 @@ class Trainer:
 
     def _set_rate(self) -> None:
         warm = min(1.0, (self.step + 1) / self.config.warmup)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.progress)))
+        cooled = min(1.0, (1.0 - self.progress) / self.config.cooling)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * warm * (0.01 + 0.99 * cosine)
+                group["lr"] = optimizer.defaults["lr"] * warm * (0.01 + 0.99 * cooled)
 
     def _update_average(self) -> None:
         # A short memory at first, so that the average is useful early in a run.
@@ -142,7 +149,7 @@ class Trainer:
     def advance(self) -> float:
         """Do one step and return its loss."""
         began = time.monotonic()
-        latents, texts = make_batch(self.bank, self.config, self.step)
+        latents, texts = make_batch(self.bank, self.config, self.step, self.progress)
         noise = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         self._set_rate()
         loss = self.model.loss(latents, texts, noise, self.config.time_mean, self.config.time_std)
@@ -176,7 +183,7 @@ def train_transformer(
     bank : Bank
         Encoded train scenes.
     config : TransformerTraining
-        Settings; the learning rate follows a cosine over ``steps`` or ``minutes``.
+        Settings; the learning rate falls in the last ``cooling`` share of ``steps`` or ``minutes``.
     folder : str or Path
         Where checkpoints are written (``transformer`` below it).
     report : callable
