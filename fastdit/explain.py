@@ -65,12 +65,12 @@ class Explanation:
             f"{count} x {kind} ({', '.join(names)})" for kind, (count, names) in self.blocks.items()
         )
         backends = ", ".join(f"{op} on {name}" for op, name in self.backends.items())
+        tokens = f"{self.image_tokens} image + {self.text_tokens} text tokens"
         lines = [
             f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
             f"  blocks    {blocks}",
             f"  ops       {backends}",
-            f"  run       {self.steps} steps, {self.rows} rows of "
-            f"{self.image_tokens} image + {self.text_tokens} text tokens",
+            f"  run       {self.steps} steps, {self.rows} rows of {tokens}",
             f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer",
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",

@@ -112,7 +112,8 @@ def _rewritten(cls: type[nn.Module]) -> Callable:
     eager = torch.compiler.disable(
         forward,
         reason="fastdit's block dispatcher reads the step and the caches and stays eager; its attention and "
-        "feed-forward calls are compiled apart. Use compile_repeated_blocks() or transformer.compile() without fullgraph=True",
+        "feed-forward calls are compiled apart. Use compile_repeated_blocks() or transformer.compile(), "
+        "without fullgraph=True",
     )
     functools.update_wrapper(eager, cls.forward)
     setattr(eager, _MARK, True)

@@ -17,6 +17,7 @@ from oracle import random_bits
 pytestmark = pytest.mark.diffusers
 
 FAMILIES = list(tiny_models.FAMILIES)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8, 16), (3, 12, 8)]  # batch, height, width
 
 
@@ -31,7 +32,7 @@ def nothing_reused(model: torch.nn.Module) -> list[fastdit.methods.base.Method]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -59,7 +60,7 @@ def test_fast_path_is_exact_in_fp64(family, shape):
             within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_fast_path_errs_at_most_twice_as_much_as_stock(family, dtype):
@@ -75,6 +76,34 @@ def test_fast_path_errs_at_most_twice_as_much_as_stock(family, dtype):
     for step in range(4):
         actual.append(model(**tiny_models.call(family, 3, dtype, step=step))[0])
     within_contract(torch.cat(actual), torch.cat(stock), torch.cat(truth))
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@torch.no_grad()
+def test_flux_clips_overflowing_streams_in_fp16(backend):
+    """Gates so large that streams pass 65504: stock clips after each block, so must both paths."""
+    model = tiny_models.transformer("flux", torch.float16)
+    for block in model.transformer_blocks:
+        block.norm1_context.linear.bias.chunk(6)[5].fill_(6e4)  # the last gate before the clip
+    for block in model.single_transformer_blocks:
+        block.norm.linear.bias.chunk(3)[2].fill_(6e4)
+    seen = []
+    block = model.single_transformer_blocks[0]
+    hook = block.register_forward_hook(lambda m, a, out: seen.extend(out))
+    inputs = tiny_models.call("flux", 2, torch.float16)
+    model(**inputs)
+    hook.remove()
+    assert all(tensor.abs().max() == 65504 for tensor in seen)
+    fastdit.patch(model, backend=backend)
+    hook = block.register_forward_hook(lambda m, a, out: seen.extend(out))
+    model(**inputs)
+    hook.remove()
+    for actual, expected in zip(seen[2:], seen[:2], strict=True):
+        assert actual.abs().max() == 65504
+        if (
+            backend == "reference"
+        ):  # the fast path's sums do not overflow on the way, only at the end
+            same_bits(actual, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

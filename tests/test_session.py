@@ -279,7 +279,7 @@ def test_a_loop_may_say_nothing(loop):
     """Timesteps fall within a run and rise between runs; two calls at one timestep are two branches
     of a step.
     """
-    handle, model, inputs, expected = loop
+    _, model, inputs, expected = loop
     for _ in range(2):
         for given, wanted in zip(inputs, expected, strict=True):
             same_bits(model(**given)[0], wanted)
