@@ -49,11 +49,11 @@ def test_every_kernel_is_within_budget(tmp_path):
 
 
 @needs_triton
-def test_sizes_and_buffers_do_not_make_new_kernels(tmp_path):
+def test_arguments_are_as_compiled_and_sizes_make_no_new_kernels(tmp_path):
     """Only D, the dtype and the form of the arguments are compiled in."""
     code = f"""
 import sys; sys.path.insert(0, {str(TOOLS)!r})
-import os, tempfile, torch
+import os, re, tempfile, torch
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 from triton_aot import compile_only
 from triton_kernels.gated_residual import gated_residual
@@ -69,6 +69,16 @@ assert len(gated) == len(norm) == 3
 # A single sample broadcasts with a stride of 0, which divides by 16 as D does.
 assert len({{kernel.hash for kernel in gated}}) == 1, gated
 assert len({{kernel.hash for kernel in norm}}) == 1, norm
+
+# What a launch unpacks from the nested operands is what the kernel takes, plus Triton's own two.
+def flat(types):
+    for t in types:
+        yield from flat(t) if isinstance(t, tuple) else [t]
+for kernel in compiled[:2]:
+    given = ["u64" if t[0] == "*" else t.replace("i", "u").replace("fp", "f")
+             for t in flat(kernel.src.signature.values()) if t != "constexpr"]
+    taken = re.findall(r"\\.param \\.(\\w+)", kernel.asm["ptx"].partition(")")[0])
+    assert taken == given + ["u64", "u64"], (taken, given)
 """
     done = run(tmp_path, "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
