@@ -279,9 +279,8 @@ class Session:
         run = self.run
         if run is None or run.scheduler is None or run.finished:
             return self._locate_by_timestep(run, timestep)
-        if (
-            run.first is None
-        ):  # image-to-image enters the schedule late; rows of a plan are scheduler indices
+        if run.first is None:
+            # Image-to-image enters the schedule late; rows of a plan are scheduler indices.
             run.step = run.first = getattr(run.scheduler, "_begin_index", None) or 0
         return run
 
@@ -338,27 +337,27 @@ class Session:
         branch = run.branches.setdefault(run.call, Branch())
         autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
         signature = (*call.signature, autocast)
-        versions = tuple(-1 if t.is_inference() else t._version for t in call.embeddings)
-        if branch.signature != signature or not _same_tensors(branch, call.embeddings, versions):
+        if branch.signature != signature or not _same_tensors(branch, call.embeddings):
             branch.slots.clear()
-        branch.signature, branch.embeddings, branch.versions = signature, call.embeddings, versions
+        branch.signature, branch.embeddings = signature, call.embeddings
+        branch.versions = tuple(map(_version, call.embeddings))
         return branch
 
 
-def _same_tensors(branch: Branch, tensors: tuple[Tensor, ...], versions: tuple[int, ...]) -> bool:
+def _same_tensors(branch: Branch, tensors: tuple[Tensor, ...]) -> bool:
     """Whether these are the tensors the branch was made for, unwritten since; or, in new memory, equal ones.
 
     A pipeline passes the same tensors at every step; only hand-written loops that build them anew have them compared.
     """
-    for old, before, new, now in zip(
-        branch.embeddings, branch.versions, tensors, versions, strict=True
-    ):
-        if old is new:
-            if before != now:
-                return False
-        elif not torch.equal(old, new):
-            return False
-    return True
+    return all(
+        _version(old) == version and (old is new or torch.equal(old, new))
+        for old, version, new in zip(branch.embeddings, branch.versions, tensors, strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts the writes to a tensor; inference tensors do not."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _one_call_too_many(steps: int) -> str:

@@ -166,7 +166,7 @@ def test_guidance_switched_off_inside_a_run_refreshes_the_caches(seed):
 
 
 @pytest.mark.parametrize("tensor", ["prompt_embeds", "pooled_prompt_embeds"])
-@pytest.mark.parametrize("way", ["new tensor", "in place"])
+@pytest.mark.parametrize("way", ["new tensor", "in place", "in place, then copied"])
 def test_embeddings_swapped_inside_a_run_refresh_the_caches(tensor, way):
     pipe = tiny_models.pipeline("sd3")
     bits, names = random_bits(pipe.transformer, 5, 1)
@@ -176,10 +176,12 @@ def test_embeddings_swapped_inside_a_run_refresh_the_caches(tensor, way):
     def swap(pipe, step, timestep, tensors):
         if step == 2:
             oracle.drop()
-            if way == "in place":
-                tensors[tensor].mul_(0.5)
-            else:
+            if way == "new tensor":
                 tensors[tensor] = tensors[tensor] * 0.5
+            else:
+                tensors[tensor].mul_(0.5)
+            if way == "in place, then copied":
+                tensors[tensor] = tensors[tensor].clone()
         return tensors
 
     with oracle.installed():
