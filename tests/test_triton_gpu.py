@@ -70,8 +70,6 @@ class Mirrored(Backend):
 @pytest.mark.parametrize("name", [name for name in SHARED if not name.startswith("triton")])
 def test_a_mirrored_backend_passes_what_the_backend_passes(name):
     """The mirror itself, on the CPU."""
-    if name.endswith("check_repeats"):
-        pytest.skip("compares a backend with itself")
     mirror = Mirrored(BACKENDS["reference"], torch.device("cpu"))
     SHARED[name](Runner(mirror, "mirrored reference"))
 
