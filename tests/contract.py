@@ -30,9 +30,7 @@ def same_bits(actual: Tensor, expected: Tensor) -> None:
 def within_contract(
     actual: Tensor, stock: Tensor, truth: Tensor | None = None, bound: float = RUN_FP64
 ) -> None:
-    """`actual` is as near to `stock` as its dtype asks; `truth` is stock's result in fp64, needed
-    in other dtypes.
-    """
+    """`actual` is as near to `stock` as its dtype asks; `truth` is stock's result in fp64, needed in other dtypes."""
     assert actual.dtype == stock.dtype
     if stock.dtype == torch.float64:
         assert distance(actual, stock) <= bound

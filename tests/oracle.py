@@ -50,9 +50,7 @@ Bits = Mapping[str, np.ndarray]
 def random_bits(
     transformer: nn.Module, steps: int, seed: int, compute: float = 0.4
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
-    """A random schedule of a stock transformer: bits [step, block, component] and component names
-    per block list.
-    """
+    """A random schedule of a stock transformer: bits [step, block, component] and component names per block list."""
     generator = np.random.default_rng(seed)
     names = {kind: tuple(parts) for kind, parts in MODULES[type(transformer).__name__].items()}
     bits = {

@@ -1,6 +1,4 @@
-"""Skipping nothing changes nothing: every family's transformer under Dense and under schedules that
-reuse nothing.
-"""
+"""Skipping nothing changes nothing: every family's transformer under Dense and under schedules that reuse nothing."""
 
 from __future__ import annotations
 

@@ -53,9 +53,7 @@ def test_gradient_checkpointing_in_training(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradcheck_through_every_kind_of_block(family):
-    """Without the parts that diffusers computes in fp32 whatever the dtype: RMS norms and rotary
-    positions.
-    """
+    """Without the parts that diffusers computes in fp32 whatever the dtype: RMS norms and rotary positions."""
     model = tiny_models.transformer(family, torch.float64)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

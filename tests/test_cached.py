@@ -1,6 +1,4 @@
-"""Random schedules equal a plain cache of module outputs: bits on `reference`, the contract
-elsewhere.
-"""
+"""Random schedules equal a plain cache of module outputs: bits on `reference`, the contract elsewhere."""
 
 from __future__ import annotations
 
@@ -84,9 +82,7 @@ def as_double(value):
 @pytest.mark.parametrize("component", ["single_attn", "single_proj_mlp", "single_proj_out"])
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "stale"])
 def test_flux_single_block_bits_are_independent(component, fresh):
-    """One component alone fresh, or alone stale: what is fresh but not consumed now is consumed
-    later.
-    """
+    """One component alone fresh, or alone stale: what is fresh but not consumed now is consumed later."""
     steps = 6
     bits, names = random_bits(tiny_models.FAMILIES["flux"].build(), steps, 0, compute=1.1)
     kind = "single_transformer_blocks"
@@ -102,9 +98,7 @@ def test_flux_single_block_bits_are_independent(component, fresh):
 
 
 def test_every_pattern_of_a_flux_single_block():
-    """All 64 ways to set the three bits of a block in two later steps, followed by a step that
-    consumes.
-    """
+    """All 64 ways to set the three bits of a block in two later steps, followed by a step that consumes."""
     kind = "single_transformer_blocks"
     model = tiny_models.transformer("flux", torch.float64)
     inputs = [tiny_models.call("flux", 1, torch.float64, step=step) for step in range(4)]
@@ -262,9 +256,7 @@ def test_a_false_bit_at_step_0_computes():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_writes_into_a_slot(family):
-    """Cached outputs keep their bits through a whole run of the fast path, which adds residuals in
-    place.
-    """
+    """Cached outputs keep their bits through a whole run of the fast path, which adds residuals in place."""
     model = tiny_models.transformer(family)
     kept = []
     for block in model.transformer_blocks:

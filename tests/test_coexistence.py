@@ -1,12 +1,11 @@
-"""Other people's features on the same model, before and after patching: their results stay, removal
-is clean.
-"""
+"""Other people's features on the same model, before and after patching: their results stay, removal is clean."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
@@ -92,6 +91,8 @@ def both_hooks(model):
 
 def group_offload(level):
     def apply(model):
+        if not torch.accelerator.is_available() and diffusers.__version__.startswith("0.36"):
+            pytest.skip("diffusers 0.36 offloads groups only where there is an accelerator")
         model.enable_group_offload(
             torch.device("cpu"),
             torch.device("cpu"),
@@ -298,15 +299,16 @@ def test_diffusers_hooks_are_called_and_can_be_removed(order, gone):
 
 
 def test_offloading_a_whole_pipeline_survives_the_end_of_a_run():
-    """`maybe_free_model_hooks` puts accelerate's `_old_forward` back after every call."""
+    """diffusers then takes accelerate's hooks away, which puts `_old_forward` back, and adds them again."""
     pipe = tiny_models.pipeline("sd3")
-    expected = [tiny_models.generate(pipe, "sd3", seed=seed) for seed in range(2)]
-    _, hook = cpu_offload_with_hook(pipe.transformer, execution_device="cpu")
-    pipe._all_hooks = [hook]
+    expected = [tiny_models.generate(pipe, "sd3", seed=seed) for seed in range(3)]
+    accelerate_offload(pipe.transformer)
     fastdit.patch(pipe, backend="reference")
-    for seed in range(2):
+    for seed in range(3):
         same_bits(tiny_models.generate(pipe, "sd3", seed=seed), expected[seed])
-        assert fastdit.report(pipe).steps == 4
+        assert fastdit.report(pipe).computed == 4 * 8
+        remove_hook_from_module(pipe.transformer, recurse=True)
+        accelerate_offload(pipe.transformer)
 
 
 @pytest.mark.parametrize("family", list(tiny_models.FAMILIES))

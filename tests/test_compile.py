@@ -1,5 +1,4 @@
-"""torch.compile over a patched model: equal results, as many graphs whatever the schedule, one
-clear refusal.
+"""torch.compile over a patched model: equal results, as many graphs whatever the schedule, one clear refusal.
 
 Compiled with the `eager` backend: what is under test is what gets captured, not what a code
 generator makes of it.
@@ -30,9 +29,7 @@ FAMILIES = ["sd3.5", "flux", "pixart-sigma", "dit"]
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    """No graph of another test; and a recompilation limit that raises instead of falling back in
-    silence.
-    """
+    """No graph of another test; and a recompilation limit that raises instead of falling back in silence."""
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
@@ -127,9 +124,7 @@ def test_the_number_of_graphs_does_not_grow_with_the_schedule(family, way):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_heavy_calls_are_compiled(family):
-    """Each attention and feed-forward of a compiled block goes through a graph, not through eager
-    code.
-    """
+    """Each attention and feed-forward of a compiled block goes through a graph, not through eager code."""
     model = tiny_models.transformer(family)
     captured = []
 

@@ -1,6 +1,4 @@
-"""`explain` and `report` tell the truth: against torch's own FLOP counter, measured caches, and
-counts by hand.
-"""
+"""`explain` and `report` tell the truth: against torch's own FLOP counter, measured caches, and counts by hand."""
 
 from __future__ import annotations
 

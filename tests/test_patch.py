@@ -1,6 +1,4 @@
-"""The two verbs: what patching changes, that nothing is left behind, and that copies and neighbours
-stay apart.
-"""
+"""The two verbs: what patching changes, that nothing is left behind, and that copies and neighbours stay apart."""
 
 from __future__ import annotations
 

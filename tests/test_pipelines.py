@@ -1,6 +1,4 @@
-"""Stock pipelines run unchanged on a patched transformer: whole runs, all schedulers, image to
-image, callbacks.
-"""
+"""Stock pipelines run unchanged on a patched transformer: whole runs, all schedulers, image to image, callbacks."""
 
 from __future__ import annotations
 
@@ -131,9 +129,7 @@ def test_callbacks_see_and_edit_what_they_always_did(name):
 
 
 def test_skip_layer_guidance_through_the_pipeline():
-    """Its second call leaves out blocks, here also the last but one, so that no residual may cross
-    blocks.
-    """
+    """Its second call leaves out blocks, here also the last but one, so that no residual may cross blocks."""
     pipe = tiny_models.pipeline("sd3", torch.float64)
     options = {
         "skip_guidance_layers": [1],

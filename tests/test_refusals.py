@@ -1,6 +1,4 @@
-"""What cannot work is refused when patching or when a run starts, by name, and leaves everything as
-it was.
-"""
+"""What cannot work is refused when patching or when a run starts, by name, and leaves everything as it was."""
 
 from __future__ import annotations
 

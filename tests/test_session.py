@@ -278,9 +278,7 @@ def test_a_loop_with_advance_needs_no_timesteps(loop):
 
 
 def test_a_loop_may_say_nothing(loop):
-    """Timesteps fall within a run and rise between runs; two calls at one timestep are two branches
-    of a step.
-    """
+    """Timesteps fall within a run and rise between runs; two calls at one timestep are two branches of a step."""
     _, model, inputs, expected = loop
     for _ in range(2):
         for given, wanted in zip(inputs, expected, strict=True):
@@ -316,9 +314,7 @@ def test_one_call_too_many_is_refused(loop, advance):
 
 
 def test_a_scheduler_does_not_lead_a_run_the_user_leads():
-    """A hand-written loop over a patched pipeline's transformer that also calls the scheduler's
-    step.
-    """
+    """A hand-written loop over a patched pipeline's transformer that also calls the scheduler's step."""
     pipe, _ = patched("pixart-sigma", scheduler=DDIMScheduler())
     handle = handle_of(pipe)
     pipe.scheduler.set_timesteps(4)

@@ -35,8 +35,7 @@ def run(model, family, **more):
 
 
 def compare(family, more=None, seed=0, backend=None, observe=None):
-    """Oracle and patched model under a random schedule, with extra arguments and hooks: outputs
-    agree.
+    """Oracle and patched model under a random schedule, with extra arguments and hooks: outputs agree.
 
     Returns:
         What `observe(model)` returned for the oracle and for the patched model.

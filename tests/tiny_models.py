@@ -127,9 +127,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Draw every parameter: matrices at 1/sqrt(fan in), norm weights around one, biases and tables
-    small.
-    """
+    """Draw every parameter: matrices at 1/sqrt(fan in), norm weights around one, biases and tables small."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -161,9 +159,7 @@ def call(
     text: int = TEXT,
     timestep: float | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of one transformer call: same condition at each `step`, other latents and
-    timestep.
-    """
+    """Keyword arguments of one transformer call: same condition at each `step`, other latents and timestep."""
     condition = torch.Generator().manual_seed(7)
     noise = torch.Generator().manual_seed(100 + step)
     if FAMILIES[name].square:
