@@ -88,16 +88,20 @@ def _tidy_tokenizer(folder: Path) -> None:
 
 
 def _tidy_config(path: Path) -> None:
-    """Drop where parts were loaded from, which is nobody else's business."""
+    """Drop where parts were loaded from, and ask for float32 unless a program says otherwise."""
     settings: dict[str, Any] = json.loads(path.read_text())
     settings.pop("_name_or_path", None)
+    if "dtype" in settings:
+        settings["dtype"] = "float32"
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def export(pipeline: TinySD3Pipeline, folder: str | Path) -> None:
     """Save ``pipeline`` into ``folder`` as float16; the pipeline itself becomes float16."""
     folder = Path(folder)
-    pipeline.to(dtype=torch.float16)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        # By the base class: diffusers' own method warns of casts that training never undoes.
+        torch.nn.Module.to(getattr(pipeline, name), torch.float16)
     pipeline.save_pretrained(folder, safe_serialization=True)
     index = json.loads((folder / "model_index.json").read_text())
     for name in ("tokenizer", "tokenizer_2"):

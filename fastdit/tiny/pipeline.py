@@ -46,9 +46,16 @@ class TinySD3Pipeline(StableDiffusion3Pipeline):
 
     The stock pipeline replaces a missing T5 encoder by 256 zero tokens. Beside the tiny
     model's 24 text tokens those would dominate attention, so here they are left out. A folder
-    it saves names the stock class, so any diffusers program can load it; there, pass
+    it saves names the stock class, so any diffusers program can load it, as it would load
+    Stable Diffusion 3 without T5: ``text_encoder_3=None, tokenizer_3=None``. There, pass
     ``max_sequence_length=0`` to leave the zero tokens out as well.
     """
+
+    _optional_components = [
+        *StableDiffusion3Pipeline._optional_components,
+        "text_encoder_3",
+        "tokenizer_3",
+    ]
 
     __call__ = _with_defaults(
         StableDiffusion3Pipeline.__call__, guidance_scale=GUIDANCE_SCALE, max_sequence_length=0
@@ -108,7 +115,11 @@ def load_pipeline(
         raise FileNotFoundError(f"folder must hold a model_index.json, got {str(folder)!r}")
     with _quiet_loading():
         pipeline = TinySD3Pipeline.from_pretrained(
-            str(folder), torch_dtype=torch_dtype, local_files_only=True, use_safetensors=True
+            str(folder), local_files_only=True, use_safetensors=True
         )
+    # Cast afterwards, since versions of diffusers disagree on the name of the argument.
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, torch_dtype)
     pipeline.set_progress_bar_config(disable=not progress_bar)
     return pipeline
