@@ -295,5 +295,6 @@ def test_held_out_prompts_are_drawn(pipeline) -> None:
         texts, num_inference_steps=14, height=64, width=64, output_type="np", generator=_seeded()
     ).images
     result = tiny.score(images, texts)
-    # Chance is 1 in 30; the measured scores are in assets/training.json.
-    assert result.mean >= 0.5
+    # Chance is 1 in 4 and 1 in 2; the measured scores are in assets/training.json.
+    assert result.background >= 0.75
+    assert result.size >= 0.75
