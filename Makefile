@@ -42,7 +42,7 @@ format: $(VENV)/.testable  ## format, and fix what can be fixed
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
-	$(VENV)/bin/python -P benchmarks/record.py
+	$(VENV)/bin/python benchmarks/record.py
 
 clean:  ## remove .venv and all build products
 	rm -rf $(VENV) build *.egg-info

@@ -3,20 +3,20 @@
 //
 // The mean of the first pass is rounded, so the second pass also sums the deviations themselves and
 // takes that remainder off: a row with mean 1e4 and deviation 1e-2 keeps its digits. Never
-// E[x^2] - m^2. Sums run in 16 lanes in a fixed order, so the bits depend on neither the thread
+// E[x^2] - m^2 about zero.
+// Sums run in a fixed number of lanes in a fixed order, so the bits depend on neither the thread
 // count nor the alignment.
 #include "norm_modulate.h"
 
 #include <cmath>
 
-#include "element.h"
+#include "simd.h"
 
 namespace fd {
 namespace FD_ISA {
 namespace {
 
-constexpr int64_t kBlock = 512;
-constexpr int kLanes = 16;
+constexpr int kUnroll = 4;  // vectors at a time: independent sums, so that additions overlap
 
 struct Moments {
   float mean = 0;       // of the first pass, rounded
@@ -24,106 +24,130 @@ struct Moments {
   float scale = 0;      // 1 / sqrt(variance + eps)
 };
 
-// sum over i of term(x[i]), divided by n. What happens once a row is done in double: it costs nothing
-// there, and leaves the lanes' own rounding as the only one.
-template <class T, class Term>
-double mean_of(const T* x, int64_t n, Term term) {
-  float lane[kLanes] = {};
+// Where the operands of one row begin; null where one was not given.
+template <class T>
+struct Row {
+  T* x;
+  T* out;
+  const T* scale;
+  const T* shift;
+  const T* weight;
+  const T* bias;
+  const T* branch;
+  const T* gate;
+};
+
+// The means over a row of kTerms functions of its elements: term(v, values) fills values for one
+// vector. What happens once a row is done in double: it costs nothing there, and leaves the lanes'
+// own rounding as the only one.
+template <int kTerms, class T, class Term>
+FD_INLINE void means_of(const T* x, int64_t n, Term term, double* means) {
+  Vec lanes[kUnroll][kTerms] = {};
+  Vec values[kTerms];
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int j = 0; j < kLanes; ++j) lane[j] += term(to_float(x[i + j]));
+  for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
+    for (int u = 0; u < kUnroll; ++u) {
+      term(load(x + i + u * kWidth), values);
+      for (int t = 0; t < kTerms; ++t) lanes[u][t] += values[t];
+    }
   }
-  for (int j = 0; i + j < n; ++j) lane[j] += term(to_float(x[i + j]));
-  double sum = 0;
-  for (int j = 0; j < kLanes; ++j) sum += lane[j];
-  return sum / double(n);
+  for (; i < n; i += kWidth) {
+    const int64_t left = n - i < kWidth ? n - i : kWidth;
+    term(load(x + i, left), values);
+    for (int t = 0; t < kTerms; ++t) lanes[0][t] += first(values[t], left);
+  }
+  for (int t = 0; t < kTerms; ++t) {
+    double sum = 0;
+    for (int u = 0; u < kUnroll; ++u) {
+      for (int j = 0; j < kWidth; ++j) sum += lanes[u][t][j];
+    }
+    means[t] = sum / double(n);
+  }
 }
 
 template <class T>
 Moments moments(const T* x, int64_t n, double eps, bool rms) {
   Moments m;
   if (rms) {
-    const double square = mean_of(x, n, [](float v) { return v * v; });
+    double square;
+    means_of<1>(x, n, [](Vec v, Vec* values) FD_INLINE_LAMBDA { values[0] = v * v; }, &square);
     m.scale = float(1.0 / std::sqrt(square + eps));
     return m;
   }
-  const float mean = float(mean_of(x, n, [](float v) { return v; }));
-  const float rest = float(mean_of(x, n, [mean](float v) { return v - mean; }));
-  const double variance =
-      mean_of(x, n, [=](float v) { return (v - mean - rest) * (v - mean - rest); });
-  m.mean = mean;
-  m.remainder = rest;
-  m.scale = float(1.0 / std::sqrt(variance + eps));
+  double mean, about[2];  // about the rounded mean: of the deviations and of their squares
+  means_of<1>(x, n, [](Vec v, Vec* values) FD_INLINE_LAMBDA { values[0] = v; }, &mean);
+  m.mean = float(mean);
+  const auto deviations = [rounded = m.mean](Vec v, Vec* values) FD_INLINE_LAMBDA {
+    values[0] = v - rounded;
+    values[1] = values[0] * values[0];
+  };
+  means_of<2>(x, n, deviations, about);
+  // The remainder is at most the rounding of the mean, so little cancels here.
+  const double variance = about[1] - about[0] * about[0];
+  m.remainder = float(about[0]);
+  m.scale = float(1.0 / std::sqrt((variance < 0 ? 0 : variance) + eps));  // NaN stays
   return m;
 }
 
-// x = x + gate * branch, rounded as it is stored. x shares memory with neither.
-template <class T>
-void add_branch(T* __restrict__ x, const T* __restrict__ branch, const T* __restrict__ gate,
-                int64_t n) {
-  if (gate != nullptr) {
-    for (int64_t i = 0; i < n; ++i) {
-      x[i] = from_float<T>(to_float(x[i]) + to_float(gate[i]) * to_float(branch[i]));
-    }
-  } else {
-    for (int64_t i = 0; i < n; ++i) x[i] = from_float<T>(to_float(x[i]) + to_float(branch[i]));
+// Vectors of a row one after the other, whole ones and then what is left: part(i, load, store).
+template <class Part>
+FD_INLINE void each_vector(int64_t width, Part part) {
+  int64_t i = 0;
+  for (; i + kWidth <= width; i += kWidth) {
+    part(
+        i, [](auto* p) FD_INLINE_LAMBDA { return load(p); },
+        [](auto* p, Vec v) FD_INLINE_LAMBDA { store(p, v); });
+  }
+  if (i < width) {
+    const int64_t n = width - i;
+    part(
+        i, [n](auto* p) FD_INLINE_LAMBDA { return load(p, n); },
+        [n](auto* p, Vec v) FD_INLINE_LAMBDA { store(p, v, n); });
   }
 }
 
+// x = x + gate * branch, rounded as it is stored
 template <class T>
-void multiply(float* __restrict__ y, const T* __restrict__ by, float plus, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] *= plus + to_float(by[i]);
+void add_branch(const Row<T>& row, int64_t width) {
+  each_vector(width, [&row](int64_t i, auto load, auto store) FD_INLINE_LAMBDA {
+    const Vec branch = load(row.branch + i);
+    const Vec added = row.gate != nullptr ? load(row.gate + i) * branch : branch;
+    store(row.x + i, load(row.x + i) + added);
+  });
 }
 
 template <class T>
-void add(float* __restrict__ y, const T* __restrict__ by, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += to_float(by[i]);
+void write(const Row<T>& row, const Moments& m, int64_t width) {
+  each_vector(width, [&row, m](int64_t i, auto load, auto store) FD_INLINE_LAMBDA {
+    Vec y = (load(row.x + i) - m.mean - m.remainder) * m.scale;
+    if (row.weight != nullptr) y *= load(row.weight + i);
+    if (row.bias != nullptr) y += load(row.bias + i);
+    if (row.scale != nullptr) y *= 1.0f + load(row.scale + i);
+    if (row.shift != nullptr) y += load(row.shift + i);
+    store(row.out + i, y);
+  });
 }
 
 template <class T>
-void scale_and_shift(float* __restrict__ y, const T* __restrict__ scale,
-                     const T* __restrict__ shift, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = y[i] * (1.0f + to_float(scale[i])) + to_float(shift[i]);
-}
-
-template <class T>
-void write_row(const NormModulate& p, int64_t b, int64_t k, const T* x, const Moments& m) {
-  T* out = p.out.row<T>(b, k);
-  for (int64_t d = 0; d < p.shape.width; d += kBlock) {
-    const int64_t n = p.shape.width - d < kBlock ? p.shape.width - d : kBlock;
-    float y[kBlock];
-    for (int64_t i = 0; i < n; ++i) {
-      y[i] = (to_float(x[d + i]) - m.mean - m.remainder) * m.scale;
+void one_row(const NormModulate& p, int64_t b, int64_t k) {
+  const auto at = [b, k](const Operand& o) { return o ? o.row<T>(b, k) : nullptr; };
+  const int64_t stored = p.rows.at(b, k);
+  const Row<T> row = {p.x.row<T>(b, stored), at(p.out),  at(p.scale),  at(p.shift),
+                      at(p.weight),          at(p.bias), at(p.branch), at(p.gate)};
+  if (row.branch != nullptr) {
+    add_branch(row, p.shape.width);
+    if (p.cache) {
+      std::memcpy(p.cache.row<T>(b, stored), row.branch, p.shape.width * sizeof(T));
     }
-    if (p.weight) multiply(y, p.weight.row<T>(b, k) + d, 0.0f, n);
-    if (p.bias) add(y, p.bias.row<T>(b, k) + d, n);
-    if (p.scale && p.shift) {
-      scale_and_shift(y, p.scale.row<T>(b, k) + d, p.shift.row<T>(b, k) + d, n);
-    } else if (p.scale) {
-      multiply(y, p.scale.row<T>(b, k) + d, 1.0f, n);
-    } else if (p.shift) {
-      add(y, p.shift.row<T>(b, k) + d, n);
-    }
-    for (int64_t i = 0; i < n; ++i) out[d + i] = from_float<T>(y[i]);
   }
+  write(row, moments(row.x, p.shape.width, p.eps, p.rms), p.shape.width);
 }
 
 template <class T>
 void all_rows(const NormModulate& p) {
   const int64_t count = p.shape.batch * p.shape.tokens;
-  const int64_t width = p.shape.width;
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1)
-  for (int64_t r = 0; r < count; ++r) {
-    const int64_t b = r / p.shape.tokens, k = r % p.shape.tokens;
-    const int64_t stored = p.rows.at(b, k);
-    T* x = p.x.row<T>(b, stored);
-    if (p.branch) {
-      const T* branch = p.branch.row<T>(b, k);
-      add_branch(x, branch, p.gate ? p.gate.row<T>(b, k) : nullptr, width);
-      if (p.cache) std::memcpy(p.cache.row<T>(b, stored), branch, width * sizeof(T));
-    }
-    write_row(p, b, k, x, moments(x, width, p.eps, p.rms));
-  }
+  for (int64_t r = 0; r < count; ++r) one_row<T>(p, r / p.shape.tokens, r % p.shape.tokens);
 }
 
 }  // namespace
