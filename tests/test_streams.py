@@ -115,6 +115,21 @@ def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
             within_contract(actual, wanted, bound=FORWARD_FP64)
 
 
+@pytest.mark.parametrize("family", ["pixart-sigma", "dit"])
+def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
+    """What reads a stream next rounds by its layout, and patch embeddings leave it transposed."""
+    model = tiny_models.transformer(family)
+    strides = []
+    for block in blocks(model):
+        block.register_forward_hook(lambda m, a, out: strides.append(out.stride()))
+    with torch.no_grad():
+        model(**tiny_models.call(family, 2))
+        stock, strides[:] = strides[:], []
+        fastdit.patch(model, backend="reference")
+        model(**tiny_models.call(family, 2))
+    assert strides == stock
+
+
 @pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
 def test_a_hook_may_replace_a_blocks_output(family):
     def halve(model):
