@@ -1,0 +1,121 @@
+"""Write the README's tables from the result files, so that no figure in it is typed.
+
+    python tools/readme.py [--check]
+
+Everything between the two markers is replaced. With --check nothing is written, and the exit status
+tells whether the README is what the result files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
+BEGIN = "<!-- begin: tables made by tools/readme.py from result files; do not edit -->"
+END = "<!-- end -->"
+
+
+def tables() -> str:
+    """All tables, as Markdown."""
+    parts = [*_step(json.loads((RESULTS / "step-cpu.json").read_text()))]
+    parts += [*_tiny(json.loads(TINY.read_text()))]
+    return "\n".join(parts)
+
+
+def _step(result: dict[str, Any]) -> list[str]:
+    """The three tables of `bench_step.py`."""
+    lines = [
+        (
+            f"Whole runs: {result['what']}; {_machine(result['machine'])}; medians of "
+            f"{result['pairs']} interleaved pairs, their range in brackets "
+            "(`benchmarks/bench_step.py`)."
+        ),
+        "",
+        "| schedule | reused | unpatched | fastdit | speed-up | arithmetic saved | realised |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["runs"]:
+        low, high = row["wall_speedup_range"]
+        lines.append(
+            f"| {row['schedule']} | {row['reused']:.0%} | {row['unpatched_s']:.2f} s | "
+            f"{row['fastdit_s']:.2f} s | {row['wall_speedup']:.2f}x [{low:.2f}, {high:.2f}] | "
+            f"{row['flop_speedup']:.2f}x | {row['realised']:.0%} |"
+        )
+    traffic, timed = result["traffic"], result["reused_step"]
+    lines += [
+        "",
+        (
+            "One fully reused step of that model, beside the plain way of caching, wrappers around "
+            "the components. X is the size of one cached tensor."
+        ),
+        "",
+        "| | kernels | bytes in token tensors | block stack | whole call |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in (("hooks", "plain hooks"), ("fastdit", "fastdit")):
+        lines.append(
+            f"| {label} | {traffic[name]['kernels']} | {traffic[name]['token_X']:.0f} X | "
+            f"{1e3 * timed['stack'][name + '_s']:.1f} ms | "
+            f"{1e3 * timed['call'][name + '_s']:.1f} ms |"
+        )
+    lines += [
+        "",
+        (
+            f"The floor is {traffic['floor_X']} X: {traffic['reused_components']} cached tensors, "
+            "the stream read once and written once. The rest of the call, mostly the projection of "
+            "the captions, is the same in both."
+        ),
+    ]
+    return lines
+
+
+def _tiny(facts: dict[str, Any]) -> list[str]:
+    """What the embedded model can do."""
+    measured = facts["measured"]
+    one, two = measured["objects_1"], measured["objects_2"]
+    return [
+        "",
+        (
+            f"The model in the package, on {one['prompts']} held-out prompts of each kind at its "
+            "default settings: share of objects drawn as the prompt says (`fastdit.tiny.score`)."
+        ),
+        "",
+        "| scenes | shape and colour | size | place | background | chance |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {row['shape_and_color']:.1%} | {row['size']:.1%} | {row['place']:.1%} | "
+            f"{row['background']:.1%} | {row['chance']:.1%} |"
+            for name, row in (("one object", one), ("two objects", two))
+        ),
+    ]
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    place = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{place}, torch {machine['torch']}"
+
+
+def main() -> int:
+    """Write or check the README."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    check = parser.parse_args().check
+    text = README.read_text()
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    made = f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
+    if check:
+        return int(made != text)
+    README.write_text(made)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
