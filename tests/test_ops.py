@@ -367,7 +367,7 @@ def test_meta_tensors_give_shapes():
 
 def test_dispatch_modes_see_the_ops():
     class Seen(TorchDispatchMode):
-        names: list = []  # noqa: RUF012  (one instance)
+        names: list = []
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             self.names.append(func.name())
