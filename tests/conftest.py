@@ -7,6 +7,8 @@ import os
 # Before any import of transformers or diffusers: a test that would download fails instead.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Interpreters that tests start do not import this checkout in place of the installed package.
+os.environ.setdefault("PYTHONSAFEPATH", "1")
 
 import pytest
 import torch
