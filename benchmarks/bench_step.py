@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from trace import Trace
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 import fastdit
+from dispatch_trace import Trace
 from fastdit import Schedule
 from hooks import HookCache
 from machine import describe_machine
