@@ -193,6 +193,8 @@ def test_missing_folder_is_named(tmp_path: Path) -> None:
 def test_save_and_load_round_trip(pipeline, tmp_path: Path) -> None:
     from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
+    from fastdit.tiny.pipeline import GUIDANCE_SCALE
+
     settings = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}
     expected = pipeline(PROMPT, generator=_seeded(), **settings).images
     pipeline.save_pretrained(tmp_path)
@@ -204,7 +206,7 @@ def test_save_and_load_round_trip(pipeline, tmp_path: Path) -> None:
     stock = DiffusionPipeline.from_pretrained(str(tmp_path), text_encoder_3=None, tokenizer_3=None)
     assert type(stock) is StableDiffusion3Pipeline
     stock.set_progress_bar_config(disable=True)
-    settings |= {"guidance_scale": 4.0, "max_sequence_length": 0}
+    settings |= {"guidance_scale": GUIDANCE_SCALE, "max_sequence_length": 0}
     same = stock(PROMPT, generator=_seeded(), **settings).images
     reference = pipeline(PROMPT, generator=_seeded(), **settings).images
     torch.testing.assert_close(same, reference, **close)
@@ -290,11 +292,10 @@ def test_autoencoder_is_crisp(pipeline) -> None:
 
 
 def test_held_out_prompts_are_drawn(pipeline) -> None:
-    texts = tiny.prompts(8, "test", objects=1, seed=11)
-    images = pipeline(
-        texts, num_inference_steps=14, height=64, width=64, output_type="np", generator=_seeded()
-    ).images
+    texts = tiny.prompts(6, "test", objects=1, seed=11)
+    images = pipeline(texts, num_inference_steps=12, output_type="np", generator=_seeded()).images
     result = tiny.score(images, texts)
-    # Chance is 1 in 4 and 1 in 2; the measured scores are in assets/training.json.
+    # Chance is 1 in 30; the measured scores are in assets/training.json.
+    assert result.mean >= 0.5
+    assert result.place >= 0.5
     assert result.background >= 0.75
-    assert result.size >= 0.75

@@ -20,7 +20,7 @@ import transformers
 from diffusers import StableDiffusion3Pipeline
 
 ASSETS = Path(__file__).parent / "assets"
-GUIDANCE_SCALE = 4.0
+GUIDANCE_SCALE = 2.5  # chosen by score on held-out prompts
 
 
 def _with_defaults(call: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
