@@ -296,8 +296,8 @@ def _install(
     transformer.__dict__[LINK] = session
     for index, (kind, block) in enumerate(blocks):
         install(block, BlockLink(session, kind, index))
-    transformer.register_forward_pre_hook(session.before_forward, with_kwargs=True)
-    transformer.register_forward_hook(session.after_forward, with_kwargs=True, always_call=True)
+    transformer.register_forward_pre_hook(session.forward_pre_hook, with_kwargs=True)
+    transformer.register_forward_hook(session.forward_hook, with_kwargs=True, always_call=True)
     transformer.__dict__[_RESET] = types.MethodType(_end_of_pipeline_call, transformer)
     if pipeline is not None:
         session.follow(pipeline.scheduler)

@@ -8,9 +8,11 @@ transformer's native forward hooks, and, where there is no scheduler, the timest
 from __future__ import annotations
 
 import copy
+import functools
 import time
+import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +103,10 @@ class Session:
         self._scheduler: weakref.ref[Any] | None = None
         self._tokens = 0
         self._plans: dict[int, RunPlan] = {}
+        # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
+        # session; wrapped here and not in the class, since torch's compiler takes long to import.
+        self.forward_pre_hook = types.MethodType(_uncompiled(Session.before_forward), self)
+        self.forward_hook = types.MethodType(_uncompiled(Session.after_forward), self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         """A copied model gets a session of its own: the same methods, the copied blocks, no run."""
@@ -189,7 +195,6 @@ class Session:
 
     # ---- one transformer call
 
-    @torch.compiler.disable
     def before_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
@@ -220,7 +225,6 @@ class Session:
             compiled=self._compiled_call(transformer),
         )
 
-    @torch.compiler.disable
     def after_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> None:
@@ -342,6 +346,11 @@ class Session:
         branch.signature, branch.embeddings = signature, call.embeddings
         branch.versions = tuple(map(_version, call.embeddings))
         return branch
+
+
+@functools.cache
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
 
 
 def _same_tensors(branch: Branch, tensors: tuple[Tensor, ...]) -> bool:

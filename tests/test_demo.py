@@ -277,6 +277,8 @@ def test_what_libraries_repeat_is_said_once():
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())
     root = logging.getLogger("diffusers")
+    level = root.level
+    root.setLevel(logging.WARNING)
     root.addHandler(handler)
     try:
         with messages_once():
@@ -285,4 +287,5 @@ def test_what_libraries_repeat_is_said_once():
         logger.warning("the prompt was cut")
     finally:
         root.removeHandler(handler)
+        root.setLevel(level)
     assert heard == ["the prompt was cut"] * 2
