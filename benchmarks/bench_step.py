@@ -1,6 +1,6 @@
 """Whole steps at PixArt-XL/2's width: static schedules against the unpatched model and plain hooks.
 
-    python benchmarks/bench_step.py [--out FILE] [--depth 4] [--tokens 256] [--steps 20] [--pairs 7]
+    python benchmarks/bench_step.py [--out FILE] [--depth 4] [--reused-depth 12] ...
 
 Random weights, reduced depth, a CFG batch of 2, fp32, no text encoder and no VAE. Three tables:
 
@@ -240,22 +240,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step-cpu.json"))
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--reused-depth", type=int, default=12)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pairs", type=int, default=7)
     options = parser.parse_args()
-    bench = Bench(options.depth, options.tokens)
     what = (
-        f"PixArt-XL/2 width, depth {options.depth} of {DEPTH}, {options.tokens} image and "
-        f"{TEXT_TOKENS} text tokens, CFG batch 2, fp32, {options.steps} steps, random weights"
+        f"PixArt-XL/2 width, {options.tokens} image and {TEXT_TOKENS} text tokens, CFG batch 2, "
+        "fp32, random weights"
     )
-    print(what)
+    print(f"{what}; runs at depth {options.depth}, the reused step at depth {options.reused_depth}")
+    deep = Bench(options.reused_depth, options.tokens)
+    reused = {
+        "reused_depth": options.reused_depth,
+        "reused_step": measure_reused_step(deep, 2 * options.pairs),
+        "traffic": measure_traffic(deep),
+    }
+    del deep
+    bench = Bench(options.depth, options.tokens)
     results = {
         "what": what,
+        "depth": options.depth,
+        "full_depth": DEPTH,
+        "steps": options.steps,
         "machine": describe_machine(),
         "pairs": options.pairs,
-        "reused_step": measure_reused_step(bench, 4 * options.pairs),
-        "traffic": measure_traffic(bench),
+        **reused,
         "runs": [
             measure_run(bench, name, schedule, options.pairs)
             for name, schedule in schedules(options.steps, options.depth).items()

@@ -33,7 +33,8 @@ def _step(result: dict[str, Any]) -> list[str]:
     """The three tables of `bench_step.py`."""
     lines = [
         (
-            f"Whole runs: {result['what']}; {_machine(result['machine'])}; medians of "
+            f"Whole runs: {result['what']}, depth {result['depth']} of {result['full_depth']}, "
+            f"{result['steps']} steps; {_machine(result['machine'])}; medians of "
             f"{result['pairs']} interleaved pairs, their range in brackets "
             "(`benchmarks/bench_step.py`)."
         ),
@@ -52,8 +53,9 @@ def _step(result: dict[str, Any]) -> list[str]:
     lines += [
         "",
         (
-            "One fully reused step of that model, beside the plain way of caching, wrappers around "
-            "the components. X is the size of one cached tensor."
+            f"One fully reused step of that model at depth {result['reused_depth']}, beside the "
+            "plain way of caching, wrappers around the components. X is the size of one cached "
+            "tensor."
         ),
         "",
         "| | kernels | bytes in token tensors | block stack | whole call |",
