@@ -86,7 +86,9 @@ def _tiny(facts: dict[str, Any]) -> list[str]:
         "",
         (
             f"The model in the package, on {one['prompts']} held-out prompts of each kind at its "
-            "default settings: share of objects drawn as the prompt says (`fastdit.tiny.score`)."
+            "default settings: share of objects drawn as the prompt says (`fastdit.tiny.score`). The "
+            "default guidance was chosen on other draws from the same held-out scenes, so the two "
+            "sets overlap in part."
         ),
         "",
         "| scenes | shape and colour | size | place | background | chance |",
