@@ -33,13 +33,12 @@ test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and
 lint: $(VENV)/.testable  ## check formatting and style
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	@if command -v clang-format >/dev/null; then \
-	    clang-format --dry-run --Werror csrc/*; \
-	else echo "clang-format is not installed: csrc is not checked"; fi
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
 
 format: $(VENV)/.testable  ## format, and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i csrc/*
 
 bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
 	$(VENV)/bin/python benchmarks/record.py

@@ -1,22 +1,51 @@
-// Module fastdit._cuda: what was built for which GPUs, and what the CUDA runtime can see.
-#include <pybind11/pybind11.h>
-
+// Module fastdit._cuda: the CUDA kernels, what was built for which GPUs, and what the CUDA runtime
+// can see. Row numbers are on the device and are not looked at. Tests compile this file a second
+// time, as _emulated, with kernels for the host.
+#include "bindings.h"
 #include "device_info.h"
+#include "launch.h"
 
-namespace py = pybind11;
+namespace fd {
+namespace {
 
+void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
+                    int64_t x_step, py::handle out, const py::list& branches, const py::list& gates,
+                    int fresh, py::handle cache, py::handle rows, int device, uintptr_t stream) {
+  const GatedResidual p = gated_residual_of(dtype, batch, tokens, width, x, x_step, out, branches,
+                                            gates, fresh, cache, rows);
+  cuda::gated_residual(p, {device, reinterpret_cast<void*>(stream)});
+}
+
+void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
+                   py::handle out, py::handle scale, py::handle shift, py::handle weight,
+                   py::handle bias, double eps, bool rms, py::handle branch, py::handle gate,
+                   py::handle cache, py::handle rows, int device, uintptr_t stream) {
+  const NormModulate p = norm_modulate_of(dtype, batch, tokens, width, x, out, scale, shift, weight,
+                                          bias, eps, rms, branch, gate, cache, rows);
+  cuda::norm_modulate(p, {device, reinterpret_cast<void*>(stream)});
+}
+
+py::dict info() {
+  const DeviceInfo found = device_info();
+  py::dict info;
+  info["devices"] = found.devices;
+  info["cudart"] = found.runtime;
+  info["error"] = found.error;
+  info["archs"] = FD_CUDA_ARCHS;
+  return info;
+}
+
+}  // namespace
+}  // namespace fd
+
+#if defined(FD_EMULATE)
+PYBIND11_MODULE(_emulated, m) {
+#else
 PYBIND11_MODULE(_cuda, m) {
+#endif
   m.doc() = "fastdit's CUDA side; imports on a machine without a driver.";
-  m.def(
-      "info",
-      [] {
-        const fd::DeviceInfo found = fd::device_info();
-        py::dict info;
-        info["devices"] = found.devices;
-        info["cudart"] = found.runtime;
-        info["error"] = found.error;
-        info["archs"] = FD_CUDA_ARCHS;
-        return info;
-      },
-      "Devices seen, cudart version, the runtime's error if any, the targets of this build.");
+  m.def("gated_residual", &fd::gated_residual);
+  m.def("norm_modulate", &fd::norm_modulate);
+  m.def("info", &fd::info,
+        "Devices seen, cudart version, the runtime's error if any, the targets of this build.");
 }

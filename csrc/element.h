@@ -2,7 +2,8 @@
 //
 // bf16 and fp16 are 16-bit payloads without operators: kernels read to float, compute in float and
 // round once when they store (to nearest, ties to even; NaN stays NaN; fp16 overflows to infinity).
-// All conversions are branch-free, so that a compiler can vectorise the loops around them.
+// All conversions are branch-free, so that a compiler can vectorise the loops around them. A GPU
+// has instructions for them, which round the same way.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -47,6 +48,11 @@ FD_HD float to_float(float x) { return x; }
 FD_HD float to_float(bf16 x) { return as_float(uint32_t(x.bits) << 16); }
 
 FD_HD float to_float(fp16 x) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+  return f;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t payload = uint32_t(x.bits & 0x7fffu) << 13;
   // Rebias the exponent by 127 - 15; infinity and NaN (payload exponent 31) need it twice.
@@ -56,6 +62,7 @@ FD_HD float to_float(fp16 x) {
   const uint32_t tiny = as_bits(as_float(payload + (113u << 23)) - as_float(113u << 23));
   const uint32_t rest = payload >= (31u << 23) ? special : normal;
   return as_float(sign | (payload < (1u << 23) ? tiny : rest));
+#endif
 }
 
 // from_float<T>: a template because overloads cannot differ by return type alone.
@@ -69,15 +76,26 @@ FD_HD float from_float<float>(float f) {
 
 template <>
 FD_HD bf16 from_float<bf16>(float f) {
+#if defined(__CUDA_ARCH__)
+  bf16 narrow;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(f));
+  return narrow;
+#else
   const uint32_t u = as_bits(f);
   const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   // Rounding could carry a NaN payload into infinity, so NaN is answered with the quiet one.
   const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
   return bf16{uint16_t(is_nan ? 0x7fc0u : rounded)};
+#endif
 }
 
 template <>
 FD_HD fp16 from_float<fp16>(float f) {
+#if defined(__CUDA_ARCH__)
+  fp16 narrow;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(f));
+  return narrow;
+#else
   const uint32_t u = as_bits(f);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7fffffffu;
@@ -88,6 +106,7 @@ FD_HD fp16 from_float<fp16>(float f) {
   const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = a < (113u << 23) ? tiny : normal;
   return fp16{uint16_t(sign | (a >= (143u << 23) ? special : finite))};
+#endif
 }
 
 }  // namespace fd

@@ -1,4 +1,4 @@
-// out = x + sum_i gate_i * branch_i on the CPU; the contract is in fastdit/ops/gated_residual.py.
+// out = x + sum_i gate_i * branch_i; the contract is in fastdit/ops/gated_residual.py.
 #pragma once
 #include "operand.h"
 
@@ -18,7 +18,7 @@ struct GatedResidual {
   int count = 0;                   // of branches, 1 to kMaxBranches
   int fresh = -1;                  // the branch computed in this step; -1: none
   Dtype dtype = Dtype::kFloat32;
-  int threads = 1;
+  int threads = 1;  // on the CPU
 };
 
 namespace base {
@@ -30,5 +30,9 @@ void gated_residual(const GatedResidual& p);
 namespace avx512 {
 void gated_residual(const GatedResidual& p);
 }
+namespace cuda {
+struct Target;
+void gated_residual(const GatedResidual& p, const Target& target);
+}  // namespace cuda
 
 }  // namespace fd

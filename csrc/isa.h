@@ -18,7 +18,7 @@ void set_isa(const std::string& name);
 }  // namespace fd
 
 #if defined(__x86_64__)
-#define FD_BY_ISA(function)                                          \
+#define FD_BY_ISA(function)                                           \
   (::fd::current_isa() == ::fd::Isa::kAvx512 ? ::fd::avx512::function \
    : ::fd::current_isa() == ::fd::Isa::kAvx2 ? ::fd::avx2::function   \
                                              : ::fd::base::function)

@@ -1,5 +1,5 @@
-// Compiled once per instruction set (FD_ISA). A row is read from memory once and from L1 afterwards:
-// add the branch and store the row, sum, sum again about the mean, write y.
+// Compiled once per instruction set (FD_ISA). A row is read from memory once and from L1
+// afterwards: add the branch and store the row, sum, sum again about the mean, write y.
 //
 // The mean of the first pass is rounded, so the second pass also sums the deviations themselves and
 // takes that remainder off: a row with mean 1e4 and deviation 1e-2 keeps its digits. Never

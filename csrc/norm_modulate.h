@@ -1,4 +1,4 @@
-// y = norm(x + gate * branch) * (1 + scale) + shift on the CPU; the contract is in
+// y = norm(x + gate * branch) * (1 + scale) + shift; the contract is in
 // fastdit/ops/norm_modulate.py.
 #pragma once
 #include "operand.h"
@@ -20,7 +20,7 @@ struct NormModulate {
   double eps = 0;
   bool rms = false;
   Dtype dtype = Dtype::kFloat32;
-  int threads = 1;
+  int threads = 1;  // on the CPU
 };
 
 namespace base {
@@ -32,5 +32,9 @@ void norm_modulate(const NormModulate& p);
 namespace avx512 {
 void norm_modulate(const NormModulate& p);
 }
+namespace cuda {
+struct Target;
+void norm_modulate(const NormModulate& p, const Target& target);
+}  // namespace cuda
 
 }  // namespace fd

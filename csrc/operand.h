@@ -1,6 +1,6 @@
 // How tensors reach a kernel: an address and two strides; the last dimension always has stride 1.
 #pragma once
-#include <cstdint>
+#include "element.h"
 
 namespace fd {
 
@@ -13,10 +13,10 @@ struct Operand {
   int64_t batch_stride = 0;
   int64_t token_stride = 0;
 
-  explicit operator bool() const { return data != nullptr; }
+  FD_HD explicit operator bool() const { return data != nullptr; }
 
   template <class T>
-  T* row(int64_t batch, int64_t token) const {
+  FD_HD T* row(int64_t batch, int64_t token) const {
     return static_cast<T*>(data) + batch * batch_stride + token * token_stride;
   }
 };
@@ -27,7 +27,7 @@ struct Rows {
   int64_t batch_stride = 0;
   bool wide = false;  // int64
 
-  int64_t at(int64_t batch, int64_t token) const {
+  FD_HD int64_t at(int64_t batch, int64_t token) const {
     if (data == nullptr) return token;
     const int64_t i = batch * batch_stride + token;
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];

@@ -1,10 +1,10 @@
 // One vector register of floats per instruction set, and its loads and stores for every element
-// type. Included by the kernel files only, which are compiled once per instruction set: all of it is
-// in FD_ISA's namespace and inlined, so that no code for one processor is linked into another's.
+// type. Included by the kernel files only, which are compiled once per instruction set: all of it
+// is in FD_ISA's namespace and inlined, so that no code for one processor is linked into another's.
 //
 // Written out and not left to the auto-vectoriser, which gives up on bf16 loops now and then, at a
-// quarter of the speed. Arithmetic uses the compilers' vector extensions; widening and narrowing use
-// intrinsics where there are some, since gcc 12 takes generic conversions apart.
+// quarter of the speed. Arithmetic uses the compilers' vector extensions; widening and narrowing
+// use intrinsics where there are some, since gcc 12 takes generic conversions apart.
 #pragma once
 #include "element.h"
 

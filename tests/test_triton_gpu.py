@@ -13,7 +13,7 @@ from torch import Tensor
 
 import test_gated_residual
 import test_norm_modulate
-import triton_checks
+import kernel_checks
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from inputs import Runner, some_rows
@@ -23,7 +23,7 @@ SHARED = {
     for op, checks in (
         ("gated_residual", test_gated_residual.CHECKS),
         ("norm_modulate", test_norm_modulate.CHECKS),
-        ("triton", triton_checks.CHECKS),
+        ("triton", kernel_checks.CHECKS),
     )
     for name, check in checks.items()
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import triton_checks
+import kernel_checks
 from conftest import backend_labels
 from fastdit.ops import BACKENDS
 from inputs import Runner, generator, normal, poisoned
@@ -62,7 +62,7 @@ def check_offsets_beyond_int32(run: Runner) -> None:
     assert_equal(f"norm_modulate on {run.label}, far rows of x", store[0, last], expected)
 
 
-CHECKS = triton_checks.CHECKS | {"check_offsets_beyond_int32": check_offsets_beyond_int32}
+CHECKS = kernel_checks.CHECKS | {"check_offsets_beyond_int32": check_offsets_beyond_int32}
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())

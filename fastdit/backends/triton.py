@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastdit.backends._device import refuse_device
 from fastdit.backends.base import Backend
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -26,7 +27,7 @@ CAPABILITY = (8, 0)  # the oldest architecture the kernels are compiled for in t
 
 class Triton(Backend):
     name = "triton"
-    # On CUDA devices only `reference` is below it. Where the interpreter is on, `cpu` stays first.
+    # Below `cuda` on devices; where the interpreter is on, `cpu` stays first.
     priority = 5
 
     def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -35,7 +36,7 @@ class Triton(Backend):
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed (pip install 'fastdit[triton]')"
         if device.type == "cuda":
-            return _refuse_device(device)
+            return refuse_device(device, CAPABILITY)
         if device.type == "cpu":
             if os.environ.get("TRITON_INTERPRET") == "1":
                 return None
@@ -56,17 +57,6 @@ class Triton(Backend):
 @functools.cache
 def _kernel(op: str) -> Callable[..., None]:
     return getattr(importlib.import_module(f"triton_kernels.{op}"), op)
-
-
-def _refuse_device(device: torch.device) -> str | None:
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "no CUDA device: no driver, or none visible"
-    found = torch.cuda.get_device_capability(device)
-    if found < CAPABILITY:
-        return f"it needs compute capability 8.0; this device has {found[0]}.{found[1]}"
-    return None
 
 
 BACKEND = Triton()

@@ -1,0 +1,105 @@
+// How arguments come from Python: plain integers in, nothing back. The callers are the backends of
+// fastdit/backends, which took them from tensors that fastdit/ops has checked.
+//
+// An operand is None, or a tuple (address, batch stride, token stride) with strides in elements, or
+// the bare address of the usual case, which is quicker to make and to read: a contiguous tensor
+// [B, K, D], or one row for all where it is a modulation. rows is None or (address, batch stride,
+// whether int64).
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "gated_residual.h"
+#include "norm_modulate.h"
+
+namespace fd {
+
+namespace py = pybind11;
+
+inline int64_t integer(PyObject* number) {
+  const long long value = PyLong_AsLongLong(number);
+  if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+inline int64_t item(py::handle h, Py_ssize_t i) {
+  if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 3) {
+    throw py::type_error("an operand is None, an address or a tuple of three integers");
+  }
+  return integer(PyTuple_GET_ITEM(h.ptr(), i));
+}
+
+// The strides are those of a bare address.
+inline Operand operand(py::handle h, int64_t batch_stride, int64_t token_stride) {
+  if (h.is_none()) return {};
+  if (PyLong_Check(h.ptr())) {
+    return {reinterpret_cast<void*>(integer(h.ptr())), batch_stride, token_stride};
+  }
+  return {reinterpret_cast<void*>(item(h, 0)), item(h, 1), item(h, 2)};
+}
+
+inline Operand state(py::handle h, const Shape& shape) {
+  return operand(h, shape.tokens * shape.width, shape.width);
+}
+
+inline Operand modulation(py::handle h) { return operand(h, 0, 0); }
+
+inline Rows row_index(py::handle h) {
+  if (h.is_none()) return {};
+  return {reinterpret_cast<const void*>(item(h, 0)), item(h, 1), item(h, 2) != 0};
+}
+
+inline Dtype dtype_of(int code) {
+  if (code < 0 || code > 2) throw py::value_error("unknown dtype code " + std::to_string(code));
+  return static_cast<Dtype>(code);
+}
+
+inline GatedResidual gated_residual_of(int dtype, int64_t batch, int64_t tokens, int64_t width,
+                                       py::handle x, int64_t x_step, py::handle out,
+                                       const py::list& branches, const py::list& gates, int fresh,
+                                       py::handle cache, py::handle rows) {
+  GatedResidual p;
+  p.count = static_cast<int>(branches.size());
+  if (p.count < 1 || p.count > kMaxBranches || gates.size() != branches.size()) {
+    throw py::value_error("branches and gates must be 1 to 64, and as many");
+  }
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, width};
+  p.x = state(x, p.shape);
+  p.x_step = x_step;
+  p.out = state(out, p.shape);
+  for (int i = 0; i < p.count; ++i) {
+    p.branches[i] = state(branches[i], p.shape);
+    p.gates[i] = modulation(gates[i]);
+  }
+  p.fresh = fresh;
+  p.cache = state(cache, p.shape);
+  p.rows = row_index(rows);
+  return p;
+}
+
+inline NormModulate norm_modulate_of(int dtype, int64_t batch, int64_t tokens, int64_t width,
+                                     py::handle x, py::handle out, py::handle scale,
+                                     py::handle shift, py::handle weight, py::handle bias,
+                                     double eps, bool rms, py::handle branch, py::handle gate,
+                                     py::handle cache, py::handle rows) {
+  NormModulate p;
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, width};
+  p.x = state(x, p.shape);
+  p.out = state(out, p.shape);
+  p.scale = modulation(scale);
+  p.shift = modulation(shift);
+  p.weight = modulation(weight);
+  p.bias = modulation(bias);
+  p.eps = eps;
+  p.rms = rms;
+  p.branch = state(branch, p.shape);
+  p.gate = modulation(gate);
+  p.cache = state(cache, p.shape);
+  p.rows = row_index(rows);
+  return p;
+}
+
+}  // namespace fd

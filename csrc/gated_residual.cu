@@ -1,0 +1,108 @@
+// One thread takes a vector of 16 bytes of a row, adds all branches to it in fp32 and rounds once:
+// every element is read once, and a warp reads 512 contiguous bytes of each operand. Traffic:
+// (k + 2) B K D elements, one more with a cache; gates stay in L2.
+//
+// out may be x: a thread reads its elements of x before it writes the same elements of out.
+#include "gated_residual.h"
+#include "launch.h"
+#include "vector.h"
+
+namespace fd {
+namespace cuda {
+namespace {
+
+constexpr int kGroup = 4;      // branches whose loads are under way at once
+constexpr int kThreads = 384;  // about: whole rows of the models' widths fit 2 or 1 times
+
+// x may be transposed: then neighbouring rows share its sectors, and only x is read one by one.
+template <class T, bool kAligned>
+__device__ __forceinline__ void load_x(const GatedResidual& p, int64_t b, int64_t k, int64_t i,
+                                       int64_t n, float* values) {
+  const T* x = p.x.row<T>(b, k) + i * p.x_step;
+  if (p.x_step == 1) {
+    to_floats<T>(load<kAligned>(x, n), values);
+  } else {
+    for (int j = 0; j < kElements<T>; ++j) values[j] = j < n ? to_float(x[j * p.x_step]) : 0.0f;
+  }
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(1024)
+    gated_residual_kernel(const __grid_constant__ GatedResidual p, uint32_t rows) {
+  const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
+  if (row >= rows) return;
+  const int64_t b = row / static_cast<uint32_t>(p.shape.tokens);
+  const int64_t k = row % static_cast<uint32_t>(p.shape.tokens);
+  const int64_t stored = p.rows.at(b, k);
+  for (int64_t i = threadIdx.x * kElements<T>; i < p.shape.width; i += blockDim.x * kElements<T>) {
+    const int64_t n = p.shape.width - i;
+    float sum[kElements<T>];
+    load_x<T, kAligned>(p, b, k, i, n, sum);
+    Words fresh = {};
+    for (int first = 0; first < p.count; first += kGroup) {
+      Words branch[kGroup], gate[kGroup];
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        const int j = first + g;
+        if (j >= p.count) break;
+        branch[g] = load<kAligned>(p.branches[j].row<T>(b, j == p.fresh ? k : stored) + i, n);
+        if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].row<T>(b, k) + i, n);
+      }
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+        const int j = first + g;
+        if (j >= p.count) break;
+        add<T>(branch[g], p.gates[j] ? &gate[g] : nullptr, sum);
+        if (j == p.fresh) fresh = branch[g];
+      }
+    }
+    if (p.cache) store<kAligned>(p.cache.row<T>(b, stored) + i, fresh, n);
+    store<kAligned>(p.out.row<T>(b, k) + i, from_floats<T>(sum), n);
+  }
+}
+
+template <class T>
+bool all_aligned(const GatedResidual& p) {
+  bool yes = p.shape.width % kElements<T> == 0 && aligned<T>(p.out) && aligned<T>(p.cache);
+  yes = yes && (p.x_step != 1 || aligned<T>(p.x));
+  for (int j = 0; j < p.count; ++j) {
+    yes = yes && aligned<T>(p.branches[j]) && aligned<T>(p.gates[j]);
+  }
+  return yes;
+}
+
+template <class T>
+void launch(const GatedResidual& p, void* stream) {
+  const uint32_t rows = checked_rows(p.shape);
+  const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
+  const uint32_t across = static_cast<uint32_t>(vectors < kThreads ? vectors : kThreads);
+  const uint32_t down = kThreads / across;
+  const dim3 grid((rows - 1) / down + 1), block(across, down);
+  if (all_aligned<T>(p)) {
+    FD_LAUNCH((gated_residual_kernel<T, true>), grid, block, stream, p, rows);
+  } else {
+    FD_LAUNCH((gated_residual_kernel<T, false>), grid, block, stream, p, rows);
+  }
+}
+
+}  // namespace
+
+void gated_residual(const GatedResidual& p, const Target& target) {
+  if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
+  const DeviceGuard guard(target.device);
+  switch (p.dtype) {
+    case Dtype::kFloat32:
+      launch<float>(p, target.stream);
+      break;
+    case Dtype::kBfloat16:
+      launch<bf16>(p, target.stream);
+      break;
+    case Dtype::kFloat16:
+      launch<fp16>(p, target.stream);
+      break;
+  }
+  check_launch("gated_residual");
+}
+
+}  // namespace cuda
+}  // namespace fd

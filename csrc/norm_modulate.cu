@@ -1,0 +1,202 @@
+// One block takes one row and keeps it in registers, a few vectors of 16 bytes in each thread: x is
+// read once, and every operand of the row is under way before the first sum is formed. Traffic:
+// 2 B K D elements, 4 with a branch, one more with a cache; scale, shift and gate stay in L2.
+//
+// Variance takes two passes over the registers, never E[x^2] - m^2 about zero. The mean of the
+// first is rounded, so the second also sums the deviations themselves: that remainder corrects mean
+// and variance, and a row with mean 1e4 and deviation 1e-2 keeps its digits. The residual is the
+// same fma and the same rounding as in gated_residual: both give the same bits.
+#include "launch.h"
+#include "norm_modulate.h"
+#include "vector.h"
+
+namespace fd {
+namespace cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+
+// Sums over the block of kTerms values, the same bits in every thread. partial has kTerms floats
+// for each warp and is written once: a second sum takes another one.
+template <int kTerms>
+__device__ __forceinline__ void sum_over_block(float* values, float* partial) {
+#pragma unroll
+  for (int t = 0; t < kTerms; ++t) {
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+      values[t] += __shfl_xor_sync(0xffffffffu, values[t], lanes);
+    }
+  }
+  const int warps = blockDim.x / kWarp;
+  if (warps == 1) return;
+  if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+    for (int t = 0; t < kTerms; ++t) partial[threadIdx.x / kWarp * kTerms + t] = values[t];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < kTerms; ++t) {
+    values[t] = 0.0f;
+    for (int w = 0; w < warps; ++w) values[t] += partial[w * kTerms + t];
+  }
+}
+
+// x + gate * branch, rounded to T as it is stored; the branch goes to the cache as it is.
+template <class T, bool kAligned>
+__device__ __forceinline__ Words add_branch(const NormModulate& p, Words x, int64_t b, int64_t k,
+                                            int64_t stored, int64_t i, int64_t n) {
+  const Words branch = load<kAligned>(p.branch.row<T>(b, k) + i, n);
+  Words gate = {};
+  if (p.gate) gate = load<kAligned>(p.gate.row<T>(b, k) + i, n);
+  float sum[kElements<T>];
+  to_floats<T>(x, sum);
+  add<T>(branch, p.gate ? &gate : nullptr, sum);
+  x = from_floats<T>(sum);
+  store<kAligned>(p.x.row<T>(b, stored) + i, x, n);
+  if (p.cache) store<kAligned>(p.cache.row<T>(b, stored) + i, branch, n);
+  return x;
+}
+
+// y = y * factor + term, each where given.
+template <class T, bool kAligned>
+__device__ __forceinline__ void affine(const Operand& factor, float one, const Operand& term,
+                                       int64_t b, int64_t k, int64_t i, int64_t n, float* y) {
+  float value[kElements<T>];
+  if (factor) {
+    to_floats<T>(load<kAligned>(factor.row<T>(b, k) + i, n), value);
+#pragma unroll
+    for (int e = 0; e < kElements<T>; ++e) y[e] *= one + value[e];
+  }
+  if (term) {
+    to_floats<T>(load<kAligned>(term.row<T>(b, k) + i, n), value);
+#pragma unroll
+    for (int e = 0; e < kElements<T>; ++e) y[e] += value[e];
+  }
+}
+
+// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row.
+template <class T, int kVectors, bool kAligned>
+__global__ void __launch_bounds__(kMaxThreads)
+    norm_modulate_kernel(const __grid_constant__ NormModulate p) {
+  FD_SHARED(float, partial_mean, kMaxThreads / kWarp);
+  FD_SHARED(float, partial_about, 2 * (kMaxThreads / kWarp));
+  const int64_t b = blockIdx.x / static_cast<uint32_t>(p.shape.tokens);
+  const int64_t k = blockIdx.x % static_cast<uint32_t>(p.shape.tokens);
+  const int64_t stored = p.rows.at(b, k);
+  const int width = static_cast<int>(p.shape.width);
+
+  Words row[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int i = (v * blockDim.x + threadIdx.x) * kElements<T>;
+    row[v] = {};
+    if (i < width) row[v] = load<kAligned>(p.x.row<T>(b, stored) + i, width - i);
+  }
+  float mean = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int i = (v * blockDim.x + threadIdx.x) * kElements<T>;
+    if (p.branch && i < width) {
+      row[v] = add_branch<T, kAligned>(p, row[v], b, k, stored, i, width - i);
+    }
+    float value[kElements<T>];
+    to_floats<T>(row[v], value);
+#pragma unroll
+    for (int e = 0; e < kElements<T>; ++e) mean += p.rms ? value[e] * value[e] : value[e];
+  }
+  sum_over_block<1>(&mean, partial_mean);
+  mean /= width;
+
+  float rest = 0.0f, variance = mean;
+  if (p.rms) {
+    mean = 0.0f;
+  } else {
+    float about[2] = {0.0f, 0.0f};  // of the deviations from the rounded mean, and their squares
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = (v * blockDim.x + threadIdx.x) * kElements<T>;
+      float value[kElements<T>];
+      to_floats<T>(row[v], value);
+#pragma unroll
+      for (int e = 0; e < kElements<T>; ++e) {
+        const float deviation = i + e < width ? value[e] - mean : 0.0f;
+        about[0] += deviation;
+        about[1] = fmaf(deviation, deviation, about[1]);
+      }
+    }
+    sum_over_block<2>(about, partial_about);
+    rest = about[0] / width;
+    variance = about[1] / width - rest * rest;
+    variance = variance < 0.0f ? 0.0f : variance;  // NaN stays
+  }
+  const float scale = rsqrtf(variance + static_cast<float>(p.eps));
+
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const int i = (v * blockDim.x + threadIdx.x) * kElements<T>;
+    if (i >= width) break;
+    float y[kElements<T>];
+    to_floats<T>(row[v], y);
+#pragma unroll
+    for (int e = 0; e < kElements<T>; ++e) y[e] = (y[e] - mean - rest) * scale;
+    affine<T, kAligned>(p.weight, 0.0f, p.bias, b, k, i, width - i, y);
+    affine<T, kAligned>(p.scale, 1.0f, p.shift, b, k, i, width - i, y);
+    store<kAligned>(p.out.row<T>(b, k) + i, from_floats<T>(y), width - i);
+  }
+}
+
+template <class T>
+bool all_aligned(const NormModulate& p) {
+  bool yes = p.shape.width % kElements<T> == 0;
+  for (const Operand* o :
+       {&p.x, &p.out, &p.scale, &p.shift, &p.weight, &p.bias, &p.branch, &p.gate, &p.cache}) {
+    yes = yes && aligned<T>(*o);
+  }
+  return yes;
+}
+
+template <class T, int kVectors>
+void launch(const NormModulate& p, int64_t vectors, void* stream) {
+  const int64_t threads = (vectors + kVectors - 1) / kVectors;
+  const dim3 grid(checked_rows(p.shape)), block((threads + kWarp - 1) / kWarp * kWarp);
+  if (all_aligned<T>(p)) {
+    FD_LAUNCH((norm_modulate_kernel<T, kVectors, true>), grid, block, stream, p);
+  } else {
+    FD_LAUNCH((norm_modulate_kernel<T, kVectors, false>), grid, block, stream, p);
+  }
+}
+
+// As few vectors a thread as 512 threads allow, then up to 1024 threads: many rows are in flight.
+template <class T>
+void launch(const NormModulate& p, void* stream) {
+  const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
+  if (vectors <= 512) return launch<T, 1>(p, vectors, stream);
+  if (vectors <= 1024) return launch<T, 2>(p, vectors, stream);
+  if (vectors <= 4 * kMaxThreads) return launch<T, 4>(p, vectors, stream);
+  throw std::invalid_argument("x: got a last dimension of " + std::to_string(p.shape.width) +
+                              "; accepted is up to " +
+                              std::to_string(4 * kMaxThreads * kElements<T>));
+}
+
+}  // namespace
+
+void norm_modulate(const NormModulate& p, const Target& target) {
+  if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
+  const DeviceGuard guard(target.device);
+  switch (p.dtype) {
+    case Dtype::kFloat32:
+      launch<float>(p, target.stream);
+      break;
+    case Dtype::kBfloat16:
+      launch<bf16>(p, target.stream);
+      break;
+    case Dtype::kFloat16:
+      launch<fp16>(p, target.stream);
+      break;
+  }
+  check_launch("norm_modulate");
+}
+
+}  // namespace cuda
+}  // namespace fd

@@ -1,0 +1,94 @@
+// 16 bytes of a row at a time, converted to and from fp32.
+//
+// A thread always owns the same elements of a row, aligned or not: where kAligned is false they are
+// read and written one by one, so the order of every sum, and with it every bit of a result, is the
+// same.
+#pragma once
+#include "cuda_port.h"
+#include "operand.h"
+
+namespace fd {
+namespace cuda {
+
+template <class T>
+constexpr int kElements = 16 / sizeof(T);  // of a vector
+
+template <class T>
+__device__ __forceinline__ T element(const Words& w, int i) {
+  if constexpr (sizeof(T) == 4) {
+    return as_float(w.at[i]);
+  } else {
+    return T{static_cast<uint16_t>(w.at[i / 2] >> (16 * (i % 2)))};
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void set_element(Words& w, int i, T value) {
+  if constexpr (sizeof(T) == 4) {
+    w.at[i] = as_bits(value);
+  } else if (i % 2 == 0) {
+    w.at[i / 2] = value.bits;
+  } else {
+    w.at[i / 2] |= static_cast<uint32_t>(value.bits) << 16;
+  }
+}
+
+// The first n elements at p, at most a vector of them; the rest reads as zero.
+template <bool kAligned, class T>
+__device__ __forceinline__ Words load(const T* p, int64_t n) {
+  if constexpr (kAligned) return load_words(p);
+  Words w = {};
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) {
+    if (i < n) set_element(w, i, p[i]);
+  }
+  return w;
+}
+
+template <bool kAligned, class T>
+__device__ __forceinline__ void store(T* p, const Words& w, int64_t n) {
+  if constexpr (kAligned) {
+    store_words(p, w);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kElements<T>; ++i) {
+      if (i < n) p[i] = element<T>(w, i);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void to_floats(const Words& w, float* values) {
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) values[i] = to_float(element<T>(w, i));
+}
+
+template <class T>
+__device__ __forceinline__ Words from_floats(const float* values) {
+  Words w = {};
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) set_element(w, i, from_float<T>(values[i]));
+  return w;
+}
+
+// sum += gate * branch; without a gate, sum += branch.
+template <class T>
+__device__ __forceinline__ void add(const Words& branch, const Words* gate, float* sum) {
+  float value[kElements<T>], by[kElements<T>];
+  to_floats<T>(branch, value);
+  if (gate != nullptr) to_floats<T>(*gate, by);
+#pragma unroll
+  for (int e = 0; e < kElements<T>; ++e) {
+    sum[e] = gate != nullptr ? fmaf(by[e], value[e], sum[e]) : sum[e] + value[e];
+  }
+}
+
+// Host: whether every row of an operand can be read in vectors. An operand not given can.
+template <class T>
+bool aligned(const Operand& o) {
+  return reinterpret_cast<uintptr_t>(o.data) % 16 == 0 && o.batch_stride % kElements<T> == 0 &&
+         o.token_stride % kElements<T> == 0;
+}
+
+}  // namespace cuda
+}  // namespace fd

@@ -1,0 +1,101 @@
+"""Tensors as the compiled modules take them (csrc/bindings.h), for the backends `cpu` and `cuda`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastdit.backends.base import Backend
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
+
+
+class Compiled(Backend):
+    """A backend whose ops are functions of a compiled module."""
+
+    def __init__(self, module: ModuleType | None):
+        self._module = module
+
+    def _context(self, x: Tensor, stored: int) -> tuple[int, ...]:
+        """The arguments after the op's own; `stored` rows are in every store used at `rows`."""
+        raise TypeError(f"backend {self.name} does not say where it runs")
+
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+        batch, tokens, width = x.shape
+        # Stores of another length than K need their strides told.
+        operand = _address if rows is None else _strided
+        self._module.gated_residual(
+            DTYPE_CODES[x.dtype],
+            batch,
+            tokens,
+            width,
+            _address(x),
+            x.stride(2),
+            _address(out),
+            [operand(branch) for branch in branches],
+            [_modulation(gate, width) for gate in gates],
+            fresh,
+            None if cache is None else operand(cache),
+            None if rows is None else _row_index(rows),
+            *self._context(x, 0 if rows is None else _shortest(branches, fresh, cache)),
+        )
+
+    def norm_modulate(
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+    ):
+        batch, tokens, width = out.shape
+        operand = _address if rows is None else _strided
+        self._module.norm_modulate(
+            DTYPE_CODES[x.dtype],
+            batch,
+            tokens,
+            width,
+            operand(x),
+            _address(out),
+            _modulation(scale, width),
+            _modulation(shift, width),
+            _modulation(weight, width),
+            _modulation(bias, width),
+            eps,
+            rms,
+            None if branch is None else _address(branch),
+            _modulation(gate, width),
+            None if cache is None else operand(cache),
+            None if rows is None else _row_index(rows),
+            *self._context(x, x.shape[1]),
+        )
+
+
+def _address(t: Tensor) -> int | tuple[int, int, int]:
+    """The bare address of a contiguous [B, K, D]."""
+    return t.data_ptr() if t.is_contiguous() else _strided(t)
+
+
+def _strided(t: Tensor) -> tuple[int, int, int]:
+    stride = t.stride()
+    return t.data_ptr(), stride[0], stride[1]
+
+
+def _modulation(t: Tensor | None, width: int) -> int | tuple[int, int, int] | None:
+    """The bare address of a single row; strides of 0 wherever it has one row for all."""
+    if t is None:
+        return None
+    if t.numel() == width:
+        return t.data_ptr()
+    shape, stride = t.shape, t.stride()
+    per_token = stride[1] if len(shape) == 3 and shape[1] > 1 else 0
+    return t.data_ptr(), stride[0] if shape[0] > 1 else 0, per_token
+
+
+def _row_index(rows: Tensor) -> tuple[int, int, int]:
+    return rows.data_ptr(), rows.stride(0), rows.dtype is torch.int64
+
+
+def _shortest(branches, fresh: int, cache: Tensor | None) -> int:
+    """Rows that every store read or written at `rows` has."""
+    sizes = [branch.shape[1] for i, branch in enumerate(branches) if i != fresh]
+    if cache is not None:
+        sizes.append(cache.shape[1])
+    return min(sizes, default=1 << 62)

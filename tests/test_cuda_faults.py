@@ -1,0 +1,219 @@
+"""Planted faults in the CUDA kernels: each is wrong source that one named check must find.
+
+A fault is a textual change of a file of csrc that matches exactly once. The changed copy runs in
+the emulator, in the check and the dtype that the table names. docs/faults.md lists them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import kernel_checks
+import test_gated_residual
+import test_norm_modulate
+from emulated import CSRC, build, emulated, unavailable
+from inputs import Runner
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+]
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+GATED, NORM, VECTOR, ELEMENT = "gated_residual.cu", "norm_modulate.cu", "vector.h", "element.h"
+CHECKS = {
+    GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
+    NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Which file, what to replace by what, and the op, check and dtype that find it."""
+
+    file: str
+    old: str
+    new: str
+    check: str
+    dtype: torch.dtype = BF16
+    op: str = ""
+
+    def found_by(self):
+        return CHECKS[self.op or self.file][self.check]
+
+
+FAULTS = {
+    # gated_residual: addresses
+    "a row past the last is written": Fault(
+        GATED, "if (row >= rows) return;", "if (row > rows) return;", "check_inputs_and_guards"
+    ),
+    "the last row is left out": Fault(
+        GATED, "if (row >= rows) return;", "if (row + 1 >= rows) return;", "check_sizes"
+    ),
+    "branches are read one row early": Fault(
+        GATED, "j == p.fresh ? k : stored) + i, n)",
+        "j == p.fresh ? k : (stored > 0 ? stored - 1 : 0)) + i, n)", "check_rows",
+    ),
+    "the fresh branch is read at rows": Fault(
+        GATED, "j == p.fresh ? k : stored) + i, n)",
+        "stored < p.shape.tokens ? stored : k) + i, n)", "check_rows",
+    ),
+    "the gate is that of the first sample": Fault(
+        GATED, "p.gates[j].row<T>(b, k)", "p.gates[j].row<T>(0, k)", "check_gates"
+    ),
+    "the gate is that of the first token": Fault(
+        GATED, "p.gates[j].row<T>(b, k)", "p.gates[j].row<T>(b, 0)", "check_gates"
+    ),
+    "the cache is not written": Fault(
+        GATED, "if (p.cache) store", "if (false) store", "check_cache"
+    ),
+    "the cache is written at compact rows": Fault(
+        GATED, "p.cache.row<T>(b, stored)", "p.cache.row<T>(b, k)", "check_cache"
+    ),
+    "branches past the first group are left out": Fault(
+        GATED, "first < p.count; first += kGroup", "first < kGroup; first += kGroup",
+        "check_many_branches",
+    ),
+    "a part of a group is left out": Fault(
+        GATED, "first < p.count; first += kGroup", "first + kGroup <= p.count; first += kGroup",
+        "check_sizes",
+    ),
+    "columns past the block are left out": Fault(
+        GATED, "i += blockDim.x * kElements<T>", "i += p.shape.width", "check_sizes", FP32
+    ),
+    "a transposed x is read as contiguous": Fault(
+        GATED, "if (p.x_step == 1) {", "if (true) {", "check_strides"
+    ),
+    "alignment of a branch is not looked at": Fault(
+        GATED, "aligned<T>(p.branches[j]) &&", "true &&", "check_strides"
+    ),
+    "alignment of out is not looked at": Fault(
+        GATED, "&& aligned<T>(p.out) &&", "&&", "check_strides"
+    ),
+    # norm_modulate: addresses, barriers and lanes
+    "no barrier between the warps' sums": Fault(
+        NORM, "  __syncthreads();\n", "", "check_sizes", FP32
+    ),
+    "both sums share their memory": Fault(
+        NORM, "sum_over_block<2>(about, partial_about)", "sum_over_block<2>(about, partial_mean)",
+        "check_model_widths",
+    ),
+    "the last lanes are not added": Fault(
+        NORM, "lanes > 0; lanes /= 2", "lanes > 1; lanes /= 2", "check_sizes"
+    ),
+    "each lane is added to itself": Fault(
+        NORM, "values[t], lanes)", "values[t], 0)", "check_sizes"
+    ),
+    "the last warp is not added": Fault(
+        NORM, "w < warps; ++w", "w < warps - 1; ++w", "check_model_widths"
+    ),
+    "the block is half a warp short": Fault(
+        NORM, "block((threads + kWarp - 1) / kWarp * kWarp)", "block(threads)", "check_sizes"
+    ),
+    "the tail counts as deviations": Fault(
+        NORM, "i + e < width ? value[e] - mean : 0.0f", "value[e] - mean", "check_sizes"
+    ),
+    "rows of x are not gathered": Fault(
+        NORM, "load<kAligned>(p.x.row<T>(b, stored)", "load<kAligned>(p.x.row<T>(b, k)",
+        "check_rows",
+    ),
+    "x is updated at compact rows": Fault(
+        NORM, "store<kAligned>(p.x.row<T>(b, stored)", "store<kAligned>(p.x.row<T>(b, k)",
+        "check_rows",
+    ),
+    "a cache row stays unwritten": Fault(
+        NORM, "if (p.cache) store", "if (p.cache && k > 0) store", "check_rows"
+    ),
+    "x is not updated": Fault(
+        NORM, "  store<kAligned>(p.x.row<T>(b, stored) + i, x, n);\n", "", "check_branch"
+    ),
+    # norm_modulate: values
+    "scale and shift are swapped": Fault(
+        NORM, "affine<T, kAligned>(p.scale, 1.0f, p.shift,",
+        "affine<T, kAligned>(p.shift, 1.0f, p.scale,", "check_sizes",
+    ),
+    "the one of 1 + scale is missing": Fault(
+        NORM, "affine<T, kAligned>(p.scale, 1.0f,", "affine<T, kAligned>(p.scale, 0.0f,",
+        "check_sizes",
+    ),
+    "weight and bias are swapped": Fault(
+        NORM, "affine<T, kAligned>(p.weight, 0.0f, p.bias,",
+        "affine<T, kAligned>(p.bias, 0.0f, p.weight,", "check_optional_parts",
+    ),
+    "the scale is that of the first sample": Fault(
+        NORM, "factor.row<T>(b, k)", "factor.row<T>(0, k)", "check_modulations"
+    ),
+    "variance is E[x^2] - m^2": Fault(
+        NORM, "i + e < width ? value[e] - mean : 0.0f;",
+        "value[e];  // rest becomes the mean\n        mean = 0.0f;", "check_offset_rows", FP32,
+    ),
+    "the rounding of the mean is not corrected": Fault(
+        NORM, "rest = about[0] / width;", "rest = 0.0f;", "check_offset_rows", FP32
+    ),
+    "eps is left out": Fault(
+        NORM, "rsqrtf(variance + static_cast<float>(p.eps))", "rsqrtf(variance)",
+        "check_constant_rows",
+    ),
+    "the branch is rounded before it is gated": Fault(
+        NORM, "add<T>(branch, p.gate ? &gate : nullptr, sum);",
+        "add<T>(branch, nullptr, sum);", "check_branch",
+    ),
+    # what both include
+    "sums are kept in fp16": Fault(
+        VECTOR, "fmaf(by[e], value[e], sum[e])",
+        "to_float(from_float<fp16>(fmaf(by[e], value[e], sum[e])))", "check_sizes", FP32, GATED,
+    ),
+    "sums are kept in bf16": Fault(
+        VECTOR, "fmaf(by[e], value[e], sum[e])",
+        "to_float(from_float<bf16>(fmaf(by[e], value[e], sum[e])))", "check_one_rounding_of_sums",
+        BF16, GATED,
+    ),
+    "the tail of a row is written": Fault(
+        VECTOR, "if (i < n) p[i] = element<T>(w, i);", "p[i] = element<T>(w, i);",
+        "check_inputs_and_guards", BF16, GATED,
+    ),
+    "the two halves of a word are swapped": Fault(
+        VECTOR, "w.at[i / 2] >> (16 * (i % 2))", "w.at[i / 2] >> (16 - 16 * (i % 2))",
+        "check_sizes", BF16, GATED,
+    ),
+    "bf16 is truncated": Fault(
+        ELEMENT, "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "check_ties_to_even", BF16,
+        GATED,
+    ),
+}  # fmt: skip
+
+
+class OneDtype(Runner):
+    """A runner of one dtype."""
+
+    def __init__(self, backend, label: str, dtype: torch.dtype):
+        super().__init__(backend, label)
+        object.__setattr__(self, "_dtype", dtype)
+
+    def dtypes(self):
+        return [self._dtype]
+
+
+def planted(fault: Fault) -> str:
+    source = (CSRC / fault.file).read_text()
+    assert source.count(fault.old) == 1, f"matches {source.count(fault.old)} times: {fault.old}"
+    return source.replace(fault.old, fault.new)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_caught(name):
+    fault = FAULTS[name]
+    wrong = build({fault.file: planted(fault)})
+    with pytest.raises((AssertionError, RuntimeError)):
+        fault.found_by()(OneDtype(wrong, name, fault.dtype))
+
+
+@pytest.mark.parametrize(
+    ("op", "check", "dtype"),
+    sorted({(f.op or f.file, f.check, f.dtype) for f in FAULTS.values()}, key=str),
+)
+def test_the_same_check_passes_without_the_fault(op, check, dtype):
+    CHECKS[op][check](OneDtype(emulated(), "emulated", dtype))
