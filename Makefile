@@ -33,12 +33,12 @@ test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and
 lint: $(VENV)/.testable  ## check formatting and style
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/*
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cu
 
 format: $(VENV)/.testable  ## format, and fix what can be fixed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/*
+	$(VENV)/bin/clang-format -i csrc/* tests/*.cu
 
 bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
 	$(VENV)/bin/python benchmarks/record.py

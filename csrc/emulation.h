@@ -257,7 +257,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return slot.found;
 }
 
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
 using std::fmaf;
 
 namespace fd {

@@ -11,7 +11,7 @@ namespace fd {
 namespace cuda {
 namespace {
 
-constexpr int kGroup = 4;      // branches whose loads are under way at once
+constexpr int kGroup = 4;  // branches whose loads are under way at once, where there are several
 constexpr int kThreads = 384;  // about: whole rows of the models' widths fit 2 or 1 times
 
 // x may be transposed: then neighbouring rows share its sectors, and only x is read one by one.
@@ -22,12 +22,13 @@ __device__ __forceinline__ void load_x(const GatedResidual& p, int64_t b, int64_
   if (p.x_step == 1) {
     to_floats<T>(load<kAligned>(x, n), values);
   } else {
+#pragma unroll
     for (int j = 0; j < kElements<T>; ++j) values[j] = j < n ? to_float(x[j * p.x_step]) : 0.0f;
   }
 }
 
-template <class T, bool kAligned>
-__global__ void __launch_bounds__(1024)
+template <class T, int kBranches, bool kAligned>
+__global__ void __launch_bounds__(kThreads, 2)
     gated_residual_kernel(const __grid_constant__ GatedResidual p, uint32_t rows) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
@@ -39,21 +40,24 @@ __global__ void __launch_bounds__(1024)
     float sum[kElements<T>];
     load_x<T, kAligned>(p, b, k, i, n, sum);
     Words fresh = {};
-    for (int first = 0; first < p.count; first += kGroup) {
-      Words branch[kGroup], gate[kGroup];
+    for (int first = 0; first < p.count; first += kBranches) {
+      Words branch[kBranches], gate[kBranches];
 #pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
+      for (int g = 0; g < kBranches; ++g) {
         const int j = first + g;
-        if (j >= p.count) break;
-        branch[g] = load<kAligned>(p.branches[j].row<T>(b, j == p.fresh ? k : stored) + i, n);
-        if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].row<T>(b, k) + i, n);
+        branch[g] = gate[g] = {};
+        if (j < p.count) {
+          branch[g] = load<kAligned>(p.branches[j].row<T>(b, j == p.fresh ? k : stored) + i, n);
+          if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].row<T>(b, k) + i, n);
+        }
       }
 #pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
+      for (int g = 0; g < kBranches; ++g) {
         const int j = first + g;
-        if (j >= p.count) break;
-        add<T>(branch[g], p.gates[j] ? &gate[g] : nullptr, sum);
-        if (j == p.fresh) fresh = branch[g];
+        if (j < p.count) {
+          add<T>(branch[g], static_cast<bool>(p.gates[j]), gate[g], sum);
+          if (j == p.fresh) fresh = branch[g];
+        }
       }
     }
     if (p.cache) store<kAligned>(p.cache.row<T>(b, stored) + i, fresh, n);
@@ -71,7 +75,7 @@ bool all_aligned(const GatedResidual& p) {
   return yes;
 }
 
-template <class T>
+template <class T, int kBranches>
 void launch(const GatedResidual& p, void* stream) {
   const uint32_t rows = checked_rows(p.shape);
   const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
@@ -79,10 +83,16 @@ void launch(const GatedResidual& p, void* stream) {
   const uint32_t down = kThreads / across;
   const dim3 grid((rows - 1) / down + 1), block(across, down);
   if (all_aligned<T>(p)) {
-    FD_LAUNCH((gated_residual_kernel<T, true>), grid, block, stream, p, rows);
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, true>), grid, block, stream, p, rows);
   } else {
-    FD_LAUNCH((gated_residual_kernel<T, false>), grid, block, stream, p, rows);
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, false>), grid, block, stream, p, rows);
   }
+}
+
+// A single branch takes few registers, so more rows are in flight.
+template <class T>
+void launch(const GatedResidual& p, void* stream) {
+  p.count == 1 ? launch<T, 1>(p, stream) : launch<T, kGroup>(p, stream);
 }
 
 }  // namespace

@@ -15,7 +15,8 @@ namespace cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 512;
+constexpr int kMaxVectors = 4;  // of a thread
 
 // Sums over the block of kTerms values, the same bits in every thread. partial has kTerms floats
 // for each warp and is written once: a second sum takes another one.
@@ -51,27 +52,29 @@ __device__ __forceinline__ Words add_branch(const NormModulate& p, Words x, int6
   if (p.gate) gate = load<kAligned>(p.gate.row<T>(b, k) + i, n);
   float sum[kElements<T>];
   to_floats<T>(x, sum);
-  add<T>(branch, p.gate ? &gate : nullptr, sum);
+  add<T>(branch, static_cast<bool>(p.gate), gate, sum);
   x = from_floats<T>(sum);
   store<kAligned>(p.x.row<T>(b, stored) + i, x, n);
   if (p.cache) store<kAligned>(p.cache.row<T>(b, stored) + i, branch, n);
   return x;
 }
 
-// y = y * factor + term, each where given.
+// y = y * (one + factor) + term, each where given.
 template <class T, bool kAligned>
 __device__ __forceinline__ void affine(const Operand& factor, float one, const Operand& term,
                                        int64_t b, int64_t k, int64_t i, int64_t n, float* y) {
-  float value[kElements<T>];
-  if (factor) {
-    to_floats<T>(load<kAligned>(factor.row<T>(b, k) + i, n), value);
+  float by[kElements<T>], plus[kElements<T>];
+  if (factor) to_floats<T>(load<kAligned>(factor.row<T>(b, k) + i, n), by);
+  if (term) to_floats<T>(load<kAligned>(term.row<T>(b, k) + i, n), plus);
 #pragma unroll
-    for (int e = 0; e < kElements<T>; ++e) y[e] *= one + value[e];
-  }
-  if (term) {
-    to_floats<T>(load<kAligned>(term.row<T>(b, k) + i, n), value);
-#pragma unroll
-    for (int e = 0; e < kElements<T>; ++e) y[e] += value[e];
+  for (int e = 0; e < kElements<T>; ++e) {
+    if (factor && term) {
+      y[e] = fmaf(y[e], one + by[e], plus[e]);
+    } else if (factor) {
+      y[e] *= one + by[e];
+    } else if (term) {
+      y[e] += plus[e];
+    }
   }
 }
 
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     variance = about[1] / width - rest * rest;
     variance = variance < 0.0f ? 0.0f : variance;  // NaN stays
   }
-  const float scale = rsqrtf(variance + static_cast<float>(p.eps));
+  const float scale = __frsqrt_rn(variance + static_cast<float>(p.eps));
 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -167,16 +170,16 @@ void launch(const NormModulate& p, int64_t vectors, void* stream) {
   }
 }
 
-// As few vectors a thread as 512 threads allow, then up to 1024 threads: many rows are in flight.
+// As few vectors a thread as it takes: many rows are in flight.
 template <class T>
 void launch(const NormModulate& p, void* stream) {
   const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
-  if (vectors <= 512) return launch<T, 1>(p, vectors, stream);
-  if (vectors <= 1024) return launch<T, 2>(p, vectors, stream);
-  if (vectors <= 4 * kMaxThreads) return launch<T, 4>(p, vectors, stream);
+  if (vectors <= kMaxThreads) return launch<T, 1>(p, vectors, stream);
+  if (vectors <= 2 * kMaxThreads) return launch<T, 2>(p, vectors, stream);
+  if (vectors <= kMaxVectors * kMaxThreads) return launch<T, kMaxVectors>(p, vectors, stream);
   throw std::invalid_argument("x: got a last dimension of " + std::to_string(p.shape.width) +
                               "; accepted is up to " +
-                              std::to_string(4 * kMaxThreads * kElements<T>));
+                              std::to_string(kMaxVectors * kMaxThreads * kElements<T>));
 }
 
 }  // namespace

@@ -71,15 +71,16 @@ __device__ __forceinline__ Words from_floats(const float* values) {
   return w;
 }
 
-// sum += gate * branch; without a gate, sum += branch.
+// sum += gate * branch, or sum += branch where it is not gated.
 template <class T>
-__device__ __forceinline__ void add(const Words& branch, const Words* gate, float* sum) {
+__device__ __forceinline__ void add(const Words& branch, bool gated, const Words& gate,
+                                    float* sum) {
   float value[kElements<T>], by[kElements<T>];
   to_floats<T>(branch, value);
-  if (gate != nullptr) to_floats<T>(*gate, by);
+  to_floats<T>(gate, by);
 #pragma unroll
   for (int e = 0; e < kElements<T>; ++e) {
-    sum[e] = gate != nullptr ? fmaf(by[e], value[e], sum[e]) : sum[e] + value[e];
+    sum[e] = gated ? fmaf(by[e], value[e], sum[e]) : sum[e] + value[e];
   }
 }
 

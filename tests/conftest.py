@@ -13,12 +13,14 @@ os.environ.setdefault("PYTHONSAFEPATH", "1")
 import pytest
 import torch
 
+import emulated
 from fastdit.ops import BACKENDS
 from inputs import Runner
 
 
 def backend_labels() -> list[str]:
-    """Every backend that serves this machine's CPU, and each instruction set of the C++ one."""
+    """Every backend that serves this machine's CPU, each instruction set of the C++ one, and the
+    CUDA kernels in the emulator."""
     cpu = torch.device("cpu")
     labels = []
     for name, backend in BACKENDS.items():
@@ -30,21 +32,23 @@ def backend_labels() -> list[str]:
             labels += [f"cpu-{isa}" for isa in _C.build_info()["isas"]]
         else:
             labels.append(name)
-    return labels
+    return labels if emulated.unavailable() else [*labels, "cuda-emulated"]
 
 
 @pytest.fixture(params=backend_labels())
 def runner(request):
     """A Runner for each backend and instruction set."""
-    name, _, isa = request.param.partition("-")
-    if not isa:
-        yield Runner(BACKENDS[name], request.param)
-        return
-    from fastdit import _C
+    name, _, variant = request.param.partition("-")
+    if variant == "emulated":
+        yield Runner(emulated.emulated(), request.param)
+    elif variant:
+        from fastdit import _C
 
-    _C.set_isa(isa)
-    yield Runner(BACKENDS[name], request.param)
-    _C.set_isa("auto")
+        _C.set_isa(variant)
+        yield Runner(BACKENDS[name], request.param)
+        _C.set_isa("auto")
+    else:
+        yield Runner(BACKENDS[name], request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,15 @@ BUILT = CSRC.parent / "build" / "emulation"
 KERNELS = ("gated_residual.cu", "norm_modulate.cu")
 HOST = ("bindings_cuda.cpp", "emulation.cpp")
 FLAGS = (
-    "-std=c++17 -O1 -fPIC -fvisibility=hidden -Wall -Wno-unknown-pragmas -DFD_EMULATE "
-    '-DFD_CUDA_ARCHS="emulated"'
-).split()
+    "-std=c++17",
+    "-O1",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DFD_EMULATE",
+    '-DFD_CUDA_ARCHS="emulated"',
+)
 
 
 class Emulated(Cuda):
@@ -105,9 +111,8 @@ def _digest(*texts: str) -> str:
 
 
 def _load(library: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_emulated", library)
+    # pybind11 keeps modules by name and would hand out the first one again.
+    spec = importlib.util.spec_from_file_location(f"{library.stem}._emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-

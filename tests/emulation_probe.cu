@@ -1,9 +1,9 @@
 // A kernel that needs everything the emulator has: each block copies a tile to shared memory in the
 // background, waits, meets at a barrier, reads what another thread copied, and adds the sum of its
 // warp. test_emulation.py compiles it with parts left out.
-#include "cuda_port.h"
-
 #include <string>
+
+#include "cuda_port.h"
 
 using fd::cuda::copy_async;
 using fd::cuda::copy_async_commit;
@@ -47,7 +47,8 @@ __global__ void probe(const float* in, float* out) {
 #endif
   const int other = threads - 1 - threadIdx.x;
   sums[threadIdx.x] = warp_sum(tile[4 * other]);
-  for (int i = 0; i < 4; ++i) out[start + 4 * threadIdx.x + i] = tile[4 * other + i] + sums[threadIdx.x];
+  for (int i = 0; i < 4; ++i)
+    out[start + 4 * threadIdx.x + i] = tile[4 * other + i] + sums[threadIdx.x];
 }
 
 }  // namespace

@@ -75,5 +75,3 @@ def test_what_a_gpu_would_not_do_is_an_error(fault, threads, message, tmp_path):
     _, failure = compiled(tmp_path, fault)(x, 2, threads)
     assert failure is not None
     assert message in failure
-
-

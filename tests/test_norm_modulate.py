@@ -161,6 +161,11 @@ def check_strides(run: Runner) -> None:
             assert_equal(f"{what}, y", out, plain)
             assert_equal(f"{what}, x", viewed, plain_x)
             assert_equal(f"{what}, cache", cache, branch)
+        plain = run.norm_modulate(x, scale, shift)
+        for one in (misaligned(scale), misaligned(shift)):
+            pair = (one, shift) if torch.equal(one, scale) else (scale, one)
+            y = run.norm_modulate(x, *pair)
+            assert_equal(f"norm_modulate on {run.label}, one modulation misaligned", y, plain)
 
 
 def check_in_place(run: Runner) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -18,17 +17,11 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("triton_aot", TOOLS / "triton_aot.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Python in a folder where only the installed package can be imported."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = (str(TOOLS), os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.run(
         [sys.executable, *command],
         env=environment,
@@ -51,8 +44,7 @@ def test_every_kernel_is_within_budget(tmp_path):
 @needs_triton
 def test_arguments_are_as_compiled_and_sizes_make_no_new_kernels(tmp_path):
     """Only D, the dtype and the form of the arguments are compiled in."""
-    code = f"""
-import sys; sys.path.insert(0, {str(TOOLS)!r})
+    code = """
 import os, re, tempfile, torch
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 from triton_aot import compile_only
@@ -67,8 +59,8 @@ with compile_only(90) as compiled:
 gated, norm = compiled[::2], compiled[1::2]
 assert len(gated) == len(norm) == 3
 # A single sample broadcasts with a stride of 0, which divides by 16 as D does.
-assert len({{kernel.hash for kernel in gated}}) == 1, gated
-assert len({{kernel.hash for kernel in norm}}) == 1, norm
+assert len({kernel.hash for kernel in gated}) == 1, gated
+assert len({kernel.hash for kernel in norm}) == 1, norm
 
 # What a launch unpacks from the nested operands is what the kernel takes, plus Triton's own two.
 def flat(types):
@@ -82,43 +74,3 @@ for kernel in compiled[:2]:
 """
     done = run(tmp_path, "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def test_the_budget_covers_both_ops_on_every_architecture():
-    tool = load()
-    names = json.loads(tool.BUDGET.read_text())["kernels"]
-    for architecture in tool.ARCHITECTURES:
-        for op in ("gated_residual", "norm_modulate"):
-            assert any(n.startswith(op) and n.endswith(f"sm_{architecture}") for n in names)
-
-
-def test_the_budget_allows_no_spill_and_no_stack():
-    for name, allowed in json.loads(load().BUDGET.read_text())["kernels"].items():
-        assert allowed["spills"] == allowed["stack"] == 0, name
-        assert allowed["narrow"] <= 2, name  # the row index is all that is read in small pieces
-
-
-@pytest.mark.parametrize("field", ["registers", "stack", "shared", "spills", "narrow"])
-def test_one_more_than_the_budget_fails(field):
-    tool = load()
-    name = "gated_residual bf16 sm_90"
-    found = tool.Usage(registers=32, stack=0, shared=0, spills=0, narrow=0)
-    budget = {"kernels": {name: dataclasses.asdict(found)}}
-    assert tool.complaints(name, found, budget, True) == []
-    more = dataclasses.replace(found, **{field: getattr(found, field) + 1})
-    assert field in tool.complaints(name, more, budget, True)[0]
-    held = field not in ("registers", "shared")
-    assert bool(tool.complaints(name, more, budget, False)) == held
-
-
-def test_a_kernel_without_budget_fails():
-    tool = load()
-    found = tool.Usage(32, 0, 0, 0, 0)
-    assert "no budget" in tool.complaints("new sm_90", found, {"kernels": {}}, True)[0]
-
-
-def test_more_shared_memory_than_the_device_has_fails():
-    tool = load()
-    name, found = "large sm_80", tool.Usage(32, 0, 200_000, 0, 0)
-    budget = {"kernels": {name: dataclasses.asdict(found)}}
-    assert "200000 > 166912" in tool.complaints(name, found, budget, True)[0]

@@ -5,12 +5,7 @@
 
 The launchers of `triton_kernels` run as they do on a device, on meta tensors and with a driver that
 only states an architecture, and stop where the compiled kernel would be launched. So what is
-compiled is what a call compiles, argument types and alignments included. Read from the cubin, with
-the cuobjdump of the triton wheel: registers, stack, shared memory, spills (LDL and STL in the SASS)
-and global accesses narrower than 16 bytes.
-
-Registers move with the compiler, so they are held to the budget only under the triton version that
-the budget names. Spills, stack and narrow accesses are held under every version.
+compiled is what a call compiles, argument types and alignments included.
 """
 
 from __future__ import annotations
@@ -18,10 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,22 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from budget import Usage, hold, usages
 from torch import Tensor
 
 BUDGET = Path(__file__).with_name("triton_budget.json")
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}  # bytes one program may have
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel takes."""
-
-    registers: int
-    stack: int
-    shared: int
-    spills: int
-    narrow: int  # global loads and stores below 16 bytes
 
 
 class StatedDriver:
@@ -150,29 +131,11 @@ def compile_only(architecture: int) -> Iterator[list[Any]]:
 
 def usage(kernel: Any) -> Usage:
     """Read the cubin of a compiled kernel."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-
-        def dump(option: str) -> str:
-            command = [str(tool), option, str(cubin)]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        resources, sass = dump("--dump-resource-usage"), dump("-sass")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    if found is None:
-        raise RuntimeError(f"cuobjdump: no resource usage in {resources!r}")
-    accesses = re.findall(r"\b(?:LDG|STG)\.\S+", sass)
-    return Usage(
-        registers=int(found[1]),
-        stack=int(found[2]),
-        shared=kernel.metadata.shared,
-        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        narrow=sum(".128" not in access for access in accesses),
-    )
+        (found,) = usages(cubin).values()
+    return dataclasses.replace(found, shared=kernel.metadata.shared)  # asked for at launch
 
 
 def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, Usage]:
@@ -189,31 +152,6 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, Usage]:
     return found
 
 
-def complaints(name: str, found: Usage, budget: dict[str, Any], same_version: bool) -> list[str]:
-    """What is over budget."""
-    allowed = budget["kernels"].get(name)
-    if allowed is None:
-        return ["no budget: run with --update"]
-    names = ["stack", "spills", "narrow"] + (["registers", "shared"] if same_version else [])
-    over = [
-        f"{field} {getattr(found, field)} > {allowed[field]}"
-        for field in names
-        if getattr(found, field) > allowed[field]
-    ]
-    limit = SHARED_LIMIT[int(name.rpartition("_")[2])]
-    return over + ([f"shared {found.shared} > {limit}"] if found.shared > limit else [])
-
-
-def render(version: str, found: dict[str, Usage]) -> str:
-    """The budget file: what was found, registers in the eights that hardware hands out."""
-    kernels = {}
-    for name, value in found.items():
-        eights = -(-value.registers // 8) * 8
-        kernels[name] = dataclasses.asdict(dataclasses.replace(value, registers=eights))
-    lines = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in kernels.items())
-    return f'{{\n "triton": {json.dumps(version)},\n "kernels": {{\n{lines}\n }}\n}}\n'
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--update", action="store_true", help="write the budget")
@@ -224,20 +162,7 @@ def main() -> int:
         from triton import __version__ as version
     except ImportError as error:
         sys.exit(f"triton is not installed: {error}")
-    found = measure()
-    if arguments.update:
-        BUDGET.write_text(render(version, found))
-    budget = json.loads(BUDGET.read_text())
-    same_version = budget["triton"] == version
-    failed = False
-    for name, value in found.items():
-        over = complaints(name, value, budget, same_version)
-        failed |= bool(over)
-        figures = " ".join(f"{k} {v}" for k, v in dataclasses.asdict(value).items())
-        print(f"{'FAIL' if over else 'ok  '} {name:52} {figures} {'; '.join(over)}")
-    if not same_version:
-        print(f"registers not compared: the budget is for triton {budget['triton']}")
-    return int(failed)
+    return hold(BUDGET, "triton", version, measure(), arguments.update)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Triton kernels on a CUDA device: all checks of both ops, graph capture, streams, no waiting.
+"""The Triton and CUDA kernels on a device: all checks of both ops, graph capture, streams, no waits.
 
 The checks make CPU tensors. `Mirrored` copies the storages behind a call's arguments to a device,
 so strides, offsets, guard bands and shared memory stay as they are, calls there, and copies all of
@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernel_checks
 import test_gated_residual
 import test_norm_modulate
-import kernel_checks
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from inputs import Runner, some_rows
@@ -23,7 +23,7 @@ SHARED = {
     for op, checks in (
         ("gated_residual", test_gated_residual.CHECKS),
         ("norm_modulate", test_norm_modulate.CHECKS),
-        ("triton", kernel_checks.CHECKS),
+        ("kernels", kernel_checks.CHECKS),
     )
     for name, check in checks.items()
 }
@@ -67,7 +67,7 @@ class Mirrored(Backend):
             here.copy_(copy)
 
 
-@pytest.mark.parametrize("name", [name for name in SHARED if not name.startswith("triton")])
+@pytest.mark.parametrize("name", [name for name in SHARED if not name.startswith("kernels")])
 def test_a_mirrored_backend_passes_what_the_backend_passes(name):
     """The mirror itself, on the CPU."""
     mirror = Mirrored(BACKENDS["reference"], torch.device("cpu"))
@@ -79,24 +79,33 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request, device):
+    """Each backend of devices; a build for other devices is skipped with its reason."""
+    found = BACKENDS[request.param]
+    reason = found.supports("gated_residual", device, torch.bfloat16)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return found
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHARED)
-def test_check(name, device):
-    SHARED[name](Runner(Mirrored(BACKENDS["triton"], device), "triton on cuda"))
+def test_check(name, backend, device):
+    SHARED[name](Runner(Mirrored(backend, device), f"{backend.name} on a device"))
 
 
-def both_ops(device: torch.device, dtype: torch.dtype = torch.bfloat16):
+def both_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.bfloat16):
     """Tensors of a call of each op, and a function that makes the calls."""
     x, store, cache = (torch.randn(2, 300, 1152, device=device).to(dtype) for _ in range(3))
     h, branch, out = (torch.randn(2, 120, 1152, device=device).to(dtype) for _ in range(3))
     gate = torch.randn(2, 1152, device=device).to(dtype)
     rows = some_rows(2, 120, 300, torch.Generator().manual_seed(0), torch.int32).to(device)
-    triton = BACKENDS["triton"]
 
     def call() -> None:
-        triton.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
+        backend.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
         affine = (gate, gate, None, None, 1e-6, False)
-        triton.norm_modulate(x, *affine, h, gate, cache, rows, out)
+        backend.norm_modulate(x, *affine, h, gate, cache, rows, out)
 
     return (x, store, cache, h, branch, out), call
 
@@ -115,8 +124,8 @@ def assert_all_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_replays_with_new_inputs(device):
-    tensors, call = both_ops(device)
+def test_a_captured_graph_replays_with_new_inputs(backend, device):
+    tensors, call = both_ops(backend, device)
     call()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -127,9 +136,9 @@ def test_a_captured_graph_replays_with_new_inputs(device):
 
 
 @pytest.mark.gpu
-def test_launches_go_to_the_current_stream(device):
+def test_launches_go_to_the_current_stream(backend, device):
     """Behind a long wait on a side stream, a launch on the default one would read old inputs."""
-    tensors, call = both_ops(device)
+    tensors, call = both_ops(backend, device)
     start = [torch.randn_like(t) for t in tensors]
     expected = results(tensors, call, start)
     for t in tensors:
@@ -146,8 +155,8 @@ def test_launches_go_to_the_current_stream(device):
 
 
 @pytest.mark.gpu
-def test_nothing_waits_and_nothing_is_allocated(device):
-    _, call = both_ops(device)
+def test_nothing_waits_and_nothing_is_allocated(backend, device):
+    _, call = both_ops(backend, device)
     call()  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
@@ -160,10 +169,10 @@ def test_nothing_waits_and_nothing_is_allocated(device):
 
 
 @pytest.mark.gpu
-def test_tensors_of_a_device_that_is_not_current():
+def test_tensors_of_a_device_that_is_not_current(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device only")
-    tensors, call = both_ops(torch.device("cuda", 1))
+    tensors, call = both_ops(backend, torch.device("cuda", 1))
     start = [torch.randn_like(t) for t in tensors]
     with torch.cuda.device(1):
         expected = results(tensors, call, start)
