@@ -14,7 +14,7 @@ TORCH := $(shell grep '^torch==' constraints/tested.txt)
 SOURCES := setup.py pyproject.toml CMakeLists.txt README.md LICENSE tools/_backend.py \
     $(shell find csrc fastdit triton_kernels -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: help build demo test lint format bench clean
+.PHONY: help build demo test lint format bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,12 @@ format: $(VENV)/.testable  ## format, and fix what can be fixed
 
 bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
 	$(VENV)/bin/python benchmarks/record.py
+
+# For a machine with a GPU and no network: the interpreter's own torch, triton and build tools.
+gpu-check:  ## build for the GPU at hand, then test and measure everything on it
+	$(TIMED) build env FASTDIT_CUDA_ARCHS=$$($(PYTHON) tools/gpu_arch.py) $(PYTHON) -m pip install -q \
+	    --no-index --no-build-isolation --no-deps --upgrade --target $(CURDIR)/build/gpu .
+	PYTHONPATH=$(CURDIR)/build/gpu:$$PYTHONPATH $(TIMED) gpu-check $(PYTHON) benchmarks/gpu_check.py
 
 clean:  ## remove .venv and all build products
 	rm -rf $(VENV) build *.egg-info

@@ -61,7 +61,11 @@ struct Sums {
       Vec sum = first ? load_x(x + at * step, step, width) : load(kept + at, width);
       for (int g = 0; g < N; ++g) {
         const Vec value = load(branch[g] + at, width);
-        sum += gate[g] != nullptr ? load(gate[g] + at, width) * value : value;
+        if (gate[g] != nullptr) {
+          sum += load(gate[g] + at, width) * value;  // one fma, as in norm_modulate
+        } else {
+          sum += value;
+        }
       }
       if (last) {
         store(out + at, sum, width);

@@ -111,8 +111,13 @@ template <class T>
 void add_branch(const Row<T>& row, int64_t width) {
   each_vector(width, [&row](int64_t i, auto load, auto store) FD_INLINE_LAMBDA {
     const Vec branch = load(row.branch + i);
-    const Vec added = row.gate != nullptr ? load(row.gate + i) * branch : branch;
-    store(row.x + i, load(row.x + i) + added);
+    Vec sum = load(row.x + i);
+    if (row.gate != nullptr) {
+      sum += load(row.gate + i) * branch;  // one fma, as in gated_residual
+    } else {
+      sum += branch;
+    }
+    store(row.x + i, sum);
   });
 }
 

@@ -52,7 +52,15 @@ def test_a_right_kernel_is_right(threads, tmp_path):
     assert torch.equal(found, expected(x, 3, threads))
 
 
-@pytest.mark.parametrize("fault", ["NO_BARRIER", "NO_WAIT", "WRONG_LANE"])
+WRONG = ("NO_BARRIER", "NO_WAIT", "WRONG_LANE")
+IMPOSSIBLE = {
+    "DIVERGENT_BARRIER": "not all threads reach",
+    "PARTIAL_WARP": "not all threads reach",
+    "MISALIGNED": "misaligned address",
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_kernel_is_wrong(fault, tmp_path):
     x = whole_numbers(4 * 128 * 4)
     found, failure = compiled(tmp_path, fault)(x, 4, 128)
@@ -60,18 +68,23 @@ def test_a_wrong_kernel_is_wrong(fault, tmp_path):
     assert not torch.equal(found, expected(x, 4, 128))
 
 
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_what_a_gpu_would_not_do_is_an_error(fault, tmp_path):
+    _, failure = compiled(tmp_path, fault)(whole_numbers(2 * 128 * 4 + 4), 2, 128)
+    assert failure is not None
+    assert IMPOSSIBLE[fault] in failure
+
+
 @pytest.mark.parametrize(
-    ("fault", "threads", "message"),
-    [
-        ("DIVERGENT_BARRIER", 128, "not all threads reach"),
-        ("PARTIAL_WARP", 64, "not all threads reach"),
-        ("MISALIGNED", 64, "misaligned address"),
-        ("NONE", 48, "without all 32 lanes"),
-        ("NONE", 1025, "more than 1024 threads"),
-    ],
+    ("threads", "message"), [(48, "without all 32 lanes"), (1025, "more than 1024 threads")]
 )
-def test_what_a_gpu_would_not_do_is_an_error(fault, threads, message, tmp_path):
-    x = whole_numbers(2 * threads * 4 + 4)
-    _, failure = compiled(tmp_path, fault)(x, 2, threads)
+def test_a_block_of_a_wrong_size_is_an_error(threads, message, tmp_path):
+    _, failure = compiled(tmp_path)(whole_numbers(threads * 4), 1, threads)
     assert failure is not None
     assert message in failure
+
+
+FAULTS = {
+    test_a_wrong_kernel_is_wrong: WRONG,
+    test_what_a_gpu_would_not_do_is_an_error: tuple(IMPOSSIBLE),
+}

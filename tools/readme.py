@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
+OPS = ("gated_residual", "norm_modulate")
 BEGIN = "<!-- begin: tables made by tools/readme.py from result files; do not edit -->"
 END = "<!-- end -->"
 
@@ -25,6 +26,11 @@ END = "<!-- end -->"
 def tables() -> str:
     """All tables, as Markdown."""
     parts = [*_step(json.loads((RESULTS / "step-cpu.json").read_text()))]
+    for op in OPS:
+        for path in sorted(RESULTS.glob(f"{op}-cpu-*.json"))[-1:]:
+            parts += [*_op(json.loads(path.read_text()))]
+    for path in sorted(RESULTS.glob("gpu-check-*.json")):
+        parts += [*gpu(json.loads(path.read_text()))]
     parts += [*_tiny(json.loads(TINY.read_text()))]
     return "\n".join(parts)
 
@@ -75,6 +81,75 @@ def _step(result: dict[str, Any]) -> list[str]:
             "the captions, is the same in both."
         ),
     ]
+    return lines
+
+
+def _op(result: dict[str, Any]) -> list[str]:
+    """One op on the CPU, against eager and Inductor, both with memory that stays in the process."""
+    rows = [row for row in result["rows"] if row["allocator"] == "kept"]
+    lines = [
+        "",
+        (
+            f"`{result['op']}` on the CPU ({_machine(result['machine'])}): median of a call, the "
+            "share of a plain copy's bandwidth, and times faster than eager and than "
+            "`torch.compile`; every contender keeps its memory, no page is faulted in anew "
+            f"(`benchmarks/bench_{result['op']}.py`)."
+        ),
+        "",
+        "| case | fastdit | of copy | over eager | over torch.compile |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["contender"] != "fastdit":
+            continue
+        rivals = {
+            other["contender"]: other["seconds"]["median"] / row["seconds"]["median"]
+            for other in rows
+            if other["case"] == row["case"]
+        }
+        named = [
+            str(value).removeprefix("torch.") for key, value in row["case"].items() if key != "size"
+        ]
+        if "branches" in row["case"]:
+            named[-1] += " branches" if row["case"]["branches"] > 1 else " branch"
+        compiled = f"{rivals['inductor']:.2f}x" if "inductor" in rivals else "not run"
+        lines.append(
+            f"| {', '.join(named)} | {1e3 * row['seconds']['median']:.2f} ms | "
+            f"{row['share_of_copy']:.0%} | {rivals['eager']:.2f}x | {compiled} |"
+        )
+    return lines
+
+
+def gpu(result: dict[str, Any]) -> list[str]:
+    """The tables of `gpu_check.py`; sections that were not run are left out."""
+    machine, ceilings = result["machine"], result["ceilings"]
+    lines = [
+        "",
+        (
+            f"On {machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, commit "
+            f"{machine['commit']} (`make gpu-check`): copy {ceilings['copy_tb_s']:.2f} TB/s, matmul "
+            f"{ceilings['matmul_tflop_s']:.0f} TFLOP/s. bf16, graph replay with cold caches, medians."
+        ),
+    ]
+    ops = [row for row in result.get("ops", {}).get("rows", []) if "us" in row]
+    if ops:
+        lines += _columns(ops, ("op", "case", "shape"), "us", "microseconds")
+    steps = [row for row in result.get("steps", {}).get("rows", []) if "ms" in row]
+    if steps:
+        lines += _columns(steps, ("model",), "ms", "milliseconds of a step")
+    return lines
+
+
+def _columns(
+    rows: list[dict[str, Any]], keys: tuple[str, ...], values: str, unit: str
+) -> list[str]:
+    """A table with a column for every contender."""
+    names = list(dict.fromkeys(name for row in rows for name in row[values]))
+    head = [*keys, *(f"{name}, {unit}" for name in names)]
+    lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in rows:
+        cells = [f"{row[values][name]:.1f}" if name in row[values] else "-" for name in names]
+        lines.append(f"| {' | '.join([*(row[key] for key in keys), *cells])} |")
     return lines
 
 

@@ -1,0 +1,326 @@
+"""Everything a GPU can say of fastdit, in one command: `make gpu-check`.
+
+    python benchmarks/gpu_check.py [--out FILE] [--minutes 8] [--only SECTION ...]
+
+Sections, in this order: ceilings (copy, matmul), tests (every kernel test on the device), ops (every
+op against eager, torch.compile and every backend), sdpa (attention backends at the models' shapes),
+steps (whole steps of published models with random weights), sanitizer (a subset of the tests under
+compute-sanitizer). The file is written after each, so what was measured survives what fails.
+
+Without a GPU the same code runs shortened on the CPU, in a file marked `rehearsal`: its figures mean
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fastdit
+from fastdit import Schedule
+from machine import describe_machine
+from op_cases import cases
+from real_models import MODELS, RealModel
+from shapes import ALL, TINY
+from timing import race, sets_needed
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TEST_FILE = ROOT / "tests" / "test_gpu.py"
+OP_SHAPES = ("pixart-512", "pixart-1024", "sd3-medium-1024", "sd3.5-large-1024", "flux-1024")
+
+# Model, batch, heads, head width, keys, text among them: a sparse step has its text and a part of
+# its image tokens as queries.
+ATTENTION = (
+    ("FLUX.1-dev", 1, 24, 128, 4608, 512),
+    ("SD3 medium", 2, 24, 64, 4429, 333),
+    ("SD3.5 large", 2, 38, 64, 4429, 333),
+    ("PixArt-Sigma", 2, 16, 72, 4096, 0),
+    ("Lumina-Image-2.0", 2, 24, 96, 4352, 256),
+)
+SDPA = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+
+
+class Check:
+    """The device, whether this is a rehearsal, and the time that is left."""
+
+    def __init__(self, minutes: float) -> None:
+        self.rehearsal = not torch.cuda.is_available()
+        self.device = torch.device("cpu" if self.rehearsal else "cuda")
+        self.dtype = torch.float32 if self.rehearsal else torch.bfloat16
+        self.turns = 2 if self.rehearsal else 31
+        self.deadline = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.deadline - time.monotonic()
+
+    def synchronize(self) -> None:
+        if not self.rehearsal:
+            torch.cuda.synchronize()
+
+    # --- sections
+
+    def ceilings(self) -> dict[str, Any]:
+        """What this device can copy and multiply: the measure of everything else."""
+        count, side = (1 << 20, 256) if self.rehearsal else (1 << 29, 8192)
+        a = torch.ones(count, device=self.device, dtype=self.dtype)
+        b = torch.empty_like(a)
+        left, right = (
+            torch.randn(side, side, device=self.device, dtype=self.dtype) for _ in range(2)
+        )
+        out = torch.empty_like(left)
+        copy = race({"copy": lambda i: b.copy_(a)}, 1, self.device, self.turns)
+        matmul = race({"mm": lambda i: torch.mm(left, right, out=out)}, 1, self.device, self.turns)
+        return {
+            "copy_tb_s": 2 * a.nbytes / copy.seconds["copy"] / 1e12,
+            "matmul_tflop_s": 2 * side**3 / matmul.seconds["mm"] / 1e12,
+            "self_checks": [copy.self_check, matmul.self_check],
+        }
+
+    def tests(self) -> dict[str, Any]:
+        """The kernel tests, in processes side by side: Triton compiles hundreds of forms."""
+        shards = ["cuda", "triton and gated_residual", "triton and norm_modulate"]
+        shards += ["triton and kernels", "triton and not test_check"]
+        if self.rehearsal:
+            shards = ["mirrored and check_empty"]
+        running = [(shard, self._pytest(shard)) for shard in shards]
+        found = {}
+        for shard, process in running:
+            output = _finish(process, self.left())
+            found[shard] = {"rc": process.returncode, "summary": _last_line(output)}
+            if process.returncode:
+                found[shard]["failures"] = re.findall(r"^(?:FAILED|ERROR) .*", output, re.M)[:40]
+        return {"passed": not any(f["rc"] for f in found.values()), "shards": found}
+
+    def ops(self) -> dict[str, Any]:
+        """Every case of every op; microseconds of a call."""
+        rows, copy = [], self.ceilings()["copy_tb_s"]
+        shapes = TINY if self.rehearsal else tuple(s for s in ALL if s.name in OP_SHAPES)
+        for case in cases(shapes):
+            if self.left() < 0:
+                rows.append({"op": case.op, "case": case.name, "skipped": "the time is up"})
+                continue
+            moved = case.bytes_moved(self.dtype)
+            sets = sets_needed(moved, self.device)
+            found = race(
+                case.contenders(self.device, sets, self.dtype), sets, self.device, self.turns
+            )
+            row = {"op": case.op, "case": case.name, "shape": case.shape.name, "bytes": moved}
+            row |= found.asdict()
+            row["share_of_copy"] = {
+                name: moved / seconds / (copy * 1e12) for name, seconds in found.seconds.items()
+            }
+            rows.append(row)
+            shown = ", ".join(f"{k} {v:.1f}" for k, v in row["us"].items())
+            print(f"  {case.op:15} {case.name:20} {case.shape.name:17} us: {shown}", flush=True)
+        return {"rows": rows}
+
+    def sdpa(self) -> dict[str, Any]:
+        """Attention of all and of a quarter of the image tokens over all keys; TFLOP/s."""
+        rows = []
+        for model, batch, heads, width, keys, text in ATTENTION:
+            if self.rehearsal:
+                heads, keys, text = 2, 64, min(text, 8)
+            k, v = (
+                torch.randn(batch, heads, keys, width, device=self.device, dtype=self.dtype)
+                for _ in range(2)
+            )
+            for share in (1.0, 0.25):
+                queries = text + int(share * (keys - text))
+                q = torch.randn(batch, heads, queries, width, device=self.device, dtype=self.dtype)
+                flops = 4 * batch * heads * queries * keys * width
+                row: dict[str, Any] = {"model": model, "queries": queries, "keys": keys}
+                for backend in SDPA:
+                    row[backend.name] = self._attention(backend, q, k, v, flops)
+                rows.append(row)
+                print(f"  {row}", flush=True)
+        return {"rows": rows}
+
+    def _attention(self, backend, q, k, v, flops: int) -> float | str:
+        def call(_: int) -> None:
+            with sdpa_kernel([backend]):
+                F.scaled_dot_product_attention(q, k, v)
+
+        found = race({"sdpa": call}, 1, self.device, self.turns)
+        if "sdpa" in found.failed:
+            return found.failed["sdpa"]
+        return flops / found.seconds["sdpa"] / 1e12
+
+    def steps(self) -> dict[str, Any]:
+        """Whole steps; a step counts from its call until the device is done."""
+        try:
+            import diffusers
+        except ImportError as error:
+            return {"skipped": f"diffusers is not installed: {error}"}
+        rows = []
+        for real in MODELS:
+            if self.left() < 45:
+                rows.append({"model": real.name, "skipped": "the time is up"})
+                continue
+            rows.append(self._steps_of(real))
+            print(f"  {rows[-1]}", flush=True)
+            if not self.rehearsal:
+                torch.cuda.empty_cache()
+        return {"diffusers": diffusers.__version__, "rows": rows}
+
+    @torch.no_grad()
+    def _steps_of(self, real: RealModel) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = real.build(self.device, self.dtype, self.rehearsal)
+        arguments = real.arguments(model, self.rehearsal)
+        row: dict[str, Any] = {"model": real.name, "ms": {}, "host_ms": {}}
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+
+        def measured(name: str, prepare: Callable[[], None] = lambda: None) -> None:
+            times = [self._step_seconds(model, arguments, prepare) for _ in range(6)][1:]
+            row["ms"][name] = 1e3 * statistics.median(t for t, _ in times)
+            row["host_ms"][name] = 1e3 * statistics.median(t for _, t in times)
+
+        measured("eager")
+        handle = fastdit.patch(model)
+        with handle.run(torch.linspace(999, 0, 2)):
+            measured("fastdit dense")
+        handle.unpatch()
+        for n, name in ((2, "fastdit every(2), a reused step"),):
+            handle = fastdit.patch(model, fastdit.Cached(Schedule.every(n)))
+
+            def reused(handle=handle) -> None:
+                handle.reset()
+                self._run = handle.run(torch.linspace(999, 0, 2))
+                self._run.__enter__()
+                model(**arguments)
+                handle.advance()
+
+            measured(name, reused)
+            handle.unpatch()
+        if not self.rehearsal:
+            try:
+                model.compile_repeated_blocks(fullgraph=True)
+                measured("torch.compile of the blocks")
+            except Exception as error:  # a rival that does not run is a result too
+                row["compile_failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+        return row
+
+    def _step_seconds(self, model, arguments, prepare) -> tuple[float, float]:
+        """Until the device is done, and until the host is."""
+        self._run = None
+        prepare()
+        self.synchronize()
+        start = time.perf_counter()
+        model(**arguments)
+        host = time.perf_counter() - start
+        self.synchronize()
+        whole = time.perf_counter() - start
+        if self._run is not None:
+            self._run.__exit__(None, None, None)
+        return whole, host
+
+    def sanitizer(self) -> dict[str, Any]:
+        """The CUDA kernels' address, race and barrier checks."""
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if self.rehearsal or not Path(tool).exists():
+            return {"skipped": "no GPU" if self.rehearsal else "compute-sanitizer is not installed"}
+        found = {}
+        for check in ("memcheck", "racecheck", "synccheck"):
+            if self.left() < 20:
+                found[check] = {"skipped": "the time is up"}
+                continue
+            process = self._pytest(
+                "cuda and (check_inputs_and_guards or check_cache)",
+                [tool, "--tool", check, "--error-exitcode", "86"],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            output = _finish(process, min(90.0, self.left()))
+            ran = "ERROR SUMMARY" in output
+            found[check] = {"rc": process.returncode, "summary": _last_line(output)}
+            if not ran:
+                found[check]["skipped"] = f"it did not run: {_last_line(output)}"
+        return found
+
+    def _pytest(self, chosen: str, before=(), environment=None) -> subprocess.Popen[str]:
+        command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += ["-k", chosen, str(TEST_FILE)]
+        return subprocess.Popen(
+            command,
+            cwd=ROOT / "tests",
+            env=os.environ | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+SECTIONS = ("ceilings", "tests", "ops", "sdpa", "steps", "sanitizer")
+
+
+def _finish(process: subprocess.Popen[str], seconds: float) -> str:
+    try:
+        return process.communicate(timeout=max(1.0, seconds))[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0] + "\nout of time"
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0] or None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all sections together")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    arguments = parser.parse_args()
+    check = Check(arguments.minutes)
+    machine = describe_machine()
+    result: dict[str, Any] = {
+        "rehearsal": check.rehearsal,
+        "machine": machine | {"driver": driver()},
+    }
+    name = "rehearsal" if check.rehearsal else re.sub(r"\W+", "-", str(machine["gpu"]).lower())
+    folder = ROOT / "build" if check.rehearsal else RESULTS
+    out = arguments.out or folder / f"gpu-check-{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for section in arguments.only:
+        print(f"== {section}", flush=True)
+        start = time.monotonic()
+        try:
+            found = getattr(check, section)()
+        except Exception:  # the other sections are worth having
+            found = {"error": traceback.format_exc()}
+            print(found["error"], flush=True)
+        failed |= "error" in found or found.get("passed") is False
+        result[section] = found | {"seconds": round(time.monotonic() - start, 1)}
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written to {out}" + (" (a rehearsal: no GPU)" if check.rehearsal else ""))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

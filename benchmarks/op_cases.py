@@ -1,0 +1,128 @@
+"""What is measured of every op: shapes, forms, the bytes that must move, and who competes.
+
+An op joins by a function here: `gpu_check.py`, `roofline.py` and the table in the README follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdit.ops import BACKENDS
+from shapes import Shape
+from timing import Contender
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One form of an op at one shape.
+
+    Attributes:
+        op: Stem of the op.
+        name: What is measured, for people.
+        shape: Hidden state of a model.
+        tensors: How many [B, N, D] tensors must be read or written.
+        make: (device, dtype) -> contenders on one fresh set of buffers each call.
+    """
+
+    op: str
+    name: str
+    shape: Shape
+    tensors: int
+    make: Callable[[torch.device, torch.dtype], dict[str, Callable[[], object]]]
+
+    def bytes_moved(self, dtype: torch.dtype = DTYPE) -> int:
+        """Modulations are left out: they are small and stay in the cache."""
+        return self.tensors * self.shape.elements * dtype.itemsize
+
+    def contenders(
+        self, device: torch.device, sets: int, dtype: torch.dtype = DTYPE
+    ) -> dict[str, Contender]:
+        """Contenders that take the number of a set."""
+        made = [self.make(device, dtype) for _ in range(sets)]
+        return {name: (lambda i, name=name: made[i][name]()) for name in made[0]}
+
+
+def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
+    """Every case, op by op."""
+    for shape in shapes:
+        for count in (1, 2, 8):
+            yield gated_residual(shape, count)
+    for shape in shapes:
+        for branch in (False, True):
+            yield norm_modulate(shape, branch)
+
+
+def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The backends of this device that are not the reference."""
+    able = (b for b in BACKENDS.values() if b.supports(op, device, dtype) is None)
+    return [b.name for b in able if b.name != "reference"]
+
+
+def gated_residual(shape: Shape, count: int) -> Case:
+    """x += sum of `count` gated branches, in place."""
+
+    def eager(x: Tensor, branches: list[Tensor], gates: list[Tensor]) -> Tensor:
+        for branch, gate in zip(branches, gates, strict=True):
+            x = x + gate * branch
+        return x
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, shape.tokens, shape.width)
+        x, *branches = (torch.randn(size, device=device, dtype=dtype) for _ in range(count + 1))
+        table = 1e-3 * torch.randn(shape.batch, count, shape.width, device=device, dtype=dtype)
+        gates = list(table.chunk(count, dim=1))
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(x, branches, gates),
+            "compile": lambda: compiled(x, branches, gates),
+        }
+        for name in backends("gated_residual", device, dtype):
+            run = BACKENDS[name].gated_residual
+            found[name] = lambda run=run: run(x, branches, gates, -1, None, None, x)
+        return found
+
+    plural = "branch" if count == 1 else "branches"
+    return Case("gated_residual", f"{count} {plural}", shape, count + 2, make)
+
+
+def norm_modulate(shape: Shape, with_branch: bool) -> Case:
+    """Layer norm, scale and shift; with a branch, after a gated residual."""
+
+    def plain(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+    def after_branch(x: Tensor, scale: Tensor, shift: Tensor, branch: Tensor, gate: Tensor):
+        x.add_(gate * branch)
+        return plain(x, scale, shift)
+
+    expression = after_branch if with_branch else plain
+    compiled = torch.compile(expression, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, shape.tokens, shape.width)
+        x, branch = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
+        out = torch.empty_like(x)
+        table = 1e-3 * torch.randn(shape.batch, 3, shape.width, device=device, dtype=dtype)
+        scale, shift, gate = table.chunk(3, dim=1)
+        given = (branch, gate) if with_branch else ()
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: expression(x, scale, shift, *given),
+            "compile": lambda: compiled(x, scale, shift, *given),
+        }
+        residual = (*(given or (None, None)), None, None)
+        for name in backends("norm_modulate", device, dtype):
+            run = BACKENDS[name].norm_modulate
+            affine = (x, scale, shift, None, None, 1e-6, False)
+            found[name] = lambda run=run, affine=affine: run(*affine, *residual, out)
+        return found
+
+    name = "after a gated branch" if with_branch else "plain"
+    return Case("norm_modulate", name, shape, 4 if with_branch else 2, make)

@@ -1,0 +1,172 @@
+"""Transformers of the published sizes with random weights: nothing is downloaded.
+
+The sizes are those of the models' public configurations. `reduced` keeps the width's arithmetic and
+the block structure, and takes two blocks of each kind and few tokens: a rehearsal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """How to build one model and call it for one step.
+
+    Attributes:
+        name: The model and picture size.
+        cls: Class of diffusers.
+        config: Its arguments.
+        reduced: What a rehearsal changes in them.
+        batch: Rows of a step; two with classifier-free guidance.
+        latent: Side of the latent.
+        text: Tokens of text.
+        inputs: (model, batch, latent, text, factory) -> arguments without the timestep.
+    """
+
+    name: str
+    cls: str
+    config: dict[str, Any]
+    reduced: dict[str, Any]
+    batch: int
+    latent: int
+    text: int
+    inputs: Callable[..., Inputs] = field(repr=False)
+
+    def build(self, device: torch.device, dtype: torch.dtype, rehearsal: bool) -> nn.Module:
+        """Random weights, made on the device in the dtype."""
+        import diffusers
+
+        config = self.config | (self.reduced if rehearsal else {})
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = getattr(diffusers, self.cls)(**config)
+        finally:
+            torch.set_default_dtype(before)
+        return model.to(dtype).eval().requires_grad_(False)
+
+    def arguments(self, model: nn.Module, rehearsal: bool) -> Inputs:
+        """Inputs of one step at t = 500, at the end of no particular prompt."""
+        weight = next(model.parameters())
+
+        def new(*shape: int) -> Tensor:
+            return torch.randn(shape, device=weight.device, dtype=weight.dtype)
+
+        latent, text = (16, 8) if rehearsal else (self.latent, self.text)
+        made = self.inputs(model, self.batch, latent, text, new)
+        made.setdefault("timestep", torch.full((self.batch,), 500, device=weight.device))
+        return made | {"return_dict": False}
+
+
+def _sd3(model, batch, latent, text, new) -> Inputs:
+    return {
+        "hidden_states": new(batch, 16, latent, latent),
+        "encoder_hidden_states": new(batch, text, model.config.joint_attention_dim),
+        "pooled_projections": new(batch, model.config.pooled_projection_dim),
+    }
+
+
+def _flux(model, batch, latent, text, new) -> Inputs:
+    side = latent // 2
+    image_ids = new(side * side, 3).zero_()
+    grid = torch.arange(side, device=image_ids.device, dtype=image_ids.dtype)
+    image_ids[:, 1] = grid.repeat_interleave(side)
+    image_ids[:, 2] = grid.repeat(side)
+    return {
+        "hidden_states": new(batch, side * side, model.config.in_channels),
+        "encoder_hidden_states": new(batch, text, model.config.joint_attention_dim),
+        "pooled_projections": new(batch, model.config.pooled_projection_dim),
+        "img_ids": image_ids,
+        "txt_ids": new(text, 3).zero_(),
+        "guidance": new(batch).fill_(3.5),
+        "timestep": new(batch).fill_(0.5),
+    }
+
+
+def _pixart(model, batch, latent, text, new) -> Inputs:
+    return {
+        "hidden_states": new(batch, 4, latent, latent),
+        "encoder_hidden_states": new(batch, text, model.config.caption_channels),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def _dit(model, batch, latent, text, new) -> Inputs:
+    labels = torch.zeros(batch, device=next(model.parameters()).device, dtype=torch.long)
+    return {"hidden_states": new(batch, 4, latent, latent), "class_labels": labels}
+
+
+MODELS = (
+    RealModel(
+        "FLUX.1-dev 1024",
+        "FluxTransformer2DModel",
+        {"guidance_embeds": True},
+        {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4},
+        1,
+        128,
+        512,
+        _flux,
+    ),
+    RealModel(
+        "SD3 medium 1024",
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128,
+            "num_layers": 24,
+            "num_attention_heads": 24,
+            "caption_projection_dim": 1536,
+            "pos_embed_max_size": 192,
+        },
+        {"num_layers": 2, "num_attention_heads": 4, "caption_projection_dim": 256},
+        2,
+        128,
+        333,
+        _sd3,
+    ),
+    RealModel(
+        "SD3.5 large 1024",
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128,
+            "num_layers": 38,
+            "num_attention_heads": 38,
+            "caption_projection_dim": 2432,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        {"num_layers": 2, "num_attention_heads": 4, "caption_projection_dim": 256},
+        2,
+        128,
+        333,
+        _sd3,
+    ),
+    RealModel(
+        "PixArt-Sigma 1024",
+        "PixArtTransformer2DModel",
+        {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
+        {"num_layers": 2, "num_attention_heads": 4, "cross_attention_dim": 288},
+        2,
+        128,
+        300,
+        _pixart,
+    ),
+    RealModel(
+        "DiT-XL/2 512",
+        "DiTTransformer2DModel",
+        {"sample_size": 64},
+        {"num_layers": 2, "num_attention_heads": 4},
+        2,
+        64,
+        0,
+        _dit,
+    ),
+)

@@ -1,0 +1,176 @@
+"""Faults to plant in the Triton kernels, each with the check that finds it.
+
+test_triton_faults.py plants them; docs/faults.md lists them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+GATED, NORM = "gated_residual", "norm_modulate"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Which file, what to replace by what, and the check and dtype that find it."""
+
+    op: str
+    changes: tuple[tuple[str, str], ...]
+    check: str
+    dtype: torch.dtype = BF16
+
+
+def one(op: str, old: str, new: str, check: str, dtype: torch.dtype = BF16) -> Fault:
+    return Fault(op, ((old, new),), check, dtype)
+
+
+FAULTS = {
+    # gated_residual: addresses
+    "columns past D are stored": one(
+        GATED, "element_ty), mask=inside)", "element_ty), mask=active[:, None])",
+        "check_inputs_and_guards",
+    ),
+    "a row past the last is stored": one(
+        GATED, "element_ty), mask=inside)",
+        "element_ty), mask=(row <= total)[:, None] & (col < WIDTH)[None, :])",
+        "check_inputs_and_guards",
+    ),
+    "the last piece of D is left out": one(
+        GATED, "triton.cdiv(width, launch.cols)", "max(1, width // launch.cols)", "check_sizes"
+    ),
+    "a branch is read one row early": one(
+        GATED, "pointers(branches[i], b, at, col)",
+        "pointers(branches[i], b, tl.maximum(at - 1, 0), col)", "check_rows",
+    ),
+    "the fresh branch is read at rows": one(
+        GATED, "pointers(branches[i], b, k, col)",
+        "pointers(branches[i], b, tl.minimum(at, tokens - 1), col)", "check_rows",
+    ),
+    "the gate is that of the first sample": one(
+        GATED, "pointers(gates[i], b, k, col)", "pointers(gates[i], b * 0, k, col)", "check_gates"
+    ),
+    "the gate is that of the first token": one(
+        GATED, "pointers(gates[i], b, k, col)", "pointers(gates[i], b, k * 0, col)", "check_gates"
+    ),
+    "a cache row stays unwritten": one(
+        GATED, "branch, mask=inside)", "branch, mask=inside & (k > 0)[:, None])", "check_cache"
+    ),
+    "the cache is written one row early": one(
+        GATED, "pointers(cache, b, at, col)", "pointers(cache, b, tl.maximum(at - 1, 0), col)",
+        "check_cache",
+    ),
+    "the cache is written at compact rows": one(
+        GATED, "pointers(cache, b, at, col)", "pointers(cache, b, k, col)", "check_cache"
+    ),
+    "row offsets are int32": one(
+        GATED, "b, at, col), mask=inside, other=0.0)",
+        "b.to(tl.int32), at.to(tl.int32), col), mask=inside, other=0.0)",
+        "check_offsets_beyond_int32", FP16,
+    ),
+    # gated_residual: values
+    "a gate of None drops its branch": one(
+        GATED, "acc += branch.to(tl.float32)", "acc += 0.0 * branch.to(tl.float32)", "check_rows"
+    ),
+    "the sum is kept in bf16": one(
+        GATED, "branch.to(tl.float32), acc)",
+        "branch.to(tl.float32), acc).to(tl.bfloat16).to(tl.float32)",
+        "check_one_rounding_of_sums",
+    ),
+    "the sum is kept in fp16": one(
+        GATED, "branch.to(tl.float32), acc)",
+        "branch.to(tl.float32), acc).to(tl.float16).to(tl.float32)", "check_sizes", FP32,
+    ),
+    "out is truncated instead of rounded": one(
+        GATED, "acc.to(out.start.dtype.element_ty)",
+        "(acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)",
+        "check_ties_to_even",
+    ),
+    # norm_modulate: addresses
+    "y is stored past D": one(
+        NORM, "y.to(out.start.dtype.element_ty), mask=inside",
+        "y.to(out.start.dtype.element_ty), mask=active[:, None]",
+        "check_inputs_and_guards",
+    ),
+    "y of a row past the last is stored": one(
+        NORM, "y.to(out.start.dtype.element_ty), mask=inside",
+        "y.to(out.start.dtype.element_ty), mask=(row <= total)[:, None] & wide",
+        "check_inputs_and_guards",
+    ),
+    "columns past D are summed as ones": one(
+        NORM, "pointers(x, b, at, col), mask=inside, other=0.0",
+        "pointers(x, b, at, col), mask=inside, other=1.0", "check_sizes",
+    ),
+    "deviations past D are summed": one(
+        NORM, "tl.where((col < WIDTH)[None, :], values[c] - mean[:, None], 0.0)",
+        "values[c] - mean[:, None]", "check_offset_rows", FP32,
+    ),
+    "the last piece of D is left out, norm": one(
+        NORM, "CHUNKS=triton.cdiv(width, launch.cols)",
+        "CHUNKS=max(1, width // launch.cols)", "check_sizes",
+    ),
+    "x is read at compact rows": one(
+        NORM, "tl.load(pointers(x, b, at, col)", "tl.load(pointers(x, b, k, col)", "check_rows"
+    ),
+    "x is written at compact rows": one(
+        NORM, "pointers(x, b, at, col), value", "pointers(x, b, k, col), value", "check_rows"
+    ),
+    "x keeps its value before the branch": one(
+        NORM, "tl.store(pointers(x, b, at, col), value, mask=inside)", "pass", "check_branch"
+    ),
+    "a cache row stays unwritten, norm": one(
+        NORM, "update, mask=inside)", "update, mask=inside & (k > 0)[:, None])",
+        "check_cache_without_rows",
+    ),
+    "scale is that of the first sample": one(
+        NORM, "pointers(scale, b, k, col)", "pointers(scale, b * 0, k, col)", "check_modulations"
+    ),
+    "gate is that of the first token": one(
+        NORM, "pointers(gate, b, k, col)", "pointers(gate, b, k * 0, col)", "check_branch"
+    ),
+    # norm_modulate: values
+    "scale and shift are swapped": one(
+        NORM, "modulation(scale),\n            modulation(shift)",
+        "modulation(shift),\n            modulation(scale)", "check_modulations",
+    ),
+    "scale in place of 1 + scale": one(
+        NORM, "y *= 1.0 + tl.load(pointers(scale", "y *= tl.load(pointers(scale", "check_sizes"
+    ),
+    "a bias displaces the weight": one(
+        NORM, "if weight is not None:", "if weight is not None and bias is None:",
+        "check_optional_parts",
+    ),
+    "variance as E[x^2] - m^2": Fault(
+        NORM,
+        (("values[c] - mean[:, None], 0.0)", "values[c], 0.0)"),
+         ("values[c] - mean[:, None] - rest[:, None]", "values[c] - mean[:, None]")),
+        "check_offset_rows", FP32,
+    ),
+    "the rounding of the mean is not corrected": one(
+        NORM, "values[c] - mean[:, None] - rest[:, None]", "values[c] - mean[:, None]",
+        "check_shifted_rows", FP32,
+    ),
+    "RMSNorm divides by the deviation": one(
+        NORM, "acc += value * value", "acc += value", "check_sizes"
+    ),
+    "eps is left out": one(
+        NORM, "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)", "check_constant_rows"
+    ),
+    "the norm sees x before it is rounded": one(
+        NORM, "value = value.to(tl.float32)\n        values",
+        "value = (value if branch is None else added).to(tl.float32)\n        values",
+        "check_fused_equals_two_ops",
+    ),
+    "y is modulated in bf16": one(
+        NORM, "if scale is not None:",
+        "y = y.to(tl.bfloat16).to(tl.float32)\n        if scale is not None:",
+        "check_one_rounding_of_norms",
+    ),
+    "rows of one tile share a mean": one(
+        NORM, "mean = tl.sum(acc, axis=1) * (1.0 / WIDTH)",
+        "mean = tl.zeros([ROWS], tl.float32) + tl.sum(tl.sum(acc, axis=1), axis=0) * (1.0 / WIDTH)",
+        "check_special_values",
+    ),
+}  # fmt: skip
