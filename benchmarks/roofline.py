@@ -101,6 +101,8 @@ def main() -> None:
     rows = {name: result.get(name, {}).get("rows", []) for name in ("ops", "steps")}
     source = result["machine"]["gpu"] if result else "an H200 in public measurements"
     text = (
+        "# What is possible\n\nWritten by `python benchmarks/roofline.py --out docs/roofline.md`, which explains how "
+        "the figures are made; with `--results FILE` they stand beside what `make gpu-check` measured.\n\n"
         f"Ceilings of {source}: copy {ceilings['copy_tb_s']:.2f} TB/s, "
         f"matmul {ceilings['matmul_tflop_s']:.0f} TFLOP/s. bf16.\n\n"
     )
