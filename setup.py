@@ -67,6 +67,8 @@ class CMakeBuild(build_ext):
         (tree / "build.log").write_text(done.stdout)
         print(done.stdout)
         done.check_returncode()
+        for stale in package.glob("_cuda*.so") if nvcc is None else ():
+            stale.unlink()  # of an earlier build in this tree
         subprocess.check_call(["cmake", "--install", str(tree)])
 
     def configure_command(self, tree: Path, package: Path, nvcc: str | None) -> list[str]:
