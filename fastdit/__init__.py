@@ -21,6 +21,7 @@ from fastdit.errors import (
 from fastdit.explain import Explanation
 from fastdit.methods.cached import Cached
 from fastdit.methods.dense import Dense
+from fastdit.methods.ras import RAS, Linear
 from fastdit.patch import Handle, explain, patch, report, unpatch
 from fastdit.report import Report
 from fastdit.schedule import Schedule
@@ -28,6 +29,7 @@ from fastdit.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "RAS",
     "ArgumentError",
     "BackendError",
     "Cached",
@@ -37,6 +39,7 @@ __all__ = [
     "Explanation",
     "FastDiTError",
     "Handle",
+    "Linear",
     "Report",
     "Schedule",
     "ScheduleError",

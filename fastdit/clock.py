@@ -20,7 +20,7 @@ class Listener(Protocol):
 
     def start_run(self, steps: int, scheduler: Any) -> None: ...
 
-    def end_step(self, scheduler: Any) -> None: ...
+    def end_step(self, scheduler: Any, velocity: Any, delta: Any) -> None: ...
 
 
 def attach(scheduler: Any, listener: Listener) -> None:
@@ -72,9 +72,11 @@ def _clocked(base: type) -> type:
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        delta = _sigma_step(self) if LINK in self.__dict__ else None
         result = base.step(self, *args, **kwargs)
         if LINK in self.__dict__:
-            self.__dict__[LINK].end_step(self)
+            velocity = args[0] if args else kwargs.get("model_output")
+            self.__dict__[LINK].end_step(self, velocity, delta)
         return result
 
     def reduce_ex(self: Any, protocol: int) -> Any:
@@ -91,3 +93,12 @@ def _clocked(base: type) -> type:
         "step": step,
     }
     return type(base.__name__, (base,), members)
+
+
+def _sigma_step(scheduler: Any) -> Any:
+    """sigma of the coming step minus that of this one, as the scheduler holds it; 1 where it has no sigmas."""
+    sigmas, index = getattr(scheduler, "sigmas", None), getattr(scheduler, "step_index", None)
+    if sigmas is None:
+        return 1.0
+    index = index if index is not None else getattr(scheduler, "begin_index", None) or 0
+    return sigmas[index + 1] - sigmas[index] if index + 1 < len(sigmas) else 1.0

@@ -33,6 +33,61 @@ Gate = Tensor | None
 ALWAYS: BlockActions = {}
 
 
+class Tokens:
+    """Which image tokens a call computes, and where the keys and values of all of them live.
+
+    Attributes:
+        count: Image tokens, N.
+        rows: [B, K] active ones, or None for all.
+        keys: Attention -> its keys and values.
+        memory: Free space of the adapter that lives as long as the keys: `rotation`.
+    """
+
+    def __init__(self, count: int, rows: Tensor | None, keys: dict[Any, Any], memory: Any) -> None:
+        self.count = count
+        self.rows = rows
+        self.keys = keys
+        self.memory = memory
+        self._joint: dict[int, Tensor] = {}
+
+    def joint_rows(self, text: int) -> Tensor | None:
+        """Rows of [text, image] that are active: all text, [B, text + K]."""
+        if self.rows is None:
+            return None
+        if text not in self._joint:
+            first = torch.arange(text, device=self.rows.device).expand(self.rows.shape[0], text)
+            self._joint[text] = torch.cat([first, text + self.rows], dim=1)
+        return self._joint[text]
+
+    def gather(self, held: Any, layout: Sequence[str]) -> Any:
+        """The active rows of a component's kept output."""
+        if isinstance(held, (tuple, list)):
+            return tuple(self._take(h, part) for h, part in zip(held, layout, strict=False))
+        return self._take(held, layout[0])
+
+    def scatter(self, held: Any, value: Any, layout: Sequence[str]) -> Any:
+        """A component's kept output with its active rows replaced."""
+        if isinstance(held, (tuple, list)):
+            return tuple(
+                self._put(h, v, part) for h, v, part in zip(held, value, layout, strict=False)
+            )
+        return self._put(held, value, layout[0])
+
+    def _index(self, held: Tensor, part: str) -> tuple[Tensor, Tensor] | None:
+        if part == "text":
+            return None
+        rows = self.rows if part == "image" else self.joint_rows(held.shape[1] - self.count)
+        return torch.arange(rows.shape[0], device=rows.device)[:, None], rows
+
+    def _take(self, held: Tensor | None, part: str) -> Tensor | None:
+        index = None if held is None else self._index(held, part)
+        return held if index is None else held[index]
+
+    def _put(self, held: Tensor | None, value: Tensor | None, part: str) -> Tensor | None:
+        index = None if held is None else self._index(held, part)
+        return value if index is None else held.index_put(index, value.to(held.dtype))
+
+
 class Forward:
     """The state of one transformer call. The session makes one per call; adapters use it inside blocks.
 
@@ -54,6 +109,8 @@ class Forward:
         defer: bool = False,
         family: dict[str, Any] | None = None,
         compiled: Callable[..., Any] | None = None,
+        tokens: Tokens | None = None,
+        layouts: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.ops = ops
         self.blocks = blocks
@@ -66,6 +123,8 @@ class Forward:
         self.segments = EAGER
         self.index = 0
         self.computed = 0
+        self.tokens = tokens
+        self._layouts = {} if layouts is None else layouts
         self._compiled = compiled
         self._planned = 0
         self._row: BlockActions = ALWAYS
@@ -96,12 +155,20 @@ class Forward:
         """
         flags = self._row.get(name, COMPUTE)
         key = (self.index, name)
-        value = None if flags & COMPUTE else self.slots.get(key)
-        if value is None:
+        sparse = self.tokens is not None and self.tokens.rows is not None
+        value = held = self.slots.get(key)
+        if value is None or flags & COMPUTE:
             value = compute()
             self.computed += 1
-        if flags & KEEP:
-            self.slots[key] = value
+            if sparse and held is not None and flags & KEEP:
+                held = self.tokens.scatter(held, value, self._layouts[name])
+            else:
+                # The rows of a value that was never held whole cannot stand for it later.
+                held = None if sparse else value
+        elif sparse:
+            value = self.tokens.gather(held, self._layouts[name])
+        if flags & KEEP and held is not None:
+            self.slots[key] = held
         else:
             self.slots.pop(key, None)
         return value

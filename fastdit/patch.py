@@ -47,6 +47,18 @@ class BlockLink:
         return self.session.block(self.kind, self.index, module, args, kwargs)
 
 
+class EmbedLink:
+    """What the rewritten forward of a patch embedding calls."""
+
+    __slots__ = ("session",)
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.embed(module, *args, **kwargs)
+
+
 class Handle:
     """What `patch` returns: look at, pause, and remove a patch."""
 
@@ -198,8 +210,12 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     _check_backend(bound, transformer)
     check_drift(adapter, transformer)
     blocks = adapter.blocks(transformer)
-    for _, block in blocks:
-        check_installable(block)
+    embedders = []
+    if any("rows" in method.writes for method in methods):
+        adapter.check_tokens(transformer)
+        embedders = adapter.embedders(transformer)
+    for module in (*(block for _, block in blocks), *embedders):
+        check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
 
@@ -210,7 +226,7 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
         session.pipeline = weakref.ref(pipeline)
     if LINK in transformer.__dict__:
         _remove(transformer)
-    _install(session, transformer, pipeline, blocks)
+    _install(session, transformer, pipeline, blocks, embedders)
     return Handle(session, transformer, pipeline)
 
 
@@ -291,11 +307,17 @@ def _check_backend(bound: Any, transformer: nn.Module) -> None:
 
 
 def _install(
-    session: Session, transformer: nn.Module, pipeline: Any, blocks: list[tuple[str, nn.Module]]
+    session: Session,
+    transformer: nn.Module,
+    pipeline: Any,
+    blocks: list[tuple[str, nn.Module]],
+    embedders: Sequence[nn.Module],
 ) -> None:
     transformer.__dict__[LINK] = session
     for index, (kind, block) in enumerate(blocks):
         install(block, BlockLink(session, kind, index))
+    for module in embedders:
+        install(module, EmbedLink(session))
     transformer.register_forward_pre_hook(session.forward_pre_hook, with_kwargs=True)
     transformer.register_forward_hook(session.forward_hook, with_kwargs=True, always_call=True)
     transformer.__dict__[_RESET] = types.MethodType(_end_of_pipeline_call, transformer)
@@ -309,6 +331,8 @@ def _remove(transformer: nn.Module) -> None:
         return
     for _, block in session.adapter.blocks(transformer):
         uninstall(block)
+    for module in session.adapter.embedders(transformer):
+        uninstall(module)
     _remove_hooks(transformer, session)
     transformer.__dict__.pop(_RESET, None)
     session.unfollow()

@@ -71,8 +71,13 @@ def check_composition(methods: Sequence[PlanningMethod]) -> None:
             owner[field] = method.name
 
 
-def plan_run(methods: Sequence[PlanningMethod], spec: ModelSpec, steps: int) -> RunPlan:
-    """Merge what the methods want for a run of `steps` steps.
+def plan_run(
+    methods: Sequence[PlanningMethod],
+    spec: ModelSpec,
+    steps: int,
+    partial: Sequence[bool] = (),
+) -> RunPlan:
+    """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -81,14 +86,20 @@ def plan_run(methods: Sequence[PlanningMethod], spec: ModelSpec, steps: int) -> 
     for method in methods:
         if "reuse" in method.writes:
             reuse = method.schedule(spec, steps)
-    return RunPlan(steps, reuse, lower(reuse, spec) if reuse is not None else ())
+    return RunPlan(steps, reuse, lower(reuse, spec, partial) if reuse is not None else ())
 
 
-def lower(schedule: Schedule, spec: ModelSpec) -> list[list[dict[str, int]]]:
-    """Flags per step, block (all kinds, in running order) and component; see the module's description."""
+def lower(
+    schedule: Schedule, spec: ModelSpec, partial: Sequence[bool] = ()
+) -> list[list[dict[str, int]]]:
+    """Flags per step, block (all kinds, in running order) and component; see the module's description.
+
+    Computing at a `partial` step replaces a part of a value only, so the rest of it must have been kept until then.
+    """
+    some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind)
+        flags = _lower_kind(schedule, kind, some)
         for step in range(schedule.steps):
             for block in range(kind.count):
                 row = {
@@ -100,7 +111,7 @@ def lower(schedule: Schedule, spec: ModelSpec) -> list[list[dict[str, int]]]:
     return actions
 
 
-def _lower_kind(schedule: Schedule, kind: BlockKind) -> dict[str, np.ndarray]:
+def _lower_kind(schedule: Schedule, kind: BlockKind, partial: np.ndarray) -> dict[str, np.ndarray]:
     layer = schedule.layers[kind.name]
     always = np.ones((schedule.steps, kind.count), dtype=bool)
     bits = {c: layer.bits[:, :, layer.components.index(c)] for c in layer.components}
@@ -109,12 +120,14 @@ def _lower_kind(schedule: Schedule, kind: BlockKind) -> dict[str, np.ndarray]:
     # A consumer is lowered before what it consumes: whether it runs decides whether its inputs are read.
     for component in sorted(kind.components, key=lambda c: c in kind.consumers):
         consumer = kind.consumers.get(component)
-        read = (flags[consumer] & COMPUTE).astype(bool) if consumer else always
-        flags[component] = _lower_component(bits[component], read)
+        # With partial steps an attention that nobody reads still renews keys and values, so it runs.
+        dead = consumer is not None and not partial.any()
+        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always
+        flags[component] = _lower_component(bits[component], read, partial)
     return flags
 
 
-def _lower_component(bits: np.ndarray, read: np.ndarray) -> np.ndarray:
+def _lower_component(bits: np.ndarray, read: np.ndarray, partial: np.ndarray) -> np.ndarray:
     """Backward liveness over the steps; `bits` (compute) and `read` (value is used) are bool [steps, blocks]."""
     flags = np.zeros(bits.shape, dtype=np.uint8)
     wanted = np.zeros(
@@ -124,5 +137,5 @@ def _lower_component(bits: np.ndarray, read: np.ndarray) -> np.ndarray:
         compute = bits[step] & (read[step] | wanted)
         reuse = ~bits[step] & read[step]
         flags[step] = compute * COMPUTE + reuse * REUSE + wanted * KEEP
-        wanted = ~bits[step] & (read[step] | wanted)
+        wanted = (~bits[step] & (read[step] | wanted)) | (partial[step] & bits[step] & wanted)
     return flags

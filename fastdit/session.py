@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import clock
+from fastdit.attention import KeyValues
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
-from fastdit.forward import Forward, Slots
+from fastdit.forward import Forward, Slots, Tokens
 from fastdit.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
+from fastdit.tokens import TokenRun
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -43,6 +45,9 @@ class Branch:
     """The caches of one transformer call within a step (batched CFG has one, sequential CFG two)."""
 
     slots: Slots = field(default_factory=dict)
+    keys: dict[Any, KeyValues] = field(default_factory=dict)
+    velocity: Tensor | None = None
+    rotation: Any = None
     signature: tuple[Any, ...] | None = None
     embeddings: tuple[Tensor, ...] = ()
     versions: tuple[int, ...] = ()
@@ -59,14 +64,26 @@ class Run:
     first: int | None = None
     call: int = 0
     branches: dict[int, Branch] = field(default_factory=dict)
+    tokens: TokenRun | None = None
+    outputs: list[Tensor] = field(default_factory=list)
     timesteps_given: bool = False
     manual: bool = False
     last_timestep: float | None = None
+    patch: int = 1
     records: dict[int, StepRecord] = field(default_factory=dict)
     peak_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
     finished: bool = False
+
+
+@dataclass(frozen=True)
+class _ActiveCall:
+    """The transformer call in progress: its caches, its rows (None: all tokens) and the shape of its latents."""
+
+    branch: Branch
+    rows: Tensor | None
+    shape: Sequence[int]
 
 
 class Session:
@@ -102,7 +119,9 @@ class Session:
         self.pipeline: weakref.ref[Any] | None = None
         self._scheduler: weakref.ref[Any] | None = None
         self._tokens = 0
-        self._plans: dict[int, RunPlan] = {}
+        self._plans: dict[Any, RunPlan] = {}
+        self._token_method = next((m for m in self.methods if "rows" in m.writes), None)
+        self._active: _ActiveCall | None = None
         # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
         # session; wrapped here and not in the class, since torch's compiler takes long to import.
         self.forward_pre_hook = types.MethodType(_uncompiled(Session.before_forward), self)
@@ -152,16 +171,35 @@ class Session:
         self.reset()
         if not self.enabled:
             return
+        if steps is None and self._token_method is not None:
+            raise ScheduleError(
+                f"{self._token_method.name} must know the number of steps when a run starts: "
+                "call the transformer inside `with handle.run(timesteps)`"
+            )
         planned = OPEN_STEPS if steps is None else steps
+        for method in self.methods:
+            method.check_steps(planned)
         if planned not in self._plans:
             self._plans[planned] = plan_run(self.methods, self.spec, planned)
         self.run = Run(steps, self._plans[planned], scheduler, timesteps_given=timesteps_given)
 
-    def end_step(self, scheduler: Any = None) -> None:
-        """A step is done, says `scheduler`, or the user; only the one that leads the run is heard."""
+    def end_step(self, scheduler: Any = None, velocity: Any = None, delta: Any = 1.0) -> None:
+        """A step is done, says `scheduler`, or the user; only the one that leads the run is heard.
+
+        Args:
+            velocity: What the scheduler was given; without one the transformer's own outputs of this step stand in.
+            delta: Difference of the sigmas over the step.
+        """
         run = self.run
         if run is None or run.finished or run.scheduler is not scheduler:
             return
+        if run.tokens is not None and run.first is not None:
+            if velocity is None and run.outputs:
+                velocity = torch.stack(run.outputs).mean(0)
+            if velocity is not None:
+                patches = self.adapter.patches(velocity, run.patch)
+                run.tokens.observe(run.step - run.first, patches, delta)
+            run.outputs.clear()
         run.step += 1
         run.call = 0
         if run.steps is not None and run.step >= run.steps:
@@ -173,6 +211,7 @@ class Session:
             self.run.finished = True
             self.run.seconds = time.perf_counter() - self.run.started
             self.run.branches.clear()
+            self.run.outputs.clear()
             self.run.scheduler = None
         self.forward = None
 
@@ -186,7 +225,8 @@ class Session:
         """Bytes held by slots now; storages counted once."""
         storages = {}
         for branch in self.run.branches.values() if self.run else ():
-            for value in branch.slots.values():
+            kept = [(keys.k, keys.v) for keys in branch.keys.values()]
+            for value in (*branch.slots.values(), *kept, branch.velocity):
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
                     if isinstance(tensor, Tensor):
                         storage = tensor.untyped_storage()
@@ -197,16 +237,22 @@ class Session:
 
     def before_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Native forward pre-hook of the transformer: place this call in the run and prepare its state."""
-        self.forward = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Native forward pre-hook of the transformer: place this call in the run and prepare its state.
+
+        Returns:
+            The arguments of a call of the active tokens alone; None where all tokens pass.
+        """
+        self.forward = self._active = None
         if not self.enabled:
-            return
+            return None
         self._refuse_checkpointing(transformer)
         call = self.adapter.call(transformer, args, kwargs)
         run = self._locate(call.timestep)
         branch = self._prepare_branch(run, call)
-        self._tokens = call.tokens
+        rows, captures = self._choose_tokens(transformer, run, branch, call)
+        self._active = _ActiveCall(branch, rows, call.hidden_states.shape)
+        self._tokens = call.tokens if rows is None else rows.shape[1]
         run.call += 1
         actions = run.plan.actions[run.step] if run.plan.actions else ()
         immediate = (
@@ -223,15 +269,25 @@ class Session:
             defer=not immediate and not call.skips_blocks,
             family=self.family,
             compiled=self._compiled_call(transformer),
+            tokens=Tokens(call.tokens, rows, branch.keys, branch) if captures else None,
+            layouts=self.adapter.layouts,
         )
+        if rows is None:
+            return None
+        return self.adapter.gather_inputs(transformer, args, kwargs, rows)
 
     def after_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
-    ) -> None:
-        """Native forward hook of the transformer, also called after an exception."""
+    ) -> Any:
+        """Native forward hook of the transformer, also called after an exception.
+
+        Returns:
+            The output with the velocities of all tokens after a call of the active ones; None to leave it.
+        """
         forward, self.forward = self.forward, None
+        active, self._active = self._active, None
         if forward is None or output is None or self.run is None:
-            return
+            return None
         assert forward.settled, (
             "a residual was left waiting: the adapter's last block did not settle its streams"
         )
@@ -239,8 +295,67 @@ class Session:
         record.tokens = self._tokens
         record.computed += forward.computed
         record.reused += forward.reused
-        if forward.computed and forward.slots:
+        if forward.computed and (forward.slots or self.run.tokens is not None):
             self.run.peak_bytes = max(self.run.peak_bytes, self.cache_bytes())
+        return self._merge(active, output)
+
+    def _merge(self, active: _ActiveCall, output: Any) -> Any:
+        """Put the active tokens' velocities among those that the others keep."""
+        run = self.run
+        if run.tokens is None:
+            return None
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        branch = active.branch
+        if active.rows is None:
+            branch.velocity = sample.clone()  # the caller may write into what it gets
+            merged = None
+        else:
+            full = self.adapter.scatter_output(sample, active.rows, branch.velocity, run.patch)
+            branch.velocity = full
+            merged = full.clone()
+            if isinstance(output, tuple):
+                merged = (merged, *output[1:])
+            else:
+                output.sample = merged
+                merged = output
+        if run.scheduler is None:
+            run.outputs.append(branch.velocity)
+        return merged
+
+    def _choose_tokens(
+        self, transformer: nn.Module, run: Run, branch: Branch, call: Any
+    ) -> tuple[Tensor | None, bool]:
+        """(rows of this call, or None for all tokens; whether keys and values are kept)."""
+        method = self._token_method
+        if method is None:
+            return None, False
+        if torch.is_grad_enabled() and call.hidden_states.requires_grad:
+            raise ArgumentError(
+                f"{method.name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
+            )
+        first = run.first or 0
+        if run.tokens is None:
+            run.patch = self.adapter.patch(transformer)
+            run.tokens = TokenRun(method, run.steps - first, call.tokens, self.ops)
+            self._plan_rows(run, first)
+        tokens, step = run.tokens, run.step - first
+        rows = tokens.rows if tokens.at(step) is not None else None
+        batch = call.hidden_states.shape[0]
+        if rows is not None and branch.velocity is not None and batch % rows.shape[0] == 0:
+            return rows.repeat(batch // rows.shape[0], 1).long(), True
+        # A schedule may reuse an attention in the step that would have kept its keys, so with one all steps keep them.
+        return None, tokens.at(step + 1) is not None or bool(run.plan.actions)
+
+    def _plan_rows(self, run: Run, first: int) -> None:
+        """Lower a schedule anew: a component that computes some rows does not replace what the others hold."""
+        if run.plan.reuse is None:
+            return
+        partial = tuple(
+            step >= first and run.tokens.at(step - first) is not None for step in range(run.steps)
+        )
+        if partial not in self._plans:
+            self._plans[partial] = plan_run(self.methods, self.spec, run.steps, partial)
+        run.plan = self._plans[partial]
 
     def block(
         self,
@@ -265,6 +380,13 @@ class Session:
             return type(module).forward(module, *args, **kwargs)
         self.forward.start_block(index)
         return self.adapter.forwards[kind](module, self.forward, *args, **kwargs)
+
+    def embed(self, module: nn.Module, latents: Tensor) -> Tensor:
+        """The rewritten forward of a module that embeds patches and adds their positions."""
+        active = self._active
+        if active is None or active.rows is None:
+            return type(module).forward(module, latents)
+        return self.adapter.embed(module, latents, active.shape, active.rows)
 
     # ---- helpers
 
@@ -343,6 +465,8 @@ class Session:
         signature = (*call.signature, autocast)
         if branch.signature != signature or not _same_tensors(branch, call.embeddings):
             branch.slots.clear()
+            branch.keys.clear()
+            branch.velocity = None
         branch.signature, branch.embeddings = signature, call.embeddings
         branch.versions = tuple(map(_version, call.embeddings))
         return branch

@@ -64,6 +64,9 @@ class Adapter:
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
         embeddings_arguments: The transformer arguments that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
+        layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
+            A family without layouts cannot run a part of its tokens.
+        processors: Names of the attention processors that the family's own attention stands in for.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
     """
 
@@ -76,6 +79,8 @@ class Adapter:
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
     uses_cfg = True
+    layouts: Mapping[str, Sequence[str]] = {}
+    processors: frozenset[str] = frozenset()
 
     # ---- recognising a model
 
@@ -162,6 +167,97 @@ class Adapter:
         """Text tokens the pipeline's prompts become by default."""
         return self.text_tokens
 
+    # ---- a part of the tokens
+
+    def check_tokens(self, transformer: nn.Module) -> None:
+        """Refuse a model whose attention is not the stock one, where a method computes a part of the tokens.
+
+        Raises:
+            UnsupportedModelError: Naming the processor, or the family.
+        """
+        if not self.layouts:
+            raise UnsupportedModelError(
+                f"{type(transformer).__name__} cannot compute a part of its tokens: its adapter has no layouts"
+            )
+        for name, module in transformer.named_modules():
+            processor = getattr(module, "processor", None)
+            if processor is not None and type(processor).__name__ not in self.processors:
+                raise UnsupportedModelError(
+                    f"{name} has the attention processor {type(processor).__name__}; a method that computes a part of "
+                    f"the tokens stands in for {', '.join(sorted(self.processors))}"
+                )
+
+    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
+        """Modules whose forward adds positions to the tokens, and so must know the rows."""
+        return [transformer.pos_embed]
+
+    def embed(
+        self, module: nn.Module, patches: Tensor, shape: Sequence[int], rows: Tensor
+    ) -> Tensor:
+        """The embedded active tokens [B, K, D], positions added, of patches [B, C, p, K p] laid side by side.
+
+        Restates diffusers' `PatchEmbed.forward`; `shape` is that of the whole latents.
+        """
+        tokens = module.proj(patches).flatten(2).transpose(1, 2)
+        if module.layer_norm:
+            tokens = module.norm(tokens)
+        if module.pos_embed is None:
+            return tokens
+        position = _positions(module, shape[-2], shape[-1], tokens.device)[0]
+        return (tokens + position[rows]).to(tokens.dtype)
+
+    def patch(self, transformer: nn.Module) -> int:
+        """Side of a patch in latent pixels."""
+        return transformer.config.patch_size
+
+    def patches(self, velocity: Tensor, patch: int) -> Tensor:
+        """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
+        grid = velocity.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
+        return grid.permute(0, 2, 4, 3, 5, 1)
+
+    def gather_inputs(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the active patches only, laid side by side as an image of one row, [B, C, p, K p]."""
+        args, kwargs = list(args), dict(kwargs)
+        owner, key = place_of(transformer, args, kwargs, "hidden_states")
+        patch = self.patch(transformer)
+        latents = owner[key]
+        count = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
+        tokens = self.patches(latents, patch).flatten(3).flatten(1, 2)  # [B, N, p p C]
+        active = tokens[batch_index(rows), rows].unflatten(-1, (patch, patch, -1))
+        owner[key] = active.permute(0, 4, 2, 1, 3).flatten(3)  # [B, C, p, K, p] -> [B, C, p, K p]
+        self._gather_residuals(transformer, args, kwargs, rows, count)
+        return tuple(args), kwargs
+
+    #: arguments with per-token residuals of a ControlNet, lists of [B, N, D]
+    residual_arguments: Sequence[str] = ()
+
+    def _gather_residuals(
+        self,
+        transformer: nn.Module,
+        args: list[Any],
+        kwargs: dict[str, Any],
+        rows: Tensor,
+        count: int,
+    ) -> None:
+        for name in self.residual_arguments:
+            owner, key = place_of(transformer, args, kwargs, name)
+            if owner is not None and owner[key] is not None:
+                index = batch_index(rows), rows
+                owner[key] = [
+                    r[index] if r.ndim == 3 and r.shape[1] == count else r for r in owner[key]
+                ]
+
+    def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
+        """`full` [B, C, H, W] with the patches at `rows` replaced by those of `sample` [B, C, p, K p]."""
+        merged = full.clone()
+        grid = self.patches(merged, patch)
+        new = sample.unflatten(-1, (-1, patch)).permute(0, 3, 2, 4, 1)  # [B, K, p, p, C]
+        down, across = rows // grid.shape[2], rows % grid.shape[2]
+        grid[batch_index(rows), down, across] = new
+        return merged
+
     # ---- counts, per batch row
 
     def macs(
@@ -187,6 +283,41 @@ class Adapter:
     ) -> dict[str, Any]:
         """Keyword arguments for one block on a few random tokens; ``random(*shape)`` draws in the model's dtype."""
         raise NotImplementedError
+
+
+def place_of(
+    transformer: nn.Module, args: list[Any], kwargs: dict[str, Any], name: str
+) -> tuple[Any, Any]:
+    """Where an argument of the transformer is: (args or kwargs, its key there), or (None, None)."""
+    if name in kwargs:
+        return kwargs, name
+    names = forward_arguments(type(transformer))
+    position = names.index(name) if name in names else len(args)
+    return (args, position) if position < len(args) else (None, None)
+
+
+def batch_index(rows: Tensor) -> Tensor:
+    return torch.arange(rows.shape[0], device=rows.device)[:, None]
+
+
+def _positions(module: nn.Module, height: int, width: int, device: torch.device) -> Tensor:
+    """The position table [1, N, D] of a `PatchEmbed` for latents of this size, as its forward picks it."""
+    if module.pos_embed_max_size:
+        return module.cropped_pos_embed(height, width)
+    down, across = height // module.patch_size, width // module.patch_size
+    if (module.height, module.width) == (down, across):
+        return module.pos_embed
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+    table = get_2d_sincos_pos_embed(
+        embed_dim=module.pos_embed.shape[-1],
+        grid_size=(down, across),
+        base_size=module.base_size,
+        interpolation_scale=module.interpolation_scale,
+        device=device,
+        output_type="pt",
+    )
+    return table.float().unsqueeze(0)
 
 
 def linear_macs(*modules: nn.Module | None) -> int:

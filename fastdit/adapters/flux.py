@@ -13,7 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, chunk_gates, linear_macs
+from fastdit.adapters.base import (
+    Adapter,
+    Size,
+    batch_index,
+    chunk_gates,
+    linear_macs,
+    place_of,
+)
+from fastdit.attention import Part, attend, projections
 from fastdit.forward import Forward, joint_normed
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -36,14 +44,23 @@ def double_block(
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = chunk_gates(
         _modulation(fw, block.norm1_context, temb), 6
     )
-    attention = fw.component(
-        "full_attn",
-        lambda: fw.segments.attention(
+
+    def attend_jointly(u_image: Tensor, u_text: Tensor) -> tuple[Tensor, ...]:
+        if fw.tokens is not None:
+            return _attend_jointly(fw, block.attn, u_image, u_text, image_rotary_emb)
+        return fw.segments.attention(
             block.attn,
-            hidden_states=image.normed(block.norm1.norm, scale, shift),
-            encoder_hidden_states=text.normed(block.norm1_context.norm, c_scale, c_shift),
+            hidden_states=u_image,
+            encoder_hidden_states=u_text,
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
+        )
+
+    attention = fw.component(
+        "full_attn",
+        lambda: attend_jointly(
+            image.normed(block.norm1.norm, scale, shift),
+            text.normed(block.norm1_context.norm, c_scale, c_shift),
         ),
     )
     image.add(attention[0], gate)
@@ -89,7 +106,9 @@ def single_block(
     if runs_out or fw.computes("single_attn") or fw.computes("single_proj_mlp"):
         u = joint_normed((text, image), block.norm.norm, scale, shift)
 
-    def attend() -> Tensor:
+    def attend_single() -> Tensor:
+        if fw.tokens is not None:
+            return _attend_single(fw, block.attn, u, text_length, image_rotary_emb)
         return fw.segments.attention(
             block.attn,
             hidden_states=u,
@@ -102,12 +121,12 @@ def single_block(
 
     if runs_out:
         mlp = fw.component("single_proj_mlp", expand)
-        attention = fw.component("single_attn", attend)
+        attention = fw.component("single_attn", attend_single)
     else:  # the output is reused; refresh what a later step will read
         if fw.computes("single_proj_mlp"):
             fw.component("single_proj_mlp", expand)
         if fw.computes("single_attn"):
-            fw.component("single_attn", attend)
+            fw.component("single_attn", attend_single)
     branch = fw.component(
         "single_proj_out",
         lambda: fw.segments.project(block.proj_out, attention, block.act_mlp, mlp),
@@ -117,6 +136,51 @@ def single_block(
     text.clip_to_half()
     image.clip_to_half()
     return text.leave(), image.leave()
+
+
+def _attend_jointly(
+    fw: Forward, attn: nn.Module, image: Tensor, text: Tensor, rotation: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention of the active image tokens and the text, keys in the order [text, image]."""
+    tokens, length = fw.tokens, text.shape[1]
+    parts = (
+        Part(*projections(attn, text, added=True), attn.norm_added_q, attn.norm_added_k, 0, None),
+        Part(*projections(attn, image), attn.norm_q, attn.norm_k, length, tokens.rows),
+    )
+    out = attend(
+        tokens,
+        (fw.index, "full_attn"),
+        parts,
+        length + tokens.count,
+        attn.heads,
+        _rotation(fw, rotation),
+        attn.processor,
+    )
+    first, rest = out.split((length, image.shape[1]), dim=1)
+    return attn.to_out[1](attn.to_out[0](rest)), attn.to_add_out(first)
+
+
+def _attend_single(fw: Forward, attn: nn.Module, u: Tensor, text: int, rotation: Any) -> Tensor:
+    """The same for a single-stream block, whose tokens are joint already."""
+    tokens = fw.tokens
+    rows = tokens.joint_rows(text)
+    part = Part(*projections(attn, u), attn.norm_q, attn.norm_k, 0, rows)
+    return attend(
+        tokens,
+        (fw.index, "single_attn"),
+        (part,),
+        text + tokens.count,
+        attn.heads,
+        _rotation(fw, rotation),
+        attn.processor,
+    )
+
+
+def _rotation(fw: Forward, given: Any) -> Any:
+    """cos and sin of all positions. A call of a part of the tokens is given those of other positions."""
+    if fw.tokens.rows is None:
+        fw.tokens.memory.rotation = given
+    return fw.tokens.memory.rotation
 
 
 def _modulation(fw: Forward, norm: nn.Module, temb: Tensor) -> Tensor:
@@ -137,6 +201,47 @@ class Flux(Adapter):
     forwards = {DOUBLE: double_block, SINGLE: single_block}
     text_tokens = 512
     uses_cfg = False
+    layouts = {
+        "full_attn": ("image", "text"),
+        "full_ff": ("image",),
+        "full_ff_context": ("text",),
+        "single_attn": ("joint",),
+        "single_proj_mlp": ("joint",),
+        "single_proj_out": ("joint",),
+    }
+    processors = frozenset(
+        {"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}
+    )
+    residual_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
+
+    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
+        """None: positions are in the rotation, which attention reads at the rows."""
+        return []
+
+    def patch(self, transformer: nn.Module) -> int:
+        """The pipeline packs 2 x 2 latent pixels."""
+        return 2
+
+    def patches(self, velocity: Tensor, patch: int) -> Tensor:
+        """[B, N, C p p] as [B, N, 1, p, p, C]: the grid does not matter to who chooses tokens."""
+        return velocity.unflatten(-1, (-1, patch, patch)).permute(0, 1, 3, 4, 2).unsqueeze(2)
+
+    def gather_inputs(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, rows: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The active tokens' latents, and as many positions, which nobody reads."""
+        args, kwargs = list(args), dict(kwargs)
+        owner, key = place_of(transformer, args, kwargs, "hidden_states")
+        count = owner[key].shape[1]
+        owner[key] = owner[key][batch_index(rows), rows]
+        owner, key = place_of(transformer, args, kwargs, "img_ids")
+        owner[key] = owner[key][..., : rows.shape[1], :]
+        self._gather_residuals(transformer, args, kwargs, rows, count)
+        return tuple(args), kwargs
+
+    def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
+        """`full` [B, N, C p p] with `rows` replaced by `sample`."""
+        return full.index_put((batch_index(rows), rows), sample)
 
     def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
         """The pipeline packs latents to [B, N, 4 C]; a [B, C, H, W] shape (for predictions) packs 2 x 2."""

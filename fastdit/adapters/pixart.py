@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, attention_macs, linear_macs
+from fastdit.attention import self_attention
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
 
@@ -39,12 +40,16 @@ def basic_block(
     image.add(
         fw.component(
             "attn1",
-            lambda: fw.segments.attention(
-                block.attn1,
-                image.normed(block.norm1, scale, shift),
-                encoder_hidden_states=None,
-                attention_mask=attention_mask,
-                **kwargs,
+            lambda: (
+                fw.segments.attention(
+                    block.attn1,
+                    image.normed(block.norm1, scale, shift),
+                    encoder_hidden_states=None,
+                    attention_mask=attention_mask,
+                    **kwargs,
+                )
+                if fw.tokens is None
+                else self_attention(fw, block.attn1, image.normed(block.norm1, scale, shift))
             ),
         ),
         gate,
@@ -119,6 +124,8 @@ class PixArt(Adapter):
     components = {"transformer_blocks": ("attn1", "attn2", "ff")}
     forwards = {"transformer_blocks": basic_block}
     text_tokens = 120
+    layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}
+    processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:
         """The block must be of the adaLN-single form with a cross-attention."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
+from fastdit.attention import Part, attend, projections, self_attention
 from fastdit.forward import Forward
 
 COMPONENTS = ("attn", "attn2", "ff", "ff_context")
@@ -57,6 +58,8 @@ def joint_block(
         u_second = image.normed(block.norm1.norm, second[1], second[0])
 
     def attend() -> tuple[Tensor, Tensor | None]:
+        if fw.tokens is not None:
+            return _attend(fw, block.attn, u_image, u_text)
         outputs = fw.segments.attention(
             block.attn, hidden_states=u_image, encoder_hidden_states=u_text, **attention_kwargs
         )
@@ -65,11 +68,13 @@ def joint_block(
     attention = fw.component("attn", attend)
     image.add(attention[0], gate)
     if block.use_dual_attention:
-        branch = fw.component(
-            "attn2",
-            lambda: fw.segments.attention(block.attn2, hidden_states=u_second, **attention_kwargs),
-        )
-        image.add(branch, second[2])
+
+        def attend_again() -> Tensor:
+            if fw.tokens is not None:
+                return self_attention(fw, block.attn2, u_second)
+            return fw.segments.attention(block.attn2, hidden_states=u_second, **attention_kwargs)
+
+        image.add(fw.component("attn2", attend_again), second[2])
     image.add(
         fw.component(
             "ff",
@@ -95,6 +100,28 @@ def joint_block(
     return text.leave(), image.leave()
 
 
+def _attend(
+    fw: Forward, attn: nn.Module, image: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Joint attention of the active image tokens and the text, keys in the order [image, text]."""
+    tokens = fw.tokens
+    parts = (
+        Part(*projections(attn, image), attn.norm_q, attn.norm_k, 0, tokens.rows),
+        Part(
+            *projections(attn, text, added=True),
+            attn.norm_added_q,
+            attn.norm_added_k,
+            tokens.count,
+            None,
+        ),
+    )
+    length = tokens.count + text.shape[1]
+    out = attend(tokens, (fw.index, "attn"), parts, length, attn.heads, processor=attn.processor)
+    own, rest = out.split((image.shape[1], text.shape[1]), dim=1)
+    rest = None if attn.context_pre_only else attn.to_add_out(rest)
+    return attn.to_out[1](attn.to_out[0](own)), rest
+
+
 def _feed_forward(
     fw: Forward,
     block: nn.Module,
@@ -118,6 +145,14 @@ class SD3(Adapter):
     components = {"transformer_blocks": COMPONENTS}
     forwards = {"transformer_blocks": joint_block}
     text_tokens = 77 + 256
+    layouts = {
+        "attn": ("image", "text"),
+        "attn2": ("image",),
+        "ff": ("image",),
+        "ff_context": ("text",),
+    }
+    processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
+    residual_arguments = ("block_controlnet_hidden_states",)
 
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """CLIP's tokens and T5's, which stock pipelines pad with zeros where they have no T5."""

@@ -26,6 +26,9 @@ class Method:
         """The only number of steps it fits, or None when it fits any."""
         return None
 
+    def check_steps(self, steps: int) -> None:
+        """Refuse a number of steps it does not fit; called when a run starts."""
+
     def check(self, spec: ModelSpec) -> None:
         """Refuse a model it cannot run on; called when patching, before anything changes."""
 

@@ -1,0 +1,148 @@
+"""Attention of active tokens over the keys and values of all: what RAS puts in place of a stock processor.
+
+Keys and values live, normed and rotated, in one buffer per attention in the family's own token order. A dense step
+writes all of it, a sparse step the rows of its active tokens; the queries are those of the active tokens and of the
+text. Nothing is concatenated along the keys, and no key is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rotation = tuple[Tensor, Tensor]
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of one attention, [B, S, G, d] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stream's share of an attention.
+
+    Attributes:
+        q, k, v: [B, n, heads * d], as projected.
+        norm_q, norm_k: Norms over d, or None.
+        offset: Row of the keys where this stream begins.
+        rows: [B, n] rows of its tokens, counted from `offset`; None for 0 to n - 1.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    norm_q: nn.Module | None
+    norm_k: nn.Module | None
+    offset: int
+    rows: Tensor | None
+
+
+def projections(attention: nn.Module, x: Tensor, added: bool = False) -> tuple[Tensor, ...]:
+    """q, k and v of a stream; `added` for the projections of the text. Honours `fuse_qkv_projections`."""
+    if getattr(attention, "fused_projections", False):
+        fused = attention.to_added_qkv if added else attention.to_qkv
+        return fused(x).chunk(3, dim=-1)
+    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+    return tuple(getattr(attention, name)(x) for name in names)
+
+
+def attend(
+    tokens: Any,
+    key: Any,
+    parts: Sequence[Part],
+    length: int,
+    heads: int,
+    rotation: Rotation | None = None,
+    processor: Any = None,
+) -> Tensor:
+    """Attention of the parts' queries, one after the other, over all `length` keys.
+
+    Args:
+        tokens: The call's :class:`~fastdit.forward.Tokens`; the keys and values of attention `key` are made here when
+            all tokens pass.
+        parts: The streams, in the order of the joint sequence.
+        rotation: cos and sin [S or B, S, d] with each value twice, as FLUX has them; of all rows.
+        processor: The stock processor, whose attention backend is used if the user has set one.
+
+    Returns:
+        [B, sum n, heads * d].
+    """
+    batch, head_dim = parts[0].q.shape[0], parts[0].q.shape[-1] // heads
+    if tokens.rows is None:
+        shape = (batch, length, parts[0].k.shape[-1] // head_dim, head_dim)
+        tokens.keys[key] = KeyValues(parts[0].k.new_empty(shape), parts[0].v.new_empty(shape))
+    held = tokens.keys[key]
+    queries = []
+    for part in parts:
+        q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (part.q, part.k, part.v))
+        q = q if part.norm_q is None else part.norm_q(q)
+        k = k if part.norm_k is None else part.norm_k(k)
+        if rotation is not None:
+            turn = [_rows_of(t, part, k.shape[1]) for t in rotation]
+            q, k = _rotate(q, *turn), _rotate(k, *turn)
+        queries.append(q)
+        _write(held.k, part, k)
+        _write(held.v, part, v)
+    query = queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
+    out = _attention(query, held.k.to(query.dtype), held.v.to(query.dtype), processor)
+    return out.flatten(2).to(query.dtype)
+
+
+def _rows_of(table: Tensor, part: Part, count: int) -> Tensor:
+    """Rotation [B or 1, n, 1, d] at the rows of a part."""
+    if part.rows is None:
+        return table[None, part.offset : part.offset + count, None]
+    return table[part.offset + part.rows][:, :, None]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring pairs, in fp32, as diffusers' `apply_rotary_emb` does."""
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def _write(store: Tensor, part: Part, values: Tensor) -> None:
+    """store[b, offset + rows] = values [B, n, G, d]."""
+    if part.rows is None:
+        store[:, part.offset : part.offset + values.shape[1]] = values
+    else:
+        batch = torch.arange(store.shape[0], device=store.device)[:, None]
+        store[batch, part.offset + part.rows] = values
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, processor: Any) -> Tensor:
+    """[B, Q, H, d] over [B, S, G, d], on the backend the user chose for the processor."""
+    backend = getattr(processor, "_attention_backend", None)
+    if backend is not None:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(query, key, value, backend=backend)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return F.scaled_dot_product_attention(q, k, v, **grouped).transpose(1, 2)
+
+
+def self_attention(fw: Any, attention: nn.Module, x: Tensor) -> Tensor:
+    """A self-attention module of the active image tokens over all: x [B, K, D] -> [B, K, D]."""
+    part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, fw.tokens.rows)
+    out = attend(
+        fw.tokens,
+        (fw.index, attention),
+        (part,),
+        fw.tokens.count,
+        attention.heads,
+        processor=attention.processor,
+    )
+    return attention.to_out[1](attention.to_out[0](out)) / getattr(
+        attention, "rescale_output_factor", 1.0
+    )

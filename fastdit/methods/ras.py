@@ -1,0 +1,204 @@
+"""RAS, region-adaptive sampling (arXiv 2502.10389): at most steps only some image tokens pass the transformer.
+
+After `start` dense steps, and except at the dense steps `resets`, a step computes K of the N image tokens. The others
+keep their keys and values, and the velocity of the last step at which they were active, so every token moves at every
+step. Which tokens are active is decided by the velocity of the step before: per token, the standard deviation over the
+latent channels (eq. 1).
+
+Two modes. `"parity"` follows the published implementation: its lists of dropped tokens, metric in the model's dtype,
+drop counters that start at -(S + 1) and make a dropped token's metric larger, unstable ties. `"fixed"` differs where
+that is a defect: fp32 metric, stable ties, and dropped tokens are the less likely to be dropped again, at both ends of
+the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.methods.base import Method
+
+#: resets of the published runs, by number of steps
+PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Drop more tokens as the run goes on: `step` more in each block of `every` steps, `ratio` kept on average."""
+
+    step: int
+    every: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("step", self.step), ("every", self.every)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentError(f"{name} must be an int, got {value!r}")
+        if self.every < 1:
+            raise ArgumentError(f"every must be at least 1, got {self.every}")
+
+
+@dataclass(frozen=True)
+class ActiveTokens:
+    """What one sparse step computes.
+
+    Attributes:
+        keep: Active image tokens, K.
+        high: How many of the dropped tokens come from the end of the order with the large metric.
+    """
+
+    keep: int
+    high: int
+
+
+@dataclass(frozen=True)
+class RAS(Method):
+    """Compute a part of the image tokens at each step.
+
+    Attributes:
+        ratio: Mean share of active tokens in a sparse step, in (0, 1]. 1 skips nothing.
+        start: Dense steps before the first sparse one, at least 1.
+        resets: Dense steps in between. None is the published choice for the number of steps.
+        metric: "std" or "l2norm" over the latent channels.
+        high_ratio: Share of the dropped tokens taken from the large end of the metric; 1 drops the tokens with the
+            largest, as the paper's text says.
+        starvation: k in exp(k D), D the times a token was dropped.
+        schedule: None for the same number of tokens at all steps, or `Linear`.
+        mode: "fixed" or "parity".
+        align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
+        max_age: A token that was inactive for so many steps is active at the next; None for no bound. In "fixed" only.
+
+    Example:
+        >>> fastdit.patch(pipe, fastdit.RAS(ratio=0.5))
+        >>> fastdit.patch(pipe, fastdit.RAS.preset("sd3", ratio=0.25))
+    """
+
+    ratio: float = 0.5
+    start: int = 4
+    resets: Sequence[int] | None = None
+    metric: str = "std"
+    high_ratio: float = 1.0
+    starvation: float = 0.1
+    schedule: Linear | None = None
+    mode: str = "fixed"
+    align: int = 64
+    max_age: int | None = None
+
+    name = "RAS"
+    writes = frozenset({"rows"})
+
+    def __post_init__(self) -> None:
+        _number("ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1)
+        _number("high_ratio", self.high_ratio, "in [0, 1]", lambda x: 0 <= x <= 1)
+        _number("starvation", self.starvation, "at least 0", lambda x: x >= 0)
+        _whole("start", self.start)
+        _whole("align", self.align)
+        if self.max_age is not None:
+            _whole("max_age", self.max_age)
+        if self.metric not in ("std", "l2norm"):
+            raise ArgumentError(f'metric must be "std" or "l2norm", got {self.metric!r}')
+        if self.mode not in ("fixed", "parity"):
+            raise ArgumentError(f'mode must be "fixed" or "parity", got {self.mode!r}')
+        if self.schedule is not None and not isinstance(self.schedule, Linear):
+            raise ArgumentError(
+                f"schedule must be None or Linear(step, every), got {self.schedule!r}"
+            )
+        if self.resets is not None:
+            if isinstance(self.resets, (str, bytes)) or not isinstance(self.resets, Sequence):
+                raise ArgumentError(
+                    f"resets must be a sequence of steps or None, got {self.resets!r}"
+                )
+            for step in self.resets:
+                _whole("resets", step)
+            object.__setattr__(self, "resets", tuple(sorted(set(self.resets))))
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> RAS:
+        """The published settings of a model, "sd3", "lumina-next" or "flux"; `changes` are other arguments.
+
+        FLUX was never published by RAS's authors: its settings are SD3's with the code's default `high_ratio`.
+        """
+        if name not in PRESETS:
+            raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return replace(PRESETS[name], **changes)
+
+    def check_steps(self, steps: int) -> None:
+        """Refuse a run that `start` or explicit resets do not fit.
+
+        Raises:
+            ScheduleError: Naming the argument, its value and the number of steps.
+        """
+        if self.ratio < 1 and self.start >= steps:
+            raise ScheduleError(
+                f"RAS start={self.start} leaves no sparse step in a run of {steps} steps; accepted is 1 to {steps - 1}"
+            )
+        for reset in self.resets or ():
+            if reset >= steps:
+                raise ScheduleError(
+                    f"RAS resets has step {reset}, but the run has steps 0 to {steps - 1}"
+                )
+
+    def resets_for(self, steps: int) -> tuple[int, ...]:
+        """Dense steps after the start of a run of `steps` steps."""
+        if self.resets is not None:
+            return tuple(self.resets)
+        if steps in PUBLISHED_RESETS:
+            return PUBLISHED_RESETS[steps]
+        if steps < 8:
+            return ()  # the published figures at 7 steps only fit none
+        if steps < 16:
+            return ((self.start + steps) // 2,)
+        third = (steps - self.start) / 3  # 12 and 20 of 28
+        return (self.start + int(third), self.start + int(2 * third))
+
+    def dropped(self, steps: int, tokens: int) -> list[int]:
+        """The published lists of dropped tokens, one number for each step (RAS section 3.3, code)."""
+        average = int((1 - self.ratio) * tokens)
+        resets = set(self.resets_for(steps))
+        found = []
+        for step in range(steps):
+            count = average
+            if self.schedule is not None:
+                blocks = (steps + self.start) // self.schedule.every
+                count += self.schedule.step * (step // self.schedule.every - blocks // 2)
+                count = 64 * math.floor(count / 64)
+            dense = step < self.start or step in resets
+            found.append(0 if dense else min(max(count, 0), tokens - 1))
+        return found
+
+    def active(self, steps: int, tokens: int) -> list[ActiveTokens | None]:
+        """What each step computes; None where it is dense."""
+        found: list[ActiveTokens | None] = []
+        for count in self.dropped(steps, tokens):
+            if self.mode == "parity":
+                low, high = int(count * (1 - self.high_ratio)), int(count * self.high_ratio)
+                count = low + high
+            else:
+                units = round((tokens - count) / self.align)
+                keep = min(tokens, max(1, units) * self.align)
+                count = tokens - keep if count else 0
+                high = round(count * self.high_ratio)
+            found.append(ActiveTokens(tokens - count, high) if count else None)
+        return found
+
+
+def _number(name: str, value: Any, accepted: str, holds: Any) -> None:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (fits and holds(value)):
+        raise ArgumentError(f"{name} must be a number {accepted}, got {value!r}")
+
+
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+PRESETS = {
+    "sd3": RAS(high_ratio=0.3),
+    "lumina-next": RAS(schedule=Linear(256, 4)),
+    "flux": RAS(),
+}
+
+METHOD = RAS

@@ -1,0 +1,360 @@
+"""RAS restated on stock models, without fastdit: the independent truth for computing a part of the tokens.
+
+Everything the transformer does outside its blocks stays whole: all tokens are embedded and then gathered, and the
+active tokens' outputs are put into zeros; the velocity of the others is filled in where the scheduler is given it, after
+guidance, as the published implementation does. Attention processors are replaced by one that keeps the keys and values
+of all image tokens, before they are joined with the text's, and concatenates. A schedule of reused outputs, if any, is
+kept per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from oracle import MODULES
+
+#: step, velocity that the scheduler is given, its sigmas -> rows [B, K] of the next step, or None
+Choose = Callable[[int, Tensor, Any], Tensor | None]
+
+
+class RowOracle:
+    """A stock pipeline that computes chosen rows.
+
+    Args:
+        pipe: Not patched; SD3, FLUX or PixArt.
+        choose: Says, at the end of each step, what the next computes.
+        bits: Schedule of reused outputs, block list -> bool [step, block, component]; None computes all.
+        calls_per_step: Transformer calls within a step.
+    """
+
+    def __init__(
+        self, pipe: Any, choose: Choose, bits: Any = None, calls_per_step: int = 1
+    ) -> None:
+        self.pipe = pipe
+        self.model = pipe.transformer
+        self.choose = choose
+        self.bits = bits
+        self.calls_per_step = calls_per_step
+        self.flux = "Flux" in type(self.model).__name__
+        self.step = self.calls = 0
+        self.rows: Tensor | None = None
+        self.velocity: Tensor | None = None
+        self.kept: dict[Any, Any] = {}
+        self.slots: dict[Any, Any] = {}
+        self.history: dict[int, Tensor] = {}
+        self.tokens = 0
+
+    # ---- the run
+
+    @contextmanager
+    def installed(self) -> Iterator[RowOracle]:
+        """Run the oracle inside the `with`."""
+        model, scheduler = self.model, self.pipe.scheduler
+        first = model.x_embedder if self.flux else model.pos_embed
+        handles = [
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end),
+            first.register_forward_hook(self._gather),
+            model.proj_out.register_forward_hook(self._scatter),
+        ]
+        changed: list[tuple[Any, str]] = [(scheduler, "step")]
+        scheduler.step = self._stepping(scheduler.step)
+        before = [
+            (module, module.processor)
+            for module in model.modules()
+            if getattr(module, "processor", None) is not None
+        ]
+        for module, processor in before:
+            cross = isinstance(module, nn.Module) and getattr(module, "is_cross_attention", False)
+            if not cross:
+                module.processor = Processor(self, processor)
+        for kind, parts in MODULES[type(model).__name__].items():
+            for index, block in enumerate(getattr(model, kind)):
+                for position, attribute in enumerate(parts.values()):
+                    module = getattr(block, attribute)
+                    if self.bits is not None and module is not None:
+                        module.forward = self._reusing(module.forward, kind, index, position)
+                        changed.append((module, "forward"))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            for owner, name in changed:
+                del owner.__dict__[name]
+            for module, processor in before:
+                module.processor = processor
+
+    def rows_of(self, batch: int) -> Tensor | None:
+        """The step's rows for a call of `batch` rows."""
+        return None if self.rows is None else self.rows.repeat(batch // self.rows.shape[0], 1)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        latents = kwargs.get("hidden_states", args[0] if args else None)
+        side = 2 if self.flux else self.model.config.patch_size
+        self.tokens = (
+            latents.shape[1] if self.flux else latents.shape[-2] * latents.shape[-1] // side**2
+        )
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.calls += 1
+
+    def _gather(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        rows = self.rows_of(output.shape[0])
+        return output if rows is None else take(output, rows)
+
+    def _scatter(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        rows = self.rows_of(output.shape[0])
+        if rows is None:
+            return output
+        return put(output.new_zeros(output.shape[0], self.tokens, output.shape[2]), rows, output)
+
+    def _stepping(self, step: Callable) -> Callable:
+        def merged(velocity: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.rows is not None:
+                active = torch.zeros(velocity.shape[0], self.tokens, dtype=torch.bool)
+                active = put(
+                    active[..., None], self.rows, torch.ones_like(self.rows)[..., None] > 0
+                )
+                mask = self._on_latents(active[..., 0], velocity)
+                velocity = torch.where(mask, velocity, self.velocity)
+            self.velocity = velocity
+            sigmas = getattr(self.pipe.scheduler, "sigmas", None)
+            result = step(velocity, *args, **kwargs)
+            self.rows = self.choose(self.step, velocity, sigmas)
+            self.step += 1
+            if self.rows is not None:
+                self.history[self.step] = self.rows
+            return result
+
+        return merged
+
+    def _on_latents(self, mask: Tensor, velocity: Tensor) -> Tensor:
+        """[B, N] as a mask over latents of this shape."""
+        if self.flux:
+            return mask[..., None]
+        side = self.model.config.patch_size
+        grid = mask.unflatten(1, (velocity.shape[-2] // side, -1))
+        return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
+
+    # ---- a schedule beside it
+
+    def _reusing(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
+        def cached(*args: Any, **kwargs: Any) -> Any:
+            key = (kind, block, position, self.calls % self.calls_per_step)
+            computes = self.bits[kind][self.step, block, position] or key not in self.slots
+            value = forward(*args, **kwargs) if computes else None
+            held = self.slots.get(key)
+            if isinstance(value if computes else held, tuple):
+                pairs = zip(value or held, held or value, strict=True)
+                found = [self._keep(v if computes else None, h) for v, h in pairs]
+                self.slots[key] = tuple(h for _, h in found)
+                return tuple(v for v, _ in found)
+            value, self.slots[key] = self._keep(value, held)
+            return value
+
+        return cached
+
+    def _keep(self, value: Tensor | None, held: Tensor | None) -> tuple[Any, Any]:
+        """(what the block gets, what is kept) of one tensor; `value` None where it is reused."""
+        some = value if value is not None else held
+        if some is None:
+            return None, None
+        rows = self.rows_of(some.shape[0])
+        if rows is None:
+            return some, some
+        whole = held.shape[1]
+        if whole == self.tokens:
+            index = rows
+        elif whole > self.tokens:  # [text, image]
+            text = torch.arange(whole - self.tokens).expand(rows.shape[0], -1)
+            index = torch.cat([text, whole - self.tokens + rows], 1)
+        else:
+            return some, some
+        if value is None:
+            return take(held, index), held
+        return value, put(held, index, value)
+
+
+class Processor:
+    """Attention with kept image keys, spelled out for all three families."""
+
+    def __init__(self, oracle: RowOracle, stock: Any) -> None:
+        self.oracle, self.stock = oracle, stock
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        oracle = self.oracle
+        batch = hidden_states.shape[0]
+        joint = encoder_hidden_states is not None
+        if (joint and not hasattr(attn, "add_q_proj")) or (
+            getattr(attn, "add_q_proj", 1) is None and joint
+        ):
+            return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        heads = attn.heads
+        q, k, v = (
+            layer(hidden_states).unflatten(-1, (heads, -1))
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        q, k = self._normed(attn.norm_q, q), self._normed(attn.norm_k, k)
+        text = 0
+        if oracle.flux and not joint:  # a single-stream block: [text, image]
+            text = hidden_states.shape[1] - (
+                oracle.tokens if oracle.rows is None else oracle.rows.shape[1]
+            )
+        parts = [(t[:, :text], t[:, text:]) for t in (q, k, v)]
+        if joint:
+            added = [
+                layer(encoder_hidden_states).unflatten(-1, (heads, -1))
+                for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            ]
+            added[0] = self._normed(attn.norm_added_q, added[0])
+            added[1] = self._normed(attn.norm_added_k, added[1])
+            parts = list(zip(added, (q, k, v), strict=True))
+            text = encoder_hidden_states.shape[1]
+        rows = oracle.rows_of(batch)
+        if image_rotary_emb is not None:
+            if rows is None:
+                oracle.kept["rotation"] = image_rotary_emb
+            turn = oracle.kept["rotation"]
+            for i in (0, 1):
+                first, image = parts[i]
+                index = torch.arange(oracle.tokens)[None] if rows is None else rows
+                parts[i] = (
+                    rotate(first, *(t[None, :text] for t in turn)),
+                    rotate(image, *(t[text + index] for t in turn)),
+                )
+        for i in (1, 2):
+            key = (attn, i, oracle.calls % oracle.calls_per_step)
+            first, image = parts[i]
+            image = image if rows is None else put(oracle.kept[key], rows, image)
+            oracle.kept[key] = image
+            parts[i] = (first, image)
+        order = (lambda a, b: [a, b]) if oracle.flux else (lambda a, b: [b, a])
+        q, k, v = (torch.cat(order(*pair), 1).transpose(1, 2) for pair in parts)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if not joint:
+            if oracle.flux:
+                return out
+            return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+        image = out[:, text:] if oracle.flux else out[:, : out.shape[1] - text]
+        first = out[:, :text] if oracle.flux else out[:, out.shape[1] - text :]
+        if not attn.context_pre_only or oracle.flux:
+            first = attn.to_add_out(first)
+        return attn.to_out[1](attn.to_out[0](image)), first
+
+    @staticmethod
+    def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+        return x if norm is None else norm(x)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[B, n, H, d] turned pair by pair by the angles of [B, n, d], in fp32 as stock diffusers does."""
+    cos, sin, wide = cos[:, :, None, ::2], sin[:, :, None, ::2], x.float()
+    even, odd = wide[..., ::2], wide[..., 1::2]
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+def take(x: Tensor, rows: Tensor) -> Tensor:
+    """x [B, N, ...] at rows [B, K]."""
+    return torch.stack([sample[index] for sample, index in zip(x, rows, strict=True)])
+
+
+def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """x with values at rows."""
+    x = x.clone()
+    for b in range(x.shape[0]):
+        x[b][rows[b]] = values[b]
+    return x
+
+
+def random_rows(counts: dict[int, int], tokens: int, batch: int) -> Choose:
+    """Rows that depend on the step alone: `counts` of them at these steps."""
+
+    def choose(step: int, velocity: Tensor, sigmas: Any) -> Tensor | None:
+        if step + 1 not in counts:
+            return None
+        g = torch.Generator().manual_seed(step)
+        picks = [
+            torch.randperm(tokens, generator=g)[: counts[step + 1]].sort().values
+            for _ in range(batch)
+        ]
+        return torch.stack(picks)
+
+    return choose
+
+
+def published(
+    ratio: float,
+    steps: int,
+    start: int,
+    resets: tuple[int, ...],
+    high_ratio: float,
+    metric: str = "std",
+    linear: tuple[int, int] | None = None,
+    patch: int = 2,
+    packed: bool = False,
+) -> Choose:
+    """The published selection (sections 3 and 4 of the paper's code), for one image."""
+    state: dict[str, Tensor] = {}
+
+    def dropped(step: int, tokens: int) -> int:
+        count = int((1 - ratio) * tokens)
+        if linear is not None:
+            more, every = linear
+            count += more * (step // every - math.floor(math.floor((steps + start) / every) / 2))
+            count = 64 * math.floor(count / 64)
+        return 0 if step < start or step in resets else count
+
+    def choose(step: int, velocity: Tensor, sigmas: Tensor) -> Tensor | None:
+        if packed:
+            field = velocity[0].unflatten(-1, (-1, patch * patch)).permute(1, 0, 2)
+        else:
+            c, h, w = velocity[0].shape
+            field = velocity[0].view(c, h // patch, patch, w // patch, patch)
+            field = field.permute(0, 1, 3, 2, 4).reshape(c, -1, patch * patch)
+        tokens = field.shape[1]
+        if "drops" not in state:
+            state["drops"] = torch.full((tokens,), -float(steps + 1))
+        if step + 1 >= steps:
+            return None
+        count = dropped(step + 1, tokens)
+        low, high = int(count * (1 - high_ratio)), int(count * high_ratio)
+        if step + 1 < start or step + 1 in resets or low + high == 0:
+            return None
+        moved = field * (sigmas[step + 1] - sigmas[step]).to(field)
+        per_pixel = moved.std(0) if metric == "std" else moved.norm(dim=0)
+        score = per_pixel.mean(-1)
+        score = (score * torch.exp(0.1 * state["drops"])).to(score.dtype)
+        order = torch.sort(score).indices
+        state["drops"][order[:low]] += 1
+        state["drops"][order[tokens - high :]] += 1
+        return order[low : tokens - high][None]
+
+    return choose
+
+
+def random_bits(model: nn.Module, steps: int, seed: int) -> Any:
+    """A random schedule for the oracle and for fastdit: (bits, component names)."""
+    g = np.random.default_rng(seed)
+    names = {kind: tuple(parts) for kind, parts in MODULES[type(model).__name__].items()}
+    bits = {
+        kind: g.random((steps, len(getattr(model, kind)), len(parts))) < 0.5
+        for kind, parts in names.items()
+    }
+    return bits, names
