@@ -116,10 +116,12 @@ def inputs_apart(shape, dtype, keep: int, *key: int, **options) -> tuple[Tensor,
     raise Mismatch("no inputs that are well apart")
 
 
-def exact_field(levels: Tensor, dtype: torch.dtype, metric: str, pixels: int = 2) -> Tensor:
+def exact_field(
+    levels: Tensor, dtype: torch.dtype, metric: str, pixels: int = 2, offset: int = 2
+) -> Tensor:
     """[B, gh, gw] whole numbers -> a field whose metric is a multiple, exact in any order of sums."""
     pattern = torch.tensor([1, -1, 0, 1, -1] if metric == "std" else [4, 0, -3, 0, 0])
-    offset = torch.tensor(2 if metric == "std" else 0)  # std does not see it
+    offset = offset if metric == "std" else 0  # a deviation does not see it
     shape = (*levels.shape, pixels, pixels, 5)
     values = levels.view(*levels.shape, 1, 1, 1) * pattern + offset
     return values.to(dtype).expand(shape).contiguous()
@@ -245,6 +247,17 @@ def check_ties(run: Runner) -> None:
                     for keep, high in ((tokens // 2, tokens // 5), (1, 0), (tokens - 3, 2)):
                         options = {"high": high, "metric": metric, "starvation": 0.5}
                         compare(run, f"{levels} levels", velocity, drops, keep, **options)
+
+
+def check_offset_fields(run: Runner) -> None:
+    """A mean of 2^14 and deviations of a few: E[x^2] - m^2 has no digit left."""
+    for dtype in run.dtypes():
+        level = torch.randint(7, (2, 8, 8), generator=generator(15))
+        offset = 2**14 if dtype.itemsize > 2 else 64
+        velocity = exact_field(level, dtype, "std", offset=offset)
+        drops = torch.zeros(2, 64, dtype=torch.int32)
+        for keep, high in ((32, 12), (16, 0), (20, 44)):
+            compare(run, f"offset {offset}", velocity, drops, keep, high=high)
 
 
 def check_one_side_of_a_tie(run: Runner) -> None:
