@@ -2,8 +2,6 @@
 // values can be wrong: one out of range raises IndexError before anything is written.
 #include "bindings.h"
 
-#include <pybind11/stl.h>
-
 #include "isa.h"
 
 namespace fd {
@@ -26,11 +24,10 @@ void check_rows(const Rows& rows, const Shape& shape, int64_t limit) {
   }
 }
 
-// stored: the rows of the shortest store that is read or written at p.rows.
+int64_t elements(const Shape& shape) { return shape.batch * shape.tokens * shape.width; }
+
 template <class Params>
-void launch(void (*kernel)(const Params&), Params& p, int64_t stored, int threads) {
-  check_rows(p.rows, p.shape, stored);
-  const int64_t elements = p.shape.batch * p.shape.tokens * p.shape.width;
+void launch(void (*kernel)(const Params&), Params& p, int64_t elements, int threads) {
   if (elements < kSmall) {
     p.threads = 1;
     kernel(p);
@@ -41,12 +38,14 @@ void launch(void (*kernel)(const Params&), Params& p, int64_t stored, int thread
   }
 }
 
+// stored, here and below: the rows of the shortest store that is read or written at p.rows.
 void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                     int64_t x_step, py::handle out, const py::list& branches, const py::list& gates,
                     int fresh, py::handle cache, py::handle rows, int64_t stored, int threads) {
   GatedResidual p = gated_residual_of(dtype, batch, tokens, width, x, x_step, out, branches, gates,
                                       fresh, cache, rows);
-  launch(FD_BY_ISA(gated_residual), p, stored, threads);
+  check_rows(p.rows, p.shape, stored);
+  launch(FD_BY_ISA(gated_residual), p, elements(p.shape), threads);
 }
 
 void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
@@ -55,7 +54,18 @@ void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::
                    py::handle cache, py::handle rows, int64_t stored, int threads) {
   NormModulate p = norm_modulate_of(dtype, batch, tokens, width, x, out, scale, shift, weight, bias,
                                     eps, rms, branch, gate, cache, rows);
-  launch(FD_BY_ISA(norm_modulate), p, stored, threads);
+  check_rows(p.rows, p.shape, stored);
+  launch(FD_BY_ISA(norm_modulate), p, elements(p.shape), threads);
+}
+
+void token_select(int dtype, const py::tuple& velocity, py::handle drops, py::handle age,
+                  int64_t keep, int64_t high, float starvation, bool norm, int64_t max_age,
+                  py::handle rows, py::handle inverse, uintptr_t keys, int64_t /* stored: none */,
+                  int threads) {
+  TokenSelect p = token_select_of(dtype, velocity, drops, age, keep, high, starvation, norm,
+                                  max_age, rows, inverse, keys);
+  const int64_t pixels = p.patch[0] * p.patch[1];
+  launch(FD_BY_ISA(token_select), p, p.batch * p.tokens() * pixels * p.channels, threads);
 }
 
 py::dict build_info() {
@@ -78,6 +88,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastdit's CPU kernels; called through fastdit.ops.";
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
+  m.def("token_select", &fd::token_select);
   m.def("set_isa", &fd::set_isa, "Name an instruction set for the whole process, or 'auto'.");
   m.def("build_info", &fd::build_info, "How this module was built, and what it can use here.");
 }

@@ -4,14 +4,18 @@
 // An operand is None, or a tuple (address, batch stride, token stride) with strides in elements, or
 // the bare address of the usual case, which is quicker to make and to read: a contiguous tensor
 // [B, K, D], or one row for all where it is a modulation. rows is None or (address, batch stride,
-// whether int64).
+// whether int64). A table is None or (address, batch stride).
 #pragma once
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <utility>
 
 #include "gated_residual.h"
 #include "norm_modulate.h"
+#include "token_select.h"
 
 namespace fd {
 
@@ -48,6 +52,12 @@ inline Operand modulation(py::handle h) { return operand(h, 0, 0); }
 inline Rows row_index(py::handle h) {
   if (h.is_none()) return {};
   return {reinterpret_cast<const void*>(item(h, 0)), item(h, 1), item(h, 2) != 0};
+}
+
+inline Table table(py::handle h) {
+  if (h.is_none()) return {};
+  const auto [address, batch_stride] = h.cast<std::pair<int64_t, int64_t>>();
+  return {reinterpret_cast<int32_t*>(address), batch_stride};
 }
 
 inline Dtype dtype_of(int code) {
@@ -99,6 +109,36 @@ inline NormModulate norm_modulate_of(int dtype, int64_t batch, int64_t tokens, i
   p.gate = modulation(gate);
   p.cache = state(cache, p.shape);
   p.rows = row_index(rows);
+  return p;
+}
+
+// velocity: (address, shape, strides), of six dimensions.
+inline TokenSelect token_select_of(int dtype, const py::tuple& velocity, py::handle drops,
+                                   py::handle age, int64_t keep, int64_t high, float starvation,
+                                   bool norm, int64_t max_age, py::handle rows, py::handle inverse,
+                                   uintptr_t keys) {
+  const auto shape = velocity[1].cast<std::array<int64_t, 6>>();
+  const auto stride = velocity[2].cast<std::array<int64_t, 6>>();
+  TokenSelect p;
+  p.dtype = dtype_of(dtype);
+  p.velocity = reinterpret_cast<const void*>(integer(velocity[0].ptr()));
+  for (int i = 0; i < 6; ++i) p.stride[i] = stride[i];
+  p.batch = shape[0];
+  p.grid[0] = shape[1];
+  p.grid[1] = shape[2];
+  p.patch[0] = shape[3];
+  p.patch[1] = shape[4];
+  p.channels = shape[5];
+  p.keep = keep;
+  p.high = high;
+  p.starvation = starvation;
+  p.norm = norm;
+  p.max_age = max_age;
+  p.drops = table(drops);
+  p.age = table(age);
+  p.rows = table(rows);
+  p.inverse = table(inverse);
+  p.keys = reinterpret_cast<uint32_t*>(keys);
   return p;
 }
 

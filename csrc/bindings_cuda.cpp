@@ -25,6 +25,15 @@ void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::
   cuda::norm_modulate(p, {device, reinterpret_cast<void*>(stream)});
 }
 
+void token_select(int dtype, const py::tuple& velocity, py::handle drops, py::handle age,
+                  int64_t keep, int64_t high, float starvation, bool norm, int64_t max_age,
+                  py::handle rows, py::handle inverse, uintptr_t keys, int device,
+                  uintptr_t stream) {
+  const TokenSelect p = token_select_of(dtype, velocity, drops, age, keep, high, starvation, norm,
+                                        max_age, rows, inverse, keys);
+  cuda::token_select(p, {device, reinterpret_cast<void*>(stream)});
+}
+
 py::dict info() {
   const DeviceInfo found = device_info();
   py::dict info;
@@ -46,6 +55,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "fastdit's CUDA side; imports on a machine without a driver.";
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
+  m.def("token_select", &fd::token_select);
   m.def("info", &fd::info,
         "Devices seen, cudart version, the runtime's error if any, the targets of this build.");
 }

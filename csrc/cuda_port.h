@@ -1,8 +1,9 @@
 // What a kernel file takes from CUDA, under names that nvcc and the emulator (emulation.h) both
 // give: the same text is compiled for a GPU and, for tests on a machine without one, for the host.
 //
-// A kernel uses threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __shfl_xor_sync, what is
-// declared here, and no other part of CUDA.
+// A kernel uses threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __shfl_xor_sync,
+// __shfl_up_sync, __ballot_sync, __popc, atomicAdd, fmaf, exp, sqrtf, what is declared here, and no
+// other part of CUDA.
 #pragma once
 #include "element.h"
 

@@ -3,8 +3,8 @@
 // It is made to be hostile. One warp runs as far as it can before the next one starts, and lanes
 // and warps start in an order that changes from block to block, so that a missing barrier reads
 // what is not there yet. Shared memory begins as NaN. An asynchronous copy lands when it is waited
-// for and not before. A misaligned vector, a shuffle that not every lane of a whole warp joins, and
-// a barrier that some threads never reach throw std::runtime_error.
+// for and not before. A misaligned vector, a shuffle or vote that not every lane of a whole warp
+// joins, and a barrier that some threads never reach throw std::runtime_error.
 //
 // It says nothing of speed, of memory ordering between blocks, or of registers.
 #pragma once
@@ -257,8 +257,50 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return slot.found;
 }
 
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int lanes) {
+  if (mask != 0xffffffffu) throw std::runtime_error("emulation: a shuffle of part of a warp");
+  struct Slot {
+    T value;
+    int lanes;
+    T found;
+  } slot = {value, lanes, value};
+  ::emulation::with_warp(slot, [](Slot** all) {
+    for (int i = 0; i < ::emulation::kWarp; ++i) {
+      if (i >= all[i]->lanes) all[i]->found = all[i - all[i]->lanes]->value;
+    }
+  });
+  return slot.found;
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool yes) {
+  if (mask != 0xffffffffu) throw std::runtime_error("emulation: a vote of part of a warp");
+  struct Slot {
+    bool yes;
+    unsigned votes;
+  } slot = {yes, 0};
+  ::emulation::with_warp(slot, [](Slot** all) {
+    unsigned votes = 0;
+    for (int i = 0; i < ::emulation::kWarp; ++i) votes |= unsigned{all[i]->yes} << i;
+    for (int i = 0; i < ::emulation::kWarp; ++i) all[i]->votes = votes;
+  });
+  return slot.votes;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+// One fiber runs at a time, so nothing comes between.
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+
 inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(double{x})); }
+using std::exp;
 using std::fmaf;
+using std::sqrt;
 
 namespace fd {
 namespace cuda {

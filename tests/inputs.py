@@ -11,6 +11,7 @@ from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from fastdit.ops import gated_residual as gated_residual_op
 from fastdit.ops import norm_modulate as norm_modulate_op
+from fastdit.ops import token_select as token_select_op
 from tolerance import Mismatch, bits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -84,6 +85,31 @@ class Runner:
         )
         return out
 
+    def token_select(
+        self,
+        velocity,
+        drops,
+        keep,
+        *,
+        age=None,
+        high=0,
+        starvation=0.1,
+        metric="std",
+        max_age=None,
+        rows=None,
+        inverse=None,
+    ) -> tuple[Tensor, Tensor]:
+        rows = unwritten((drops.shape[0], keep)) if rows is None else rows
+        inverse = unwritten(drops.shape) if inverse is None else inverse
+        if BACKENDS.get(self.backend.name) is self.backend:
+            options = {"age": age, "high": high, "starvation": starvation, "metric": metric}
+            options |= {"max_age": max_age, "rows": rows, "inverse": inverse}
+            return token_select_op(velocity, drops, keep, **options, backend=self.backend.name)
+        self.backend.token_select(
+            velocity, drops, age, high, starvation, metric, max_age, rows, inverse
+        )
+        return rows, inverse
+
 
 def generator(*key: int) -> torch.Generator:
     """Reproducible from the case's own numbers, whatever ran before."""
@@ -102,6 +128,11 @@ def poisoned(shape, dtype: torch.dtype) -> Tensor:
     return torch.full(tuple(shape), float("nan"), dtype=dtype)
 
 
+def unwritten(shape) -> Tensor:
+    """An int32 table of what no op writes."""
+    return torch.full(tuple(shape), -0x7F7F7F7F, dtype=torch.int32)
+
+
 def some_rows(batch: int, active: int, tokens: int, g: torch.Generator, dtype=torch.int64):
     """[B, K] sorted and unique in each sample, of `tokens` rows."""
     picks = [torch.randperm(tokens, generator=g)[:active].sort().values for _ in range(batch)]
@@ -112,13 +143,14 @@ class Guarded:
     """A tensor inside a larger buffer; `assert_intact` says whether the rest was written to."""
 
     def __init__(self, values: Tensor):
-        self.buffer = torch.full((values.numel() + 2 * GUARD,), 7.25, dtype=values.dtype)
+        self.fill = 7.25 if values.is_floating_point() else 7
+        self.buffer = torch.full((values.numel() + 2 * GUARD,), self.fill, dtype=values.dtype)
         self.tensor = self.buffer[GUARD : GUARD + values.numel()].view(values.shape)
         self.tensor.copy_(values)
 
     def assert_intact(self, what: str) -> None:
         for band in (self.buffer[:GUARD], self.buffer[-GUARD:]):
-            if not bool((band == 7.25).all()):
+            if not bool((band == self.fill).all()):
                 raise Mismatch(f"{what}: wrote outside its tensor")
 
 

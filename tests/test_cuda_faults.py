@@ -15,6 +15,7 @@ import torch
 import kernel_checks
 import test_gated_residual
 import test_norm_modulate
+import test_token_select
 from emulated import CSRC, Emulated, build, emulated, unavailable
 from inputs import Runner
 
@@ -25,9 +26,11 @@ pytestmark = [
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GATED, NORM, VECTOR, ELEMENT = "gated_residual.cu", "norm_modulate.cu", "vector.h", "element.h"
+SELECT, KEYS = "token_select.cu", "token_select.h"
 CHECKS = {
     GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
     NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
+    SELECT: test_token_select.CHECKS,
 }
 
 
@@ -184,6 +187,91 @@ FAULTS = {
     "bf16 is truncated": Fault(
         ELEMENT, "(u + 0x7fffu + ((u >> 16) & 1u)) >> 16", "u >> 16", "check_ties_to_even", BF16,
         GATED,
+    ),
+    # token_select: addresses, barriers and lanes
+    "rows and columns of the grid are swapped": Fault(
+        SELECT, "token / p.grid[1] * p.stride[1] + token % p.grid[1] * p.stride[2]",
+        "token / p.grid[1] * p.stride[2] + token % p.grid[1] * p.stride[1]", "check_layouts",
+    ),
+    "channels are taken to be next to each other": Fault(
+        SELECT, "mean += to_float(pixel[c * p.stride[5]])", "mean += to_float(pixel[c])",
+        "check_layouts",
+    ),
+    "every sample is cut by the keys of the first": Fault(
+        SELECT, "p.keys + b * tokens", "p.keys", "check_samples_are_apart"
+    ),
+    "tokens past the last are written": Fault(
+        SELECT, "    if (i >= tokens) continue;\n", "", "check_inputs_and_guards"
+    ),
+    "the keys of the last block are left out": Fault(
+        SELECT, "grid((count + kThreads - 1) / kThreads)", "grid(count / kThreads + (count < kThreads))",
+        "check_ties",
+    ),
+    "digits are counted on top of the last ones": Fault(
+        SELECT, "histogram[d] = 0;", "histogram[d] *= shift != 24;", "check_ties"
+    ),
+    "no barrier before the digit is searched": Fault(
+        SELECT, "    __syncthreads();\n    if (threadIdx.x < kWarp)", "    if (threadIdx.x < kWarp)",
+        "check_ties",
+    ),
+    "no barrier before the digit is read": Fault(
+        SELECT, "    __syncthreads();\n    cut.key |=", "    cut.key |=", "check_ties"
+    ),
+    "no barrier before the votes are read": Fault(
+        SELECT, "__popc(votes);\n  __syncthreads();\n", "__popc(votes);\n", "check_ties"
+    ),
+    "votes are overwritten while they are read": Fault(
+        SELECT, "  __syncthreads();  // of_warp is written again by the next call\n", "",
+        "check_ties",
+    ),
+    "the scan of the digits stops half way": Fault(
+        SELECT, "lanes < kWarp; lanes *= 2", "lanes < kWarp / 2; lanes *= 2", "check_ties"
+    ),
+    "the rank starts anew with each part": Fault(
+        SELECT, "int rank = seen + __popc", "int rank = __popc", "check_ties"
+    ),
+    # token_select: the order
+    "keys with another beginning are counted": Fault(
+        SELECT, "if ((key & known) == cut.key) atomicAdd", "atomicAdd", "check_sizes"
+    ),
+    "the last eight bits of a key are not looked at": Fault(
+        SELECT, "shift >= 0; shift -= 8", "shift > 0; shift -= 8", "check_sizes"
+    ),
+    "of equals high drops the first ones": Fault(
+        SELECT, "rank >= cut.equal - cut.take", "rank < cut.take", "check_all_equal"
+    ),
+    "of equals low drops all": Fault(
+        SELECT, "key == cut.key && rank < cut.take", "key == cut.key", "check_one_side_of_a_tie"
+    ),
+    "low counts what high has taken": Fault(
+        SELECT, "low_keys[i] = kDropped;", "p.inverse.row(b)[i] = -1;", "check_one_side_of_a_tie"
+    ),
+    "starvation has the published sign": Fault(
+        SELECT, "exp(-times)", "exp(times)", "check_starvation"
+    ),
+    "one channel is divided by none": Fault(
+        SELECT, "channels > 1 ? channels - 1.0f : 1.0f", "channels - 1.0f", "check_special_values"
+    ),
+    "the deviation is E[x^2] - m^2": Fault(
+        SELECT, "      sum += sqrtf(",
+        "      squares = 0.0f;\n"
+        "      for (int c = 0; c < channels; ++c) {\n"
+        "        const float v = to_float(pixel[c * p.stride[5]]);\n"
+        "        squares = fmaf(v, v, squares);\n"
+        "      }\n"
+        "      squares -= channels * mean * mean;\n"
+        "      sum += sqrtf(", "check_offset_fields", FP32,
+    ),
+    "tokens of the greatest age are not kept": Fault(
+        SELECT, "p.age.row(b)[token] >= p.max_age", "p.age.row(b)[token] > p.max_age",
+        "check_a_bounded_age",
+    ),
+    "age is not set back": Fault(
+        SELECT, "dropped ? p.age.row(b)[i] + 1 : 0", "p.age.row(b)[i] + dropped", "check_max_age"
+    ),
+    "NaN counts as a large metric": Fault(
+        KEYS, "  if (as_bits(metric) == kInfinity) key = kNoMetric;\n", "",
+        "check_special_values", BF16, SELECT,
     ),
 }  # fmt: skip
 

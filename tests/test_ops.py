@@ -120,6 +120,71 @@ def test_norm_modulate_names_what_is_wrong(case, backend):
     assert accepted in str(error.value)
 
 
+FIELD = some(B, 2, 4, 2, 2, 3)  # 8 tokens
+
+
+def table(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+WRONG_SELECT = {
+    "velocity of rank 5": ({"velocity": FIELD[0]}, "velocity", "rank 6"),
+    "velocity without channels": ({"velocity": FIELD[..., :0]}, "velocity", "none of it empty"),
+    "velocity not a tensor": ({"velocity": None}, "velocity", "[B, gh, gw, ph, pw, C]"),
+    "velocity of integers": ({"velocity": FIELD.int()}, "velocity", "float64"),
+    "drops dtype": ({"drops": table(B, 8).long()}, "drops", "int32"),
+    "drops shape": ({"drops": table(B, 7)}, "drops", f"[{B}, 8]"),
+    "drops device": ({"drops": table(B, 8).to("meta")}, "drops", "cpu"),
+    "drops not a tensor": ({"drops": None}, "drops", f"[{B}, 8]"),
+    "drops transposed": ({"drops": table(8, B).T}, "drops", "last stride"),
+    "drops expanded": ({"drops": table(1, 8).expand(B, 8)}, "drops", "without expanded"),
+    "keep none": ({"keep": 0}, "keep", "1 to 8"),
+    "keep more": ({"keep": 9}, "keep", "1 to 8"),
+    "keep a ratio": ({"keep": 0.5}, "keep", "an int"),
+    "keep a bool": ({"keep": True}, "keep", "an int"),
+    "high negative": ({"high": -1}, "high", "0 to 5"),
+    "high too many": ({"high": 6}, "high", "0 to 5"),
+    "metric": ({"metric": "var"}, "metric", "std or l2norm"),
+    "starvation NaN": ({"starvation": float("nan")}, "starvation", "finite in fp32"),
+    "starvation huge": ({"starvation": 1e39}, "starvation", "finite in fp32"),
+    "starvation text": ({"starvation": "0.1"}, "starvation", "finite in fp32"),
+    "max_age without age": ({"max_age": 3}, "age", "a tensor"),
+    "max_age zero": ({"max_age": 0, "age": table(B, 8)}, "max_age", "1 to"),
+    "age shape": ({"age": table(B, 3)}, "age", f"[{B}, 8]"),
+    "rows shape": ({"rows": table(B, 4)}, "rows", f"[{B}, 3]"),
+    "rows dtype": ({"rows": table(B, 3).long()}, "rows", "int32"),
+    "inverse shape": ({"inverse": table(B, 3)}, "inverse", f"[{B}, 8]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SELECT)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_token_select_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_SELECT[case]
+    arguments = {"velocity": FIELD, "drops": table(B, 8), "keep": 3, **changes}
+    with pytest.raises(ArgumentError) as error:
+        ops.token_select(**arguments, backend=backend)
+    assert str(error.value).startswith(f"{name}: got")
+    assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_tables_are_not_shared(backend):
+    drops, buffer = table(B, 8), table(2, B, 8)
+    for shared in (
+        {"drops": drops, "age": drops},
+        {"drops": drops, "inverse": drops},
+        {"drops": drops, "rows": drops.flatten()[: 3 * B].view(B, 3)},
+        {"drops": drops, "age": buffer[0], "inverse": buffer[0]},
+    ):
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.token_select(FIELD, keep=3, **shared, backend=backend)
+    side_by_side = table(B, 16)
+    tables = {"drops": side_by_side[:, :8], "age": side_by_side[:, 8:]}
+    ops.token_select(FIELD, keep=3, **tables, backend=backend)
+    assert int(side_by_side.sum()) == 2 * B * 5
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_written_memory_is_not_shared(backend):
     x, branch = some(B, K, D), some(B, K, D, key=1)
@@ -169,7 +234,7 @@ def test_neighbours_in_one_buffer_are_not_shared_memory():
 def test_automatic_choice_follows_dtype():
     bound = ops.bind()
     assert bound.backend is None
-    for op in ("gated_residual", "norm_modulate"):
+    for op in ("gated_residual", "norm_modulate", "token_select"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert bound.backend_for(op, "cpu", dtype) == "cpu"
         assert bound.backend_for(op, "cpu", torch.float64) == "reference"
@@ -214,7 +279,7 @@ def test_backends_state_their_reasons():
     assert {"reference", "cpu"} <= set(BACKENDS)
     for name, backend in BACKENDS.items():
         assert backend.name == name
-        for op in ("gated_residual", "norm_modulate"):
+        for op in ("gated_residual", "norm_modulate", "token_select"):
             reason = backend.supports(op, torch.device("cpu"), torch.int64)
             assert isinstance(reason, str)
             assert reason
@@ -326,6 +391,27 @@ def _tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
+@pytest.mark.slow
+def test_selection_compiles_as_one_graph():
+    def step(velocity, drops, age):
+        options = {"age": age, "high": 2, "max_age": 3}
+        rows, inverse = ops.token_select(velocity * 2, drops, 3, **options)
+        return ops.token_select(velocity, drops, 3, inverse=inverse)[0] + rows, inverse + drops
+
+    plain, traced = ([FIELD, table(B, 8), table(B, 8)] for _ in range(2))
+    expected = step(*plain)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*traced)
+    for a, b in zip([*plain, *expected], [*traced, *found], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_selection_has_no_gradient():
+    velocity = FIELD.clone().requires_grad_()
+    rows = ops.token_select(velocity, table(B, 8), 3)[0]
+    assert not rows.requires_grad
+    assert torch.equal(rows, ops.token_select(FIELD, table(B, 8), 3)[0])
+
+
 def test_compiles_with_gradients():
     scale = some(B, D)
 
@@ -349,6 +435,9 @@ def opcheck_samples():
     tail = (cache, rows, out, None)
     options = (None, None, 1e-6, False)
     yield "residual_norm_modulate", (store, gate, gate, *options, fresh, gate, *tail)
+    tables = (table(B, 3), table(B, 8), None)
+    yield "token_select", (FIELD, table(B, 8), None, 2, 0.1, "std", None, *tables)
+    yield "token_select", (FIELD, table(B, 8), table(B, 8), 0, 0.1, "l2norm", 4, *tables)
 
 
 @pytest.mark.slow
@@ -363,6 +452,10 @@ def test_meta_tensors_give_shapes():
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert ops.gated_residual(x, [store], [None], rows=rows).shape == (B, K, D)
         assert ops.norm_modulate(store, rows=rows).shape == (B, K, D)
+        field, drops = (t.to("meta") for t in (FIELD, table(B, 8)))
+        rows, inverse = ops.token_select(field, drops, 3)
+        assert (rows.shape, inverse.shape) == ((B, 3), (B, 8))
+        assert rows.dtype is inverse.dtype is torch.int32
 
 
 def test_dispatch_modes_see_the_ops():
@@ -377,7 +470,9 @@ def test_dispatch_modes_see_the_ops():
     with Seen() as seen:
         inside = ops.gated_residual(x, [branch], [None])
         ops.norm_modulate(x)
+        ops.token_select(FIELD, table(B, 8), 3)
     assert "fastdit::gated_residual" in seen.names
+    assert "fastdit::token_select" in seen.names
     assert "fastdit::norm_modulate" in seen.names
     assert torch.equal(inside, ops.gated_residual(x, [branch], [None]))
 

@@ -22,6 +22,10 @@ class Compiled(Backend):
         """The arguments after the op's own; `stored` rows are in every store used at `rows`."""
         raise TypeError(f"backend {self.name} does not say where it runs")
 
+    def _scratch(self, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+        """An int32 tensor that lives as long as a launch; None where a kernel asks for none."""
+        return None
+
     def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
         batch, tokens, width = x.shape
         # Stores of another length than K need their strides told.
@@ -67,6 +71,24 @@ class Compiled(Backend):
             *self._context(x, x.shape[1]),
         )
 
+    def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
+        keys = self._scratch((2, *drops.shape), drops.device)
+        self._module.token_select(
+            DTYPE_CODES[velocity.dtype],
+            (velocity.data_ptr(), velocity.shape, velocity.stride()),
+            _table(drops),
+            None if age is None else _table(age),
+            rows.shape[1],
+            high,
+            starvation,
+            metric == "l2norm",
+            max_age or 0,
+            _table(rows),
+            _table(inverse),
+            0 if keys is None else keys.data_ptr(),
+            *self._context(velocity, 0),
+        )
+
 
 def _address(t: Tensor) -> int | tuple[int, int, int]:
     """The bare address of a contiguous [B, K, D]."""
@@ -91,6 +113,10 @@ def _modulation(t: Tensor | None, width: int) -> int | tuple[int, int, int] | No
 
 def _row_index(rows: Tensor) -> tuple[int, int, int]:
     return rows.data_ptr(), rows.stride(0), rows.dtype is torch.int64
+
+
+def _table(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t.stride(0)
 
 
 def _shortest(branches, fresh: int, cache: Tensor | None) -> int:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+METRICS = ("std", "l2norm")  # of token_select
+
 
 class Backend:
     """Base of all backends; the op functions below are the contract, not an implementation."""
@@ -52,3 +54,18 @@ class Backend:
     ) -> None:
         """x[rows] += gate * branch; cache[rows] = branch; out = modulated norm of x[rows]."""
         raise TypeError(f"backend {self.name} has no norm_modulate")
+
+    def token_select(
+        self,
+        velocity: Tensor,  # [B, gh, gw, ph, pw, C], of any strides
+        drops: Tensor,  # int32 [B, N], written
+        age: Tensor | None,  # int32 [B, N], written
+        high: int,
+        starvation: float,  # rounded to fp32 by the backend
+        metric: str,  # one of METRICS
+        max_age: int | None,
+        rows: Tensor,  # int32 [B, K], written
+        inverse: Tensor,  # int32 [B, N], written
+    ) -> None:
+        """rows = the K tokens that stay active, ascending; the others are counted in drops."""
+        raise TypeError(f"backend {self.name} has no token_select")

@@ -2,9 +2,10 @@
 
 fp32, bf16 and fp16 on devices of compute capability 8.0 and up; fp64 is left to `reference`. Any
 width and alignment is served, and gives the same bits; addresses and strides that are multiples of
-16 bytes are quicker. Launches go to torch's current stream; nothing is allocated and nothing waits,
-so calls can be captured into a CUDA graph. Rows that are out of range are undefined: their values
-are on the device, where looking at them would wait.
+16 bytes are quicker. Launches go to torch's current stream and nothing waits. Nothing is allocated,
+but for the keys of token_select, which torch allocates: calls can be captured into a CUDA graph.
+Rows that are out of range are undefined: their values are on the device, where looking at them
+would wait.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ class Cuda(Compiled):
     def _context(self, x, stored):
         device = x.device.index
         return device, torch._C._cuda_getCurrentRawStream(device)
+
+    def _scratch(self, shape, device):
+        return torch.empty(shape, dtype=torch.int32, device=device)
 
 
 @functools.cache

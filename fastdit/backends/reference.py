@@ -2,8 +2,9 @@
 
 A residual is `x = x + gate * branch`, one branch after the other, each operation rounded in the
 dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32,
-as diffusers' RMSNorm does, whatever the dtype. Runs wherever torch does, and is what the ops
-differentiate through. It is not fast: every operation is a pass over memory of its own.
+as diffusers' RMSNorm does, whatever the dtype. A selection of tokens is two stable sorts. Runs
+wherever torch does, and is what the ops differentiate through. It is not fast: every operation is a
+pass over memory of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from fastdit.backends.base import Backend
 from fastdit.errors import ArgumentError
 
+INFINITY_BITS = 0x7F800000  # of fp32
+FORCED = 1 << 31  # above all keys of tokens that are not forced
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -79,6 +82,32 @@ def scatter_rows(store: Tensor, rows: Tensor | None, values: Tensor) -> None:
         store[_batch_index(rows), rows] = values
 
 
+def token_metric(velocity: Tensor, metric: str) -> Tensor:
+    """[B, gh, gw, ph, pw, C] -> fp32 [B, N], +inf wherever it is not finite."""
+    values, channels = velocity.to(torch.float32), velocity.shape[-1]
+    if metric == "std":
+        values = values - values.sum(-1, keepdim=True) / channels
+    squares = values.square().sum(-1)
+    if metric == "std":
+        squares = squares / max(channels - 1, 1)
+    pixels = squares.sqrt().flatten(3).sum(-1) / (velocity.shape[3] * velocity.shape[4])
+    return _finite_or_infinity(pixels.flatten(1))
+
+
+def drop_keys(metric: Tensor, factor: Tensor, forced: Tensor | None, largest: bool) -> Tensor:
+    """int64 [B, N], the smallest of which is dropped first: finite, then not, then forced."""
+    score = _finite_or_infinity(metric * factor.to(torch.float32))
+    keys = score.view(torch.int32).to(torch.int64)  # in the order of the scores, which have no sign
+    if largest:
+        keys = INFINITY_BITS - keys
+    keys = torch.where(metric.isinf(), INFINITY_BITS + 1, keys)
+    return keys if forced is None else keys + forced.to(torch.int64) * FORCED
+
+
+def _finite_or_infinity(t: Tensor) -> Tensor:
+    return torch.where(t.isfinite(), t, float("inf"))
+
+
 def _batch_index(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device, dtype=rows.dtype).unsqueeze(1)
 
@@ -120,6 +149,26 @@ class Reference(Backend):
             if cache is not None:
                 scatter_rows(cache, rows, branch)
         out.copy_(modulated_norm(active, scale, shift, weight, bias, eps, rms))
+
+    def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
+        tokens, keep = drops.shape[1], rows.shape[1]
+        values = token_metric(velocity, metric)
+        forced = None if max_age is None else age >= max_age
+        rate = torch.full((), starvation, dtype=torch.float32, device=drops.device).double()
+        times = rate * drops
+        # A stable sort of the negated keys ends with the first to be dropped, the last index first.
+        order = (-drop_keys(values, (-times).exp(), forced, True)).argsort(dim=1, stable=True)
+        dropped = torch.zeros_like(drops, dtype=torch.bool)
+        dropped.scatter_(1, order[:, tokens - high :], True)
+        keys = drop_keys(values, times.exp(), forced, False).masked_fill(dropped, 2 * FORCED)
+        order = keys.argsort(dim=1, stable=True)
+        dropped.scatter_(1, order[:, : tokens - keep - high], True)
+        rows.copy_(dropped.to(torch.uint8).argsort(dim=1, stable=True)[:, :keep])
+        kept = ~dropped
+        inverse.copy_(torch.where(dropped, -1, kept.cumsum(1) - 1))
+        drops.add_(dropped)
+        if age is not None:
+            age.add_(1).masked_fill_(kept, 0)
 
 
 BACKEND = Reference()

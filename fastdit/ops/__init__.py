@@ -1,4 +1,4 @@
-"""The ops: each one memory-bound region of a transformer block, one file each, on every backend.
+"""The ops: each a memory-bound region of a transformer or its sampler, on every backend.
 
 >>> from fastdit import ops
 >>> y = ops.norm_modulate(x, scale, shift)           # the backend of highest priority
@@ -18,8 +18,9 @@ from torch import Tensor
 from fastdit.ops.gated_residual import gated_residual
 from fastdit.ops.norm_modulate import norm_modulate
 from fastdit.ops.registry import BACKENDS, choose, requested_backend
+from fastdit.ops.token_select import token_select
 
-__all__ = ["BACKENDS", "Ops", "bind", "gated_residual", "norm_modulate"]
+__all__ = ["BACKENDS", "Ops", "bind", "gated_residual", "norm_modulate", "token_select"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Ops:
     backend: str | None
     gated_residual: Callable[..., Tensor]
     norm_modulate: Callable[..., Tensor]
+    token_select: Callable[..., tuple[Tensor, Tensor]]
 
     def backend_for(self, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
         """The name of the backend that will serve `op` there; BackendError where none does."""
@@ -38,4 +40,5 @@ class Ops:
 def bind(backend: str | None = None) -> Ops:
     """The ops on a named backend; None for FASTDIT_BACKEND, or the automatic choice."""
     name = requested_backend(backend)
-    return Ops(name, partial(gated_residual, backend=name), partial(norm_modulate, backend=name))
+    functions = (gated_residual, norm_modulate, token_select)
+    return Ops(name, *(partial(function, backend=name) for function in functions))

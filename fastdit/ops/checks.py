@@ -97,6 +97,40 @@ def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
         _unit_stride("rows", rows)
 
 
+def field(name: str, t: Tensor) -> torch.Size:
+    """A field in patches: floating, of rank 6, with any strides. Returns its shape."""
+    if not isinstance(t, Tensor):
+        _refuse(name, type(t).__name__, "a tensor [B, gh, gw, ph, pw, C]")
+    shape = t.shape
+    if len(shape) != 6 or 0 in shape[1:]:
+        _refuse(name, f"shape {list(shape)}", "rank 6, none of it empty: [B, gh, gw, ph, pw, C]")
+    if t.dtype not in FLOATING:
+        _refuse(name, str(t.dtype), "float64, float32, bfloat16 or float16")
+    return shape
+
+
+def table(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """An int32 number for each token: [B, N], or [B, K]."""
+    if not isinstance(t, Tensor):
+        _refuse(name, type(t).__name__, f"a tensor {list(shape)}")
+    if t.dtype is not torch.int32:
+        _refuse(name, str(t.dtype), "int32")
+    if t.device != device:
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, where velocity is")
+    if tuple(t.shape) != tuple(shape):
+        _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
+    if not t.is_contiguous():
+        _unit_stride(name, t)
+
+
+def integer(name: str, value: int, low: int, high: int) -> None:
+    """A Python int from low to high, both included."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        _refuse(name, repr(value), "an int")
+    if not low <= value <= high:
+        _refuse(name, str(value), f"{low} to {high}")
+
+
 def written(name: str, t: Tensor) -> None:
     """A tensor that is written must not overlap itself."""
     if t.is_contiguous():
@@ -130,7 +164,7 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     if a.numel() == 0 or b.numel() == 0 or offset >= _extent(first) * first.element_size():
         return False
     # Side by side within each sample of one buffer, like store[:, :T] and store[:, T:].
-    if a.dim() == b.dim() == 3 and a.stride(0) == b.stride(0) > 0:
+    if a.dim() == b.dim() >= 2 and a.stride(0) == b.stride(0) > 0:
         sample = a.stride(0) * a.element_size()
         start = offset % sample
         return start < _extent(first[0]) * a.element_size() or (
