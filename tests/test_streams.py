@@ -19,7 +19,7 @@ from oracle import Oracle, random_bits
 pytestmark = pytest.mark.diffusers
 
 STEPS = 4
-KINDS = ("transformer_blocks", "single_transformer_blocks")
+KINDS = ("transformer_blocks", "single_transformer_blocks", "layers")
 
 
 def blocks(model):
@@ -74,7 +74,7 @@ def record_outputs(which):
 
 
 @pytest.mark.parametrize("which", [{0, 1, 2, 3}, {1}, {0, 2}], ids=str)
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_hooks_on_blocks_see_stock_values_that_never_change(family, which):
     for seed in range(2):
         expected, seen = compare(family, seed=seed, observe=record_outputs(which))
@@ -88,7 +88,7 @@ def test_hooks_on_blocks_see_stock_values_that_never_change(family, which):
                 same_bits(tensor, copy)
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
     """Whether a residual may wait is decided anew at each block, so a hook may appear at any step."""
     model = tiny_models.transformer(family, torch.float64)
@@ -115,7 +115,7 @@ def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
             within_contract(actual, wanted, bound=FORWARD_FP64)
 
 
-@pytest.mark.parametrize("family", ["pixart-sigma", "dit"])
+@pytest.mark.parametrize("family", ["pixart-sigma", "dit", "lumina"])
 def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     """What reads a stream next rounds by its layout, and patch embeddings leave it transposed."""
     model = tiny_models.transformer(family)
@@ -130,7 +130,7 @@ def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     assert strides == stock
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_a_hook_may_replace_a_blocks_output(family):
     def halve(model):
         def hook(module, args, output):
@@ -143,7 +143,7 @@ def test_a_hook_may_replace_a_blocks_output(family):
     compare(family, observe=halve)
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_inputs_of_the_transformer_are_never_written(family):
     model = tiny_models.transformer(family)
     fastdit.patch(model, Cached(Schedule.every(2)))

@@ -65,6 +65,7 @@ class Adapter:
         embeddings_arguments: The transformer arguments that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
+        timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
     """
 
     family: str
@@ -76,6 +77,7 @@ class Adapter:
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
     uses_cfg = True
+    timesteps_rise = False
 
     # ---- recognising a model
 
@@ -157,6 +159,10 @@ class Adapter:
         """Image tokens of latents of this shape; [B, C, H, W] unless a family packs them."""
         patch = transformer.config.patch_size
         return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
+
+    def width(self, transformer: nn.Module) -> int:
+        """Channels of a token in the residual stream."""
+        return transformer.inner_dim
 
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """Text tokens the pipeline's prompts become by default."""
