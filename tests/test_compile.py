@@ -76,7 +76,11 @@ def expected(family, seed, compute=0.5):
 
 
 CASES = [("flux", way, order) for way in WAYS for order in ORDERS]
-CASES += [("sd3.5", "blocks", "after"), ("pixart-sigma", "blocks", "after"), ("lumina", "blocks", "after")]
+CASES += [
+    ("sd3.5", "blocks", "after"),
+    ("pixart-sigma", "blocks", "after"),
+    ("lumina", "blocks", "after"),
+]
 CASES += [("dit", "transformer", "before"), ("lumina", "transformer", "before")]
 
 
@@ -103,7 +107,8 @@ def test_compiled_models_run_schedules(family, way, order):
 
 
 @pytest.mark.parametrize(
-    ("family", "way"), [("sd3.5", "blocks"), ("flux", "blocks"), ("flux", "transformer"), ("lumina", "blocks")]
+    ("family", "way"),
+    [("sd3.5", "blocks"), ("flux", "blocks"), ("flux", "transformer"), ("lumina", "blocks")],
 )
 def test_the_number_of_graphs_does_not_grow_with_the_schedule(family, way):
     """After a dense run, which needs every graph, no schedule adds one."""
