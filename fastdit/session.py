@@ -306,8 +306,7 @@ class Session:
         return transformer._compiled_call_impl
 
     def _locate_by_timestep(self, run: Run | None, timestep: Any) -> Run:
-        """Without a scheduler the timestep argument tells: another value is another step, one back towards
-        noise another run.
+        """Without a scheduler the timestep argument tells: another value is another step, a noisier one another run.
 
         Reads the value, so it waits for a GPU; a scheduler, or `advance()`, does not.
         """
