@@ -154,7 +154,7 @@ class _Count:
             moved = adapter.slot_elements(*arguments) * rows * itemsize
             self.cells.append((index, component, macs, moved, component not in kind.consumers))
         self.overhead = adapter.overhead_macs(transformer, size) * rows
-        self.stream = (size.image + size.text) * transformer.inner_dim * rows * itemsize
+        self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
 
     def macs(self, plan: RunPlan) -> int:
         """Multiply-accumulates of a run."""

@@ -173,6 +173,12 @@ class Forward:
             self.slots.pop(key, None)
         return value
 
+    def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""
+        if self.immediate or x.stride(-1) != 1 or not _is_plain(norm, x):
+            return norm(x)
+        return self.ops.norm_modulate(x, **_parameters(norm))
+
     # ---- residual streams
 
     def enter(self, hidden_states: Tensor, stream: str, branch_first: bool = False) -> Residual:
@@ -231,11 +237,15 @@ class Residual:
     def normed(
         self, norm: nn.Module, scale: Gate, shift: Gate, out: Tensor | None = None
     ) -> Tensor:
-        """``norm(h) * (1 + scale) + shift`` [B, n, D], the input of a component; `norm` is a LayerNorm module."""
+        """``norm(h) * (1 + scale) + shift`` [B, n, D], the input of a component.
+
+        `norm` is a LayerNorm or RMSNorm module; scale and shift may be None.
+        """
         forward = self._forward
         if not self.takes_op(norm, scale):
             normed = norm(self.read())
-            return normed if scale is None else normed * (1 + _rows(scale)) + _rows(shift)
+            normed = normed if scale is None else normed * (1 + _rows(scale))
+            return normed if shift is None else normed + _rows(shift)
         branch = gate = None
         if len(self._waiting) == 1 and self._is_owned():
             branch, gate = self._waiting.pop()
@@ -245,12 +255,10 @@ class Residual:
             self._h,
             scale,
             shift,
-            weight=norm.weight,
-            bias=getattr(norm, "bias", None),
-            eps=norm.eps,
             branch=branch,
             gate=gate,
             out=out,
+            **_parameters(norm),
         )
 
     def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
@@ -318,13 +326,33 @@ def _rows(vector: Tensor) -> Tensor:
 
 
 def _is_plain(norm: nn.Module, h: Tensor) -> bool:
-    """Whether the op may stand in for the module: a LayerNorm over the last axis, in the stream's dtype, no hooks."""
+    """Whether the op may stand in for the module: a norm over the last axis, in the stream's dtype, no hooks."""
     weight = getattr(norm, "weight", None)
     return (
-        type(norm).__name__ == "LayerNorm"
+        (type(norm).__name__ == "LayerNorm" or _is_rms(norm, h))
         and not observed(norm)
         and (weight is None or weight.dtype is h.dtype)
     )
+
+
+def _is_rms(norm: nn.Module, h: Tensor) -> bool:
+    """Whether it is an RMSNorm as the op computes it: in fp64 it takes the variance in fp32, as diffusers does.
+
+    Torch's own does not, and without an eps it takes one that depends on the dtype.
+    """
+    if isinstance(norm, nn.RMSNorm):
+        return norm.eps is not None and h.dtype is not torch.float64
+    return type(norm).__name__ == "RMSNorm"
+
+
+def _parameters(norm: nn.Module) -> dict[str, Any]:
+    """A plain norm's arguments to `norm_modulate`."""
+    return {
+        "weight": norm.weight,
+        "bias": getattr(norm, "bias", None),
+        "eps": norm.eps,
+        "rms": type(norm).__name__ == "RMSNorm",
+    }
 
 
 def observed(module: nn.Module) -> bool:

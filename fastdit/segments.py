@@ -24,12 +24,20 @@ from torch import Tensor, nn
 class Segments:
     """The calls, each passed through `wrap`."""
 
-    __slots__ = ("__weakref__", "attention", "feed_forward", "linear", "project")
+    __slots__ = (
+        "__weakref__",
+        "attention",
+        "feed_forward",
+        "linear",
+        "project",
+        "project_heads",
+    )
 
     def __init__(self, wrap: Callable[[Callable], Callable]) -> None:
         self.attention = wrap(attention)
         self.feed_forward = wrap(feed_forward)
         self.project = wrap(project)
+        self.project_heads = wrap(project_heads)
         self.linear = wrap(linear)
 
 
@@ -57,6 +65,11 @@ def project(
 ) -> Tensor:
     """FLUX's fused output projection over the attention output and the activated MLP branch."""
     return module(torch.cat([attention_output, activation(mlp_output)], dim=2))
+
+
+def project_heads(module: nn.Module, attention: Tensor, cross: Tensor, gate: Tensor) -> Tensor:
+    """Lumina's output projection over the sum of two attentions [B, N, heads, d], the second gated by head."""
+    return module((attention + cross * gate.tanh().view(1, 1, -1, 1)).flatten(-2))
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:

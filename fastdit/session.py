@@ -428,7 +428,7 @@ class Session:
         return transformer._compiled_call_impl
 
     def _locate_by_timestep(self, run: Run | None, timestep: Any) -> Run:
-        """Without a scheduler the timestep argument tells: another value is another step, a higher one another run.
+        """Without a scheduler the timestep argument tells: another value is another step, a noisier one another run.
 
         Reads the value, so it waits for a GPU; a scheduler, or `advance()`, does not.
         """
@@ -439,6 +439,8 @@ class Session:
         value = (
             float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep or 0)
         )
+        if self.adapter.timesteps_rise:
+            value = -value
         last = None if run is None else run.last_timestep
         if (
             run is None

@@ -3,12 +3,13 @@
 It knows nothing of fastdit: it puts a wrapper around the forward of the stock block's own
 sub-modules (attention, feed-forward, projection), keeps each module's last output per transformer
 call within a step, and returns it where the schedule says so. What is kept is the raw output,
-before the gate; FLUX's `single_proj_mlp` is the output of that linear layer, before the GELU; an
-empty slot computes.
+before the gate and before any norm behind the module; FLUX's `single_proj_mlp` is the output of that
+linear layer, before the GELU; an empty slot computes.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -42,6 +43,14 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
         "transformer_blocks": {"attn1": "attn1", "attn2": "attn2", "ff": "ff"},
     },
     "DiTTransformer2DModel": {"transformer_blocks": {"attn1": "attn1", "ff": "ff"}},
+    "LuminaNextDiT2DModel": {
+        "layers": {
+            "attn1": "attn1",
+            "attn2": "attn2",
+            "to_out": "attn2.to_out.0",
+            "feed_forward": "feed_forward",
+        },
+    },
 }
 
 Bits = Mapping[str, np.ndarray]
@@ -106,7 +115,7 @@ class Oracle:
         for kind, parts in MODULES[type(self._transformer).__name__].items():
             for index, block in enumerate(getattr(self._transformer, kind)):
                 for position, attribute in enumerate(parts.values()):
-                    if (module := getattr(block, attribute)) is not None:
+                    if (module := operator.attrgetter(attribute)(block)) is not None:
                         yield module, (kind, index, position)
 
     def _count(self, module: nn.Module, args: Any) -> None:

@@ -122,7 +122,8 @@ def test_no_parameter_can_hide_a_mistake(family):
     model = tiny_models.transformer(family, torch.float64)
     model(**tiny_models.call(family, 2, torch.float64))[0].square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.abs().min() == 0] == []
-    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    unused = {"pad_token"}  # diffusers' Lumina has it and reads it nowhere
+    assert {name for name, p in model.named_parameters() if p.grad is None} <= unused
 
 
 def as_double(inputs: dict) -> dict:
@@ -143,7 +144,7 @@ def row(inputs: dict, index: int) -> dict:
     def pick(name, value):
         if isinstance(value, dict):
             return row(value, index)
-        if not isinstance(value, torch.Tensor) or name.endswith("_ids"):
+        if not isinstance(value, torch.Tensor) or name.endswith(("_ids", "rotary_emb")):
             return value
         return value[index : index + 1]
 

@@ -11,6 +11,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import Cached, Schedule
+from fastdit.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
@@ -79,35 +80,45 @@ def as_double(value):
     return value.double() if floating else value
 
 
-@pytest.mark.parametrize("component", ["single_attn", "single_proj_mlp", "single_proj_out"])
+#: blocks where two components are read by a third alone: (family, block list, the three)
+CONSUMING = [
+    ("flux", "single_transformer_blocks", ("single_attn", "single_proj_mlp", "single_proj_out")),
+    ("lumina", "layers", ("attn1", "attn2", "to_out")),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "component"),
+    [(family, kind, component) for family, kind, parts in CONSUMING for component in parts],
+)
 @pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "stale"])
-def test_flux_single_block_bits_are_independent(component, fresh):
+def test_bits_of_consumed_components_are_independent(family, kind, component, fresh):
     """One component alone fresh, or alone stale: what is fresh but not consumed now is consumed later."""
     steps = 6
-    bits, names = random_bits(tiny_models.FAMILIES["flux"].build(), steps, 0, compute=1.1)
-    kind = "single_transformer_blocks"
+    bits, names = random_bits(tiny_models.FAMILIES[family].build(), steps, 0, compute=1.1)
     index = names[kind].index(component)
     bits[kind][:] = not fresh
     bits[kind][..., index] = fresh
     bits[kind][4] = True
     bits[kind][4, :, :2] = [fresh, False]  # the projection runs on what the other bits left behind
     for actual, expected in zip(
-        *both_ways("flux", bits, names, 2, torch.float64, None, steps), strict=True
+        *both_ways(family, bits, names, 2, torch.float64, None, steps), strict=True
     ):
         within_contract(actual, expected, bound=FORWARD_FP64)
 
 
-def test_every_pattern_of_a_flux_single_block():
+@pytest.mark.parametrize(("family", "kind"), [entry[:2] for entry in CONSUMING])
+def test_every_pattern_of_consumed_components(family, kind):
     """All 64 ways to set the three bits of a block in two later steps, followed by a step that consumes."""
-    kind = "single_transformer_blocks"
-    model = tiny_models.transformer("flux", torch.float64)
-    inputs = [tiny_models.call("flux", 1, torch.float64, step=step) for step in range(4)]
+    model = tiny_models.transformer(family, torch.float64)
+    inputs = [tiny_models.call(family, 1, torch.float64, step=step) for step in range(4)]
     base, names = random_bits(model, 4, 0, compute=1.1)
     handle = None
     for pattern in range(64):
         bits = {name: value.copy() for name, value in base.items()}
         flags = [bool(pattern >> i & 1) for i in range(6)]
-        bits[kind][1, :], bits[kind][2, :], bits[kind][3, :] = flags[:3], flags[3:], [0, 0, 1]
+        bits[kind][1, :, :3], bits[kind][2, :, :3] = flags[:3], flags[3:]
+        bits[kind][3, :, :3] = [0, 0, 1]
         fastdit.unpatch(model)
         with torch.no_grad(), Oracle(model, bits).installed():
             expected = [model(**given)[0] for given in inputs]
@@ -185,22 +196,24 @@ def test_skip_layer_guidance_has_caches_of_its_own():
 # ---- what is cached, and when
 
 
-@pytest.mark.parametrize("family", ["sd3", "pixart-sigma", "dit"])
+@pytest.mark.parametrize("family", ["sd3", "pixart-sigma", "dit", "lumina"])
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_a_cached_output_is_gated_by_the_new_step(family, backend):
     """Two steps, one block, only the feed-forward reused: the stream ends as ``h + gate(t2) *
     cached``, gate of step two.
     """
     model = tiny_models.transformer(family, torch.float64)
-    del model.transformer_blocks[1:]
-    block = model.transformer_blocks[0]
+    kind, part = ("layers", "feed_forward") if family == "lumina" else ("transformer_blocks", "ff")
+    del getattr(model, kind)[1:]
+    block = getattr(model, kind)[0]
+    ff = getattr(block, part)
     bits, names = random_bits(model, 2, 0, compute=1.1)
-    bits["transformer_blocks"][1, :, names["transformer_blocks"].index("ff")] = False
+    bits[kind][1, :, names[kind].index(part)] = False
     first, second = (tiny_models.call(family, 2, torch.float64, step=step) for step in range(2))
 
     record = {}
     hooks = [
-        block.ff.register_forward_hook(lambda m, a, out: record.setdefault("cached", out)),
+        ff.register_forward_hook(lambda m, a, out: record.setdefault("cached", out)),
         block.register_forward_hook(
             lambda m, a, kw, out: record.update(
                 out=out[1] if isinstance(out, tuple) else out,
@@ -213,9 +226,11 @@ def test_a_cached_output_is_gated_by_the_new_step(family, backend):
     with torch.no_grad():
         model(**first)
         cached = record["cached"]
+        if family == "lumina":  # which norms the output too, in the same way at every step
+            cached = block.ffn_norm2(cached)
         # The stream before the feed-forward, at the second step: the block with a feed-forward that
         # gives zero.
-        zero = block.ff.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
+        zero = ff.register_forward_hook(lambda m, a, out: torch.zeros_like(out))
         model(**second)
         zero.remove()
         before, gate = record["out"], feed_forward_gate(block, record)
@@ -241,7 +256,10 @@ def feed_forward_gate(block, record):
         emb = block.norm1.emb(record["emb"], record["labels"], hidden_dtype=torch.float64)
     else:
         emb = record["emb"]
-    return block.norm1.linear(block.norm1.silu(emb)).chunk(6, dim=1)[5].unsqueeze(1)
+    modulation = block.norm1.linear(block.norm1.silu(emb))
+    if hasattr(block, "ffn_norm2"):
+        return modulation.chunk(4, dim=1)[3].unsqueeze(1).tanh()
+    return modulation.chunk(6, dim=1)[5].unsqueeze(1)
 
 
 def test_a_false_bit_at_step_0_computes():
@@ -258,23 +276,21 @@ def test_a_false_bit_at_step_0_computes():
 def test_nothing_writes_into_a_slot(family):
     """Cached outputs keep their bits through a whole run of the fast path, which adds residuals in place."""
     model = tiny_models.transformer(family)
-    kept = []
-    for block in model.transformer_blocks:
-        for module in (block.ff, getattr(block, "attn", None) or block.attn1):
-            module.register_forward_hook(lambda m, a, out: kept.extend(tensors(out)))
     handle = fastdit.patch(model, Cached(Schedule.every(4)))
+    session = model.__dict__[LINK]
     with torch.no_grad(), handle.run(range(4)):
         model(**tiny_models.call(family, 2, step=0))
+        kept = [t for slot in session.run.branches[0].slots.values() for t in tensors(slot)]
         before = [tensor.clone() for tensor in kept]
         for step in range(1, 4):
             model(**tiny_models.call(family, 2, step=step))
-    assert len(kept) == len(before)
+    assert kept
     for tensor, copy in zip(kept, before, strict=True):
         same_bits(tensor, copy)
 
 
 def tensors(output):
-    return list(output) if isinstance(output, tuple) else [output]
+    return [t for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
 
 
 def test_modules_that_are_reused_do_not_run():

@@ -29,7 +29,7 @@ STEPS = 4
 
 
 def blocks(model):
-    kinds = ("transformer_blocks", "single_transformer_blocks")
+    kinds = ("transformer_blocks", "single_transformer_blocks", "layers")
     return [block for kind in kinds for block in getattr(model, kind, ())]
 
 
@@ -105,9 +105,9 @@ def group_offload(level):
 
 def lora(model):
     """Random adapters on every linear layer of attentions, feed-forwards and FLUX's single blocks."""
-    parts = r"to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_out"
+    parts = r"to_q|to_k|to_v|to_out\.0|net\.0\.proj|net\.2|proj_mlp|proj_out|linear_[123]"
     config = LoraConfig(
-        r=2, init_lora_weights=False, target_modules=rf".*blocks\.\d+\.(.*\.)?({parts})"
+        r=2, init_lora_weights=False, target_modules=rf".*(blocks|layers)\.\d+\.(.*\.)?({parts})"
     )
     dtype = model.dtype
     torch.manual_seed(3)
@@ -160,10 +160,14 @@ MISSING = {
     ("dit", "another processor"),
     ("dit", "group offload by block"),
     ("dit", "group offload by leaf"),
+    ("lumina", "fused QKV"),
+    ("lumina", "chunked batch"),
+    ("lumina", "chunked tokens"),
+    ("lumina", "another processor"),
 }
 CASES = [
     (family, feature)
-    for family in ("sd3.5", "flux", "pixart-sigma", "dit")
+    for family in ("sd3.5", "flux", "pixart-sigma", "dit", "lumina")
     for feature in FEATURES
     if (family, feature) not in MISSING
 ] + [("sd3", "fused QKV")]

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 STEPS = 3
-FAMILIES = ["sd3.5", "flux", "pixart-sigma", "dit"]
+FAMILIES = ["sd3.5", "flux", "pixart-sigma", "dit", "lumina"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def _fresh_compiler():
 
 
 def blocks(model):
-    kinds = ("transformer_blocks", "single_transformer_blocks")
+    kinds = ("transformer_blocks", "single_transformer_blocks", "layers")
     return [block for kind in kinds for block in getattr(model, kind, ())]
 
 
@@ -76,8 +76,12 @@ def expected(family, seed, compute=0.5):
 
 
 CASES = [("flux", way, order) for way in WAYS for order in ORDERS]
-CASES += [("sd3.5", "blocks", "after"), ("pixart-sigma", "blocks", "after")]
-CASES += [("dit", "transformer", "before")]
+CASES += [
+    ("sd3.5", "blocks", "after"),
+    ("pixart-sigma", "blocks", "after"),
+    ("lumina", "blocks", "after"),
+]
+CASES += [("dit", "transformer", "before"), ("lumina", "transformer", "before")]
 
 
 @pytest.mark.parametrize(("family", "way", "order"), CASES)
@@ -103,7 +107,8 @@ def test_compiled_models_run_schedules(family, way, order):
 
 
 @pytest.mark.parametrize(
-    ("family", "way"), [("sd3.5", "blocks"), ("flux", "blocks"), ("flux", "transformer")]
+    ("family", "way"),
+    [("sd3.5", "blocks"), ("flux", "blocks"), ("flux", "transformer"), ("lumina", "blocks")],
 )
 def test_the_number_of_graphs_does_not_grow_with_the_schedule(family, way):
     """After a dense run, which needs every graph, no schedule adds one."""
@@ -138,7 +143,7 @@ def test_the_heavy_calls_are_compiled(family):
         model(**tiny_models.call(family))
     code = "\n".join(captured)
     assert "scaled_dot_product_attention" in code
-    assert "gelu" in code
+    assert "gelu" in code or "silu" in code
 
 
 def test_blocks_compile_with_fullgraph():

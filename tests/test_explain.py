@@ -89,7 +89,7 @@ def test_predicted_macs_count_fused_projections_and_adapters_once():
         assert flops(lambda: model(**tiny_models.call(family))) == 2 * before  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart-sigma", "dit"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"])
 @pytest.mark.parametrize("cfg", [True, False])
 def test_predicted_size_of_a_pipelines_run(name, cfg):
     """Rows, tokens and steps as the transformer really gets them."""

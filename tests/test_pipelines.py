@@ -45,6 +45,10 @@ SCHEDULERS = {
         "sde": lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
     },
     "dit": {"dpm++": DPMSolverMultistepScheduler},
+    "lumina": {
+        "heun": FlowMatchHeunDiscreteScheduler,
+        "shifted": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    },
 }
 PAIRS = [(name, scheduler) for name, some in SCHEDULERS.items() for scheduler in some]
 
@@ -109,7 +113,7 @@ def test_any_scheduler_keeps_its_bits(name, scheduler):
     assert fastdit.report(pipe).steps == len(pipe.scheduler.timesteps)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "sd3-img2img", "flux-img2img", "lumina"])
 def test_callbacks_see_and_edit_what_they_always_did(name):
     seen = []
 

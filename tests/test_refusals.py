@@ -176,7 +176,7 @@ def test_the_environment_names_a_backend(monkeypatch):
 # ---- at the start of a run
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart-sigma", "dit"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"])
 def test_another_number_of_steps_is_refused_before_any_step(name):
     pipe = tiny_models.pipeline(name)
     bits, names = random_bits(pipe.transformer, 4, 0)

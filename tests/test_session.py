@@ -17,7 +17,7 @@ from tiny_models import generate
 
 pytestmark = pytest.mark.diffusers
 
-NAMES = ["sd3", "flux-dev", "pixart-sigma", "dit"]
+NAMES = ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"]
 EVERY_2 = Cached(Schedule.every(2))
 
 
@@ -240,12 +240,12 @@ def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
 # ---- loops without a scheduler
 
 
-@pytest.fixture
-def loop():
-    """A bare transformer, its inputs, and the oracle's outputs for a random schedule."""
-    model = tiny_models.transformer("pixart-sigma")
+@pytest.fixture(params=["pixart-sigma", "lumina"])
+def loop(request):
+    """A bare transformer, its inputs, and the oracle's outputs for a random schedule; Lumina's timesteps rise."""
+    model = tiny_models.transformer(request.param)
     bits, names = random_bits(model, 5, 2)
-    inputs = [tiny_models.call("pixart-sigma", step=step) for step in range(5)]
+    inputs = [tiny_models.call(request.param, step=step) for step in range(5)]
     with torch.no_grad(), Oracle(model, bits).installed():
         expected = [model(**given)[0] for given in inputs]
     handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)), backend="reference")
@@ -298,7 +298,7 @@ def test_reset_starts_a_new_run(loop):
 @pytest.mark.parametrize("advance", [True, False])
 def test_one_call_too_many_is_refused(loop, advance):
     handle, model, inputs, expected = loop
-    extra = tiny_models.call("pixart-sigma", timestep=10.0)
+    extra = inputs[0] | {"timestep": 2 * inputs[-1]["timestep"] - inputs[-2]["timestep"]}
     with handle.run(range(5)):
         for given in inputs:
             model(**given)

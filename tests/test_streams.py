@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers.models.normalization import RMSNorm
 
 import fastdit
 import tiny_models
 from contract import FORWARD_FP64, same_bits, within_contract
-from fastdit import Cached, Dense, Schedule
+from fastdit import Cached, Dense, Schedule, ops
+from fastdit.forward import Forward
 from oracle import Oracle, random_bits
 
 pytestmark = pytest.mark.diffusers
 
 STEPS = 4
-KINDS = ("transformer_blocks", "single_transformer_blocks")
+KINDS = ("transformer_blocks", "single_transformer_blocks", "layers")
 
 
 def blocks(model):
@@ -74,7 +76,7 @@ def record_outputs(which):
 
 
 @pytest.mark.parametrize("which", [{0, 1, 2, 3}, {1}, {0, 2}], ids=str)
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_hooks_on_blocks_see_stock_values_that_never_change(family, which):
     for seed in range(2):
         expected, seen = compare(family, seed=seed, observe=record_outputs(which))
@@ -88,7 +90,7 @@ def test_hooks_on_blocks_see_stock_values_that_never_change(family, which):
                 same_bits(tensor, copy)
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
     """Whether a residual may wait is decided anew at each block, so a hook may appear at any step."""
     model = tiny_models.transformer(family, torch.float64)
@@ -115,7 +117,7 @@ def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
             within_contract(actual, wanted, bound=FORWARD_FP64)
 
 
-@pytest.mark.parametrize("family", ["pixart-sigma", "dit"])
+@pytest.mark.parametrize("family", ["pixart-sigma", "dit", "lumina"])
 def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     """What reads a stream next rounds by its layout, and patch embeddings leave it transposed."""
     model = tiny_models.transformer(family)
@@ -130,7 +132,7 @@ def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     assert strides == stock
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_a_hook_may_replace_a_blocks_output(family):
     def halve(model):
         def hook(module, args, output):
@@ -143,7 +145,7 @@ def test_a_hook_may_replace_a_blocks_output(family):
     compare(family, observe=halve)
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
 def test_inputs_of_the_transformer_are_never_written(family):
     model = tiny_models.transformer(family)
     fastdit.patch(model, Cached(Schedule.every(2)))
@@ -205,3 +207,46 @@ def test_skipped_layers_are_bit_equal_on_reference(skipped):
         for method in (Dense(), Cached(Schedule.every(1))):
             fastdit.patch(model, method, backend="reference")
             same_bits(model(**given)[0], stock)
+
+
+# ---- norms
+
+
+NORMS = {
+    "LayerNorm": lambda: torch.nn.LayerNorm(24, eps=1e-3),
+    "torch RMSNorm": lambda: torch.nn.RMSNorm(24, eps=1e-3),
+    "torch RMSNorm without eps": lambda: torch.nn.RMSNorm(24),
+    "diffusers RMSNorm": lambda: RMSNorm(24, eps=1e-3),
+    "diffusers RMSNorm with bias": lambda: RMSNorm(24, eps=1e-3, bias=True),
+    "diffusers RMSNorm without weight": lambda: RMSNorm(24, eps=1e-3, elementwise_affine=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_norms_of_every_kind_are_those_of_their_modules(name, dtype):
+    """With a scale and no shift, on a residual stream and on other tensors; `eager` runs the module itself."""
+    norm, rounded = (tiny_models.randomise(NORMS[name]()).to(dtype) for _ in range(2))
+    generator = torch.Generator().manual_seed(1)
+    h, scale = (torch.randn(2, n, 24, generator=generator).to(dtype) for n in (5, 1))
+
+    def both(immediate, norm, h, scale):
+        fw = Forward(ops.bind(), [norm], immediate=immediate)
+        plain, stream = fw.normed(norm, h), fw.enter(h, "image").normed(norm, scale, None)
+        return torch.cat([plain, stream], dim=1)
+
+    eager, actual = (both(immediate, norm, h, scale) for immediate in (True, False))
+    same_bits(eager, torch.cat([norm(h), norm(h) * (1 + scale)], dim=1))
+    truth = both(True, rounded.double(), h.double(), scale.double())
+    within_contract(actual, eager, truth, bound=FORWARD_FP64 * 1e-4)
+
+
+@torch.no_grad()
+def test_norms_with_a_hook_run_as_modules():
+    norm = RMSNorm(24, eps=1e-5)
+    norm.register_forward_hook(lambda m, a, out: 2 * out)
+    h = torch.randn(1, 3, 24, generator=torch.Generator().manual_seed(1))
+    fw = Forward(ops.bind(), [norm], immediate=False)
+    same_bits(fw.normed(norm, h), norm(h))
+    same_bits(fw.enter(h, "image").normed(norm, None, None), norm(h))

@@ -23,6 +23,8 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    LuminaNextDiT2DModel,
+    LuminaPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -30,6 +32,7 @@ from diffusers import (
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
+from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -106,6 +109,24 @@ def dit(layers: int = 3) -> nn.Module:
     )
 
 
+def lumina(layers: int = 3) -> nn.Module:
+    """Lumina-Next, two query heads to each key head as in the published model's grouped attention."""
+    return LuminaNextDiT2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=LATENT,
+        hidden_size=32,
+        num_layers=layers,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        norm_eps=1e-5,
+        learn_sigma=True,
+        qk_norm=True,
+        cross_attention_dim=20,
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -123,6 +144,7 @@ FAMILIES: dict[str, Family] = {
     "pixart-alpha": Family(pixart),
     "pixart-sigma": Family(functools.partial(pixart, sigma=True)),
     "dit": Family(dit, square=True),
+    "lumina": Family(lumina),
 }
 
 
@@ -193,6 +215,16 @@ def call(
                 "aspect_ratio": torch.tensor([[height / width]] * batch, dtype=dtype),
             }
         return arguments
+    if name == "lumina":
+        mask = torch.ones(batch, text, dtype=torch.int64)
+        mask[:, -1] = 0
+        # its time runs from 0, noise, to 1; its positions are cropped from a grid of any size
+        return arguments | {
+            "timestep": 1 - arguments["timestep"] / 1000,
+            "encoder_mask": mask,
+            "image_rotary_emb": get_2d_rotary_pos_embed_lumina(8, 16, 16),
+            "cross_attention_kwargs": {"base_sequence_length": 16},
+        }
     arguments["pooled_projections"] = randn(condition, batch, 12)
     if name.startswith("flux"):
         tokens = height * width // 4
@@ -244,6 +276,7 @@ _NO_TEXT = {
     ),
     "pixart": ("text_encoder", "tokenizer"),
     "dit": (),
+    "lumina": ("text_encoder", "tokenizer"),
 }
 
 
@@ -269,6 +302,7 @@ PIPELINES: dict[str, Pipe] = {
     "pixart-alpha": Pipe("pixart-alpha", PixArtAlphaPipeline, DPMSolverMultistepScheduler),
     "pixart-sigma": Pipe("pixart-sigma", PixArtSigmaPipeline, DPMSolverMultistepScheduler),
     "dit": Pipe("dit", DiTPipeline, DDIMScheduler),
+    "lumina": Pipe("lumina", LuminaPipeline, FlowMatchEulerDiscreteScheduler),
 }
 
 
@@ -285,6 +319,8 @@ def pipeline(
         scheduler=scheduler or entry.scheduler(),
         **parts,
     )
+    if name == "lumina":
+        pipe.vae_scale_factor = 1  # the others read it from their autoencoder
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -317,8 +353,8 @@ def arguments(
         # DiTPipeline has no latent output and no size; see `generate`.
         return result | {"class_labels": [3] * batch, "output_type": "np"} | more
     # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the
-    # pooled ones.
-    prompts, images = (batch, 1) if name.startswith("sd3") else (1, batch)
+    # pooled ones; LuminaPipeline repeats none.
+    prompts, images = (batch, 1) if name.startswith(("sd3", "lumina")) else (1, batch)
     result |= {
         "prompt_embeds": randn(prompts, TEXT, 20),
         "num_images_per_prompt": images,
@@ -333,6 +369,12 @@ def arguments(
             "prompt_attention_mask": torch.ones(1, TEXT),
             "negative_prompt_attention_mask": torch.ones(1, TEXT),
             "use_resolution_binning": False,
+        }
+    elif name == "lumina":
+        result |= {
+            "negative_prompt_embeds": randn(prompts, TEXT, 20),
+            "prompt_attention_mask": torch.ones(prompts, TEXT),
+            "negative_prompt_attention_mask": torch.ones(prompts, TEXT),
         }
     else:
         result["pooled_prompt_embeds"] = randn(prompts, 12)

@@ -68,6 +68,7 @@ class Adapter:
             A family without layouts cannot run a part of its tokens.
         processors: Names of the attention processors that the family's own attention stands in for.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
+        timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
     """
 
     family: str
@@ -81,6 +82,7 @@ class Adapter:
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
     processors: frozenset[str] = frozenset()
+    timesteps_rise = False
 
     # ---- recognising a model
 
@@ -162,6 +164,10 @@ class Adapter:
         """Image tokens of latents of this shape; [B, C, H, W] unless a family packs them."""
         patch = transformer.config.patch_size
         return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
+
+    def width(self, transformer: nn.Module) -> int:
+        """Channels of a token in the residual stream."""
+        return transformer.inner_dim
 
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """Text tokens the pipeline's prompts become by default."""
