@@ -32,7 +32,7 @@ class Part:
 
     Attributes:
         q, k, v: [B, n, heads * d], as projected.
-        norm_q, norm_k: Norms over d, or None.
+        norm_q, norm_k: Norms over d, or over all heads together where their weight is that long; or None.
         offset: Row of the keys where this stream begins.
         rows: [B, n] rows of its tokens, counted from `offset`; None for 0 to n - 1.
     """
@@ -63,6 +63,7 @@ def attend(
     heads: int,
     rotation: Rotation | None = None,
     processor: Any = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Attention of the parts' queries, one after the other, over all `length` keys.
 
@@ -71,6 +72,7 @@ def attend(
             all tokens pass.
         parts: The streams, in the order of the joint sequence.
         rotation: cos and sin [S or B, S, d] with each value twice, as FLUX has them; of all rows.
+        scale: Of the products; None for 1 / sqrt(d).
         processor: The stock processor, whose attention backend is used if the user has set one.
 
     Returns:
@@ -83,9 +85,8 @@ def attend(
     held = tokens.keys[key]
     queries = []
     for part in parts:
-        q, k, v = (t.unflatten(-1, (-1, head_dim)) for t in (part.q, part.k, part.v))
-        q = q if part.norm_q is None else part.norm_q(q)
-        k = k if part.norm_k is None else part.norm_k(k)
+        q, k = (_normed(*pair, head_dim) for pair in ((part.norm_q, part.q), (part.norm_k, part.k)))
+        v = part.v.unflatten(-1, (-1, head_dim))
         if rotation is not None:
             turn = [_rows_of(t, part, k.shape[1]) for t in rotation]
             q, k = _rotate(q, *turn), _rotate(k, *turn)
@@ -93,8 +94,18 @@ def attend(
         _write(held.k, part, k)
         _write(held.v, part, v)
     query = queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
-    out = _attention(query, held.k.to(query.dtype), held.v.to(query.dtype), processor)
+    out = _attention(query, held.k.to(query.dtype), held.v.to(query.dtype), processor, scale)
     return out.flatten(2).to(query.dtype)
+
+
+def _normed(norm: nn.Module | None, x: Tensor, head_dim: int) -> Tensor:
+    """[B, n, heads * d] as [B, n, heads, d], normed by head or across the heads."""
+    across = norm is not None and tuple(getattr(norm, "normalized_shape", ())) == x.shape[-1:]
+    if across and x.shape[-1] != head_dim:
+        x = norm(x)
+        norm = None
+    x = x.unflatten(-1, (-1, head_dim))
+    return x if norm is None else norm(x)
 
 
 def _rows_of(table: Tensor, part: Part, count: int) -> Tensor:
@@ -120,16 +131,18 @@ def _write(store: Tensor, part: Part, values: Tensor) -> None:
         store[batch, part.offset + part.rows] = values
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, processor: Any) -> Tensor:
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, processor: Any, scale: float | None
+) -> Tensor:
     """[B, Q, H, d] over [B, S, G, d], on the backend the user chose for the processor."""
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        return dispatch_attention_fn(query, key, value, backend=backend)
+        return dispatch_attention_fn(query, key, value, scale=scale, backend=backend)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return F.scaled_dot_product_attention(q, k, v, **grouped).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, **grouped).transpose(1, 2)
 
 
 def self_attention(fw: Any, attention: nn.Module, x: Tensor) -> Tensor:

@@ -381,12 +381,12 @@ class Session:
         self.forward.start_block(index)
         return self.adapter.forwards[kind](module, self.forward, *args, **kwargs)
 
-    def embed(self, module: nn.Module, latents: Tensor) -> Tensor:
+    def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The rewritten forward of a module that embeds patches and adds their positions."""
         active = self._active
         if active is None or active.rows is None:
-            return type(module).forward(module, latents)
-        return self.adapter.embed(module, latents, active.shape, active.rows)
+            return type(module).forward(module, *args, **kwargs)
+        return self.adapter.embed(module, active.shape, active.rows, *args, **kwargs)
 
     # ---- helpers
 

@@ -197,9 +197,7 @@ class Adapter:
         """Modules whose forward adds positions to the tokens, and so must know the rows."""
         return [transformer.pos_embed]
 
-    def embed(
-        self, module: nn.Module, patches: Tensor, shape: Sequence[int], rows: Tensor
-    ) -> Tensor:
+    def embed(self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor) -> Any:
         """The embedded active tokens [B, K, D], positions added, of patches [B, C, p, K p] laid side by side.
 
         Restates diffusers' `PatchEmbed.forward`; `shape` is that of the whole latents.

@@ -13,13 +13,21 @@ which the current step sets. So a reused component costs one gated residual, no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
+from fastdit.adapters.base import (
+    Adapter,
+    Size,
+    attention_macs,
+    chunk_gates,
+    linear_macs,
+)
+from fastdit.attention import Part, attend
 from fastdit.forward import Forward
 
 
@@ -45,6 +53,8 @@ def lumina_block(
         u = image.normed(block.norm1.norm, scale, None)
 
     def attend() -> Tensor:
+        if fw.tokens is not None:
+            return _attend(fw, block.attn1, u, image_rotary_emb, kwargs.get("base_sequence_length"))
         return fw.segments.attention(
             block.attn1,
             hidden_states=u,
@@ -89,6 +99,31 @@ def lumina_block(
     return image.leave()
 
 
+def _attend(
+    fw: Forward, attn: nn.Module, u: Tensor, rotary: Tensor, base_length: int | None
+) -> Tensor:
+    """Self-attention of the active tokens, rows by head; its scale is that of all keys, however few ask."""
+    tokens = fw.tokens
+    if tokens.rows is None:  # a call of a part of the tokens is given the angles of that part
+        angles = rotary[0]
+        twice = (t.float().repeat_interleave(2, dim=-1) for t in (angles.real, angles.imag))
+        tokens.memory.rotation = tuple(twice)
+    scale = attn.scale
+    if base_length is not None:
+        scale *= math.sqrt(math.log(tokens.count, base_length))
+    part = Part(attn.to_q(u), attn.to_k(u), attn.to_v(u), attn.norm_q, attn.norm_k, 0, tokens.rows)
+    out = attend(
+        tokens,
+        (fw.index, "attn1"),
+        (part,),
+        tokens.count,
+        attn.heads,
+        tokens.memory.rotation,
+        scale=scale,
+    )
+    return out.unflatten(-1, (attn.heads, -1))
+
+
 class Lumina(Adapter):
     """Adapter of `LuminaNextDiT2DModel`."""
 
@@ -101,6 +136,34 @@ class Lumina(Adapter):
     embeddings_arguments = ("encoder_hidden_states", "encoder_mask")
     text_tokens = 256  # at most; the pipeline pads a prompt to the next multiple of 8 only
     timesteps_rise = True
+    layouts = {
+        "attn1": ("image",),
+        "attn2": ("image",),
+        "to_out": ("image",),
+        "feed_forward": ("image",),
+    }
+    processors = frozenset({"LuminaAttnProcessor2_0"})
+
+    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
+        """The patch embedding also hands out the rotary angles."""
+        return [transformer.patch_embedder]
+
+    def embed(
+        self,
+        module: nn.Module,
+        shape: Sequence[int],
+        rows: Tensor,
+        patches: Tensor,
+        freqs_cis: Tensor,
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int]], Tensor]:
+        """As `LuminaPatchEmbed.forward`: patches, mask, size, and the active tokens' angles [B, K, d/2]."""
+        side = module.patch_size
+        batch, _, height, width = patches.shape
+        tokens = patches.unflatten(-1, (-1, side)).permute(0, 3, 1, 2, 4).flatten(2)  # (c, ph, pw)
+        mask = torch.ones(rows.shape, dtype=torch.int32, device=patches.device)
+        grid = freqs_cis[: shape[-2] // side, : shape[-1] // side].flatten(0, 1)
+        angles = grid.to(patches.device)[rows]
+        return module.proj(tokens), mask, [(height, width)] * batch, angles
 
     def width(self, transformer: nn.Module) -> int:
         """The width goes by another name here."""
