@@ -1,10 +1,10 @@
 """RAS restated on stock models, without fastdit: the independent truth for computing a part of the tokens.
 
 Everything the transformer does outside its blocks stays whole: all tokens are embedded and then gathered, and the
-active tokens' outputs are put into zeros; the velocity of the others is filled in where the scheduler is given it, after
-guidance, as the published implementation does. Attention processors are replaced by one that keeps the keys and values
-of all image tokens, before they are joined with the text's, and concatenates. A schedule of reused outputs, if any, is
-kept per token.
+active tokens' outputs are put into zeros; the velocity of the others is filled in where the scheduler is given it,
+after guidance, as the published implementation does. Attention processors are replaced by one that keeps the keys and
+values of all image tokens, before they are joined with the text's, and concatenates. A schedule of reused outputs, if
+any, is kept per token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +43,7 @@ class RowOracle:
         self.bits = bits
         self.calls_per_step = calls_per_step
         self.flux = "Flux" in type(self.model).__name__
+        self.lumina = "Lumina" in type(self.model).__name__
         self.step = self.calls = 0
         self.rows: Tensor | None = None
         self.velocity: Tensor | None = None
@@ -58,12 +58,14 @@ class RowOracle:
     def installed(self) -> Iterator[RowOracle]:
         """Run the oracle inside the `with`."""
         model, scheduler = self.model, self.pipe.scheduler
-        first = model.x_embedder if self.flux else model.pos_embed
+        first = model.x_embedder if self.flux else getattr(model, "pos_embed", None)
+        first = model.patch_embedder if self.lumina else first
+        last = model.norm_out if self.lumina else model.proj_out
         handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
             first.register_forward_hook(self._gather),
-            model.proj_out.register_forward_hook(self._scatter),
+            last.register_forward_hook(self._scatter),
         ]
         changed: list[tuple[Any, str]] = [(scheduler, "step")]
         scheduler.step = self._stepping(scheduler.step)
@@ -79,7 +81,8 @@ class RowOracle:
         for kind, parts in MODULES[type(model).__name__].items():
             for index, block in enumerate(getattr(model, kind)):
                 for position, attribute in enumerate(parts.values()):
-                    module = getattr(block, attribute)
+                    *path, name = attribute.split(".")
+                    module = getattr(block.get_submodule(".".join(path)), name)
                     if self.bits is not None and module is not None:
                         module.forward = self._reusing(module.forward, kind, index, position)
                         changed.append((module, "forward"))
@@ -107,7 +110,14 @@ class RowOracle:
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.calls += 1
 
-    def _gather(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def _gather(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.lumina:
+            tokens, mask, size, angles = output
+            rows = self.rows_of(tokens.shape[0])
+            if rows is None:
+                return output
+            angles = angles.expand(rows.shape[0], -1, -1)
+            return take(tokens, rows), take(mask, rows), size, take(angles, rows)
         rows = self.rows_of(output.shape[0])
         return output if rows is None else take(output, rows)
 
@@ -197,9 +207,15 @@ class Processor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
+        query_rotary_emb: Any = None,
+        key_rotary_emb: Any = None,
+        base_sequence_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
         oracle = self.oracle
+        if oracle.lumina:
+            given = hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb
+            return self._lumina(attn, *given, key_rotary_emb, base_sequence_length)
         batch = hidden_states.shape[0]
         joint = encoder_hidden_states is not None
         if (joint and not hasattr(attn, "add_q_proj")) or (
@@ -258,9 +274,44 @@ class Processor:
             first = attn.to_add_out(first)
         return attn.to_out[1](attn.to_out[0](image)), first
 
+    def _lumina(
+        self,
+        attn: nn.Module,
+        x: Tensor,
+        context: Tensor,
+        mask: Tensor,
+        query_rotary_emb: Tensor,
+        key_rotary_emb: Tensor | None,
+        base_sequence_length: int | None,
+    ) -> Tensor:
+        if key_rotary_emb is None:  # to the text
+            angles = {"query_rotary_emb": query_rotary_emb, "key_rotary_emb": None}
+            return self.stock(attn, x, context, mask, **angles)
+        oracle, rows = self.oracle, self.oracle.rows_of(x.shape[0])
+        width = attn.to_q.weight.shape[0] // attn.heads
+        q = attn.norm_q(attn.to_q(x)).unflatten(-1, (-1, width))
+        k = attn.norm_k(attn.to_k(x)).unflatten(-1, (-1, width))
+        v = attn.to_v(x).unflatten(-1, (-1, width))
+        cos, sin = (t.repeat_interleave(2, -1).float() for t in _parts(query_rotary_emb))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        held = []
+        for name, image in (("k", k), ("v", v)):
+            key = (attn, name, oracle.calls % oracle.calls_per_step)
+            oracle.kept[key] = image if rows is None else put(oracle.kept[key], rows, image)
+            held.append(oracle.kept[key].repeat_interleave(attn.heads // k.shape[2], 2))
+        scale = width**-0.5
+        if base_sequence_length is not None:
+            scale *= math.log(oracle.tokens, base_sequence_length) ** 0.5
+        q, k, v = (t.transpose(1, 2) for t in (q, *held))
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
     @staticmethod
     def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
         return x if norm is None else norm(x)
+
+
+def _parts(angles: Tensor) -> tuple[Tensor, Tensor]:
+    return angles.real, angles.imag
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -347,14 +398,3 @@ def published(
         return order[low : tokens - high][None]
 
     return choose
-
-
-def random_bits(model: nn.Module, steps: int, seed: int) -> Any:
-    """A random schedule for the oracle and for fastdit: (bits, component names)."""
-    g = np.random.default_rng(seed)
-    names = {kind: tuple(parts) for kind, parts in MODULES[type(model).__name__].items()}
-    bits = {
-        kind: g.random((steps, len(getattr(model, kind)), len(parts))) < 0.5
-        for kind, parts in names.items()
-    }
-    return bits, names

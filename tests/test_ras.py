@@ -1,0 +1,591 @@
+"""RAS: the published rule step by step, chosen rows against a restatement on stock models, and the edges of a run."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
+
+import fastdit
+import oracle
+import tiny_models
+from contract import distance, same_bits, within_contract
+from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
+from fastdit.methods.ras import ActiveTokens
+from fastdit.tokens import TokenRun
+from ras_oracle import RowOracle, published, random_rows
+from snapshot import snapshot
+from tiny_models import generate
+
+PIPELINES = ["sd3", "sd3.5", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina"]
+TOKENS = 32  # of the tiny pipelines' default size
+STEPS = 7
+COUNTS = {1: 16, 2: 20, 4: 8, 5: 8, 6: 31}
+
+
+class Chosen(RAS):
+    """Computes given rows, whatever the velocity says."""
+
+    def __init__(self, choose, counts, tokens=TOKENS):
+        super().__init__(start=1)
+        for name, value in (("choose", choose), ("counts", counts), ("all", tokens)):
+            object.__setattr__(self, name, value)
+
+    def active(self, steps, tokens):
+        counts = (self.counts.get(step) for step in range(steps))
+        return [None if count is None else ActiveTokens(count, 0) for count in counts]
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """Let `Chosen` decide."""
+    real = TokenRun.observe
+
+    def observe(self, step, velocity, delta):
+        if not isinstance(self.method, Chosen):
+            real(self, step, velocity, delta)
+            return
+        self.rows = self.method.choose(step, velocity, None)
+        if self.rows is not None:
+            self.history[step + 1] = self.rows
+
+    monkeypatch.setattr(TokenRun, "observe", observe)
+
+
+def calls_per_step(name: str) -> int:
+    return 2 if name.startswith("flux") else 1  # FLUX guides by two calls
+
+
+def observed_run(pipe, name, method, backend=None, **kwargs):
+    """(latents, rows of each step) of a patched run."""
+    handle = fastdit.patch(pipe, method, backend=backend)
+    latents = generate(pipe, name, **kwargs)
+    history = handle._session.run.tokens.history
+    handle.unpatch()
+    return latents, history
+
+
+# --- which tokens
+
+
+def test_the_published_lists_of_dropped_tokens():
+    sd3 = RAS.preset("sd3", mode="parity").dropped(28, 4096)
+    assert sd3 == [0] * 4 + [2048] * 8 + [0] + [2048] * 7 + [0] + [2048] * 7
+    lumina = RAS.preset("lumina-next", mode="parity").dropped(30, 4096)
+    expected = [0] * 4 + [1280] * 4 + [1536] * 4 + [0] + [1792] * 3 + [2048] * 4 + [2304] * 2
+    assert lumina == expected + [0, 2304] + [2560] * 4 + [2816] * 2
+    sparse = [count for count in lumina if count]
+    assert sum(4096 - count for count in sparse) / (24 * 4096) == pytest.approx(0.516, abs=1e-3)
+    assert sum(4096 - count for count in lumina) / (30 * 4096) == pytest.approx(0.6125, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "active"),
+    [(0.5, (1433, 614, 2049)), (0.25, (2150, 921, 1025)), (0.125, (2508, 1075, 513))],
+)
+def test_the_published_truncation(ratio, active):
+    step = RAS.preset("sd3", ratio=ratio, mode="parity").active(28, 4096)[4]
+    low = 4096 - step.keep - step.high
+    assert (low, step.high, step.keep) == active
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "align", "keep"),
+    [
+        (4096, 0.5, 64, 2048),
+        (1000, 0.5, 64, 512),
+        (1000, 0.5, 1, 500),
+        (100, 0.05, 64, 64),
+        (40, 0.5, 64, 40),
+    ],
+)
+def test_the_active_count_is_rounded(tokens, ratio, align, keep):
+    step = RAS(ratio=ratio, align=align).active(28, tokens)[4]
+    assert (tokens if step is None else step.keep) == keep
+
+
+@pytest.mark.parametrize(
+    ("steps", "resets"),
+    [(7, ()), (10, (7,)), (14, (8,)), (20, (9, 14)), (28, (12, 20)), (30, (12, 22))],
+)
+def test_resets_by_number_of_steps(steps, resets):
+    assert RAS().resets_for(steps) == resets
+    assert RAS(resets=(5,)).resets_for(steps) == (5,)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("sd3", 16), ("sd3.5", 16), ("flux-dev", 16), ("pixart-sigma", 16)]
+)
+@pytest.mark.parametrize(
+    ("settings", "linear"),
+    [
+        ({"high_ratio": 0.3}, None),
+        ({"ratio": 0.25, "metric": "l2norm"}, None),
+        ({"high_ratio": 0.0}, None),
+        ({"ratio": 0.6, "schedule": Linear(64, 12)}, (64, 12)),
+    ],
+    ids=["std", "l2norm", "low end", "linear"],
+)
+def test_parity_is_the_published_rule_over_a_whole_run(name, size, settings, linear):
+    """Token set by token set, and the latents at the end."""
+    size = size if linear is None else 2 * size  # its counts are multiples of 64
+    arguments = {"steps": 28, "height": size, "width": size, "cfg": not name.startswith("flux")}
+    pipe = tiny_models.pipeline(name, torch.float64)
+    choose = published(
+        settings.get("ratio", 0.5),
+        28,
+        4,
+        (12, 20),
+        settings.get("high_ratio", 1.0),
+        settings.get("metric", "std"),
+        linear,
+        packed=name.startswith("flux"),
+    )
+    truth = RowOracle(pipe, choose)
+    with truth.installed():
+        expected = generate(pipe, name, **arguments)
+    method = RAS(mode="parity", **settings)
+    for backend in ("reference", None):
+        latents, history = observed_run(pipe, name, method, backend, **arguments)
+        assert list(history) == list(truth.history)
+        assert len(history) >= 10
+        for step, rows in history.items():
+            assert rows.tolist() == truth.history[step].tolist(), step
+        assert distance(latents, expected) <= 1e-9
+
+
+# --- what is computed
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["tokens", "tokens and schedule"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
+    pipe = tiny_models.pipeline(name, torch.float64)
+    bits, methods = None, []
+    if scheduled:
+        bits, names = oracle.random_bits(pipe.transformer, STEPS, seed=batch, compute=0.5)
+        methods = [fastdit.Cached(fastdit.Schedule.from_bits(bits, names))]
+    choose = random_rows(COUNTS, TOKENS, batch)
+    truth = RowOracle(pipe, choose, bits, calls_per_step(name))
+    with truth.installed():
+        expected = generate(pipe, name, batch=batch, steps=STEPS)
+    for backend in ("reference", None):
+        handle = fastdit.patch(pipe, Chosen(choose, COUNTS), *methods, backend=backend)
+        found = generate(pipe, name, batch=batch, steps=STEPS)
+        tokens = [record.tokens for record in handle._session.run.records.values()]
+        assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
+        handle.unpatch()
+        assert distance(found, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_low_precision_obeys_the_rule(name, dtype, chosen):
+    """The restatement in the dtype and in fp64 are the two measures."""
+    choose = random_rows(COUNTS, TOKENS, 2)
+
+    def restated(kind):
+        pipe = tiny_models.pipeline(name, dtype).to(kind)
+        with RowOracle(pipe, choose, None, calls_per_step(name)).installed():
+            return generate(pipe, name, batch=2, steps=STEPS)
+
+    stock, truth = restated(dtype), restated(torch.float64)
+    pipe = tiny_models.pipeline(name, dtype)
+    fastdit.patch(pipe, Chosen(choose, COUNTS))
+    within_contract(generate(pipe, name, batch=2, steps=STEPS), stock, truth)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_nothing_dropped_is_bit_equal(name):
+    pipe = tiny_models.pipeline(name)
+    stock = generate(pipe, name, steps=6)
+    for method in (RAS(ratio=1.0), RAS(start=5), RAS(align=64)):  # 32 tokens round up to all
+        fastdit.patch(pipe, method, backend="reference")
+        same_bits(generate(pipe, name, steps=6), stock)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_all_tokens_in_another_order_equal_dense(name, chosen):
+    pipe = tiny_models.pipeline(name, torch.float64)
+    stock = generate(pipe, name, batch=2, steps=5)
+    counts = dict.fromkeys(range(1, 5), TOKENS)
+
+    def permuted(step, velocity, sigmas):
+        g = torch.Generator().manual_seed(step)
+        return torch.stack([torch.randperm(TOKENS, generator=g) for _ in range(2)])
+
+    fastdit.patch(pipe, Chosen(permuted, counts))
+    within_contract(generate(pipe, name, batch=2, steps=5), stock)
+
+
+def test_after_a_reset_keys_are_those_of_a_dense_step(chosen):
+    pipe = tiny_models.pipeline("sd3", torch.float64)
+    counts = {1: 8, 2: 8, 4: 8}
+    handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
+    seen = {}
+    keys = pipe.transformer.transformer_blocks[1].attn.to_k
+
+    def look(module, args, output):
+        run = handle._session.run
+        if run.step == 3:  # dense again
+            seen["projected"] = output
+
+    def compare(pipe, step, t, values):
+        if step == 3:
+            branch = handle._session.run.branches[0]
+            held = branch.keys[1, "attn"].k[:, :TOKENS].flatten(2)
+            assert torch.equal(held, seen["projected"])
+            seen["compared"] = True
+        return {}
+
+    hook = keys.register_forward_hook(look)
+    generate(pipe, "sd3", steps=5, callback_on_step_end=compare)
+    hook.remove()
+    assert seen["compared"]
+
+
+def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
+    pipe = tiny_models.pipeline("sd3", torch.float64)
+    counts = {1: 8}
+    rows = random_rows(counts, TOKENS, 1)(0, None, None)[0]
+    inactive = next(i for i in range(TOKENS) if i not in rows.tolist())
+    handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
+    clean = generate(pipe, "sd3", steps=2)
+    for row, poisons in ((int(rows[0]), False), (inactive, True)):
+
+        def poison(pipe, step, t, values, row=row):
+            if step == 0:
+                handle._session.run.branches[0].keys[2, "attn"].k[:, row] = float("nan")
+            return {}
+
+        found = generate(pipe, "sd3", steps=2, callback_on_step_end=poison)
+        assert bool(found.isnan().any()) is poisons
+        if not poisons:
+            same_bits(found, clean)
+
+
+# --- batches, sizes, guidance
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+def test_a_batch_is_its_single_runs(name):
+    """Each image has an active set of its own."""
+    method = RAS(start=2, ratio=0.5, align=1, high_ratio=0.5, resets=(4,))
+    pipe = tiny_models.pipeline(name, torch.float64)
+    noise = tiny_models.arguments(name, batch=4, dtype=torch.float64)
+    whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=_noise(name, 4))
+    assert not torch.equal(history[2][0], history[2][1])
+    del noise
+    for i in range(4):
+        given = _noise(name, 4)[i : i + 1]
+        single, alone = _single(pipe, name, method, i, given)
+        for step, rows in alone.items():
+            assert rows[0].tolist() == history[step][i].tolist()
+        assert distance(single[0], whole[i]) <= 1e-9
+
+
+def _noise(name, batch):
+    g = torch.Generator().manual_seed(5)
+    height, width = tiny_models.HEIGHT, tiny_models.WIDTH
+    shape = (batch, tiny_models.LATENT, height, width)
+    if name.startswith("flux"):
+        shape = (batch, TOKENS, 4 * tiny_models.LATENT)
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def _single(pipe, name, method, i, latents):
+    """Image `i` of a batch of 4 alone: with its own prompt where the batch has several."""
+    arguments = tiny_models.arguments(name, batch=4, steps=6, dtype=torch.float64)
+    prompts = arguments["prompt_embeds"].shape[0]
+    for key, value in arguments.items():
+        if torch.is_tensor(value) and value.shape[0] == prompts > 1:
+            arguments[key] = value[i : i + 1]
+    arguments |= {"num_images_per_prompt": 1, "latents": latents}
+    handle = fastdit.patch(pipe, method)
+    found = tiny_models.latents_of(pipe, arguments)
+    history = handle._session.run.tokens.history
+    handle.unpatch()
+    return found, history
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8), (16, 24)])
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
+@pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha", "lumina"])
+def test_sizes_and_guidance(name, cfg, size, chosen):
+    height, width = size
+    tokens = height * width // 4
+    counts = {1: 9, 2: tokens - 1}
+    arguments = {"steps": 4, "height": height, "width": width, "cfg": cfg, "batch": 2}
+    choose = random_rows(counts, tokens, 2)
+    pipe = tiny_models.pipeline(name, torch.float64)
+    calls = calls_per_step(name) if cfg else 1
+    with RowOracle(pipe, choose, None, calls).installed():
+        expected = generate(pipe, name, **arguments)
+    fastdit.patch(pipe, Chosen(choose, counts))
+    assert distance(generate(pipe, name, **arguments), expected) <= 1e-9
+
+
+def test_guidance_that_skips_layers_keeps_its_own_keys():
+    """SD3.5's third call of a step: it begins at a sparse step, so it runs dense there."""
+    pipe = tiny_models.pipeline("sd3.5", torch.float64)
+    guidance = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0}
+    given = {"steps": 8, "skip_layer_guidance_stop": 0.9, **guidance}
+    stock = generate(pipe, "sd3.5", **given)
+    handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
+    found = generate(pipe, "sd3.5", **given)
+    assert torch.isfinite(found).all()
+    assert 0 < distance(found, stock) < 1
+    assert len(handle._session.run.records) == 8
+
+
+@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+def test_image_to_image_starts_dense(name):
+    """Steps count from the first one that is executed."""
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
+    generate(pipe, name, steps=10)  # strength 0.6 executes 6
+    tokens = [record.tokens for record in handle._session.run.records.values()]
+    assert tokens == [32, 32, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+def test_the_scheduler_sees_a_whole_field(name):
+    """Multistep solvers and Heun keep a history of model outputs: inactive tokens are in it."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+    if name == "sd3":
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    seen = []
+    step = type(pipe.scheduler).step
+
+    class Watched(type(pipe.scheduler)):
+        def step(self, model_output, *args, **kwargs):
+            seen.append(model_output.clone())
+            return step(self, model_output, *args, **kwargs)
+
+    pipe.scheduler.__class__ = Watched
+    handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
+    generate(pipe, name, steps=6)
+    history = handle._session.run.tokens.history
+    assert len(history) >= 4
+    for at, rows in history.items():
+        before, now = (
+            handle._session.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
+        )
+        inactive = torch.ones(TOKENS, dtype=torch.bool)
+        inactive[rows[0].long()] = False
+        same_bits(now[inactive], before[inactive])
+        assert not torch.equal(now[~inactive], before[~inactive])
+
+
+# --- the rest of a pipeline's life
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_unpatch_leaves_no_trace(name):
+    pipe = tiny_models.pipeline(name)
+    stock, before = generate(pipe, name), snapshot(pipe.transformer)
+    handle = fastdit.patch(pipe, RAS(start=1, align=1))
+    assert distance(generate(pipe, name), stock) > 1e-3
+    with handle.disabled():
+        same_bits(generate(pipe, name), stock)
+    clone = copy.deepcopy(pipe)
+    handle.unpatch()
+    assert snapshot(pipe.transformer) == before
+    same_bits(generate(pipe, name), stock)
+    assert distance(generate(clone, name), stock) > 1e-3
+    fastdit.unpatch(clone)
+    same_bits(generate(clone, name), stock)
+
+
+def test_an_aborted_run_leaves_nothing_behind():
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, RAS(start=1, align=1))
+    expected = generate(pipe, "sd3", steps=6)
+
+    def abort(pipe, step, t, values):
+        if step == 3:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, "sd3", steps=6, callback_on_step_end=abort)
+    same_bits(generate(pipe, "sd3", steps=6), expected)
+    assert handle._session.cache_bytes() == 0
+
+
+def test_two_pipelines_in_turns_do_not_touch():
+    names = ("sd3", "flux")
+    pipes = [tiny_models.pipeline(name) for name in names]
+    handles = [fastdit.patch(pipe, RAS(start=1, align=1)) for pipe in pipes]
+    alone = [generate(pipe, name, steps=6) for pipe, name in zip(pipes, names, strict=True)]
+    inner = []
+
+    def other(pipe, step, t, values):
+        if step == 2:
+            inner.append(generate(pipes[1], "flux", steps=6))
+        return {}
+
+    same_bits(generate(pipes[0], "sd3", steps=6, callback_on_step_end=other), alone[0])
+    same_bits(inner[0], alone[1])
+    del handles
+
+
+def test_guidance_switched_off_in_the_run():
+    """A callback drops the unconditional half: another batch, so that step runs dense."""
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, RAS(start=1, align=1, resets=()))
+
+    def drop(pipe, step, t, values):
+        if step == 2:
+            pipe._guidance_scale = 1.0
+            return {
+                "prompt_embeds": values["prompt_embeds"].chunk(2)[-1],
+                "pooled_prompt_embeds": values["pooled_prompt_embeds"].chunk(2)[-1],
+            }
+        return {}
+
+    watched = ["latents", "prompt_embeds", "pooled_prompt_embeds"]
+    found = generate(
+        pipe, "sd3", steps=6, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=watched
+    )
+    assert torch.isfinite(found).all()
+    tokens = [record.tokens for record in handle._session.run.records.values()]
+    assert tokens == [32, 16, 16, 32, 16, 16]
+
+
+def test_controlnet_residuals_are_gathered(chosen):
+    """All tokens in another order, with residuals: as dense."""
+    model = tiny_models.transformer("sd3", torch.float64)
+    g = torch.Generator().manual_seed(3)
+    residuals = [torch.randn(1, TOKENS, 32, generator=g, dtype=torch.float64) for _ in range(2)]
+    calls = [tiny_models.call("sd3", dtype=torch.float64, step=i) for i in range(2)]
+    with torch.no_grad():
+        stock = [model(**c, block_controlnet_hidden_states=residuals)[0] for c in calls]
+        order = torch.randperm(TOKENS, generator=g)[None]
+        handle = fastdit.patch(model, Chosen(lambda *_: order, {1: TOKENS}))
+        with handle.run([900.0, 750.0]):
+            for given, expected in zip(calls, stock, strict=True):
+                found = model(**given, block_controlnet_hidden_states=residuals)[0]
+                within_contract(found, expected)
+                handle.advance()
+
+
+def test_a_bare_transformer_needs_the_number_of_steps():
+    model = tiny_models.transformer("sd3")
+    handle = fastdit.patch(model, RAS(start=1, align=1))
+    with torch.no_grad(), pytest.raises(ScheduleError, match="number of steps"):
+        model(**tiny_models.call("sd3"))
+    with torch.no_grad(), handle.run([900.0, 750.0, 600.0]):
+        for step in range(3):
+            model(**tiny_models.call("sd3", step=step))
+            handle.advance()
+    tokens = [record.tokens for record in handle._session.run.records.values()]
+    assert tokens == [32, 16, 16]
+
+
+def test_old_tokens_come_back():
+    pipe = tiny_models.pipeline("sd3")
+    method = RAS(start=1, ratio=0.5, align=1, resets=(), starvation=0.0, max_age=4)
+    _, history = observed_run(pipe, "sd3", method, steps=24)
+    waited = torch.zeros(TOKENS)
+    for rows in history.values():
+        waited += 1
+        waited[rows[0].long()] = 0
+        assert waited.max() <= 4
+
+
+def test_a_nan_in_the_velocity_is_kept_active():
+    run = TokenRun(RAS(start=1, align=1), 4, 8, fastdit.ops.bind())
+    velocity = torch.randn(1, 2, 4, 2, 2, 4)
+    velocity[0, 1, 2, 0, 0, 0] = float("nan")
+    run.observe(0, velocity, 1.0)
+    assert 6 in run.rows[0].tolist()
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"ratio": 0}, "ratio must be a number in (0, 1]"),
+        ({"ratio": 1.5}, "got 1.5"),
+        ({"ratio": math.nan}, "ratio"),
+        ({"ratio": "half"}, "ratio"),
+        ({"start": 0}, "start must be a whole number of at least 1, got 0"),
+        ({"start": 2.5}, "start"),
+        ({"high_ratio": -0.1}, "high_ratio must be a number in [0, 1]"),
+        ({"starvation": -1}, "starvation"),
+        ({"metric": "variance"}, 'metric must be "std" or "l2norm"'),
+        ({"mode": "fast"}, 'mode must be "fixed" or "parity"'),
+        ({"resets": 12}, "resets must be a sequence"),
+        ({"resets": (0,)}, "resets"),
+        ({"schedule": 256}, "schedule must be None or Linear"),
+        ({"align": 0}, "align"),
+        ({"max_age": 0}, "max_age"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, words):
+    with pytest.raises(ArgumentError) as error:
+        RAS(**arguments)
+    assert words in str(error.value)
+
+
+def test_wrong_presets_and_linear_schedules():
+    with pytest.raises(ArgumentError, match="preset must be one of sd3, lumina-next, flux"):
+        RAS.preset("sdxl")
+    with pytest.raises(ArgumentError, match="every must be at least 1"):
+        Linear(64, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (RAS(start=9), "start=9"),
+        (RAS(start=1, resets=(2, 8)), "resets has step 8"),
+        (RAS(start=4), "4 steps"),
+    ],
+)
+def test_a_run_too_short_is_refused_before_it_starts(method, words):
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, method)
+    with pytest.raises(ScheduleError, match=words):
+        generate(pipe, "sd3", steps=4)
+    assert handle._session.run is None
+    generate(pipe, "sd3", steps=12)
+
+
+def test_what_cannot_compute_some_tokens_is_refused():
+    model = tiny_models.transformer("dit")
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="DiTTransformer2DModel cannot compute a part"):
+        fastdit.patch(model, RAS())
+    assert snapshot(model) == before
+
+
+def test_an_unknown_processor_is_refused_by_name():
+    class Mine:
+        pass
+
+    model = tiny_models.transformer("sd3")
+    model.transformer_blocks[1].attn.processor = Mine()
+    with pytest.raises(UnsupportedModelError, match=r"transformer_blocks\.1\.attn .*Mine"):
+        fastdit.patch(model, RAS())
+
+
+def test_gradients_are_refused():
+    model = tiny_models.transformer("sd3")
+    handle = fastdit.patch(model, RAS(start=1))
+    given = tiny_models.call("sd3")
+    given["hidden_states"].requires_grad_()
+    with pytest.raises(ArgumentError, match="no gradient"), handle.run([900.0, 700.0]):
+        model(**given)
+
+
+def test_two_token_methods_do_not_compose():
+    with pytest.raises(fastdit.CompositionError, match="rows"):
+        fastdit.patch(tiny_models.pipeline("sd3"), RAS(), RAS(ratio=0.25))
