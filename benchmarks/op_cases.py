@@ -29,6 +29,7 @@ class Case:
         shape: Hidden state of a model.
         tensors: How many [B, N, D] tensors must be read or written.
         make: (device, dtype) -> contenders on one fresh set of buffers each call.
+        width: What is in place of D, where the op works on something else than the hidden state.
     """
 
     op: str
@@ -36,10 +37,12 @@ class Case:
     shape: Shape
     tensors: int
     make: Callable[[torch.device, torch.dtype], dict[str, Callable[[], object]]]
+    width: int | None = None
 
     def bytes_moved(self, dtype: torch.dtype = DTYPE) -> int:
-        """Modulations are left out: they are small and stay in the cache."""
-        return self.tensors * self.shape.elements * dtype.itemsize
+        """Modulations and tables are left out: they are small and stay in the cache."""
+        width = self.width or self.shape.width
+        return self.tensors * self.shape.batch * self.shape.tokens * width * dtype.itemsize
 
     def contenders(
         self, device: torch.device, sets: int, dtype: torch.dtype = DTYPE
@@ -57,6 +60,8 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
     for shape in shapes:
         for branch in (False, True):
             yield norm_modulate(shape, branch)
+    for shape in shapes:
+        yield token_select(shape)
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -126,3 +131,42 @@ def norm_modulate(shape: Shape, with_branch: bool) -> Case:
 
     name = "after a gated branch" if with_branch else "plain"
     return Case("norm_modulate", name, shape, 4 if with_branch else 2, make)
+
+
+def token_select(shape: Shape) -> Case:
+    """Half of the tokens, the others dropped from both sides; packed latents of 16 channels."""
+    keep = max(1, shape.tokens // 2)
+    high = (shape.tokens - keep) // 3
+
+    def eager(field: Tensor, drops: Tensor) -> tuple[Tensor, Tensor]:
+        metric = field.float().std(-1).mean((3, 4)).flatten(1)
+        factor = (0.1 * drops).exp()
+        dropped = torch.zeros_like(metric, dtype=torch.bool)
+        dropped.scatter_(1, (metric / factor).topk(high).indices, True)
+        score = (metric * factor).masked_fill_(dropped, float("inf"))
+        low = shape.tokens - keep - high
+        dropped.scatter_(1, score.topk(low, largest=False).indices, True)
+        index = torch.arange(shape.tokens, device=field.device).masked_fill(dropped, shape.tokens)
+        inverse = ((~dropped).cumsum(1) - 1).masked_fill_(dropped, -1)
+        drops += dropped
+        return index.sort(1).values[:, :keep].int(), inverse.int()
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, 1, shape.tokens, 16, 2, 2)
+        field = torch.randn(size, device=device, dtype=dtype).permute(0, 1, 2, 4, 5, 3)
+        tables = torch.zeros(2, shape.batch, shape.tokens, device=device, dtype=torch.int32)
+        drops, inverse = tables
+        rows = drops.new_empty(shape.batch, keep)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(field, drops),
+            "compile": lambda: compiled(field, drops),
+        }
+        for name in backends("token_select", device, dtype):
+            run = BACKENDS[name].token_select
+            options = (None, high, 0.1, "std", None, rows, inverse)
+            found[name] = lambda run=run, options=options: run(field, drops, *options)
+        return found
+
+    return Case("token_select", "half of the tokens", shape, 1, make, width=64)

@@ -15,10 +15,6 @@ class Shape:
     tokens: int
     width: int
 
-    @property
-    def elements(self) -> int:
-        return self.batch * self.tokens * self.width
-
 
 ALL = (
     Shape("dit-xl-2-256", 2, 256, 1152),

@@ -1,6 +1,6 @@
 """The CUDA kernels in the emulator: what they promise beyond the checks of all backends, and limits.
 
-test_gated_residual.py and test_norm_modulate.py run on them too, as `cuda-emulated`.
+The tests of the ops run on them too, as `cuda-emulated`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kernel_checks
+import test_token_select
 from emulated import emulated, unavailable
 from fastdit.backends.cuda import BACKEND, runs_on
 from fastdit.errors import BackendError
@@ -63,6 +64,19 @@ def test_more_rows_than_a_grid_has(run):
         run.backend.norm_modulate(x, None, None, None, None, 1e-6, False, *[None] * 4, x)
     with pytest.raises(ValueError, match="2147483648 rows; accepted is fewer"):
         run.backend.gated_residual(x, [x], [None], -1, None, None, x)
+
+
+def test_a_selection_of_as_many_tokens_as_a_large_picture_has(run):
+    test_token_select.check_many_tokens(run, 256, 257)
+
+
+def test_more_tokens_than_are_numbered(run):
+    x = torch.zeros(1)
+    table = (x.data_ptr(), 0)
+    field = (x.data_ptr(), (1 << 16, 1 << 15, 1, 1, 1, 1), (0,) * 6)
+    options = (1, 0, 0.1, False, 0, table, table, 0)
+    with pytest.raises(ValueError, match="2147483648 tokens; accepted is fewer"):
+        run.backend._module.token_select(0, field, table, None, *options, 0, 0)
 
 
 # --- the backend's words, which need no GPU

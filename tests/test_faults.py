@@ -1,7 +1,7 @@
 """The checks of the ops catch planted faults: each fault names the checks that must refuse it.
 
 A fault is the reference backend with one thing wrong. The functions called are the very ones that
-test_gated_residual.py and test_norm_modulate.py call, and each of them has to catch something.
+the tests of the ops call, and each of them has to catch something.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 
 import test_gated_residual
 import test_norm_modulate
+import test_token_select
 from fastdit.backends import reference
 from fastdit.backends.reference import Reference, gather_rows, per_token, scatter_rows
 from inputs import Runner, normal
@@ -370,6 +371,134 @@ NORM_FAULTS = {
 }
 
 
+# --- token_select: one step of it replaced
+
+
+def every_sample_as_the_first(velocity, *rest):
+    CORRECT.token_select(velocity[:1].expand_as(velocity), *rest)
+
+
+def contiguous_velocity_assumed(velocity, *rest):
+    shape, stride = velocity.shape, [1]
+    for size in reversed(shape[1:]):
+        stride.insert(0, stride[0] * size)
+    CORRECT.token_select(velocity.as_strided(shape, stride), *rest)
+
+
+def one_pass_deviation(velocity, *rest):
+    mean = velocity.float().sum(-1) / velocity.shape[-1]
+    squares = velocity.float().square().sum(-1) / velocity.shape[-1] - mean.square()
+    spread = squares.clamp(min=0).sqrt()
+    spread = torch.where(velocity.isfinite().all(-1), spread, float("nan"))
+    arguments = list(rest)
+    if arguments[4] == "std":
+        velocity, arguments[4] = spread.unsqueeze(-1), "l2norm"
+    CORRECT.token_select(velocity, *arguments)
+
+
+def metrics_swapped(velocity, drops, age, high, starvation, metric, *rest):
+    other = "std" if metric == "l2norm" else "l2norm"
+    CORRECT.token_select(velocity, drops, age, high, starvation, other, *rest)
+
+
+def first_pixel_only(velocity, *rest):
+    CORRECT.token_select(velocity[:, :, :, :1, :1], *rest)
+
+
+def nan_is_no_deviation(velocity, *rest):
+    CORRECT.token_select(velocity.nan_to_num(0.0, 0.0, 0.0), *rest)
+
+
+def published_sign(velocity, drops, age, high, starvation, *rest):
+    if high:
+        starvation = -starvation
+    CORRECT.token_select(velocity, drops, age, high, starvation, *rest)
+
+
+def starvation_left_out(velocity, drops, age, high, starvation, *rest):
+    CORRECT.token_select(velocity, drops, age, high, 0.0, *rest)
+
+
+def age_left_out(velocity, drops, age, high, starvation, metric, max_age, *rest):
+    CORRECT.token_select(velocity, drops, age, high, starvation, metric, None, *rest)
+
+
+def kept_once_too_often(velocity, drops, age, high, starvation, metric, max_age, *rest):
+    limit = None if max_age is None else max_age + 1
+    CORRECT.token_select(velocity, drops, age, high, starvation, metric, limit, *rest)
+
+
+def equals_by_the_other_end(velocity, drops, age, *rest):
+    rows, inverse = rest[-2:]
+    turned = [t if t is None else t.flip(1) for t in (drops, age, inverse)]
+    CORRECT.token_select(velocity.flip(1, 2), *turned[:2], *rest[:-2], rows, turned[2])
+    for table, found in zip((drops, age), turned[:2], strict=True):
+        if table is not None:
+            table.copy_(found.flip(1))
+    rows.copy_(drops.shape[1] - 1 - rows.flip(1))
+    inverse.copy_(torch.where(turned[2] < 0, -1, rows.shape[1] - 1 - turned[2]).flip(1))
+
+
+def tables_taken_to_be_contiguous(velocity, *rest):
+    found = [
+        t.as_strided(t.shape, (t.shape[1], 1)) if isinstance(t, torch.Tensor) else t for t in rest
+    ]
+    CORRECT.token_select(velocity, *found)
+
+
+def inverse_overrun(*arguments):
+    CORRECT.token_select(*arguments)
+    tail_of(arguments[-1])
+
+
+def drops_not_counted(velocity, drops, *rest):
+    CORRECT.token_select(velocity, drops.clone(), *rest)
+
+
+def tokens_past_4096_forgotten(velocity, drops, *rest):
+    CORRECT.token_select(velocity, drops, *rest)
+    rest[-1][:, 4096:] = -1
+
+
+def shuffled_equals(velocity, *rest):
+    noise = 1 + 1e-3 * torch.rand(velocity.shape[:3]).view(*velocity.shape[:3], 1, 1, 1)
+    CORRECT.token_select((velocity * noise).to(velocity.dtype), *rest)
+
+
+def rows_of_an_empty_batch_refused(velocity, *rest):
+    if len(velocity) == 0:
+        raise AssertionError("no sample")
+    CORRECT.token_select(velocity, *rest)
+
+
+def tail_of(table):
+    """Writes behind a contiguous table."""
+    end = table.storage_offset() + table.numel()
+    if end < table.untyped_storage().nbytes() // table.element_size():
+        table.as_strided((1,), (1,), end).fill_(0)
+
+
+SELECT_FAULTS = {
+    every_sample_as_the_first: ["check_samples_are_apart", "check_sizes"],
+    contiguous_velocity_assumed: ["check_layouts"],
+    one_pass_deviation: ["check_offset_fields"],
+    metrics_swapped: ["check_patches", "check_sizes"],
+    first_pixel_only: ["check_sizes", "check_patches"],
+    nan_is_no_deviation: ["check_special_values"],
+    published_sign: ["check_every_token_is_kept", "check_starvation", "check_ties"],
+    starvation_left_out: ["check_every_token_is_kept", "check_starvation"],
+    age_left_out: ["check_max_age", "check_a_bounded_age"],
+    kept_once_too_often: ["check_max_age", "check_a_bounded_age"],
+    equals_by_the_other_end: ["check_all_equal", "check_ties", "check_one_side_of_a_tie"],
+    tables_taken_to_be_contiguous: ["check_strided_tables"],
+    inverse_overrun: ["check_inputs_and_guards"],
+    drops_not_counted: ["check_sizes", "check_every_token_is_kept"],
+    tokens_past_4096_forgotten: ["check_many_tokens"],
+    shuffled_equals: ["check_repeats", "check_ties"],
+    rows_of_an_empty_batch_refused: ["check_empty"],
+}
+
+
 def refuses(check, runner: Runner) -> bool:
     try:
         check(runner)
@@ -394,10 +523,21 @@ def test_norm_modulate_fault_is_caught(fault, check):
     assert refuses(test_norm_modulate.CHECKS[check], Runner(fault(), fault.__name__))
 
 
+@pytest.mark.parametrize(("fault", "check"), pairs(SELECT_FAULTS))
+def test_token_select_fault_is_caught(fault, check):
+    backend = Faulty()
+    backend.token_select = fault
+    assert refuses(test_token_select.CHECKS[check], Runner(backend, fault.__name__))
+
+
 @pytest.mark.parametrize(
     ("module", "faults"),
-    [(test_gated_residual, RESIDUAL_FAULTS), (test_norm_modulate, NORM_FAULTS)],
-    ids=["gated_residual", "norm_modulate"],
+    [
+        (test_gated_residual, RESIDUAL_FAULTS),
+        (test_norm_modulate, NORM_FAULTS),
+        (test_token_select, SELECT_FAULTS),
+    ],
+    ids=["gated_residual", "norm_modulate", "token_select"],
 )
 def test_every_check_catches_something(module, faults):
     assert set(module.CHECKS) == {name for names in faults.values() for name in names}
@@ -405,8 +545,12 @@ def test_every_check_catches_something(module, faults):
 
 @pytest.mark.parametrize(
     ("module", "carrier"),
-    [(test_gated_residual, Faulty()), (test_norm_modulate, NormFault())],
-    ids=["gated_residual", "norm_modulate"],
+    [
+        (test_gated_residual, Faulty()),
+        (test_norm_modulate, NormFault()),
+        (test_token_select, Faulty()),
+    ],
+    ids=["gated_residual", "norm_modulate", "token_select"],
 )
 def test_a_fault_is_not_caught_for_its_carrier(module, carrier):
     for check in module.CHECKS.values():

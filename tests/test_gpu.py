@@ -1,4 +1,4 @@
-"""The Triton and CUDA kernels on a device: all checks of both ops, graph capture, streams, no waits.
+"""The Triton and CUDA kernels on a device: all checks of the ops, graph capture, streams, no waits.
 
 The checks make CPU tensors. `Mirrored` copies the storages behind a call's arguments to a device,
 so strides, offsets, guard bands and shared memory stay as they are, calls there, and copies all of
@@ -14,6 +14,7 @@ from torch import Tensor
 import kernel_checks
 import test_gated_residual
 import test_norm_modulate
+import test_token_select
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from inputs import Runner, some_rows
@@ -23,6 +24,7 @@ SHARED = {
     for op, checks in (
         ("gated_residual", test_gated_residual.CHECKS),
         ("norm_modulate", test_norm_modulate.CHECKS),
+        ("token_select", test_token_select.CHECKS),
         ("kernels", kernel_checks.CHECKS),
     )
     for name, check in checks.items()
@@ -45,6 +47,9 @@ class Mirrored(Backend):
 
     def norm_modulate(self, *arguments):
         self._run("norm_modulate", arguments)
+
+    def token_select(self, *arguments):
+        self._run("token_select", arguments)
 
     def _run(self, op: str, arguments: tuple) -> None:
         storages: dict[int, tuple[Tensor, Tensor]] = {}
@@ -166,6 +171,37 @@ def test_nothing_waits_and_nothing_is_allocated(backend, device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.cuda.memory_stats(device)["allocation.all.allocated"] == before
+
+
+@pytest.mark.gpu
+def test_a_captured_selection_replays_with_new_inputs(backend, device):
+    """Steps of a run: the tables go on from replay to replay. Its keys come from the graph's pool."""
+    field = torch.randn(2, 64, 64, 2, 2, 16, device=device).to(torch.bfloat16)
+    tables = [torch.zeros(2, 4096, dtype=torch.int32, device=device) for _ in range(3)]
+    rows = torch.zeros(2, 2048, dtype=torch.int32, device=device)
+
+    def call(drops, age, inverse) -> None:
+        backend.token_select(field, drops, age, 600, 0.1, "std", 5, rows, inverse)
+
+    plain = [t.clone() for t in tables]
+    call(*plain)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(*tables)
+    for t in plain:
+        t.zero_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            field.normal_()
+            rows.fill_(-7)
+            graph.replay()
+            replayed = rows.clone()
+            call(*plain)
+            found = [replayed, *tables], [rows, *plain]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_all_equal(*found)
 
 
 @pytest.mark.gpu

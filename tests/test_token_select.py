@@ -141,7 +141,7 @@ def check_sizes(run: Runner) -> None:
             tokens = gh * gw
             chosen = splits(tokens)
             if tokens > 300:
-                chosen = chosen[2::3] + chosen[1:2]
+                chosen = (chosen[2::3] + chosen[1:2])[: 3 if dtype is run.dtypes()[0] else 1]
             for case, (keep, high) in enumerate(chosen):
                 shape = (1 + case % 3, gh, gw, 2, 2, 1 + (5 * case) % 17)
                 shape = (*shape[:5], 16) if shape[5] == 1 else shape
@@ -222,7 +222,7 @@ def check_strided_tables(run: Runner) -> None:
 def check_all_equal(run: Runner) -> None:
     """High drops the last ones, low the first ones."""
     for dtype in run.dtypes():
-        for gh, gw in ((1, 7), (15, 17), (41, 100)):
+        for gh, gw in ((1, 7), (15, 17), (11, 100)):
             tokens = gh * gw
             keep = tokens // 2
             velocity = torch.ones(2, gh, gw, 2, 2, 4, dtype=dtype)
@@ -241,6 +241,8 @@ def check_ties(run: Runner) -> None:
             for metric in ("std", "l2norm"):
                 for levels, most in ((2, 0), (5, 3)):
                     tokens, g = gh * gw, generator(5, gh, levels)
+                    if tokens > 300 and (metric == "l2norm" or most == 0):
+                        continue
                     level = torch.randint(levels, (2, gh, gw), generator=g)
                     velocity = exact_field(level, dtype, metric)
                     drops = counts(2, tokens, most, g)
@@ -326,14 +328,15 @@ def check_max_age(run: Runner) -> None:
             compare(run, "age and NaN", velocity, drops, keep, age=age, **options)
 
 
-def check_many_tokens(run: Runner) -> None:
-    """As many as the widest pictures have, equal in part."""
+def check_many_tokens(run: Runner, gh: int = 130, gw: int = 131) -> None:
+    """More than any kernel looks at in one go, equal in part."""
     for dtype in run.dtypes()[:1]:
-        g = generator(9)
-        level = torch.randint(40, (1, 256, 257), generator=g)
+        g, tokens = generator(9), gh * gw
+        level = torch.randint(40, (1, gh, gw), generator=g)
         velocity = exact_field(level, dtype, "l2norm", pixels=1)
-        drops = counts(1, 256 * 257, 2, g)
-        compare(run, "many", velocity, drops, 30000, high=9000, metric="l2norm")
+        drops = counts(1, tokens, 2, g)
+        options = {"high": tokens // 7, "metric": "l2norm"}
+        compare(run, "many", velocity, drops, tokens // 2, **options)
 
 
 def check_inputs_and_guards(run: Runner) -> None:

@@ -25,9 +25,10 @@ if not INTERPRETED:
 
 import test_gated_residual
 import test_norm_modulate
+import test_token_select
 import test_triton_kernels
 import triton_kernels
-from triton_faults import FAULTS, FP16, GATED, NORM, Fault
+from triton_faults import FAULTS, FP16, GATED, NORM, SELECT, Fault
 
 
 class Planted(Triton):
@@ -49,6 +50,9 @@ class Planted(Triton):
         call = self.function if self.fault.op == NORM else super().norm_modulate
         call(*arguments)
 
+    def token_select(self, *arguments):
+        self.function(*arguments)
+
 
 def planted(fault: Fault, folder: Path) -> Planted:
     """A backend that runs the changed copy of the kernel file."""
@@ -65,6 +69,8 @@ def planted(fault: Fault, folder: Path) -> Planted:
 
 
 def check_of(fault: Fault) -> Callable[[Runner], None]:
+    if fault.op == SELECT:
+        return test_token_select.CHECKS[fault.check]
     shared = test_gated_residual if fault.op == GATED else test_norm_modulate
     return (shared.CHECKS | test_triton_kernels.CHECKS)[fault.check]
 
@@ -79,7 +85,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", [GATED, NORM])
+@pytest.mark.parametrize("op", [GATED, NORM, SELECT])
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

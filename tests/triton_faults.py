@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-GATED, NORM = "gated_residual", "norm_modulate"
+GATED, NORM, SELECT = "gated_residual", "norm_modulate", "token_select"
 
 
 @dataclass(frozen=True)
@@ -172,5 +172,59 @@ FAULTS = {
         NORM, "mean = tl.sum(acc, axis=1) * (1.0 / WIDTH)",
         "mean = tl.zeros([ROWS], tl.float32) + tl.sum(tl.sum(acc, axis=1), axis=0) * (1.0 / WIDTH)",
         "check_special_values",
+    ),
+    # token_select: addresses
+    "rows and columns of the grid are swapped": one(
+        SELECT, "row * strides[1] + column * strides[2]", "row * strides[2] + column * strides[1]",
+        "check_layouts",
+    ),
+    "deviations past C are summed": one(
+        SELECT, "tl.where(inside, value - mean[:, None], 0.0)", "value - mean[:, None]",
+        "check_sizes",
+    ),
+    "every sample is cut by the keys of the first": one(
+        SELECT, "high_keys = keys + b * tokens", "high_keys = keys", "check_samples_are_apart"
+    ),
+    "the inverse is written past N": one(
+        SELECT, "tl.where(kept, at, -1), mask=inside", "tl.where(kept, at, -1), mask=i <= tokens",
+        "check_inputs_and_guards",
+    ),
+    "positions start anew with each block": one(
+        SELECT, "at = position + ranks(kept)", "at = ranks(kept)", "check_many_tokens"
+    ),
+    "the rank starts anew with each block": one(
+        SELECT, "same & (seen + ranks(same) < take)", "same & (ranks(same) < take)",
+        "check_many_tokens",
+    ),
+    # token_select: the order
+    "keys with another beginning are counted": one(
+        SELECT, "if part > 0:", "if part > 4:", "check_sizes"
+    ),
+    "of equals high drops the first ones": one(
+        SELECT, "seen + ranks(same) >= equal - take", "seen + ranks(same) < take",
+        "check_all_equal",
+    ),
+    "of equals low drops all": one(
+        SELECT, "same & (seen + ranks(same) < take)", "same", "check_one_side_of_a_tie"
+    ),
+    "low counts what high has taken": one(
+        SELECT, "tl.store(low_keys + i, -1, mask=(key < cut) | last_ones)", "pass",
+        "check_one_side_of_a_tie",
+    ),
+    "starvation has the published sign": one(
+        SELECT, "-times if HIGH else times", "times", "check_starvation"
+    ),
+    "zero times infinity is no score": one(
+        SELECT, "finite_or_infinity(metric * factor)", "(metric * factor)", "check_starvation"
+    ),
+    "NaN counts as a large metric": one(
+        SELECT, "tl.where(metric == float(\"inf\"), INFINITY_BITS + 1, key)", "key",
+        "check_special_values",
+    ),
+    "tokens of the greatest age are not kept": one(
+        SELECT, "forced = old >= max_age", "forced = old > max_age", "check_a_bounded_age"
+    ),
+    "age is not set back": one(
+        SELECT, "tl.where(kept, 0, old + 1)", "tl.where(kept, old, old + 1)", "check_max_age"
     ),
 }  # fmt: skip

@@ -51,6 +51,7 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.gated_residual import gated_residual
     from triton_kernels.launch import launch_for
     from triton_kernels.norm_modulate import norm_modulate
+    from triton_kernels.token_select import token_select
 
     batch, tokens, layout = 2, 1024, 4096
 
@@ -89,6 +90,20 @@ def instances() -> dict[str, Callable[[int], None]]:
 
         return call
 
+    def select(dtype: torch.dtype, channels_first: bool, metric: str, max_age: int | None = None):
+        if channels_first:  # latents [B, C, H, W]
+            field = new(batch, 16, 64, 2, 64, 2, dtype=dtype).permute(0, 2, 4, 3, 5, 1)
+        else:  # packed tokens [B, N, 4 C]
+            field = new(batch, 64, 64, 16, 2, 2, dtype=dtype).permute(0, 1, 2, 4, 5, 3)
+        drops, age, inverse = (new(batch, layout, dtype=torch.int32) for _ in range(3))
+        rows = new(batch, tokens, dtype=torch.int32)
+        tables = (drops, None if max_age is None else age, 900, 0.1, metric, max_age)
+
+        def call(architecture: int) -> None:
+            token_select(field, *tables, rows, inverse)
+
+        return call
+
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return {
         "gated_residual bf16 D3072 k1": residual(3072, 1, bf16, False),
@@ -101,6 +116,9 @@ def instances() -> dict[str, Callable[[int], None]]:
         "norm_modulate bf16 D2432 branch rows cache": norm(2432, bf16, True),
         "norm_modulate bf16 D3072 branch rows cache": norm(3072, bf16, True),
         "norm_modulate fp32 D3072 branch rows cache": norm(3072, fp32, True),
+        "token_select bf16 packed": select(bf16, False, "std"),
+        "token_select fp16 latents age": select(fp16, True, "std", 5),
+        "token_select fp32 latents l2norm": select(fp32, True, "l2norm"),
     }
 
 
@@ -147,8 +165,9 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, Usage]:
             for name, call in instances().items():
                 with compile_only(architecture) as compiled:
                     call(architecture)
-                (kernel,) = compiled
-                found[f"{name} sm_{architecture}"] = usage(kernel)
+                for kernel in compiled:
+                    part = f" {kernel.name}" if len(compiled) > 1 else ""
+                    found[f"{name}{part} sm_{architecture}"] = usage(kernel)
     return found
 
 

@@ -2,7 +2,8 @@
 
 fp32, bf16 and fp16; fp64 is left to `reference`. Kernels are compiled at first use, once for each
 dtype, width and form of the arguments, so run a step before capturing it into a CUDA graph.
-Launches go to torch's current stream; nothing is allocated and nothing waits.
+Launches go to torch's current stream and nothing waits. Nothing is allocated, but for the keys of
+token_select, which torch allocates.
 
 With TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors, for tests: it is
 thousands of times slower, and truncates to bf16 where a GPU rounds (tests/interpreter.py mends it).
@@ -51,6 +52,11 @@ class Triton(Backend):
     ):
         _kernel("norm_modulate")(
             x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+        )
+
+    def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
+        _kernel("token_select")(
+            velocity, drops, age, high, starvation, metric, max_age, rows, inverse
         )
 
 

@@ -86,10 +86,14 @@ def token_select(
         >>> packed.shape  # [B, N, 4 C], channels first in each token
         >>> field = packed.unflatten(2, (C, 2, 2)).unflatten(1, (gh, gw)).permute(0, 1, 2, 4, 5, 3)
     """
-    velocity = velocity.detach() if isinstance(velocity, Tensor) else velocity
+    if isinstance(velocity, Tensor) and velocity.requires_grad:
+        velocity = velocity.detach()
     if traced():
-        rows = _new(velocity, keep) if rows is None else rows
-        inverse = torch.empty_like(drops) if inverse is None else inverse
+        if rows is None:
+            rows = _new(velocity, keep)
+        else:  # the dispatched op takes K from them
+            checks.table("rows", rows, (velocity.shape[0], keep), velocity.device)
+        inverse = _new(velocity, drops.shape[-1]) if inverse is None else inverse
         torch.ops.fastdit.token_select.default(
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse, backend
         )
