@@ -8,7 +8,7 @@ worst step.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from fastdit.adapters.base import Size
 from fastdit.errors import ArgumentError
 from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan, plan_run
+from fastdit.report import ranges
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28
@@ -36,6 +37,7 @@ class Explanation:
         macs, dense_macs: Multiply-accumulates of the run, with the plan and without.
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
         cache_bytes: Most bytes in caches at once.
+        tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -54,6 +56,7 @@ class Explanation:
     dense_residual_bytes: int
     cache_bytes: int
     raster: str
+    tokens_per_step: tuple[int, ...] = ()
 
     @property
     def flop_speedup(self) -> float:
@@ -75,6 +78,8 @@ class Explanation:
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
         ]
+        if self.tokens_per_step:
+            lines.append(f"  tokens    per step {ranges(self.tokens_per_step)}")
         return "\n".join(lines) + (
             f"\n  plan      step 0 to {self.steps - 1}\n{self.raster}" if self.raster else ""
         )
@@ -106,7 +111,10 @@ def explain_session(
     size = Size(image, text)
     rows = batch * (2 if (adapter.uses_cfg if cfg is None else cfg) else 1)
     weight = next(p for p in transformer.parameters() if p.is_floating_point())
-    plan = plan_run(session.methods, spec, steps)
+    token_method = next((m for m in session.methods if "rows" in m.writes), None)
+    active = [] if token_method is None else token_method.active(steps, image)
+    tokens = tuple(image if step is None else step.keep for step in active)
+    plan = plan_run(session.methods, spec, steps, tuple(step is not None for step in active))
     count = _Count(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     return Explanation(
         family=adapter.family,
@@ -121,11 +129,12 @@ def explain_session(
         rows=rows,
         image_tokens=image,
         text_tokens=text,
-        macs=count.macs(plan),
+        macs=count.macs(plan, tokens),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=count.residual_bytes(plan),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        cache_bytes=count.cache_bytes(plan),
+        cache_bytes=count.cache_bytes(plan) + (count.key_bytes() if any(active) else 0),
+        tokens_per_step=tokens,
         raster=raster(plan, spec),
     )
 
@@ -146,6 +155,10 @@ class _Count:
         first = {}
         for index, (kind, _) in enumerate(blocks):
             first.setdefault(kind, index)
+        self._adapter, self._size, self._rows, self._itemsize = adapter, size, rows, itemsize
+        self._transformer = transformer
+        self._arguments: list[tuple[Any, ...]] = []
+        self._sparse: dict[int, list[int]] = {}
         self.cells = []  # (block over all kinds, component, MACs, bytes, adds to the stream itself)
         for kind, block, component in spec.components():
             index = first[kind.name] + block
@@ -153,22 +166,54 @@ class _Count:
             macs = adapter.macs(*arguments) * rows
             moved = adapter.slot_elements(*arguments) * rows * itemsize
             self.cells.append((index, component, macs, moved, component not in kind.consumers))
+            self._arguments.append(arguments[:-1])
         self.overhead = adapter.overhead_macs(transformer, size) * rows
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
 
-    def macs(self, plan: RunPlan) -> int:
-        """Multiply-accumulates of a run."""
-        dense = self.overhead + sum(macs for _, _, macs, _, _ in self.cells)
-        if not plan.actions:
-            return plan.steps * dense
-        total = plan.steps * self.overhead
-        for step in plan.actions:
-            total += sum(
+    def macs(self, plan: RunPlan, tokens: Sequence[int] = ()) -> int:
+        """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said."""
+        total = 0
+        for step in range(plan.steps):
+            count = tokens[step] if tokens else self._size.image
+            actions = plan.actions[step] if plan.actions else None
+            total += self._adapter.overhead_macs(
+                self._transformer, Size(count, self._size.text)
+            ) * self._rows + sum(
                 macs
-                for index, component, macs, _, _ in self.cells
-                if step[index][component] & COMPUTE
+                for (index, component, *_), macs in zip(self.cells, self._at(count), strict=True)
+                if actions is None or actions[index][component] & COMPUTE
             )
         return total
+
+    def _at(self, count: int) -> list[int]:
+        """MACs of every cell for `count` active image tokens, whose attentions still read the keys of all.
+
+        A count of n tokens is a n + q (n + t)^2 + c with the attention's products in q, t being the text where it joins
+        them. The second difference is 2 q; of these products, (count + t) ask and (image + t) are asked.
+        """
+        if count not in self._sparse:
+            image, text = self._size.image, self._size.text
+
+            def macs(arguments: tuple[Any, ...], n: int) -> int:
+                return self._adapter.macs(*arguments, Size(n, text)) * self._rows
+
+            found = []
+            for arguments in self._arguments:
+                dense = macs(arguments, count)
+                q = (macs(arguments, count + 1) - 2 * dense + macs(arguments, count - 1)) // 2
+                joint = set(self._adapter.layouts.get(arguments[-1], ())) & {"text", "joint"}
+                asked = count + (text if joint else 0)
+                found.append(dense + q * asked * (image - count))
+            self._sparse[count] = found
+        return self._sparse[count]
+
+    def key_bytes(self) -> int:
+        """Bytes of the keys and values that a method keeps which leaves tokens out, one CFG branch's rows."""
+        total = 0
+        for (_, component, *_), arguments in zip(self.cells, self._arguments, strict=True):
+            transformer, kind, block, _ = arguments
+            total += self._adapter.key_elements(transformer, kind, block, component, self._size)
+        return total * self._rows * self._itemsize
 
     def bytes_of_outputs(self) -> int:
         """Bytes of all outputs that are added to the stream in one step."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from fastdit.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,9 @@ class Report:
         computed, reused: Components run and reused, over all steps and calls.
         seconds: Wall time from the run's start to its last step, on the host.
         peak_cache_bytes: Most bytes held by caches at once.
-        live: False when a method that should have reused something reused nothing.
+        live: False when a method that should have reused or left out something did neither.
+        first: The scheduler's index of the first executed step; image-to-image begins late.
+        active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
     """
 
     methods: tuple[str, ...]
@@ -29,11 +36,46 @@ class Report:
     seconds: float
     peak_cache_bytes: int
     live: bool
+    active: Mapping[int, np.ndarray] = field(default_factory=dict)
+    first: int = 0
 
     @property
     def reuse_share(self) -> float:
         """Share of the components that were reused."""
         return self.reused / max(1, self.reused + self.computed)
+
+    def token_map(self, frames: Any = None, sample: int = 0, scale: int = 8) -> np.ndarray:
+        """The tokens computed at each step as pictures, a stack that video writers take as it is.
+
+        Args:
+            frames: What to lay the map over: one picture, or one for each executed step (the image as it forms), PIL or
+                [H, W, 3] uint8. White by default.
+            sample: Which image of the batch.
+            scale: Pixels of a token's side, where no frames are given.
+
+        Returns:
+            uint8 [steps, H, W, 3]; tokens that were not computed are darkened.
+
+        Raises:
+            ArgumentError: The last run had no sparse step, there is no such sample, or the frames do not fit.
+        """
+        if not self.active:
+            raise ArgumentError("token_map needs a run with a sparse step; the last one had none")
+        batch, *grid = next(iter(self.active.values())).shape
+        if not 0 <= sample < batch:
+            raise ArgumentError(f"sample must be 0 to {batch - 1}, got {sample}")
+        pictures = _pictures(frames, self.steps, [side * scale for side in grid])
+        first = self.first
+        for step in range(self.steps):
+            mask = self.active.get(first + step)
+            if mask is not None:
+                rows, columns = (
+                    np.arange(size) * side // size
+                    for size, side in zip(pictures.shape[1:3], grid, strict=True)
+                )
+                dark = ~mask[sample][rows[:, None], columns]
+                pictures[step][dark] //= 3
+        return pictures
 
     def __str__(self) -> str:
         if not self.steps:
@@ -41,7 +83,7 @@ class Report:
         state = "live" if self.live else "INERT: nothing was reused"
         return (
             f"fastdit {' + '.join(self.methods)}: {state}\n"
-            f"  steps {self.steps}, tokens per step {_ranges(self.tokens_per_step)}\n"
+            f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
             f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%})\n"
             f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB"
         )
@@ -54,7 +96,8 @@ def report_session(session: Any) -> Report:
     records = [] if run is None else [run.records[step] for step in sorted(run.records)]
     reused = sum(record.reused for record in records)
     acts = any(method.writes for method in session.methods)
-    live = reused > 0 or not acts
+    active = _active(session.adapter, run)
+    live = reused > 0 or bool(active) or not acts
     if records and not live:
         warnings.warn(
             f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
@@ -70,10 +113,43 @@ def report_session(session: Any) -> Report:
         run.seconds if run is not None else 0.0,
         run.peak_bytes if run is not None else 0,
         live,
+        active,
+        (run.first or 0) if run is not None else 0,
     )
 
 
-def _ranges(tokens: tuple[int, ...]) -> str:
+def _active(adapter: Any, run: Any) -> dict[int, np.ndarray]:
+    """Step -> mask of the tokens it computed; waits for the device once."""
+    if run is None or run.tokens is None:
+        return {}
+    grid = adapter.grid(run.latents, run.positions, run.patch)
+    found = {}
+    for step, rows in run.tokens.history.items():
+        if run.first + step in run.records:
+            mask = np.zeros((rows.shape[0], run.tokens.tokens), dtype=bool)
+            np.put_along_axis(mask, rows.cpu().numpy().astype(np.int64), True, axis=1)
+            found[run.first + step] = mask.reshape(rows.shape[0], *grid)
+    return found
+
+
+def _pictures(frames: Any, steps: int, size: Sequence[int]) -> np.ndarray:
+    """[steps, H, W, 3] to draw on."""
+    if frames is None:
+        return np.full((steps, *size, 3), 255, dtype=np.uint8)
+    several = isinstance(frames, (list, tuple)) or getattr(frames, "ndim", 3) == 4
+    found = [np.asarray(frame) for frame in (frames if several else [frames] * steps)]
+    shapes = {frame.shape for frame in found}
+    if len(found) != steps or len(shapes) != 1 or found[0].ndim != 3 or found[0].shape[2] != 3:
+        raise ArgumentError(
+            f"frames must be one picture [H, W, 3] or {steps} of the same size, got {len(found)} of "
+            f"{', '.join(map(str, sorted(shapes)))}"
+        )
+    if any(frame.dtype != np.uint8 for frame in found):
+        raise ArgumentError(f"frames must be uint8, got {found[0].dtype}")
+    return np.stack(found)
+
+
+def ranges(tokens: tuple[int, ...]) -> str:
     """(256, 256, 64) -> '2 x 256, 1 x 64'."""
     parts: list[list[int]] = []
     for count in tokens:

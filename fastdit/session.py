@@ -70,6 +70,8 @@ class Run:
     manual: bool = False
     last_timestep: float | None = None
     patch: int = 1
+    latents: Sequence[int] = ()
+    positions: Tensor | None = None
     records: dict[int, StepRecord] = field(default_factory=dict)
     peak_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -336,6 +338,7 @@ class Session:
         first = run.first or 0
         if run.tokens is None:
             run.patch = self.adapter.patch(transformer)
+            run.latents, run.positions = call.hidden_states.shape, call.positions
             run.tokens = TokenRun(method, run.steps - first, call.tokens, self.ops)
             self._plan_rows(run, first)
         tokens, step = run.tokens, run.step - first

@@ -589,3 +589,68 @@ def test_gradients_are_refused():
 def test_two_token_methods_do_not_compose():
     with pytest.raises(fastdit.CompositionError, match="rows"):
         fastdit.patch(tiny_models.pipeline("sd3"), RAS(), RAS(ratio=0.25))
+
+
+# --- what the handle says
+
+
+def test_explain_knows_the_published_bounds():
+    """FLOP bounds of the published plans, and the cache they measured (RAS, tables of the supplement)."""
+    from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+
+    with torch.device("meta"):
+        sd3 = SD3Transformer2DModel(
+            sample_size=128,
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        ).to(torch.float16)
+        flux = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16)
+    for model, text, rows, ratio, bound in (
+        (sd3, 333, 2, 0.5, 1.57),
+        (sd3, 333, 2, 0.25, 2.20),
+        (sd3, 333, 2, 0.125, 2.75),
+        (flux, 512, 1, 0.5, 1.54),
+        (flux, 512, 1, 0.125, 2.57),
+    ):
+        handle = fastdit.patch(model, RAS(ratio=ratio))
+        said = handle.explain(
+            height=1024, width=1024, batch=rows, cfg=False, steps=28, text_tokens=text
+        )
+        assert said.flop_speedup == pytest.approx(bound, abs=0.02), (type(model).__name__, ratio)
+        assert said.tokens_per_step[:5] == (4096,) * 4 + (4096 * ratio,)
+    image_part = said.cache_bytes * 4096 / (4096 + 512)
+    assert image_part == pytest.approx(2.87e9, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+def test_the_report_counts_and_draws_tokens(name):
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, RAS(start=1, align=1, resets=(3,)))
+    generate(pipe, name, batch=2, steps=5)
+    report = handle.report()
+    assert report.live
+    assert report.tokens_per_step == (32, 16, 16, 32, 16)
+    assert set(report.active) == {1, 2, 4}
+    for mask in report.active.values():
+        assert mask.shape == (2, 4, 8)
+        assert (mask.sum((1, 2)) == 16).all()
+    drawn = report.token_map(sample=1, scale=3)
+    assert drawn.shape == (5, 12, 24, 3)
+    assert (drawn[0] == 255).all()
+    expected = report.active[2][1].repeat(3, 0).repeat(3, 1)
+    assert ((drawn[2] == 255).all(-1) == expected).all()
+    frames = [torch.full((8, 16, 3), 90 + i, dtype=torch.uint8).numpy() for i in range(5)]
+    laid = report.token_map(frames)
+    assert laid.shape == (5, 8, 16, 3)
+    assert set(laid[4].flatten().tolist()) == {94, 94 // 3}
+    for wrong in (frames[:2], frames[0][..., :1], frames[0].astype(float)):
+        with pytest.raises(ArgumentError, match="frames must be"):
+            report.token_map(wrong)
+    with pytest.raises(ArgumentError, match="sample must be 0 to 1"):
+        report.token_map(sample=2)
+    with handle.disabled():
+        generate(pipe, name)
+    with pytest.raises(ArgumentError, match="sparse step"):
+        handle.report().token_map()

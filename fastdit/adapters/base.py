@@ -33,6 +33,7 @@ class Call:
         embeddings: The text or class conditions, whose change invalidates caches.
         tokens: Image tokens that pass the blocks, per batch row.
         signature: Shapes and dtypes a cached value depends on.
+        positions: Where the image tokens are, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
     """
 
@@ -42,6 +43,7 @@ class Call:
     tokens: int
     signature: tuple[Any, ...]
     skips_blocks: bool
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class Adapter:
             tokens,
             signature,
             bool(argument("skip_layers")),
+            argument("img_ids"),
         )
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
@@ -213,6 +216,10 @@ class Adapter:
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
         return transformer.config.patch_size
+
+    def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
+        """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
+        return latents[-2] // patch, latents[-1] // patch
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
@@ -279,6 +286,22 @@ class Adapter:
     ) -> int:
         """Elements of the component's cached output."""
         raise NotImplementedError
+
+    def key_elements(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Elements of the keys and values of a component, 0 where it is no attention over image tokens."""
+        attention = self.attention_of(block, component)
+        if attention is None:
+            return 0
+        joint = set(self.layouts.get(component, ())) & {"text", "joint"}
+        return 2 * (size.image + (size.text if joint else 0)) * attention.to_k.weight.shape[0]
+
+    def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
+        """The component's attention module whose keys are image tokens."""
+        module = getattr(block, component, None)
+        crosses = getattr(module, "is_cross_attention", False)
+        return module if hasattr(module, "to_k") and not crosses else None
 
     # ---- drift guard
 

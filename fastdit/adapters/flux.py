@@ -8,7 +8,7 @@ where it is reused, unless a later step wants their value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -218,9 +218,20 @@ class Flux(Adapter):
         """None: positions are in the rotation, which attention reads at the rows."""
         return []
 
+    def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
+        """Both kinds of block call it `attn`."""
+        return block.attn if component in ("full_attn", "single_attn") else None
+
     def patch(self, transformer: nn.Module) -> int:
         """The pipeline packs 2 x 2 latent pixels."""
         return 2
+
+    def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
+        """Read off the positions, so it waits for the device; other than a grid of them is one row."""
+        tokens, rows = latents[1], 1
+        if positions is not None:
+            rows = int(positions.reshape(-1, positions.shape[-1])[:, 1].max()) + 1
+        return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, N, C p p] as [B, N, 1, p, p, C]: the grid does not matter to who chooses tokens."""
