@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastdit.ops.gated_residual import gated_residual
 from fastdit.ops.norm_modulate import norm_modulate
+from fastdit.ops.qkv_prologue import qkv_prologue
 from fastdit.ops.registry import BACKENDS, choose, requested_backend
 
-__all__ = ["BACKENDS", "Ops", "bind", "gated_residual", "norm_modulate"]
+__all__ = ["BACKENDS", "Ops", "bind", "gated_residual", "norm_modulate", "qkv_prologue"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Ops:
     backend: str | None
     gated_residual: Callable[..., Tensor]
     norm_modulate: Callable[..., Tensor]
+    qkv_prologue: Callable[..., None]
 
     def backend_for(self, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
         """The name of the backend that will serve `op` there; BackendError where none does."""
@@ -38,4 +40,9 @@ class Ops:
 def bind(backend: str | None = None) -> Ops:
     """The ops on a named backend; None for FASTDIT_BACKEND, or the automatic choice."""
     name = requested_backend(backend)
-    return Ops(name, partial(gated_residual, backend=name), partial(norm_modulate, backend=name))
+    return Ops(
+        name,
+        partial(gated_residual, backend=name),
+        partial(norm_modulate, backend=name),
+        partial(qkv_prologue, backend=name),
+    )
