@@ -58,6 +58,17 @@ void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::
   launch(FD_BY_ISA(norm_modulate), p, stored, threads);
 }
 
+void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_heads, int head,
+                  py::handle q, py::handle k, py::handle v, py::handle q_out, py::handle k_cache,
+                  py::handle v_cache, py::handle rows, int norm, py::handle q_weight,
+                  py::handle q_bias, py::handle k_weight, py::handle k_bias, double eps,
+                  py::handle cos, py::handle sin, int64_t stored, int threads) {
+  QkvPrologue p =
+      qkv_prologue_of(dtype, batch, tokens, heads, kv_heads, head, q, k, v, q_out, k_cache, v_cache,
+                      rows, norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin);
+  launch(FD_BY_ISA(qkv_prologue), p, stored, threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -78,6 +89,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastdit's CPU kernels; called through fastdit.ops.";
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
+  m.def("qkv_prologue", &fd::qkv_prologue);
   m.def("set_isa", &fd::set_isa, "Name an instruction set for the whole process, or 'auto'.");
   m.def("build_info", &fd::build_info, "How this module was built, and what it can use here.");
 }

@@ -32,6 +32,7 @@ from fastdit.ops import checks
 from fastdit.ops.registry import define, requires_grad, resolve, traced
 
 NORMS = (None, "rms", "rms_rounded", "layer")
+AFFINE = ("q_weight", "q_bias", "k_weight", "k_bias")
 HEAD_DIMS = range(8, 257, 2)
 
 SCHEMA = (
@@ -180,16 +181,11 @@ def _check_norm(norm, q_weight, q_bias, k_weight, k_bias, q, k, dim) -> None:
         raise ArgumentError(
             f"norm: got {norm!r}; accepted is None, 'rms', 'rms_rounded' or 'layer'"
         )
-    layer = norm == "layer"
-    for name, t, width in (
-        ("q_weight", q_weight, q.shape[2] if layer else dim),
-        ("k_weight", k_weight, k.shape[2] if layer else dim),
-        ("q_bias", q_bias, q.shape[2]),
-        ("k_bias", k_bias, k.shape[2]),
-    ):
+    widths = (q.shape[2],) * 2 + (k.shape[2],) * 2 if norm == "layer" else (dim, 0, dim, 0)
+    for name, t, width in zip(AFFINE, (q_weight, q_bias, k_weight, k_bias), widths, strict=True):
         if t is None:
             continue
-        if norm is None or (not layer and name.endswith("bias")):
+        if norm is None or width == 0:
             raise ArgumentError(f"{name}: got a tensor with norm={norm!r}; accepted is None")
         checks.operand(name, t, (width,), q.dtype, q.device)
 
@@ -211,15 +207,8 @@ def _check_table(cos, sin, q, dim) -> None:
 
 
 def _check_memory(q, k, v, q_out, k_cache, v_cache, rows, affine, cos, sin) -> None:
-    inputs = (("q", q), ("k", k), ("v", v), ("rows", rows), ("cos", cos), ("sin", sin))
-    outputs = (("q_out", q_out), ("k_cache", k_cache), ("v_cache", v_cache))
-    for i, (name, t) in enumerate(outputs):
+    written = (("q_out", q_out), ("k_cache", k_cache), ("v_cache", v_cache))
+    for name, t in written:
         checks.written(name, t)
-        for other_name, other in outputs[:i]:
-            checks.disjoint(name, t, other_name, other)
-        for other_name, other in inputs:
-            if other is not None:
-                checks.disjoint(name, t, other_name, other)
-        for other in affine:
-            if other is not None:
-                checks.disjoint(name, t, "a weight or bias", other)
+    read = (("q", q), ("k", k), ("v", v), ("rows", rows), ("cos", cos), ("sin", sin))
+    checks.all_disjoint(written, (*read, *zip(AFFINE, affine, strict=True)))
