@@ -24,7 +24,7 @@ from budget import Usage, cuobjdump, hold, usages
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("80", "89", "90a", "100a", "120")
-KERNELS = ("gated_residual", "norm_modulate")
+KERNELS = ("gated_residual", "norm_modulate", "qkv_prologue")
 
 
 def nvcc() -> str | None:
