@@ -17,8 +17,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;  // of a block that takes heads
-// Blocks of it that all the threads of a processor make: of 1536 or of 2048.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+// Blocks of it on a processor: all of its 1536 or 2048 threads, but on sm_100, which would spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1000)
 constexpr int kResident = 6;
 #else
 constexpr int kResident = 8;
@@ -108,7 +108,7 @@ __device__ __forceinline__ Words finished(const Task<T>& t, const Words& x, floa
 }
 
 // Vector v of lane l of a group is number v * lanes + l of its head. With one vector a thread has
-// little under way, so all the threads that a processor has are to be resident.
+// little under way, so many threads are to be resident.
 template <class T, int kVectors, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kVectors == 1 ? kResident : 4)
     qkv_prologue_heads_kernel(const __grid_constant__ QkvPrologue p, int lanes) {

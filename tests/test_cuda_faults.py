@@ -30,7 +30,7 @@ REDUCE, VECTOR, ELEMENT = "reduce.h", "vector.h", "element.h"
 CHECKS = {
     GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
     NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
-    PROLOGUE: test_qkv_prologue.CHECKS,
+    PROLOGUE: test_qkv_prologue.CHECKS | kernel_checks.CHECKS,
 }
 
 
@@ -242,7 +242,11 @@ FAULTS = {
         "check_constant_heads",
     ),
     "the mean of all heads is not corrected": Fault(
-        PROLOGUE, "rest = about[0] / width;", "rest = 0.0f;", "check_offset_rows", FP32
+        PROLOGUE, "rest = about[0] / width;", "rest = 0.0f;", "check_shifted_heads", FP32
+    ),
+    "the norm is rounded before the rotation": Fault(
+        PROLOGUE, "if (t.cos != nullptr) rotate", "to_floats<T>(from_floats<T>(y), y);\n  if (t.cos != nullptr) rotate",
+        "check_one_rounding_of_heads",
     ),
     # what all include
     "sums are kept in fp16": Fault(

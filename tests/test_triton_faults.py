@@ -25,9 +25,12 @@ if not INTERPRETED:
 
 import test_gated_residual
 import test_norm_modulate
+import test_qkv_prologue
 import test_triton_kernels
 import triton_kernels
-from triton_faults import FAULTS, FP16, GATED, NORM, Fault
+from triton_faults import FAULTS, FP16, GATED, NORM, PROLOGUE, Fault
+
+SHARED = {GATED: test_gated_residual, NORM: test_norm_modulate, PROLOGUE: test_qkv_prologue}
 
 
 class Planted(Triton):
@@ -49,6 +52,10 @@ class Planted(Triton):
         call = self.function if self.fault.op == NORM else super().norm_modulate
         call(*arguments)
 
+    def qkv_prologue(self, *arguments):
+        call = self.function if self.fault.op == PROLOGUE else super().qkv_prologue
+        call(*arguments)
+
 
 def planted(fault: Fault, folder: Path) -> Planted:
     """A backend that runs the changed copy of the kernel file."""
@@ -65,7 +72,7 @@ def planted(fault: Fault, folder: Path) -> Planted:
 
 
 def check_of(fault: Fault) -> Callable[[Runner], None]:
-    shared = test_gated_residual if fault.op == GATED else test_norm_modulate
+    shared = SHARED[fault.op]
     return (shared.CHECKS | test_triton_kernels.CHECKS)[fault.check]
 
 
@@ -79,7 +86,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", [GATED, NORM])
+@pytest.mark.parametrize("op", [GATED, NORM, PROLOGUE])
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

@@ -53,6 +53,9 @@ class Triton(Backend):
             x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
         )
 
+    def qkv_prologue(self, *arguments):
+        _kernel("qkv_prologue")(*arguments)
+
 
 @functools.cache
 def _kernel(op: str) -> Callable[..., None]:
