@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.ops import BACKENDS
+from prologue import Form, chain, forms, inputs
 from shapes import Shape
 from timing import Contender
 
@@ -34,12 +35,12 @@ class Case:
     op: str
     name: str
     shape: Shape
-    tensors: int
+    tensors: float
     make: Callable[[torch.device, torch.dtype], dict[str, Callable[[], object]]]
 
     def bytes_moved(self, dtype: torch.dtype = DTYPE) -> int:
         """Modulations are left out: they are small and stay in the cache."""
-        return self.tensors * self.shape.elements * dtype.itemsize
+        return int(self.tensors * self.shape.elements * dtype.itemsize)
 
     def contenders(
         self, device: torch.device, sets: int, dtype: torch.dtype = DTYPE
@@ -57,6 +58,8 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
     for shape in shapes:
         for branch in (False, True):
             yield norm_modulate(shape, branch)
+    for form in forms(shapes):
+        yield qkv_prologue(form)
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -126,3 +129,25 @@ def norm_modulate(shape: Shape, with_branch: bool) -> Case:
 
     name = "after a gated branch" if with_branch else "plain"
     return Case("norm_modulate", name, shape, 4 if with_branch else 2, make)
+
+
+def qkv_prologue(form: Form) -> Case:
+    """Norm and rotation of q and k, and the scatter of k and v."""
+    expression = chain(form)
+    compiled = torch.compile(expression, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        tensors, named = inputs(form, device, dtype)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: expression(*tensors, **named),
+            "compile": lambda: compiled(*tensors, **named),
+        }
+        rows, cos, sin = (named.get(name) for name in ("rows", "cos", "sin"))
+        weights = (named["q_weight"], None, named["k_weight"], None)
+        arguments = (*tensors, rows, 0, 0, form.norm, *weights, 1e-6, cos, sin)
+        for name in backends("qkv_prologue", device, dtype):
+            run = BACKENDS[name].qkv_prologue
+            found[name] = lambda run=run: run(*arguments)
+        return found
+
+    return Case("qkv_prologue", form.name, form.shape, form.tensors, make)
