@@ -96,7 +96,8 @@ class Check:
     def tests(self) -> dict[str, Any]:
         """The kernel tests, in processes side by side: Triton compiles hundreds of forms."""
         shards = ["cuda", "triton and gated_residual", "triton and norm_modulate"]
-        shards += ["triton and token_select", "triton and kernels", "triton and not test_check"]
+        shards += ["triton and qkv_prologue", "triton and token_select", "triton and kernels"]
+        shards += ["triton and not test_check"]
         if self.rehearsal:
             shards = ["mirrored and check_empty"]
         running = [(shard, self._pytest(shard)) for shard in shards]

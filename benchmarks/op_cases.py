@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.ops import BACKENDS
+from prologue import Form, chain, forms, inputs
 from shapes import Shape
 from timing import Contender
 
@@ -35,14 +36,14 @@ class Case:
     op: str
     name: str
     shape: Shape
-    tensors: int
+    tensors: float
     make: Callable[[torch.device, torch.dtype], dict[str, Callable[[], object]]]
     width: int | None = None
 
     def bytes_moved(self, dtype: torch.dtype = DTYPE) -> int:
         """Modulations and tables are left out: they are small and stay in the cache."""
         width = self.width or self.shape.width
-        return self.tensors * self.shape.batch * self.shape.tokens * width * dtype.itemsize
+        return int(self.tensors * self.shape.batch * self.shape.tokens * width * dtype.itemsize)
 
     def contenders(
         self, device: torch.device, sets: int, dtype: torch.dtype = DTYPE
@@ -62,6 +63,8 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
             yield norm_modulate(shape, branch)
     for shape in shapes:
         yield token_select(shape)
+    for form in forms(shapes):
+        yield qkv_prologue(form)
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -170,3 +173,25 @@ def token_select(shape: Shape) -> Case:
         return found
 
     return Case("token_select", "half of the tokens", shape, 1, make, width=64)
+
+
+def qkv_prologue(form: Form) -> Case:
+    """Norm and rotation of q and k, and the scatter of k and v."""
+    expression = chain(form)
+    compiled = torch.compile(expression, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        tensors, named = inputs(form, device, dtype)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: expression(*tensors, **named),
+            "compile": lambda: compiled(*tensors, **named),
+        }
+        rows, cos, sin = (named.get(name) for name in ("rows", "cos", "sin"))
+        weights = (named["q_weight"], None, named["k_weight"], None)
+        arguments = (*tensors, rows, 0, 0, form.norm, *weights, 1e-6, cos, sin)
+        for name in backends("qkv_prologue", device, dtype):
+            run = BACKENDS[name].qkv_prologue
+            found[name] = lambda run=run: run(*arguments)
+        return found
+
+    return Case("qkv_prologue", form.name, form.shape, form.tensors, make)

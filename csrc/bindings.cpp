@@ -68,6 +68,18 @@ void token_select(int dtype, const py::tuple& velocity, py::handle drops, py::ha
   launch(FD_BY_ISA(token_select), p, p.batch * p.tokens() * pixels * p.channels, threads);
 }
 
+void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_heads, int head,
+                  py::handle q, py::handle k, py::handle v, py::handle q_out, py::handle k_cache,
+                  py::handle v_cache, py::handle rows, int norm, py::handle q_weight,
+                  py::handle q_bias, py::handle k_weight, py::handle k_bias, double eps,
+                  py::handle cos, py::handle sin, int64_t stored, int threads) {
+  QkvPrologue p =
+      qkv_prologue_of(dtype, batch, tokens, heads, kv_heads, head, q, k, v, q_out, k_cache, v_cache,
+                      rows, norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin);
+  check_rows(p.rows, p.shape, stored);
+  launch(FD_BY_ISA(qkv_prologue), p, elements(p.shape), threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -89,6 +101,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
   m.def("token_select", &fd::token_select);
+  m.def("qkv_prologue", &fd::qkv_prologue);
   m.def("set_isa", &fd::set_isa, "Name an instruction set for the whole process, or 'auto'.");
   m.def("build_info", &fd::build_info, "How this module was built, and what it can use here.");
 }

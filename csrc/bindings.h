@@ -15,6 +15,7 @@
 
 #include "gated_residual.h"
 #include "norm_modulate.h"
+#include "qkv_prologue.h"
 #include "token_select.h"
 
 namespace fd {
@@ -139,6 +140,38 @@ inline TokenSelect token_select_of(int dtype, const py::tuple& velocity, py::han
   p.rows = table(rows);
   p.inverse = table(inverse);
   p.keys = reinterpret_cast<uint32_t*>(keys);
+  return p;
+}
+
+// The offsets are in the addresses: of q_out, and of the caches, cos and sin.
+inline QkvPrologue qkv_prologue_of(int dtype, int64_t batch, int64_t tokens, int heads,
+                                   int kv_heads, int head, py::handle q, py::handle k, py::handle v,
+                                   py::handle q_out, py::handle k_cache, py::handle v_cache,
+                                   py::handle rows, int norm, py::handle q_weight,
+                                   py::handle q_bias, py::handle k_weight, py::handle k_bias,
+                                   double eps, py::handle cos, py::handle sin) {
+  if (norm < 0 || norm > 2) throw py::value_error("unknown norm code " + std::to_string(norm));
+  QkvPrologue p;
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, int64_t{heads + 2 * kv_heads} * head};
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head = head;
+  p.q = modulation(q);
+  p.k = modulation(k);
+  p.v = modulation(v);
+  p.q_out = modulation(q_out);
+  p.k_cache = modulation(k_cache);
+  p.v_cache = modulation(v_cache);
+  p.rows = row_index(rows);
+  p.norm = static_cast<Norm>(norm);
+  p.q_weight = modulation(q_weight);
+  p.q_bias = modulation(q_bias);
+  p.k_weight = modulation(k_weight);
+  p.k_bias = modulation(k_bias);
+  p.eps = eps;
+  p.cos = modulation(cos);
+  p.sin = modulation(sin);
   return p;
 }
 

@@ -34,6 +34,17 @@ void token_select(int dtype, const py::tuple& velocity, py::handle drops, py::ha
   cuda::token_select(p, {device, reinterpret_cast<void*>(stream)});
 }
 
+void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_heads, int head,
+                  py::handle q, py::handle k, py::handle v, py::handle q_out, py::handle k_cache,
+                  py::handle v_cache, py::handle rows, int norm, py::handle q_weight,
+                  py::handle q_bias, py::handle k_weight, py::handle k_bias, double eps,
+                  py::handle cos, py::handle sin, int device, uintptr_t stream) {
+  const QkvPrologue p =
+      qkv_prologue_of(dtype, batch, tokens, heads, kv_heads, head, q, k, v, q_out, k_cache, v_cache,
+                      rows, norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin);
+  cuda::qkv_prologue(p, {device, reinterpret_cast<void*>(stream)});
+}
+
 py::dict info() {
   const DeviceInfo found = device_info();
   py::dict info;
@@ -56,6 +67,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
   m.def("token_select", &fd::token_select);
+  m.def("qkv_prologue", &fd::qkv_prologue);
   m.def("info", &fd::info,
         "Devices seen, cudart version, the runtime's error if any, the targets of this build.");
 }

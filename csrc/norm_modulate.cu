@@ -8,40 +8,15 @@
 // same fma and the same rounding as in gated_residual: both give the same bits.
 #include "launch.h"
 #include "norm_modulate.h"
+#include "reduce.h"
 #include "vector.h"
 
 namespace fd {
 namespace cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
 constexpr int kMaxVectors = 4;  // of a thread
-
-// Sums over the block of kTerms values, the same bits in every thread. partial has kTerms floats
-// for each warp and is written once: a second sum takes another one.
-template <int kTerms>
-__device__ __forceinline__ void sum_over_block(float* values, float* partial) {
-#pragma unroll
-  for (int t = 0; t < kTerms; ++t) {
-#pragma unroll
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-      values[t] += __shfl_xor_sync(0xffffffffu, values[t], lanes);
-    }
-  }
-  const int warps = blockDim.x / kWarp;
-  if (warps == 1) return;
-  if (threadIdx.x % kWarp == 0) {
-#pragma unroll
-    for (int t = 0; t < kTerms; ++t) partial[threadIdx.x / kWarp * kTerms + t] = values[t];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int t = 0; t < kTerms; ++t) {
-    values[t] = 0.0f;
-    for (int w = 0; w < warps; ++w) values[t] += partial[w * kTerms + t];
-  }
-}
 
 // x + gate * branch, rounded to T as it is stored; the branch goes to the cache as it is.
 template <class T, bool kAligned>

@@ -11,6 +11,7 @@ from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from fastdit.ops import gated_residual as gated_residual_op
 from fastdit.ops import norm_modulate as norm_modulate_op
+from fastdit.ops import qkv_prologue as qkv_prologue_op
 from fastdit.ops import token_select as token_select_op
 from tolerance import Mismatch, bits
 
@@ -109,6 +110,38 @@ class Runner:
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse
         )
         return rows, inverse
+
+    def qkv_prologue(
+        self,
+        q,
+        k,
+        v,
+        q_out,
+        k_cache,
+        v_cache,
+        *,
+        rows=None,
+        q_offset=0,
+        kv_offset=0,
+        norm=None,
+        q_weight=None,
+        q_bias=None,
+        k_weight=None,
+        k_bias=None,
+        eps=1e-6,
+        cos=None,
+        sin=None,
+    ) -> None:
+        affine = {"q_weight": q_weight, "q_bias": q_bias, "k_weight": k_weight, "k_bias": k_bias}
+        table = {"cos": cos, "sin": sin}
+        if BACKENDS.get(self.backend.name) is self.backend:
+            offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+            options = {"rows": rows, **offsets, "norm": norm, **affine, "eps": eps, **table}
+            stream = (q, k, v, q_out, k_cache, v_cache)
+            qkv_prologue_op(*stream, **options, backend=self.backend.name)
+            return
+        stream = (q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset)
+        self.backend.qkv_prologue(*stream, norm, *affine.values(), eps, cos, sin)
 
 
 def generator(*key: int) -> torch.Generator:

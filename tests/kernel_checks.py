@@ -10,13 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inputs import Runner, generator, normal, some_rows
+from inputs import Runner, generator, normal, poisoned, some_rows
 from tolerance import Mismatch, assert_close, assert_equal
 from truth import (
     eager_gated_residual,
+    eager_head_norm,
     eager_norm_modulate,
+    eager_rotation,
     exact_gated_residual,
+    exact_head_norm,
     exact_norm_modulate,
+    exact_rotation,
 )
 
 MODEL_WIDTHS = (1152, 1536, 2304, 2432, 3072)
@@ -114,6 +118,36 @@ def check_shifted_rows(run: Runner) -> None:
         exact, _ = exact_norm_modulate(near, eps=0.0)
         eager, _ = eager_norm_modulate(near, eps=0.0)
         assert_close(f"norm_modulate on {run.label}, shifted rows", y, exact, eager)
+
+
+def check_shifted_heads(run: Runner) -> None:
+    """The same for the norm of all heads of a token."""
+    for dtype in run.dtypes():
+        step = 2**13 * torch.finfo(dtype).eps
+        near = (step * torch.randint(64, (2, 3, 4 * 72), generator=generator(6))).to(dtype)
+        outputs = [poisoned((2, 3, 4, 72), dtype) for _ in range(3)]
+        run.qkv_prologue(near + 2**13, *[near] * 2, *outputs, norm="layer", eps=0.0)
+        exact = exact_head_norm(near, 4, "layer", eps=0.0)
+        eager = eager_head_norm(near, 4, "layer", eps=0.0)
+        assert_close(f"qkv_prologue on {run.label}, shifted heads", outputs[0], exact, eager)
+
+
+def check_one_rounding_of_heads(run: Runner) -> None:
+    for dtype in run.dtypes():
+        for norm in ("rms", "layer"):
+            g = generator(7)
+            q = normal((1, 3, 4 * 72), dtype, g)
+            weight = normal((72 if norm == "rms" else 4 * 72,), dtype, g)
+            angles = 6.3 * torch.rand((3, 36), generator=g)
+            table = angles.cos(), angles.sin()
+            outputs = [poisoned((1, 3, 4, 72), dtype) for _ in range(3)]
+            options = {"norm": norm, "q_weight": weight, "cos": table[0], "sin": table[1]}
+            run.qkv_prologue(q, q, q, *outputs, **options)
+            positions = torch.arange(3)[None]
+            exact = exact_rotation(exact_head_norm(q, 4, norm, weight), *table, positions)
+            wide = eager_head_norm(q.float(), 4, norm, weight.float())
+            what = f"qkv_prologue on {run.label}, norm {norm}"
+            assert_one_rounding(what, outputs[0], exact, eager_rotation(wide, *table, positions))
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -16,7 +16,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("op", ["gated_residual", "norm_modulate", "token_select"])
+@pytest.mark.parametrize("op", ["gated_residual", "norm_modulate", "qkv_prologue", "token_select"])
 def test_op_benchmark_runs(op, tmp_path):
     # -P: the folder the command is given in stays off the path.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable"]

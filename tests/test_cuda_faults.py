@@ -15,6 +15,7 @@ import torch
 import kernel_checks
 import test_gated_residual
 import test_norm_modulate
+import test_qkv_prologue
 import test_token_select
 from emulated import CSRC, Emulated, build, emulated, unavailable
 from inputs import Runner
@@ -25,11 +26,13 @@ pytestmark = [
 ]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-GATED, NORM, VECTOR, ELEMENT = "gated_residual.cu", "norm_modulate.cu", "vector.h", "element.h"
+GATED, NORM, PROLOGUE = "gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu"
+REDUCE, VECTOR, ELEMENT = "reduce.h", "vector.h", "element.h"
 SELECT, KEYS = "token_select.cu", "token_select.h"
 CHECKS = {
     GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
     NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
+    PROLOGUE: test_qkv_prologue.CHECKS | kernel_checks.CHECKS,
     SELECT: test_token_select.CHECKS,
 }
 
@@ -100,20 +103,20 @@ FAULTS = {
     ),
     # norm_modulate: addresses, barriers and lanes
     "no barrier between the warps' sums": Fault(
-        NORM, "  __syncthreads();\n", "", "check_sizes", FP32
+        REDUCE, "  __syncthreads();\n", "", "check_sizes", FP32, NORM
     ),
     "both sums share their memory": Fault(
         NORM, "sum_over_block<2>(about, partial_about)", "sum_over_block<2>(about, partial_mean)",
         "check_model_widths",
     ),
     "the last lanes are not added": Fault(
-        NORM, "lanes > 0; lanes /= 2", "lanes > 1; lanes /= 2", "check_sizes"
+        REDUCE, "lanes > 0; lanes /= 2", "lanes > 1; lanes /= 2", "check_sizes", BF16, NORM
     ),
     "each lane is added to itself": Fault(
-        NORM, "values[t], lanes)", "values[t], 0)", "check_sizes"
+        REDUCE, "values[t], lanes)", "values[t], 0)", "check_sizes", BF16, NORM
     ),
     "the last warp is not added": Fault(
-        NORM, "w < warps; ++w", "w < warps - 1; ++w", "check_model_widths"
+        REDUCE, "w < warps; ++w", "w < warps - 1; ++w", "check_model_widths", BF16, NORM
     ),
     "the block is half a warp short": Fault(
         NORM, "block((threads + kWarp - 1) / kWarp * kWarp)", "block(threads)", "check_sizes"
@@ -166,7 +169,89 @@ FAULTS = {
         NORM, "add<T>(branch, static_cast<bool>(p.gate), gate, sum);",
         "add<T>(branch, false, gate, sum);", "check_branch",
     ),
-    # what both include
+    # qkv_prologue: addresses, lanes and barriers
+    "k is stored at compact rows": Fault(
+        PROLOGUE, "is_q ? k : stored", "part == Part::kV ? stored : k", "check_rows"
+    ),
+    "a row of the cache stays stale": Fault(
+        PROLOGUE, "if (!inside) return;", "if (!inside || (is_k && !is_q && row == 0)) return;",
+        "check_sizes",
+    ),
+    "a token past the last is stored": Fault(
+        PROLOGUE, "row < static_cast<uint32_t>(p.shape.batch",
+        "row <= static_cast<uint32_t>(p.shape.batch", "check_other_rows",
+    ),
+    "v begins behind as many heads as q has": Fault(
+        PROLOGUE, "number - p.heads - p.kv_heads;", "number - 2 * p.heads;", "check_sizes"
+    ),
+    "k and v are as wide as q": Fault(
+        PROLOGUE, "part == Part::kQ ? p.heads : p.kv_heads", "p.heads", "check_sizes"
+    ),
+    "lanes of the next head are added": Fault(
+        PROLOGUE, "other = lanes / 2;", "other = kWarp / 2;", "check_sizes"
+    ),
+    "the last lanes of a head are not added": Fault(
+        PROLOGUE, "other > 0; other /= 2", "other > 1; other /= 2", "check_sizes"
+    ),
+    "a head has fewer vectors than it needs": Fault(
+        PROLOGUE, "power_of_two((head_vectors + 2) / 3)", "power_of_two(head_vectors / 3)",
+        "check_odd_head_dims",
+    ),
+    "no barrier in the norm of all heads": Fault(
+        REDUCE, "  __syncthreads();\n", "", "check_sizes", BF16, PROLOGUE
+    ),
+    "both sums of all heads share their memory": Fault(
+        PROLOGUE, "sum_over_block<2>(about, partial_about)",
+        "sum_over_block<2>(about, partial_mean)", "check_model_heads",
+    ),
+    "what is behind a head counts as deviations": Fault(
+        PROLOGUE, "there ? value[e] - mean : 0.0f", "value[e] - mean", "check_odd_head_dims"
+    ),
+    "alignment of cos is not looked at": Fault(
+        PROLOGUE, "yes && aligned<float>(p.cos) &&", "yes &&", "check_strides"
+    ),
+    "alignment of the caches is not looked at": Fault(
+        PROLOGUE, "&p.k_cache, &p.v_cache,", "", "check_strides"
+    ),
+    # qkv_prologue: values
+    "pairs are half a vector apart": Fault(
+        PROLOGUE, "real = y[2 * j], imaginary = y[2 * j + 1]",
+        "real = y[j], imaginary = y[j + kPairs]", "check_sizes",
+    ),
+    "k is not rotated": Fault(
+        PROLOGUE, "t.cos = p.cos ?", "t.cos = p.cos && part != Part::kK ?", "check_sizes"
+    ),
+    "the position is that of the compact token": Fault(
+        PROLOGUE, "p.cos.row<float>(b, stored)", "p.cos.row<float>(b, k)", "check_rows"
+    ),
+    "the table is that of the first sample": Fault(
+        PROLOGUE, "p.sin.row<float>(b, stored)", "p.sin.row<float>(0, stored)", "check_rows"
+    ),
+    "the rotation goes the other way": Fault(
+        PROLOGUE, "-(imaginary * s[j])", "imaginary * s[j]", "check_sizes"
+    ),
+    "v is normed": Fault(
+        PROLOGUE, "t.copied = part == Part::kV ||", "t.copied =", "check_sizes"
+    ),
+    "k has the weight of q": Fault(
+        PROLOGUE, "is_q ? p.q_weight.data : p.k_weight.data", "p.q_weight.data", "check_sizes"
+    ),
+    "all heads have the weight of the first": Fault(
+        PROLOGUE, "load<kAligned>(t.weight + affine, n)", "load<kAligned>(t.weight + i, n)",
+        "check_sizes",
+    ),
+    "eps is left out of a head's norm": Fault(
+        PROLOGUE, "sum / p.head + static_cast<float>(p.eps)", "sum / p.head",
+        "check_constant_heads",
+    ),
+    "the mean of all heads is not corrected": Fault(
+        PROLOGUE, "rest = about[0] / width;", "rest = 0.0f;", "check_shifted_heads", FP32
+    ),
+    "the norm is rounded before the rotation": Fault(
+        PROLOGUE, "if (t.cos != nullptr) rotate", "to_floats<T>(from_floats<T>(y), y);\n  if (t.cos != nullptr) rotate",
+        "check_one_rounding_of_heads",
+    ),
+    # what all include
     "sums are kept in fp16": Fault(
         VECTOR, "fmaf(by[e], value[e], sum[e])",
         "to_float(from_float<fp16>(fmaf(by[e], value[e], sum[e])))", "check_sizes", FP32, GATED,

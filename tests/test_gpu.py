@@ -14,6 +14,7 @@ from torch import Tensor
 import kernel_checks
 import test_gated_residual
 import test_norm_modulate
+import test_qkv_prologue
 import test_token_select
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
@@ -24,6 +25,7 @@ SHARED = {
     for op, checks in (
         ("gated_residual", test_gated_residual.CHECKS),
         ("norm_modulate", test_norm_modulate.CHECKS),
+        ("qkv_prologue", test_qkv_prologue.CHECKS),
         ("token_select", test_token_select.CHECKS),
         ("kernels", kernel_checks.CHECKS),
     )
@@ -50,6 +52,9 @@ class Mirrored(Backend):
 
     def token_select(self, *arguments):
         self._run("token_select", arguments)
+
+    def qkv_prologue(self, *arguments):
+        self._run("qkv_prologue", arguments)
 
     def _run(self, op: str, arguments: tuple) -> None:
         storages: dict[int, tuple[Tensor, Tensor]] = {}
@@ -100,17 +105,22 @@ def test_check(name, backend, device):
     SHARED[name](Runner(Mirrored(backend, device), f"{backend.name} on a device"))
 
 
-def both_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.bfloat16):
-    """Tensors of a call of each op, and a function that makes the calls."""
+def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.bfloat16):
+    """Tensors that a call of each op reads or writes, and a function that makes the calls."""
     x, store, cache = (torch.randn(2, 300, 1152, device=device).to(dtype) for _ in range(3))
     h, branch, out = (torch.randn(2, 120, 1152, device=device).to(dtype) for _ in range(3))
     gate = torch.randn(2, 1152, device=device).to(dtype)
+    table = torch.randn(300, 36, device=device)
     rows = some_rows(2, 120, 300, torch.Generator().manual_seed(0), torch.int32).to(device)
 
     def call() -> None:
         backend.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
         affine = (gate, gate, None, None, 1e-6, False)
         backend.norm_modulate(x, *affine, h, gate, cache, rows, out)
+        # Into out, and into x and cache at the active rows.
+        prologue = ("rms", None, None, None, None, 1e-6, table, table)
+        heads = [t.unflatten(-1, (16, 72)) for t in (out, x, cache)]
+        backend.qkv_prologue(h, h, branch, *heads, rows, 0, 0, *prologue)
 
     return (x, store, cache, h, branch, out), call
 
@@ -130,7 +140,7 @@ def assert_all_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.gpu
 def test_a_captured_graph_replays_with_new_inputs(backend, device):
-    tensors, call = both_ops(backend, device)
+    tensors, call = all_ops(backend, device)
     call()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -143,7 +153,7 @@ def test_a_captured_graph_replays_with_new_inputs(backend, device):
 @pytest.mark.gpu
 def test_launches_go_to_the_current_stream(backend, device):
     """Behind a long wait on a side stream, a launch on the default one would read old inputs."""
-    tensors, call = both_ops(backend, device)
+    tensors, call = all_ops(backend, device)
     start = [torch.randn_like(t) for t in tensors]
     expected = results(tensors, call, start)
     for t in tensors:
@@ -161,7 +171,7 @@ def test_launches_go_to_the_current_stream(backend, device):
 
 @pytest.mark.gpu
 def test_nothing_waits_and_nothing_is_allocated(backend, device):
-    _, call = both_ops(backend, device)
+    _, call = all_ops(backend, device)
     call()  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats(device)["allocation.all.allocated"]
@@ -208,7 +218,7 @@ def test_a_captured_selection_replays_with_new_inputs(backend, device):
 def test_tensors_of_a_device_that_is_not_current(backend):
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device only")
-    tensors, call = both_ops(backend, torch.device("cuda", 1))
+    tensors, call = all_ops(backend, torch.device("cuda", 1))
     start = [torch.randn_like(t) for t in tensors]
     with torch.cuda.device(1):
         expected = results(tensors, call, start)

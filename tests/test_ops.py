@@ -185,6 +185,121 @@ def test_tables_are_not_shared(backend):
     assert int(side_by_side.sum()) == 2 * B * 5
 
 
+HEADS, KV_HEADS, DIM = 4, 2, 10  # H d = D
+
+
+def prologue(**changes):
+    """Arguments of qkv_prologue by name, with changes."""
+    k, v = some(2, B, K, KV_HEADS * DIM)
+    k_cache, v_cache = some(2, B, N, KV_HEADS, DIM)
+    arguments = {"q": some(B, K, D), "k": k, "v": v, "q_out": some(B, K, HEADS, DIM)}
+    arguments |= {"k_cache": k_cache, "v_cache": v_cache, "rows": rows_of()}
+    return arguments | {"cos": some(N, DIM // 2), "sin": some(N, DIM // 2)} | changes
+
+
+WRONG_PROLOGUE = {
+    "q of rank 2": ({"q": some(B, D)}, "q", "rank 3"),
+    "q of integers": ({"q": some(B, K, D).int()}, "q", "float64"),
+    "q stride": ({"q": TRANSPOSED}, "q", "last stride"),
+    "q width": ({"q": some(B, K, D + DIM)}, "q", "the 4 heads of 10"),
+    "k width": ({"k": some(B, K, D)}, "k", f"[{B}, {K}, {KV_HEADS * DIM}]"),
+    "k dtype": ({"k": some(B, K, KV_HEADS * DIM).half()}, "k", "torch.float32"),
+    "v tokens": ({"v": some(B, N, KV_HEADS * DIM)}, "v", f"[{B}, {K}, {KV_HEADS * DIM}]"),
+    "q_out of rank 3": ({"q_out": some(B, K, D)}, "q_out", "tokens, heads, d"),
+    "q_out batch": ({"q_out": some(B + 1, K, HEADS, DIM)}, "q_out", f"[{B}, tokens"),
+    "q_out odd d": ({"q_out": some(B, K, 1, 9)}, "q_out", "even, 8 to 256"),
+    "q_out large d": ({"q_out": some(B, K, 1, 258)}, "q_out", "even, 8 to 256"),
+    "q_out heads apart": (
+        {"q_out": some(B, K, 2 * HEADS, DIM)[:, :, ::2]},
+        "q_out",
+        "between heads",
+    ),
+    "q_out short": ({"q_out": some(B, K - 1, HEADS, DIM)}, "q_offset", "0 to -1"),
+    "q_out expanded": (
+        {"q_out": some(1, K, HEADS, DIM).expand(B, K, HEADS, DIM)},
+        "q_out",
+        "without expanded",
+    ),
+    "q_offset": ({"q_offset": 1}, "q_offset", "0 to 0"),
+    "q_offset negative": ({"q_offset": -1}, "q_offset", "0 to 0"),
+    "k_cache d": ({"k_cache": some(B, N, KV_HEADS, DIM + 2)}, "k_cache", f"G, {DIM}]"),
+    "k_cache heads": ({"k_cache": some(B, N, 3, DIM)}, "k_cache", "divisor of the 4"),
+    "v_cache rows": ({"v_cache": some(B, N + 1, KV_HEADS, DIM)}, "v_cache", f"[{B}, {N},"),
+    "v_cache dtype": ({"v_cache": some(B, N, KV_HEADS, DIM).half()}, "v_cache", "torch.float32"),
+    "rows dtype": ({"rows": rows_of().float()}, "rows", "int64 or int32"),
+    "rows shape": ({"rows": rows_of(2)}, "rows", f"[{B}, {K}]"),
+    "rows out of range": ({"rows": rows_of() + N}, "rows", "0 to 6"),
+    "rows negative": ({"rows": rows_of() - N}, "rows", "0 to 6"),
+    "rows behind the offset": ({"rows": rows_of() + 5, "kv_offset": 1}, "rows", "0 to 5"),
+    "rows behind the table": (
+        {"rows": rows_of() + 4, "cos": some(4, DIM // 2), "sin": some(4, DIM // 2)},
+        "rows",
+        "0 to 3",
+    ),
+    "kv_offset": ({"kv_offset": N}, "kv_offset", "0 to 6"),
+    "kv_offset without rows": ({"rows": None, "kv_offset": 5}, "kv_offset", "0 to 4"),
+    "norm": ({"norm": "group"}, "norm", "'rms_rounded'"),
+    "weight without norm": ({"q_weight": some(DIM)}, "q_weight", "None"),
+    "bias of rms": ({"norm": "rms", "k_bias": some(KV_HEADS * DIM)}, "k_bias", "None"),
+    "weight of rms": ({"norm": "rms", "q_weight": some(D)}, "q_weight", f"[{DIM}]"),
+    "weight of layer": (
+        {"norm": "layer", "k_weight": some(DIM)},
+        "k_weight",
+        f"[{KV_HEADS * DIM}]",
+    ),
+    "cos alone": ({"sin": None}, "cos, sin", "both or none"),
+    "cos dtype": ({"cos": some(N, DIM // 2).half()}, "cos", "torch.float32"),
+    "cos width": ({"cos": some(N, DIM)}, "cos", f"[{N}, {DIM // 2}]"),
+    "cos stride": ({"cos": some(N, DIM)[:, ::2]}, "cos", "last stride"),
+    "sin rank": ({"sin": some(DIM // 2)}, "sin", f"[P, {DIM // 2}]"),
+    "sin rows": ({"sin": some(N + 1, DIM // 2)}, "sin", f"[{N}, {DIM // 2}]"),
+    "cos batch": ({"cos": some(B + 1, N, DIM // 2)}, "cos", f"[{B}, {N}, {DIM // 2}]"),
+    "a gradient": ({"q": some(B, K, D).requires_grad_()}, "gradient", "no_grad"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_PROLOGUE)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_qkv_prologue_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_PROLOGUE[case]
+    with pytest.raises(ArgumentError) as error:
+        ops.qkv_prologue(**prologue(**changes), backend=backend)
+    assert name in str(error.value)
+    assert accepted in str(error.value)
+
+
+def test_qkv_prologue_refuses_shared_memory():
+    buffer = some(B, 2 * N, KV_HEADS, DIM)
+    q = some(B, K, HEADS, DIM)
+    flat = some(B * N * KV_HEADS * DIM)
+    table = flat[: N * DIM // 2].view(N, DIM // 2)
+    for changes in (
+        {"k_cache": buffer[:, :N], "v_cache": buffer[:, 1 : N + 1]},
+        {"q": q.flatten(2), "q_out": q},
+        {"k": buffer[:, :K].flatten(2), "k_cache": buffer[:, 2 : N + 2], "v_cache": buffer[:, :N]},
+        {"norm": "layer", "q_weight": q[0, 0].flatten(), "q_out": q},
+        {"cos": table, "k_cache": flat.view(B, N, KV_HEADS, DIM)},
+    ):
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.qkv_prologue(**prologue(**changes))
+
+
+def test_caches_may_lie_side_by_side():
+    """In each sample and in each token of one buffer."""
+    expected = prologue()
+    ops.qkv_prologue(**expected)
+    for buffer, pick in (
+        (torch.zeros(B, 2 * N, KV_HEADS, DIM), lambda t: (t[:, :N], t[:, N:])),
+        (torch.zeros(B, N, 2, KV_HEADS, DIM), lambda t: t.unbind(2)),
+    ):
+        k_cache, v_cache = pick(buffer)
+        ops.qkv_prologue(**prologue(k_cache=k_cache, v_cache=v_cache))
+        for name, found in (("k_cache", k_cache), ("v_cache", v_cache)):
+            for b in range(B):
+                rows = rows_of()[b]
+                assert torch.equal(found[b, rows], expected[name][b, rows])
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_written_memory_is_not_shared(backend):
     x, branch = some(B, K, D), some(B, K, D, key=1)
@@ -234,7 +349,7 @@ def test_neighbours_in_one_buffer_are_not_shared_memory():
 def test_automatic_choice_follows_dtype():
     bound = ops.bind()
     assert bound.backend is None
-    for op in ("gated_residual", "norm_modulate", "token_select"):
+    for op in ("gated_residual", "norm_modulate", "qkv_prologue", "token_select"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert bound.backend_for(op, "cpu", dtype) == "cpu"
         assert bound.backend_for(op, "cpu", torch.float64) == "reference"
@@ -369,6 +484,12 @@ def norm_step(x, branch, scale, gate, cache, rows):
     return x + 1, ops.norm_modulate(y, None, scale, rms=True)
 
 
+def prologue_step(q, k, v, q_out, k_cache, v_cache, rows, cos, sin):
+    table = {"cos": cos, "sin": sin, "norm": "rms"}
+    ops.qkv_prologue(q + 1, k, v, q_out, k_cache, v_cache, rows=rows, **table)
+    return q_out + k_cache.sum(), v_cache * 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_as_one_graph(backend):
@@ -377,6 +498,7 @@ def test_compiles_as_one_graph(backend):
     cases = [
         (residual_step, (compact, store, some(B, K, D, key=2), gate, cache, rows)),
         (norm_step, (store, compact, gate, gate, cache, rows)),
+        (prologue_step, tuple(prologue().values())),
     ]
     for step, arguments in cases:
         plain, traced = ([a.clone() for a in arguments] for _ in range(2))
@@ -438,6 +560,9 @@ def opcheck_samples():
     tables = (table(B, 3), table(B, 8), None)
     yield "token_select", (FIELD, table(B, 8), None, 2, 0.1, "std", None, *tables)
     yield "token_select", (FIELD, table(B, 8), table(B, 8), 0, 0.1, "l2norm", 4, *tables)
+    *stream, rows, cos, sin = prologue().values()
+    affine = ("rms", some(DIM), None, None, None, 1e-6)
+    yield "qkv_prologue", (*stream, rows, 0, 0, *affine, cos, sin, None)
 
 
 @pytest.mark.slow

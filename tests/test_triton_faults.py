@@ -25,10 +25,18 @@ if not INTERPRETED:
 
 import test_gated_residual
 import test_norm_modulate
+import test_qkv_prologue
 import test_token_select
 import test_triton_kernels
 import triton_kernels
-from triton_faults import FAULTS, FP16, GATED, NORM, SELECT, Fault
+from triton_faults import FAULTS, FP16, GATED, NORM, PROLOGUE, SELECT, Fault
+
+SHARED = {
+    GATED: test_gated_residual,
+    NORM: test_norm_modulate,
+    PROLOGUE: test_qkv_prologue,
+    SELECT: test_token_select,
+}
 
 
 class Planted(Triton):
@@ -50,8 +58,13 @@ class Planted(Triton):
         call = self.function if self.fault.op == NORM else super().norm_modulate
         call(*arguments)
 
+    def qkv_prologue(self, *arguments):
+        call = self.function if self.fault.op == PROLOGUE else super().qkv_prologue
+        call(*arguments)
+
     def token_select(self, *arguments):
-        self.function(*arguments)
+        call = self.function if self.fault.op == SELECT else super().token_select
+        call(*arguments)
 
 
 def planted(fault: Fault, folder: Path) -> Planted:
@@ -69,9 +82,7 @@ def planted(fault: Fault, folder: Path) -> Planted:
 
 
 def check_of(fault: Fault) -> Callable[[Runner], None]:
-    if fault.op == SELECT:
-        return test_token_select.CHECKS[fault.check]
-    shared = test_gated_residual if fault.op == GATED else test_norm_modulate
+    shared = SHARED[fault.op]
     return (shared.CHECKS | test_triton_kernels.CHECKS)[fault.check]
 
 
@@ -85,7 +96,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", [GATED, NORM, SELECT])
+@pytest.mark.parametrize("op", [GATED, NORM, PROLOGUE, SELECT])
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

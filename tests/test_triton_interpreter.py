@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 FILES = (
     "test_gated_residual.py",
     "test_norm_modulate.py",
+    "test_qkv_prologue.py",
     "test_token_select.py",
     "test_triton_kernels.py",
     "test_triton_faults.py",

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-GATED, NORM, SELECT = "gated_residual", "norm_modulate", "token_select"
+GATED, NORM = "gated_residual", "norm_modulate"
+PROLOGUE, SELECT = "qkv_prologue", "token_select"
 
 
 @dataclass(frozen=True)
@@ -226,5 +227,63 @@ FAULTS = {
     ),
     "age is not set back": one(
         SELECT, "tl.where(kept, 0, old + 1)", "tl.where(kept, old, old + 1)", "check_max_age"
+    ),
+    # qkv_prologue
+    "k is stored one row early": one(
+        PROLOGUE, "k, k_cache, b, i, row,", "k, k_cache, b, i, tl.maximum(row - 1, 0),",
+        "check_rows",
+    ),
+    "k is stored at compact rows": one(
+        PROLOGUE, "k, k_cache, b, i, row,", "k, k_cache, b, i, kv_offset + i,", "check_rows"
+    ),
+    "columns past d are stored": one(
+        PROLOGUE, "+ offset, value, mask=inside)",
+        "+ offset, value, mask=(head < COUNT)[:, None] & (col < DIM + 8)[None, :])",
+        "check_other_rows",
+    ),
+    "the last heads are left out": one(
+        PROLOGUE, "(Q_HEADS + HEADS - 1) // HEADS", "max(1, Q_HEADS // HEADS)",
+        "check_model_heads",
+    ),
+    "pairs are halves apart": one(
+        PROLOGUE, "tl.split(tl.reshape(y, [HEADS, COLS // 2, 2]))",
+        "tl.split(tl.permute(tl.reshape(y, [HEADS, 2, COLS // 2]), (0, 2, 1)))", "check_rows",
+    ),
+    "k is not rotated": one(
+        PROLOGUE, "k_weight, k_bias, cos, sin,\n", "k_weight, k_bias, None, None,\n",
+        "check_rows",
+    ),
+    "the position is that of the compact token": one(
+        PROLOGUE, "cos_batch + row * COS_ROW", "cos_batch + i * COS_ROW", "check_rows"
+    ),
+    "the table is that of the first sample": one(
+        PROLOGUE, "sin += b * sin_batch +", "sin += 0 * b * sin_batch +", "check_rows"
+    ),
+    "the rotation goes the other way": one(
+        PROLOGUE, "real * c - imaginary * s", "real * c + imaginary * s", "check_rows"
+    ),
+    "v is rotated": one(
+        PROLOGUE, "HEADS, None, None, None, None,\n", "HEADS, None, None, cos, sin,\n",
+        "check_rows",
+    ),
+    "k has the weight of q": one(
+        PROLOGUE, "k_weight, k_bias, cos, sin,\n", "q_weight, k_bias, cos, sin,\n", "check_rows"
+    ),
+    "all heads have the weight of the first": one(
+        PROLOGUE, "tl.load(weight + offset,", "tl.load(weight + every + col[None, :],",
+        "check_rows",
+    ),
+    "heads of one tile share a mean square": one(
+        PROLOGUE, "tl.rsqrt(tl.sum(y * y, axis=1) * (1.0 / DIM) + eps)[:, None]",
+        "tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) * (1.0 / (COUNT * DIM)) + eps)",
+        "check_special_values",
+    ),
+    "the norm is rounded before the rotation": one(
+        PROLOGUE, "if cos is not None:\n            pair",
+        "if cos is not None:\n            y = y.to(tl.bfloat16).to(tl.float32)\n            pair",
+        "check_one_rounding_of_heads",
+    ),
+    "the rounding of the mean of all heads is not corrected": one(
+        PROLOGUE, "y - mean - rest", "y - mean", "check_shifted_heads", FP32
     ),
 }  # fmt: skip

@@ -67,3 +67,46 @@ def exact_norm_modulate(
     y = y if bias is None else y + bias
     y = y if scale is None else y * (1 + gate_of(scale))
     return (y if shift is None else y + gate_of(shift)), x
+
+
+def eager_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
+    """x [B, K, heads d] -> [B, K, heads, d]."""
+    batch, tokens, width = x.shape
+    if norm == "layer":
+        x = F.layer_norm(x, (width,), weight, bias, eps)
+    x = x.reshape(batch, tokens, heads, width // heads)
+    if norm == "rms":
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    if norm == "rms_rounded":
+        return eager_norm_modulate(x, weight=weight, eps=eps, rms=True)[0]
+    return x
+
+
+def exact_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
+    x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
+    batch, tokens, width = x.shape
+    if norm == "layer":
+        x, _ = exact_norm_modulate(x, weight=weight, bias=bias, eps=eps)
+    x = x.reshape(batch, tokens, heads, width // heads)
+    if norm in ("rms", "rms_rounded"):
+        return exact_norm_modulate(x, weight=weight, eps=eps, rms=True)[0]
+    return x
+
+
+def eager_rotation(x, cos, sin, positions):
+    """x [B, K, heads, d] by cos and sin [P, d/2] or [B, P, d/2] at positions [B, K]."""
+    twice = [table_at(t, positions).repeat_interleave(2, dim=-1)[:, :, None] for t in (cos, sin)]
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(3)
+    return (x.float() * twice[0] + turned.float() * twice[1]).to(x.dtype)
+
+
+def exact_rotation(x, cos, sin, positions):
+    cos, sin = (table_at(t.double(), positions)[:, :, None] for t in (cos, sin))
+    real, imaginary = x[..., ::2].double(), x[..., 1::2].double()
+    pairs = (real * cos - imaginary * sin, imaginary * cos + real * sin)
+    return torch.stack(pairs, dim=-1).flatten(3)
+
+
+def table_at(table, positions):
+    table = table.expand(positions.shape[0], *table.shape[-2:])
+    return rows_of(table, positions)

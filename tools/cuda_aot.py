@@ -25,7 +25,7 @@ from budget import Usage, cuobjdump, hold, usages
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("80", "89", "90a", "100a", "120")
-KERNELS = ("gated_residual", "norm_modulate", "token_select")
+KERNELS = ("gated_residual", "norm_modulate", "qkv_prologue", "token_select")
 
 
 def nvcc() -> str | None:

@@ -51,6 +51,7 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.gated_residual import gated_residual
     from triton_kernels.launch import launch_for
     from triton_kernels.norm_modulate import norm_modulate
+    from triton_kernels.qkv_prologue import qkv_prologue
     from triton_kernels.token_select import token_select
 
     batch, tokens, layout = 2, 1024, 4096
@@ -104,6 +105,26 @@ def instances() -> dict[str, Callable[[int], None]]:
 
         return call
 
+    def prologue(
+        heads: int, kv_heads: int, dim: int, dtype: torch.dtype, norm: str | None, sparse: bool
+    ):
+        q = new(batch, tokens, heads * dim, dtype=dtype)
+        k = v = new(batch, tokens, kv_heads * dim, dtype=dtype)
+        q_out = new(batch, tokens, heads, dim, dtype=dtype)
+        cache = new(batch, layout, kv_heads, dim, dtype=dtype)
+        rows = new(batch, tokens, dtype=torch.int32) if sparse else None
+        weight, bias = (new(dim, dtype=dtype), None) if norm else (None, None)
+        if norm == "layer":
+            weight = bias = new(heads * dim, dtype=dtype)
+        # No rotation where heads are normed alone and all tokens are there.
+        cos = new(layout, dim // 2, dtype=torch.float32) if sparse or norm == "layer" else None
+
+        def call(architecture: int) -> None:
+            affine = (weight, bias, weight, bias, 1e-6)
+            qkv_prologue(q, k, v, q_out, cache, cache, rows, 0, 0, norm, *affine, cos, cos)
+
+        return call
+
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return {
         "gated_residual bf16 D3072 k1": residual(3072, 1, bf16, False),
@@ -119,6 +140,12 @@ def instances() -> dict[str, Callable[[int], None]]:
         "token_select bf16 packed": select(bf16, False, "std"),
         "token_select fp16 latents age": select(fp16, True, "std", 5),
         "token_select fp32 latents l2norm": select(fp32, True, "l2norm"),
+        "qkv_prologue bf16 24x128 rms rotated rows": prologue(24, 24, 128, bf16, "rms", True),
+        "qkv_prologue fp16 24x64 rms": prologue(24, 24, 64, fp16, "rms", False),
+        "qkv_prologue bf16 24/8x96 rms rotated rows": prologue(24, 8, 96, bf16, "rms", True),
+        "qkv_prologue bf16 32/8x72 layer rotated": prologue(32, 8, 72, bf16, "layer", False),
+        "qkv_prologue bf16 16x72 copied": prologue(16, 16, 72, bf16, None, False),
+        "qkv_prologue fp32 24x128 rms rotated rows": prologue(24, 24, 128, fp32, "rms", True),
     }
 
 

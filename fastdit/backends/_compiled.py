@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdit.backends.base import Backend
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
+NORM_CODES = {None: 0, "rms": 1, "rms_rounded": 1, "layer": 2}  # csrc/qkv_prologue.h
 
 
 class Compiled(Backend):
@@ -89,6 +90,39 @@ class Compiled(Backend):
             *self._context(velocity, 0),
         )
 
+    def qkv_prologue(
+        self, q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset,
+        norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin,
+    ):  # fmt: skip
+        batch, tokens, _ = q.shape
+        _, stored, kv_heads, head = k_cache.shape
+        if cos is not None:
+            stored = min(stored, cos.shape[-2])
+        self._module.qkv_prologue(
+            DTYPE_CODES[q.dtype],
+            batch,
+            tokens,
+            q_out.shape[2],
+            kv_heads,
+            head,
+            _strided(q),
+            _strided(k),
+            _strided(v),
+            _from_token(q_out, q_offset),
+            _from_token(k_cache, kv_offset),
+            _from_token(v_cache, kv_offset),
+            None if rows is None else _row_index(rows),
+            NORM_CODES[norm],
+            None if q_weight is None else q_weight.data_ptr(),
+            None if q_bias is None else q_bias.data_ptr(),
+            None if k_weight is None else k_weight.data_ptr(),
+            None if k_bias is None else k_bias.data_ptr(),
+            eps,
+            None if cos is None else _angles(cos, kv_offset),
+            None if sin is None else _angles(sin, kv_offset),
+            *self._context(q, stored - kv_offset),
+        )
+
 
 def _address(t: Tensor) -> int | tuple[int, int, int]:
     """The bare address of a contiguous [B, K, D]."""
@@ -98,6 +132,18 @@ def _address(t: Tensor) -> int | tuple[int, int, int]:
 def _strided(t: Tensor) -> tuple[int, int, int]:
     stride = t.stride()
     return t.data_ptr(), stride[0], stride[1]
+
+
+def _from_token(t: Tensor, first: int) -> tuple[int, int, int]:
+    """[B, tokens, heads, d] from one of its tokens on."""
+    batch, token, _, _ = t.stride()
+    return t.data_ptr() + first * token * t.itemsize, batch, token
+
+
+def _angles(t: Tensor, first: int) -> tuple[int, int, int]:
+    """[P, d / 2] or [B, P, d / 2] from one of its rows on."""
+    batch, row = (0, t.stride(0)) if t.dim() == 2 else t.stride()[:2]
+    return t.data_ptr() + first * row * t.itemsize, batch, row
 
 
 def _modulation(t: Tensor | None, width: int) -> int | tuple[int, int, int] | None:

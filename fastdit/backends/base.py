@@ -69,3 +69,26 @@ class Backend:
     ) -> None:
         """rows = the K tokens that stay active, ascending; the others are counted in drops."""
         raise TypeError(f"backend {self.name} has no token_select")
+
+    def qkv_prologue(
+        self,
+        q: Tensor,  # [B, K, H d]
+        k: Tensor,  # [B, K, G d]
+        v: Tensor,  # [B, K, G d]
+        q_out: Tensor,  # [B, Q, H, d], written from token q_offset on
+        k_cache: Tensor,  # [B, S, G, d], written at kv_offset + rows
+        v_cache: Tensor,  # [B, S, G, d], written at kv_offset + rows
+        rows: Tensor | None,  # [B, K]
+        q_offset: int,
+        kv_offset: int,
+        norm: str | None,  # "rms", "rms_rounded" or "layer"
+        q_weight: Tensor | None,  # [d], or [H d] for "layer"
+        q_bias: Tensor | None,  # [H d], for "layer" only
+        k_weight: Tensor | None,  # [d], or [G d] for "layer"
+        k_bias: Tensor | None,  # [G d], for "layer" only
+        eps: float,
+        cos: Tensor | None,  # fp32 [P, d / 2] or [B, P, d / 2]
+        sin: Tensor | None,  # shaped like cos
+    ) -> None:
+        """q_out = rotated norm of q; the caches at their rows = rotated norm of k, and v."""
+        raise TypeError(f"backend {self.name} has no qkv_prologue")

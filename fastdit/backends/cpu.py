@@ -46,5 +46,11 @@ class Cpu(Compiled):
         except IndexError as error:
             raise ArgumentError(str(error)) from None
 
+    def qkv_prologue(self, *arguments):
+        try:
+            super().qkv_prologue(*arguments)
+        except IndexError as error:
+            raise ArgumentError(str(error)) from None
+
 
 BACKEND = Cpu(_C)

@@ -2,9 +2,10 @@
 
 A residual is `x = x + gate * branch`, one branch after the other, each operation rounded in the
 dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32,
-as diffusers' RMSNorm does, whatever the dtype. A selection of tokens is two stable sorts. Runs
-wherever torch does, and is what the ops differentiate through. It is not fast: every operation is a
-pass over memory of its own.
+as diffusers' RMSNorm does, whatever the dtype. Heads are normed, rounded to the dtype, rotated in
+fp32 and rounded again, as its attention processors do. A selection of tokens is two stable sorts.
+Runs wherever torch does, and is what the ops differentiate through. It is not fast: every operation
+is a pass over memory of its own.
 """
 
 from __future__ import annotations
@@ -62,6 +63,33 @@ def modulated_norm(
     if shift is not None:
         y = y + per_token(shift)
     return y
+
+
+def normed_heads(
+    x: Tensor,
+    dim: int,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """x [B, K, heads dim] -> [B, K, heads, dim], normed."""
+    if norm == "layer":
+        x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    x = x.unflatten(-1, (x.shape[-1] // dim, dim))
+    if norm == "rms":
+        return F.rms_norm(x, (dim,), weight, eps)
+    if norm == "rms_rounded":
+        return modulated_norm(x, weight=weight, eps=eps, rms=True)
+    return x
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved pairs of x [B, K, heads, d] turned by cos and sin [K, d/2] or [B, K, d/2]."""
+    cos, sin = (t.repeat_interleave(2, dim=-1).unsqueeze(-2) for t in (cos, sin))
+    real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
 
 
 def per_token(modulation: Tensor) -> Tensor:
@@ -169,6 +197,30 @@ class Reference(Backend):
         drops.add_(dropped)
         if age is not None:
             age.add_(1).masked_fill_(kept, 0)
+
+    def qkv_prologue(
+        self, q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset,
+        norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin,
+    ):  # fmt: skip
+        tokens, dim = q.shape[1], q_out.shape[3]
+        stored = k_cache.shape[1] if cos is None else min(k_cache.shape[1], cos.shape[-2])
+        _check_range(rows, stored - kv_offset)
+        q = normed_heads(q, dim, norm, q_weight, q_bias, eps)
+        k = normed_heads(k, dim, norm, k_weight, k_bias, eps)
+        end = None if rows is not None else kv_offset + tokens
+        if cos is not None:
+            cos, sin = (_at(t[..., kv_offset:end, :], rows) for t in (cos, sin))
+            q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        q_out[:, q_offset : q_offset + tokens] = q
+        scatter_rows(k_cache[:, kv_offset:end], rows, k)
+        scatter_rows(v_cache[:, kv_offset:end], rows, v.unflatten(-1, k.shape[2:]))
+
+
+def _at(table: Tensor, rows: Tensor | None) -> Tensor:
+    """table [P, d/2] or [B, P, d/2] at rows [B, K]."""
+    if rows is None:
+        return table
+    return table[rows] if table.dim() == 2 else gather_rows(table, rows)
 
 
 BACKEND = Reference()

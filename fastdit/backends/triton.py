@@ -59,6 +59,9 @@ class Triton(Backend):
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse
         )
 
+    def qkv_prologue(self, *arguments):
+        _kernel("qkv_prologue")(*arguments)
+
 
 @functools.cache
 def _kernel(op: str) -> Callable[..., None]:

@@ -17,10 +17,19 @@ from torch import Tensor
 
 from fastdit.ops.gated_residual import gated_residual
 from fastdit.ops.norm_modulate import norm_modulate
+from fastdit.ops.qkv_prologue import qkv_prologue
 from fastdit.ops.registry import BACKENDS, choose, requested_backend
 from fastdit.ops.token_select import token_select
 
-__all__ = ["BACKENDS", "Ops", "bind", "gated_residual", "norm_modulate", "token_select"]
+__all__ = [
+    "BACKENDS",
+    "Ops",
+    "bind",
+    "gated_residual",
+    "norm_modulate",
+    "qkv_prologue",
+    "token_select",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Ops:
     backend: str | None
     gated_residual: Callable[..., Tensor]
     norm_modulate: Callable[..., Tensor]
+    qkv_prologue: Callable[..., None]
     token_select: Callable[..., tuple[Tensor, Tensor]]
 
     def backend_for(self, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -40,5 +50,5 @@ class Ops:
 def bind(backend: str | None = None) -> Ops:
     """The ops on a named backend; None for FASTDIT_BACKEND, or the automatic choice."""
     name = requested_backend(backend)
-    functions = (gated_residual, norm_modulate, token_select)
+    functions = (gated_residual, norm_modulate, qkv_prologue, token_select)
     return Ops(name, *(partial(function, backend=name) for function in functions))

@@ -62,6 +62,19 @@ def store(
     operand(name, t, (batch, t.shape[1], width), dtype, device)
 
 
+def heads(name: str, t: Tensor, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    """[B, tokens, heads, d] of any batch and token strides, the heads of a token in one piece."""
+    if not isinstance(t, Tensor) or t.dtype is not dtype or t.device != device:
+        _same_kind(name, t, dtype, device)
+    if t.dim() != 4 or t.shape[0] != batch:
+        _refuse(name, f"shape {list(t.shape)}", f"shape [{batch}, tokens, heads, d]")
+    if t.is_contiguous() or t.numel() == 0:
+        return
+    _unit_stride(name, t)
+    if t.shape[2] > 1 and t.stride(2) != t.shape[3]:
+        _refuse(name, f"strides {t.stride()}", f"a stride of {t.shape[3]} between heads")
+
+
 def modulation(
     name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -90,7 +103,7 @@ def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
     if rows.dtype not in ROW_DTYPES:
         _refuse("rows", str(rows.dtype), "int64 or int32")
     if rows.device != device:
-        _refuse("rows", f"on {rows.device}", f"on {device}, where x is")
+        _refuse("rows", f"on {rows.device}", f"on {device}, as the first argument")
     if rows.dim() != 2 or rows.shape[0] != batch:
         _refuse("rows", f"shape {list(rows.shape)}", f"shape [{batch}, K]")
     if not rows.is_contiguous():
@@ -151,6 +164,27 @@ def disjoint(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
         _refuse(name, f"memory it shares with {other_name}", "a tensor of its own")
 
 
+def all_disjoint(
+    written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]
+) -> None:
+    """No tensor that is written shares elements with any other; quicker than pair by pair."""
+    spans = [(t.data_ptr(), _bytes(t), True) for _, t in written]
+    spans += [(t.data_ptr(), _bytes(t), False) for _, t in read if t is not None]
+    spans.sort()
+    end = written_end = 0  # of all so far, and of the written ones
+    for start, size, is_written in spans:
+        if start < (end if is_written else written_end):
+            break
+        end = max(end, start + size)
+        written_end = end if is_written else written_end
+    else:
+        return
+    for i, (name, t) in enumerate(written):
+        for other_name, other in (*written[:i], *read):
+            if other is not None:
+                disjoint(name, t, other_name, other)
+
+
 def disjoint_or_same(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """Writing in place is fine; a shifted view of the tensor that is read is not."""
     same = t.data_ptr() == other.data_ptr() and t.stride() == other.stride()
@@ -163,14 +197,33 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     offset = second.data_ptr() - first.data_ptr()
     if a.numel() == 0 or b.numel() == 0 or offset >= _extent(first) * first.element_size():
         return False
-    # Side by side within each sample of one buffer, like store[:, :T] and store[:, T:].
-    if a.dim() == b.dim() >= 2 and a.stride(0) == b.stride(0) > 0:
-        sample = a.stride(0) * a.element_size()
-        start = offset % sample
-        return start < _extent(first[0]) * a.element_size() or (
-            start + _extent(second[0]) * a.element_size() > sample
-        )
-    return True
+    # Side by side within each sample of one buffer, like store[:, :T] and store[:, T:], or within
+    # each token of one, like kv[:, :, 0] and kv[:, :, 1].
+    return not (_side_by_side(first, second, offset, 1) or _side_by_side(first, second, offset, 2))
+
+
+def _side_by_side(first: Tensor, second: Tensor, offset: int, outer: int) -> bool:
+    """Whether both repeat with one period, the stride of the last of their `outer` dimensions, and
+    take different parts of it."""
+    if min(first.dim(), second.dim()) <= outer or first.element_size() != second.element_size():
+        return False
+    period = first.stride(outer - 1)
+    strides = (*first.stride()[:outer], *second.stride()[:outer])
+    if period <= 0 or any(stride % period for stride in strides):
+        return False
+    size = first.element_size()
+    start = offset % (period * size)
+    one = (0,) * outer
+    return start >= _extent(first[one]) * size and (
+        start + _extent(second[one]) * size <= period * size
+    )
+
+
+def _bytes(t: Tensor) -> int:
+    """From the first to the last element, both included."""
+    if t.is_contiguous() or t.numel() == 0:
+        return t.nbytes
+    return _extent(t) * t.itemsize
 
 
 def _extent(t: Tensor) -> int:
@@ -182,9 +235,9 @@ def _same_kind(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -
     if not isinstance(t, Tensor):
         _refuse(name, type(t).__name__, "a tensor")
     if t.dtype is not dtype:
-        _refuse(name, str(t.dtype), f"{dtype}, the dtype of x")
+        _refuse(name, str(t.dtype), f"{dtype}, that of the first argument")
     if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, where x is")
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
 
 
 def _unit_stride(name: str, t: Tensor) -> None:
