@@ -392,7 +392,8 @@ def check_every_token_is_kept(run: Runner) -> None:
     """Over 50 steps of a field that does not change, whoever was dropped comes back."""
     dtype = run.dtypes()[-1]
     g = generator(13)
-    velocity = normal((1, 6, 8, 2, 2, 4), dtype, g) * (0.5 + torch.rand(1, 6, 8, 1, 1, 1)).to(dtype)
+    size = 0.5 + torch.rand(1, 6, 8, 1, 1, 1, generator=g)
+    velocity = normal((1, 6, 8, 2, 2, 4), dtype, g) * size.to(dtype)
     for high in (0, 8, 24):
         drops = torch.zeros(1, 48, dtype=torch.int32)
         age, oldest = torch.zeros_like(drops), 0
