@@ -177,9 +177,9 @@ FAULTS = {
         PROLOGUE, "if (!inside) return;", "if (!inside || (is_k && !is_q && row == 0)) return;",
         "check_sizes",
     ),
-    "a token past the last is stored": Fault(
-        PROLOGUE, "row < static_cast<uint32_t>(p.shape.batch",
-        "row <= static_cast<uint32_t>(p.shape.batch", "check_other_rows",
+    "a head is stored past its end": Fault(
+        PROLOGUE, "const int n = p.head - i;", "const int n = kElements<T>;",
+        "check_odd_head_dims",
     ),
     "v begins behind as many heads as q has": Fault(
         PROLOGUE, "number - p.heads - p.kv_heads;", "number - 2 * p.heads;", "check_sizes"

@@ -14,7 +14,7 @@ from emulated import emulated, unavailable
 from fastdit.backends.cuda import BACKEND, runs_on
 from fastdit.errors import BackendError
 from fastdit.ops import BACKENDS, bind
-from inputs import Runner
+from inputs import Runner, poisoned
 from tolerance import assert_equal
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -58,12 +58,31 @@ def test_the_widest_row(dtype, limit, run):
     assert bool((out == 1).all())
 
 
+def test_the_widest_norm_of_all_heads(run):
+    for heads, accepted in ((64, True), (65, False)):
+        q, k = torch.randn(1, 1, heads * 128), torch.randn(1, 1, 128)
+        q_out, k_cache, v_cache = (poisoned((1, 1, n, 128), q.dtype) for n in (heads, 1, 1))
+        if accepted:
+            run.qkv_prologue(q, k, k, q_out, k_cache, v_cache, norm="layer")
+            expected = torch.nn.functional.layer_norm(q, q.shape[-1:], eps=1e-6)
+            torch.testing.assert_close(q_out.flatten(2), expected)
+        else:
+            with pytest.raises(ValueError, match=r"65 heads of 128; accepted .* up to 8192"):
+                run.qkv_prologue(q, k, k, q_out, k_cache, v_cache, norm="layer")
+
+
 def test_more_rows_than_a_grid_has(run):
     x = torch.zeros(1, 1, 8).expand(1 << 16, 1 << 15, 8)
     with pytest.raises(ValueError, match="2147483648 rows; accepted is fewer"):
         run.backend.norm_modulate(x, None, None, None, None, 1e-6, False, *[None] * 4, x)
     with pytest.raises(ValueError, match="2147483648 rows; accepted is fewer"):
         run.backend.gated_residual(x, [x], [None], -1, None, None, x)
+    heads = x.unsqueeze(2)
+    # Two lanes of 16 bytes take a head of fp32, or a block each of q, k and v.
+    for norm, limit in ((None, (1 << 31) // (3 * 2)), ("layer", (1 << 31) // 3)):
+        plain = (None, 0, 0, norm, None, None, None, None, 1e-6, None, None)
+        with pytest.raises(ValueError, match=f"with these heads is fewer than {limit}"):
+            run.backend.qkv_prologue(x, x, x, heads, heads, heads, *plain)
 
 
 def test_a_selection_of_as_many_tokens_as_a_large_picture_has(run):

@@ -29,6 +29,7 @@ def tables() -> dict[str, list[str]]:
         for op, faults in (
             ("gated_residual", test_faults.RESIDUAL_FAULTS),
             ("norm_modulate", test_faults.NORM_FAULTS),
+            ("qkv_prologue", test_faults.PROLOGUE_FAULTS),
             ("token_select", test_faults.SELECT_FAULTS),
         )
         for fault, checks in faults.items()

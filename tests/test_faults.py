@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import test_gated_residual
 import test_norm_modulate
+import test_qkv_prologue
 import test_token_select
 from fastdit.backends import reference
 from fastdit.backends.reference import Reference, gather_rows, per_token, scatter_rows
@@ -496,6 +498,163 @@ SELECT_FAULTS = {
     tokens_past_4096_forgotten: ["check_many_tokens"],
     shuffled_equals: ["check_repeats", "check_ties"],
     rows_of_an_empty_batch_refused: ["check_empty"],
+
+
+# --- qkv_prologue: each is given the arguments by name, and changes them or what comes of them
+
+PROLOGUE_NAMES = (
+    "q", "k", "v", "q_out", "k_cache", "v_cache", "rows", "q_offset", "kv_offset",
+    "norm", "q_weight", "q_bias", "k_weight", "k_bias", "eps", "cos", "sin",
+)  # fmt: skip
+
+
+class PrologueFault(Faulty):
+    """Runs the reference on arguments that a fault may have changed."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def qkv_prologue(self, *arguments):
+        call = dict(zip(PROLOGUE_NAMES, arguments, strict=True))
+        if self.fault is None:
+            CORRECT.qkv_prologue(**call)
+        else:
+            self.fault(call)
+
+
+def run(call, **changes) -> None:
+    CORRECT.qkv_prologue(**(call | changes))
+
+
+def negative_sine(call):
+    run(call, sin=None if call["sin"] is None else -call["sin"])
+
+
+def k_unrotated(call):
+    run(call)
+    run(call, q_out=call["q_out"].clone(), cos=None, sin=None)
+
+
+def v_normed(call):
+    v = call["v"]
+    run(call, v=F.rms_norm(v, v.shape[-1:]) if call["norm"] else v)
+
+
+def k_weighed_as_q(call):
+    run(call, k_weight=call["q_weight"] if call["norm"] != "layer" else call["k_weight"])
+
+
+def last_columns_lost(call):
+    run(call)
+    if call["q_out"].shape[-1] % 8:
+        call["q_out"][..., -2:] = 0
+
+
+def sixteen_heads_at_most(call):
+    run(call)
+    call["q_out"][:, :, 16:] = 0
+
+
+def bias_lost(call):
+    run(call, q_bias=None)
+
+
+def stored_one_row_off(call):
+    run(call, rows=None if call["rows"] is None else call["rows"].roll(1, dims=1))
+
+
+def table_of_the_first_sample(call):
+    cos = call["cos"]
+    run(call, cos=cos[:1].expand_as(cos) if cos is not None and cos.dim() == 3 else cos)
+
+
+def other_rows_cleared(call):
+    call["k_cache"].zero_()
+    run(call)
+
+
+def contiguous_q_assumed(call):
+    q = call["q"]
+    run(call, q=q.as_strided(q.shape, (q.shape[1] * q.shape[2], q.shape[2], 1)))
+
+
+def positions_from_zero(call):
+    tables = {} if call["cos"] is None else {name: call[name] for name in ("cos", "sin")}
+    run(call, **{name: t.roll(call["kv_offset"], dims=-2) for name, t in tables.items()})
+
+
+def depends_on_position(call):
+    run(call)
+    q_out = call["q_out"]
+    q_out *= 1 + 0.01 * torch.arange(q_out.shape[1]).view(1, -1, 1, 1)
+
+
+def rows_take_another_path(call):
+    run(call)
+    if call["rows"] is not None:
+        call["q_out"].mul_(1.01)
+
+
+def depends_on_threads(call):
+    run(call)
+    if torch.get_num_threads() > 1:
+        call["q_out"].mul_(1.01)
+
+
+def heads_share_statistics(call):
+    run(call)
+    if call["norm"] not in ("rms", "rms_rounded"):
+        return
+    heads = call["q_out"].shape[2]
+    weight = call["q_weight"]
+    q = F.rms_norm(
+        call["q"], call["q"].shape[-1:], None if weight is None else weight.repeat(heads)
+    )
+    run(call, q=q, norm=None, k_cache=call["k_cache"].clone())
+
+
+def variance_from_squares(call):
+    run(call)
+    if call["norm"] != "layer":
+        return
+    x = call["q"]
+    mean = x.mean(-1, keepdim=True)
+    variance = (x * x).mean(-1, keepdim=True) - mean * mean
+    y = (x - mean) * torch.rsqrt(variance + call["eps"])
+    y = y if call["q_weight"] is None else y * call["q_weight"] + call["q_bias"]
+    run(call, q=y, norm=None, k_cache=call["k_cache"].clone())
+
+
+def eps_left_out(call):
+    run(call, eps=0.0)
+
+
+def clears_caches_without_tokens(call):
+    run(call)
+    if call["q"].numel() == 0:
+        call["k_cache"].zero_()
+
+
+PROLOGUE_FAULTS = {
+    negative_sine: ["check_sizes", "check_rows", "check_model_heads"],
+    k_unrotated: ["check_sizes"],
+    v_normed: ["check_sizes"],
+    k_weighed_as_q: ["check_sizes"],
+    last_columns_lost: ["check_odd_head_dims"],
+    sixteen_heads_at_most: ["check_model_heads"],
+    bias_lost: ["check_optional_parts"],
+    stored_one_row_off: ["check_rows"],
+    table_of_the_first_sample: ["check_rows"],
+    other_rows_cleared: ["check_other_rows"],
+    contiguous_q_assumed: ["check_strides"],
+    positions_from_zero: ["check_two_streams_fill_one_buffer"],
+    depends_on_position: ["check_permuted_rows"],
+    rows_take_another_path: ["check_identity_rows"],
+    depends_on_threads: ["check_repeats"],
+    heads_share_statistics: ["check_special_values"],
+    variance_from_squares: ["check_offset_rows"],
+    eps_left_out: ["check_constant_heads"],
+    clears_caches_without_tokens: ["check_empty"],
 }
 
 
@@ -530,14 +689,21 @@ def test_token_select_fault_is_caught(fault, check):
     assert refuses(test_token_select.CHECKS[check], Runner(backend, fault.__name__))
 
 
+@pytest.mark.parametrize(("fault", "check"), pairs(PROLOGUE_FAULTS))
+def test_qkv_prologue_fault_is_caught(fault, check):
+    backend = PrologueFault(fault)
+    assert refuses(test_qkv_prologue.CHECKS[check], Runner(backend, fault.__name__))
+
+
 @pytest.mark.parametrize(
     ("module", "faults"),
     [
         (test_gated_residual, RESIDUAL_FAULTS),
         (test_norm_modulate, NORM_FAULTS),
+        (test_qkv_prologue, PROLOGUE_FAULTS),
         (test_token_select, SELECT_FAULTS),
     ],
-    ids=["gated_residual", "norm_modulate", "token_select"],
+    ids=["gated_residual", "norm_modulate", "qkv_prologue", "token_select"],
 )
 def test_every_check_catches_something(module, faults):
     assert set(module.CHECKS) == {name for names in faults.values() for name in names}
@@ -548,9 +714,10 @@ def test_every_check_catches_something(module, faults):
     [
         (test_gated_residual, Faulty()),
         (test_norm_modulate, NormFault()),
+        (test_qkv_prologue, PrologueFault()),
         (test_token_select, Faulty()),
     ],
-    ids=["gated_residual", "norm_modulate", "token_select"],
+    ids=["gated_residual", "norm_modulate", "qkv_prologue", "token_select"],
 )
 def test_a_fault_is_not_caught_for_its_carrier(module, carrier):
     for check in module.CHECKS.values():
