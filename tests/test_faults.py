@@ -498,6 +498,7 @@ SELECT_FAULTS = {
     tokens_past_4096_forgotten: ["check_many_tokens"],
     shuffled_equals: ["check_repeats", "check_ties"],
     rows_of_an_empty_batch_refused: ["check_empty"],
+}
 
 
 # --- qkv_prologue: each is given the arguments by name, and changes them or what comes of them
