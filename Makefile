@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the targets create. Tests run against the installed wheel.
+# Everything runs in .venv, which the targets create. Tests run against the installed wheel, which is
+# built for the GPU at hand, or for one where there is none; tools/cuda_aot.py compiles for all.
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
@@ -59,7 +60,8 @@ $(VENV)/.torch: constraints/tested.txt
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@rm -rf build
-	$(TIMED) build $(PINNED) $(PIP) install -q .
+	archs=$$($(VENV)/bin/python tools/gpu_arch.py); $(TIMED) build $(PINNED) \
+	    FASTDIT_CUDA_ARCHS=$${FASTDIT_CUDA_ARCHS:-$${archs:-90a-real}} $(PIP) install -q .
 	@touch $@
 
 $(VENV)/.testable: $(VENV)/.built

@@ -3,10 +3,14 @@
 Keys and values live, normed and rotated, in one buffer per attention in the family's own token order. A dense step
 writes all of it, a sparse step the rows of its active tokens; the queries are those of the active tokens and of the
 text. Nothing is concatenated along the keys, and no key is gathered.
+
+Two ways run: norms as modules, rotation and writes as torch operations, in diffusers' own order and with its
+roundings, wherever residuals are added at once (see `forward.py`); else one `qkv_prologue` for each stream.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rotation = tuple[Tensor, Tensor]
+from fastdit.observe import observed
+
+
+class Rotation:
+    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
+
+    @functools.cached_property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """[S, d / 2], each value once."""
+        return self.cos[:, ::2].float().contiguous(), self.sin[:, ::2].float().contiguous()
 
 
 @dataclass
@@ -71,7 +88,7 @@ def attend(
         tokens: The call's :class:`~fastdit.forward.Tokens`; the keys and values of attention `key` are made here when
             all tokens pass.
         parts: The streams, in the order of the joint sequence.
-        rotation: cos and sin [S or B, S, d] with each value twice, as FLUX has them; of all rows.
+        rotation: Of all rows, or None.
         scale: Of the products; None for 1 / sqrt(d).
         processor: The stock processor, whose attention backend is used if the user has set one.
 
@@ -83,19 +100,93 @@ def attend(
         shape = (batch, length, parts[0].k.shape[-1] // head_dim, head_dim)
         tokens.keys[key] = KeyValues(parts[0].k.new_empty(shape), parts[0].v.new_empty(shape))
     held = tokens.keys[key]
+    query = _prologue(tokens.ops, parts, held, heads, rotation)
+    if query is None:
+        query = _prologue_as_stock(parts, held, head_dim, rotation)
+    out = _attention(query, held.k.to(query.dtype), held.v.to(query.dtype), processor, scale)
+    return out.flatten(2).to(query.dtype)
+
+
+def _prologue(
+    ops: Any, parts: Sequence[Part], held: KeyValues, heads: int, rotation: Rotation | None
+) -> Tensor | None:
+    """Queries [B, sum n, H, d] by the op, keys and values written; None where the op does not stand for the modules."""
+    affine = [None if ops is None else _affine(part, held.k.shape[-1]) for part in parts]
+    if any(given is None for given in affine) or parts[0].q.dtype is not held.k.dtype:
+        return None
+    q = parts[0].q
+    total = sum(part.q.shape[1] for part in parts)
+    query = q.new_empty(q.shape[0], total, heads, held.k.shape[-1])
+    cos, sin = (None, None) if rotation is None else rotation.halves
+    first = 0
+    for part, given in zip(parts, affine, strict=True):
+        ops.qkv_prologue(
+            part.q,
+            part.k,
+            part.v,
+            query,
+            held.k,
+            held.v,
+            rows=part.rows,
+            q_offset=first,
+            kv_offset=part.offset,
+            cos=cos,
+            sin=sin,
+            **given,
+        )
+        first += part.q.shape[1]
+    return query
+
+
+def _affine(part: Part, head_dim: int) -> dict[str, Any] | None:
+    """The op's arguments for the norms of a part; None for norms it does not know."""
+    if part.norm_q is None and part.norm_k is None:
+        return {}
+    norms = part.norm_q, part.norm_k
+    if None in norms or any(observed(norm) for norm in norms):
+        return None
+    widths = part.q.shape[-1], part.k.shape[-1]
+    kinds = {_kind(norm, head_dim, width) for norm, width in zip(norms, widths, strict=True)}
+    if len(kinds) != 1 or None in kinds or part.norm_q.eps != part.norm_k.eps:
+        return None
+    found = {"norm": kinds.pop(), "eps": part.norm_q.eps}
+    for side, norm in zip("qk", norms, strict=True):
+        for name in ("weight", "bias"):
+            value = getattr(norm, name, None)
+            if value is not None and value.dtype is not part.q.dtype:
+                return None
+            found[f"{side}_{name}"] = value
+    return found
+
+
+def _kind(norm: nn.Module, head_dim: int, width: int) -> str | None:
+    """What `qkv_prologue` calls a norm of heads of `head_dim`, `width` all together; None if it has no name for it."""
+    name, eps = type(norm).__name__, getattr(norm, "eps", None)
+    if eps is None:
+        return None
+    if name == "RMSNorm" and getattr(norm, "bias", None) is None:
+        weight = norm.weight
+        if weight is None or tuple(weight.shape) == (head_dim,):
+            return "rms" if type(norm).__module__.startswith("torch.") else "rms_rounded"
+    across = tuple(getattr(norm, "normalized_shape", ())) == (width,)
+    return "layer" if name == "LayerNorm" and across else None
+
+
+def _prologue_as_stock(
+    parts: Sequence[Part], held: KeyValues, head_dim: int, rotation: Rotation | None
+) -> Tensor:
+    """The same by the modules, in diffusers' order."""
     queries = []
     for part in parts:
         q, k = (_normed(*pair, head_dim) for pair in ((part.norm_q, part.q), (part.norm_k, part.k)))
         v = part.v.unflatten(-1, (-1, head_dim))
         if rotation is not None:
-            turn = [_rows_of(t, part, k.shape[1]) for t in rotation]
+            turn = [_rows_of(t, part, k.shape[1]) for t in (rotation.cos, rotation.sin)]
             q, k = _rotate(q, *turn), _rotate(k, *turn)
         queries.append(q)
         _write(held.k, part, k)
         _write(held.v, part, v)
-    query = queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
-    out = _attention(query, held.k.to(query.dtype), held.v.to(query.dtype), processor, scale)
-    return out.flatten(2).to(query.dtype)
+    return queries[0] if len(queries) == 1 else torch.cat(queries, dim=1)
 
 
 def _normed(norm: nn.Module | None, x: Tensor, head_dim: int) -> Tensor:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.errors import DriftError
-from fastdit.forward import Forward, observed
+from fastdit.forward import Forward
+from fastdit.observe import observed
 
 
 def check_drift(adapter: Any, transformer: nn.Module) -> None:

@@ -123,7 +123,11 @@ def explain_session(
         methods=tuple(method.name for method in session.methods),
         backends={
             op: session.ops.backend_for(op, weight.device, transformer.dtype)
-            for op in ("gated_residual", "norm_modulate")
+            for op in (
+                "gated_residual",
+                "norm_modulate",
+                *(() if token_method is None else ("qkv_prologue", "token_select")),
+            )
         },
         steps=steps,
         rows=rows,

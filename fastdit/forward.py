@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit.observe import observed
 from fastdit.ops.gated_residual import MAX_BRANCHES
 from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
 from fastdit.segments import EAGER, segments_like
@@ -40,14 +41,18 @@ class Tokens:
         count: Image tokens, N.
         rows: [B, K] active ones, or None for all.
         keys: Attention -> its keys and values.
+        ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
     """
 
-    def __init__(self, count: int, rows: Tensor | None, keys: dict[Any, Any], memory: Any) -> None:
+    def __init__(
+        self, count: int, rows: Tensor | None, keys: dict[Any, Any], memory: Any, ops: Any
+    ) -> None:
         self.count = count
         self.rows = rows
         self.keys = keys
         self.memory = memory
+        self.ops = ops
         self._joint: dict[int, Tensor] = {}
 
     def joint_rows(self, text: int) -> Tensor | None:
@@ -353,15 +358,3 @@ def _parameters(norm: nn.Module) -> dict[str, Any]:
         "eps": norm.eps,
         "rms": type(norm).__name__ == "RMSNorm",
     }
-
-
-def observed(module: nn.Module) -> bool:
-    """Whether somebody's hook sees the module's inputs or outputs."""
-    state: Mapping[str, Any] = module.__dict__
-    registry = state.get("_diffusers_hook")
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or "_old_forward" in state
-        or (registry is not None and registry.hooks)
-    )

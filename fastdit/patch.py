@@ -30,6 +30,8 @@ from fastdit.report import Report, report_session
 from fastdit.session import Session
 
 OPS = ("gated_residual", "norm_modulate")
+#: where a method computes a part of the tokens
+TOKEN_OPS = ("qkv_prologue", "token_select")
 _RESET = "_reset_stateful_cache"
 
 
@@ -207,11 +209,12 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     for method in methods:
         method.check(spec)
     bound = ops.bind(backend)
-    _check_backend(bound, transformer)
+    sparse = any("rows" in method.writes for method in methods)
+    _check_backend(bound, transformer, OPS + TOKEN_OPS if sparse else OPS)
     check_drift(adapter, transformer)
     blocks = adapter.blocks(transformer)
     embedders = []
-    if any("rows" in method.writes for method in methods):
+    if sparse:
         adapter.check_tokens(transformer)
         embedders = adapter.embedders(transformer)
     for module in (*(block for _, block in blocks), *embedders):
@@ -296,13 +299,13 @@ def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
     return pipeline, transformer
 
 
-def _check_backend(bound: Any, transformer: nn.Module) -> None:
+def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> None:
     weight = next(
         (p for p in transformer.parameters() if p.is_floating_point() and p.device.type != "meta"),
         None,
     )
     if weight is not None:
-        for op in OPS:
+        for op in names:
             bound.backend_for(op, weight.device, transformer.dtype)
 
 

@@ -271,7 +271,11 @@ class Session:
             defer=not immediate and not call.skips_blocks,
             family=self.family,
             compiled=self._compiled_call(transformer),
-            tokens=Tokens(call.tokens, rows, branch.keys, branch) if captures else None,
+            tokens=(
+                Tokens(call.tokens, rows, branch.keys, branch, None if immediate else self.ops)
+                if captures
+                else None
+            ),
             layouts=self.adapter.layouts,
         )
         if rows is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -266,6 +267,34 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
         assert bool(found.isnan().any()) is poisons
         if not poisons:
             same_bits(found, clean)
+
+
+@pytest.mark.parametrize(
+    ("name", "attentions", "streams"),
+    [
+        ("sd3", 3, 2),
+        ("sd3.5", 3 + 2 / 2, 2),
+        ("flux", 2 + 2 / 2, 2),
+        ("pixart-sigma", 3, 1),
+        ("lumina", 3, 1),
+    ],
+)
+def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
+    """Also where a second attention or a single-stream block has one stream only."""
+    counts = {1: 16, 2: 16}
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
+    session, calls = handle._session, []
+    real = session.ops.qkv_prologue
+
+    def spy(*args, **kwargs):
+        calls.append(session.run.step)
+        real(*args, **kwargs)
+
+    session.ops = dataclasses.replace(session.ops, qkv_prologue=spy)
+    generate(pipe, name, steps=4)
+    expected = attentions * streams * calls_per_step(name)
+    assert [calls.count(step) for step in range(4)] == [expected] * 3 + [0]
 
 
 # --- batches, sizes, guidance

@@ -21,7 +21,7 @@ from fastdit.adapters.base import (
     linear_macs,
     place_of,
 )
-from fastdit.attention import Part, attend, projections
+from fastdit.attention import Part, Rotation, attend, projections
 from fastdit.forward import Forward, joint_normed
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -179,7 +179,7 @@ def _attend_single(fw: Forward, attn: nn.Module, u: Tensor, text: int, rotation:
 def _rotation(fw: Forward, given: Any) -> Any:
     """cos and sin of all positions. A call of a part of the tokens is given those of other positions."""
     if fw.tokens.rows is None:
-        fw.tokens.memory.rotation = given
+        fw.tokens.memory.rotation = None if given is None else Rotation(*given)
     return fw.tokens.memory.rotation
 
 

@@ -27,7 +27,7 @@ from fastdit.adapters.base import (
     chunk_gates,
     linear_macs,
 )
-from fastdit.attention import Part, attend
+from fastdit.attention import Part, Rotation, attend
 from fastdit.forward import Forward
 
 
@@ -107,7 +107,7 @@ def _attend(
     if tokens.rows is None:  # a call of a part of the tokens is given the angles of that part
         angles = rotary[0]
         twice = (t.float().repeat_interleave(2, dim=-1) for t in (angles.real, angles.imag))
-        tokens.memory.rotation = tuple(twice)
+        tokens.memory.rotation = Rotation(*twice)
     scale = attn.scale
     if base_length is not None:
         scale *= math.sqrt(math.log(tokens.count, base_length))
