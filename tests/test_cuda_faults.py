@@ -6,6 +6,7 @@ the emulator, in the check and the dtype that the table names. docs/faults.md li
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from dataclasses import dataclass
 
@@ -382,6 +383,7 @@ def refused(fault: Fault, backend: Emulated, name: str) -> bool:
     """Whether the check refuses the backend, in a process of its own: a wrong address may crash."""
     child = os.fork()
     if child == 0:
+        faulthandler.disable()  # a crash is an answer here
         status = 1
         try:
             fault.found_by()(OneDtype(backend, name, fault.dtype))
