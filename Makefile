@@ -7,6 +7,8 @@ PINNED := env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt
 OLDEST := $(VENV)/oldest
 TIMED := tools/timed
 DEMO ?=
+# Long tests wait for processes of their own, so two workers halve the time on two cores.
+PARALLEL := -n 2 --dist worksteal
 
 # pip must take this torch before any requirement asks it for a newer one.
 TORCH := $(shell grep '^torch==' constraints/tested.txt)
@@ -27,9 +29,9 @@ demo: $(VENV)/.built  ## install, then run the demo (DEMO="..." adds options)
 
 test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and all tests
 	$(TIMED) gates $(MAKE) --no-print-directory lint
-	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q --durations=10
+	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) --durations=10
 	$(TIMED) "tests with the oldest diffusers" env FASTDIT_TEST_INSTALLED=1 \
-	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q -m diffusers --durations=5
+	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q $(PARALLEL) -m diffusers --durations=5
 
 lint: $(VENV)/.testable  ## check formatting and style
 	$(VENV)/bin/ruff format --check .
