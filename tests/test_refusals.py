@@ -30,7 +30,9 @@ def state(pipe):
 
 
 @pytest.mark.parametrize(
-    "target", [None, 3, "sd3", torch.nn.Linear(2, 2), Dense(), object()], ids=str
+    "target",
+    [None, 3, "sd3", torch.nn.Linear(2, 2), Dense(), object()],
+    ids=lambda target: type(target).__name__,
 )
 def test_a_target_that_is_none_names_what_is_supported(target):
     with pytest.raises(fastdit.UnsupportedModelError, match="SD3Transformer2DModel") as error:
@@ -64,7 +66,9 @@ def test_asking_an_unpatched_model():
             ask(model)
 
 
-@pytest.mark.parametrize("scheduler", [None, object(), types.SimpleNamespace(step=len)], ids=str)
+@pytest.mark.parametrize(
+    "scheduler", [None, object(), types.SimpleNamespace(step=len)], ids=range(3)
+)
 def test_a_pipeline_without_a_usable_scheduler(scheduler):
     model = tiny_models.transformer("dit")
     before = snapshot(model)
