@@ -1,5 +1,5 @@
 // One block takes one row and keeps it in registers, a few vectors of 16 bytes in each thread: x is
-// read once, and every operand of the row is under way before the first sum is formed. Traffic:
+// read once. Traffic:
 // 2 B K D elements, 4 with a branch, one more with a cache; scale, shift and gate stay in L2.
 //
 // Variance takes two passes over the registers, never E[x^2] - m^2 about zero. The mean of the

@@ -19,7 +19,9 @@ HEAD = "| Fault | Planted in | Found by |\n|---|---|---|\n"
 
 def words(name: str) -> str:
     """SwappedScale or swapped_scale as `swapped scale`."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace("_", " ").lower()
+    return (
+        re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).replace("_", " ").lower()
+    )
 
 
 def tables() -> dict[str, list[str]]:
