@@ -130,14 +130,7 @@ void all_rows(const GatedResidual& p) {
 }  // namespace
 
 void gated_residual(const GatedResidual& p) {
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return all_rows<float>(p);
-    case Dtype::kBfloat16:
-      return all_rows<bf16>(p);
-    case Dtype::kFloat16:
-      return all_rows<fp16>(p);
-  }
+  by_dtype(p.dtype, [&p](auto zero) { all_rows<decltype(zero)>(p); });
 }
 
 }  // namespace FD_ISA

@@ -99,19 +99,8 @@ void launch(const GatedResidual& p, void* stream) {
 
 void gated_residual(const GatedResidual& p, const Target& target) {
   if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
-  const DeviceGuard guard(target.device);
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      launch<float>(p, target.stream);
-      break;
-    case Dtype::kBfloat16:
-      launch<bf16>(p, target.stream);
-      break;
-    case Dtype::kFloat16:
-      launch<fp16>(p, target.stream);
-      break;
-  }
-  check_launch("gated_residual");
+  launch_on(target, p.dtype, "gated_residual",
+            [&](auto zero) { launch<decltype(zero)>(p, target.stream); });
 }
 
 }  // namespace cuda

@@ -29,6 +29,14 @@ class DeviceGuard {
 // Throws what the runtime says of the last launch.
 void check_launch(const char* op);
 
+// Calls run with a value of the element type while the device is current, and throws what is wrong.
+template <class Run>
+void launch_on(const Target& target, Dtype dtype, const char* op, Run run) {
+  const DeviceGuard guard(target.device);
+  by_dtype(dtype, run);
+  check_launch(op);
+}
+
 // B K, which numbers the rows of a call in 32 bits.
 inline uint32_t checked_rows(const Shape& shape) {
   const int64_t rows = shape.batch * shape.tokens;

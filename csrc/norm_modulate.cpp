@@ -73,14 +73,7 @@ void all_rows(const NormModulate& p) {
 }  // namespace
 
 void norm_modulate(const NormModulate& p) {
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return all_rows<float>(p);
-    case Dtype::kBfloat16:
-      return all_rows<bf16>(p);
-    case Dtype::kFloat16:
-      return all_rows<fp16>(p);
-  }
+  by_dtype(p.dtype, [&p](auto zero) { all_rows<decltype(zero)>(p); });
 }
 
 }  // namespace FD_ISA

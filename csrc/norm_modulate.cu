@@ -1,6 +1,6 @@
 // One block takes one row and keeps it in registers, a few vectors of 16 bytes in each thread: x is
-// read once. Traffic:
-// 2 B K D elements, 4 with a branch, one more with a cache; scale, shift and gate stay in L2.
+// read once. Traffic: 2 B K D elements, 4 with a branch, one more with a cache; scale, shift and
+// gate stay in L2.
 //
 // Variance takes two passes over the registers, never E[x^2] - m^2 about zero. The mean of the
 // first is rounded, so the second also sums the deviations themselves: that remainder corrects mean
@@ -161,19 +161,8 @@ void launch(const NormModulate& p, void* stream) {
 
 void norm_modulate(const NormModulate& p, const Target& target) {
   if (p.shape.batch * p.shape.tokens * p.shape.width == 0) return;
-  const DeviceGuard guard(target.device);
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      launch<float>(p, target.stream);
-      break;
-    case Dtype::kBfloat16:
-      launch<bf16>(p, target.stream);
-      break;
-    case Dtype::kFloat16:
-      launch<fp16>(p, target.stream);
-      break;
-  }
-  check_launch("norm_modulate");
+  launch_on(target, p.dtype, "norm_modulate",
+            [&](auto zero) { launch<decltype(zero)>(p, target.stream); });
 }
 
 }  // namespace cuda

@@ -6,6 +6,19 @@ namespace fd {
 
 enum class Dtype : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
+// Calls run with a value of the element type, from which it takes the type.
+template <class Run>
+void by_dtype(Dtype dtype, Run run) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return run(float{});
+    case Dtype::kBfloat16:
+      return run(bf16{});
+    case Dtype::kFloat16:
+      return run(fp16{});
+  }
+}
+
 // A [B, K, D] tensor. Strides are in elements and 0 where the tensor is broadcast. data is null for
 // an operand that was not given.
 struct Operand {

@@ -120,14 +120,7 @@ void all_tokens(const QkvPrologue& p) {
 }  // namespace
 
 void qkv_prologue(const QkvPrologue& p) {
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return all_tokens<float>(p);
-    case Dtype::kBfloat16:
-      return all_tokens<bf16>(p);
-    case Dtype::kFloat16:
-      return all_tokens<fp16>(p);
-  }
+  by_dtype(p.dtype, [&p](auto zero) { all_tokens<decltype(zero)>(p); });
 }
 
 }  // namespace FD_ISA

@@ -299,19 +299,8 @@ void launch(const QkvPrologue& p, void* stream) {
 
 void qkv_prologue(const QkvPrologue& p, const Target& target) {
   if (p.shape.batch * p.shape.tokens == 0) return;
-  const DeviceGuard guard(target.device);
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      launch<float>(p, target.stream);
-      break;
-    case Dtype::kBfloat16:
-      launch<bf16>(p, target.stream);
-      break;
-    case Dtype::kFloat16:
-      launch<fp16>(p, target.stream);
-      break;
-  }
-  check_launch("qkv_prologue");
+  launch_on(target, p.dtype, "qkv_prologue",
+            [&](auto zero) { launch<decltype(zero)>(p, target.stream); });
 }
 
 }  // namespace cuda

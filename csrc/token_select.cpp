@@ -92,14 +92,7 @@ void all_samples(const TokenSelect& p) {
 }  // namespace
 
 void token_select(const TokenSelect& p) {
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return all_samples<float>(p);
-    case Dtype::kBfloat16:
-      return all_samples<bf16>(p);
-    case Dtype::kFloat16:
-      return all_samples<fp16>(p);
-  }
+  by_dtype(p.dtype, [&p](auto zero) { all_samples<decltype(zero)>(p); });
 }
 
 }  // namespace FD_ISA

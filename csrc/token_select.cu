@@ -187,19 +187,8 @@ void launch(const TokenSelect& p, void* stream) {
 
 void token_select(const TokenSelect& p, const Target& target) {
   if (p.batch * p.tokens() == 0) return;
-  const DeviceGuard guard(target.device);
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      launch<float>(p, target.stream);
-      break;
-    case Dtype::kBfloat16:
-      launch<bf16>(p, target.stream);
-      break;
-    case Dtype::kFloat16:
-      launch<fp16>(p, target.stream);
-      break;
-  }
-  check_launch("token_select");
+  launch_on(target, p.dtype, "token_select",
+            [&](auto zero) { launch<decltype(zero)>(p, target.stream); });
 }
 
 }  // namespace cuda
