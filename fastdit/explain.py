@@ -99,7 +99,7 @@ def explain_session(
     """See :meth:`fastdit.patch.Handle.explain`."""
     adapter, spec = session.adapter, session.spec
     if steps is None:
-        fixed = (method.steps for method in session.methods)
+        fixed = (method.run_steps for method in session.methods)
         steps = next((n for n in fixed if n is not None), _default_steps(pipeline))
     for name, value in (("batch", batch), ("steps", steps), ("height", height), ("width", width)):
         if value is not None and (

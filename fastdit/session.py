@@ -455,7 +455,10 @@ class Session:
             or (last is not None and value > last and not run.timesteps_given)
         ):
             self.start_run(
-                next((method.steps for method in self.methods if method.steps is not None), None)
+                next(
+                    (method.run_steps for method in self.methods if method.run_steps is not None),
+                    None,
+                )
             )
             run = self.run
         elif last is not None and value != last:

@@ -22,7 +22,7 @@ class Method:
     writes: frozenset[str] = frozenset()
 
     @property
-    def steps(self) -> int | None:
+    def run_steps(self) -> int | None:
         """The only number of steps it fits, or None when it fits any."""
         return None
 

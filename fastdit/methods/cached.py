@@ -40,7 +40,7 @@ class Cached(Method):
             )
 
     @property
-    def steps(self) -> int | None:
+    def run_steps(self) -> int | None:
         """The schedule's number of steps; None for `Schedule.every`."""
         return self.source.steps if isinstance(self.source, Schedule) else None
 
