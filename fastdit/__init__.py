@@ -21,9 +21,11 @@ from fastdit.errors import (
 from fastdit.explain import Explanation
 from fastdit.methods.cached import Cached
 from fastdit.methods.dense import Dense
+from fastdit.methods.harmonica import HarmoniCa
 from fastdit.methods.ras import RAS, Linear
 from fastdit.patch import Handle, explain, patch, report, unpatch
 from fastdit.report import Report
+from fastdit.router import Router
 from fastdit.schedule import Schedule
 
 __version__ = "0.1.0"
@@ -39,8 +41,10 @@ __all__ = [
     "Explanation",
     "FastDiTError",
     "Handle",
+    "HarmoniCa",
     "Linear",
     "Report",
+    "Router",
     "Schedule",
     "ScheduleError",
     "UnsupportedModelError",

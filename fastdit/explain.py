@@ -34,6 +34,7 @@ class Explanation:
         methods: Names of the methods.
         backends: Op -> backend that will serve it.
         steps, rows, image_tokens, text_tokens: The run: transformer rows are batch times CFG branches.
+        reuse_share: Share of all (step, block, component) cells that do not run, each counted alike (HarmoniCa's CUR).
         macs, dense_macs: Multiply-accumulates of the run, with the plan and without.
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
         cache_bytes: Most bytes in caches at once.
@@ -50,6 +51,7 @@ class Explanation:
     rows: int
     image_tokens: int
     text_tokens: int
+    reuse_share: float
     macs: int
     dense_macs: int
     residual_bytes: int
@@ -74,6 +76,7 @@ class Explanation:
             f"  blocks    {blocks}",
             f"  ops       {backends}",
             f"  run       {self.steps} steps, {self.rows} rows of {tokens}",
+            f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer",
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
@@ -133,6 +136,7 @@ def explain_session(
         rows=rows,
         image_tokens=image,
         text_tokens=text,
+        reuse_share=count.reuse_share(plan),
         macs=count.macs(plan, tokens),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=count.residual_bytes(plan),
@@ -141,6 +145,23 @@ def explain_session(
         tokens_per_step=tokens,
         raster=raster(plan, spec),
     )
+
+
+def run_speedup(session: Any, transformer: nn.Module) -> float:
+    """Multiply-accumulates of the last run as the stock model would do them, over those that it did.
+
+    Both branches of guidance and all images of a batch follow one plan, so their number cancels out.
+    """
+    run = session.run
+    if run is None or not run.records:
+        return 1.0
+    steps = sorted(run.records)
+    actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
+    plan = RunPlan(len(steps), run.plan.reuse, actions)
+    size = Size(run.image_tokens, run.text_tokens)
+    count = _Count(session.adapter, transformer, session.spec, size, 1, 1)
+    dense = count.macs(RunPlan(len(steps), None, ()))
+    return dense / count.macs(plan, [run.records[step].tokens for step in steps])
 
 
 class _Count:
@@ -173,6 +194,15 @@ class _Count:
             self._arguments.append(arguments[:-1])
         self.overhead = adapter.overhead_macs(transformer, size) * rows
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
+
+    def reuse_share(self, plan: RunPlan) -> float:
+        """Share of the cells that do not run."""
+        skipped = sum(
+            not step[index][component] & COMPUTE
+            for step in plan.actions
+            for index, component, *_ in self.cells
+        )
+        return skipped / (plan.steps * len(self.cells))
 
     def macs(self, plan: RunPlan, tokens: Sequence[int] = ()) -> int:
         """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said."""

@@ -21,7 +21,7 @@ from fastdit import clock, ops
 from fastdit.discover import discover
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
-from fastdit.explain import Explanation, explain_session
+from fastdit.explain import Explanation, explain_session, run_speedup
 from fastdit.install import LINK, check_installable, install, uninstall
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
@@ -105,7 +105,7 @@ class Handle:
 
     def report(self) -> Report:
         """What the last run did; warns when a method that should reuse something reused nothing."""
-        return report_session(self._session)
+        return report_session(self._session, run_speedup(self._session, self._transformer))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ class Report:
         peak_cache_bytes: Most bytes held by caches at once.
         live: False when a method that should have reused or left out something did neither.
         first: The scheduler's index of the first executed step; image-to-image begins late.
+        flop_speedup: Multiply-accumulates of the stock model over those executed.
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
     """
 
@@ -38,6 +39,7 @@ class Report:
     live: bool
     active: Mapping[int, np.ndarray] = field(default_factory=dict)
     first: int = 0
+    flop_speedup: float = 1.0
 
     @property
     def reuse_share(self) -> float:
@@ -84,12 +86,13 @@ class Report:
         return (
             f"fastdit {' + '.join(self.methods)}: {state}\n"
             f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
-            f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%})\n"
+            f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%}), "
+            f"{self.flop_speedup:.2f}x fewer multiply-accumulates\n"
             f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB"
         )
 
 
-def report_session(session: Any) -> Report:
+def report_session(session: Any, flop_speedup: float) -> Report:
     """The report of a session's last run; warns when a method did nothing."""
     names = tuple(method.name for method in session.methods)
     run = session.run
@@ -115,6 +118,7 @@ def report_session(session: Any) -> Report:
         live,
         active,
         (run.first or 0) if run is not None else 0,
+        flop_speedup,
     )
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastdit import clock
 from fastdit.attention import KeyValues
+from fastdit.conditions import Conditions
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.plan import RunPlan, plan_run
@@ -69,6 +70,8 @@ class Run:
     timesteps_given: bool = False
     manual: bool = False
     last_timestep: float | None = None
+    image_tokens: int = 0
+    text_tokens: int = 0
     patch: int = 1
     latents: Sequence[int] = ()
     positions: Tensor | None = None
@@ -251,6 +254,7 @@ class Session:
         self._refuse_checkpointing(transformer)
         call = self.adapter.call(transformer, args, kwargs)
         run = self._locate(call.timestep)
+        self._check_conditions(run, call)
         branch = self._prepare_branch(run, call)
         rows, captures = self._choose_tokens(transformer, run, branch, call)
         self._active = _ActiveCall(branch, rows, call.hidden_states.shape)
@@ -416,6 +420,22 @@ class Session:
             # Image-to-image enters the schedule late; rows of a plan are scheduler indices.
             run.step = run.first = getattr(run.scheduler, "_begin_index", None) or 0
         return run
+
+    def _check_conditions(self, run: Run, call: Any) -> None:
+        """At a run's first call, refuse one that a method was not made for; no run is open afterwards."""
+        if run.image_tokens:
+            return
+        pipeline = self.pipeline() if self.pipeline is not None else None
+        wanted = {m.name: m.made_for for m in self.methods if m.made_for is not None}
+        # Only where somebody asks: the timesteps may have to come from a GPU.
+        found = Conditions.of(run.scheduler, call.tokens, pipeline) if wanted else None
+        try:
+            for name, conditions in wanted.items():
+                conditions.check(found, name)
+        except ScheduleError:
+            self.reset()
+            raise
+        run.image_tokens, run.text_tokens = call.tokens, call.text
 
     def _follow_scheduler(self) -> None:
         """Follow a scheduler that was put into the pipeline after patching; its timesteps are already set."""

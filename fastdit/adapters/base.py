@@ -32,6 +32,7 @@ class Call:
         timestep: As given.
         embeddings: The text or class conditions, whose change invalidates caches.
         tokens: Image tokens that pass the blocks, per batch row.
+        text: Text tokens of a batch row.
         signature: Shapes and dtypes a cached value depends on.
         positions: Where the image tokens are, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
@@ -41,6 +42,7 @@ class Call:
     timestep: Any
     embeddings: tuple[Tensor, ...]
     tokens: int
+    text: int
     signature: tuple[Any, ...]
     skips_blocks: bool
     positions: Tensor | None = None
@@ -158,6 +160,7 @@ class Adapter:
             argument("timestep"),
             embeddings,
             tokens,
+            next((value.shape[1] for value in embeddings if value.ndim == 3), 0),
             signature,
             bool(argument("skip_layers")),
             argument("img_ids"),

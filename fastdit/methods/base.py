@@ -6,6 +6,7 @@ a tensor. Adding one is adding a file here that exposes ``METHOD``.
 
 from __future__ import annotations
 
+from fastdit.conditions import Conditions
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
 
@@ -28,6 +29,11 @@ class Method:
 
     def check_steps(self, steps: int) -> None:
         """Refuse a number of steps it does not fit; called when a run starts."""
+
+    @property
+    def made_for(self) -> Conditions | None:
+        """The only runs it fits, which is checked at a run's first transformer call; None when it fits any."""
+        return None
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse a model it cannot run on; called when patching, before anything changes."""

@@ -1,0 +1,76 @@
+"""What a run is like, as far as a learned schedule depends on it: sampler, timesteps, size and guidance.
+
+Plain data, compared field by field; a field that nobody can tell is None and fits everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fastdit.errors import ScheduleError
+
+#: relative difference up to which two timesteps, or two guidance scales, are the same
+CLOSE = 1e-4
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Of one run, or of those that something was made for.
+
+    Attributes:
+        scheduler: Class name of the scheduler.
+        timesteps: Those of the run, in the order in which they are visited.
+        image_tokens: Image tokens of a batch row, which stands for the resolution.
+        guidance: Guidance scale, as the pipeline calls it.
+    """
+
+    scheduler: str | None = None
+    timesteps: tuple[float, ...] | None = None
+    image_tokens: int | None = None
+    guidance: float | None = None
+
+    @classmethod
+    def of(cls, scheduler: Any, image_tokens: int | None, pipeline: Any) -> Conditions:
+        """Read them off a run's scheduler and pipeline; either may be None."""
+        timesteps = getattr(scheduler, "timesteps", None)
+        guidance = getattr(pipeline, "guidance_scale", None)
+        return cls(
+            None if scheduler is None else type(scheduler).__name__,
+            None if timesteps is None else tuple(float(t) for t in timesteps.tolist()),
+            image_tokens,
+            float(guidance) if isinstance(guidance, (int, float)) else None,
+        )
+
+    def check(self, run: Conditions, method: str) -> None:
+        """Refuse another run than these conditions say.
+
+        Raises:
+            ScheduleError: Naming every field that differs.
+        """
+        found = []
+        for field in fields(self):
+            wanted, given = getattr(self, field.name), getattr(run, field.name)
+            if wanted is not None and given is not None and not _same(wanted, given):
+                found.append(f"{field.name} is {_short(given)}, it was made for {_short(wanted)}")
+        if found:
+            raise ScheduleError(
+                f"{method} does not fit this run: {'; '.join(found)}. strict=False runs it all the same"
+            )
+
+
+def _same(wanted: Any, given: Any) -> bool:
+    if isinstance(wanted, tuple):
+        return len(wanted) == len(given) and all(map(_same, wanted, given))
+    if isinstance(wanted, float):
+        return math.isclose(wanted, given, rel_tol=CLOSE, abs_tol=CLOSE)
+    return wanted == given
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    shown = ", ".join(f"{v:g}" for v in value[:3])
+    return f"[{shown}, ...] ({len(value)})" if len(value) > 3 else f"[{shown}]"

@@ -1,0 +1,69 @@
+"""HarmoniCa (arXiv 2410.01723): reuse component outputs by a learned, input-invariant router.
+
+At inference a router is a static schedule, run as :class:`~fastdit.Cached` runs any. What this adds is the check that
+the run is one that the router was trained for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from fastdit.conditions import Conditions
+from fastdit.errors import ScheduleError
+from fastdit.methods.base import Method
+from fastdit.router import TAU, Router, check_tau
+from fastdit.schedule import Schedule
+from fastdit.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class HarmoniCa(Method):
+    """Run a router at a threshold.
+
+    Attributes:
+        source: A :class:`~fastdit.Router`, or the path of a router file.
+        tau: Components with sigmoid(logit) > tau compute.
+        strict: Refuse a scheduler, timesteps, size or guidance other than the router was trained for. Where False only
+            the number of steps and the model's blocks must fit; how such a run looks is not known.
+
+    Example:
+        >>> fastdit.patch(pipe, fastdit.HarmoniCa("router.safetensors", tau=0.1))
+    """
+
+    source: Router | str | os.PathLike[str]
+    tau: float = TAU
+    strict: bool = True
+
+    name = "HarmoniCa"
+    writes = frozenset({"reuse"})
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+        if isinstance(self.source, (str, os.PathLike)):
+            object.__setattr__(self, "source", Router.load(self.source))
+        elif not isinstance(self.source, Router):
+            raise ScheduleError(
+                f"router must be a Router or a path, got {type(self.source).__name__}"
+            )
+
+    @property
+    def run_steps(self) -> int:
+        """The router's number of steps."""
+        return self.source.steps
+
+    def check(self, spec: ModelSpec) -> None:
+        """The router must be of the model's family, block kinds, counts and components."""
+        self.source.check(spec)
+
+    @property
+    def made_for(self) -> Conditions | None:
+        """The runs that the router was trained for; None where `strict` is off."""
+        return self.source.conditions if self.strict else None
+
+    def schedule(self, spec: ModelSpec, steps: int) -> Schedule:
+        """The schedule at the threshold, bound to the model and the number of steps."""
+        return self.source.schedule(self.tau).bind(spec, steps)
+
+
+METHOD = HarmoniCa

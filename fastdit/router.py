@@ -1,0 +1,334 @@
+"""Routers: learned logits per (step, block, component), the files that hold them, and the schedules they give.
+
+HarmoniCa (arXiv 2410.01723): r = sigmoid(logit); a component computes where r > tau and is reused elsewhere. The table
+does not look at the input, so a threshold makes it a static :class:`~fastdit.Schedule`. A file is safetensors with one
+float32 tensor ``logits.<block kind>`` [steps, blocks, components] in running order and JSON metadata; reading one
+executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from fastdit.conditions import Conditions
+from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
+from fastdit.schedule import DEFAULT_KIND, MAX_FILE_BYTES, Schedule
+from fastdit.spec import ModelSpec
+
+FORMAT = "fastdit.router"
+VERSION = 1
+#: the logit of what always computes; the bounds of all others (spec section 3)
+LIMIT = 5.0
+TAU = 0.1
+_TENSOR = "logits."
+
+
+@dataclass(frozen=True, eq=False)
+class Router:
+    """A learned table.
+
+    Attributes:
+        logits: Block kind -> read-only float32 [steps, blocks, components], the first executed step first; inf where
+            the model has no such component.
+        components: Block kind -> names along the last axis.
+        family: Model family it was trained on, or None if unknown.
+        conditions: The runs it was trained for; fields are None where unknown.
+        tau: The threshold it was trained with.
+        provenance: Free JSON data about its origin.
+    """
+
+    logits: Mapping[str, np.ndarray]
+    components: Mapping[str, tuple[str, ...]]
+    family: str | None = None
+    conditions: Conditions = field(default_factory=Conditions)
+    tau: float = TAU
+    provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __post_init__(self) -> None:
+        check_tau(self.tau)
+        if not self.logits or set(self.logits) != set(self.components):
+            raise ScheduleError(
+                f"logits has block kinds {sorted(self.logits)}, components has {sorted(self.components)}; "
+                "they must be the same and not empty"
+            )
+        logits = {}
+        for kind, given in self.logits.items():
+            array = np.array(given, dtype=np.float32)
+            if array.ndim != 3 or 0 in array.shape or np.isnan(array).any():
+                raise ScheduleError(
+                    f"logits of {kind!r} must be numbers of shape [steps, blocks, components], got {array.shape}"
+                )
+            if array.shape[2] != len(self.components[kind]):
+                raise ScheduleError(
+                    f"logits of {kind!r} are for {array.shape[2]} components, "
+                    f"named are {list(self.components[kind])}"
+                )
+            array.setflags(write=False)
+            logits[kind] = array
+        steps = {kind: len(array) for kind, array in logits.items()}
+        if len(set(steps.values())) > 1:
+            raise ScheduleError(
+                f"logits must have the same number of steps for every block kind, got {steps}"
+            )
+        names = {kind: tuple(self.components[kind]) for kind in logits}
+        object.__setattr__(self, "logits", MappingProxyType(logits))
+        object.__setattr__(self, "components", MappingProxyType(names))
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    # ---- facts
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(next(iter(self.logits.values())))
+
+    @property
+    def cells(self) -> int:
+        """(step, block, component) triples that the model has, T N."""
+        return sum(int(np.isfinite(array).sum()) for array in self.logits.values())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the logits and of what they belong to."""
+        digest = hashlib.sha256()
+        for kind, array in sorted(self.logits.items()):
+            digest.update(repr((kind, self.components[kind], array.shape)).encode())
+            digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        share = self.cache_utilisation(self.schedule())
+        return f"Router({self.steps} steps, {share:.1%} reused at tau {self.tau:g})"
+
+    def cache_utilisation(self, schedule: Schedule) -> float:
+        """CUR: reused cells over T N, the first step and only what the model has included (spec section 8)."""
+        reused = sum(
+            int((~schedule.layers[kind].bits & np.isfinite(array)).sum())
+            for kind, array in self.logits.items()
+        )
+        return reused / self.cells
+
+    # ---- schedules
+
+    def schedule(self, tau: float | None = None) -> Schedule:
+        """The schedule at a threshold: compute where sigmoid(logit) > tau, and at the first step.
+
+        Args:
+            tau: In [0, 1); the router's own if left out.
+
+        Raises:
+            ArgumentError: tau is not in [0, 1).
+        """
+        tau = self.tau if tau is None else check_tau(tau)
+        with np.errstate(over="ignore"):
+            bits = {
+                kind: 1 / (1 + np.exp(-array.astype(np.float64))) > tau
+                for kind, array in self.logits.items()
+            }
+        return self._schedule(bits, {"tau": tau})
+
+    def sweep(
+        self, targets: Sequence[float], macs: Mapping[str, np.ndarray] | None = None
+    ) -> list[Schedule]:
+        """A family of schedules: the cells with the least logits are reused, as many as reach each target.
+
+        Args:
+            targets: Shares in [0, 1 - 1/T] of all cells, or of their arithmetic where `macs` weighs them. The nearest
+                share that whole cells can make is taken; equal logits give way in running order.
+            macs: Block kind -> multiply-accumulates [blocks, components] of one step.
+
+        Raises:
+            ArgumentError: A target is out of reach, or the weights do not fit the logits.
+        """
+        place, weight = [], []
+        total = 0.0
+        for kind, array in self.logits.items():
+            costs = np.ones(array.shape[1:]) if macs is None else np.asarray(macs[kind], float)
+            if costs.shape != array.shape[1:] or (costs < 0).any():
+                raise ArgumentError(
+                    f"macs of {kind!r} must be numbers >= 0 of shape {array.shape[1:]}, got {costs.shape}"
+                )
+            costs = np.where(np.isfinite(array), np.broadcast_to(costs, array.shape), 0.0)
+            total += costs.sum()
+            for cell in np.argwhere(np.isfinite(array)):
+                if cell[0] > 0:
+                    place.append((float(array[tuple(cell)]), *cell.tolist(), kind))
+                    weight.append(costs[tuple(cell)])
+        order = sorted(range(len(place)), key=lambda i: place[i][:4])
+        shares = np.concatenate([[0.0], np.cumsum([weight[i] for i in order])]) / total
+        found = []
+        for target in targets:
+            if not 0 <= target <= shares[-1] + 1e-9:
+                raise ArgumentError(
+                    f"targets must be shares from 0 to {shares[-1]:.4f}, as the first step always computes; "
+                    f"got {target!r}"
+                )
+            count = int(np.abs(shares - target).argmin())
+            bits = {kind: np.ones(array.shape, dtype=bool) for kind, array in self.logits.items()}
+            for i in order[:count]:
+                _, step, block, component, kind = place[i]
+                bits[kind][step, block, component] = False
+            found.append(self._schedule(bits, {"target": float(target)}))
+        return found
+
+    def _schedule(self, bits: Mapping[str, np.ndarray], how: Mapping[str, Any]) -> Schedule:
+        origin = {"router": self.sha256, **how, **self.provenance}
+        return Schedule.from_bits(bits, self.components, origin)
+
+    def check(self, spec: ModelSpec) -> None:
+        """Refuse a model of another family or with other blocks.
+
+        Raises:
+            ScheduleError: Naming what differs.
+        """
+        if self.family is not None and self.family != spec.family:
+            raise ScheduleError(
+                f"the router was trained on a {self.family} model, this one is {spec.family}"
+            )
+        self.schedule().check(spec)
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a router file."""
+        from safetensors.numpy import save_file
+
+        facts = {
+            "format": FORMAT,
+            "version": VERSION,
+            "components": {kind: list(names) for kind, names in self.components.items()},
+            "family": self.family,
+            "conditions": asdict(self.conditions),
+            "tau": self.tau,
+            "provenance": dict(self.provenance),
+        }
+        tensors = {_TENSOR + kind: np.array(array) for kind, array in self.logits.items()}
+        try:
+            header = json.dumps(facts, sort_keys=True, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
+        save_file(tensors, os.fspath(path), metadata={"fastdit": header})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Router:
+        """Read a router file.
+
+        Raises:
+            ScheduleError: The file cannot be read, or is not a valid router; names the file and what is wrong.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+                raise ScheduleError(f"{size} bytes, a router has at most {MAX_FILE_BYTES}")
+            with safe_open(os.fspath(path), framework="numpy") as file:
+                facts = json.loads((file.metadata() or {}).get("fastdit", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return cls._from_file(facts, tensors)
+        except (FastDiTError, SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            raise ScheduleError(f"{path}: not a router file: {error}") from error
+
+    @classmethod
+    def _from_file(cls, facts: Any, tensors: Mapping[str, np.ndarray]) -> Router:
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            raise ScheduleError(f"its metadata does not say format {FORMAT!r}")
+        if facts.get("version") != VERSION:
+            raise ScheduleError(
+                f"version must be {VERSION}, got {facts.get('version')!r}; a newer fastdit may read it"
+            )
+        if wrong := [name for name, t in tensors.items() if t.dtype != np.float32]:
+            raise ScheduleError(f"tensors must be float32, {wrong} are not")
+        given = dict(facts["conditions"])
+        if given.get("timesteps") is not None:
+            given["timesteps"] = tuple(map(float, given["timesteps"]))
+        return cls(
+            {name.removeprefix(_TENSOR): tensor for name, tensor in tensors.items()},
+            {kind: tuple(names) for kind, names in facts["components"].items()},
+            facts["family"],
+            Conditions(**given),
+            facts["tau"],
+            facts["provenance"],
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | os.PathLike[str],
+        components: Sequence[str] = ("attn1", "ff"),
+        *,
+        alternate: bool = False,
+        family: str | None = "dit",
+        conditions: Conditions | None = None,
+    ) -> Router:
+        """Import a checkpoint of HarmoniCa's or Learning-to-Cache's own training, read without executing anything.
+
+        Args:
+            path: A torch file with entries ``"<i>.prob"`` [N], i = T - 1 the first executed step, at the top or under
+                ``"routers"``.
+            components: Names of a block's layers in their order; N is a multiple of their number.
+            alternate: Learning-to-Cache's rule: steps of odd i compute everything, whatever their entries say.
+            family, conditions: What the checkpoint was trained for; it does not say.
+
+        Raises:
+            ScheduleError: The file cannot be read safely, or holds something else.
+        """
+        rows = _checkpoint_rows(path)
+        blocks, rest = divmod(rows.shape[1], len(components))
+        if rest:
+            raise ScheduleError(
+                f"{path}: rows of {rows.shape[1]} entries are not a multiple of the {len(components)} "
+                f"components {list(components)}"
+            )
+        if alternate:
+            rows[1::2] = LIMIT
+        rows = rows[::-1].copy()
+        rows[0] = LIMIT
+        logits = rows.reshape(len(rows), blocks, len(components))
+        return cls(
+            {DEFAULT_KIND: logits},
+            {DEFAULT_KIND: tuple(components)},
+            family,
+            conditions or Conditions(),
+            provenance={"imported": Path(path).name},
+        )
+
+
+def check_tau(tau: Any) -> float:
+    """The threshold as a float.
+
+    Raises:
+        ArgumentError: It is not a number in [0, 1).
+    """
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau < 1:
+        raise ArgumentError(f"tau must be a number in [0, 1), got {tau!r}")
+    return float(tau)
+
+
+def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
+    """[T, N] by ascending i, through torch's reader of plain tensors."""
+    import argparse
+
+    import torch
+
+    try:
+        # Both projects store their command line beside the tensors, a class without behaviour.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        found = found.get("routers", found)
+        names = [f"{i}.prob" for i in range(len(found))]
+        if not names or set(found) != set(names):
+            raise ScheduleError(f"entries must be '0.prob' to '{len(found) - 1}.prob'")
+        return np.stack([found[name].detach().to(torch.float32).numpy() for name in names])
+    # What torch raises of a file that is none depends on its first bytes.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ScheduleError(f"{path}: not a router checkpoint: {reason}") from error
