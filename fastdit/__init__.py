@@ -21,6 +21,7 @@ from fastdit.errors import (
 from fastdit.explain import Explanation
 from fastdit.methods.cached import Cached
 from fastdit.methods.dense import Dense
+from fastdit.methods.ecad import ECAD
 from fastdit.methods.harmonica import HarmoniCa
 from fastdit.methods.ras import RAS, Linear
 from fastdit.patch import Handle, explain, patch, report, unpatch
@@ -31,6 +32,7 @@ from fastdit.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
+    "ECAD",
     "RAS",
     "ArgumentError",
     "BackendError",

@@ -7,10 +7,15 @@ anything made `from_config`, is an ordinary scheduler again.
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from fastdit.errors import UnsupportedModelError
+import numpy as np
+
+from fastdit.errors import ScheduleError, UnsupportedModelError
 
 LINK = "_fastdit"
 
@@ -18,9 +23,81 @@ LINK = "_fastdit"
 class Listener(Protocol):
     """Who wants to know."""
 
-    def start_run(self, steps: int, scheduler: Any) -> None: ...
+    def start_run(self, steps: int, scheduler: Any, levels: Levels) -> None: ...
 
     def end_step(self, scheduler: Any, velocity: Any, delta: Any) -> None: ...
+
+
+class Levels:
+    """The noise levels of a scheduler's runs: of the one that was set, and of the same with other numbers of steps.
+
+    A level is the timestep, which every scheduler has and which rises with the noise (in some families it falls; only
+    distances matter).
+
+    Args:
+        scheduler: A diffusers scheduler.
+        arguments: What `set_timesteps` was, or will be, given.
+    """
+
+    def __init__(self, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+        self._scheduler = scheduler
+        self._arguments = dict(arguments)
+
+    def of(self, steps: int) -> list[float]:
+        """The level of each step of a run of `steps` steps with otherwise the same arguments; waits for the device.
+
+        Raises:
+            ScheduleError: The scheduler cannot make such a run.
+        """
+        arguments = self._arguments
+        other = {
+            name: _resized(arguments[name], steps) for name in _CUSTOM if _given(arguments, name)
+        }
+        if "num_inference_steps" in arguments or not other:
+            other["num_inference_steps"] = steps
+        scheduler = copy.deepcopy(self._scheduler)  # without a clock
+        try:
+            scheduler.set_timesteps(**{**arguments, **other})
+        except Exception as error:
+            raise ScheduleError(
+                f"{type(scheduler).__name__} cannot say the noise levels of {steps} steps: {error}"
+            ) from error
+        levels = [float(level) for level in scheduler.timesteps]
+        if len(levels) != steps:
+            raise ScheduleError(
+                f"{type(scheduler).__name__} makes {len(levels)} transformer calls of {steps} steps, "
+                "so a schedule cannot be mapped to it by noise level"
+            )
+        return levels
+
+
+def predicted_levels(scheduler: Any, steps: int, tokens: int) -> Levels:
+    """The levels before a run sets them, for pictures of `tokens` image tokens, as diffusers' pipelines set them."""
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    config = getattr(scheduler, "config", {})
+    if "mu" not in accepted or not config.get("use_dynamic_shifting"):
+        return Levels(scheduler, {"num_inference_steps": steps})
+    slope = (config.max_shift - config.base_shift) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
+    mu = config.base_shift + slope * (tokens - config.base_image_seq_len)
+    sigmas = np.linspace(1, 1 / steps, steps).tolist()
+    return Levels(scheduler, {"sigmas": sigmas, "mu": mu})
+
+
+#: arguments of `set_timesteps` that list the run's own levels
+_CUSTOM = ("sigmas", "timesteps")
+
+
+def _given(arguments: Mapping[str, Any], name: str) -> bool:
+    return arguments.get(name) is not None
+
+
+def _resized(levels: Sequence[float], steps: int) -> list[float]:
+    """A list of levels that ends before 0, drawn through `steps` points."""
+    ends = [*(float(level) for level in levels), 0.0]
+    places = np.arange(steps) * (len(ends) - 1) / steps
+    return np.interp(places, np.arange(len(ends)), ends).tolist()
 
 
 def attach(scheduler: Any, listener: Listener) -> None:
@@ -67,7 +144,9 @@ def _clocked(base: type) -> type:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.set_timesteps(self, *args, **kwargs)
         if LINK in self.__dict__:
-            self.__dict__[LINK].start_run(len(self.timesteps), self)
+            arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
+            arguments.pop("self", None)
+            self.__dict__[LINK].start_run(len(self.timesteps), self, Levels(self, arguments))
         return result
 
     @functools.wraps(base.step)

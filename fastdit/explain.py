@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fastdit.adapters.base import Size
+from fastdit.clock import predicted_levels
 from fastdit.errors import ArgumentError
 from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan, plan_run
 from fastdit.report import ranges
@@ -39,6 +40,7 @@ class Explanation:
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
         cache_bytes: Most bytes in caches at once.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
+        resampled: The row of a schedule of another number of steps that each step takes; else empty.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -59,6 +61,7 @@ class Explanation:
     cache_bytes: int
     raster: str
     tokens_per_step: tuple[int, ...] = ()
+    resampled: tuple[int, ...] = ()
 
     @property
     def flop_speedup(self) -> float:
@@ -83,6 +86,9 @@ class Explanation:
         ]
         if self.tokens_per_step:
             lines.append(f"  tokens    per step {ranges(self.tokens_per_step)}")
+        if self.resampled:
+            rows = ", ".join(map(str, self.resampled))
+            lines.append(f"  schedule  its rows {rows}, the nearest in noise level")
         return "\n".join(lines) + (
             f"\n  plan      step 0 to {self.steps - 1}\n{self.raster}" if self.raster else ""
         )
@@ -117,7 +123,9 @@ def explain_session(
     token_method = next((m for m in session.methods if "rows" in m.writes), None)
     active = [] if token_method is None else token_method.active(steps, image)
     tokens = tuple(image if step is None else step.keep for step in active)
-    plan = plan_run(session.methods, spec, steps, tuple(step is not None for step in active))
+    levels = None if pipeline is None else predicted_levels(pipeline.scheduler, steps, image)
+    partial = tuple(step is not None for step in active)
+    plan = plan_run(session.methods, spec, steps, partial, levels)
     count = _Count(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     return Explanation(
         family=adapter.family,
@@ -144,6 +152,7 @@ def explain_session(
         cache_bytes=count.cache_bytes(plan) + (count.key_bytes() if any(active) else 0),
         tokens_per_step=tokens,
         raster=raster(plan, spec),
+        resampled=plan.reuse.rows if plan.reuse is not None else (),
     )
 
 

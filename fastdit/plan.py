@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class PlanningMethod(Protocol):
     name: str
     writes: frozenset[str]
 
-    def schedule(self, spec: ModelSpec, steps: int) -> Schedule | None: ...
+    def schedule(self, spec: ModelSpec, steps: int, levels: Any) -> Schedule | None: ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,11 @@ def plan_run(
     spec: ModelSpec,
     steps: int,
     partial: Sequence[bool] = (),
+    levels: Any = None,
 ) -> RunPlan:
     """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
+
+    `levels` knows the run's noise levels (`clock.Levels`), for schedules made for other numbers of steps.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -85,7 +88,7 @@ def plan_run(
     reuse = None
     for method in methods:
         if "reuse" in method.writes:
-            reuse = method.schedule(spec, steps)
+            reuse = method.schedule(spec, steps, levels)
     return RunPlan(steps, reuse, lower(reuse, spec, partial) if reuse is not None else ())
 
 

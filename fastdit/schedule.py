@@ -5,8 +5,9 @@ polarity and the order of the ECAD paper's released files (arXiv 2506.15682). St
 to reuse yet, so False there means True and is stored as True.
 
 The file is JSON, written for people and diffs: one string of 0 and 1 per step and block kind, in [block][component]
-order, with a version, free provenance and a SHA-256 over the content. Reading it executes nothing; a file that is
-malformed, truncated, altered or made for something else is refused with a :class:`~fastdit.errors.ScheduleError`.
+order, with a version, free provenance and a SHA-256 over the content. The layout of ECAD's released files is read too,
+and written if asked (`ecad_file.py`). Reading executes nothing; a file that is malformed, truncated, altered or made
+for something else is refused with a :class:`~fastdit.errors.ScheduleError`.
 This file knows neither models nor runs: :meth:`Schedule.bind` only compares names and counts.
 """
 
@@ -16,15 +17,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
 
+from fastdit import ecad_file
 from fastdit.errors import ScheduleError
-from fastdit.spec import ModelSpec
+from fastdit.spec import BlockKind, ModelSpec
 
 FORMAT = "fastdit.schedule"
 VERSION = 1
@@ -32,6 +34,7 @@ DEFAULT_KIND = "transformer_blocks"
 MAX_FILE_BYTES = 64 << 20
 MAX_COUNT = 1 << 14
 MAX_BITS = 1 << 26
+MAX_MESSAGE = 500
 
 
 class Bindable(Protocol):
@@ -55,10 +58,12 @@ class Schedule:
     Attributes:
         layers: Block kind (the transformer's attribute, e.g. ``"transformer_blocks"``) -> :class:`Layer`.
         provenance: Free JSON data about its origin; not part of equality or of the hash.
+        rows: Where it was resampled, the other schedule's step that each step was taken from; else empty.
     """
 
     layers: Mapping[str, Layer]
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    rows: tuple[int, ...] = ()
 
     # ---- construction
 
@@ -143,7 +148,7 @@ class Schedule:
     # ---- use
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """Check that the schedule fits the model and the number of steps, and return it.
+        """Check that the schedule fits the model and the number of steps, and return it in the model's components.
 
         Raises:
             ScheduleError: Naming what differs.
@@ -154,7 +159,31 @@ class Schedule:
                 f"the schedule has {self.steps} steps but the run has {steps}; "
                 f"use num_inference_steps={self.steps}, or a schedule made for {steps}"
             )
-        return self
+        layers = {
+            kind.name: _ungrouped(self.layers[kind.name], kind)
+            for kind in spec.kinds
+            if set(self.layers[kind.name].components) & set(kind.groups)
+        }
+        if not layers:
+            return self
+        return replace(self, layers=MappingProxyType({**self.layers, **layers}))
+
+    def resampled(self, rows: Sequence[int]) -> Schedule:
+        """The schedule whose step i is this one's step ``rows[i]``.
+
+        Step 0 computes everything, as everywhere.
+
+        Raises:
+            ScheduleError: A row is not one of this schedule's steps.
+        """
+        rows = [int(row) for row in rows]
+        if not rows or min(rows) < 0 or max(rows) >= self.steps:
+            raise ScheduleError(f"rows must be steps 0 to {self.steps - 1}, got {rows}")
+        layers = {
+            kind: _layer(kind, layer.bits[rows], layer.components)
+            for kind, layer in self.layers.items()
+        }
+        return replace(self, layers=MappingProxyType(layers), rows=tuple(rows))
 
     def check(self, spec: ModelSpec) -> None:
         """Check block kinds, block counts and component names against a model; see :meth:`bind`."""
@@ -169,10 +198,16 @@ class Schedule:
                 raise ScheduleError(
                     f"the schedule has {layer.bits.shape[1]} {name}, the {spec.family} model has {kind.count}"
                 )
-            if unknown := sorted(set(layer.components) - set(kind.components)):
+            if unknown := sorted(set(layer.components) - set(kind.components) - set(kind.groups)):
                 raise ScheduleError(
                     f"the schedule names components {unknown} of {name}; "
                     f"those of the {spec.family} family are {list(kind.components)}"
+                    + (f" and the groups {list(kind.groups)}" if kind.groups else "")
+                )
+            named = [c for name in layer.components for c in kind.groups.get(name, (name,))]
+            if twice := sorted({c for c in named if named.count(c) > 1}):
+                raise ScheduleError(
+                    f"the schedule sets components {twice} of {name} twice: by name and in a group"
                 )
 
     # ---- file
@@ -181,18 +216,30 @@ class Schedule:
         """The schedule as JSON text; see the module's description."""
         content = self._content()
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
-        try:
-            return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
+        return _dumps(document)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_json` to `path`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+    def to_ecad_json(self) -> str:
+        """The schedule in the layout of ECAD's released files.
+
+        Raises:
+            ScheduleError: The layout has no place for a block kind of this schedule.
+        """
+        return _dumps(ecad_file.document(self))
+
+    def save(self, path: str | os.PathLike[str], layout: str = "fastdit") -> None:
+        """Write to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
+
+        Raises:
+            ScheduleError: `layout` is neither, or has no place for a block kind.
+        """
+        if layout not in ("fastdit", "ecad"):
+            raise ScheduleError(f'layout must be "fastdit" or "ecad", got {layout!r}')
+        text = self.to_json() if layout == "fastdit" else self.to_ecad_json()
+        Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a schedule file.
+        """Read a schedule file, of this package's layout or of ECAD's.
 
         Raises:
             ScheduleError: The file cannot be read, or is not a valid schedule; names the file and what is wrong.
@@ -218,15 +265,22 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Parse JSON text written by :meth:`to_json`. Raises ScheduleError on anything else."""
+        """Parse JSON text of :meth:`to_json` or of ECAD's layout. Raises ScheduleError on anything else."""
         try:
-            document = json.loads(
-                text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants
+            return cls._from_document(
+                json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
             )
-        except ScheduleError:
-            raise
+        except ScheduleError as error:
+            raise ScheduleError(_clipped(str(error))) from error
         except (ValueError, RecursionError, TypeError) as error:
-            raise ScheduleError(f"not valid JSON: {type(error).__name__}: {error}") from error
+            raise ScheduleError(
+                f"not valid JSON: {type(error).__name__}: {_clipped(str(error))}"
+            ) from error
+
+    @classmethod
+    def _from_document(cls, document: Any) -> Schedule:
+        if isinstance(document, dict) and ecad_file.ROOT in document:
+            return cls.from_bits(*ecad_file.parse(document, MAX_COUNT))
         schedule = _parse(document)
         if document["sha256"] != schedule.sha256:
             raise ScheduleError(
@@ -282,6 +336,17 @@ class Every:
         """Fits every model."""
 
 
+def _ungrouped(layer: Layer, kind: BlockKind) -> Layer:
+    """The layer with every group replaced by its components."""
+    parts = [
+        (component, layer.bits[:, :, index])
+        for index, name in enumerate(layer.components)
+        for component in kind.groups.get(name, (name,))
+    ]
+    bits = np.stack([bits for _, bits in parts], axis=-1)
+    return _layer(kind.name, bits, tuple(name for name, _ in parts))
+
+
 def _layer(kind: str, bits: Any, components: Any) -> Layer:
     if isinstance(components, str) or not isinstance(components, Sequence):
         raise ScheduleError(
@@ -316,6 +381,18 @@ def _layer(kind: str, bits: Any, components: Any) -> Layer:
     array[0] = True  # there is nothing to reuse at the first step
     array.setflags(write=False)
     return Layer(names, array)
+
+
+def _clipped(message: str) -> str:
+    """What a file says may be long."""
+    return message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
+
+
+def _dumps(document: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -61,6 +61,7 @@ class Run:
     steps: int | None
     plan: RunPlan
     scheduler: Any = None
+    levels: clock.Levels | None = None
     step: int = 0
     first: int | None = None
     call: int = 0
@@ -166,7 +167,11 @@ class Session:
         self._scheduler = None
 
     def start_run(
-        self, steps: int | None, scheduler: Any = None, timesteps_given: bool = False
+        self,
+        steps: int | None,
+        scheduler: Any = None,
+        levels: clock.Levels | None = None,
+        timesteps_given: bool = False,
     ) -> None:
         """Begin a run of `steps` steps; whatever an earlier run left is dropped.
 
@@ -184,9 +189,8 @@ class Session:
         planned = OPEN_STEPS if steps is None else steps
         for method in self.methods:
             method.check_steps(planned)
-        if planned not in self._plans:
-            self._plans[planned] = plan_run(self.methods, self.spec, planned)
-        self.run = Run(steps, self._plans[planned], scheduler, timesteps_given=timesteps_given)
+        plan = self._plan(planned, levels=levels)
+        self.run = Run(steps, plan, scheduler, levels, timesteps_given=timesteps_given)
 
     def end_step(self, scheduler: Any = None, velocity: Any = None, delta: Any = 1.0) -> None:
         """A step is done, says `scheduler`, or the user; only the one that leads the run is heard.
@@ -364,9 +368,18 @@ class Session:
         partial = tuple(
             step >= first and run.tokens.at(step - first) is not None for step in range(run.steps)
         )
-        if partial not in self._plans:
-            self._plans[partial] = plan_run(self.methods, self.spec, run.steps, partial)
-        run.plan = self._plans[partial]
+        run.plan = self._plan(run.steps, partial, run.levels)
+
+    def _plan(
+        self, steps: int, partial: tuple[bool, ...] = (), levels: clock.Levels | None = None
+    ) -> RunPlan:
+        """The plan of a run. One that was mapped to other noise levels is made anew for each run."""
+        if (steps, partial) in self._plans:
+            return self._plans[steps, partial]
+        plan = plan_run(self.methods, self.spec, steps, partial, levels)
+        if plan.reuse is None or not plan.reuse.rows:
+            self._plans[steps, partial] = plan
+        return plan
 
     def block(
         self,
@@ -444,7 +457,9 @@ class Session:
         if pipeline is None or given or clock.is_attached(pipeline.scheduler, self):
             return
         self.follow(pipeline.scheduler)
-        self.start_run(len(pipeline.scheduler.timesteps), pipeline.scheduler)
+        scheduler = pipeline.scheduler
+        levels = clock.Levels(scheduler, {})
+        self.start_run(len(scheduler.timesteps), scheduler, levels)
 
     def _compiled_call(self, transformer: nn.Module) -> Any:
         """The transformer's compiled call, by `transformer.compile()` or a wrapper in the pipeline; or None."""

@@ -22,6 +22,7 @@ class BlockKind:
         absent: (block, component) pairs this very model does not have, e.g. the last SD3 block's ``ff_context``.
         consumers: component -> the only component that reads its output. A component that is not listed adds its
             output to the residual stream itself.
+        groups: name -> components that a schedule may set together under that name.
     """
 
     name: str
@@ -29,6 +30,7 @@ class BlockKind:
     components: tuple[str, ...]
     absent: frozenset[tuple[int, str]] = frozenset()
     consumers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ def test_wheel_lists_every_source_file_and_nothing_else():
         for package in ("fastdit", "triton_kernels")
         for path in (ROOT / package).rglob("*.py")
     }
-    assets = ROOT / "fastdit/tiny/assets"
-    expected |= {str(p.relative_to(ROOT)) for p in assets.rglob("*") if p.is_file()}
+    for data in ("fastdit/tiny/assets", "fastdit/presets"):
+        expected |= {str(p.relative_to(ROOT)) for p in (ROOT / data).rglob("*") if p.is_file()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     built = {f for f in listed if f.endswith(".so")}
     sources = {f for f in listed if not f.endswith((".so", ".pyc"))}

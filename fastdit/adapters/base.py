@@ -65,6 +65,7 @@ class Adapter:
         kinds: Block list attribute -> name of the block class in it, in running order.
         components: Block list attribute -> component names in running order.
         consumers: Block list attribute -> {component: the only component that reads it}.
+        groups: Block list attribute -> {name: components that a schedule may set together under it}.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
         embeddings_arguments: The transformer arguments that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
@@ -80,6 +81,7 @@ class Adapter:
     kinds: Mapping[str, str]
     components: Mapping[str, tuple[str, ...]]
     consumers: Mapping[str, Mapping[str, str]] = {}
+    groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
     forwards: Mapping[str, Callable[..., Any]]
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
@@ -116,8 +118,16 @@ class Adapter:
                 if not self.has_component(name, block, component)
             )
             if blocks:
-                consumers = self.consumers.get(name, {})
-                kinds.append(BlockKind(name, len(blocks), self.components[name], absent, consumers))
+                kinds.append(
+                    BlockKind(
+                        name,
+                        len(blocks),
+                        self.components[name],
+                        absent,
+                        self.consumers.get(name, {}),
+                        self.groups.get(name, {}),
+                    )
+                )
         if not kinds:
             raise UnsupportedModelError(
                 f"{type(transformer).__name__} has no blocks in {list(self.kinds)}"

@@ -132,6 +132,7 @@ class Lumina(Adapter):
     kinds = {"layers": "LuminaNextDiTBlock"}
     components = {"layers": ("attn1", "attn2", "to_out", "feed_forward")}
     consumers = {"layers": {"attn1": "to_out", "attn2": "to_out"}}
+    groups = {"layers": {"attn": ("attn1", "attn2", "to_out"), "ff": ("feed_forward",)}}
     forwards = {"layers": lumina_block}
     embeddings_arguments = ("encoder_hidden_states", "encoder_mask")
     text_tokens = 256  # at most; the pipeline pads a prompt to the next multiple of 8 only

@@ -6,9 +6,17 @@ a tensor. Adding one is adding a file here that exposes ``METHOD``.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from fastdit.conditions import Conditions
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
+
+
+class NoiseLevels(Protocol):
+    """The noise levels of runs of any number of steps, see :class:`fastdit.clock.Levels`."""
+
+    def of(self, steps: int) -> list[float]: ...
 
 
 class Method:
@@ -24,7 +32,7 @@ class Method:
 
     @property
     def run_steps(self) -> int | None:
-        """The only number of steps it fits, or None when it fits any."""
+        """The number of steps it was made for, or None when it fits any."""
         return None
 
     def check_steps(self, steps: int) -> None:
@@ -38,6 +46,11 @@ class Method:
     def check(self, spec: ModelSpec) -> None:
         """Refuse a model it cannot run on; called when patching, before anything changes."""
 
-    def schedule(self, spec: ModelSpec, steps: int) -> Schedule | None:
-        """The schedule of reused components for a run of `steps` steps, for methods that write ``"reuse"``."""
+    def schedule(
+        self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None
+    ) -> Schedule | None:
+        """The schedule of reused components for a run of `steps` steps, for methods that write ``"reuse"``.
+
+        `levels` knows the run's noise levels; None where no scheduler leads the run.
+        """
         return None

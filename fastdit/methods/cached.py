@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from fastdit.errors import ScheduleError
-from fastdit.methods.base import Method
+from fastdit.methods.base import Method, NoiseLevels
 from fastdit.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -48,7 +48,7 @@ class Cached(Method):
         """The schedule must have the model's block kinds, counts and components."""
         self.source.check(spec)
 
-    def schedule(self, spec: ModelSpec, steps: int) -> Schedule:
+    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
         """The schedule bound to the model and the number of steps."""
         return self.source.bind(spec, steps)
 

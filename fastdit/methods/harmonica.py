@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fastdit.conditions import Conditions
 from fastdit.errors import ScheduleError
-from fastdit.methods.base import Method
+from fastdit.methods.base import Method, NoiseLevels
 from fastdit.router import TAU, Router, check_tau
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
@@ -61,7 +61,7 @@ class HarmoniCa(Method):
         """The runs that the router was trained for; None where `strict` is off."""
         return self.source.conditions if self.strict else None
 
-    def schedule(self, spec: ModelSpec, steps: int) -> Schedule:
+    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
         """The schedule at the threshold, bound to the model and the number of steps."""
         return self.source.schedule(self.tau).bind(spec, steps)
 

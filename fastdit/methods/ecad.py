@@ -1,0 +1,91 @@
+"""ECAD: an evolved schedule of what to reuse (arXiv 2506.15682), on the runtime of `Cached`.
+
+The schedule is made for one model, sampler and number of steps. Another number is refused, or, if asked, each step
+takes the row of the schedule's step with the nearest noise level; the paper says nothing of that, and its quality is
+not known.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.methods.base import NoiseLevels
+from fastdit.methods.cached import Cached
+from fastdit.schedule import Schedule
+from fastdit.spec import ModelSpec
+
+#: a folder per model, in it a schedule file per preset
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+@dataclass(frozen=True)
+class ECAD(Cached):
+    """Run an evolved schedule.
+
+    Attributes:
+        source: A :class:`~fastdit.Schedule`, or the path of a schedule file, of this package's layout or of ECAD's.
+        resample: What to do in a run of another number of steps: None refuses it; "sigma" gives each step the row of
+            the schedule's step whose noise level is nearest, with a warning that names the rows.
+
+    Example:
+        >>> fastdit.patch(pipe, fastdit.ECAD("ours_fast.json"))
+        >>> fastdit.patch(pipe, fastdit.ECAD.preset("tiny", "fast"))
+    """
+
+    resample: str | None = None
+
+    name = "ECAD"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resample not in (None, "sigma"):
+            raise ArgumentError(f'resample must be None or "sigma", got {self.resample!r}')
+
+    @classmethod
+    def preset(cls, model: str, name: str, **arguments: Any) -> ECAD:
+        """A schedule that ships with the package: `name` of `model`; `arguments` are the others.
+
+        Raises:
+            ArgumentError: There is none; names those that are there.
+        """
+        files = {(path.parent.name, path.stem): path for path in PRESETS.glob("*/*.json")}
+        if (model, name) not in files:
+            known = ", ".join(f"{m}/{n}" for m, n in sorted(files)) or "none"
+            raise ArgumentError(f"no preset {name!r} of {model!r}; there are: {known}")
+        return cls(files[model, name], **arguments)
+
+    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
+        """The schedule bound to the model, its rows mapped to the run's noise levels where that was asked for.
+
+        Raises:
+            ScheduleError: The number of steps does not fit, or no scheduler tells the noise levels.
+        """
+        source = self.source
+        if self.resample is None or not isinstance(source, Schedule) or steps == source.steps:
+            return source.bind(spec, steps)
+        if levels is None:
+            raise ScheduleError(
+                f"the schedule has {source.steps} steps but the run has {steps}, and no scheduler tells the noise "
+                'levels that resample="sigma" needs: run a pipeline, or a schedule made for as many steps'
+            )
+        rows = nearest(levels.of(source.steps), levels.of(steps))
+        warnings.warn(
+            f"ECAD runs a schedule of {source.steps} steps in {steps}, by noise level: its rows {rows}",
+            stacklevel=2,
+        )
+        return source.resampled(rows).bind(spec, steps)
+
+
+def nearest(made: list[float], wanted: list[float]) -> list[int]:
+    """For each wanted level the index of the nearest one made, the earlier of two."""
+    distance = np.abs(np.subtract.outer(np.asarray(wanted), np.asarray(made)))
+    return distance.argmin(axis=1).tolist()
+
+
+METHOD = ECAD

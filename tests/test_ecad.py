@@ -1,0 +1,164 @@
+"""ECAD as a method: presets, groups of components, and schedules for other numbers of steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
+
+import fastdit
+import tiny_models
+from contract import same_bits
+from fastdit import ECAD, ArgumentError, CompositionError, Schedule, ScheduleError
+from fastdit.methods import ecad
+from oracle import Oracle, random_bits
+from tiny_models import generate
+
+pytestmark = pytest.mark.diffusers
+
+
+def made_for(steps, name="pixart-alpha", seed=0):
+    bits, names = random_bits(tiny_models.FAMILIES[name].build(), steps, seed)
+    return Schedule.from_bits(bits, names)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_an_all_true_schedule_is_the_baseline(family):
+    model = tiny_models.transformer(family)
+    bits, names = random_bits(model, 3, 0, compute=1.1)
+    inputs = [tiny_models.call(family, 2, step=step) for step in range(3)]
+    with torch.no_grad():
+        expected = [model(**given)[0] for given in inputs]
+    handle = fastdit.patch(model, ECAD(Schedule.from_bits(bits, names)), backend="reference")
+    with torch.no_grad(), handle.run(range(3)):
+        for given, wanted in zip(inputs, expected, strict=True):
+            same_bits(model(**given)[0], wanted)
+    with pytest.warns(UserWarning, match="reused nothing"):
+        assert handle.report().reused == 0
+
+
+def test_lumina_runs_ecads_two_components():
+    """`attn` stands for both attentions and their common projection, `ff` for the feed-forward."""
+    model = tiny_models.transformer("lumina")
+    bits = np.random.default_rng(0).random((5, 3, 2)) < 0.4
+    each = np.concatenate([bits[..., :1]] * 3 + [bits[..., 1:]], axis=-1)
+    inputs = [tiny_models.call("lumina", 2, step=step) for step in range(5)]
+    with torch.no_grad(), Oracle(model, {"layers": each}).installed():
+        expected = [model(**given)[0] for given in inputs]
+    schedule = Schedule.from_bits({"layers": bits}, {"layers": ["attn", "ff"]})
+    handle = fastdit.patch(model, ECAD(schedule), backend="reference")
+    with torch.no_grad(), handle.run(range(5)):
+        for given, wanted in zip(inputs, expected, strict=True):
+            same_bits(model(**given)[0], wanted)
+
+
+def test_a_component_is_not_set_by_name_and_in_its_group():
+    bits = {"layers": np.ones((2, 3, 2))}
+    schedule = Schedule.from_bits({"layers": bits["layers"] > 0}, {"layers": ["attn", "attn2"]})
+    with pytest.raises(ScheduleError, match=r"attn2.*twice"):
+        fastdit.patch(tiny_models.transformer("lumina"), ECAD(schedule))
+
+
+def test_arguments():
+    with pytest.raises(ScheduleError, match="schedule must be"):
+        ECAD(3)
+    with pytest.raises(ArgumentError, match=r"resample must be None or \"sigma\", got 'time'"):
+        ECAD(made_for(4), resample="time")
+    model = tiny_models.transformer("pixart-alpha")
+    with pytest.raises(CompositionError, match="Cached and ECAD"):
+        fastdit.patch(model, fastdit.Cached(made_for(4)), ECAD(made_for(4)))
+
+
+# ---- presets
+
+
+def test_a_preset_is_a_file_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()
+    made_for(4).save(tmp_path / "toy" / "fast.json")
+    monkeypatch.setattr(ecad, "PRESETS", tmp_path)
+    method = ECAD.preset("toy", "fast", resample="sigma")
+    assert method.source == made_for(4)
+    assert method.resample == "sigma"
+    for model, name in (("toy", "slow"), ("../toy", "fast"), ("toy", "../toy/fast")):
+        with pytest.raises(ArgumentError, match=r"there are: toy/fast"):
+            ECAD.preset(model, name)
+
+
+# ---- other numbers of steps
+
+
+def test_another_number_of_steps_is_refused():
+    pipe = tiny_models.pipeline("pixart-alpha")
+    fastdit.patch(pipe, ECAD(made_for(4)))
+    with pytest.raises(ScheduleError, match="4 steps but the run has 6"):
+        generate(pipe, "pixart-alpha", steps=6)
+    assert generate(pipe, "pixart-alpha", steps=4).isfinite().all()
+
+
+SCHEDULERS = {
+    "pixart-alpha": DPMSolverMultistepScheduler,
+    "sd3": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flux": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+}
+
+
+@pytest.mark.parametrize(("made", "steps"), [(6, 4), (4, 7)])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_rows_follow_the_noise_level(name, made, steps):
+    """Each step runs the row of the nearest timestep of a stock run with the schedule's number of steps."""
+    bits, names = random_bits(tiny_models.FAMILIES[name].build(), made, 5)
+    for value in bits.values():
+        value[0] = True  # whichever step takes that row
+    stock = {}
+    for count in (made, steps):
+        pipe = tiny_models.pipeline(name, scheduler=SCHEDULERS[name]())
+        generate(pipe, name, steps=count)
+        stock[count] = pipe.scheduler.timesteps.double()
+    distance = (stock[steps][:, None] - stock[made][None]).abs()
+    rows = [int(row.argmin()) for row in distance]
+    assert rows[0] == 0
+    assert len(set(rows)) == min(made, steps)
+    pipe = tiny_models.pipeline(name, scheduler=SCHEDULERS[name]())
+    mapped = {kind: value[rows].copy() for kind, value in bits.items()}
+    calls = 2 if name == "flux" else 1
+    with Oracle(pipe.transformer, mapped, calls).installed():
+        expected = generate(pipe, name, steps=steps)
+    method = ECAD(Schedule.from_bits(bits, names), resample="sigma")
+    handle = fastdit.patch(pipe, method, backend="reference")
+    with pytest.warns(UserWarning, match=f"a schedule of {made} steps in {steps}"):
+        same_bits(generate(pipe, name, steps=steps), expected)
+    with pytest.warns(UserWarning, match="by noise level"):
+        explanation = handle.explain(tiny_models.HEIGHT * 8, tiny_models.WIDTH * 8, steps=steps)
+    assert list(explanation.resampled) == rows
+    assert f"rows {', '.join(map(str, rows))}" in str(explanation)
+
+
+def test_without_a_scheduler_no_levels_are_known():
+    handle = fastdit.patch(
+        tiny_models.transformer("pixart-alpha"), ECAD(made_for(4), resample="sigma")
+    )
+    with pytest.raises(ScheduleError, match="no scheduler tells"), handle.run(range(6)):
+        pass
+
+
+def test_a_scheduler_that_calls_twice_per_step_is_refused():
+    pipe = tiny_models.pipeline("sd3", scheduler=FlowMatchHeunDiscreteScheduler())
+    fastdit.patch(pipe, ECAD(made_for(4, "sd3"), resample="sigma"))
+    with pytest.raises(ScheduleError, match="makes 7 transformer calls of 4 steps"):
+        generate(pipe, "sd3", steps=3)
+
+
+def test_resampled_rows_are_steps_of_the_schedule():
+    schedule = made_for(4)
+    layer = schedule.resampled([3, 1, 1]).layers["transformer_blocks"].bits
+    before = schedule.layers["transformer_blocks"].bits
+    assert layer[0].all()
+    assert (layer[1:] == before[[1, 1]]).all()
+    for rows in ([], [4], [-1]):
+        with pytest.raises(ScheduleError, match="steps 0 to 3"):
+            schedule.resampled(rows)
