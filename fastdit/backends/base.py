@@ -92,3 +92,38 @@ class Backend:
     ) -> None:
         """q_out = rotated norm of q; the caches at their rows = rotated norm of k, and v."""
         raise TypeError(f"backend {self.name} has no qkv_prologue")
+
+    def patchify(
+        self,
+        field: Tensor,  # [B, gh, gw, ph, pw, C], of any strides
+        table: Tensor,  # int32 [B, n, 3]: level, y, x
+        tokens: Tensor,  # [B, n, ph, pw, C], of any strides, written
+    ) -> None:
+        """tokens = the patch of the first cell of each."""
+        raise TypeError(f"backend {self.name} has no patchify")
+
+    def unpatchify(
+        self,
+        tokens: Tensor,  # [B, n, ph, pw, C], of any strides
+        table: Tensor,  # int32 [B, n, 3]: level, y, x
+        field: Tensor,  # [B, gh, gw, ph, pw, C], of any strides, written where a token covers it
+    ) -> None:
+        """field, at all cells of a token = that token."""
+        raise TypeError(f"backend {self.name} has no unpatchify")
+
+    def resolution_transition(
+        self,
+        x: Tensor,  # [B, n, C]
+        table: Tensor,  # int32 [B, n, 3]: level, y, x
+        rows: Tensor,  # [B, K], the tokens to split
+        noise: Tensor,  # fp32 [B, n + 3 K, C], in the order of out
+        scale: float,
+        deviation: float,
+        pull: float,  # what the mean of four siblings is multiplied by and added to each
+        unsplit: float,
+        raster: int | None,  # cells in a row; None: compact order
+        out: Tensor,  # [B, n + 3 K, C], written
+        out_table: Tensor,  # int32 [B, n + 3 K, 3], written
+    ) -> None:
+        """out = scale * x + deviation * z, with four children in the place of each of rows."""
+        raise TypeError(f"backend {self.name} has no resolution_transition")

@@ -4,6 +4,7 @@ A residual is `x = x + gate * branch`, one branch after the other, each operatio
 dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32,
 as diffusers' RMSNorm does, whatever the dtype. Heads are normed, rounded to the dtype, rotated in
 fp32 and rounded again, as its attention processors do. A selection of tokens is two stable sorts.
+Tokens are copied by index, cell by cell; where they are split, noise is added in fp32.
 Runs wherever torch does, and is what the ops differentiate through. It is not fast: every operation
 is a pass over memory of its own.
 """
@@ -132,6 +133,38 @@ def drop_keys(metric: Tensor, factor: Tensor, forced: Tensor | None, largest: bo
     return keys if forced is None else keys + forced.to(torch.int64) * FORCED
 
 
+def covering_token(table: Tensor, height: int, width: int) -> Tensor:
+    """The number of the token over each cell, int64 [B, height, width]; -1 where there is none."""
+    level, y, x = table.to(torch.int64).unbind(-1)
+    cells = height * width
+    number = torch.arange(table.shape[1], device=table.device).expand_as(level)
+    owner = number.new_full((table.shape[0], cells + 1), -1)  # the last one for other levels
+    for size in reversed(range(max(height, width).bit_length())):
+        grid = owner[:, :cells].unflatten(1, (height, width))
+        for dim in (1, 2):  # each square so far is four of this size
+            grid = torch.maximum(grid, grid.roll(1 << size, dim))
+        owner[:, :cells] = grid.flatten(1)
+        first = torch.where(level == size, y * width + x, cells)
+        owner.scatter_reduce_(1, first, number, "amax")
+    return owner[:, :cells].unflatten(1, (height, width))
+
+
+def split_tokens(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Which token each one comes from, int64 [B, n + 3 K], and its table; in compact order."""
+    rows = rows.to(torch.int64)
+    split = torch.zeros(table.shape[:2], dtype=torch.uint8, device=table.device)
+    split.scatter_(1, rows, 1)
+    staying = split.argsort(dim=1, stable=True)[:, : table.shape[1] - rows.shape[1]]
+    children = gather_rows(table, rows.repeat_interleave(4, dim=1))
+    level, y, x = children.unbind(-1)
+    level = level - 1
+    number = torch.arange(4, device=table.device, dtype=table.dtype).repeat(rows.shape[1])
+    half = 1 << level
+    children = torch.stack([level, y + number // 2 * half, x + number % 2 * half], dim=-1)
+    source = torch.cat([staying, rows.repeat_interleave(4, dim=1)], dim=1)
+    return source, torch.cat([gather_rows(table, staying), children], dim=1)
+
+
 def _finite_or_infinity(t: Tensor) -> Tensor:
     return torch.where(t.isfinite(), t, float("inf"))
 
@@ -148,6 +181,42 @@ def _check_range(rows: Tensor | None, tokens: int) -> None:
     if low < 0 or high >= tokens:
         wrong = low if low < 0 else high
         raise ArgumentError(f"rows: found {wrong}, but the store has rows 0 to {tokens - 1}")
+
+
+def _check_places(table: Tensor, field: Tensor) -> None:
+    if table.device.type != "cpu":
+        return
+    level, y, x = table.to(torch.int64).unbind(-1)
+    height, width = field.shape[1:3]
+    side = 1 << level.clamp(0, 62)
+    inside = (level >= 0) & (level < 32) & (y >= 0) & (x >= 0)
+    outside = ~(inside & (y + side <= height) & (x + side <= width))
+    if outside.any():
+        found = table[outside][0].tolist()
+        raise ArgumentError(
+            f"table: found the token {found} (level, y, x); accepted are those within the grid of "
+            f"{height} x {width} cells"
+        )
+
+
+def _check_split(table: Tensor, rows: Tensor, raster: int | None, tokens: int) -> None:
+    """Of `tokens` that come out."""
+    if table.device.type != "cpu":
+        return
+    _check_range(rows, table.shape[1])
+    if (rows[:, 1:] <= rows[:, :-1]).any():
+        raise ArgumentError("rows: got some that do not ascend; accepted are ascending ones")
+    if (gather_rows(table, rows)[..., 0] < 1).any():
+        raise ArgumentError("rows: found a token of level 0; accepted are those of level 1 and up")
+    if raster is None:
+        return
+    level, y, x = split_tokens(table, rows)[1].to(torch.int64).unbind(-1)
+    inside = (y >= 0) & (x >= 0) & (x < raster) & (y * raster + x < tokens)
+    if not (inside & (level == 0)).all():
+        raise ArgumentError(
+            f"table: got tokens that do not tile {tokens // raster} rows of {raster} cells; "
+            "accepted with raster are those that do"
+        )
 
 
 class Reference(Backend):
@@ -214,6 +283,36 @@ class Reference(Backend):
         q_out[:, q_offset : q_offset + tokens] = q
         scatter_rows(k_cache[:, kv_offset:end], rows, k)
         scatter_rows(v_cache[:, kv_offset:end], rows, v.unflatten(-1, k.shape[2:]))
+
+    def patchify(self, field, table, tokens):
+        _check_places(table, field)
+        _, y, x = table.to(torch.int64).unbind(-1)
+        tokens.copy_(field[_batch_index(y), y, x])
+
+    def unpatchify(self, tokens, table, field):
+        _check_places(table, field)
+        if tokens.shape[1] == 0:
+            return
+        owner = covering_token(table, *field.shape[1:3])
+        found = tokens[_batch_index(owner[..., 0]).unsqueeze(-1), owner.clamp(min=0)]
+        field.copy_(torch.where(owner[..., None, None, None] < 0, field, found))
+
+    def resolution_transition(
+        self, x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table
+    ):
+        _check_split(table, rows, raster, out.shape[1])
+        source, places = split_tokens(table, rows)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        _, y_cell, x_cell = places.to(torch.int64).unbind(-1)
+        order = None if raster is None else y_cell * raster + x_cell
+        noise = (noise if order is None else gather_rows(noise, order)).to(dtype)
+        staying = x.shape[1] - rows.shape[1]
+        plain, siblings = noise[:, :staying], noise[:, staying:].unflatten(1, (-1, 4))
+        siblings = siblings + pull * siblings.mean(2, keepdim=True)
+        z = torch.cat([unsplit * plain, siblings.flatten(1, 2)], dim=1)
+        y = scale * gather_rows(x, source).to(dtype) + deviation * z
+        scatter_rows(out, order, y.to(x.dtype))
+        scatter_rows(out_table, order, places)
 
 
 def _at(table: Tensor, rows: Tensor | None) -> Tensor:

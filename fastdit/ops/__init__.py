@@ -17,8 +17,10 @@ from torch import Tensor
 
 from fastdit.ops.gated_residual import gated_residual
 from fastdit.ops.norm_modulate import norm_modulate
+from fastdit.ops.patchify import patchify, unpatchify
 from fastdit.ops.qkv_prologue import qkv_prologue
 from fastdit.ops.registry import BACKENDS, choose, requested_backend
+from fastdit.ops.resolution_transition import resolution_transition
 from fastdit.ops.token_select import token_select
 
 __all__ = [
@@ -27,8 +29,11 @@ __all__ = [
     "bind",
     "gated_residual",
     "norm_modulate",
+    "patchify",
     "qkv_prologue",
+    "resolution_transition",
     "token_select",
+    "unpatchify",
 ]
 
 
@@ -39,8 +44,11 @@ class Ops:
     backend: str | None
     gated_residual: Callable[..., Tensor]
     norm_modulate: Callable[..., Tensor]
+    patchify: Callable[..., Tensor]
     qkv_prologue: Callable[..., None]
+    resolution_transition: Callable[..., tuple[Tensor, Tensor]]
     token_select: Callable[..., tuple[Tensor, Tensor]]
+    unpatchify: Callable[..., Tensor]
 
     def backend_for(self, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
         """The name of the backend that will serve `op` there; BackendError where none does."""
@@ -50,5 +58,13 @@ class Ops:
 def bind(backend: str | None = None) -> Ops:
     """The ops on a named backend; None for FASTDIT_BACKEND, or the automatic choice."""
     name = requested_backend(backend)
-    functions = (gated_residual, norm_modulate, qkv_prologue, token_select)
+    functions = (
+        gated_residual,
+        norm_modulate,
+        patchify,
+        qkv_prologue,
+        resolution_transition,
+        token_select,
+        unpatchify,
+    )
     return Ops(name, *(partial(function, backend=name) for function in functions))

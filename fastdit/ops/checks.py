@@ -123,17 +123,27 @@ def field(name: str, t: Tensor) -> torch.Size:
 
 
 def table(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """An int32 number for each token: [B, N], or [B, K]."""
+    """int32 numbers for each token: [B, N], [B, K], or [B, N, 3]."""
     if not isinstance(t, Tensor):
         _refuse(name, type(t).__name__, f"a tensor {list(shape)}")
     if t.dtype is not torch.int32:
         _refuse(name, str(t.dtype), "int32")
     if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, where velocity is")
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
     if tuple(t.shape) != tuple(shape):
         _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
     if not t.is_contiguous():
         _unit_stride(name, t)
+
+
+def token_table(t: Tensor, batch: int, device: torch.device) -> int:
+    """(level, y, x) of each token, int32 [B, n, 3] with any batch stride. Returns n."""
+    if not isinstance(t, Tensor) or t.dim() != 3:
+        found = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+        _refuse("table", found, f"a tensor [{batch}, n, 3]")
+    tokens = t.shape[1]
+    table("table", t, (batch, tokens, 3), device)
+    return tokens
 
 
 def integer(name: str, value: int, low: int, high: int) -> None:
