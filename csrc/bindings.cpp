@@ -1,5 +1,5 @@
-// Module fastdit._C: the CPU kernels. Row numbers are the one thing checked here, since only their
-// values can be wrong: one out of range raises IndexError before anything is written.
+// Module fastdit._C: the CPU kernels. Row numbers and places are all that is checked here, since
+// only their values can be wrong: one out of range raises IndexError before anything is written.
 #include "bindings.h"
 
 #include "isa.h"
@@ -80,6 +80,80 @@ void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_he
   launch(FD_BY_ISA(qkv_prologue), p, elements(p.shape), threads);
 }
 
+std::string in_words(const Place& place) {
+  return "[" + std::to_string(place.level) + ", " + std::to_string(place.y) + ", " +
+         std::to_string(place.x) + "]";
+}
+
+void check_places(const Patchify& p) {
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (int64_t i = 0; i < p.count; ++i) {
+      const Place place = p.table.at(b, i);
+      if (place.level >= 0 && place.level < 31 && place.y >= 0 && place.x >= 0 &&
+          place.y + place.side() <= p.grid[0] && place.x + place.side() <= p.grid[1]) {
+        continue;
+      }
+      throw py::index_error("table: found the token " + in_words(place) +
+                            " (level, y, x); accepted are those within the grid of " +
+                            std::to_string(p.grid[0]) + " x " + std::to_string(p.grid[1]) +
+                            " cells");
+    }
+  }
+}
+
+void patchify(int dtype, const py::tuple& field, const py::tuple& tokens, py::handle table,
+              bool draw, int64_t /* stored: none */, int threads) {
+  Patchify p = patchify_of(dtype, field, tokens, table, draw);
+  check_places(p);
+  launch(FD_BY_ISA(patchify), p, p.elements(), threads);
+}
+
+// Whether a token that comes out in raster order is one cell of the grid.
+bool in_raster(const ResolutionTransition& p, const Place& place) {
+  return place.level == 0 && place.y >= 0 && place.x >= 0 && place.x < p.raster &&
+         place.y * p.raster + place.x < p.out_tokens();
+}
+
+void check_split(const ResolutionTransition& p) {
+  const Shape split = {p.shape.batch, p.split, p.shape.width};
+  check_rows(p.rows, split, p.shape.tokens);
+  for (int64_t b = 0; b < p.shape.batch; ++b) {
+    for (int64_t k = 0; k < p.split; ++k) {
+      if (k > 0 && p.rows.at(b, k) <= p.rows.at(b, k - 1)) {
+        throw py::index_error("rows: got some that do not ascend; accepted are ascending ones");
+      }
+      const Place place = p.table.at(b, p.rows.at(b, k));
+      if (place.level < 1 || place.level > 30) {
+        throw py::index_error("rows: found the token " + in_words(place) +
+                              " (level, y, x); accepted are those of level 1 to 30");
+      }
+    }
+    for (int64_t i = 0, k = 0; p.raster > 0 && i < p.shape.tokens; ++i) {
+      const bool is_split = k < p.split && p.rows.at(b, k) == i;
+      k += is_split;
+      const Place place = p.table.at(b, i);
+      const Place last = is_split ? child_of(place, 3) : place;
+      if (in_raster(p, is_split ? child_of(place, 0) : place) && in_raster(p, last)) continue;
+      throw py::index_error("table: found the token " + in_words(place) +
+                            " (level, y, x); accepted with raster are those that tile its " +
+                            std::to_string(p.out_tokens() / p.raster) + " x " +
+                            std::to_string(p.raster) + " cells");
+    }
+  }
+}
+
+void resolution_transition(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
+                           py::handle table, int64_t split, py::handle rows, py::handle noise,
+                           float scale, float deviation, float pull, float unsplit, int64_t raster,
+                           py::handle out, py::handle out_table, int64_t /* stored: none */,
+                           int threads) {
+  ResolutionTransition p =
+      resolution_transition_of(dtype, batch, tokens, width, x, table, split, rows, noise, scale,
+                               deviation, pull, unsplit, raster, out, out_table);
+  check_split(p);
+  launch(FD_BY_ISA(resolution_transition), p, p.shape.batch * p.out_tokens() * width, threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -102,6 +176,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_modulate", &fd::norm_modulate);
   m.def("token_select", &fd::token_select);
   m.def("qkv_prologue", &fd::qkv_prologue);
+  m.def("patchify", &fd::patchify);
+  m.def("resolution_transition", &fd::resolution_transition);
   m.def("set_isa", &fd::set_isa, "Name an instruction set for the whole process, or 'auto'.");
   m.def("build_info", &fd::build_info, "How this module was built, and what it can use here.");
 }

@@ -4,7 +4,8 @@
 // An operand is None, or a tuple (address, batch stride, token stride) with strides in elements, or
 // the bare address of the usual case, which is quicker to make and to read: a contiguous tensor
 // [B, K, D], or one row for all where it is a modulation. rows is None or (address, batch stride,
-// whether int64). A table is None or (address, batch stride).
+// whether int64). A table is None or (address, batch stride). Places are (address, batch stride,
+// token stride). A view is (address, shape, strides).
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,7 +16,9 @@
 
 #include "gated_residual.h"
 #include "norm_modulate.h"
+#include "patchify.h"
 #include "qkv_prologue.h"
+#include "resolution_transition.h"
 #include "token_select.h"
 
 namespace fd {
@@ -59,6 +62,10 @@ inline Table table(py::handle h) {
   if (h.is_none()) return {};
   const auto [address, batch_stride] = h.cast<std::pair<int64_t, int64_t>>();
   return {reinterpret_cast<int32_t*>(address), batch_stride};
+}
+
+inline Places places(py::handle h) {
+  return {reinterpret_cast<int32_t*>(item(h, 0)), item(h, 1), item(h, 2)};
 }
 
 inline Dtype dtype_of(int code) {
@@ -172,6 +179,55 @@ inline QkvPrologue qkv_prologue_of(int dtype, int64_t batch, int64_t tokens, int
   p.eps = eps;
   p.cos = modulation(cos);
   p.sin = modulation(sin);
+  return p;
+}
+
+// field and tokens: views of six and five dimensions.
+inline Patchify patchify_of(int dtype, const py::tuple& field, const py::tuple& tokens,
+                            py::handle table, bool draw) {
+  const auto shape = field[1].cast<std::array<int64_t, 6>>();
+  const auto field_stride = field[2].cast<std::array<int64_t, 6>>();
+  const auto count = tokens[1].cast<std::array<int64_t, 5>>()[1];
+  const auto token_stride = tokens[2].cast<std::array<int64_t, 5>>();
+  Patchify p;
+  p.dtype = dtype_of(dtype);
+  p.field = reinterpret_cast<void*>(integer(field[0].ptr()));
+  for (int i = 0; i < 6; ++i) p.field_stride[i] = field_stride[i];
+  p.tokens = reinterpret_cast<void*>(integer(tokens[0].ptr()));
+  for (int i = 0; i < 5; ++i) p.token_stride[i] = token_stride[i];
+  p.table = places(table);
+  p.batch = shape[0];
+  p.count = count;
+  p.grid[0] = shape[1];
+  p.grid[1] = shape[2];
+  p.patch[0] = shape[3];
+  p.patch[1] = shape[4];
+  p.channels = shape[5];
+  p.draw = draw;
+  return p;
+}
+
+inline ResolutionTransition resolution_transition_of(int dtype, int64_t batch, int64_t tokens,
+                                                     int64_t width, py::handle x, py::handle table,
+                                                     int64_t split, py::handle rows,
+                                                     py::handle noise, float scale, float deviation,
+                                                     float pull, float unsplit, int64_t raster,
+                                                     py::handle out, py::handle out_table) {
+  ResolutionTransition p;
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, width};
+  p.x = modulation(x);
+  p.table = places(table);
+  p.split = split;
+  p.rows = row_index(rows);
+  p.noise = modulation(noise);
+  p.scale = scale;
+  p.deviation = deviation;
+  p.pull = pull;
+  p.unsplit = unsplit;
+  p.raster = raster;
+  p.out = modulation(out);
+  p.out_table = places(out_table);
   return p;
 }
 

@@ -45,6 +45,22 @@ void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_he
   cuda::qkv_prologue(p, {device, reinterpret_cast<void*>(stream)});
 }
 
+void patchify(int dtype, const py::tuple& field, const py::tuple& tokens, py::handle table,
+              bool draw, int device, uintptr_t stream) {
+  const Patchify p = patchify_of(dtype, field, tokens, table, draw);
+  cuda::patchify(p, {device, reinterpret_cast<void*>(stream)});
+}
+
+void resolution_transition(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
+                           py::handle table, int64_t split, py::handle rows, py::handle noise,
+                           float scale, float deviation, float pull, float unsplit, int64_t raster,
+                           py::handle out, py::handle out_table, int device, uintptr_t stream) {
+  const ResolutionTransition p =
+      resolution_transition_of(dtype, batch, tokens, width, x, table, split, rows, noise, scale,
+                               deviation, pull, unsplit, raster, out, out_table);
+  cuda::resolution_transition(p, {device, reinterpret_cast<void*>(stream)});
+}
+
 py::dict info() {
   const DeviceInfo found = device_info();
   py::dict info;
@@ -68,6 +84,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("norm_modulate", &fd::norm_modulate);
   m.def("token_select", &fd::token_select);
   m.def("qkv_prologue", &fd::qkv_prologue);
+  m.def("patchify", &fd::patchify);
+  m.def("resolution_transition", &fd::resolution_transition);
   m.def("info", &fd::info,
         "Devices seen, cudart version, the runtime's error if any, the targets of this build.");
 }

@@ -24,7 +24,14 @@ from fastdit.backends.cuda import Cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
 BUILT = CSRC.parent / "build" / "emulation"
-KERNELS = ("gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu", "token_select.cu")
+KERNELS = (
+    "gated_residual.cu",
+    "norm_modulate.cu",
+    "patchify.cu",
+    "qkv_prologue.cu",
+    "resolution_transition.cu",
+    "token_select.cu",
+)
 HOST = ("bindings_cuda.cpp", "emulation.cpp")
 FLAGS = (
     "-std=c++17",

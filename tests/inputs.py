@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,12 @@ from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from fastdit.ops import gated_residual as gated_residual_op
 from fastdit.ops import norm_modulate as norm_modulate_op
+from fastdit.ops import patchify as patchify_op
 from fastdit.ops import qkv_prologue as qkv_prologue_op
+from fastdit.ops import resolution_transition as resolution_transition_op
 from fastdit.ops import token_select as token_select_op
+from fastdit.ops import unpatchify as unpatchify_op
+from fastdit.ops.patchify import in_patches
 from tolerance import Mismatch, bits
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -142,6 +147,52 @@ class Runner:
             return
         stream = (q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset)
         self.backend.qkv_prologue(*stream, norm, *affine.values(), eps, cos, sin)
+
+    def patchify(self, field, table, *, channels_last=False, out=None) -> Tensor:
+        size = (*table.shape[:2], field.shape[3:].numel())
+        out = poisoned(size, field.dtype) if out is None else out
+        if BACKENDS.get(self.backend.name) is self.backend:
+            options = {"channels_last": channels_last, "out": out}
+            return patchify_op(field, table, **options, backend=self.backend.name)
+        self.backend.patchify(field, table, in_patches(out, field, channels_last))
+        return out
+
+    def unpatchify(self, tokens, table, out, *, channels_last=False) -> Tensor:
+        if BACKENDS.get(self.backend.name) is self.backend:
+            options = {"channels_last": channels_last, "backend": self.backend.name}
+            return unpatchify_op(tokens, table, out, **options)
+        self.backend.unpatchify(in_patches(tokens, out, channels_last), table, out)
+        return out
+
+    def resolution_transition(
+        self,
+        x,
+        table,
+        rows,
+        noise,
+        *,
+        scale,
+        deviation,
+        correlation,
+        unsplit=None,
+        raster=None,
+        out=None,
+        out_table=None,
+    ) -> tuple[Tensor, Tensor]:
+        size = noise.shape[:2]
+        out = poisoned(noise.shape, x.dtype) if out is None else out
+        out_table = unwritten((*size, 3)) if out_table is None else out_table
+        numbers = {"scale": scale, "deviation": deviation}
+        if BACKENDS.get(self.backend.name) is self.backend:
+            options = numbers | {"correlation": correlation, "unsplit": unsplit, "raster": raster}
+            options |= {"out": out, "out_table": out_table, "backend": self.backend.name}
+            return resolution_transition_op(x, table, rows, noise, **options)
+        unsplit = math.sqrt(1 - correlation) if unsplit is None else unsplit
+        pull = math.sqrt(1 - 4 * correlation) - 1
+        self.backend.resolution_transition(
+            x, table, rows, noise, *numbers.values(), pull, unsplit, raster, out, out_table
+        )
+        return out, out_table
 
 
 def generator(*key: int) -> torch.Generator:

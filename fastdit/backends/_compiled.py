@@ -76,7 +76,7 @@ class Compiled(Backend):
         keys = self._scratch((2, *drops.shape), drops.device)
         self._module.token_select(
             DTYPE_CODES[velocity.dtype],
-            (velocity.data_ptr(), velocity.shape, velocity.stride()),
+            _view(velocity),
             _table(drops),
             None if age is None else _table(age),
             rows.shape[1],
@@ -123,6 +123,43 @@ class Compiled(Backend):
             *self._context(q, stored - kv_offset),
         )
 
+    def patchify(self, field, table, tokens):
+        self._patchify(field, table, tokens, False)
+
+    def unpatchify(self, tokens, table, field):
+        self._patchify(field, table, tokens, True)
+
+    def _patchify(self, field, table, tokens, draw):
+        self._module.patchify(
+            DTYPE_CODES[field.dtype],
+            _view(field),
+            _view(tokens),
+            _strided(table),
+            draw,
+            *self._context(field, 0),
+        )
+
+    def resolution_transition(
+        self, x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table
+    ):
+        self._module.resolution_transition(
+            DTYPE_CODES[x.dtype],
+            *x.shape,
+            _strided(x),
+            _strided(table),
+            rows.shape[1],
+            _row_index(rows),
+            _strided(noise),
+            scale,
+            deviation,
+            pull,
+            unsplit,
+            raster or 0,
+            _strided(out),
+            _strided(out_table),
+            *self._context(x, 0),
+        )
+
 
 def _address(t: Tensor) -> int | tuple[int, int, int]:
     """The bare address of a contiguous [B, K, D]."""
@@ -132,6 +169,10 @@ def _address(t: Tensor) -> int | tuple[int, int, int]:
 def _strided(t: Tensor) -> tuple[int, int, int]:
     stride = t.stride()
     return t.data_ptr(), stride[0], stride[1]
+
+
+def _view(t: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return t.data_ptr(), t.shape, t.stride()
 
 
 def _from_token(t: Tensor, first: int) -> tuple[int, int, int]:

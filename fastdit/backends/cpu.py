@@ -52,5 +52,23 @@ class Cpu(Compiled):
         except IndexError as error:
             raise ArgumentError(str(error)) from None
 
+    def patchify(self, *arguments):
+        try:
+            super().patchify(*arguments)
+        except IndexError as error:
+            raise ArgumentError(str(error)) from None
+
+    def unpatchify(self, *arguments):
+        try:
+            super().unpatchify(*arguments)
+        except IndexError as error:
+            raise ArgumentError(str(error)) from None
+
+    def resolution_transition(self, *arguments):
+        try:
+            super().resolution_transition(*arguments)
+        except IndexError as error:
+            raise ArgumentError(str(error)) from None
+
 
 BACKEND = Cpu(_C)

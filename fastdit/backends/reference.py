@@ -189,7 +189,7 @@ def _check_places(table: Tensor, field: Tensor) -> None:
     level, y, x = table.to(torch.int64).unbind(-1)
     height, width = field.shape[1:3]
     side = 1 << level.clamp(0, 62)
-    inside = (level >= 0) & (level < 32) & (y >= 0) & (x >= 0)
+    inside = (level >= 0) & (level < 31) & (y >= 0) & (x >= 0)
     outside = ~(inside & (y + side <= height) & (x + side <= width))
     if outside.any():
         found = table[outside][0].tolist()
@@ -206,16 +206,22 @@ def _check_split(table: Tensor, rows: Tensor, raster: int | None, tokens: int) -
     _check_range(rows, table.shape[1])
     if (rows[:, 1:] <= rows[:, :-1]).any():
         raise ArgumentError("rows: got some that do not ascend; accepted are ascending ones")
-    if (gather_rows(table, rows)[..., 0] < 1).any():
-        raise ArgumentError("rows: found a token of level 0; accepted are those of level 1 and up")
+    parents = gather_rows(table, rows)
+    wrong = (parents[..., 0] < 1) | (parents[..., 0] > 30)
+    if wrong.any():
+        raise ArgumentError(
+            f"rows: found the token {parents[wrong][0].tolist()} (level, y, x); accepted are those "
+            "of level 1 to 30"
+        )
     if raster is None:
         return
-    level, y, x = split_tokens(table, rows)[1].to(torch.int64).unbind(-1)
-    inside = (y >= 0) & (x >= 0) & (x < raster) & (y * raster + x < tokens)
-    if not (inside & (level == 0)).all():
+    places = split_tokens(table, rows)[1].to(torch.int64)
+    level, y, x = places.unbind(-1)
+    inside = (level == 0) & (y >= 0) & (x >= 0) & (x < raster) & (y * raster + x < tokens)
+    if not inside.all():
         raise ArgumentError(
-            f"table: got tokens that do not tile {tokens // raster} rows of {raster} cells; "
-            "accepted with raster are those that do"
+            f"table: found the token {places[~inside][0].tolist()} (level, y, x); accepted with "
+            f"raster are those that tile its {tokens // raster} x {raster} cells"
         )
 
 

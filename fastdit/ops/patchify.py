@@ -115,6 +115,14 @@ def unpatchify(
     return out
 
 
+def in_patches(tokens: Tensor, field: Tensor, channels_last: bool) -> Tensor:
+    """[B, n, D] as a view [B, n, ph, pw, C]."""
+    height, width, channels = field.shape[3:]
+    if channels_last:
+        return tokens.unflatten(2, (height, width, channels))
+    return tokens.unflatten(2, (channels, height, width)).permute(0, 1, 3, 4, 2)
+
+
 def _new(field: Tensor, table: Tensor) -> Tensor:
     return field.new_empty((field.shape[0], table.shape[1], field.shape[3:].numel()))
 
@@ -124,7 +132,7 @@ def _patchify(field, table, channels_last, out, backend=None) -> None:
     size = _check(field, table)
     checks.operand("out", out, size, field.dtype, field.device)
     _check_memory(out, "field", field, table)
-    patches = _in_patches(out, field, channels_last)
+    patches = in_patches(out, field, channels_last)
     resolve("patchify", field.device, field.dtype, backend)(field, table, patches)
 
 
@@ -133,7 +141,7 @@ def _unpatchify(tokens, table, channels_last, out, backend=None) -> None:
     size = _check(out, table, "out")
     checks.operand("tokens", tokens, size, out.dtype, out.device)
     _check_memory(out, "tokens", tokens, table)
-    patches = _in_patches(tokens, out, channels_last)
+    patches = in_patches(tokens, out, channels_last)
     resolve("unpatchify", out.device, out.dtype, backend)(patches, table, out)
 
 
@@ -152,14 +160,6 @@ def _check_memory(out: Tensor, name: str, read: Tensor, table: Tensor) -> None:
     checks.written("out", out)
     checks.disjoint("out", out, name, read)
     checks.disjoint("out", out, "table", table)
-
-
-def _in_patches(tokens: Tensor, field: Tensor, channels_last: bool) -> Tensor:
-    """[B, n, D] as a view [B, n, ph, pw, C]."""
-    height, width, channels = field.shape[3:]
-    if channels_last:
-        return tokens.unflatten(2, (height, width, channels))
-    return tokens.unflatten(2, (channels, height, width)).permute(0, 1, 3, 4, 2)
 
 
 def _refuse_gradient(name: str, read: Tensor, written: Tensor | None) -> None:

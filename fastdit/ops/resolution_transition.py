@@ -133,13 +133,11 @@ def _run(
 define(SCHEMA, _run)
 
 
-def _check(
-    x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table
-) -> None:
+def _check(x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table) -> None:
     """`out` and `out_table` are None where they are yet to be allocated."""
     batch, tokens, width = checks.state("x", x, any_stride=True)
     dtype, device = x.dtype, x.device
-    checks.operand("x", x, x.shape, dtype, device)
+    checks.operand("x", x, (batch, tokens, max(width, 1)), dtype, device)
     checks.table("table", table, (batch, tokens, 3), device)
     checks.row_index(rows, batch, device)
     if rows.shape[1] > tokens:
