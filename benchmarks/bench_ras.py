@@ -1,30 +1,42 @@
 """Steps of a part of the tokens at SD3-medium's width: seconds over the active tokens K, against arithmetic.
 
-    python benchmarks/bench_ras.py [--out FILE] [--depth 4] [--tokens 1024] ...
+    python benchmarks/bench_ras.py [--out FILE] [--depth 2] [--tokens 1024] [--peer CHECKOUT/src] ...
 
-Random weights, reduced depth, one row, fp32. Dense steps of the unpatched model and sparse steps take turns. The
-medians are fitted by t = a + b K; what a exceeds the arithmetic that does not depend on K (text, embeddings,
-modulation) is overhead. `realised` is the speed-up of a sparse step over that of its arithmetic.
+Random weights, reduced depth, two rows as guidance runs them, fp32. Dense steps of the unpatched model and sparse steps
+take turns. The medians are fitted by t = a + b K. What a exceeds the arithmetic that does not depend on K (text,
+embeddings, modulation) is overhead, of which a part is the library's: a product with few rows reads all weights too. So
+a profiled step tells what is spent outside torch's matrix products and attention, fitted alike. `realised` is the
+speed-up of a sparse step over that of its arithmetic. Choosing the tokens belongs to the scheduler's step and is timed
+in neither contender.
+
+--peer sets the same steps of the authors' own code beside: a checkout of microsoft/RAS, in the way that runs without
+CUDA (its index-fused kernels are off).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
+import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import fastdit
 from machine import describe_machine
 
 RATIOS = (0.5, 0.25, 0.125)
 TEXT_TOKENS = 154
+ROWS = 2
+LIBRARY = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 STEPS = 3  # dense, sparse, sparse: the last is timed
 
 
@@ -42,16 +54,18 @@ def build(depth: int, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
         pos_embed_max_size=192,
     )
     inputs = {
-        "hidden_states": torch.randn(1, 16, side, side),
-        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, 4096),
-        "pooled_projections": torch.randn(1, 2048),
+        "hidden_states": torch.randn(ROWS, 16, side, side),
+        "encoder_hidden_states": torch.randn(ROWS, TEXT_TOKENS, 4096),
+        "pooled_projections": torch.randn(ROWS, 2048),
         "return_dict": False,
     }
     return model.eval().requires_grad_(False), inputs
 
 
-def last_step_seconds(model: nn.Module, inputs: dict[str, Any], ratio: float | None) -> float:
-    """Seconds of the last of `STEPS` steps; `ratio` None for the unpatched model."""
+def last_step_seconds(
+    model: nn.Module, inputs: dict[str, Any], ratio: float | None, around: Any = nullcontext
+) -> float:
+    """Seconds of the last of `STEPS` steps, run in `around`; `ratio` None for the unpatched model."""
     timesteps = torch.linspace(999, 0, STEPS)
     handle = None
     if ratio is not None:
@@ -59,9 +73,10 @@ def last_step_seconds(model: nn.Module, inputs: dict[str, Any], ratio: float | N
         run = handle.run(timesteps)
         run.__enter__()
     for t in timesteps if handle else timesteps[-1:]:
-        start = time.perf_counter()
-        model(**inputs, timestep=t.expand(1))
-        seconds = time.perf_counter() - start
+        with around() if t == timesteps[-1] else nullcontext():
+            start = time.perf_counter()
+            model(**inputs, timestep=t.expand(ROWS))
+            seconds = time.perf_counter() - start
         if handle:
             handle.advance()
     if handle:
@@ -70,11 +85,52 @@ def last_step_seconds(model: nn.Module, inputs: dict[str, Any], ratio: float | N
     return seconds
 
 
+class Peer:
+    """Sparse steps of the authors' code, on a copy of the model."""
+
+    def __init__(self, source: Path, model: nn.Module) -> None:
+        sys.path.insert(0, str(source))
+        from ras.modules.attention_processor import RASJointAttnProcessor2_0
+        from ras.modules.stable_diffusion_3.transformer_forward import ras_forward
+        from ras.utils import ras_manager
+
+        self._manager = ras_manager.MANAGER
+        self._model = copy.deepcopy(model)
+        self._model.forward = ras_forward.__get__(self._model)
+        for block in self._model.transformer_blocks:
+            block.attn.set_processor(RASJointAttnProcessor2_0())
+
+    def last_step_seconds(self, inputs: dict[str, Any], ratio: float, active: int) -> float:
+        """Seconds of the last of `STEPS` steps of `active` tokens."""
+        manager = self._manager
+        manager.sample_ratio, manager.num_steps = ratio, STEPS
+        manager.scheduler_start_step, manager.scheduler_end_step = 1, STEPS
+        manager.error_reset_steps = []
+        manager.reset_cache()
+        side = inputs["hidden_states"].shape[-1] // 2
+        for t in torch.linspace(999, 0, STEPS):
+            manager.other_patchified_index = torch.randperm(side * side)[:active]
+            start = time.perf_counter()
+            self._model(**inputs, timestep=t.expand(ROWS))
+            seconds = time.perf_counter() - start
+            manager.increase_step()
+        return seconds
+
+
+def outside_library(model: nn.Module, inputs: dict[str, Any], ratio: float) -> float:
+    """Share of a sparse step that is spent outside torch's matrix products and attention."""
+    profiler = profile(activities=[ProfilerActivity.CPU])
+    last_step_seconds(model, inputs, ratio, around=lambda: profiler)
+    events = profiler.key_averages()
+    library = sum(event.self_cpu_time_total for event in events if event.key in LIBRARY)
+    return 1 - library / sum(event.self_cpu_time_total for event in events)
+
+
 def macs(model: nn.Module, ratio: float, tokens: int) -> tuple[int, int]:
     """(active tokens, multiply-accumulates) of a sparse step."""
     side = 16 * int(tokens**0.5)
     handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, start=1, resets=()))
-    size = {"height": side, "width": side, "cfg": False, "text_tokens": TEXT_TOKENS}
+    size = {"height": side, "width": side, "cfg": True, "text_tokens": TEXT_TOKENS}
     said = [handle.explain(**size, steps=steps) for steps in (2, 3)]
     handle.unpatch()
     return said[1].tokens_per_step[-1], said[1].macs - said[0].macs
@@ -85,19 +141,26 @@ def main() -> None:
     """Measure, fit, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ras-cpu.json"))
-    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--depth", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--peer", type=Path, help="src of a checkout of microsoft/RAS")
     options = parser.parse_args()
     model, inputs = build(options.depth, options.tokens)
+    counted = {ratio: macs(model, ratio, options.tokens) for ratio in RATIOS}
+    peer = Peer(options.peer, model) if options.peer else None
     arms = (None, *RATIOS)
     times: dict[float | None, list[float]] = {arm: [] for arm in arms}
+    theirs: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}
     for _ in range(options.pairs + 1):
         for arm in arms:
             times[arm].append(last_step_seconds(model, inputs, arm))
-    times = {arm: values[1:] for arm, values in times.items()}  # the first round warms up
+            if peer and arm is not None:
+                theirs[arm].append(peer.last_step_seconds(inputs, arm, counted[arm][0]))
+    # The first round warms up.
+    times = {arm: values[1:] for arm, values in times.items()}
+    theirs = {arm: values[1:] for arm, values in theirs.items()}
     dense_s = statistics.median(times[None])
-    counted = {ratio: macs(model, ratio, options.tokens) for ratio in RATIOS}
     (k0, m0), (k1, m1) = counted[RATIOS[0]], counted[RATIOS[-1]]
     slope = (m0 - m1) / (k0 - k1)  # exact: arithmetic is linear in K
     dense_macs = round(m0 + slope * (options.tokens - k0))
@@ -116,28 +179,48 @@ def main() -> None:
                 "speedup_range": [min(ratios), max(ratios)],
                 "flop_speedup": bound,
                 "realised": speedup / bound,
+                "outside_share": outside_library(model, inputs, ratio) * seconds / dense_s,
             }
         )
+        if peer:
+            ours = [a / b for a, b in zip(theirs[ratio], times[ratio], strict=True)]
+            rows[-1] |= {
+                "peer_seconds": statistics.median(theirs[ratio]),
+                "over_peer": statistics.median(ours),
+                "over_peer_range": [min(ours), max(ours)],
+            }
+            print(f"{rows[-1]['over_peer']:.2f}x over microsoft/RAS, ", end="")
         print(
             f"K {active:5}: {1e3 * seconds:8.1f} ms, {speedup:.2f}x [{min(ratios):.2f}, {max(ratios):.2f}], "
-            f"arithmetic {bound:.2f}x, realised {speedup / bound:.3f}"
+            f"arithmetic {bound:.2f}x, realised {speedup / bound:.3f}, "
+            f"outside products and attention {rows[-1]['outside_share']:.1%} of a dense step"
         )
     b, a = np.polyfit([row["active"] for row in rows], [row["seconds"] for row in rows], 1)
     fixed = (m1 - slope * k1) / dense_macs
+    outside = np.polyfit(
+        [row["active"] for row in rows], [row["outside_share"] for row in rows], 1
+    )[1]
     overhead = a / dense_s - fixed
     print(
         f"dense {1e3 * dense_s:.1f} ms; t = {1e3 * a:.1f} ms + {1e6 * b:.1f} us K; "
-        f"a is {a / dense_s:.1%} of a dense step, arithmetic without K {fixed:.1%}, overhead {overhead:+.1%}"
+        f"a is {a / dense_s:.1%} of a dense step, arithmetic without K {fixed:.1%}, "
+        f"overhead {overhead:+.1%}, {outside:.1%} outside products and attention"
     )
     result = {
         "what": f"SD3-medium width, {options.tokens} image and {TEXT_TOKENS} text tokens, "
-        "one row, fp32, random weights",
+        f"{ROWS} rows, fp32, random weights",
         "depth": options.depth,
         "full_depth": 24,
         "machine": describe_machine(),
         "pairs": options.pairs,
         "dense_s": dense_s,
-        "fit": {"a_s": a, "b_s_per_token": b, "fixed_share": fixed, "overhead_share": overhead},
+        "fit": {
+            "a_s": a,
+            "b_s_per_token": b,
+            "fixed_share": fixed,
+            "overhead_share": overhead,
+            "outside_share": outside,
+        },
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

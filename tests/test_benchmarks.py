@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,55 @@ def test_the_benchmark_of_ras_runs(tmp_path):
     result = json.loads(out.read_text())
     assert [row["active"] for row in result["rows"]] == [128, 64, 64]
     assert result["rows"][0]["flop_speedup"] == pytest.approx(1.63, abs=0.01)
+    assert 0 < result["rows"][0]["outside_share"] < 1
+
+
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("quality")
+
+
+def test_frechet_distance_is_that_of_gaussians(quality):
+    distance = quality.frechet.distance
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    a, b = rng.uniform(0.1, 3, 5), rng.uniform(0.1, 3, 5)
+    first, second = (
+        (np.zeros(5), turn @ np.diag(a) @ turn.T),
+        (np.ones(5), turn @ np.diag(b) @ turn.T),
+    )
+    # Covariances that commute have the closed form sum (sqrt a - sqrt b)^2.
+    wanted = 5 + ((np.sqrt(a) - np.sqrt(b)) ** 2).sum()
+    assert distance(first, second) == pytest.approx(wanted, rel=1e-9)
+    assert distance(first, first) == pytest.approx(0, abs=1e-9)
+    # And any two: the trace of the root by another route.
+    s1, s2 = (m @ m.T for m in rng.normal(size=(2, 5, 5)))
+    root = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
+    wanted = np.trace(s1) + np.trace(s2) - 2 * root
+    assert distance((np.zeros(5), s1), (np.zeros(5), s2)) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_study_draws_the_same_after_an_interruption_and_judges_it(quality, tmp_path, monkeypatch):
+    pipe = quality.tiny.load_pipeline()
+    texts = quality.held_out(6)
+    assert [len(quality.tiny.captions.parse(text).objects) for text in texts] == [1] * 3 + [2] * 3
+    arm = quality.Arm(steps=1, batch=2)
+    whole = quality.draw_all(pipe, "whole", arm, texts, tmp_path)
+    np.save(tmp_path / "part.npy", whole[:2])
+    draw, drawn = quality.draw, []
+    monkeypatch.setattr(quality, "draw", lambda *some: drawn.append(some[2]) or draw(*some))
+    again = quality.draw_all(pipe, "part", arm, texts, tmp_path)
+    assert drawn == [texts[2:4], texts[4:]]
+    assert np.array_equal(again, whole)
+    monkeypatch.setattr(quality, "REFERENCES", 64)
+    monkeypatch.setattr(quality, "RESAMPLES", 20)
+    found = quality.judge(pipe.vae, {"unpatched": whole, "black": 0 * whole}, texts)
+    assert found["unpatched"]["distance"].max() == 0
+    assert found["black"]["distance"][0] == pytest.approx(1)
+    assert found["black"]["score"][0] == 0
+    assert found["black"]["frechet"][0] > found["unpatched"]["frechet"][0]
+    assert quality.interval(np.array([2.0, *range(101)])) == {"value": 2, "low": 2.5, "high": 97.5}
 
 
 @pytest.mark.slow
