@@ -25,6 +25,8 @@ class Listener(Protocol):
 
     def start_run(self, steps: int, scheduler: Any, levels: Levels) -> None: ...
 
+    def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None: ...
+
     def end_step(self, scheduler: Any, velocity: Any, delta: Any) -> None: ...
 
 
@@ -151,10 +153,16 @@ def _clocked(base: type) -> type:
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        delta = _sigma_step(self) if LINK in self.__dict__ else None
+        if LINK not in self.__dict__:
+            return base.step(self, *args, **kwargs)
+        velocity, timestep, sample = (
+            args[place] if place < len(args) else kwargs.get(name)
+            for place, name in enumerate(("model_output", "timestep", "sample"))
+        )
+        self.__dict__[LINK].begin_step(self, velocity, timestep, sample)
+        delta = _sigma_step(self)
         result = base.step(self, *args, **kwargs)
         if LINK in self.__dict__:
-            velocity = args[0] if args else kwargs.get("model_output")
             self.__dict__[LINK].end_step(self, velocity, delta)
         return result
 

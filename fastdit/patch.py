@@ -22,6 +22,7 @@ from fastdit.discover import discover
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.explain import Explanation, explain_session, run_speedup
+from fastdit.frames import Frames
 from fastdit.install import LINK, check_installable, install, uninstall
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
@@ -118,6 +119,30 @@ class Handle:
         finally:
             session.enabled = before
             session.reset()
+
+    @contextmanager
+    def watch(self) -> Iterator[Frames]:
+        """Keep what each step takes the clean image to be, for pictures of the image as it forms.
+
+        Example:
+            >>> with handle.watch() as frames:
+            ...     image = pipe("a red circle").images[0]
+            >>> video = handle.report().token_map(frames.pictures())
+
+        Raises:
+            ArgumentError: The handle is of a bare transformer, so nothing can decode.
+        """
+        for part in ("vae", "image_processor"):
+            if not hasattr(self._pipeline, part):
+                raise ArgumentError(
+                    f"watch() needs a patched pipeline with a {part} to decode with"
+                )
+        session, before = self._session, self._session.frames
+        session.frames = Frames(session.adapter, self._pipeline)
+        try:
+            yield session.frames
+        finally:
+            session.frames = before
 
     @contextmanager
     def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:

@@ -24,6 +24,7 @@ from fastdit.attention import KeyValues
 from fastdit.conditions import Conditions
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
+from fastdit.frames import Frames
 from fastdit.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
 from fastdit.tokens import TokenRun
@@ -100,6 +101,7 @@ class Session:
         blocks: The transformer's blocks of all kinds in running order.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
         enabled: False inside ``with h.disabled()``.
+        frames: What watches the image form, inside ``with h.watch()``; else None.
         run: The run in progress, or the last one (its caches already dropped), or None.
     """
 
@@ -123,6 +125,7 @@ class Session:
         self.forward: Forward | None = None
         self.family: dict[str, Any] = {}
         self.pipeline: weakref.ref[Any] | None = None
+        self.frames: Frames | None = None
         self._scheduler: weakref.ref[Any] | None = None
         self._tokens = 0
         self._plans: dict[Any, RunPlan] = {}
@@ -191,6 +194,17 @@ class Session:
             method.check_steps(planned)
         plan = self._plan(planned, levels=levels)
         self.run = Run(steps, plan, scheduler, levels, timesteps_given=timesteps_given)
+        if self.frames is not None:
+            self.frames.start()
+
+    def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None:
+        """The scheduler is about to do a step with what the model gave it."""
+        run = self.run
+        if self.frames is None or run is None or run.scheduler is not scheduler:
+            return
+        if not self.frames.latents:
+            self.frames.grid = self.adapter.grid(run.latents, run.positions, run.patch)
+        self.frames.add(scheduler, velocity, timestep, sample)
 
     def end_step(self, scheduler: Any = None, velocity: Any = None, delta: Any = 1.0) -> None:
         """A step is done, says `scheduler`, or the user; only the one that leads the run is heard.
@@ -259,6 +273,8 @@ class Session:
         call = self.adapter.call(transformer, args, kwargs)
         run = self._locate(call.timestep)
         self._check_conditions(run, call)
+        run.patch = self.adapter.patch(transformer)
+        run.latents, run.positions = call.hidden_states.shape, call.positions
         branch = self._prepare_branch(run, call)
         rows, captures = self._choose_tokens(transformer, run, branch, call)
         self._active = _ActiveCall(branch, rows, call.hidden_states.shape)
@@ -349,8 +365,6 @@ class Session:
             )
         first = run.first or 0
         if run.tokens is None:
-            run.patch = self.adapter.patch(transformer)
-            run.latents, run.positions = call.hidden_states.shape, call.positions
             run.tokens = TokenRun(method, run.steps - first, call.tokens, self.ops)
             self._plan_rows(run, first)
         tokens, step = run.tokens, run.step - first

@@ -73,6 +73,7 @@ class Adapter:
             A family without layouts cannot run a part of its tokens.
         processors: Names of the attention processors that the family's own attention stands in for.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
+        shifts_latents: Whether the pipelines add the VAE's shift before they decode.
         timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
     """
 
@@ -88,6 +89,7 @@ class Adapter:
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
     processors: frozenset[str] = frozenset()
+    shifts_latents = False
     timesteps_rise = False
 
     # ---- recognising a model
@@ -233,6 +235,11 @@ class Adapter:
     def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
         """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
         return latents[-2] // patch, latents[-1] // patch
+
+    def latent_image(self, latents: Tensor, grid: tuple[int, int], vae: Any) -> Tensor:
+        """The pipeline's latents as its VAE decodes them, [B, C, H, W]; `grid` has the rows and columns of tokens."""
+        shift = (vae.config.shift_factor or 0.0) if self.shifts_latents else 0.0
+        return latents.to(vae.dtype) / vae.config.scaling_factor + shift
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""

@@ -201,6 +201,7 @@ class Flux(Adapter):
     forwards = {DOUBLE: double_block, SINGLE: single_block}
     text_tokens = 512
     uses_cfg = False
+    shifts_latents = True
     layouts = {
         "full_attn": ("image", "text"),
         "full_ff": ("image",),
@@ -232,6 +233,12 @@ class Flux(Adapter):
         if positions is not None:
             rows = int(positions.reshape(-1, positions.shape[-1])[:, 1].max()) + 1
         return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
+
+    def latent_image(self, latents: Tensor, grid: tuple[int, int], vae: Any) -> Tensor:
+        """From [B, N, C p p]."""
+        tiles = latents.unflatten(2, (-1, 2, 2)).unflatten(1, grid)
+        image = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return super().latent_image(image, grid, vae)
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, N, C p p] as [B, N, 1, p, p, C]: the grid does not matter to who chooses tokens."""

@@ -145,6 +145,7 @@ class SD3(Adapter):
     components = {"transformer_blocks": COMPONENTS}
     forwards = {"transformer_blocks": joint_block}
     text_tokens = 77 + 256
+    shifts_latents = True
     layouts = {
         "attn": ("image", "text"),
         "attn2": ("image",),
