@@ -71,11 +71,14 @@ def random_tokens() -> Iterator[None]:
 
 
 def ras_arms() -> dict[str, Arm]:
-    """RAS at three ratios; the published arithmetic; random tokens as a control."""
+    """RAS at three ratios; the tokens of the other end; the published arithmetic; random tokens as a control."""
     arms = {}
     for ratio in (0.75, 0.5, 0.25):
         arms[f"RAS {ratio}"] = Arm(method=lambda r=ratio: fastdit.RAS(ratio=r))
     for ratio in (0.5, 0.25):
+        arms[f"RAS {ratio}, high_ratio 0"] = Arm(
+            method=lambda r=ratio: fastdit.RAS(ratio=r, high_ratio=0.0)
+        )
         arms[f"RAS {ratio}, parity"] = Arm(
             method=lambda r=ratio: fastdit.RAS(ratio=r, mode="parity"), batch=1
         )

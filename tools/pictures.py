@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation that show a run from inside, with the model in the package.
 
-    python tools/pictures.py [--out docs]
+python tools/pictures.py [--out docs]
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import torch
 import fastdit
 from fastdit import tiny
 
-PROMPT = "a large red circle at the left and a small blue triangle at the right on a white background"
+PROMPT = (
+    "a large red circle at the left and a small blue triangle at the right on a white background"
+)
 STEPS = 28
 SHOWN = (0, 3, 4, 6, 9, 11, 12, 16, 20, 24, 27)
 
