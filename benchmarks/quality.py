@@ -38,6 +38,7 @@ REFERENCES = 2048
 RESAMPLES = 1000
 SEED = 70_000  # of the first picture's noise
 ROUNDS = 5  # of timing
+PICTURES = Path(__file__).resolve().parents[1] / "docs"
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,47 @@ def interval(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The three measures over arithmetic: plain steps as a line, everything else as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4))
+    plain = sorted(
+        (row for row in rows if row["arm"] == "unpatched" or row["arm"].endswith(" steps")),
+        key=lambda row: row["arithmetic"],
+    )
+    titles = {
+        "frechet": "Fréchet distance to drawn scenes (less is better)",
+        "distance": "distance to the unpatched picture",
+        "score": "prompt score (more is better)",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        series = [("fewer steps", plain, "o-")]
+        series += [(row["arm"], [row], "D") for row in rows if row not in plain]
+        for label, some, style in series:
+            values = np.array([[row[name][k] for k in ("value", "low", "high")] for row in some])
+            off = np.abs(values[:, 1:].T - values[:, 0])
+            axis.errorbar(
+                [row["arithmetic"] for row in some],
+                values[:, 0],
+                yerr=off,
+                fmt=style,
+                ms=5,
+                lw=1,
+                capsize=2,
+                label=label,
+            )
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("share of the arithmetic")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+
+
 def main() -> None:
     """Time, or draw and judge, one study."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -232,6 +274,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--folder", type=Path, default=Path("build/quality"))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     make, compared = STUDIES[options.study]
     arms = {"unpatched": Arm(), **make()}
@@ -281,6 +324,7 @@ def main() -> None:
     }
     out = options.out or Path(__file__).parent / "results" / f"quality-{options.study}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
+    plot(rows, options.plot or PICTURES / f"quality-{options.study}.png")
     print(f"written to {out}")
 
 

@@ -1,9 +1,9 @@
-"""Write the README's tables from the result files, so that no figure in it is typed.
+"""Write the tables of the README and of docs/kernels.md from the result files, so that no figure in them is typed.
 
     python tools/readme.py [--check]
 
-Everything between the two markers is replaced. With --check nothing is written, and the exit status
-tells whether the README is what the result files say.
+Everything between the two markers is replaced: whole models in the README, single ops and GPUs in docs/kernels.md. With
+--check nothing is written, and the exit status tells whether the files are what the results say.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
 OPS = ("gated_residual", "norm_modulate")
@@ -23,16 +23,32 @@ BEGIN = "<!-- begin: tables made by tools/readme.py from result files; do not ed
 END = "<!-- end -->"
 
 
-def tables() -> str:
-    """All tables, as Markdown."""
-    parts = [*_step(json.loads((RESULTS / "step-cpu.json").read_text()))]
+def models() -> list[str]:
+    """What the README shows: whole models."""
+    lines = _step(_result("step-cpu.json"))
+    lines += _ras(_result("ras-cpu.json"))
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        lines += _quality(json.loads(path.read_text()))
+    return lines + _tiny(json.loads(TINY.read_text()))
+
+
+def kernels() -> list[str]:
+    """What docs/kernels.md shows: single ops, and what a GPU measured."""
+    lines = []
     for op in OPS:
         for path in sorted(RESULTS.glob(f"{op}-cpu-*.json"))[-1:]:
-            parts += [*_op(json.loads(path.read_text()))]
+            lines += _op(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("gpu-check-*.json")):
-        parts += [*gpu(json.loads(path.read_text()))]
-    parts += [*_tiny(json.loads(TINY.read_text()))]
-    return "\n".join(parts)
+        lines += gpu(json.loads(path.read_text()))
+    return lines
+
+
+#: file -> what makes its tables
+FILES = {ROOT / "README.md": models, ROOT / "docs" / "kernels.md": kernels}
+
+
+def _result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
 
 
 def _step(result: dict[str, Any]) -> list[str]:
@@ -82,6 +98,86 @@ def _step(result: dict[str, Any]) -> list[str]:
         ),
     ]
     return lines
+
+
+def _ras(result: dict[str, Any]) -> list[str]:
+    """The table of `bench_ras.py`."""
+    fit = result["fit"]
+    lines = [
+        "",
+        (
+            f"One sparse step of RAS: {result['what']}, depth {result['depth']} of {result['full_depth']}; "
+            f"{_machine(result['machine'])}; medians of {result['pairs']} interleaved rounds, their range in "
+            "brackets. The last column is over the same step of the authors' code (microsoft/RAS, its way without "
+            "CUDA). (`benchmarks/bench_ras.py`)"
+        ),
+        "",
+        "| tokens computed | dense | fastdit | speed-up | arithmetic saved | realised | over microsoft/RAS |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        theirs = row.get("over_peer_range")
+        peer = f"{row['over_peer']:.2f}x {_range(theirs)}" if theirs else "not run"
+        lines.append(
+            f"| {row['active']} | {1e3 * result['dense_s']:.0f} ms | {1e3 * row['seconds']:.0f} ms | "
+            f"{row['speedup']:.2f}x {_range(row['speedup_range'])} | {row['flop_speedup']:.2f}x | "
+            f"{row['realised']:.0%} | {peer} |"
+        )
+    return [
+        *lines,
+        "",
+        (
+            f"Fitted over the tokens computed, a step without any would still take "
+            f"{fit['a_s'] / result['dense_s']:.1%} of a dense one, of which {fit['fixed_share']:.1%} is the "
+            f"arithmetic of text and embeddings and {fit['outside_share']:.1%} is time outside torch's matrix products "
+            "and attention; the rest is products of few rows, which run below the speed of those with many."
+        ),
+    ]
+
+
+def _quality(result: dict[str, Any]) -> list[str]:
+    """The table of a study of `quality.py`."""
+    lines = [
+        "",
+        (
+            f"Quality on the model in the package: {result['images']} held-out prompts, half of two objects, "
+            f"{result['steps']} steps unless told otherwise, equal noise for all; 95 % bootstrap intervals; seconds "
+            f"of a picture in batches of 16, parity alone ({_machine(result['machine'])}; `benchmarks/quality.py "
+            f"{result['study']}`). Fréchet distance to freshly drawn scenes on features of the model's own encoder; "
+            "relative distance to the unpatched picture; share of the objects that the prompt names."
+        ),
+        "",
+        f"![quality over arithmetic](docs/quality-{result['study']}.png)",
+        "",
+        "| | seconds | arithmetic | Fréchet distance | distance to unpatched | prompt score |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        seconds = f"{row['seconds']:.2f}" if row["seconds"] else ""
+        lines.append(
+            f"| {row['arm']} | {seconds} | {row['arithmetic']:.0%} | {_interval(row['frechet'])} | "
+            f"{_interval(row['distance'])} | {_interval(row['score'])} |"
+        )
+    lines += [
+        "",
+        "| difference | in the same | Fréchet distance | distance to unpatched | prompt score |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['arm']} less {row['beside']} | {row['same']} | {_interval(row['frechet'], '+')} | "
+        f"{_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
+        for row in result["differences"]
+    ]
+    return lines
+
+
+def _interval(found: dict[str, float], sign: str = "") -> str:
+    value, low, high = (format(found[key], f"{sign}.3f") for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _range(ends: Sequence[float]) -> str:
+    return f"[{ends[0]:.2f}, {ends[1]:.2f}]"
 
 
 def _op(result: dict[str, Any]) -> list[str]:
@@ -183,18 +279,20 @@ def _machine(machine: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Write or check the README."""
+    """Write or check the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     check = parser.parse_args().check
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    made = f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
-    if check:
-        return int(made != text)
-    README.write_text(made)
-    return 0
+    stale = False
+    for path, tables in FILES.items():
+        text = path.read_text()
+        head, rest = text.split(BEGIN)
+        lines = "\n".join(tables()).strip()
+        made = f"{head}{BEGIN}\n\n{lines}\n\n{END}{rest.split(END)[1]}"
+        stale |= made != text
+        if not check:
+            path.write_text(made)
+    return int(check and stale)
 
 
 if __name__ == "__main__":
