@@ -1,14 +1,12 @@
 """What a patched model will do, before it does it: backends, plan, FLOPs, bytes and cache size.
 
-Counts are closed forms over the model's own layers (multiply-accumulates of linear layers and of attention products;
-norms and activations are not counted), so nothing runs. The cache size is the sum of the slots that are kept after the
-worst step.
+Nothing runs: see `cost.py` for what is counted.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +14,9 @@ from torch import nn
 
 from fastdit.adapters.base import Size
 from fastdit.clock import predicted_levels
+from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
-from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan, plan_run
+from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.spec import ModelSpec
 
@@ -37,6 +36,7 @@ class Explanation:
         steps, rows, image_tokens, text_tokens: The run: transformer rows are batch times CFG branches.
         reuse_share: Share of all (step, block, component) cells that do not run, each counted alike (HarmoniCa's CUR).
         macs, dense_macs: Multiply-accumulates of the run, with the plan and without.
+        linear_macs: Those of linear layers where the schedule's bits compute, of all tokens: the ECAD paper's count.
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
         cache_bytes: Most bytes in caches at once.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
@@ -55,6 +55,7 @@ class Explanation:
     text_tokens: int
     reuse_share: float
     macs: int
+    linear_macs: int
     dense_macs: int
     residual_bytes: int
     dense_residual_bytes: int
@@ -126,7 +127,7 @@ def explain_session(
     levels = None if pipeline is None else predicted_levels(pipeline.scheduler, steps, image)
     partial = tuple(step is not None for step in active)
     plan = plan_run(session.methods, spec, steps, partial, levels)
-    count = _Count(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
+    count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     return Explanation(
         family=adapter.family,
         model=type(transformer).__name__,
@@ -146,6 +147,7 @@ def explain_session(
         text_tokens=text,
         reuse_share=count.reuse_share(plan),
         macs=count.macs(plan, tokens),
+        linear_macs=count.linear_macs(plan.reuse, steps),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=count.residual_bytes(plan),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
@@ -168,130 +170,9 @@ def run_speedup(session: Any, transformer: nn.Module) -> float:
     actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
     plan = RunPlan(len(steps), run.plan.reuse, actions)
     size = Size(run.image_tokens, run.text_tokens)
-    count = _Count(session.adapter, transformer, session.spec, size, 1, 1)
+    count = Cost(session.adapter, transformer, session.spec, size, 1, 1)
     dense = count.macs(RunPlan(len(steps), None, ()))
     return dense / count.macs(plan, [run.records[step].tokens for step in steps])
-
-
-class _Count:
-    """Sums over the components of a model for one size; per-component values are computed once."""
-
-    def __init__(
-        self,
-        adapter: Any,
-        transformer: nn.Module,
-        spec: ModelSpec,
-        size: Size,
-        rows: int,
-        itemsize: int,
-    ) -> None:
-        blocks = adapter.blocks(transformer)
-        first = {}
-        for index, (kind, _) in enumerate(blocks):
-            first.setdefault(kind, index)
-        self._adapter, self._size, self._rows, self._itemsize = adapter, size, rows, itemsize
-        self._transformer = transformer
-        self._arguments: list[tuple[Any, ...]] = []
-        self._sparse: dict[int, list[int]] = {}
-        self.cells = []  # (block over all kinds, component, MACs, bytes, adds to the stream itself)
-        for kind, block, component in spec.components():
-            index = first[kind.name] + block
-            arguments = (transformer, kind.name, blocks[index][1], component, size)
-            macs = adapter.macs(*arguments) * rows
-            moved = adapter.slot_elements(*arguments) * rows * itemsize
-            self.cells.append((index, component, macs, moved, component not in kind.consumers))
-            self._arguments.append(arguments[:-1])
-        self.overhead = adapter.overhead_macs(transformer, size) * rows
-        self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
-
-    def reuse_share(self, plan: RunPlan) -> float:
-        """Share of the cells that do not run."""
-        skipped = sum(
-            not step[index][component] & COMPUTE
-            for step in plan.actions
-            for index, component, *_ in self.cells
-        )
-        return skipped / (plan.steps * len(self.cells))
-
-    def macs(self, plan: RunPlan, tokens: Sequence[int] = ()) -> int:
-        """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said."""
-        total = 0
-        for step in range(plan.steps):
-            count = tokens[step] if tokens else self._size.image
-            actions = plan.actions[step] if plan.actions else None
-            total += self._adapter.overhead_macs(
-                self._transformer, Size(count, self._size.text)
-            ) * self._rows + sum(
-                macs
-                for (index, component, *_), macs in zip(self.cells, self._at(count), strict=True)
-                if actions is None or actions[index][component] & COMPUTE
-            )
-        return total
-
-    def _at(self, count: int) -> list[int]:
-        """MACs of every cell for `count` active image tokens, whose attentions still read the keys of all.
-
-        A count of n tokens is a n + q (n + t)^2 + c with the attention's products in q, t being the text where it joins
-        them. The second difference is 2 q; of these products, (count + t) ask and (image + t) are asked.
-        """
-        if count not in self._sparse:
-            image, text = self._size.image, self._size.text
-
-            def macs(arguments: tuple[Any, ...], n: int) -> int:
-                return self._adapter.macs(*arguments, Size(n, text)) * self._rows
-
-            found = []
-            for arguments in self._arguments:
-                dense = macs(arguments, count)
-                q = (macs(arguments, count + 1) - 2 * dense + macs(arguments, count - 1)) // 2
-                joint = set(self._adapter.layouts.get(arguments[-1], ())) & {"text", "joint"}
-                asked = count + (text if joint else 0)
-                found.append(dense + q * asked * (image - count))
-            self._sparse[count] = found
-        return self._sparse[count]
-
-    def key_bytes(self) -> int:
-        """Bytes of the keys and values that a method keeps which leaves tokens out, one CFG branch's rows."""
-        total = 0
-        for (_, component, *_), arguments in zip(self.cells, self._arguments, strict=True):
-            transformer, kind, block, _ = arguments
-            total += self._adapter.key_elements(transformer, kind, block, component, self._size)
-        return total * self._rows * self._itemsize
-
-    def bytes_of_outputs(self) -> int:
-        """Bytes of all outputs that are added to the stream in one step."""
-        return sum(moved for _, _, _, moved, adds in self.cells if adds)
-
-    def residual_bytes(self, plan: RunPlan) -> int:
-        """Bytes moved by residual updates: each output once, and the stream read and written once per update.
-
-        An update is a maximal run of reused components together with the computed one that ends it.
-        """
-        if not plan.actions:
-            updates = sum(1 for *_, adds in self.cells if adds)
-            return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
-        total = 0
-        for step in plan.actions:
-            added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
-            updates = sum(1 for flags in added if flags & COMPUTE) + bool(
-                added and added[-1] & REUSE
-            )
-            total += self.bytes_of_outputs() + 2 * updates * self.stream
-        return total
-
-    def cache_bytes(self, plan: RunPlan) -> int:
-        """Most bytes kept after any step."""
-        return max(
-            (
-                sum(
-                    moved
-                    for index, component, _, moved, _ in self.cells
-                    if step[index][component] & KEEP
-                )
-                for step in plan.actions
-            ),
-            default=0,
-        )
 
 
 def raster(plan: RunPlan, spec: ModelSpec) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-import fastdit.adapters
 from fastdit import clock, ops
-from fastdit.discover import discover
+from fastdit.adapters import adapters, find_adapter
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.explain import Explanation, explain_session, run_speedup
@@ -285,27 +284,6 @@ def handle_of(target: Any) -> Handle:
     if session is None:
         raise FastDiTError(f"this {type(target).__name__} is not patched; call fastdit.patch first")
     return Handle(session, transformer, pipeline)
-
-
-def adapters() -> dict[str, Any]:
-    """All adapters by module name."""
-    return dict(discover(fastdit.adapters, "ADAPTER"))
-
-
-def find_adapter(transformer: nn.Module) -> Any:
-    """The adapter of a transformer's family.
-
-    Raises:
-        UnsupportedModelError: There is none; names the supported classes.
-    """
-    known = adapters().values()
-    for adapter in known:
-        if adapter.matches(transformer):
-            return adapter
-    supported = sorted(name for adapter in known for name in adapter.model_classes)
-    raise UnsupportedModelError(
-        f"no adapter for {type(transformer).__name__}; supported transformers: {', '.join(supported)}"
-    )
 
 
 def _resolve(target: Any) -> tuple[Any | None, nn.Module]:

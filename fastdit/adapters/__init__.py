@@ -1,0 +1,32 @@
+"""The model families: one file each, found by this folder."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from fastdit.discover import discover
+from fastdit.errors import UnsupportedModelError
+
+
+def adapters() -> dict[str, Any]:
+    """All adapters by module name."""
+    return dict(discover(sys.modules[__name__], "ADAPTER"))
+
+
+def find_adapter(transformer: nn.Module) -> Any:
+    """The adapter of a transformer's family.
+
+    Raises:
+        UnsupportedModelError: There is none; names the supported classes.
+    """
+    known = adapters().values()
+    for adapter in known:
+        if adapter.matches(transformer):
+            return adapter
+    supported = sorted(name for adapter in known for name in adapter.model_classes)
+    raise UnsupportedModelError(
+        f"no adapter for {type(transformer).__name__}; supported transformers: {', '.join(supported)}"
+    )

@@ -1,4 +1,4 @@
-"""The command line: `fastdit demo`, `explain`, `schedule show`, `backends`.
+"""The command line: `fastdit demo`, `explain`, `schedule`, `backends`.
 
 Reads arguments, calls the library, prints. Errors the library raises on purpose end as one red line
 and exit code 2, Ctrl-C as exit code 130. What is heavy (torch, diffusers, drawing) is imported by
@@ -84,6 +84,8 @@ def fastdit(
       fastdit explain --model ./FLUX.1-dev --every 2 --height 1024 --width 1024
 
       fastdit schedule show ecad.json --png ecad.png
+
+      fastdit schedule stats ecad.json
     """
 
 
@@ -190,6 +192,30 @@ def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
 
         save_raster(found, png, file.stem)
         Console().print(f"picture: {png}", highlight=False, soft_wrap=True)
+
+
+@schedules.command("stats")
+def stats(file: options.ScheduleFile, pixels: options.Side = 256) -> None:
+    """Count what the bits say: reuse, ages, runs, dead work; and the cost on the model it was published for."""
+    from fastdit.cli.console import schedule_statistics
+    from fastdit.cli.published import published_cost
+
+    found = _read_schedule(file, "FILE")
+    cost = published_cost(found, pixels)
+    Console().print(schedule_statistics(found, cost), soft_wrap=True)
+
+
+@schedules.command("convert")
+def convert(
+    file: options.ScheduleFile, out: options.NewFile, layout: options.Layout = "ecad"
+) -> None:
+    """Write a schedule again in the layout of ECAD's released files, or in this package's."""
+    found = _read_schedule(file, "FILE")
+    try:
+        found.save(out, layout)
+    except OSError as error:
+        raise ArgumentError(f"OUT {out} cannot be written: {error.strerror}") from error
+    Console().print(f"schedule: {out}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -7,7 +7,7 @@ Only wording and layout: what is shown was computed elsewhere. Tables fit a term
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from fastdit.cli.demo import Arm, Cell, Comparison, Progress
     from fastdit.cli.loading import Model
+    from fastdit.cost import Cost
     from fastdit.explain import Explanation
     from fastdit.schedule import Schedule
 
@@ -197,6 +198,55 @@ def schedule_facts(schedule: Schedule, name: str) -> RenderableType:
     lines.append(Fact("sha256", schedule.sha256))
     lines += [Fact(f"from {key}", str(value)) for key, value in schedule.provenance.items()]
     return Group(facts(lines), Text(), schedule_raster(schedule))
+
+
+def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> RenderableType:
+    """What a schedule's bits say, and its cost on a model named with it."""
+    from fastdit.plan import RunPlan, lower
+    from fastdit.statistics import statistics
+
+    found = statistics(schedule, cost[1].spec if cost is not None else None)
+    eager, each, runs = found.traffic
+    lines = [
+        Fact("steps", f"{found.steps} of {found.cells} components"),
+        Fact("reused", f"{found.reused} ({found.reuse_share:.1%}), in {found.runs} runs"),
+        Fact("idle steps", ", ".join(map(str, found.idle_steps)) or "none"),
+        Fact("ages", f"{found.mean_age:.2f} steps in the mean, {found.longest_reuse} at most"),
+        Fact(
+            "never renewed",
+            ", ".join(f"{kind}[{block}].{name}" for kind, block, name in found.never_renewed)
+            or "none",
+        ),
+        Fact(
+            "whole blocks",
+            ", ".join(f"{share:.1%} of {kind}" for kind, share in found.whole_blocks.items()),
+        ),
+        Fact("dead", _named(found.dead) + f"; {found.stale_outputs} outputs of stale inputs"),
+        Fact("reuse moves", f"{eager} X eager, {each} X one by one, {runs} X run by run"),
+    ]
+    for name, counts in found.blocks_per_step.items():
+        per_step = " ".join(map(str, counts))
+        lines.append(Fact(name, f"computes {found.computed[name]} times, per step {per_step}"))
+    if cost is not None:
+        model, count = cost
+        macs = count.linear_macs(schedule.bind(count.spec, schedule.steps), schedule.steps)
+        dense = count.linear_macs(None, schedule.steps)
+        plan = RunPlan(schedule.steps, schedule, lower(schedule, count.spec))
+        true, true_dense = count.macs(plan), count.macs(RunPlan(schedule.steps, None, ()))
+        lines += [
+            Fact("counted on", f"{model}, {count.rows} rows of {count.size.image} image tokens"),
+            Fact("linear MACs", f"{macs} of {dense}: {dense / macs:.2f}x fewer"),
+            Fact("with attention", f"{true} of {true_dense}: {true_dense / true:.2f}x fewer"),
+            Fact(
+                "caches",
+                f"at most {count.cache_bytes(plan) / count.itemsize * 2 / 2**20:.1f} MiB in 16 bits",
+            ),
+        ]
+    return facts(lines)
+
+
+def _named(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"
 
 
 def schedule_raster(schedule: Schedule) -> Text:

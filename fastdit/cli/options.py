@@ -71,3 +71,8 @@ Raster = Annotated[
     Path | None,
     typer.Option("--png", metavar="FILE.png", help="Draw every block, step and component here."),
 ]
+Side = Annotated[
+    int, typer.Option("--pixels", min=16, help="Side of the image whose cost is counted.")
+]
+NewFile = Annotated[Path, typer.Argument(metavar="OUT", help="Where the schedule goes.")]
+Layout = Annotated[str, typer.Option(metavar="NAME", help="ecad or fastdit.")]

@@ -1,0 +1,192 @@
+"""What the steps of a model cost, as closed forms over its own layers: multiply-accumulates, bytes moved, cache size.
+
+Counted are the multiply-accumulates of linear layers and of attention products; norms and activations are not. The
+cache size is the sum of the slots that are kept after the worst step. Nothing runs, so the weights may be anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fastdit.adapters import find_adapter
+from fastdit.adapters.base import Size
+from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan
+from fastdit.schedule import Schedule
+from fastdit.spec import ModelSpec
+
+
+class Cost:
+    """Sums over the components of a model for one size; per-component values are computed once.
+
+    Args:
+        adapter, transformer, spec: A family's adapter, a model (on the meta device if you like), its kinds.
+        size: Image and text tokens of a row.
+        rows: Batch times branches of guidance.
+        itemsize: Bytes of an element.
+    """
+
+    @classmethod
+    def of(cls, transformer: nn.Module, image: int, text: int, rows: int = 1) -> Cost:
+        """The costs of a transformer, in its own dtype.
+
+        Raises:
+            UnsupportedModelError: No adapter knows the model.
+        """
+        adapter = find_adapter(transformer)
+        spec, itemsize = adapter.spec(transformer), transformer.dtype.itemsize
+        return cls(adapter, transformer, spec, Size(image, text), rows, itemsize)
+
+    def __init__(
+        self,
+        adapter: Any,
+        transformer: nn.Module,
+        spec: ModelSpec,
+        size: Size,
+        rows: int,
+        itemsize: int,
+    ) -> None:
+        blocks = adapter.blocks(transformer)
+        first = {}
+        for index, (kind, _) in enumerate(blocks):
+            first.setdefault(kind, index)
+        self._adapter, self.size, self.rows, self.itemsize = adapter, size, rows, itemsize
+        self._transformer, self.spec = transformer, spec
+        self._arguments: list[tuple[Any, ...]] = []
+        self._sparse: dict[int, list[int]] = {}
+        self.cells = []  # (block over all kinds, component, MACs, bytes, adds to the stream itself)
+        for kind, block, component in spec.components():
+            index = first[kind.name] + block
+            arguments = (transformer, kind.name, blocks[index][1], component, size)
+            macs = adapter.macs(*arguments) * rows
+            moved = adapter.slot_elements(*arguments) * rows * itemsize
+            self.cells.append((index, component, macs, moved, component not in kind.consumers))
+            self._arguments.append(arguments[:-1])
+        self.overhead = adapter.overhead_macs(transformer, size) * rows
+        self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
+
+    def reuse_share(self, plan: RunPlan) -> float:
+        """Share of the cells that do not run."""
+        skipped = sum(
+            not step[index][component] & COMPUTE
+            for step in plan.actions
+            for index, component, *_ in self.cells
+        )
+        return skipped / (plan.steps * len(self.cells))
+
+    def macs(self, plan: RunPlan, tokens: Sequence[int] = ()) -> int:
+        """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said."""
+        total = 0
+        for step in range(plan.steps):
+            count = tokens[step] if tokens else self.size.image
+            actions = plan.actions[step] if plan.actions else None
+            total += self._adapter.overhead_macs(
+                self._transformer, Size(count, self.size.text)
+            ) * self.rows + sum(
+                macs
+                for (index, component, *_), macs in zip(self.cells, self._at(count), strict=True)
+                if actions is None or actions[index][component] & COMPUTE
+            )
+        return total
+
+    def linear_macs(self, schedule: Schedule | None, steps: int) -> int:
+        """Multiply-accumulates of a run's linear layers, the products of attention left out: ECAD's count (spec 6.6).
+
+        A component whose bit computes is counted even if nobody reads it, and all tokens are. `schedule` is bound to
+        the model; None computes everything.
+        """
+        total = steps * self.overhead
+        bits = (
+            {}
+            if schedule is None
+            else {
+                (kind, name): layer.bits[:, :, index].sum(axis=0)
+                for kind, layer in schedule.layers.items()
+                for index, name in enumerate(layer.components)
+            }
+        )
+        for (kind, block, component), macs in zip(
+            self.spec.components(), self._linear, strict=True
+        ):
+            times = bits.get((kind.name, component))
+            total += macs * (steps if times is None else int(times[block]))
+        return total
+
+    @functools.cached_property
+    def _linear(self) -> list[int]:
+        """MACs of every cell without products of attention. Linear layers grow like the tokens, the products like their
+        square: with f(s) = a + q and f(2 s) = 2 a + 4 q for both kinds of tokens doubled, a = 2 f(s) - f(2 s) / 2.
+        """
+        double = Size(2 * self.size.image, 2 * self.size.text)
+        return [
+            2 * cell[2] - self._adapter.macs(*arguments, double) * self.rows // 2
+            for cell, arguments in zip(self.cells, self._arguments, strict=True)
+        ]
+
+    def _at(self, count: int) -> list[int]:
+        """MACs of every cell for `count` active image tokens, whose attentions still read the keys of all.
+
+        A count of n tokens is a n + q (n + t)^2 + c with the attention's products in q, t being the text where it joins
+        them. The second difference is 2 q; of these products, (count + t) ask and (image + t) are asked.
+        """
+        if count not in self._sparse:
+            image, text = self.size.image, self.size.text
+
+            def macs(arguments: tuple[Any, ...], n: int) -> int:
+                return self._adapter.macs(*arguments, Size(n, text)) * self.rows
+
+            found = []
+            for arguments in self._arguments:
+                dense = macs(arguments, count)
+                q = (macs(arguments, count + 1) - 2 * dense + macs(arguments, count - 1)) // 2
+                joint = set(self._adapter.layouts.get(arguments[-1], ())) & {"text", "joint"}
+                asked = count + (text if joint else 0)
+                found.append(dense + q * asked * (image - count))
+            self._sparse[count] = found
+        return self._sparse[count]
+
+    def key_bytes(self) -> int:
+        """Bytes of the keys and values that a method keeps which leaves tokens out, one CFG branch's rows."""
+        total = 0
+        for (_, component, *_), arguments in zip(self.cells, self._arguments, strict=True):
+            transformer, kind, block, _ = arguments
+            total += self._adapter.key_elements(transformer, kind, block, component, self.size)
+        return total * self.rows * self.itemsize
+
+    def bytes_of_outputs(self) -> int:
+        """Bytes of all outputs that are added to the stream in one step."""
+        return sum(moved for _, _, _, moved, adds in self.cells if adds)
+
+    def residual_bytes(self, plan: RunPlan) -> int:
+        """Bytes moved by residual updates: each output once, and the stream read and written once per update.
+
+        An update is a maximal run of reused components together with the computed one that ends it.
+        """
+        if not plan.actions:
+            updates = sum(1 for *_, adds in self.cells if adds)
+            return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
+        total = 0
+        for step in plan.actions:
+            added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
+            updates = sum(1 for flags in added if flags & COMPUTE) + bool(
+                added and added[-1] & REUSE
+            )
+            total += self.bytes_of_outputs() + 2 * updates * self.stream
+        return total
+
+    def cache_bytes(self, plan: RunPlan) -> int:
+        """Most bytes kept after any step."""
+        return max(
+            (
+                sum(
+                    moved
+                    for index, component, _, moved, _ in self.cells
+                    if step[index][component] & KEEP
+                )
+                for step in plan.actions
+            ),
+            default=0,
+        )

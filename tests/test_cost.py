@@ -1,0 +1,168 @@
+"""The cost model against the published totals of ECAD (spec sections 6.6 and 7), and statistics against hand counts."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
+from typer.testing import CliRunner
+
+import tiny_models
+from fastdit import Schedule
+from fastdit.cli import commands
+from fastdit.cost import Cost
+from fastdit.plan import RunPlan, lower
+from fastdit.spec import BlockKind, ModelSpec
+from fastdit.statistics import statistics
+from oracle import random_bits
+
+pytestmark = pytest.mark.diffusers
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The published models without weights."""
+    with torch.device("meta"):
+        return {
+            "alpha-256": PixArtTransformer2DModel(sample_size=32, caption_channels=4096),
+            "alpha-1024": PixArtTransformer2DModel(sample_size=128, caption_channels=4096),
+            "flux": FluxTransformer2DModel(guidance_embeds=True),
+        }
+
+
+def fora(cost, n):
+    return cost.linear_macs(Schedule.every(n).bind(cost.spec, 20), 20) / 1e12
+
+
+def test_pixart_is_counted_as_the_authors_do_to_the_last_digit(models):
+    cost = Cost.of(models["alpha-256"], image=256, text=120, rows=2)
+    attn1, attn2, ff = cost._linear[:3]
+    assert (attn1, attn2, ff) == (2717908992, 1995964416, 5435817984)
+    assert cost.overhead == 1498447872
+    assert cost.linear_macs(None, 1) == 285689806848
+    assert cost.linear_macs(None, 20) == 5713796136960
+    totals = [f"{fora(cost, n):.3f}" for n in (2, 3, 4, 5)]
+    assert totals == ["2.872", "2.019", "1.451", "1.167"]
+    large = Cost.of(models["alpha-1024"], image=4096, text=120, rows=2)
+    assert f"{large.linear_macs(None, 20) / 1e12:.2f}" == "85.63"
+
+
+def test_flux_is_counted_as_the_authors_do_to_the_last_digit(models):
+    cost = Cost.of(models["flux"], image=256, text=512, rows=2)
+    assert cost.overhead == 19643498496
+    assert cost.linear_macs(None, 1) == 9934575501312
+    assert cost.linear_macs(None, 20) == 198691510026240
+    totals = [f"{fora(cost, n):.2f}" for n in (2, 3, 4, 5)]
+    assert totals == ["99.54", "69.80", "49.97", "40.05"]
+    large = Cost.of(models["flux"], image=4096, text=512, rows=2)
+    assert large.overhead == 22663397376
+    assert f"{large.linear_macs(None, 20) / 1e12:.1f}" == "1190.2"
+    assert f"{large.linear_macs(None, 8) / 1e12:.1f}" == "476.1"
+    assert f"{fora(large, 3):.1f}" == "416.9"
+
+
+def test_closed_forms_of_every_component(models):
+    """Section 6.6's formulas, component by component, with and without the products of attention."""
+    n, text, rows, d = 1024, 300, 2, 1152
+    cost = Cost.of(models["alpha-256"], n, text, rows)
+    linear = [4 * d * d * n, 2 * d * d * (n + text), 8 * d * d * n]
+    assert cost._linear[:3] == [rows * macs for macs in linear]
+    products = [2 * n * n * d, 2 * n * text * d, 0]
+    for cell, macs, extra in zip(cost.cells, linear, products, strict=False):
+        assert cell[2] == rows * (macs + extra)
+    d, joint = 3072, n + text
+    cost = Cost.of(models["flux"], n, text, rows)
+    assert cost._linear[:3] == [
+        rows * 4 * d * d * joint,
+        rows * 8 * d * d * n,
+        rows * 8 * d * d * text,
+    ]
+    assert cost._linear[-3:] == [rows * k * d * d * joint for k in (3, 4, 5)]
+    assert cost.cells[-3][2] - cost._linear[-3] == rows * 2 * joint * joint * d
+
+
+def test_a_recomputed_attention_that_nobody_reads_counts_for_the_authors_only():
+    model = tiny_models.transformer("flux")
+    cost = Cost.of(model, 16, 5)
+    bits, names = random_bits(model, 3, 0, compute=1.1)
+    full = Schedule.from_bits(bits, names).bind(cost.spec, 3)
+    bits["single_transformer_blocks"][1, :, 2] = False  # proj_out is reused; its inputs compute
+    bits["single_transformer_blocks"][2, :, :] = True
+    wasteful = Schedule.from_bits(bits, names).bind(cost.spec, 3)
+    outputs = sum(cost._linear[-6:][2::3])
+    assert cost.linear_macs(full, 3) - cost.linear_macs(wasteful, 3) == outputs
+    spared = cost.macs(RunPlan(3, None, ())) - cost.macs(
+        RunPlan(3, wasteful, lower(wasteful, cost.spec))
+    )
+    assert spared == sum(cell[2] for cell in cost.cells[-6:])
+
+
+# ---- statistics
+
+
+def test_statistics_of_a_schedule_counted_by_hand():
+    bits = np.array(
+        [
+            [[0, 1], [1, 1]],  # step 0 computes whatever it says
+            [[0, 0], [0, 1]],
+            [[0, 0], [0, 0]],
+            [[1, 0], [0, 0]],
+        ],
+        dtype=bool,
+    )
+    found = statistics(Schedule.from_bits(bits, ["a", "b"]))
+    assert (found.steps, found.cells, found.reused) == (4, 4, 10)
+    assert found.reuse_share == 10 / 16
+    assert found.idle_steps == (2,)
+    assert found.computed == {"a": 3, "b": 3}
+    assert found.blocks_per_step == {"a": (2, 0, 0, 1), "b": (2, 1, 0, 0)}
+    # ages of the reused: block 0 a: 1 2; b: 1 2 3; block 1 a: 1 2 3; b: 1 2
+    assert found.longest_reuse == 3
+    assert found.mean_age == 18 / 10
+    assert found.never_renewed == (
+        ("transformer_blocks", 0, "b"),
+        ("transformer_blocks", 1, "a"),
+    )
+    assert found.whole_blocks == {"transformer_blocks": 6 / 8}
+    assert found.runs == 3  # steps 1, 2 and 3 have one run each: a b a, all, b a b
+    assert found.traffic == (50, 30, 16)
+    assert found.dead == {}
+
+
+def test_dead_work_and_stale_outputs():
+    """`in` computes at 1 unread before it is replaced at 2; `out` at 4 reads what it read at 2."""
+    kind = BlockKind("transformer_blocks", 1, ("in", "out"), consumers={"in": "out"})
+    bits = np.array([[[1, 1]], [[1, 0]], [[1, 1]], [[0, 0]], [[0, 1]]], dtype=bool)
+    found = statistics(Schedule.from_bits(bits, ["in", "out"]), ModelSpec("toy", (kind,)))
+    assert found.dead == {"in": 1}
+    assert found.stale_outputs == 1
+
+
+def test_nothing_reused():
+    found = statistics(Schedule.from_bits(np.ones((1, 2, 2)) > 0, ["a", "b"]))
+    assert (found.reused, found.runs, found.mean_age, found.longest_reuse) == (0, 0, 0.0, 0)
+    assert found.never_renewed == ()
+
+
+def test_stats_and_convert_commands(tmp_path):
+    bits = np.random.default_rng(0).random((20, 28, 3)) < 0.4
+    schedule = Schedule.from_bits(bits, ["attn1", "attn2", "ff"])
+    schedule.save(tmp_path / "a.json")
+    runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb"})
+    done = runner.invoke(commands.app, ["schedule", "stats", str(tmp_path / "a.json")])
+    assert done.exit_code == 0, done.output
+    found = statistics(schedule)
+    assert f"{found.reused} ({found.reuse_share:.1%}), in {found.runs} runs" in done.output
+    assert "of 5713796136960" in done.output
+    out = tmp_path / "b.json"
+    done = runner.invoke(commands.app, ["schedule", "convert", str(tmp_path / "a.json"), str(out)])
+    assert done.exit_code == 0, done.output
+    assert "cache_schedule" in json.loads(out.read_text())
+    assert Schedule.load(out) == schedule
+    done = runner.invoke(
+        commands.app, ["schedule", "convert", str(out), str(tmp_path / "no" / "c")]
+    )
+    assert done.exit_code == 2
