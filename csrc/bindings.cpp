@@ -154,6 +154,30 @@ void resolution_transition(int dtype, int64_t batch, int64_t tokens, int64_t wid
   launch(FD_BY_ISA(resolution_transition), p, p.shape.batch * p.out_tokens() * width, threads);
 }
 
+void blend(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle fresh,
+           py::handle cached, uintptr_t r, py::handle x, py::handle gate, py::handle blended,
+           py::handle out, int64_t /* stored: none */, int threads) {
+  Blend p = blend_of(dtype, batch, tokens, width, fresh, cached, r, x, gate, blended, out);
+  launch(FD_BY_ISA(blend), p, elements(p.shape), threads);
+}
+
+void blend_backward(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle grad,
+                    py::handle fresh, py::handle cached, uintptr_t r, py::handle gate,
+                    py::handle grad_fresh, py::handle grad_cached, uintptr_t grad_r,
+                    uintptr_t partial, int64_t /* stored: none */, int threads) {
+  BlendBackward p = blend_backward_of(dtype, batch, tokens, width, grad, fresh, cached, r, gate,
+                                      grad_fresh, grad_cached, grad_r, partial);
+  launch(FD_BY_ISA(blend_backward), p, elements(p.shape), threads);
+}
+
+void collapse(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
+              const py::list& branches, const py::list& weights, const std::vector<int>& groups,
+              bool accumulate, const py::list& sums, int64_t /* stored: none */, int threads) {
+  Collapse p = collapse_of(dtype, sum_dtype, batch, tokens, width, branches, weights, groups,
+                           accumulate, sums);
+  launch(FD_BY_ISA(collapse), p, elements(p.shape), threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -172,6 +196,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "fastdit's CPU kernels; called through fastdit.ops.";
+  m.def("blend", &fd::blend);
+  m.def("blend_backward", &fd::blend_backward);
+  m.def("collapse", &fd::collapse);
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
   m.def("token_select", &fd::token_select);

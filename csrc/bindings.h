@@ -13,7 +13,10 @@
 #include <array>
 #include <string>
 #include <utility>
+#include <vector>
 
+#include "blend.h"
+#include "collapse.h"
 #include "gated_residual.h"
 #include "norm_modulate.h"
 #include "patchify.h"
@@ -67,6 +70,8 @@ inline Table table(py::handle h) {
 inline Places places(py::handle h) {
   return {reinterpret_cast<int32_t*>(item(h, 0)), item(h, 1), item(h, 2)};
 }
+
+inline float* number(uintptr_t address) { return reinterpret_cast<float*>(address); }
 
 inline Dtype dtype_of(int code) {
   if (code < 0 || code > 2) throw py::value_error("unknown dtype code " + std::to_string(code));
@@ -228,6 +233,66 @@ inline ResolutionTransition resolution_transition_of(int dtype, int64_t batch, i
   p.raster = raster;
   p.out = modulation(out);
   p.out_table = places(out_table);
+  return p;
+}
+
+inline Blend blend_of(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle fresh,
+                      py::handle cached, uintptr_t r, py::handle x, py::handle gate,
+                      py::handle blended, py::handle out) {
+  Blend p;
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, width};
+  p.fresh = state(fresh, p.shape);
+  p.cached = state(cached, p.shape);
+  p.r = number(r);
+  p.x = state(x, p.shape);
+  p.gate = modulation(gate);
+  p.blended = state(blended, p.shape);
+  p.out = state(out, p.shape);
+  return p;
+}
+
+// partial: kPartials floats, on a GPU only.
+inline BlendBackward blend_backward_of(int dtype, int64_t batch, int64_t tokens, int64_t width,
+                                       py::handle grad, py::handle fresh, py::handle cached,
+                                       uintptr_t r, py::handle gate, py::handle grad_fresh,
+                                       py::handle grad_cached, uintptr_t grad_r,
+                                       uintptr_t partial) {
+  BlendBackward p;
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, width};
+  p.grad = state(grad, p.shape);
+  p.fresh = state(fresh, p.shape);
+  p.cached = state(cached, p.shape);
+  p.r = number(r);
+  p.gate = modulation(gate);
+  p.grad_fresh = state(grad_fresh, p.shape);
+  p.grad_cached = state(grad_cached, p.shape);
+  p.grad_r = number(grad_r);
+  p.partial = number(partial);
+  return p;
+}
+
+inline Collapse collapse_of(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
+                            const py::list& branches, const py::list& weights,
+                            const std::vector<int>& groups, bool accumulate, const py::list& sums) {
+  Collapse p;
+  p.count = static_cast<int>(branches.size());
+  p.sum_count = static_cast<int>(sums.size());
+  if (p.count < 1 || p.count > kMaxCollapsed || weights.size() != branches.size() ||
+      groups.size() != branches.size() || p.sum_count < 1 || p.sum_count > kMaxSums) {
+    throw py::value_error("branches, weights and groups must be 1 to 64, and as many; sums 1 to 4");
+  }
+  p.dtype = dtype_of(dtype);
+  p.sum_dtype = dtype_of(sum_dtype);
+  p.shape = {batch, tokens, width};
+  for (int i = 0; i < p.count; ++i) {
+    p.branches[i] = state(branches[i], p.shape);
+    p.weights[i] = modulation(weights[i]);
+    p.groups[i] = static_cast<uint8_t>(groups[i]);
+  }
+  for (int s = 0; s < p.sum_count; ++s) p.sums[s] = state(sums[s], p.shape);
+  p.accumulate = accumulate;
   return p;
 }
 

@@ -61,6 +61,30 @@ void resolution_transition(int dtype, int64_t batch, int64_t tokens, int64_t wid
   cuda::resolution_transition(p, {device, reinterpret_cast<void*>(stream)});
 }
 
+void blend(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle fresh,
+           py::handle cached, uintptr_t r, py::handle x, py::handle gate, py::handle blended,
+           py::handle out, int device, uintptr_t stream) {
+  const Blend p = blend_of(dtype, batch, tokens, width, fresh, cached, r, x, gate, blended, out);
+  cuda::blend(p, {device, reinterpret_cast<void*>(stream)});
+}
+
+void blend_backward(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle grad,
+                    py::handle fresh, py::handle cached, uintptr_t r, py::handle gate,
+                    py::handle grad_fresh, py::handle grad_cached, uintptr_t grad_r,
+                    uintptr_t partial, int device, uintptr_t stream) {
+  const BlendBackward p = blend_backward_of(dtype, batch, tokens, width, grad, fresh, cached, r,
+                                            gate, grad_fresh, grad_cached, grad_r, partial);
+  cuda::blend_backward(p, {device, reinterpret_cast<void*>(stream)});
+}
+
+void collapse(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
+              const py::list& branches, const py::list& weights, const std::vector<int>& groups,
+              bool accumulate, const py::list& sums, int device, uintptr_t stream) {
+  const Collapse p = collapse_of(dtype, sum_dtype, batch, tokens, width, branches, weights, groups,
+                                 accumulate, sums);
+  cuda::collapse(p, {device, reinterpret_cast<void*>(stream)});
+}
+
 py::dict info() {
   const DeviceInfo found = device_info();
   py::dict info;
@@ -80,6 +104,9 @@ PYBIND11_MODULE(_emulated, m) {
 PYBIND11_MODULE(_cuda, m) {
 #endif
   m.doc() = "fastdit's CUDA side; imports on a machine without a driver.";
+  m.def("blend", &fd::blend);
+  m.def("blend_backward", &fd::blend_backward);
+  m.def("collapse", &fd::collapse);
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
   m.def("token_select", &fd::token_select);

@@ -25,6 +25,8 @@ from fastdit.backends.cuda import Cuda
 CSRC = Path(__file__).parents[1] / "csrc"
 BUILT = CSRC.parent / "build" / "emulation"
 KERNELS = (
+    "blend.cu",
+    "collapse.cu",
     "gated_residual.cu",
     "norm_modulate.cu",
     "patchify.cu",

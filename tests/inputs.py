@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
+from fastdit.ops import blend as blend_op
+from fastdit.ops import collapse as collapse_op
 from fastdit.ops import gated_residual as gated_residual_op
 from fastdit.ops import norm_modulate as norm_modulate_op
 from fastdit.ops import patchify as patchify_op
@@ -193,6 +195,36 @@ class Runner:
             x, table, rows, noise, *numbers.values(), pull, unsplit, raster, out, out_table
         )
         return out, out_table
+
+    def blend(self, fresh, cached, r, *, x=None, gate=None, blended=None, out=None) -> Tensor:
+        out = poisoned(fresh.shape, fresh.dtype) if out is None else out
+        if BACKENDS.get(self.backend.name) is self.backend:
+            residual = {"x": x, "gate": gate, "blended": blended}
+            return blend_op(fresh, cached, r, **residual, out=out, backend=self.backend.name)
+        self.backend.blend(fresh, cached, r, x, gate, blended, out)
+        return out
+
+    def blend_backward(
+        self, grad, fresh, cached, r, *, gate=None, wanted="fcr", outs=(None, None, None)
+    ) -> list[Tensor | None]:
+        """Gradients of fresh, cached and r, those that are wanted."""
+        shapes = (grad.shape, grad.shape, ())
+        dtypes = (grad.dtype, grad.dtype, r.dtype)
+        made = [
+            (poisoned(shape, dtype) if out is None else out) if letter in wanted else None
+            for letter, shape, dtype, out in zip("fcr", shapes, dtypes, outs, strict=True)
+        ]
+        self.backend.blend_backward(grad, fresh, cached, r, gate, *made)
+        return made
+
+    def collapse(self, branches, weights, groups, *, dtype=None, out=None) -> Tensor:
+        first = branches[0]
+        if out is None:
+            out = poisoned((1 + max(groups), *first.shape), dtype or first.dtype)
+        if BACKENDS.get(self.backend.name) is self.backend:
+            return collapse_op(branches, weights, groups, out=out, backend=self.backend.name)
+        self.backend.collapse(branches, weights, groups, False, out)
+        return out
 
 
 def generator(*key: int) -> torch.Generator:

@@ -110,3 +110,57 @@ def exact_rotation(x, cos, sin, positions):
 def table_at(table, positions):
     table = table.expand(positions.shape[0], *table.shape[-2:])
     return rows_of(table, positions)
+
+
+def eager_blend(fresh, cached, r, x=None, gate=None):
+    """Returns the result and the blend, which is rounded before its gate."""
+    wide = torch.float64 if fresh.dtype is torch.float64 else torch.float32
+    rest = 1 - r.to(wide)
+    blended = (r.to(wide) * fresh.to(wide) + rest * cached.to(wide)).to(fresh.dtype)
+    if r in (0, 1):
+        blended = fresh if r == 1 else cached
+    return (blended if x is None else eager_gated_residual(x, [blended], [gate])), blended
+
+
+def exact_blend(fresh, cached, r, x=None, gate=None):
+    fresh, cached, r, x, gate = (
+        None if t is None else t.double() for t in (fresh, cached, r, x, gate)
+    )
+    return eager_blend(fresh, cached, r, x, gate)
+
+
+def eager_blend_backward(grad, fresh, cached, r, gate=None):
+    """Gradients of fresh, cached and r, and the magnitude of what the last one adds up."""
+    wide = torch.float64 if grad.dtype is torch.float64 else torch.float32
+    g = grad.to(wide) if gate is None else gate_of(gate.to(wide)) * grad.to(wide)
+    terms = g * (fresh.to(wide) - cached.to(wide))
+    weight = r.to(wide)
+    of_fresh, of_cached = ((w * g).to(grad.dtype) for w in (weight, 1 - weight))
+    return of_fresh, of_cached, terms.sum().to(r.dtype), terms.abs().sum().item()
+
+
+def exact_blend_backward(grad, fresh, cached, r, gate=None):
+    grad, fresh, cached, r, gate = (
+        None if t is None else t.double() for t in (grad, fresh, cached, r, gate)
+    )
+    return eager_blend_backward(grad, fresh, cached, r, gate)
+
+
+def eager_collapse(branches, weights, groups, sums=None, count=1, dtype=None):
+    """Sums in fp32 (fp64) and rounded to dtype; `sums` are what they begin with."""
+    wide = torch.float64 if branches[0].dtype is torch.float64 else torch.float32
+    zero = torch.zeros(branches[0].shape, dtype=wide)
+    found = [zero.clone() for _ in range(count)] if sums is None else list(sums.to(wide))
+    for branch, weight, group in zip(branches, weights, groups, strict=True):
+        term = branch.to(wide) if weight is None else gate_of(weight.to(wide)) * branch.to(wide)
+        found[0] = found[0] + term
+        if group:
+            found[group] = found[group] + branch.to(wide)
+    return torch.stack(found).to(dtype or branches[0].dtype)
+
+
+def exact_collapse(branches, weights, groups, sums=None, count=1):
+    branches = [branch.double() for branch in branches]
+    weights = [None if weight is None else weight.double() for weight in weights]
+    sums = None if sums is None else sums.double()
+    return eager_collapse(branches, weights, groups, sums, count)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastdit.backends.base import Backend
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
+PARTIALS = 1024  # of csrc/blend.h
 NORM_CODES = {None: 0, "rms": 1, "rms_rounded": 1, "layer": 2}  # csrc/qkv_prologue.h
 
 
@@ -159,6 +160,56 @@ class Compiled(Backend):
             _strided(out_table),
             *self._context(x, 0),
         )
+
+    def blend(self, fresh, cached, r, x, gate, blended, out):
+        self._module.blend(
+            DTYPE_CODES[fresh.dtype],
+            *fresh.shape,
+            _address(fresh),
+            _address(cached),
+            r.data_ptr(),
+            _given(x),
+            _modulation(gate, fresh.shape[2]),
+            _given(blended),
+            _address(out),
+            *self._context(fresh, 0),
+        )
+
+    def blend_backward(self, grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+        partial = None if grad_r is None else self._scratch((PARTIALS,), grad.device)
+        self._module.blend_backward(
+            DTYPE_CODES[grad.dtype],
+            *grad.shape,
+            _address(grad),
+            _given(fresh),
+            _given(cached),
+            r.data_ptr(),
+            _modulation(gate, grad.shape[2]),
+            _given(grad_fresh),
+            _given(grad_cached),
+            0 if grad_r is None else grad_r.data_ptr(),
+            0 if partial is None else partial.data_ptr(),
+            *self._context(grad, 0),
+        )
+
+    def collapse(self, branches, weights, groups, accumulate, sums):
+        first = branches[0]
+        width = first.shape[2]
+        self._module.collapse(
+            DTYPE_CODES[first.dtype],
+            DTYPE_CODES[sums.dtype],
+            *first.shape,
+            [_address(branch) for branch in branches],
+            [_modulation(by, width) for by in weights],
+            list(groups),
+            accumulate,
+            [_address(each) for each in sums],
+            *self._context(first, 0),
+        )
+
+
+def _given(t: Tensor | None) -> int | tuple[int, int, int] | None:
+    return None if t is None else _address(t)
 
 
 def _address(t: Tensor) -> int | tuple[int, int, int]:

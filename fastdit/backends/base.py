@@ -127,3 +127,42 @@ class Backend:
     ) -> None:
         """out = scale * x + deviation * z, with four children in the place of each of rows."""
         raise TypeError(f"backend {self.name} has no resolution_transition")
+
+    def blend(
+        self,
+        fresh: Tensor,  # [B, K, D]
+        cached: Tensor,  # [B, K, D]
+        r: Tensor,  # fp32 scalar; may be fp64 where fresh is
+        x: Tensor | None,  # [B, K, D]
+        gate: Tensor | None,  # only with x
+        blended: Tensor | None,  # [B, K, D], written; only with x
+        out: Tensor,  # [B, K, D], written; may be x
+    ) -> None:
+        """blended = r fresh + (1 - r) cached; out = that, or x + gate * that."""
+        raise TypeError(f"backend {self.name} has no blend")
+
+    def blend_backward(
+        self,
+        grad: Tensor,  # [B, K, D], dL/dout
+        fresh: Tensor | None,  # [B, K, D], given with grad_r
+        cached: Tensor | None,  # [B, K, D], given with grad_r
+        r: Tensor,
+        gate: Tensor | None,
+        grad_fresh: Tensor | None,  # [B, K, D], written
+        grad_cached: Tensor | None,  # [B, K, D], written
+        grad_r: Tensor | None,  # scalar like r, written
+    ) -> None:
+        """With g = gate * grad: grad_fresh = r g, grad_cached = (1 - r) g, and
+        grad_r = sum g (fresh - cached), in an order that depends on the shape alone."""
+        raise TypeError(f"backend {self.name} has no blend_backward")
+
+    def collapse(
+        self,
+        branches: Sequence[Tensor],  # 1 to 64 of [B, K, D]
+        weights: Sequence[Tensor | None],  # [B, 1, D] and the like
+        groups: Sequence[int],  # of each branch, below S
+        accumulate: bool,  # onto what sums holds
+        sums: Tensor,  # [S, B, K, D], written; in the branches' dtype or fp32
+    ) -> None:
+        """sums[0] = sum_i weights[i] * branches[i]; sums[g] = sum of the branches of group g."""
+        raise TypeError(f"backend {self.name} has no collapse")

@@ -3,7 +3,8 @@
 fp32, bf16 and fp16 on devices of compute capability 8.0 and up; fp64 is left to `reference`. Any
 width and alignment is served, and gives the same bits; addresses and strides that are multiples of
 16 bytes are quicker. Launches go to torch's current stream and nothing waits. Nothing is allocated,
-but for the keys of token_select, which torch allocates: calls can be captured into a CUDA graph.
+but for the keys of token_select and the partial sums of blend_backward, which torch allocates: calls
+can be captured into a CUDA graph.
 Rows that are out of range are undefined: their values are on the device, where looking at them
 would wait.
 """

@@ -5,6 +5,7 @@ dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its m
 as diffusers' RMSNorm does, whatever the dtype. Heads are normed, rounded to the dtype, rotated in
 fp32 and rounded again, as its attention processors do. A selection of tokens is two stable sorts.
 Tokens are copied by index, cell by cell; where they are split, noise is added in fp32.
+A blend is taken in fp32 and rounded before its gate. A collapse adds in fp32.
 Runs wherever torch does, and is what the ops differentiate through. It is not fast: every operation
 is a pass over memory of its own.
 """
@@ -91,6 +92,43 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+def blended_with(fresh: Tensor, cached: Tensor, r: Tensor) -> Tensor:
+    """r fresh + (1 - r) cached in fp32, or fp64 if they are; all of one where r is 1 or 0."""
+    fresh, cached, r = widened(fresh, cached, r)
+    mixed = r * fresh + (1 - r) * cached
+    return torch.where(r == 1, fresh, torch.where(r == 0, cached, mixed))
+
+
+def gate_gradient(grad: Tensor, fresh: Tensor, cached: Tensor, r: Tensor, gate: Tensor) -> Tensor:
+    """dL/dgate of gate * blend, in the shape and dtype of gate."""
+    product = widened(grad)[0] * blended_with(fresh, cached, r)
+    return product.sum_to_size(per_token(gate).shape).view(gate.shape).to(gate.dtype)
+
+
+def collapsed(
+    branches: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    groups: Sequence[int],
+    count: int,
+    start: Tensor | None = None,
+) -> Tensor:
+    """`count` sums in fp32, or fp64 if the branches are; `start` is what they begin with."""
+    (first,) = widened(branches[0])
+    sums = [torch.zeros_like(first)] * count if start is None else list(start.to(first.dtype))
+    for branch, by, group in zip(branches, weights, groups, strict=True):
+        (branch,) = widened(branch)
+        sums[0] = sums[0] + (branch if by is None else per_token(by) * branch)
+        if group:
+            sums[group] = sums[group] + branch
+    return torch.stack(sums)
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """In fp32, or in fp64 where the first is."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [t.to(wide) for t in tensors]
 
 
 def per_token(modulation: Tensor) -> Tensor:
@@ -319,6 +357,28 @@ class Reference(Backend):
         y = scale * gather_rows(x, source).to(dtype) + deviation * z
         scatter_rows(out, order, y.to(x.dtype))
         scatter_rows(out_table, order, places)
+
+    def blend(self, fresh, cached, r, x, gate, blended, out):
+        mixed = blended_with(fresh, cached, r).to(fresh.dtype)
+        if blended is not None:
+            blended.copy_(mixed)
+        out.copy_(mixed if x is None else residual_sum(x, [mixed], [gate]))
+
+    def blend_backward(self, grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+        g, weight = widened(grad, r)
+        if gate is not None:
+            g = per_token(gate) * g
+        if grad_fresh is not None:
+            grad_fresh.copy_(weight * g)
+        if grad_cached is not None:
+            grad_cached.copy_((1 - weight) * g)
+        if grad_r is not None:
+            fresh, cached = widened(fresh, cached)
+            grad_r.copy_((g * (fresh - cached)).sum(dtype=torch.float64))
+
+    def collapse(self, branches, weights, groups, accumulate, sums):
+        start = sums if accumulate else None
+        sums.copy_(collapsed(branches, weights, groups, sums.shape[0], start))
 
 
 def _at(table: Tensor, rows: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 fp32, bf16 and fp16; fp64 is left to `reference`. Kernels are compiled at first use, once for each
 dtype, width and form of the arguments, so run a step before capturing it into a CUDA graph.
 Launches go to torch's current stream and nothing waits. Nothing is allocated, but for the keys of
-token_select, which torch allocates.
+token_select and the partial sums of blend_backward, which torch allocates.
 
 With TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors, for tests: it is
 thousands of times slower, and truncates to bf16 where a GPU rounds (tests/interpreter.py mends it).
@@ -62,10 +62,19 @@ class Triton(Backend):
     def qkv_prologue(self, *arguments):
         _kernel("qkv_prologue")(*arguments)
 
+    def blend(self, *arguments):
+        _kernel("blend")(*arguments)
+
+    def blend_backward(self, *arguments):
+        _kernel("blend_backward", "blend")(*arguments)
+
+    def collapse(self, *arguments):
+        _kernel("collapse")(*arguments)
+
 
 @functools.cache
-def _kernel(op: str) -> Callable[..., None]:
-    return getattr(importlib.import_module(f"triton_kernels.{op}"), op)
+def _kernel(op: str, file: str | None = None) -> Callable[..., None]:
+    return getattr(importlib.import_module(f"triton_kernels.{file or op}"), op)
 
 
 BACKEND = Triton()

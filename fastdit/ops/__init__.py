@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastdit.ops.blend import blend
+from fastdit.ops.collapse import collapse
 from fastdit.ops.gated_residual import gated_residual
 from fastdit.ops.norm_modulate import norm_modulate
 from fastdit.ops.patchify import patchify, unpatchify
@@ -27,6 +29,8 @@ __all__ = [
     "BACKENDS",
     "Ops",
     "bind",
+    "blend",
+    "collapse",
     "gated_residual",
     "norm_modulate",
     "patchify",
@@ -42,6 +46,8 @@ class Ops:
     """All ops bound to one backend, or to the automatic choice where `backend` is None."""
 
     backend: str | None
+    blend: Callable[..., Tensor]
+    collapse: Callable[..., Tensor]
     gated_residual: Callable[..., Tensor]
     norm_modulate: Callable[..., Tensor]
     patchify: Callable[..., Tensor]
@@ -59,6 +65,8 @@ def bind(backend: str | None = None) -> Ops:
     """The ops on a named backend; None for FASTDIT_BACKEND, or the automatic choice."""
     name = requested_backend(backend)
     functions = (
+        blend,
+        collapse,
         gated_residual,
         norm_modulate,
         patchify,

@@ -96,6 +96,18 @@ def modulation(
         _unit_stride(name, t)
 
 
+def scalar(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    """A number without dimensions, in fp32; in fp64 where the first argument, of `dtype`, is."""
+    if not isinstance(t, Tensor):
+        _refuse(name, type(t).__name__, "a tensor of no dimensions")
+    if t.dtype is not torch.float32 and (t.dtype, dtype) != (torch.float64, torch.float64):
+        _refuse(name, str(t.dtype), "torch.float32, or torch.float64 with float64")
+    if t.device != device:
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
+    if t.dim() != 0:
+        _refuse(name, f"shape {list(t.shape)}", "a tensor of no dimensions")
+
+
 def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
     """int64 or int32 [B, K]; sorted and unique by contract, which only the values could show."""
     if not isinstance(rows, Tensor):
@@ -108,6 +120,29 @@ def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
         _refuse("rows", f"shape {list(rows.shape)}", f"shape [{batch}, K]")
     if not rows.is_contiguous():
         _unit_stride("rows", rows)
+
+
+def sums(
+    name: str,
+    t: Tensor,
+    fewest: int,
+    most: int,
+    shape: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    device: torch.device,
+) -> None:
+    """Several tensors of one shape, one after the other: [S, B, K, D]."""
+    if not isinstance(t, Tensor):
+        _refuse(name, type(t).__name__, "a tensor [S, B, K, D]")
+    if t.dtype not in dtypes:
+        _refuse(name, str(t.dtype), " or ".join(str(d) for d in dict.fromkeys(dtypes)))
+    if t.device != device:
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
+    if t.dim() != 4 or t.shape[1:] != shape or not fewest <= t.shape[0] <= most:
+        sizes = ", ".join(str(size) for size in shape)
+        _refuse(name, f"shape {list(t.shape)}", f"[{fewest} to {most}, {sizes}]")
+    if not t.is_contiguous():
+        _unit_stride(name, t)
 
 
 def field(name: str, t: Tensor) -> torch.Size:
