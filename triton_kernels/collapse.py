@@ -72,9 +72,8 @@ def collapse_kernel(
 def begin(sums, S: tl.constexpr, b, k, col, inside, ACCUMULATE: tl.constexpr):
     """What a sum begins with; nothing is read of one that does not exist."""
     value = tl.zeros(inside.shape, tl.float32)
-    if ACCUMULATE:
-        if len(sums) > S:
-            value = tl.load(pointers(sums[S], b, k, col), mask=inside, other=0.0).to(tl.float32)
+    if ACCUMULATE and len(sums) > S:
+        value = tl.load(pointers(sums[S], b, k, col), mask=inside, other=0.0).to(tl.float32)
     return value
 
 
