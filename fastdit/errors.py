@@ -31,3 +31,11 @@ class ScheduleError(FastDiTError, ValueError):
 
 class CompositionError(FastDiTError, ValueError):
     """Two methods were given that cannot run together."""
+
+
+class SearchError(FastDiTError, RuntimeError):
+    """A search cannot start, go on or resume."""
+
+
+class DependencyError(FastDiTError, ImportError):
+    """A package that belongs to an optional extra is not installed."""

@@ -1,4 +1,4 @@
-"""The command line: `fastdit demo`, `explain`, `schedule`, `backends`.
+"""The command line: `fastdit demo`, `explain`, `search`, `schedule`, `backends`.
 
 Reads arguments, calls the library, prints. Errors the library raises on purpose end as one red line
 and exit code 2, Ctrl-C as exit code 130. What is heavy (torch, diffusers, drawing) is imported by
@@ -82,6 +82,8 @@ def fastdit(
       fastdit demo "a fox in the snow" --model ./PixArt-XL-2-512x512 --steps 20
 
       fastdit explain --model ./FLUX.1-dev --every 2 --height 1024 --width 1024
+
+      fastdit search --model ./PixArt-XL-2-256x256 --prompts prompts.txt --out found
 
       fastdit schedule show ecad.json --png ecad.png
 
@@ -176,6 +178,65 @@ def explain(
     handle = patch(loaded.pipeline, method, backend=backend)
     text = explanation_text(handle.explain(height, width, batch, steps, cfg))
     Console().print(text, soft_wrap=True)
+
+
+@app.command()
+def search(
+    out: options.Folder,
+    model: options.Model = None,
+    prompts: options.PromptFile = None,
+    steps: options.SearchSteps = 20,
+    generations: options.Generations = 50,
+    population: options.Population = None,
+    cost: options.Costs = None,
+    quality: options.Quality = "paired",
+    quality_path: options.QualityPath = None,
+    images_per_prompt: options.ImagesPerPrompt = 1,
+    race: options.Race = 0,
+    seed_schedule: options.Seeds = None,
+    seed: options.SearchSeed = 0,
+    image_seed: options.ImageSeed = 0,
+    batch: options.SearchBatch = 8,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    workers: options.Workers = 1,
+    ray: options.Ray = None,
+    threads: options.WorkerThreads = 1,
+    backend: options.Backend = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Search schedules that trade quality for time (ECAD: NSGA-II). Needs fastdit[search].
+
+    Killed or ended, the same command goes on where it was; more --generations continue it.
+
+    Under torchrun, every rank draws and the first one leads.
+    """
+    from functools import partial
+
+    from fastdit.cli import search as view
+    from fastdit.search import Operators, Settings, Work
+    from fastdit.search.nsga2 import require_pymoo
+
+    require_pymoo()
+    size = {name: value for name, value in (("height", height), ("width", width)) if value}
+    work = Work(
+        view.prompts_of(prompts, embedded=model is None),
+        steps=steps,
+        images_per_prompt=images_per_prompt,
+        seed=image_seed,
+        batch=batch,
+        threads=threads,
+        quality=quality,
+        quality_path=None if quality_path is None else str(quality_path),
+        backend=backend,
+        arguments=size,
+    )
+    settings = Settings(
+        generations, population, tuple(cost or ("true-macs",)), race, Operators(seed=seed)
+    )
+    seeds = [_read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
+    factory = partial(view.load_pipeline, model, dtype)
+    view.run(Console(), out, factory, work, settings, seeds, workers, ray)
 
 
 @schedules.command("show")

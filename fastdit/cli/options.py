@@ -76,3 +76,56 @@ Side = Annotated[
 ]
 NewFile = Annotated[Path, typer.Argument(metavar="OUT", help="Where the schedule goes.")]
 Layout = Annotated[str, typer.Option(metavar="NAME", help="ecad or fastdit.")]
+
+# ---- search
+
+Folder = Annotated[
+    Path,
+    typer.Option("--out", metavar="FOLDER", help="Of the result; a search in it is resumed."),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="One prompt a line; scenes of its training for the embedded model if left out.",
+    ),
+]
+SearchSteps = Annotated[int, typer.Option("--steps", min=2, help="Inference steps.")]
+Generations = Annotated[int, typer.Option(min=0, help="Generations after the seeds.")]
+Population = Annotated[
+    int | None,
+    typer.Option(min=2, help="Schedules per generation. [dim]default: the paper's[/dim]"),
+]
+Costs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cost",
+        metavar="NAME",
+        help="true-macs or latency; may be given again. [dim]default: true-macs[/dim]",
+    ),
+]
+Quality = Annotated[str, typer.Option(metavar="NAME", help="paired, task, clip or image-reward.")]
+QualityPath = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Weights of clip or image-reward; nothing is downloaded."),
+]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Pictures per prompt.")]
+Race = Annotated[
+    int, typer.Option(min=0, help="Judge on so many pictures first, and stop with losers; 0: all.")
+]
+Seeds = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--seed-schedule", metavar="FILE", help="A schedule to begin with; may be given again."
+    ),
+]
+SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the search.")]
+ImageSeed = Annotated[int, typer.Option(min=0, help="Of the first picture.")]
+SearchBatch = Annotated[int, typer.Option("--batch", min=1, help="Pictures per pipeline call.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes that draw; the result is the same.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="Draw on this Ray cluster, or on a 'local' one."),
+]
+WorkerThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads per worker.")]

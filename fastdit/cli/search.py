@@ -1,0 +1,161 @@
+"""What `fastdit search` shows: a bar for the generation in progress, and the front so far.
+
+The work is `fastdit.search`'s; this reads prompts, opens workers and draws the view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from fastdit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastdit.schedule import Schedule
+    from fastdit.search import Search, Settings, State, Work, Workers
+    from fastdit.search.archive import Candidate
+
+SHOWN = 12  # points of the front in the table
+EMBEDDED_PROMPTS = 3  # of each kind of scene
+
+
+def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
+    """The lines of a file; without one, scenes the embedded model was trained on, one and two objects in turn."""
+    if file is None:
+        if not embedded:
+            raise ArgumentError("--prompts FILE is needed with --model: the prompts to judge by")
+        from fastdit import tiny
+
+        kinds = [
+            tiny.prompts(EMBEDDED_PROMPTS, split="train", objects=count, seed=1) for count in (1, 2)
+        ]
+        return tuple(prompt for pair in zip(*kinds, strict=True) for prompt in pair)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--prompts {file} cannot be read: {error}") from error
+    found = tuple(line.strip() for line in lines if line.strip())
+    if not found:
+        raise ArgumentError(f"--prompts {file} holds no prompt")
+    return found
+
+
+def load_pipeline(folder: Path | None, dtype: str | None) -> Any:
+    """The pipeline of a worker; at the top level of a module, so that processes can be sent it."""
+    from fastdit.cli.loading import load_model
+
+    return load_model(folder, dtype).pipeline
+
+
+def run(
+    console: Console,
+    out: Path,
+    factory: Callable[[], Any],
+    work: Work,
+    settings: Settings,
+    seeds: Sequence[Schedule],
+    workers: int,
+    ray: str | None = None,
+) -> None:
+    """Search with a live view; see :func:`fastdit.search.ecad`.
+
+    Under torchrun the first rank leads, and the others only draw. `ray` is a cluster's address, or "local".
+    """
+    from fastdit.search.torchrun import Ranks, launched
+
+    if launched():
+        with closing(Ranks(factory, work)) as ranks:
+            if ranks.rank == 0:
+                _watch(console, out, factory, work, settings, seeds, ranks)
+            else:
+                ranks.serve()
+    elif ray is not None:
+        from fastdit.search.ray_actors import RayActors
+
+        address = None if ray == "local" else ray
+        with closing(RayActors(factory, work, workers, address)) as actors:
+            _watch(console, out, factory, work, settings, seeds, actors)
+    else:
+        _watch(console, out, factory, work, settings, seeds, workers)
+
+
+def _watch(
+    console: Console,
+    out: Path,
+    factory: Callable[[], Any],
+    work: Work,
+    settings: Settings,
+    seeds: Sequence[Schedule],
+    workers: int | Workers,
+) -> None:
+    from fastdit.search import ecad
+
+    console.print(
+        f"[bold]fastdit search[/bold]: {work.items} pictures of {work.steps} steps per schedule, "
+        f"loss: {work.described()['quality']}, costs: {', '.join(settings.costs)}",
+        highlight=False,
+    )
+    with Live(Text("loading the model"), console=console, transient=True) as live:
+        found = ecad(
+            factory,
+            out,
+            work,
+            settings,
+            seeds=seeds,
+            workers=workers,
+            watch=lambda state: live.update(state_view(state, settings.costs)),
+        )
+    console.print(front_table(found.front, settings.costs, found.uncached))
+    console.print(summary_line(found), highlight=False)
+    console.print(f"result: {out}", highlight=False, soft_wrap=True)
+
+
+def state_view(state: State, costs: Sequence[str]) -> RenderableType:
+    """A line, a bar and the front so far."""
+    last = state.generation > state.generations
+    what = "baselines" if last else f"generation {state.generation} of {state.generations}"
+    line = Text(f"{what}: {state.candidates} schedules known, hypervolume {state.gain:+.1%}")
+    bar = ProgressBar(total=max(1, state.total), completed=state.done, width=40)
+    return Group(line, bar, front_table(state.front, costs))
+
+
+def front_table(
+    front: Sequence[Candidate], costs: Sequence[str], uncached: dict[str, float] | None = None
+) -> Table:
+    """Loss and costs of the front, thinned to what fits; costs as shares where the uncached run's are known."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in ("point", "loss", *costs):
+        table.add_column(name, justify="right", no_wrap=True)
+    for index in _thinned(len(front)):
+        loss, *spent = front[index].values
+        cells = []
+        for name, value in zip(costs, spent, strict=True):
+            dense = (uncached or {}).get(name)
+            cells.append(f"{value:.3g}" if dense is None else f"{value / dense:.1%}")
+        table.add_row(f"{index + 1:02d}", f"{loss:.4g}", *cells)
+    return table
+
+
+def summary_line(found: Search) -> str:
+    """What was done, in one sentence."""
+    seen = found.archive.seen.values()
+    lost = sum(not candidate.complete for candidate in seen)
+    return (
+        f"{len(found.generations) - 1} generations, {len(seen)} schedules, {lost} of them stopped early; "
+        f"hypervolume {found.gain:+.1%} over the seeds"
+    )
+
+
+def _thinned(count: int) -> list[int]:
+    if count <= SHOWN:
+        return list(range(count))
+    return sorted({round(i * (count - 1) / (SHOWN - 1)) for i in range(SHOWN)})

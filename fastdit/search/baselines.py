@@ -1,0 +1,57 @@
+"""What a front has to beat, measured like the front: the uncached run, FORA grids, TGATE, and fewer plain steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastdit.search import seeds
+from fastdit.search.archive import Archive, Progress, silent
+
+FORA = (2, 3, 4, 5, 7, 10)
+TGATE = tuple((gate, period) for gate in (10, 15) for period in (1, 3, 5))
+STEP_SHARES = (0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
+UNCACHED, FEWER_STEPS = "uncached", "fewer steps"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One point of comparison.
+
+    Attributes:
+        group: The curve it belongs to.
+        name: Its own.
+        values: The objectives: mean loss, then the costs.
+    """
+
+    group: str
+    name: str
+    values: tuple[float, ...]
+
+
+def measure_baselines(archive: Archive, progress: Progress = silent) -> list[Baseline]:
+    """All that exist for the model; TGATE needs a cross-attention of its own."""
+    genome, steps = archive.genome, archive.work.steps
+    named = {
+        ("FORA", f"every {n}"): seeds.fora(genome, n) for n in FORA if n < steps or n == FORA[0]
+    }
+    if seeds.has_cross_attention(genome):
+        for gate, period in TGATE:
+            step = math.ceil(gate * steps / seeds.PAPER_STEPS)
+            named["TGATE", f"m={step} k={period}"] = seeds.tgate(genome, step, period)
+    vectors = np.stack(list(named.values()))
+    measured = archive.evaluate(vectors, progress, racing=False)
+    found = [
+        Baseline(group, name, candidate.values)
+        for (group, name), candidate in zip(named, measured, strict=True)
+    ]
+    counts = sorted({max(1, round(share * steps)) for share in STEP_SHARES}, reverse=True)
+    points = archive.fewer_steps([steps, *counts], progress)
+    found.append(Baseline(UNCACHED, f"{steps} steps", points[0]))
+    found += [
+        Baseline(FEWER_STEPS, f"{count} steps", values)
+        for count, values in zip(counts, points[1:], strict=True)
+    ]
+    return found

@@ -1,0 +1,216 @@
+"""The search loop: ask NSGA-II, measure, tell, generation after generation, with everything in a ledger.
+
+A search is resumed by running it again: the loop replays itself from the first generation, and what was measured before
+comes out of the ledger. So a search that was killed, at any point, ends with the front it would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastdit.errors import ArgumentError
+from fastdit.schedule import Schedule
+from fastdit.search import cost
+from fastdit.search.archive import Archive, Candidate
+from fastdit.search.evaluator import Work, genome_of
+from fastdit.search.front import hypervolume
+from fastdit.search.genome import Genome
+from fastdit.search.ledger import Ledger
+from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
+from fastdit.search.seeds import default_population, first_population
+from fastdit.search.workers import Workers
+
+LEDGER = "ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is searched, beside how candidates are judged (:class:`~fastdit.search.evaluator.Work`).
+
+    Attributes:
+        generations: Generations of children after the seeds.
+        population: Members and children per generation; by default the paper's for the family.
+        costs: Cost objectives beside the loss, out of `cost.OBJECTIVES`.
+        race: Items of the race of a fresh candidate (see `archive.py`); 0 for none.
+        operators: NSGA-II's settings.
+    """
+
+    generations: int = 50
+    population: int | None = None
+    costs: tuple[str, ...] = ("true-macs",)
+    race: int = 0
+    operators: Operators = field(default_factory=Operators)
+
+    def __post_init__(self) -> None:
+        if self.generations < 0 or self.race < 0:
+            raise ArgumentError(
+                f"generations and race must not be negative, got {self.generations} and {self.race}"
+            )
+        if self.population is not None and self.population < 2:
+            raise ArgumentError(f"population must be at least 2, got {self.population}")
+        if not self.costs or len(set(self.costs)) < len(self.costs):
+            raise ArgumentError(f"costs must be distinct and at least one, got {self.costs!r}")
+        if unknown := sorted(set(self.costs) - set(cost.OBJECTIVES)):
+            raise ArgumentError(f"costs must be of {', '.join(cost.OBJECTIVES)}, got {unknown}")
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a search is, for whoever watches it.
+
+    Attributes:
+        generation, generations: The one in progress, and the last one; after the last, the baselines are measured.
+        done, total: Measurements of it, done and known of so far.
+        candidates: Effective schedules measured so far.
+        front: The front of the generations that are done.
+        gain: Hypervolume of that front over that of the seeds' own, minus one.
+    """
+
+    generation: int
+    generations: int
+    done: int
+    total: int
+    candidates: int
+    front: Sequence[Candidate]
+    gain: float
+
+
+Watch = Callable[[State], None]
+
+
+@dataclass(frozen=True)
+class Search:
+    """A finished search.
+
+    Attributes:
+        front: What nothing dominates, the best first.
+        generations: Facts of each generation: candidates, front, hypervolume.
+        genome: Vectors to schedules and back.
+        uncached: Costs of the uncached run, by objective.
+        archive: Everything that was measured.
+    """
+
+    front: tuple[Candidate, ...]
+    generations: tuple[dict[str, Any], ...]
+    genome: Genome
+    uncached: dict[str, float]
+    archive: Archive
+
+    @property
+    def gain(self) -> float:
+        """Hypervolume of the front over that of the seeds' own, minus one."""
+        first, last = (self.generations[index]["hypervolume"] for index in (0, -1))
+        return last / first - 1 if first else 0.0
+
+
+def identity(
+    work: Work, settings: Settings, seeds: Sequence[Schedule], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """What a ledger belongs to. The number of generations is not part of it: a search can go on."""
+    described = asdict(settings)
+    described.pop("generations")
+    return {
+        **work.described(),
+        **described,
+        "given": [schedule.sha256 for schedule in seeds],
+        "model": facts["model"],
+    }
+
+
+def evolve(
+    folder: Path,
+    work: Work,
+    settings: Settings,
+    seeds: Sequence[Schedule],
+    workers: Workers,
+    watch: Watch = lambda state: None,
+) -> tuple[Search, Ledger]:
+    """Run or resume the search of a folder; the ledger is open for what the caller still measures.
+
+    Raises:
+        SearchError: The folder's ledger is damaged, in use or of another search; a worker was lost.
+    """
+    require_pymoo()
+    facts = workers.facts()
+    genome = genome_of(facts, work.steps)
+    population = settings.population or default_population(genome.spec.family)
+    first = first_population(genome, population, seeds, settings.operators.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / LEDGER, identity(work, settings, seeds, facts))
+    try:
+        archive = Archive(genome, work, settings.costs, settings.race, ledger, workers)
+        algorithm = Nsga2(first, population, 1 + len(settings.costs), settings.operators)
+        loop = _Loop(archive, algorithm, ledger, settings, facts["costs"], watch)
+        for number in range(settings.generations + 1):
+            if not loop.generation(number):
+                break
+    except BaseException:
+        ledger.close()
+        raise
+    done = tuple(ledger.generations[number] for number in range(loop.done))
+    return Search(tuple(archive.front()), done, genome, facts["costs"], archive), ledger
+
+
+@dataclass
+class _Loop:
+    archive: Archive
+    algorithm: Nsga2
+    ledger: Ledger
+    settings: Settings
+    uncached: dict[str, float]
+    watch: Watch
+    done: int = 0
+    reference: tuple[float, ...] = ()
+    volumes: list[float] = field(default_factory=list)
+
+    def generation(self, number: int) -> bool:
+        """One generation; False if there are no new children."""
+        vectors = self.algorithm.ask()
+        if not len(vectors):
+            return False
+        front = self.archive.front()
+
+        def progress(done: int, total: int) -> None:
+            self.watch(self._state(number, done, total, front))
+
+        progress(0, 0)
+        found = self.archive.evaluate(vectors, progress)
+        reused = np.array([candidate.reused for candidate in found])
+        self.algorithm.tell(np.array([c.values for c in found]), reused)
+        self.reference = self.reference or reference_point(
+            np.array([c.values for c in found if c.reused])
+        )
+        front = self.archive.front()
+        self.volumes.append(hypervolume(np.array([c.values for c in front]), self.reference))
+        self.ledger.add_generation(
+            number,
+            {
+                "candidates": _digest(found),
+                "fresh": len(self.archive.seen),
+                "front": [c.key for c in front],
+                "hypervolume": self.volumes[-1],
+            },
+        )
+        self.done = number + 1
+        self.watch(self._state(number, 0, 0, front))
+        return True
+
+    def _state(self, number: int, done: int, total: int, front: Sequence[Candidate]) -> State:
+        gain = self.volumes[-1] / self.volumes[0] - 1 if self.volumes and self.volumes[0] else 0.0
+        candidates = len(self.archive.seen)
+        return State(number, self.settings.generations, done, total, candidates, front, gain)
+
+
+def reference_point(values: np.ndarray) -> tuple[float, ...]:
+    """A little beyond the worst of each objective over [n, objectives]: bounds the hypervolume."""
+    return tuple(float(value) for value in 1.01 * np.max(values, axis=0))
+
+
+def _digest(found: Sequence[Candidate]) -> str:
+    return hashlib.sha256("".join(c.key for c in found).encode()).hexdigest()[:16]

@@ -1,0 +1,37 @@
+"""What dominates what, and how much of the objective space a set of points covers. All objectives are minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def non_dominated(values: np.ndarray) -> np.ndarray:
+    """Indices of the rows of [n, objectives] that no other row dominates, by the first objective.
+
+    Of equal rows the first one stays.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    kept = []
+    for index, row in enumerate(values):
+        no_worse, better = (values <= row).all(axis=1), (values < row).any(axis=1)
+        equal_before = (values[:index] == row).all(axis=1).any()
+        if not (no_worse & better).any() and not equal_before:
+            kept.append(index)
+    order = sorted(kept, key=lambda index: tuple(values[index]))
+    return np.array(order, dtype=int)
+
+
+def hypervolume(values: np.ndarray, reference: Sequence[float]) -> float:
+    """Volume between the rows of [n, objectives] and the `reference` point, which bounds it from above."""
+    from fastdit.search.nsga2 import require_pymoo
+
+    require_pymoo()
+    from pymoo.indicators.hv import HV
+
+    values = np.asarray(values, dtype=np.float64)
+    inside = values[(values < np.asarray(reference)).all(axis=1)]
+    return (
+        float(HV(ref_point=np.asarray(reference, dtype=np.float64))(inside)) if len(inside) else 0.0
+    )

@@ -1,0 +1,111 @@
+"""A schedule as the bit vector that the search varies, and which vectors are the same schedule.
+
+The order is that of the ECAD paper's code (spec 5): step by step, block by block of each kind in running order, and the
+components of a block in running order; True computes. Step 0 is part of the vector, as there, though its bits decide
+nothing. Components that a block does not have are left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from fastdit.errors import ScheduleError
+from fastdit.plan import COMPUTE, REUSE, lower
+from fastdit.schedule import Schedule
+from fastdit.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Genome:
+    """The bit vectors of a model at a number of steps.
+
+    Attributes:
+        spec: The model's block kinds.
+        steps: Steps of the run.
+    """
+
+    spec: ModelSpec
+    steps: int
+
+    @cached_property
+    def cells(self) -> tuple[tuple[str, int, str], ...]:
+        """(kind, block, component) of each bit of one step, in order."""
+        return tuple((kind.name, block, name) for kind, block, name in self.spec.components())
+
+    @property
+    def size(self) -> int:
+        """Bits of a vector."""
+        return self.steps * len(self.cells)
+
+    def schedule(self, vector: np.ndarray, provenance: Mapping[str, Any] | None = None) -> Schedule:
+        """The schedule that a vector, bool [size], stands for."""
+        rows = vector.reshape(self.steps, len(self.cells))
+        bits, components = {}, {}
+        for kind in self.spec.kinds:
+            present = {name for owner, _, name in self.cells if owner == kind.name}
+            names = tuple(name for name in kind.components if name in present)
+            bits[kind.name] = np.ones((self.steps, kind.count, len(names)), dtype=bool)
+            components[kind.name] = names
+        for column, (kind_name, block, name) in enumerate(self.cells):
+            index = components[kind_name].index(name)
+            bits[kind_name][:, block, index] = rows[:, column]
+        return Schedule.from_bits(bits, components, provenance)
+
+    def vector(self, schedule: Schedule) -> np.ndarray:
+        """The vector of a schedule, bool [size]; a component that the schedule does not name computes.
+
+        Raises:
+            ScheduleError: The schedule is for another model or another number of steps.
+        """
+        schedule = schedule.bind(self.spec, self.steps)
+        rows = np.ones((self.steps, len(self.cells)), dtype=bool)
+        for column, (kind, block, name) in enumerate(self.cells):
+            layer = schedule.layers[kind]
+            if name in layer.components:
+                rows[:, column] = layer.bits[:, block, layer.components.index(name)]
+        return rows.ravel()
+
+    def effective(self, vector: np.ndarray) -> np.ndarray:
+        """The vector without what changes nothing: step 0 computes, and what nobody reads does not."""
+        return self._flags(vector) & COMPUTE != 0
+
+    def key(self, vector: np.ndarray) -> str:
+        """A name that two vectors share if and only if they run the same components at the same steps."""
+        flags = self._flags(vector) & (COMPUTE | REUSE)
+        return hashlib.sha256(flags.astype(np.uint8).tobytes()).hexdigest()[:32]
+
+    def reused(self, vector: np.ndarray) -> int:
+        """Number of cells that differ from the uncached run."""
+        return int((~self.effective(vector)).sum())
+
+    def pack(self, vector: np.ndarray) -> bytes:
+        """Eight bits a byte."""
+        return np.packbits(vector).tobytes()
+
+    def unpack(self, packed: bytes) -> np.ndarray:
+        """The reverse of :meth:`pack`."""
+        bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8))
+        if not self.size <= bits.size < self.size + 8:
+            raise ScheduleError(f"{len(packed)} bytes cannot hold {self.size} bits")
+        return bits[: self.size].astype(bool)
+
+    def _flags(self, vector: np.ndarray) -> np.ndarray:
+        """COMPUTE, REUSE or neither, for every cell."""
+        actions = lower(self.schedule(vector), self.spec)
+        first, offsets = 0, {}
+        for kind in self.spec.kinds:
+            offsets[kind.name] = first
+            first += kind.count
+        return np.array(
+            [
+                row[offsets[kind] + block][name]
+                for row in actions
+                for kind, block, name in self.cells
+            ]
+        )

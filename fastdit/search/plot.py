@@ -1,0 +1,71 @@
+"""The Pareto plot: the searched front between the uncached run, FORA grids, TGATE and fewer plain steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+
+from fastdit.search.baselines import FEWER_STEPS, UNCACHED, Baseline
+
+FRONT = "#1f6feb"
+STYLES = {
+    UNCACHED: {"color": "#24292f", "marker": "*", "markersize": 11, "linestyle": "none"},
+    "FORA": {"color": "#d4810b", "marker": "s", "markersize": 5, "linestyle": "--"},
+    "TGATE": {"color": "#8250df", "marker": "^", "markersize": 6, "linestyle": "none"},
+    FEWER_STEPS: {"color": "#cf222e", "marker": "x", "markersize": 6, "linestyle": ":"},
+}
+
+
+def save_plot(
+    path: str | os.PathLike[str],
+    title: str,
+    front: Sequence[Sequence[float]],
+    baselines: Sequence[Baseline],
+    uncached: float,
+    labels: tuple[str, str],
+    seeds: Sequence[Sequence[float]] = (),
+) -> None:
+    """Write the plot as PNG: loss upward over cost to the right, as a share of the uncached run.
+
+    Args:
+        path: Where to.
+        title: One line.
+        front: (loss, cost) of each point of the front.
+        baselines: Points of comparison; their first two values are drawn.
+        uncached: Cost of the uncached run.
+        labels: Names of cost and loss.
+        seeds: (loss, cost) of the front of the first population, if it is to be drawn.
+    """
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axis = figure.subplots()
+    if len(seeds):
+        axis.plot(*_line(seeds, uncached), "-", color="#9aa4af", label="front of the seeds", lw=1)
+    axis.plot(*_line(front, uncached), "o-", color=FRONT, label="searched front", ms=4.5, lw=1.4)
+    for group, points in _groups(baselines).items():
+        axis.plot(*_line(points, uncached), label=group, **STYLES[group])
+    axis.set_xlabel(f"{labels[0]}, share of the uncached run")
+    axis.set_ylabel(f"{labels[1]} (smaller is better)")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+    axis.grid(color="#e8eaed", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    axis.set_title(title, fontsize=10)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _groups(baselines: Sequence[Baseline]) -> Mapping[str, list[tuple[float, ...]]]:
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for baseline in baselines:
+        found.setdefault(baseline.group, []).append(baseline.values)
+    return found
+
+
+def _line(points: Sequence[Sequence[float]], uncached: float) -> tuple[list[float], list[float]]:
+    """Costs and losses, by cost."""
+    ordered = sorted((point[1] / uncached, point[0]) for point in points)
+    return [cost for cost, _ in ordered], [loss for _, loss in ordered]

@@ -1,0 +1,145 @@
+"""What makes a picture good: the plug-ins that turn images into losses, smaller being better.
+
+* `paired`: relative L2 distance to the uncached picture of the same seed; asks for sameness, not for beauty.
+* `task`: for the embedded model, the share of the named objects that are wrong (`fastdit.tiny.score`).
+* `clip`: 1 - cosine between image and prompt by a CLIP model in a local folder.
+* `image-reward`: 1 - ImageReward, the paper's objective, from a local folder.
+
+Weights are read from the folder given and nowhere else: nothing is downloaded. Any object with `name`,
+`needs_reference` and `losses` may stand in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastdit.cli.distance import relative_l2
+from fastdit.errors import ArgumentError
+
+
+class Quality(Protocol):
+    """A judge of pictures.
+
+    Attributes:
+        name: For the ledger and the axis of the plot.
+        needs_reference: Whether `losses` is given the uncached pictures of the same seeds.
+    """
+
+    name: str
+    needs_reference: bool
+
+    def losses(
+        self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
+    ) -> list[float]:
+        """One loss for each of `images`, [n, H, W, 3] in [0, 1]."""
+        ...
+
+
+class Paired:
+    """Relative L2 distance to the uncached picture of the same seed."""
+
+    name = "paired"
+    needs_reference = True
+
+    def losses(
+        self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
+    ) -> list[float]:
+        """|image - reference| / |reference| of each picture."""
+        return [relative_l2(*pair) for pair in zip(images, references, strict=True)]
+
+
+class Task:
+    """Share of the objects named in the prompt whose shape or colour is wrong; embedded model only."""
+
+    name = "task"
+    needs_reference = False
+
+    def losses(
+        self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
+    ) -> list[float]:
+        """1 - `fastdit.tiny.score` of each picture."""
+        from fastdit import tiny
+
+        try:
+            pairs = zip(images, prompts, strict=True)
+            return [1 - tiny.score([image], [prompt]).mean for image, prompt in pairs]
+        except ValueError as error:
+            raise ArgumentError(
+                f"quality 'task' judges the embedded model only: {error}"
+            ) from error
+
+
+class Clip:
+    """1 - cosine of CLIP's image and text embeddings.
+
+    Args:
+        folder: What `CLIPModel.save_pretrained` and `CLIPProcessor.save_pretrained` wrote.
+    """
+
+    name = "clip"
+    needs_reference = False
+
+    def __init__(self, folder: Path) -> None:
+        require_files(folder, self.name, ("config.json", "preprocessor_config.json"))
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        try:
+            self._model = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            ).eval()
+            self._pictures = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+            self._words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ArgumentError(f"quality 'clip': {folder} could not be loaded: {error}") from error
+
+    def losses(
+        self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
+    ) -> list[float]:
+        """1 - cosine of each picture and its prompt."""
+        import torch
+
+        pixels = self._pictures(
+            images=[_eight_bits(image) for image in images], return_tensors="pt"
+        )
+        words = self._words(list(prompts), padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            found = self._model(pixel_values=pixels["pixel_values"], **words)
+            cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
+        return [1 - float(value) for value in cosine]
+
+
+def make_quality(name: str, folder: str | Path | None = None) -> Quality:
+    """The plug-in called `name`; `folder` holds the weights of those that need some.
+
+    Raises:
+        ArgumentError: There is no such plug-in, or its weights are not in `folder`; names the folder.
+    """
+    if name not in QUALITIES:
+        raise ArgumentError(f"quality must be one of {', '.join(QUALITIES)}, got {name!r}")
+    if name not in WEIGHTS:
+        return QUALITIES[name]()
+    if folder is None:
+        raise ArgumentError(
+            f"quality {name!r} needs quality_path, the folder of its weights: nothing is downloaded"
+        )
+    return QUALITIES[name](Path(folder))
+
+
+def require_files(folder: Path, quality: str, names: Sequence[str]) -> None:
+    """Refuse a folder without these files."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        what = f"has no {', '.join(missing)}" if folder.is_dir() else "is not a folder"
+        raise ArgumentError(f"quality {quality!r}: {folder} {what}; nothing is downloaded")
+
+
+def _eight_bits(image: np.ndarray) -> np.ndarray:
+    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+
+
+QUALITIES: dict[str, Callable[..., Any]] = {"paired": Paired, "task": Task, "clip": Clip}
+WEIGHTS = ("clip",)

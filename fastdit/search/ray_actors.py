@@ -1,0 +1,78 @@
+"""Measures on a Ray cluster: persistent actors that load the model once each. Needs the extra `fastdit[ray]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fastdit.errors import DependencyError
+from fastdit.search.evaluator import Evaluator, Task, Work
+from fastdit.search.workers import Measured
+
+
+class RayActors:
+    """`count` actors, each with its own model.
+
+    Args:
+        factory: Makes the pipeline, on the actor's machine.
+        work: How to draw and judge.
+        count: Number of actors, >= 1.
+        address: Of a running cluster; a local one is started if left out.
+        gpus: GPUs per actor; by default one where the cluster has any.
+
+    Raises:
+        DependencyError: Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], Any],
+        work: Work,
+        count: int,
+        address: str | None = None,
+        gpus: float | None = None,
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise DependencyError(
+                "Ray is not installed: pip install fastdit[search,ray]"
+            ) from error
+        self._ray, self._started = ray, not ray.is_initialized()
+        if self._started:
+            ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        if gpus is None:
+            gpus = 1 if ray.cluster_resources().get("GPU") else 0
+        actor = ray.remote(Evaluator).options(num_cpus=work.threads, num_gpus=gpus)
+        self._actors = [actor.remote(factory, work) for _ in range(count)]
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`~fastdit.search.workers.Workers`."""
+        return self._ray.get(self._actors[0].facts.remote())
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Measured]:
+        """See :class:`~fastdit.search.workers.Workers`; latency is measured by one actor."""
+        waiting = list(reversed(tasks))
+        alone = any(task.what == "latency" for task in tasks)
+        busy: dict[Any, tuple[Any, Task]] = {}
+
+        def give(actor: Any) -> None:
+            if waiting:
+                task = waiting.pop()
+                busy[actor.measure.remote(task)] = (actor, task)
+
+        for actor in self._actors[: 1 if alone else None]:
+            give(actor)
+        while busy:
+            (ready,), _ = self._ray.wait(list(busy), num_returns=1)
+            actor, task = busy.pop(ready)
+            result = self._ray.get(ready)
+            give(actor)
+            yield task, result
+
+    def close(self) -> None:
+        """End the actors, and the local cluster if this started it."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        if self._started:
+            self._ray.shutdown()

@@ -1,0 +1,191 @@
+"""The first population: the hand-made families of the ECAD paper (spec 6.4), for any model and number of steps.
+
+* uncached; infeasible, and kept as the paper keeps it.
+* FORA grids: all components every n steps.
+* attention only every n steps, feed-forward always.
+* evenly spaced: at some steps, some blocks reuse one kind of component.
+* TGATE without the averaging of its cross-attention, for models that have a cross-attention of their own.
+
+A population smaller than the families takes from each in turn; a larger one is filled by crossing them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
+
+import numpy as np
+
+from fastdit.errors import ArgumentError
+from fastdit.schedule import Schedule
+from fastdit.search.genome import Genome
+
+PERIODS = (2, 3, 4, 5, 7, 10, 20)
+ATTENTION_PERIODS = (2, 4, 5, 7, 10, 20)
+SPACED = {"attention": 20, "feed_forward": 18, "cross": 7}  # how many of each
+TGATE_STEPS = (10, 12, 14, 16, 18, 20)
+TGATE_PERIODS = (1, 3, 5, 7, 9, 11)
+TGATE_COUNT = 13
+TGATE_WARMUP = 2
+PAPER_STEPS = 20
+POPULATIONS = {"pixart": 72}
+POPULATION = 24
+CROSS = {"pixart": ("attn2",), "lumina": ("attn2",)}
+
+
+def default_population(family: str) -> int:
+    """The paper's population: 72 for PixArt, 24 for FLUX, and for what it did not search."""
+    return POPULATIONS.get(family, POPULATION)
+
+
+def first_population(
+    genome: Genome, population: int, given: Sequence[Schedule] = (), seed: int = 0
+) -> np.ndarray:
+    """The seeds, bool [population, genome size]: the uncached run, those `given`, then the families in turn.
+
+    Raises:
+        ArgumentError: More are given than the population holds.
+        ScheduleError: One that is given does not fit the model or the steps.
+    """
+    if len(given) >= population:
+        raise ArgumentError(
+            f"population must exceed the number of schedules given, got {population} for {len(given)}"
+        )
+    found: dict[bytes, np.ndarray] = {}
+    mine = [uncached(genome), *(genome.vector(schedule) for schedule in given)]
+    for vector in (*mine, *_in_turn(genome)):
+        if len(found) < population:
+            found.setdefault(genome.pack(vector), vector)
+    _fill(found, genome, population, np.random.default_rng(seed))
+    return np.stack(list(found.values()))
+
+
+def uncached(genome: Genome) -> np.ndarray:
+    """All components at all steps."""
+    return np.ones(genome.size, dtype=bool)
+
+
+def fora(genome: Genome, period: int) -> np.ndarray:
+    """All components every `period` steps."""
+    return _build(genome, lambda step, block, role: step % period == 0)
+
+
+def attention_only(genome: Genome, period: int) -> np.ndarray:
+    """Attention every `period` steps, feed-forward always."""
+    return _build(genome, lambda step, block, role: role == "feed_forward" or step % period == 0)
+
+
+def evenly_spaced(genome: Genome, role: str, blocks: int, steps: int) -> np.ndarray:
+    """`blocks` blocks reuse their components of a role at `steps` steps, both evenly spread."""
+    total = genome.spec.block_count
+    at = {math.ceil(x - 1) for x in np.linspace(0, genome.steps + 1, steps + 2)[1:-1]}
+    spread = {round(i * (total - 1) / max(1, blocks - 1)) for i in range(blocks)}
+    return _build(
+        genome, lambda step, block, own: own != role or step not in at or block not in spread
+    )
+
+
+def tgate(genome: Genome, gate: int, period: int) -> np.ndarray:
+    """Self-attention every `period` steps until step `gate`, from there no cross-attention."""
+
+    def computes(step: int, block: int, role: str) -> bool:
+        if step >= gate:
+            return role != "cross"
+        return role != "attention" or step < TGATE_WARMUP or step % period == 0
+
+    return _build(genome, computes)
+
+
+def has_cross_attention(genome: Genome) -> bool:
+    """Whether the model has a cross-attention of its own."""
+    return "cross" in _roles(genome)
+
+
+def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
+    """The FORA grids, then a member of every other family, again and again."""
+    yield from (fora(genome, n) for n in _periods(genome, PERIODS))
+    roles = set(_roles(genome))
+    families = [[attention_only(genome, n) for n in _periods(genome, ATTENTION_PERIODS)]]
+    families += [_spaced(genome, role, n) for role, n in SPACED.items() if role in roles]
+    if "cross" in roles:
+        families.append(_tgates(genome))
+    for group in zip_longest(*families):
+        yield from (vector for vector in group if vector is not None)
+
+
+def _periods(genome: Genome, periods: Sequence[int]) -> list[int]:
+    """Those that fit the steps; the longest, all steps, always does."""
+    return sorted({*(n for n in periods if n < genome.steps), genome.steps})
+
+
+def _spaced(genome: Genome, role: str, count: int) -> list[np.ndarray]:
+    """`count` of the evenly spaced schedules, from the least reuse to the most."""
+    total = genome.spec.block_count
+    grid = [
+        (blocks, steps)
+        for blocks in range(min(3, total), total + 1, 2)
+        for steps in range(min(3, genome.steps - 1), genome.steps, 2)
+    ]
+    grid.sort(key=lambda pair: (pair[0] * pair[1], pair))
+    chosen = np.unique(np.linspace(0, len(grid) - 1, count).round().astype(int))
+    return [evenly_spaced(genome, role, *grid[index]) for index in chosen]
+
+
+def _tgates(genome: Genome) -> list[np.ndarray]:
+    pairs = [
+        (math.ceil(gate * genome.steps / PAPER_STEPS), period)
+        for gate in TGATE_STEPS
+        for period in TGATE_PERIODS
+    ]
+    chosen = np.linspace(0, len(pairs) - 1, TGATE_COUNT).round().astype(int)
+    return [tgate(genome, *pairs[index]) for index in chosen]
+
+
+def _fill(
+    found: dict[bytes, np.ndarray], genome: Genome, population: int, rng: np.random.Generator
+) -> None:
+    """Cross the seeds at four points until there are enough; after many failures flip fair coins."""
+    sources = list(found.values())
+    for attempt in range(100 * population):
+        if len(found) >= population:
+            return
+        one, other = rng.choice(len(sources), 2, replace=len(sources) < 2)
+        cuts = np.sort(rng.permutation(genome.size - 1)[:4] + 1)
+        swapped = np.searchsorted(cuts, np.arange(genome.size), side="right") % 2 == 1
+        vector = np.where(swapped, sources[other], sources[one])
+        if attempt > 10 * population:
+            vector = rng.random(genome.size) < 0.5
+        found.setdefault(genome.pack(vector), vector)
+    raise ArgumentError(
+        f"population {population} is more than the {2 ** min(genome.size, 60)} schedules there are"
+    )
+
+
+def _roles(genome: Genome) -> list[str]:
+    """ "attention", "cross" or "feed_forward" of each cell of a step."""
+    cross = CROSS.get(genome.spec.family, ())
+    return [
+        "cross"
+        if name in cross
+        else "attention"
+        if "attn" in name or name == "to_out"
+        else "feed_forward"
+        for _, _, name in genome.cells
+    ]
+
+
+def _build(genome: Genome, computes: Callable[[int, int, str], bool]) -> np.ndarray:
+    """The vector of a rule over (step, block over all kinds, role)."""
+    first, offsets = 0, {}
+    for kind in genome.spec.kinds:
+        offsets[kind.name] = first
+        first += kind.count
+    roles = _roles(genome)
+    cells = [
+        (offsets[kind] + block, role)
+        for (kind, block, _), role in zip(genome.cells, roles, strict=True)
+    ]
+    return np.array(
+        [computes(step, block, role) for step in range(genome.steps) for block, role in cells]
+    )
