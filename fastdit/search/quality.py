@@ -85,14 +85,14 @@ class Clip:
 
     def __init__(self, folder: Path) -> None:
         require_files(folder, self.name, ("config.json", "preprocessor_config.json"))
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+        from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         try:
             self._model = CLIPModel.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True
             ).eval()
             self._pictures = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-            self._words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            self._words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ArgumentError(f"quality 'clip': {folder} could not be loaded: {error}") from error
 

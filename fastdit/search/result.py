@@ -1,9 +1,8 @@
 """The folder that a search leaves behind.
 
-``front/NN.json`` are the schedules of the front, 01 the best, with ``NN.png``, its raster, and ``ecad/NN.json``, the same
-in the layout of the paper's files, where that has a place for the model's blocks. ``pareto.png`` shows them beside the
-baselines, and ``search.json`` holds settings, versions, counts and the objectives of every point. ``ledger.jsonl`` has
-every measurement.
+``front/NN.json`` are the schedules of the front, 01 the best, with ``NN.png``, its raster. ``pareto.png`` shows them
+beside the baselines, and ``search.json`` holds settings, versions, counts and the objectives of every point.
+``ledger.jsonl`` has every measurement.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import Any
 
 from fastdit import __version__
 from fastdit.cli.raster import save_raster
-from fastdit.errors import ScheduleError
 from fastdit.schedule import Schedule
 from fastdit.search.archive import Candidate
 from fastdit.search.baselines import UNCACHED, Baseline
@@ -25,7 +23,7 @@ from fastdit.search.evolve import LEDGER, Search
 from fastdit.search.front import non_dominated
 from fastdit.search.plot import save_plot
 
-SUMMARY, PLOT, FRONT, ECAD_LAYOUT = "search.json", "pareto.png", "front", "ecad"
+SUMMARY, PLOT, FRONT = "search.json", "pareto.png", "front"
 PACKAGES = ("pymoo", "numpy", "torch", "diffusers")
 
 
@@ -34,19 +32,14 @@ def write_result(
 ) -> None:
     """Write all but the ledger, which is there already; what an earlier search left is replaced."""
     schedules = folder / FRONT
-    for path in (schedules, schedules / ECAD_LAYOUT):
-        path.mkdir(exist_ok=True)
-        for old in (*path.glob("*.json"), *path.glob("*.png")):
-            old.unlink()
+    schedules.mkdir(exist_ok=True)
+    for old in (*schedules.glob("*.json"), *schedules.glob("*.png")):
+        old.unlink()
     names = [f"{index + 1:02d}" for index in range(len(search.front))]
     for name, candidate in zip(names, search.front, strict=True):
         schedule = schedule_of(search, candidate, identity)
         schedule.save(schedules / f"{name}.json")
         save_raster(schedule, schedules / f"{name}.png", name)
-        try:
-            schedule.save(schedules / ECAD_LAYOUT / f"{name}.json", layout="ecad")
-        except ScheduleError:
-            continue  # the layout knows two kinds of blocks only
     _write(folder / SUMMARY, summary(search, baselines, identity, names))
     costs = search.archive.costs
     dense = next(b for b in baselines if b.group == UNCACHED).values[1]
