@@ -436,6 +436,7 @@ def test_result_folder(tmp_path):
         assert GENOME.key(vector) == candidate.key == point["key"]
         assert schedule.provenance["objectives"]["loss"] == point["loss"] == candidate.values[0]
         assert (tmp_path / "front" / name).with_suffix(".png").stat().st_size > 1000
+        assert Schedule.load(tmp_path / "front" / "ecad" / name) == schedule
     groups = [baseline["group"] for baseline in summary["baselines"]]
     assert set(groups) == {"FORA", "fewer steps", "uncached"}  # a model without cross-attention
     losses = [point["loss"] for point in summary["front"]]

@@ -102,7 +102,7 @@ Costs = Annotated[
     typer.Option(
         "--cost",
         metavar="NAME",
-        help="true-macs or latency; may be given again. [dim]default: true-macs[/dim]",
+        help="macs, true-macs or latency; may be given again. [dim]default: true-macs[/dim]",
     ),
 ]
 Quality = Annotated[str, typer.Option(metavar="NAME", help="paired, task, clip or image-reward.")]

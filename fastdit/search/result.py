@@ -1,8 +1,9 @@
 """The folder that a search leaves behind.
 
-``front/NN.json`` are the schedules of the front, 01 the best, with ``NN.png``, its raster. ``pareto.png`` shows them
-beside the baselines, and ``search.json`` holds settings, versions, counts and the objectives of every point.
-``ledger.jsonl`` has every measurement.
+``front/NN.json`` are the schedules of the front, 01 the best, with ``NN.png``, its raster, and ``ecad/NN.json``, the
+same in the layout of the paper's files, where that has a place for the model's blocks. ``pareto.png`` shows them beside
+the baselines, and ``search.json`` holds settings, versions, counts and the objectives of every point. ``ledger.jsonl``
+has every measurement.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from fastdit import __version__
 from fastdit.cli.raster import save_raster
+from fastdit.errors import ScheduleError
 from fastdit.schedule import Schedule
 from fastdit.search.archive import Candidate
 from fastdit.search.baselines import UNCACHED, Baseline
@@ -23,7 +26,7 @@ from fastdit.search.evolve import LEDGER, Search
 from fastdit.search.front import non_dominated
 from fastdit.search.plot import save_plot
 
-SUMMARY, PLOT, FRONT = "search.json", "pareto.png", "front"
+SUMMARY, PLOT, FRONT, ECAD_LAYOUT = "search.json", "pareto.png", "front", "ecad"
 PACKAGES = ("pymoo", "numpy", "torch", "diffusers")
 
 
@@ -32,14 +35,17 @@ def write_result(
 ) -> None:
     """Write all but the ledger, which is there already; what an earlier search left is replaced."""
     schedules = folder / FRONT
-    schedules.mkdir(exist_ok=True)
-    for old in (*schedules.glob("*.json"), *schedules.glob("*.png")):
-        old.unlink()
+    for path in (schedules, schedules / ECAD_LAYOUT):
+        path.mkdir(exist_ok=True)
+        for old in (*path.glob("*.json"), *path.glob("*.png")):
+            old.unlink()
     names = [f"{index + 1:02d}" for index in range(len(search.front))]
     for name, candidate in zip(names, search.front, strict=True):
         schedule = schedule_of(search, candidate, identity)
         schedule.save(schedules / f"{name}.json")
         save_raster(schedule, schedules / f"{name}.png", name)
+        with suppress(ScheduleError):  # that layout has no place for every block kind
+            schedule.save(schedules / ECAD_LAYOUT / f"{name}.json", layout="ecad")
     _write(folder / SUMMARY, summary(search, baselines, identity, names))
     costs = search.archive.costs
     dense = next(b for b in baselines if b.group == UNCACHED).values[1]
