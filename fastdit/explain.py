@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdit.adapters.base import Size
@@ -151,11 +152,18 @@ def explain_session(
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=count.residual_bytes(plan),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        cache_bytes=count.cache_bytes(plan) + (count.key_bytes() if any(active) else 0),
+        cache_bytes=_slot_bytes(session, count, plan) + (count.key_bytes() if any(active) else 0),
         tokens_per_step=tokens,
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
     )
+
+
+def _slot_bytes(session: Any, count: Cost, plan: RunPlan) -> int:
+    """Most bytes of slots; a lower precision makes them smaller."""
+    names = [method.cache_dtype for method in session.methods if method.cache_dtype is not None]
+    itemsize = min([count.itemsize, *(getattr(torch, name).itemsize for name in names)])
+    return count.cache_bytes(plan) * itemsize // count.itemsize
 
 
 def run_speedup(session: Any, transformer: nn.Module) -> float:

@@ -11,7 +11,7 @@ Adapters restate a block as `Forward` and `Residual` calls. Two ways of running 
   `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact
   algebra; only the rounding is (in our favour) another.
 
-Slots hold references to module outputs, never copies; nothing writes into a slot.
+Slots hold references to module outputs, copies only in a lower precision; nothing writes into a slot.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class Forward:
         compiled: Callable[..., Any] | None = None,
         tokens: Tokens | None = None,
         layouts: Mapping[str, Sequence[str]] | None = None,
+        precision: tuple[torch.dtype, torch.dtype] | None = None,
     ) -> None:
         self.ops = ops
         self.blocks = blocks
@@ -130,6 +131,7 @@ class Forward:
         self.computed = 0
         self.tokens = tokens
         self._layouts = {} if layouts is None else layouts
+        self._precision = precision
         self._compiled = compiled
         self._planned = 0
         self._row: BlockActions = ALWAYS
@@ -169,14 +171,22 @@ class Forward:
                 held = self.tokens.scatter(held, value, self._layouts[name])
             else:
                 # The rows of a value that was never held whole cannot stand for it later.
-                held = None if sparse else value
-        elif sparse:
-            value = self.tokens.gather(held, self._layouts[name])
+                held = None if sparse else self._packed(value)
+        else:
+            value = self._unpacked(
+                self.tokens.gather(held, self._layouts[name]) if sparse else held
+            )
         if flags & KEEP and held is not None:
             self.slots[key] = held
         else:
             self.slots.pop(key, None)
         return value
+
+    def _packed(self, value: Any) -> Any:
+        return value if self._precision is None else _cast(value, self._precision[0])
+
+    def _unpacked(self, held: Any) -> Any:
+        return held if self._precision is None else _cast(held, self._precision[1])
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""
@@ -323,6 +333,13 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
     for stream, part in zip(streams, out.split(lengths, dim=1), strict=True):
         stream.normed(norm, scale, shift, out=part)
     return out
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """A component's output in another dtype."""
+    if isinstance(value, (tuple, list)):
+        return tuple(None if part is None else part.to(dtype) for part in value)
+    return value.to(dtype)
 
 
 def _rows(vector: Tensor) -> Tensor:

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdit import clock
+from fastdit.adapters.base import Size
 from fastdit.attention import KeyValues
 from fastdit.conditions import Conditions
+from fastdit.cost import Cost
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
@@ -72,6 +74,7 @@ class Run:
     timesteps_given: bool = False
     manual: bool = False
     last_timestep: float | None = None
+    bytes_checked: Any = None
     image_tokens: int = 0
     text_tokens: int = 0
     patch: int = 1
@@ -277,6 +280,7 @@ class Session:
         run.latents, run.positions = call.hidden_states.shape, call.positions
         branch = self._prepare_branch(run, call)
         rows, captures = self._choose_tokens(transformer, run, branch, call)
+        self._check_cache_bytes(transformer, run, call)
         self._active = _ActiveCall(branch, rows, call.hidden_states.shape)
         self._tokens = call.tokens if rows is None else rows.shape[1]
         run.call += 1
@@ -301,6 +305,7 @@ class Session:
                 else None
             ),
             layouts=self.adapter.layouts,
+            precision=self._precision(call),
         )
         if rows is None:
             return None
@@ -463,6 +468,41 @@ class Session:
             self.reset()
             raise
         run.image_tokens, run.text_tokens = call.tokens, call.text
+
+    def _precision(self, call: Any) -> tuple[torch.dtype, torch.dtype] | None:
+        """(dtype of slots, dtype of the streams) where a method keeps less than the model computes in."""
+        name = next((m.cache_dtype for m in self.methods if m.cache_dtype is not None), None)
+        if name is None:
+            return None
+        slots, streams = getattr(torch, name), call.hidden_states.dtype
+        return (slots, streams) if slots.itemsize < streams.itemsize else None
+
+    def _check_cache_bytes(self, transformer: nn.Module, run: Run, call: Any) -> None:
+        """Refuse a run whose caches will not fit, at its first call of each branch; no run is open afterwards."""
+        most = min(
+            (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None), default=None
+        )
+        if most is None:
+            return
+        branches = len(run.branches)
+        signature = (branches, call.signature)
+        if run.bytes_checked == signature:
+            return
+        run.bytes_checked = signature
+        dtype = call.hidden_states.dtype
+        kept = self._precision(call) or (dtype,)
+        rows = call.hidden_states.shape[0] * branches
+        size = Size(call.tokens, call.text)
+        count = Cost(self.adapter, transformer, self.spec, size, rows, dtype.itemsize)
+        needed = count.cache_bytes(run.plan) * kept[0].itemsize // dtype.itemsize
+        needed += 0 if run.tokens is None else count.key_bytes()
+        if needed > most:
+            self.reset()
+            raise ArgumentError(
+                f"the caches of this run need {needed} bytes ({call.tokens} image and {call.text} text tokens in "
+                f"{rows} rows), max_cache_bytes is {most}; allow as many, keep them in a lower precision "
+                "(cache_dtype), or draw fewer or smaller images at once"
+            )
 
     def _follow_scheduler(self) -> None:
         """Follow a scheduler that was put into the pipeline after patching; its timesteps are already set."""

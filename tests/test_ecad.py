@@ -13,7 +13,7 @@ from diffusers import (
 
 import fastdit
 import tiny_models
-from contract import same_bits
+from contract import distance, same_bits
 from fastdit import ECAD, ArgumentError, CompositionError, Schedule, ScheduleError
 from fastdit.methods import ecad
 from oracle import Oracle, random_bits
@@ -162,3 +162,79 @@ def test_resampled_rows_are_steps_of_the_schedule():
     for rows in ([], [4], [-1]):
         with pytest.raises(ScheduleError, match="steps 0 to 3"):
             schedule.resampled(rows)
+
+
+# ---- the size of caches
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-alpha", "lumina"])
+def test_a_cap_on_the_caches_names_the_bytes_that_a_run_needs(name):
+    """As many as `explain` predicts and as the run holds at its worst; one byte less is refused, the patch stays."""
+    pipe = tiny_models.pipeline(name)
+    schedule = made_for(5, name)
+    handle = fastdit.patch(pipe, ECAD(schedule))
+    expected = generate(pipe, name, steps=5, batch=2)
+    needed = handle.report().peak_cache_bytes
+    handle = fastdit.patch(pipe, ECAD(schedule, max_cache_bytes=needed - 1))
+    with pytest.raises(
+        ArgumentError, match=f"need {needed} bytes .* max_cache_bytes is {needed - 1}"
+    ):
+        generate(pipe, name, steps=5, batch=2)
+    assert handle._session.run is None
+    assert generate(pipe, name, steps=5, batch=1).isfinite().all()  # half the rows fit
+    fastdit.patch(pipe, ECAD(schedule, max_cache_bytes=needed))
+    same_bits(generate(pipe, name, steps=5, batch=2), expected)
+
+
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_caches_in_a_lower_precision(family):
+    """Reused outputs are those of the hook-based cache rounded to bfloat16; half the bytes."""
+    model = tiny_models.transformer(family)
+    bits, names = random_bits(model, 5, 2)
+    inputs = [tiny_models.call(family, 2, step=step) for step in range(5)]
+    exact, rounded = Oracle(model, bits), Rounded(model, bits)
+    expected = []
+    for oracle in (exact, rounded):
+        with torch.no_grad(), oracle.installed():
+            expected.append([model(**given)[0] for given in inputs])
+    schedule = Schedule.from_bits(bits, names)
+    peaks = []
+    for dtype, wanted in zip((None, "bfloat16"), expected, strict=True):
+        handle = fastdit.patch(model, ECAD(schedule, cache_dtype=dtype), backend="reference")
+        with torch.no_grad(), handle.run(range(5)):
+            for given, value in zip(inputs, wanted, strict=True):
+                if family == "lumina":  # which keeps what is behind the norm, and rounds that
+                    assert distance(model(**given)[0], value) < 0.05
+                else:
+                    same_bits(model(**given)[0], value)
+        peaks.append(handle.report().peak_cache_bytes)
+    assert peaks[0] == 2 * peaks[1]
+
+
+class Rounded(Oracle):
+    """The plain cache, in bfloat16."""
+
+    def _wrap(self, forward, *name):
+        cached = super()._wrap(forward, *name)
+
+        def rounding(*args, **kwargs):
+            before = self.reused
+            value = cached(*args, **kwargs)
+            if self.reused == before:
+                return value
+            if isinstance(value, tuple):
+                return tuple(part.bfloat16().float() for part in value)
+            return value.bfloat16().float()
+
+        return rounding
+
+
+@pytest.mark.parametrize("most", [-1, 1.5, True, "1 GB"])
+def test_wrong_caps(most):
+    with pytest.raises(ArgumentError, match="max_cache_bytes must be"):
+        ECAD(made_for(4), max_cache_bytes=most)
+
+
+def test_wrong_precisions():
+    with pytest.raises(ArgumentError, match="cache_dtype must be one of bfloat16, float16"):
+        ECAD(made_for(4), cache_dtype="int8")

@@ -25,10 +25,15 @@ class Method:
     Attributes:
         name: How errors, `explain` and `report` call it.
         writes: The plan fields it decides; two methods that share one do not compose.
+        max_cache_bytes: Most bytes that caches may hold at once; None for no bound.
+        cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
+            model's own.
     """
 
     name: str = ""
     writes: frozenset[str] = frozenset()
+    max_cache_bytes: int | None = None
+    cache_dtype: str | None = None
 
     @property
     def run_steps(self) -> int | None:

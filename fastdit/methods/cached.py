@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from fastdit.errors import ScheduleError
+from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
 from fastdit.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
+
+CACHE_DTYPES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,17 @@ class Cached(Method):
 
     Attributes:
         source: A :class:`~fastdit.Schedule`, ``Schedule.every(n)``, or the path of a schedule file.
+        max_cache_bytes: Most bytes that caches may hold at once. A run that needs more is refused at its first
+            transformer call, with the number it needs.
+        cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))
     """
 
     source: Schedule | Every | str | os.PathLike[str]
+    max_cache_bytes: int | None = None
+    cache_dtype: str | None = None
 
     name = "Cached"
     writes = frozenset({"reuse"})
@@ -37,6 +44,16 @@ class Cached(Method):
         elif not isinstance(self.source, (Schedule, Every)):
             raise ScheduleError(
                 f"schedule must be a Schedule, Schedule.every(n) or a path, got {type(self.source).__name__}"
+            )
+
+        most = self.max_cache_bytes
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+            raise ArgumentError(
+                f"max_cache_bytes must be an int of at least 0 or None, got {most!r}"
+            )
+        if self.cache_dtype not in (None, *CACHE_DTYPES):
+            raise ArgumentError(
+                f"cache_dtype must be one of {', '.join(CACHE_DTYPES)} or None, got {self.cache_dtype!r}"
             )
 
     @property
