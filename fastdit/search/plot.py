@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from fastdit.search.baselines import FEWER_STEPS, UNCACHED, Baseline
 
-FRONT = "#1f6feb"
+FRONT, THIN = "#1f6feb", ("#9aa4af", "#57ab5a", "#d2a8ff")
 STYLES = {
     UNCACHED: {"color": "#24292f", "marker": "*", "markersize": 11, "linestyle": "none"},
     "FORA": {"color": "#d4810b", "marker": "s", "markersize": 5, "linestyle": "--"},
@@ -25,7 +25,7 @@ def save_plot(
     baselines: Sequence[Baseline],
     uncached: float,
     labels: tuple[str, str],
-    seeds: Sequence[Sequence[float]] = (),
+    others: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> None:
     """Write the plot as PNG: loss upward over cost to the right, as a share of the uncached run.
 
@@ -36,12 +36,12 @@ def save_plot(
         baselines: Points of comparison; their first two values are drawn.
         uncached: Cost of the uncached run.
         labels: Names of cost and loss.
-        seeds: (loss, cost) of the front of the first population, if it is to be drawn.
+        others: Name -> (loss, cost) of further fronts, drawn thin.
     """
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axis = figure.subplots()
-    if len(seeds):
-        axis.plot(*_line(seeds, uncached), "-", color="#9aa4af", label="front of the seeds", lw=1)
+    for (name, points), color in zip((others or {}).items(), THIN, strict=False):
+        axis.plot(*_line(points, uncached), "o-", color=color, label=name, lw=1, ms=2.5)
     axis.plot(*_line(front, uncached), "o-", color=FRONT, label="searched front", ms=4.5, lw=1.4)
     for group, points in _groups(baselines).items():
         axis.plot(*_line(points, uncached), label=group, **STYLES[group])

@@ -49,7 +49,6 @@ def write_result(
     _write(folder / SUMMARY, summary(search, baselines, identity, names))
     costs = search.archive.costs
     dense = next(b for b in baselines if b.group == UNCACHED).values[1]
-    seeds = _front_of_seeds(search)
     save_plot(
         folder / PLOT,
         f"{search.genome.spec.family}, {search.genome.steps} steps, "
@@ -58,7 +57,7 @@ def write_result(
         baselines,
         dense,
         (costs[0], f"loss ({identity['quality']})"),
-        seeds,
+        {"front of the seeds": _front_of_seeds(search)},
     )
 
 
