@@ -15,10 +15,11 @@ import pytest
 pytest.importorskip("pymoo")
 from pymoo.core.population import Population
 
+import search_front
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
 from fastdit.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, seeds
-from fastdit.search.archive import Archive
+from fastdit.search.archive import Archive, Candidate
 from fastdit.search.evolve import LEDGER, evolve
 from fastdit.search.front import hypervolume, non_dominated
 from fastdit.search.genome import Genome
@@ -442,6 +443,46 @@ def test_result_folder(tmp_path):
     losses = [point["loss"] for point in summary["front"]]
     assert losses == sorted(losses)
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_presets_are_the_best_within_their_share_of_the_cost(tmp_path):
+    found = search(tmp_path)
+    picked = search_front.pick(found.front, 250.0)
+    assert picked
+    for name, candidate in picked.items():
+        share = {"fast": 1 / 2, "faster": 1 / 3, "fastest": 1 / 4}[name]
+        assert candidate.values[1] <= share * 250.0
+        assert not any(
+            c.values[1] <= share * 250.0 and c.values[0] < candidate.values[0] for c in found.front
+        )
+
+
+def test_random_mutants_are_as_many_as_the_search_measured(tmp_path):
+    found = search(tmp_path)
+    with closing(Ledger(tmp_path / "random.jsonl", {})) as ledger:
+        mutants = search_front.random_mutants(found, ledger, FakeWorkers(), WORK, SETTINGS)
+    assert len(mutants.seen) == found.generations[-1]["fresh"] == len(found.archive.seen)
+    seeds = {c.key for c in search_front.first_population(found)}
+    assert seeds < set(mutants.seen)
+
+
+def test_comparison_against_the_closed_form(tmp_path):
+    """One schedule a set: the hypervolume is a rectangle, and so is that of every draw of the items."""
+
+    def alone(losses: list[float], cost: float) -> list[Candidate]:
+        vector = np.ones(1, dtype=bool)
+        return [Candidate("any", vector, tuple(losses), (np.mean(losses), cost), 1, True)]
+
+    sets = {"first": alone([0.2, 0.4], 2.0), "other": alone([0.3, 0.7], 2.0)}
+    found = search_front.compare(sets, (1.0, 4.0), resamples=400)
+    assert found["hypervolume"] == {
+        "first": pytest.approx(0.7 * 2),
+        "other": pytest.approx(0.5 * 2),
+    }
+    gain = found["gain"]["other"]
+    assert gain["value"] == pytest.approx(0.7 / 0.5 - 1)
+    # Draws of two items: both the first, both the second, or one of each.
+    assert gain["interval"] == [pytest.approx(0.8 / 0.7 - 1), pytest.approx(0.6 / 0.3 - 1)]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,75 @@ def test_clip_reads_a_local_folder(tmp_path):
             assert found[row] == pytest.approx(1 - float(cosine), abs=1e-5)
 
 
+def test_image_reward_reads_the_released_layout(tmp_path):
+    """A checkpoint of random weights under the released names, scored beside transformers' own modules."""
+    from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            **small, num_attention_heads=2, image_size=32, patch_size=16, layer_norm_eps=1e-6
+        )
+    ).eval()
+    text_config = BlipTextConfig(
+        **{**small, "hidden_size": 64},
+        vocab_size=8,
+        num_attention_heads=1,
+        encoder_hidden_size=128,
+    )
+    text = BlipTextModel(text_config, add_pooling_layer=False).eval()
+    head = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Dropout(), torch.nn.Linear(8, 1))
+    for module in (vision, text, head):
+        for weight in module.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+    names = {
+        "embeddings.patch_embedding": "patch_embed.proj",
+        "embeddings.position_embedding": "pos_embed",
+        "embeddings.class_embedding": "cls_token",
+        "post_layernorm": "norm",
+        "encoder.layers": "blocks",
+        "self_attn.projection": "attn.proj",
+        "self_attn": "attn",
+        "layer_norm": "norm",
+    }
+    weights = {}
+    for name, tensor in vision.state_dict().items():
+        for ours, released in names.items():
+            name = name.replace(ours, released)
+        weights[f"blip.visual_encoder.{name}"] = tensor
+    weights |= {f"blip.text_encoder.{name}": t for name, t in text.state_dict().items()}
+    weights |= {f"mlp.layers.{name}": t for name, t in head.state_dict().items()}
+    weights["blip.vision_proj.weight"] = torch.zeros(2, 2)  # not needed
+    torch.save(weights, tmp_path / "ImageReward.pt")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nred\ncircle\n")
+
+    images = np.random.default_rng(0).random((2, 32, 32, 3)).astype(np.float32)
+    prompts = ["a red circle", "a circle"]
+    found = make_quality("image-reward", tmp_path).losses(images, prompts, None)
+
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    words = BertTokenizer.from_pretrained(tmp_path)
+    assert words("a Red circle")["input_ids"] == [2, 5, 6, 7, 3]
+    for image, prompt, loss in zip(images, prompts, found, strict=True):
+        pixels = torch.tensor((image * 255).round() / 255).permute(2, 0, 1)[None]
+        pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        with torch.no_grad():
+            seen = vision(pixel_values=pixels.float()).last_hidden_state
+            ids = words(prompt, return_tensors="pt")["input_ids"]
+            read = text(input_ids=ids, encoder_hidden_states=seen)
+            score = float(head.eval()(read.last_hidden_state[:, 0]))
+        assert loss == pytest.approx(1 - (score - 0.16717362830052426) / 1.0333394966054072, 1e-4)
+    assert found[0] != pytest.approx(found[1], 1e-3)
+
+    torch.save({"other": torch.zeros(1)}, tmp_path / "ImageReward.pt")
+    with pytest.raises(
+        ArgumentError, match=r"not the released checkpoint.*no blip\.visual_encoder"
+    ):
+        make_quality("image-reward", tmp_path)
+
+
 # ---- the command
 
 

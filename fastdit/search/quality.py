@@ -3,7 +3,7 @@
 * `paired`: relative L2 distance to the uncached picture of the same seed; asks for sameness, not for beauty.
 * `task`: for the embedded model, the share of the named objects that are wrong (`fastdit.tiny.score`).
 * `clip`: 1 - cosine between image and prompt by a CLIP model in a local folder.
-* `image-reward`: 1 - ImageReward, the paper's objective, from a local folder.
+* `image-reward`: 1 - ImageReward, the paper's objective, from a local folder; see `image_reward.py`.
 
 Weights are read from the folder given and nowhere else: nothing is downloaded. Any object with `name`,
 `needs_reference` and `losses` may stand in their place.
@@ -102,9 +102,7 @@ class Clip:
         """1 - cosine of each picture and its prompt."""
         import torch
 
-        pixels = self._pictures(
-            images=[_eight_bits(image) for image in images], return_tensors="pt"
-        )
+        pixels = self._pictures(images=[eight_bits(image) for image in images], return_tensors="pt")
         words = self._words(list(prompts), padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
             found = self._model(pixel_values=pixels["pixel_values"], **words)
@@ -137,9 +135,21 @@ def require_files(folder: Path, quality: str, names: Sequence[str]) -> None:
         raise ArgumentError(f"quality {quality!r}: {folder} {what}; nothing is downloaded")
 
 
-def _eight_bits(image: np.ndarray) -> np.ndarray:
+def eight_bits(image: np.ndarray) -> np.ndarray:
+    """[H, W, 3] in [0, 1] as bytes."""
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
-QUALITIES: dict[str, Callable[..., Any]] = {"paired": Paired, "task": Task, "clip": Clip}
-WEIGHTS = ("clip",)
+def _image_reward(folder: Path) -> Quality:
+    from fastdit.search.image_reward import ImageReward
+
+    return ImageReward(folder)
+
+
+QUALITIES: dict[str, Callable[..., Any]] = {
+    "paired": Paired,
+    "task": Task,
+    "clip": Clip,
+    "image-reward": _image_reward,
+}
+WEIGHTS = ("clip", "image-reward")
