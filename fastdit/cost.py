@@ -10,6 +10,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from fastdit.adapters import find_adapter
@@ -67,6 +68,13 @@ class Cost:
             self._arguments.append(arguments[:-1])
         self.overhead = adapter.overhead_macs(transformer, size) * rows
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
+
+    def component_macs(self) -> dict[str, np.ndarray]:
+        """Block kind -> multiply-accumulates [blocks, components] of one step, 0 for what the model lacks."""
+        found = {k.name: np.zeros((k.count, len(k.components))) for k in self.spec.kinds}
+        for (kind, block, component), cell in zip(self.spec.components(), self.cells, strict=True):
+            found[kind.name][block, kind.components.index(component)] = cell[2]
+        return found
 
     def reuse_share(self, plan: RunPlan) -> float:
         """Share of the cells that do not run."""

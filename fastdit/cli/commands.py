@@ -1,4 +1,4 @@
-"""The command line: `fastdit demo`, `explain`, `search`, `schedule`, `backends`.
+"""The command line: `fastdit demo`, `explain`, `search`, `schedule`, `train-router`, `backends`.
 
 Reads arguments, calls the library, prints. Errors the library raises on purpose end as one red line
 and exit code 2, Ctrl-C as exit code 130. What is heavy (torch, diffusers, drawing) is imported by
@@ -279,6 +279,77 @@ def convert(
     Console().print(f"schedule: {out}", highlight=False, soft_wrap=True)
 
 
+@app.command("train-router")
+def train_router(
+    model: options.Model = None,
+    out: options.RouterFile = Path("router.safetensors"),
+    prompts: options.PromptFile = None,
+    steps: options.RouterSteps = 10,
+    epochs: options.Epochs = 100,
+    batch: options.TrainingBatch = 1,
+    beta: options.Beta = 0.006,
+    lr: options.Rate = 0.2,
+    lambda_form: options.LambdaForm = "released",
+    lambda_every: options.LambdaEvery = 30,
+    raw: options.Raw = False,
+    tau: options.Tau = 0.1,
+    keep: options.Keep = "fresh",
+    spread: options.Spread = 0.0,
+    seed: options.Seed = 0,
+    guidance: options.GuidanceScale = None,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    checkpoints: options.Checkpoints = None,
+    checkpointing: options.Checkpointing = False,
+    dtype: options.Dtype = None,
+    threads: options.Threads = None,
+) -> None:
+    """Learn which components to reuse at each step: a HarmoniCa router for `fastdit.HarmoniCa`.
+
+    Needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
+
+    The defaults suit the embedded model; the published run on DiT is --raw --spread 1 --keep
+    blended --lr 0.01 --beta 7e-8 --batch 32 --epochs 2000 --lambda-every 50 --guidance 1.5.
+    """
+    _check_output(out, "--out", ".safetensors")
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    from fastdit.train.ranks import take_device
+
+    take_device()
+    loaded = _load(model, dtype)
+    from fastdit.cli.training import training_prompts
+    from fastdit.train import HarmoniCa
+
+    given = {"guidance_scale": guidance, "height": height, "width": width}
+    training = HarmoniCa(
+        loaded.pipeline,
+        steps=steps,
+        prompts=training_prompts(loaded, prompts),
+        beta=beta,
+        lr=lr,
+        epochs=epochs,
+        batch=batch,
+        lambda_form=None if lambda_form == "none" else lambda_form,
+        lambda_every=lambda_every,
+        normalise=not raw,
+        tau=tau,
+        keep=keep,
+        spread=spread,
+        seed=seed,
+        checkpointing=checkpointing,
+        arguments={name: value for name, value in given.items() if value is not None},
+        folder=checkpoints,
+        report=lambda progress: Console().print(str(progress), highlight=False, soft_wrap=True),
+    )
+    router = training.fit()
+    if training.ranks.rank == 0:
+        router.save(out)
+        Console().print(f"router: {out}, {router}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def backends() -> None:
     """List the backends: what each serves on the devices here, and what was built."""
@@ -325,10 +396,10 @@ def _read_schedule(path: Path, argument: str) -> Schedule:
         raise ScheduleError(f"{argument} {error}") from error
 
 
-def _check_output(path: Path, argument: str) -> None:
+def _check_output(path: Path, argument: str, suffix: str = ".png") -> None:
     """Refuse before the work what could not be written after it."""
-    if path.suffix.lower() != ".png":
-        raise ArgumentError(f"{argument} must end in .png, got {path}")
+    if path.suffix.lower() != suffix:
+        raise ArgumentError(f"{argument} must end in {suffix}, got {path}")
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir():
         raise ArgumentError(f"{argument} {path} cannot be written: its folder does not exist")

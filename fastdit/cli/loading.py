@@ -164,7 +164,12 @@ def default_prompts(model: Model) -> list[str]:
         from fastdit import tiny
 
         return [*tiny.prompts(2, objects=1), *tiny.prompts(2, objects=2)]
-    return list(CLASSES if "class_labels" in _parameters(model.pipeline) else PROMPTS)
+    return list(CLASSES if draws_classes(model.pipeline) else PROMPTS)
+
+
+def draws_classes(pipeline: Any) -> bool:
+    """Whether it takes class numbers in place of prompts."""
+    return "class_labels" in _parameters(pipeline)
 
 
 def judge_of(model: Model) -> Callable[..., Any] | None:
@@ -194,7 +199,7 @@ def calls(
         )
     if "prompt" in parameters:
         return [{"prompt": prompt, **size} for prompt in prompts]
-    if "class_labels" in parameters:
+    if draws_classes(pipeline):
         return [{"class_labels": [_class_number(pipeline, prompt)], **size} for prompt in prompts]
     raise UnsupportedModelError(
         f"{type(pipeline).__name__} takes neither prompts nor class labels: "

@@ -129,3 +129,38 @@ Ray = Annotated[
     typer.Option(metavar="ADDRESS", help="Draw on this Ray cluster, or on a 'local' one."),
 ]
 WorkerThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads per worker.")]
+
+# ---- train-router
+
+RouterFile = Annotated[
+    Path, typer.Option("--out", metavar="FILE.safetensors", help="Where the router goes.")
+]
+Checkpoints = Annotated[
+    Path | None,
+    typer.Option(
+        "--checkpoints", metavar="FOLDER", help="Save here, and go on with what is found here."
+    ),
+]
+RouterSteps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the sampler.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Trajectories.")]
+TrainingBatch = Annotated[int, typer.Option(min=1, help="Images of a trajectory, all processes.")]
+Beta = Annotated[float, typer.Option(min=0, help="Weight of the compute penalty.")]
+Rate = Annotated[float, typer.Option("--lr", min=0, help="How far a logit moves in a trajectory.")]
+LambdaForm = Annotated[
+    str, typer.Option(metavar="NAME", help="released, published, or none for lambda = 1.")
+]
+LambdaEvery = Annotated[int, typer.Option(min=1, help="Trajectories between two estimates.")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Do not divide lambda by its mean, as the published code.")
+]
+Tau = Annotated[float, typer.Option(min=0, max=1, help="Components above it compute.")]
+Keep = Annotated[
+    str, typer.Option(metavar="NAME", help="What slots are renewed with: fresh or blended.")
+]
+Spread = Annotated[float, typer.Option(min=0, help="Deviation of the first logits.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Spare memory: run blocks again going backward.")
+]
+GuidanceScale = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance scale; the pipeline's if left out.")
+]

@@ -1,0 +1,456 @@
+"""Training a HarmoniCa router (arXiv 2410.01723): step-wise denoising with an image error proxy, on a stock pipeline.
+
+One epoch is one trajectory of the student from pure noise; no pictures are needed. At each step but the first, which
+always computes, the teacher (the model as it is) and the student (components blended with what their slots hold) see
+the student's latents; the loss of step i is
+
+    lambda_i mean((teacher - student)^2) + beta sum_k r_ik,    r = sigmoid(logit),
+
+of what the scheduler gets, guidance applied. Its gradient reaches the logits of step i alone, AdamW moves them, they
+are clamped, and the scheduler, the deployment's own, steps on the student's prediction.
+
+Where the released code and the spec's section 15 part, this follows the spec: the backbone is frozen, the teacher has
+no graph, draws come from a private generator, and lambda is shared by all processes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit.cost import Cost
+from fastdit.errors import ArgumentError
+from fastdit.forward import Forward, Slots
+from fastdit.router import LIMIT, TAU, Router, check_tau
+from fastdit.train import proxy
+from fastdit.train.pair import Pair
+from fastdit.train.ranks import Ranks
+from fastdit.train.student import COMPUTE, Trainee, squares
+
+KEEPS = ("blended", "fresh")
+STATE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One epoch.
+
+    Attributes:
+        epoch: How many are done.
+        loss: Mean squared error of the guided output, mean over the steps.
+        weighted: The same weighted by lambda, and the penalty added: what was minimised.
+        reuse: Share of all cells that the threshold reuses (CUR).
+        mac_reuse: The same weighted by multiply-accumulates.
+        seconds: Of this epoch.
+    """
+
+    epoch: int
+    loss: float
+    weighted: float
+    reuse: float
+    mac_reuse: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch}: loss {self.loss:.3e}, weighted {self.weighted:.3e}, "
+            f"reuse {self.reuse:.1%} of cells, {self.mac_reuse:.1%} of arithmetic, {self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result of a training, beside the model and the prompts; see :class:`HarmoniCa`."""
+
+    steps: int
+    beta: float
+    lr: float
+    epochs: int
+    batch: int
+    lambda_form: str | None
+    lambda_every: int
+    normalise: bool
+    tau: float
+    keep: str
+    spread: float
+    seed: int
+
+
+class HarmoniCa:
+    """A training of a router; :meth:`fit` does it.
+
+    Args:
+        pipeline: A stock pipeline of a supported family, unpatched, on its device.
+        steps: Its `num_inference_steps`.
+        prompts: What to draw: texts, class numbers (DiT), or mappings with the pipeline arguments of one image
+            (embeddings), whose tensors are joined along the batch.
+        beta: Weight of the compute penalty; what it buys depends on the loss's scale (`lambda_form`, `normalise`).
+        lr: Of AdamW (0.9, 0.999), eps 1e-8, no decay. A logit moves by at most about `lr` each epoch.
+        epochs: Trajectories; each moves every step's logits once.
+        batch: Images of an epoch, over all processes.
+        lambda_form: "released" or "published" (spec section 6); None for lambda = 1.
+        lambda_every: Epochs between two estimates of lambda.
+        normalise: Divide lambda by its mean over the steps, so that beta does not depend on its scale.
+        tau: Threshold: a slot is renewed where r > tau.
+        keep: What a slot is renewed with, the "blended" output (as released) or the "fresh" one (as at inference).
+        spread: Standard deviation of the first logits; 0 starts every component at r = 1/2.
+        seed: Of the private generator behind logits, prompts and noise.
+        checkpointing: Run each block again in the backward pass instead of keeping its activations.
+        arguments: Further arguments of the pipeline's call: guidance_scale, height, width and so on.
+        folder: Where checkpoints go; a training found there is taken up where it was left, to the same result.
+        save_every: Epochs between two checkpoints.
+        report: Called with the :class:`Progress` of each epoch, in the first process.
+
+    Raises:
+        ArgumentError: An argument is not as described, or the pipeline is patched.
+
+    Example:
+        >>> training = fastdit.train.HarmoniCa(pipe, steps=20, prompts=texts, beta=1e-6, epochs=500, report=print)
+        >>> training.fit().save("router.safetensors")
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        steps: int,
+        prompts: Sequence[Any],
+        beta: float = 7e-8,
+        lr: float = 0.01,
+        epochs: int = 2000,
+        batch: int = 8,
+        lambda_form: str | None = "released",
+        lambda_every: int = 50,
+        normalise: bool = False,
+        tau: float = TAU,
+        keep: str = "blended",
+        spread: float = 1.0,
+        seed: int = 0,
+        checkpointing: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        save_every: int = 10,
+        report: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.ranks = Ranks()
+        self.settings = Settings(
+            _whole("steps", steps, 2),
+            _real("beta", beta),
+            _real("lr", lr),
+            _whole("epochs", epochs),
+            _whole("batch", batch),
+            _one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
+            _whole("lambda_every", lambda_every),
+            bool(normalise),
+            check_tau(tau),
+            _one_of("keep", keep, KEEPS),
+            _real("spread", spread),
+            _whole("seed", seed, 0),
+        )
+        if batch % self.ranks.count:
+            raise ArgumentError(
+                f"batch must be a multiple of the {self.ranks.count} processes, got {batch}"
+            )
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
+            raise ArgumentError(
+                f"prompts must be a sequence of at least one prompt, got {prompts!r:.80}"
+            )
+        if not any(all(isinstance(p, kind) for p in prompts) for kind in (str, int, Mapping)):
+            raise ArgumentError(
+                "prompts must be all texts, all class numbers, or all mappings of pipeline arguments, "
+                f"got {sorted({type(prompt).__name__ for prompt in prompts})}"
+            )
+        self.prompts = list(prompts)
+        self.arguments = dict(arguments or {})
+        self.folder = None if folder is None else Path(folder)
+        self.save_every = _whole("save_every", save_every)
+        self.report = report
+        self.trainee = Trainee(pipeline, checkpointing)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._start()
+
+    # ---- the whole
+
+    def fit(self) -> Router:
+        """Train to the last epoch, from the last checkpoint if there is one.
+
+        Raises:
+            ArgumentError: The folder holds a training with other settings.
+        """
+        self._resume()
+        while self.epoch < self.settings.epochs:
+            began = time.perf_counter()
+            losses, weighted = self.train_epoch()
+            self.epoch += 1
+            done = self.epoch == self.settings.epochs
+            if self.folder is not None and (done or self.epoch % self.save_every == 0):
+                self._save()
+            if self.report is not None and self.ranks.rank == 0:
+                self.report(self._progress(losses, weighted, time.perf_counter() - began))
+        return self.router()
+
+    def router(self) -> Router:
+        """The router as it is now."""
+        table = torch.stack([row.detach() for row in self.rows]).cpu().numpy()
+        logits = {
+            kind.name: np.full((len(table), kind.count, len(kind.components)), np.inf, np.float32)
+            for kind in self.trainee.spec.kinds
+        }
+        for k, (kind, block, component) in enumerate(self.trainee.spec.components()):
+            logits[kind.name][:, block, kind.components.index(component)] = table[:, k]
+        origin = {"training": asdict(self.settings), "epochs": self.epoch}
+        components = {kind.name: kind.components for kind in self.trainee.spec.kinds}
+        return Router(
+            logits,
+            components,
+            self.trainee.spec.family,
+            self.conditions,
+            self.settings.tau,
+            {"method": "HarmoniCa", "model": type(self.trainee.transformer).__name__, **origin},
+        )
+
+    # ---- one epoch
+
+    def train_epoch(self) -> tuple[Tensor, Tensor]:
+        """One trajectory; (mean squared error, minimised loss) of each step, [T] each, the first step's 0."""
+        arguments = self._draw()
+        with self.trainee:
+            form = self.settings.lambda_form
+            if form is not None and self.epoch % self.settings.lambda_every == 0:
+                with torch.no_grad():
+                    rows = [torch.sigmoid(row) for row in self.rows]
+                found = proxy.estimate(
+                    form, self.trainee, rows, arguments, self.settings.tau, self.settings.keep
+                )
+                self.weights = self.ranks.mean(found, self._device)
+            trajectory = _Trajectory(self)
+            self.trainee.run(trajectory, arguments())
+        losses = torch.tensor([trajectory.losses, trajectory.weighted])
+        return tuple(self.ranks.mean(losses, self._device))
+
+    def weight(self, step: int) -> float:
+        """lambda of a step as the loss has it."""
+        mean = float(self.weights[1:].mean()) if self.settings.normalise else 1.0
+        return float(self.weights[step]) / (mean or 1.0)
+
+    def update(self, step: int, loss: Tensor, ratios: Tensor) -> float:
+        """Move the logits of one step down the gradient of its loss; what was minimised."""
+        minimised = self.weight(step) * loss + self.settings.beta * ratios.sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        minimised.backward()
+        row = self.rows[step]
+        row.grad = self.ranks.mean(row.grad, self._device)
+        self.optimizer.step()
+        with torch.no_grad():
+            row.clamp_(-LIMIT, LIMIT)
+        return float(minimised.detach())
+
+    # ---- what to draw
+
+    def _draw(self) -> Callable[[], dict[str, Any]]:
+        """The epoch's prompts and noise; the result makes the pipeline's arguments, each time from the same seeds."""
+        count = self.settings.batch
+        chosen = torch.randint(len(self.prompts), (count,), generator=self._generator).tolist()
+        seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
+        prompts = self.ranks.share([self.prompts[i] for i in chosen])
+        seeds = self.ranks.share(seeds)
+
+        def arguments() -> dict[str, Any]:
+            # One generator for each image: what it is made of depends on its own seed alone.
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            return {
+                **_joined(prompts),
+                "num_inference_steps": self.settings.steps,
+                "generator": generators,
+                **self.arguments,
+            }
+
+        return arguments
+
+    # ---- state
+
+    def _start(self) -> None:
+        """Before the first epoch: look at a run, then draw the logits."""
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        with self.trainee:
+            generators = [torch.Generator().manual_seed(0)]
+            call = {**_joined(self.prompts[:1]), "num_inference_steps": self.settings.steps}
+            found, text = self.trainee.look({**call, "generator": generators, **self.arguments})
+        if found.guidance is None and "guidance_scale" in self.arguments:
+            found = replace(found, guidance=float(self.arguments["guidance_scale"]))
+        self.conditions = found
+        self._device = next(self.trainee.transformer.parameters()).device
+        cost = Cost.of(self.trainee.transformer, found.image_tokens, text)
+        self._macs = cost.component_macs()
+        steps, cells = len(found.timesteps), len(self.trainee.cells)
+        first = self.settings.spread * torch.randn(steps, cells, generator=generator)
+        first = first.clamp(-LIMIT, LIMIT)
+        first[0] = LIMIT
+        self.rows = [torch.nn.Parameter(row.to(self._device)) for row in first]
+        self.rows[0].requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.rows[1:], lr=self.settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+        )
+        self.weights = torch.ones(steps)
+        self.epoch = 0
+
+    def _save(self) -> None:
+        """One safetensors file with JSON facts in its header, replaced only when it is complete."""
+        if self.ranks.rank == 0:
+            from safetensors.torch import save_file
+
+            tensors = {"weights": self.weights, "generator": self._generator.get_state()}
+            for step, row in enumerate(self.rows):
+                tensors[f"logits.{step}"] = row.detach()
+                for name, value in self.optimizer.state.get(row, {}).items():
+                    tensors[f"optimizer.{name}.{step}"] = value
+            plain = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(plain, str(self.folder / f"{STATE}.new"), {"fastdit": self._facts()})
+            os.replace(self.folder / f"{STATE}.new", self.folder / STATE)
+        self.ranks.wait()
+
+    def _facts(self) -> str:
+        facts = {"epoch": self.epoch, "settings": asdict(self.settings)}
+        facts["conditions"] = asdict(self.conditions)
+        return json.dumps(facts, sort_keys=True)
+
+    def _resume(self) -> None:
+        from safetensors import safe_open
+
+        if self.folder is None or not (path := self.folder / STATE).exists():
+            return
+        with safe_open(str(path), framework="pt") as file:
+            facts = json.loads(file.metadata()["fastdit"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        now = json.loads(self._facts())
+        # More epochs than last time are a longer training, not another one.
+        for found in (facts, now):
+            found["settings"].pop("epochs")
+        if different := [
+            name
+            for part in ("settings", "conditions")
+            for name in now[part]
+            if now[part][name] != facts[part].get(name)
+        ]:
+            raise ArgumentError(
+                f"folder {str(self.folder)!r} holds a training with other {', '.join(different)}: "
+                "give these again, or another folder"
+            )
+        self.epoch = facts["epoch"]
+        self.weights = tensors.pop("weights")
+        self._generator.set_state(tensors.pop("generator"))
+        with torch.no_grad():
+            for step, row in enumerate(self.rows):
+                row.copy_(tensors.pop(f"logits.{step}"))
+        for name, value in tensors.items():
+            _, key, step = name.split(".")
+            place = "cpu" if key == "step" else self._device
+            self.optimizer.state[self.rows[int(step)]][key] = value.to(place)
+
+    def _progress(self, losses: Tensor, weighted: Tensor, seconds: float) -> Progress:
+        router = self.router()
+        bits = {kind: layer.bits for kind, layer in router.schedule().layers.items()}
+        total = len(self.rows) * sum(float(macs.sum()) for macs in self._macs.values())
+        spared = sum(float(((~bits[kind]) * macs).sum()) for kind, macs in self._macs.items())
+        return Progress(
+            self.epoch,
+            float(losses[1:].mean()),
+            float(weighted[1:].mean()),
+            router.cache_utilisation(router.schedule()),
+            spared / total,
+            seconds,
+        )
+
+
+class _Trajectory:
+    """One training run: drives the pipeline, and trains at each step."""
+
+    def __init__(self, training: HarmoniCa) -> None:
+        self._training = training
+        self._slots: dict[int, Slots] = {}
+        self._ratios: Tensor | None = None
+        steps = len(training.rows)
+        self.losses = [0.0] * steps
+        self.weighted = [0.0] * steps
+
+    def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
+        """Teacher and student; at the first step the model alone, which fills the slots."""
+        training = self._training
+        settings, held = training.settings, self._slots.get(branch, {})
+        if step == 0:
+            student = training.trainee.blend(COMPUTE, held, settings.tau, settings.keep)
+            output = forward(student)
+        else:
+            teacher = forward(None)
+            with torch.enable_grad():
+                if self._ratios is None:
+                    self._ratios = torch.sigmoid(training.rows[step])
+                student = training.trainee.blend(self._ratios, held, settings.tau, settings.keep)
+                output = Pair.of(forward(student), teacher)
+        self._slots[branch] = held | student.written
+        return output
+
+    def step(self, step: int, prediction: Tensor) -> Tensor:
+        """Train on what the pipeline made of the outputs; the student's goes to the scheduler."""
+        if step == 0:
+            return prediction
+        if not isinstance(prediction, Pair):
+            raise ArgumentError(
+                "the pipeline gave its scheduler a prediction that is cut off from the transformer's output"
+            )
+        student = prediction.__dict__["student"]
+        with torch.enable_grad():
+            loss = squares(prediction.__dict__["teacher"], student).mean()
+            self.losses[step] = float(loss.detach())
+            self.weighted[step] = self._training.update(step, loss, self._ratios)
+        self._ratios = None
+        return student.detach()
+
+    def stepped(self, step: int, latents: Tensor) -> bool:
+        """Over after the last row."""
+        return step == len(self._training.rows) - 1
+
+
+def _joined(prompts: Sequence[Any]) -> dict[str, Any]:
+    """The pipeline's arguments for these prompts together."""
+    first = prompts[0]
+    if isinstance(first, Mapping):
+        return {
+            name: torch.cat([prompt[name] for prompt in prompts])
+            if isinstance(value, Tensor)
+            else value
+            for name, value in first.items()
+        }
+    return {"prompt" if isinstance(first, str) else "class_labels": list(prompts)}
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return value
+
+
+def _real(name: str, value: Any) -> float:
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (fits and math.isfinite(value) and value >= 0):
+        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
+    if value not in accepted:
+        raise ArgumentError(
+            f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}"
+        )
+    return value

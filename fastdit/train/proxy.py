@@ -1,0 +1,139 @@
+"""The image error proxy: how much caching at one step changes the final latents (spec section 6).
+
+Two published forms of lambda. As *released*, a telescoping chain: starting from a run that computes everything, one
+more step caches in each run, and lambda is the mean squared change of the final latents. As *published*, each step is
+compared by the squared norm between a run that caches everywhere and one that does not at this step.
+
+All runs of an estimate start from the same noise, and those that agree up to a step share it: a record of the
+transformer's outputs stands in for the model, the pipeline and its scheduler go through their own arithmetic again,
+so the result is exact. T (T + 1) / 2 forwards of one step for either form, where T runs of T steps are T^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.forward import Forward, Slots
+from fastdit.train.student import COMPUTE, STOCK, Row, Trainee, squares
+
+FORMS = ("released", "published")
+
+
+@dataclass
+class Sampling:
+    """One run without gradients, or the rest of one.
+
+    Attributes:
+        trainee: What runs.
+        rows: One for each step: weights [N], COMPUTE (and store), or STOCK (compute, store nothing).
+        tau, keep: See :class:`~fastdit.train.HarmoniCa`.
+        record: The transformer's outputs, one list for each step with one entry for each call. Steps already in it are
+            not run; those that run are added.
+        slots: What the slots hold when the first step runs, by call within a step.
+        stop: The last step.
+        latents: The result.
+    """
+
+    trainee: Trainee
+    rows: Sequence[Row]
+    tau: float
+    keep: str
+    record: list[list[Tensor]] = field(default_factory=list)
+    slots: dict[int, Slots] = field(default_factory=dict)
+    stop: int | None = None
+    latents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.record = list(self.record)
+        self.slots = dict(self.slots)
+        self._replayed = len(self.record)
+
+    def run(self, arguments: Mapping[str, Any]) -> Sampling:
+        """Draw."""
+        with torch.no_grad():
+            self.trainee.run(self, arguments)
+        return self
+
+    def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
+        """From the record, or from the model."""
+        if step < self._replayed:
+            return self.record[step][branch].clone()  # a pipeline may write into what it gets
+        if self.rows[step] is STOCK:
+            output = forward(None)
+        else:
+            held = self.slots.get(branch, {})
+            student = self.trainee.blend(self.rows[step], held, self.tau, self.keep)
+            output = forward(student)
+            self.slots[branch] = held | student.written
+        if branch == 0:
+            self.record.append([])
+        self.record[step].append(output.clone())
+        return output
+
+    def step(self, step: int, prediction: Tensor) -> Tensor:
+        """As predicted."""
+        return prediction
+
+    def stepped(self, step: int, latents: Tensor) -> bool:
+        """Over at the last step."""
+        self.latents = latents
+        return step == (len(self.rows) - 1 if self.stop is None else self.stop)
+
+
+def estimate(
+    form: str,
+    trainee: Trainee,
+    rows: Sequence[Tensor],
+    arguments: Callable[[], Mapping[str, Any]],
+    tau: float,
+    keep: str,
+) -> Tensor:
+    """lambda [T], float32, 0 at the first step, which always computes.
+
+    Args:
+        form: One of FORMS.
+        rows: r of every step, [T][N].
+        arguments: Makes the pipeline's arguments anew, with generators that start over.
+    """
+    make = {"released": _released, "published": _published}[form]
+    return make(trainee, list(rows), arguments, tau, keep)
+
+
+def _released(
+    trainee: Trainee, rows: list[Row], arguments: Callable[[], Any], tau: float, keep: str
+) -> Tensor:
+    steps = len(rows)
+    weights = torch.zeros(steps)
+    before = Sampling(trainee, [COMPUTE] + [STOCK] * (steps - 1), tau, keep).run(arguments())
+    for step in range(1, steps):
+        chain = [COMPUTE, *rows[1 : step + 1], *[STOCK] * (steps - 1 - step)]
+        # Up to this step the run before is the same; its slots were last written at the step before.
+        run = Sampling(trainee, chain, tau, keep, before.record[:step], before.slots)
+        run.run(arguments())
+        weights[step] = squares(run.latents, before.latents).mean().cpu()
+        before = run
+    return weights
+
+
+def _published(
+    trainee: Trainee, rows: list[Row], arguments: Callable[[], Any], tau: float, keep: str
+) -> Tensor:
+    steps = len(rows)
+    rows = [COMPUTE, *rows[1:]]
+    base = Sampling(trainee, rows, tau, keep, stop=0).run(arguments())
+    masked = []
+    for step in range(1, steps):
+        once = [*rows[:step], COMPUTE, *rows[step + 1 :]]
+        fork = Sampling(trainee, once, tau, keep, base.record, base.slots).run(arguments())
+        masked.append(fork.latents)
+        base = Sampling(trainee, rows, tau, keep, base.record, base.slots, stop=step)
+        base.run(arguments())
+    weights = torch.zeros(steps)
+    for step, latents in enumerate(masked, start=1):
+        weights[step] = squares(base.latents, latents).flatten(1).sum(1).mean().cpu()
+    return weights

@@ -1,0 +1,276 @@
+"""A pipeline under training: its transformer runs as teacher, as student, or not at all, as a driver says.
+
+The pipeline's own `__call__` runs unchanged. Three places are taken over while training, on instances and for that
+time alone: the transformer's forward, its blocks' forwards, and the scheduler's `step`. The student is the adapters'
+own text of a block with another `component`: both the fresh output and the slot are there, and what goes on is
+r fresh + (1 - r) slot (HarmoniCa, arXiv 2410.01723; spec section 5).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastdit import ops
+from fastdit.adapters import find_adapter
+from fastdit.conditions import Conditions
+from fastdit.errors import ArgumentError
+from fastdit.forward import Forward, Slots
+from fastdit.install import LINK, check_installable, install, uninstall
+
+#: what a step may weigh its components by: a row of weights, or one of these two
+COMPUTE, STOCK = "compute", "stock"
+Row = Tensor | str
+
+
+class Driver(Protocol):
+    """What decides about a run."""
+
+    def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
+        """The output of a transformer call; `forward` runs the model, with stock blocks where it is given None."""
+
+    def step(self, step: int, prediction: Tensor) -> Tensor:
+        """What the scheduler gets in place of the pipeline's prediction."""
+
+    def stepped(self, step: int, latents: Tensor) -> bool:
+        """The latents after the step; whether the run is over."""
+
+
+class BlendForward(Forward):
+    """A transformer call in which every component runs, and its output is blended with what its slot holds.
+
+    A pure function of the slots it was made with: what it would store is in `written`, so that checkpointed blocks may
+    run again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        cells: Mapping[tuple[int, str], int],
+        row: Row,
+        slots: Slots,
+        tau: float,
+        keep: str,
+    ) -> None:
+        super().__init__(ops.bind("reference"), blocks, slots=dict(slots))
+        self.written: Slots = {}
+        self._cells = cells
+        self._keep = keep
+        self._weights = row.unbind() if isinstance(row, Tensor) else None
+        self._renew = (row > tau).tolist() if isinstance(row, Tensor) else None
+
+    def computes(self, component: str) -> bool:
+        """Everything runs."""
+        return True
+
+    def component(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The blended output; see the class."""
+        key = self.index, name
+        fresh = compute()
+        self.computed += 1
+        held = self.slots.get(key)
+        if self._weights is None or held is None:
+            out, renew = fresh, True
+        else:
+            cell = self._cells[key]
+            out, renew = _blend(fresh, held, self._weights[cell]), self._renew[cell]
+        if renew:
+            self.written[key] = _detached(out if self._keep == "blended" else fresh)
+        return out
+
+
+class Trainee:
+    """A pipeline to train on; use it in a `with`.
+
+    Attributes:
+        pipeline, transformer, adapter, spec, blocks: What runs.
+        cells: (block over all kinds, component) -> k, in running order; N of them.
+    """
+
+    def __init__(self, pipeline: Any, checkpointing: bool = False) -> None:
+        transformer = getattr(pipeline, "transformer", None)
+        if not isinstance(transformer, nn.Module) or not hasattr(pipeline, "scheduler"):
+            raise ArgumentError(
+                "pipeline must be a diffusers pipeline with a transformer and a scheduler, "
+                f"got {type(pipeline).__name__}"
+            )
+        if LINK in transformer.__dict__:
+            raise ArgumentError("the pipeline is patched; call fastdit.unpatch before training")
+        if getattr(transformer, "gradient_checkpointing", False):
+            raise ArgumentError(
+                "the transformer's own gradient checkpointing would run blocks again outside their call; "
+                "call disable_gradient_checkpointing() and give checkpointing=True"
+            )
+        self.pipeline = pipeline
+        self.transformer = transformer
+        self.adapter = find_adapter(transformer)
+        self.spec = self.adapter.spec(transformer)
+        self.blocks = [block for _, block in self.adapter.blocks(transformer)]
+        for module in (transformer, *self.blocks):
+            check_installable(module)
+        first, count = {}, 0
+        for kind in self.spec.kinds:
+            first[kind.name] = count
+            count += kind.count
+        self.cells = {
+            (first[kind.name] + block, component): k
+            for k, (kind, block, component) in enumerate(self.spec.components())
+        }
+        self._checkpointing = checkpointing
+        self._driver: Driver | None = None
+        self._forward: Forward | None = None
+        self._step = self._branch = 0
+        self._undo: list[Callable[[], None]] = []
+
+    # ---- in and out
+
+    def __enter__(self) -> Trainee:
+        transformer, scheduler = self.transformer, self.pipeline.scheduler
+        wanted = [p for p in transformer.parameters() if p.requires_grad]
+        was_training = transformer.training
+        transformer.requires_grad_(False).eval()
+        install(transformer, self._call)
+        for index, (kind, block) in enumerate(self.adapter.blocks(transformer)):
+            install(block, functools.partial(self._block, kind, index))
+        scheduler.step = self._stepper(scheduler.step)
+
+        def undo() -> None:
+            del scheduler.step
+            for module in (transformer, *self.blocks):
+                uninstall(module)
+            transformer.train(was_training)
+            for parameter in wanted:
+                parameter.requires_grad_(True)
+
+        self._undo.append(undo)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._undo.pop()()
+
+    # ---- a run
+
+    def run(self, driver: Driver, arguments: Mapping[str, Any]) -> None:
+        """``pipeline(**arguments)`` under the driver, up to the step where it says that the run is over."""
+        self._driver, self._step, self._branch = driver, 0, 0
+        try:
+            self.pipeline(**arguments)
+        except _Over:
+            return
+        finally:
+            self._driver = None
+        raise ArgumentError(
+            f"{type(self.pipeline).__name__} ended after {self._step} scheduler steps, "
+            "before its driver said so: training needs a scheduler that every prediction goes through"
+        )
+
+    def blend(self, row: Row, slots: Slots, tau: float, keep: str) -> BlendForward:
+        """A student's call; `row` [N] are its weights, COMPUTE stands for all ones."""
+        return BlendForward(self.blocks, self.cells, row, slots, tau, keep)
+
+    def look(self, arguments: Mapping[str, Any]) -> tuple[Conditions, int]:
+        """What a run is like and its number of text tokens, learned from a run's first transformer call."""
+        found = []
+
+        class Look:
+            def call(self, step: int, branch: int, forward: Any) -> Tensor:
+                raise _Over
+
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            call = self.adapter.call(module, args, kwargs)
+            pipeline = self.pipeline
+            found[:] = [Conditions.of(pipeline.scheduler, call.tokens, pipeline), call.text]
+
+        handle = self.transformer.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self.run(Look(), arguments)
+        finally:
+            handle.remove()
+        return found[0], found[1]
+
+    # ---- the three places
+
+    def _call(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def forward(student: Forward | None) -> Tensor:
+            self._forward = student
+            try:
+                return _sample(type(module).forward(module, *args, **kwargs))
+            finally:
+                self._forward = None
+
+        if self._driver is None:
+            return type(module).forward(module, *args, **kwargs)
+        output = self._driver.call(self._step, self._branch, forward)
+        self._branch += 1
+        if kwargs.get("return_dict", True):
+            from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+            return Transformer2DModelOutput(sample=output)
+        return (output,)
+
+    def _block(self, kind: str, index: int, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        student = self._forward
+        if student is None:
+            return type(module).forward(module, *args, **kwargs)
+
+        def run(*args: Any) -> Any:
+            student.start_block(index)
+            return self.adapter.forwards[kind](module, student, *args, **kwargs)
+
+        if self._checkpointing and torch.is_grad_enabled():
+            return checkpoint(run, *args, use_reentrant=False)
+        return run(*args)
+
+    def _stepper(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._driver is None:
+                return original(model_output, *args, **kwargs)
+            prediction = self._driver.step(self._step, model_output)
+            result = original(prediction, *args, **kwargs)
+            latents = result[0] if isinstance(result, tuple) else result.prev_sample
+            over = self._driver.stepped(self._step, latents)
+            self._step += 1
+            self._branch = 0
+            if over:
+                raise _Over
+            return result
+
+        return step
+
+
+class _Over(Exception):
+    """Ends a pipeline's call: nobody needs the picture."""
+
+
+def squares(first: Tensor, second: Tensor) -> Tensor:
+    """(first - second)^2, in float32 at least: of half precision little would be left."""
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    return (first.to(dtype) - second.to(dtype)).square()
+
+
+def _sample(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output.sample
+
+
+def _blend(fresh: Any, held: Any, weight: Tensor) -> Any:
+    """r fresh + (1 - r) held, of a tensor or of each of a tuple."""
+    if isinstance(fresh, (tuple, list)):
+        return tuple(map(_blend, fresh, held, [weight] * len(fresh)))
+    if fresh is None:
+        return None
+    if fresh.ndim == 3:
+        return ops.blend(fresh, held, weight)
+    weight = weight.to(fresh.dtype)
+    return weight * fresh + (1 - weight) * held  # Lumina's attentions have their heads apart
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_detached, value))
+    return None if value is None else value.detach()

@@ -1,0 +1,62 @@
+"""`fastdit train-router`: what it writes runs, and what it is given is checked before the work."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+import fastdit
+from fastdit.cli import commands
+from saved_pipelines import save_dit, save_sd3
+
+pytestmark = pytest.mark.diffusers
+
+QUICK = ("--steps", "3", "--epochs", "2", "--batch", "1", "--threads", "1")
+
+
+def run(*arguments, code=0):
+    """The output of `fastdit train-router ARGUMENTS`, which must end with `code`."""
+    result = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"}).invoke(
+        commands.app, ["train-router", *map(str, arguments)]
+    )
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_router_of_a_text_model(tmp_path):
+    folder, out = save_sd3(tmp_path / "sd3"), tmp_path / "learned.safetensors"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a large red circle at the left\n\na small blue square\n")
+    checkpoints = tmp_path / "checkpoints"
+    given = ("--model", folder, "--out", out, "--prompts", prompts, "--checkpoints", checkpoints)
+    output = run(*given, *QUICK, "--lambda-form", "published", "--guidance", "3")
+    assert "epoch 2: loss" in output
+    assert "of arithmetic" in output
+    router = fastdit.Router.load(out)
+    assert router.steps == 3
+    assert router.conditions.guidance == 3
+    assert dict(router.provenance)["training"]["lambda_form"] == "published"
+    assert "epoch" not in run(*given, *QUICK, "--lambda-form", "published", "--guidance", "3")
+
+
+def test_a_router_of_a_class_model(tmp_path):
+    folder, out = save_dit(tmp_path / "dit"), tmp_path / "learned.safetensors"
+    run("--model", folder, "--out", out, *QUICK, "--lambda-form", "none", "--raw")
+    assert fastdit.Router.load(out).family == "dit"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--out", "router.json"), "--out must end in .safetensors"),
+        (("--prompts", "missing.txt"), "--prompts missing.txt cannot be read"),
+        (("--lambda-form", "paper"), "lambda_form must be one of"),
+    ],
+    ids=lambda value: str(value[0])[:16],
+)
+def test_bad_arguments_end_in_one_line(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    folder = save_dit(tmp_path / "dit")
+    output = run("--model", folder, *QUICK, *arguments, code=2)
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
