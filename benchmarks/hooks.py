@@ -27,7 +27,8 @@ class HookCache:
         self._modules = []
         for index, block in enumerate(blocks):
             for position, component in enumerate(components):
-                self._wrap(getattr(block, component), index, position, component)
+                if getattr(block, component) is not None:
+                    self._wrap(getattr(block, component), index, position, component)
 
     def _wrap(self, module: nn.Module, block: int, position: int, component: str) -> None:
         def forward(wrapped: nn.Module, *args: Any, **kwargs: Any) -> Any:
