@@ -8,6 +8,7 @@ refused is checked before anything changes.
 from __future__ import annotations
 
 import types
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,20 @@ class BlockLink:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.session.block(self.kind, self.index, module, args, kwargs)
+
+
+class ComponentLink:
+    """What the rewritten forward of a component calls that was wrapped as it is."""
+
+    __slots__ = ("index", "name", "session")
+
+    def __init__(self, session: Session, index: int, name: str) -> None:
+        self.session = session
+        self.index = index
+        self.name = name
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.component(self.index, self.name, module, args, kwargs)
 
 
 class EmbedLink:
@@ -221,7 +236,8 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
         >>> print(handle.report())
     """
     pipeline, transformer = _resolve(target)
-    adapter = find_adapter(transformer)
+    reuses = all(getattr(method, "writes", None) == {"reuse"} for method in methods)
+    adapter = find_adapter(transformer, wraps=bool(methods) and reuses)
     for method in methods:
         if not isinstance(method, Method):
             raise ArgumentError(
@@ -229,6 +245,11 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
             )
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)
+    if not adapter.restates and any(method.max_cache_bytes is not None for method in methods):
+        raise UnsupportedModelError(
+            f"max_cache_bytes needs the size of every output, which is not known of {type(transformer).__name__}: "
+            "it has no adapter"
+        )
     check_composition(methods)
     for method in methods:
         method.check(spec)
@@ -241,7 +262,8 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     if sparse:
         adapter.check_tokens(transformer)
         embedders = adapter.embedders(transformer)
-    for module in (*(block for _, block in blocks), *embedders):
+    wrapped = adapter.wrapped(transformer)
+    for module in (*(block for _, block in blocks), *embedders, *(part for _, _, part in wrapped)):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
@@ -254,6 +276,14 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     if LINK in transformer.__dict__:
         _remove(transformer)
     _install(session, transformer, pipeline, blocks, embedders)
+    for index, name, module in wrapped:
+        install(module, ComponentLink(session, index, name))
+    if not adapter.restates:
+        warnings.warn(
+            f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, so norms and "
+            "residuals around reused ones still run, and costs are estimates",
+            stacklevel=2,
+        )
     return Handle(session, transformer, pipeline)
 
 
@@ -302,6 +332,10 @@ def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
     return pipeline, transformer
 
 
+def _names(spec: Any) -> str:
+    return ", ".join(sorted({name for kind in spec.kinds for name in kind.components}))
+
+
 def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> None:
     weight = next(
         (p for p in transformer.parameters() if p.is_floating_point() and p.device.type != "meta"),
@@ -338,6 +372,8 @@ def _remove(transformer: nn.Module) -> None:
     for _, block in session.adapter.blocks(transformer):
         uninstall(block)
     for module in session.adapter.embedders(transformer):
+        uninstall(module)
+    for _, _, module in session.adapter.wrapped(transformer):
         uninstall(module)
     _remove_hooks(transformer, session)
     transformer.__dict__.pop(_RESET, None)

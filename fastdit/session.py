@@ -424,6 +424,19 @@ class Session:
         self.forward.start_block(index)
         return self.adapter.forwards[kind](module, self.forward, *args, **kwargs)
 
+    def component(
+        self, index: int, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        """The forward of a component that was wrapped as it is, in block `index`."""
+
+        def compute() -> Any:
+            return type(module).forward(module, *args, **kwargs)
+
+        forward = self.forward
+        if forward is None or forward.index != index or not forward.actions:
+            return compute()
+        return forward.component(name, compute)
+
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The rewritten forward of a module that embeds patches and adds their positions."""
         active = self._active

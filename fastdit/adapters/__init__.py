@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fastdit.adapters.generic import generic_adapter
 from fastdit.discover import discover
 from fastdit.errors import UnsupportedModelError
 
@@ -16,8 +17,8 @@ def adapters() -> dict[str, Any]:
     return dict(discover(sys.modules[__name__], "ADAPTER"))
 
 
-def find_adapter(transformer: nn.Module) -> Any:
-    """The adapter of a transformer's family.
+def find_adapter(transformer: nn.Module, wraps: bool = False) -> Any:
+    """The adapter of a transformer's family; with `wraps`, where there is none, one that wraps its components.
 
     Raises:
         UnsupportedModelError: There is none; names the supported classes.
@@ -26,6 +27,8 @@ def find_adapter(transformer: nn.Module) -> Any:
     for adapter in known:
         if adapter.matches(transformer):
             return adapter
+    if wraps and (adapter := generic_adapter(transformer)) is not None:
+        return adapter
     supported = sorted(name for adapter in known for name in adapter.model_classes)
     raise UnsupportedModelError(
         f"no adapter for {type(transformer).__name__}; supported transformers: {', '.join(supported)}"

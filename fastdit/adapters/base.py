@@ -74,6 +74,7 @@ class Adapter:
         processors: Names of the attention processors that the family's own attention stands in for.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
         shifts_latents: Whether the pipelines add the VAE's shift before they decode.
+        restates: Whether it restates block forwards, which the drift guard then checks.
         timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
     """
 
@@ -90,6 +91,7 @@ class Adapter:
     layouts: Mapping[str, Sequence[str]] = {}
     processors: frozenset[str] = frozenset()
     shifts_latents = False
+    restates = True
     timesteps_rise = False
 
     # ---- recognising a model
@@ -146,6 +148,10 @@ class Adapter:
     def blocks(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """(kind, block) of every block, in running order."""
         return [(kind, block) for kind in self.kinds for block in getattr(transformer, kind, ())]
+
+    def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
+        """(block, component, module) of the components that ask whether they run; in most families the blocks ask."""
+        return []
 
     # ---- one transformer call
 

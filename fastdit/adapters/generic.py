@@ -1,0 +1,114 @@
+"""Families without an adapter: attention and feed-forward modules wrapped as they are.
+
+A block's own forward runs, with its norms, modulations and gated residuals; only the modules in COMPONENTS are spared
+where a schedule reuses them. What is cached is the module's output, so the semantics are those of an adapter; what is
+lost are the fused residuals, the skipped norms, partial token sets and the closed-form costs, of which only the linear
+layers are counted, over the image tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs
+from fastdit.forward import Forward
+
+#: attributes of a block that are components, by diffusers' habits
+COMPONENTS = ("attn", "attn1", "attn2", "ff", "ff_context", "ffn", "feed_forward", "mlp")
+
+
+def block_lists(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Attribute -> component names, of the module lists whose elements have components."""
+    found = {}
+    for name, blocks in transformer.named_children():
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            names = tuple(
+                child
+                for child, module in blocks[0].named_children()
+                if child in COMPONENTS and module is not None
+            )
+            if names:
+                found[name] = names
+    return found
+
+
+def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
+    """The block's own forward; its components ask the session."""
+    return type(block).forward(block, *args, **kwargs)
+
+
+class Generic(Adapter):
+    """The adapter of one transformer class that has none."""
+
+    family = "generic"
+    text_tokens = 0
+    restates = False
+    embeddings_arguments = (
+        "encoder_hidden_states",
+        "encoder_hidden_states_t5",
+        "pooled_projections",
+        "class_labels",
+        "encoder_attention_mask",
+    )
+
+    def __init__(self, transformer: nn.Module) -> None:
+        cls = type(transformer)
+        lists = block_lists(transformer)
+        self.model_classes = (cls.__name__,)
+        self.kinds = {name: type(getattr(transformer, name)[0]).__name__ for name in lists}
+        self.components = lists
+        self.forwards: Mapping[str, Callable[..., Any]] = dict.fromkeys(lists, stock_block)
+
+    def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
+        """Blocks of one list may differ."""
+        return getattr(block, component, None) is not None
+
+    def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
+        """Every component."""
+        return [
+            (index, component, getattr(block, component))
+            for index, (kind, block) in enumerate(self.blocks(transformer))
+            for component in self.components[kind]
+            if self.has_component(kind, block, component)
+        ]
+
+    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
+        """None: all tokens run."""
+        return []
+
+    def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
+        """By the patch size, where there is one and the latents are images; packed latents are tokens."""
+        if len(latent_shape) == 3:
+            return latent_shape[1]
+        patch = getattr(transformer.config, "patch_size", None) or 1
+        return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
+
+    def width(self, transformer: nn.Module) -> int:
+        """The outputs of a block's last linear layer."""
+        return getattr(transformer, "inner_dim", 0)
+
+    def macs(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Linear layers over the image tokens."""
+        return linear_macs(getattr(block, component)) * size.image
+
+    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
+        """Linear layers outside of the blocks, over the image tokens: more than there are."""
+        blocks = sum(linear_macs(block) for _, block in self.blocks(transformer))
+        return (linear_macs(transformer) - blocks) * size.image
+
+    def slot_elements(
+        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
+    ) -> int:
+        """Image rows of the width of the stream, whatever the module returns."""
+        return size.image * self.width(transformer)
+
+
+def generic_adapter(transformer: nn.Module) -> Generic | None:
+    """An adapter of a transformer by wrapping, or None where nothing can be wrapped."""
+    callable_so = "hidden_states" in forward_arguments(type(transformer))
+    return Generic(transformer) if callable_so and block_lists(transformer) else None

@@ -1,0 +1,144 @@
+"""Families without an adapter: components wrapped as they are equal a plain cache of the same modules."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AuraFlowTransformer2DModel, SanaTransformer2DModel
+
+import fastdit
+import oracle
+import tiny_models
+from contract import same_bits
+from fastdit import ECAD, RAS, Schedule, UnsupportedModelError
+from fastdit.patch import handle_of
+from oracle import Oracle
+from snapshot import snapshot
+
+pytestmark = pytest.mark.diffusers
+
+STEPS = 5
+
+
+def sana():
+    return SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=3,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        sample_size=8,
+    )
+
+
+def aura_flow():
+    return AuraFlowTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        num_mmdit_layers=2,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
+
+
+MODELS = {
+    "sana": (sana, {"transformer_blocks": ("attn1", "attn2", "ff")}),
+    "aura-flow": (
+        aura_flow,
+        {
+            "joint_transformer_blocks": ("attn", "ff", "ff_context"),
+            "single_transformer_blocks": ("attn", "ff"),
+        },
+    ),
+}
+
+
+def inputs(step, batch=2):
+    draw = torch.Generator().manual_seed(step)
+    condition = torch.Generator().manual_seed(7)
+    return {
+        "hidden_states": torch.randn(batch, 4, 8, 8, generator=draw),
+        "encoder_hidden_states": torch.randn(batch, 5, 12, generator=condition),
+        "timestep": torch.full((batch,), 0.9 - 0.1 * step),
+        "return_dict": False,
+    }
+
+
+@pytest.fixture(params=MODELS)
+def case(request, monkeypatch):
+    """(model, bits, schedule); the oracle is told which modules these are."""
+    build, parts = MODELS[request.param]
+    model = tiny_models.randomise(build())
+    monkeypatch.setitem(
+        oracle.MODULES,
+        type(model).__name__,
+        {kind: {name: name for name in names} for kind, names in parts.items()},
+    )
+    bits, names = oracle.random_bits(model, STEPS, 3)
+    return model, bits, Schedule.from_bits(bits, names)
+
+
+def test_wrapped_components_equal_a_plain_cache(case):
+    model, bits, schedule = case
+    before = snapshot(model)
+    calls = [inputs(step) for step in range(STEPS)]
+    with torch.no_grad(), Oracle(model, bits).installed() as plain:
+        expected = [model(**given)[0] for given in calls]
+    with pytest.warns(UserWarning, match="has no adapter: its attn"):
+        handle = fastdit.patch(model, ECAD(schedule))
+    for _ in range(2):  # a second run starts with empty caches
+        with torch.no_grad(), handle.run(range(STEPS)):
+            for given, wanted in zip(calls, expected, strict=True):
+                same_bits(model(**given)[0], wanted)
+    report = handle.report()
+    assert (report.computed, report.reused) == (plain.computed, plain.reused)
+    with torch.no_grad(), handle.disabled():
+        model(**calls[0])
+    handle.unpatch()
+    assert snapshot(model) == before
+
+
+def test_reused_modules_do_not_run_also_in_a_copy(case):
+    model, bits, _ = case
+    names = {kind: tuple(oracle.MODULES[type(model).__name__][kind]) for kind in bits}
+    idle = {kind: np.zeros_like(value[:2]) for kind, value in bits.items()}
+    with pytest.warns(UserWarning, match="no adapter"):
+        fastdit.patch(model, ECAD(Schedule.from_bits(idle, names)))
+    twin = copy.deepcopy(model)
+    for one in (model, twin):
+        ran = []
+        # Hooks stay outside of what is wrapped, so look at what is inside of it.
+        for block in getattr(one, next(iter(bits))):
+            next(iter(block.ff.children())).register_forward_hook(
+                lambda *_, seen=ran: seen.append(1)
+            )
+        handle = handle_of(one)
+        with torch.no_grad(), handle.run(range(2)):
+            one(**inputs(0))
+            first = len(ran)
+            one(**inputs(1))
+        assert len(ran) == first > 0
+    fastdit.unpatch(twin)
+    fastdit.unpatch(model)
+
+
+def test_what_needs_an_adapter_is_refused(case):
+    model, _, schedule = case
+    before = snapshot(model)
+    name = type(model).__name__
+    for methods in ((), (RAS(),), (ECAD(schedule), RAS()), (ECAD(schedule, max_cache_bytes=1),)):
+        with pytest.raises(UnsupportedModelError, match=name):
+            fastdit.patch(model, *methods)
+    assert snapshot(model) == before
