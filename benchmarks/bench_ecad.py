@@ -101,7 +101,6 @@ def measure_run(bench: Bench, name: str, count: int) -> dict[str, Any]:
     handle.unpatch()
     wall = ratio(seconds["unpatched"], seconds["fastdit"])
     found = {
-        "schedule": name,
         "reused": schedule.reuse_share,
         "seconds": {arm: statistics.median(values) for arm, values in seconds.items()},
         "wall_speedup": wall,
@@ -180,7 +179,6 @@ def measure_embedded(name: str, count: int) -> dict[str, Any]:
     }
     best = min(rivals, key=rivals.get)
     result = {
-        "schedule": name,
         "reused": schedule.reuse_share,
         "seconds": {arm: statistics.median(values) for arm, values in found.items()},
         "wall_speedup": ratio(found["unpatched"], found["fastdit"]),
@@ -251,8 +249,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--only", choices=("runs", "step", "embedded"), action="append")
+    parser.add_argument("--schedule", choices=PUBLISHED, action="append")
     options = parser.parse_args()
     parts = options.only or ("runs", "step", "embedded")
+    names = options.schedule or PUBLISHED
     results = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
     results |= {
         "what": f"PixArt-XL/2 width, {options.tokens} image and {TEXT_TOKENS} text tokens, CFG batch 2, fp32, "
@@ -270,9 +270,11 @@ def main() -> None:
     if "runs" in parts:
         bench = Bench(options.depth, options.tokens)
         results["depth"] = options.depth
-        results["runs"] = [measure_run(bench, name, options.pairs) for name in PUBLISHED]
+        for name in names:
+            results.setdefault("runs", {})[name] = measure_run(bench, name, options.pairs)
     if "embedded" in parts:
-        results["embedded"] = [measure_embedded(name, options.pairs) for name in PUBLISHED]
+        for name in names:
+            results.setdefault("embedded", {})[name] = measure_embedded(name, options.pairs)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {options.out}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.explain import Explanation, explain_session, run_speedup
 from fastdit.frames import Frames
 from fastdit.install import LINK, check_installable, install, uninstall
+from fastdit.measure import Measurement, measure
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
 from fastdit.plan import check_composition
@@ -121,6 +122,18 @@ class Handle:
     def report(self) -> Report:
         """What the last run did; warns when a method that should reuse something reused nothing."""
         return report_session(self._session, run_speedup(self._session, self._transformer))
+
+    def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
+        """Wall seconds of `run()` on this machine, patched and stock in turns.
+
+        Args:
+            run: Does the work, such as ``lambda: pipe("a red circle")``.
+            repeats: Timed turns after a warm-up.
+
+        Raises:
+            ArgumentError: `repeats` is not a positive int.
+        """
+        return measure(run, self.disabled, self._transformer.device, repeats)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

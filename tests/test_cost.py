@@ -10,8 +10,9 @@ import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 from typer.testing import CliRunner
 
+import fastdit
 import tiny_models
-from fastdit import Schedule
+from fastdit import ECAD, ArgumentError, Schedule
 from fastdit.cli import commands
 from fastdit.cost import Cost
 from fastdit.plan import RunPlan, lower
@@ -20,6 +21,8 @@ from fastdit.statistics import statistics
 from oracle import random_bits
 
 pytestmark = pytest.mark.diffusers
+
+COMPONENTS = ("attn1", "attn2", "ff")
 
 
 @pytest.fixture(scope="module")
@@ -166,3 +169,29 @@ def test_stats_and_convert_commands(tmp_path):
         commands.app, ["schedule", "convert", str(out), str(tmp_path / "no" / "c")]
     )
     assert done.exit_code == 2
+
+
+# ---- measured latency
+
+
+def test_measure_runs_both_ways_in_turns():
+    model = tiny_models.transformer("pixart-alpha")
+    handle = fastdit.patch(model, ECAD(Schedule.from_bits(np.zeros((2, 3, 3)) > 0, COMPONENTS)))
+    reused = []
+
+    def work():
+        with torch.no_grad(), handle.run(range(2)):
+            for step in range(2):
+                model(**tiny_models.call("pixart-alpha", 1, step=step))
+            run = handle._session.run
+            reused.append(run is not None and run.records[1].reused)
+
+    found = handle.measure(work, repeats=3)
+    assert reused == [False, 9] * 4  # a warm-up and three turns, stock first
+    assert found.seconds > 0
+    assert found.stock_seconds > 0
+    assert found.range[0] <= found.speedup <= found.range[1]
+    assert f"{found.speedup:.2f}x" in str(found)
+    for repeats in (0, True, 1.5):
+        with pytest.raises(ArgumentError, match="repeats must be"):
+            handle.measure(work, repeats)

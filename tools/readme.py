@@ -26,6 +26,7 @@ END = "<!-- end -->"
 def models() -> list[str]:
     """What the README shows: whole models."""
     lines = _step(_result("step-cpu.json"))
+    lines += _ecad(_result("ecad-cpu.json"))
     lines += _ras(_result("ras-cpu.json"))
     for path in sorted(RESULTS.glob("quality-*.json")):
         lines += _quality(json.loads(path.read_text()))
@@ -98,6 +99,51 @@ def _step(result: dict[str, Any]) -> list[str]:
         ),
     ]
     return lines
+
+
+def _ecad(result: dict[str, Any]) -> list[str]:
+    """The tables of `bench_ecad.py`; one fully reused step is in `bench_step.py`'s."""
+    lines = [
+        "",
+        (
+            "Schedules with the reuse share and the idle steps of ECAD's published ones, the other bits drawn at "
+            f"random: {result['what']}, depth {result['depth']} of 28, {result['steps']} steps; "
+            f"{_machine(result['machine'])}; medians of {result['pairs']} interleaved turns, their range in brackets. "
+            "Plain hooks spare the same arithmetic. (`benchmarks/bench_ecad.py`)"
+        ),
+        "",
+        "| schedule | reused | speed-up | arithmetic saved | realised | over plain hooks | caches, as predicted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["runs"].items():
+        held = row["cache_bytes"]
+        equal = "yes" if held["counted"] == held["predicted"] else "no"
+        lines.append(
+            f"| {name} | {row['reused']:.0%} | {_spread(row['wall_speedup'])} | {row['mac_speedup']:.2f}x | "
+            f"{row['realised']:.0%} | {_spread(row['over_hooks'])} | {held['counted'] / 2**20:.1f} MiB, {equal} |"
+        )
+    lines += [
+        "",
+        (
+            "The same on the model in the package, from embeddings to latents, where overheads weigh. cache-dit has "
+            "one bit per step and computes its first block always, so it spares the idle steps only."
+        ),
+        "",
+        "| schedule | unpatched | fastdit | speed-up | arithmetic saved | over plain hooks | over cache-dit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["embedded"].items():
+        over = row["over"]
+        rival = _spread(over["cache-dit"]) if "cache-dit" in over else "not run"
+        lines.append(
+            f"| {name} | {1e3 * row['seconds']['unpatched']:.0f} ms | {1e3 * row['seconds']['fastdit']:.0f} ms | "
+            f"{_spread(row['wall_speedup'])} | {row['mac_speedup']:.2f}x | {_spread(over['hooks'])} | {rival} |"
+        )
+    return lines
+
+
+def _spread(ratio: dict[str, Any]) -> str:
+    return f"{ratio['median']:.2f}x {_range(ratio['range'])}"
 
 
 def _ras(result: dict[str, Any]) -> list[str]:
