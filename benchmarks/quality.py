@@ -225,7 +225,7 @@ def interval(values: np.ndarray) -> dict[str, float]:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The three measures over arithmetic: plain steps as a line, everything else as points."""
+    """How much each measure changes, over arithmetic: plain steps as a line, everything else as points."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -237,15 +237,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         key=lambda row: row["arithmetic"],
     )
     titles = {
-        "frechet": "Fréchet distance to drawn scenes (less is better)",
+        "frechet": "Fréchet distance to drawn scenes, change (less is better)",
         "distance": "distance to the unpatched picture",
-        "score": "prompt score (more is better)",
+        "score": "prompt score, change (more is better)",
     }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         series = [("fewer steps", plain, "o-")]
         series += [(row["arm"], [row], "D") for row in rows if row not in plain]
         for label, some, style in series:
-            values = np.array([[row[name][k] for k in ("value", "low", "high")] for row in some])
+            changes = [row["less_unpatched"][name] for row in some]
+            values = np.array([[change[k] for k in ("value", "low", "high")] for change in changes])
             off = np.abs(values[:, 1:].T - values[:, 0])
             axis.errorbar(
                 [row["arithmetic"] for row in some],
@@ -305,6 +306,10 @@ def main() -> None:
             "seconds": timed["seconds"].get(name),
             "arithmetic": arithmetic(pipe, arm),
             **{measure: interval(values) for measure, values in found[name].items()},
+            "less_unpatched": {
+                measure: interval(values - found["unpatched"][measure])
+                for measure, values in found[name].items()
+            },
         }
         for name, arm in arms.items()
     ]
