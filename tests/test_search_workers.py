@@ -192,8 +192,8 @@ def test_clip_reads_a_local_folder(tmp_path):
     pixels = torch.tensor(np.stack(pixels["pixel_values"]))
     with torch.no_grad():
         for row, prompt in enumerate(["a red circle", "a square"]):
-            ids = words(prompt, return_tensors="pt")
-            out = model(pixel_values=pixels[row : row + 1], **ids)
+            ids = words(prompt, return_tensors="pt")["input_ids"]
+            out = model(pixel_values=pixels[row : row + 1], input_ids=ids)
             cosine = (out.image_embeds * out.text_embeds).sum() / (
                 out.image_embeds.norm() * out.text_embeds.norm()
             )

@@ -105,7 +105,11 @@ class Clip:
         pixels = self._pictures(images=[eight_bits(image) for image in images], return_tensors="pt")
         words = self._words(list(prompts), padding=True, truncation=True, return_tensors="pt")
         with torch.no_grad():
-            found = self._model(pixel_values=pixels["pixel_values"], **words)
+            found = self._model(
+                pixel_values=pixels["pixel_values"],
+                input_ids=words["input_ids"],
+                attention_mask=words["attention_mask"],
+            )
             cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
         return [1 - float(value) for value in cosine]
 
