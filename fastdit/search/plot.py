@@ -29,6 +29,8 @@ def save_plot(
 ) -> None:
     """Write the plot as PNG: loss upward over cost to the right, as a share of the uncached run.
 
+    Losses are drawn on a logarithmic scale; what has none, like the uncached run beside itself, stands on the floor.
+
     Args:
         path: Where to.
         title: One line.
@@ -38,18 +40,25 @@ def save_plot(
         labels: Names of cost and loss.
         others: Name -> (loss, cost) of further fronts, drawn thin.
     """
+    floor = min((point[0] for point in front if point[0] > 0), default=1.0) / 2
+
+    def line(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+        """Shares of the cost and losses, by cost."""
+        ordered = sorted((point[1] / uncached, max(point[0], floor)) for point in points)
+        return [cost for cost, _ in ordered], [loss for _, loss in ordered]
+
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axis = figure.subplots()
     for (name, points), color in zip((others or {}).items(), THIN, strict=False):
-        axis.plot(*_line(points, uncached), "o-", color=color, label=name, lw=1, ms=2.5)
-    axis.plot(*_line(front, uncached), "o-", color=FRONT, label="searched front", ms=4.5, lw=1.4)
+        axis.plot(*line(points), "o-", color=color, label=name, lw=1, ms=2.5)
+    axis.plot(*line(front), "o-", color=FRONT, label="searched front", ms=4.5, lw=1.4)
     for group, points in _groups(baselines).items():
-        axis.plot(*_line(points, uncached), label=group, **STYLES[group])
+        axis.plot(*line(points), label=group, **STYLES[group])
     axis.set_xlabel(f"{labels[0]}, share of the uncached run")
     axis.set_ylabel(f"{labels[1]} (smaller is better)")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set_yscale("log")
     axis.grid(color="#e8eaed", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -63,9 +72,3 @@ def _groups(baselines: Sequence[Baseline]) -> Mapping[str, list[tuple[float, ...
     for baseline in baselines:
         found.setdefault(baseline.group, []).append(baseline.values)
     return found
-
-
-def _line(points: Sequence[Sequence[float]], uncached: float) -> tuple[list[float], list[float]]:
-    """Costs and losses, by cost."""
-    ordered = sorted((point[1] / uncached, point[0]) for point in points)
-    return [cost for cost, _ in ordered], [loss for _, loss in ordered]
