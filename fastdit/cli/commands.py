@@ -205,7 +205,7 @@ def search(
     backend: options.Backend = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Search schedules that trade quality for time (ECAD: NSGA-II). Needs fastdit[search].
+    """Search schedules that trade quality for time (ECAD: NSGA-II). Needs the extra "search".
 
     Killed or ended, the same command goes on where it was; more --generations continue it.
 
