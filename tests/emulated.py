@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -93,8 +94,7 @@ def build(changes: Mapping[str, str] | None = None) -> Emulated:
     def compiled(name: str) -> Path:
         # Faults are in kernels and what they include; the host's side stays as it is.
         sources = checkout if name in HOST else changed
-        headers = "".join(text for other, text in sources.items() if other.endswith(".h"))
-        text = sources[name] + headers
+        text = "".join(sources[other] for other in sorted(_with_headers(name, sources)))
         target = BUILT / f"{Path(name).stem}-{_digest(text, *FLAGS, *include)}.o"
         if not target.exists():
             with tempfile.TemporaryDirectory(dir=BUILT) as folder:
@@ -113,6 +113,17 @@ def build(changes: Mapping[str, str] | None = None) -> Emulated:
         subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(made)], check=True)
         os.replace(made, library)
     return Emulated(_load(library))
+
+
+def _with_headers(name: str, sources: Mapping[str, str]) -> set[str]:
+    """A file and all of csrc that it includes."""
+    found, left = set(), [name]
+    while left:
+        file = left.pop()
+        if file not in found and file in sources:
+            found.add(file)
+            left += re.findall(r'^#include "(.+)"', sources[file], re.M)
+    return found
 
 
 def _digest(*texts: str) -> str:

@@ -17,7 +17,17 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("op", ["gated_residual", "norm_modulate", "qkv_prologue", "token_select"])
+OPS = [
+    "gated_residual",
+    "norm_modulate",
+    "patchify",
+    "qkv_prologue",
+    "resolution_transition",
+    "token_select",
+]
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_op_benchmark_runs(op, tmp_path):
     # -P: the folder the command is given in stays off the path.
     command = [sys.executable, "-P", "-m", "pytest", "-q", "--benchmark-disable"]

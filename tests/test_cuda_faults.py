@@ -16,7 +16,9 @@ import torch
 import kernel_checks
 import test_gated_residual
 import test_norm_modulate
+import test_patchify
 import test_qkv_prologue
+import test_resolution_transition
 import test_token_select
 from emulated import CSRC, Emulated, build, emulated, unavailable
 from inputs import Runner
@@ -30,11 +32,15 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GATED, NORM, PROLOGUE = "gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu"
 REDUCE, VECTOR, ELEMENT = "reduce.h", "vector.h", "element.h"
 SELECT, KEYS = "token_select.cu", "token_select.h"
+PATCHIFY, PLACES = "patchify.cu", "places.h"
+TRANSITION, CHILDREN = "resolution_transition.cu", "resolution_transition.h"
 CHECKS = {
     GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
     NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
     PROLOGUE: test_qkv_prologue.CHECKS | kernel_checks.CHECKS,
     SELECT: test_token_select.CHECKS,
+    PATCHIFY: test_patchify.CHECKS,
+    TRANSITION: test_resolution_transition.CHECKS,
 }
 
 
@@ -358,6 +364,68 @@ FAULTS = {
     "NaN counts as a large metric": Fault(
         KEYS, "  if (as_bits(metric) == kInfinity) key = kNoMetric;\n", "",
         "check_special_values", BF16, SELECT,
+    ),
+    # patchify
+    "elements past the last are written": Fault(
+        PATCHIFY, "  if (element >= elements) return;\n", "", "check_inputs_and_guards"
+    ),
+    "the elements of the last block are left out": Fault(
+        PATCHIFY, "(elements + kThreads - 1) / kThreads", "elements / kThreads + (elements < kThreads)",
+        "check_sizes",
+    ),
+    "rows and columns of a patch are swapped": Fault(
+        PATCHIFY, "y * p.token_stride[2] + x * p.token_stride[3]",
+        "x * p.token_stride[2] + y * p.token_stride[3]", "check_orders",
+    ),
+    "channels of a token are taken to be next to each other": Fault(
+        PATCHIFY, "c * p.token_stride[4]", "c", "check_orders"
+    ),
+    "a token is drawn along a diagonal": Fault(
+        PATCHIFY, "r * p.field_stride[1] + q * p.field_stride[2]",
+        "r * p.field_stride[1] + r * p.field_stride[2]", "check_sizes",
+    ),
+    "every image has the table of the first": Fault(
+        PATCHIFY, "p.table.at(b, i)", "p.table.at(0, i)", "check_other_cells_stay"
+    ),
+    "a table is taken to be packed": Fault(
+        PLACES, "const int32_t* of = data + batch * batch_stride + token * token_stride;",
+        "const int32_t* of = data + batch * batch_stride + token * 3;",
+        "check_strided_tokens_and_tables", BF16, PATCHIFY,
+    ),
+    # resolution_transition
+    "tokens that stay leave gaps": Fault(
+        TRANSITION, "stay<T>(p, b, i, place, i - before)",
+        "stay<T>(p, b, i, place, i - (before > 0))", "check_sizes",
+    ),
+    "the last channels are left out": Fault(
+        TRANSITION, "c += blockDim.x) {\n    out[c]", "c += p.shape.width) {\n    out[c]",
+        "check_sizes",
+    ),
+    "siblings keep their noise to themselves": Fault(
+        TRANSITION, "eps[k] + shared", "eps[k]", "check_covariance", FP32
+    ),
+    "siblings have the noise of the first": Fault(
+        TRANSITION, "p.noise.row<float>(b, row[k])[c]", "p.noise.row<float>(b, row[0])[c]",
+        "check_sizes",
+    ),
+    "all noise has deviation 1": Fault(
+        TRANSITION, "p.deviation * p.unsplit", "p.deviation", "check_numbers", FP32
+    ),
+    "every image has the rows of the first": Fault(
+        CHILDREN, "p.rows.at(b, middle) < token", "p.rows.at(0, middle) < token",
+        "check_samples_are_apart", BF16, TRANSITION,
+    ),
+    "columns before rows": Fault(
+        CHILDREN, "parent.y + number / 2 * half, parent.x + number % 2 * half",
+        "parent.y + number % 2 * half, parent.x + number / 2 * half", "check_a_published_vector",
+        BF16, TRANSITION,
+    ),
+    "children are a cell apart": Fault(
+        CHILDREN, "1 << (parent.level - 1)", "1", "check_larger_tokens", BF16, TRANSITION
+    ),
+    "raster order is left out": Fault(
+        CHILDREN, "p.raster > 0 ? place.y * p.raster + place.x : compact", "compact",
+        "check_both_transitions", BF16, TRANSITION,
     ),
 }  # fmt: skip
 

@@ -31,7 +31,9 @@ def tables() -> dict[str, list[str]]:
         for op, faults in (
             ("gated_residual", test_faults.RESIDUAL_FAULTS),
             ("norm_modulate", test_faults.NORM_FAULTS),
+            ("patchify", test_faults.PATCHIFY_FAULTS),
             ("qkv_prologue", test_faults.PROLOGUE_FAULTS),
+            ("resolution_transition", test_faults.TRANSITION_FAULTS),
             ("token_select", test_faults.SELECT_FAULTS),
         )
         for fault, checks in faults.items()

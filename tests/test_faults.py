@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 import test_gated_residual
 import test_norm_modulate
+import test_patchify
 import test_qkv_prologue
+import test_resolution_transition
 import test_token_select
 from fastdit.backends import reference
 from fastdit.backends.reference import Reference, gather_rows, per_token, scatter_rows
@@ -659,6 +661,220 @@ PROLOGUE_FAULTS = {
 }
 
 
+# --- patchify and unpatchify: given whether tokens are drawn, and the tensors
+
+
+class PatchifyFault(Faulty):
+    """Runs the reference, with a fault on the way."""
+
+    def __init__(self, fault=None):
+        self.fault = fault or copied
+
+    def patchify(self, field, table, tokens):
+        self.fault(False, field, table, tokens)
+
+    def unpatchify(self, tokens, table, field):
+        self.fault(True, field, table, tokens)
+
+
+def copied(draw, field, table, tokens):
+    if draw:
+        CORRECT.unpatchify(tokens, table, field)
+    else:
+        CORRECT.patchify(field, table, tokens)
+
+
+def drawn_over_one_cell(draw, field, table, tokens):
+    copied(draw, field, table * torch.tensor([not draw, 1, 1], dtype=torch.int32), tokens)
+
+
+def last_cell_read(draw, field, table, tokens):
+    cells = table.clone()
+    if not draw:
+        cells[..., 1:] += (1 << table[..., :1]) - 1
+        cells[..., 0] = 0
+    copied(draw, field, cells, tokens)
+
+
+def table_of_the_first_image(draw, field, table, tokens):
+    copied(draw, field, table[:1].expand_as(table), tokens)
+
+
+def patches_mirrored(draw, field, table, tokens):
+    if draw:
+        copied(draw, field, table, tokens.flip(3))
+    else:
+        copied(draw, field, table, tokens)
+        tokens.copy_(tokens.flip(3))
+
+
+def contiguous_field_assumed(draw, field, table, tokens):
+    strides = torch.empty(field.shape, device="meta").stride()
+    copied(draw, field.as_strided(field.shape, strides), table, tokens)
+
+
+def tokens_taken_to_be_packed(draw, field, table, tokens):
+    width = tokens.shape[2:].numel()
+    strides = (tokens.shape[1] * width, width, *tokens.stride()[2:])
+    copied(draw, field, table, tokens.as_strided(tokens.shape, strides))
+
+
+def other_cells_cleared(draw, field, table, tokens):
+    if draw:
+        field.zero_()
+    copied(draw, field, table, tokens)
+
+
+def negative_zero_lost(draw, field, table, tokens):
+    copied(draw, field, table, tokens)
+    (field if draw else tokens).add_(0)
+
+
+def drawn_one_token_off(draw, field, table, tokens):
+    copied(draw, field, table, tokens.roll(1, dims=1) if draw else tokens)
+
+
+def written_behind_the_tokens(draw, field, table, tokens):
+    copied(draw, field, table, tokens)
+    tail_of(tokens)
+
+
+def tokens_past_512_forgotten(draw, field, table, tokens):
+    copied(draw, field, table, tokens)
+    if not draw:
+        tokens[:, 512:] = 0
+
+
+def no_tokens_refused(draw, field, table, tokens):
+    if tokens.numel() == 0:
+        raise AssertionError("no token")
+    copied(draw, field, table, tokens)
+
+
+PATCHIFY_FAULTS = {
+    drawn_over_one_cell: ["check_sizes", "check_strided_tokens_and_tables"],
+    last_cell_read: ["check_sizes", "check_orders"],
+    table_of_the_first_image: ["check_sizes", "check_other_cells_stay"],
+    patches_mirrored: ["check_orders", "check_sizes"],
+    contiguous_field_assumed: ["check_layouts"],
+    tokens_taken_to_be_packed: ["check_strided_tokens_and_tables"],
+    other_cells_cleared: ["check_other_cells_stay"],
+    negative_zero_lost: ["check_bits_are_kept"],
+    drawn_one_token_off: ["check_there_and_back", "check_sizes"],
+    written_behind_the_tokens: ["check_inputs_and_guards"],
+    tokens_past_512_forgotten: ["check_many_tokens"],
+    no_tokens_refused: ["check_empty"],
+}
+
+
+# --- resolution_transition: each is given the arguments by name
+
+TRANSITION_NAMES = (
+    "x", "table", "rows", "noise", "scale", "deviation", "pull", "unsplit", "raster", "out",
+    "out_table",
+)  # fmt: skip
+
+
+class TransitionFault(Faulty):
+    """Runs the reference on arguments that a fault may have changed."""
+
+    def __init__(self, fault=None):
+        self.fault = fault or moved_on
+
+    def resolution_transition(self, *arguments):
+        self.fault(dict(zip(TRANSITION_NAMES, arguments, strict=True)))
+
+
+def moved_on(call, **changes):
+    CORRECT.resolution_transition(**(call | changes))
+
+
+def siblings_independent(call):
+    moved_on(call, pull=0.0)
+
+
+def unsplit_noise_as_drawn(call):
+    moved_on(call, unsplit=1.0)
+
+
+def columns_before_rows(call):
+    moved_on(call)
+    if call["raster"] is None:
+        children = call["out_table"][:, call["x"].shape[1] - call["rows"].shape[1] :]
+        children.copy_(children.unflatten(1, (-1, 4))[:, :, [0, 2, 1, 3]].flatten(1, 2))
+
+
+def level_kept(call):
+    moved_on(call)
+    children = call["out_table"][:, call["x"].shape[1] - call["rows"].shape[1] :]
+    children[..., 0] += 1
+
+
+def level_one_assumed(call):
+    moved_on(call, table=call["table"].clamp(max=torch.tensor([1, 99, 99], dtype=torch.int32)))
+
+
+def rows_of_the_first_image(call):
+    moved_on(call, rows=call["rows"][:1].expand_as(call["rows"]))
+
+
+def noise_of_another_row(call):
+    moved_on(call, noise=call["noise"].flip(1) if call["raster"] else call["noise"])
+
+
+def raster_left_out(call):
+    moved_on(call, raster=None)
+
+
+def token_off_by_one(call):
+    moved_on(call, x=call["x"].roll(1, dims=1))
+
+
+def channels_mixed(call):
+    x = call["x"]
+    moved_on(call, x=x + 0 * x.sum(-1, keepdim=True))
+
+
+def contiguous_x_assumed(call):
+    x = call["x"]
+    moved_on(call, x=x.as_strided(x.shape, (x.shape[1] * x.shape[2], x.shape[2], 1)))
+
+
+def written_behind_the_table(call):
+    moved_on(call)
+    tail_of(call["out_table"])
+
+
+def other_values_on_two_threads(call):
+    moved_on(call)
+    if torch.get_num_threads() > 1:
+        call["out"].mul_(1.01)
+
+
+def no_image_refused(call):
+    if len(call["x"]) == 0:
+        raise AssertionError("no image")
+    moved_on(call)
+
+
+TRANSITION_FAULTS = {
+    siblings_independent: ["check_covariance", "check_sizes"],
+    unsplit_noise_as_drawn: ["check_numbers", "check_sizes"],
+    columns_before_rows: ["check_a_published_vector", "check_sizes"],
+    level_kept: ["check_both_transitions"],
+    level_one_assumed: ["check_larger_tokens"],
+    rows_of_the_first_image: ["check_samples_are_apart"],
+    noise_of_another_row: ["check_both_transitions"],
+    raster_left_out: ["check_a_published_vector", "check_both_transitions"],
+    token_off_by_one: ["check_a_published_vector", "check_sizes"],
+    channels_mixed: ["check_special_values"],
+    contiguous_x_assumed: ["check_layouts"],
+    written_behind_the_table: ["check_inputs_and_guards"],
+    other_values_on_two_threads: ["check_repeats_and_threads"],
+    no_image_refused: ["check_empty"],
+}
+
+
 def refuses(check, runner: Runner) -> bool:
     try:
         check(runner)
@@ -696,15 +912,39 @@ def test_qkv_prologue_fault_is_caught(fault, check):
     assert refuses(test_qkv_prologue.CHECKS[check], Runner(backend, fault.__name__))
 
 
+@pytest.mark.parametrize(("fault", "check"), pairs(PATCHIFY_FAULTS))
+def test_patchify_fault_is_caught(fault, check):
+    backend = PatchifyFault(fault)
+    assert refuses(test_patchify.CHECKS[check], Runner(backend, fault.__name__))
+
+
+@pytest.mark.parametrize(("fault", "check"), pairs(TRANSITION_FAULTS))
+def test_resolution_transition_fault_is_caught(fault, check):
+    backend = TransitionFault(fault)
+    assert refuses(test_resolution_transition.CHECKS[check], Runner(backend, fault.__name__))
+
+
+MODULES = [
+    "gated_residual",
+    "norm_modulate",
+    "patchify",
+    "qkv_prologue",
+    "resolution_transition",
+    "token_select",
+]
+
+
 @pytest.mark.parametrize(
     ("module", "faults"),
     [
         (test_gated_residual, RESIDUAL_FAULTS),
         (test_norm_modulate, NORM_FAULTS),
+        (test_patchify, PATCHIFY_FAULTS),
         (test_qkv_prologue, PROLOGUE_FAULTS),
+        (test_resolution_transition, TRANSITION_FAULTS),
         (test_token_select, SELECT_FAULTS),
     ],
-    ids=["gated_residual", "norm_modulate", "qkv_prologue", "token_select"],
+    ids=MODULES,
 )
 def test_every_check_catches_something(module, faults):
     assert set(module.CHECKS) == {name for names in faults.values() for name in names}
@@ -715,10 +955,12 @@ def test_every_check_catches_something(module, faults):
     [
         (test_gated_residual, Faulty()),
         (test_norm_modulate, NormFault()),
+        (test_patchify, PatchifyFault()),
         (test_qkv_prologue, PrologueFault()),
+        (test_resolution_transition, TransitionFault()),
         (test_token_select, Faulty()),
     ],
-    ids=["gated_residual", "norm_modulate", "qkv_prologue", "token_select"],
+    ids=MODULES,
 )
 def test_a_fault_is_not_caught_for_its_carrier(module, carrier):
     for check in module.CHECKS.values():

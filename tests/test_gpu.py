@@ -14,18 +14,23 @@ from torch import Tensor
 import kernel_checks
 import test_gated_residual
 import test_norm_modulate
+import test_patchify
 import test_qkv_prologue
+import test_resolution_transition
 import test_token_select
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from inputs import Runner, some_rows
+from test_resolution_transition import coarse
 
 SHARED = {
     f"{op}-{name}": check
     for op, checks in (
         ("gated_residual", test_gated_residual.CHECKS),
         ("norm_modulate", test_norm_modulate.CHECKS),
+        ("patchify", test_patchify.CHECKS),
         ("qkv_prologue", test_qkv_prologue.CHECKS),
+        ("resolution_transition", test_resolution_transition.CHECKS),
         ("token_select", test_token_select.CHECKS),
         ("kernels", kernel_checks.CHECKS),
     )
@@ -55,6 +60,15 @@ class Mirrored(Backend):
 
     def qkv_prologue(self, *arguments):
         self._run("qkv_prologue", arguments)
+
+    def patchify(self, *arguments):
+        self._run("patchify", arguments)
+
+    def unpatchify(self, *arguments):
+        self._run("unpatchify", arguments)
+
+    def resolution_transition(self, *arguments):
+        self._run("resolution_transition", arguments)
 
     def _run(self, op: str, arguments: tuple) -> None:
         storages: dict[int, tuple[Tensor, Tensor]] = {}
@@ -112,6 +126,12 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
     gate = torch.randn(2, 1152, device=device).to(dtype)
     table = torch.randn(300, 36, device=device)
     rows = some_rows(2, 120, 300, torch.Generator().manual_seed(0), torch.int32).to(device)
+    # 100 squares over 20 x 20 cells, of which 40 become four: 220 tokens of packed latents.
+    squares = coarse(2, 10, 10).to(device)
+    split, places = rows[:, :40] // 3, squares.new_empty(2, 220, 3)
+    state, eps = torch.randn(2, 400, 64, device=device).to(dtype), torch.randn(2, 220, 64).to(device)
+    field = state.view(2, 20, 20, 1, 1, 64)
+    tokens, finer = (state.new_empty(2, count, 1, 1, 64) for count in (100, 220))
 
     def call() -> None:
         backend.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
@@ -121,8 +141,13 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
         prologue = ("rms", None, None, None, None, 1e-6, table, table)
         heads = [t.unflatten(-1, (16, 72)) for t in (out, x, cache)]
         backend.qkv_prologue(h, h, branch, *heads, rows, 0, 0, *prologue)
+        backend.patchify(field, squares, tokens)
+        moved = (finer.flatten(2), places)
+        numbers = (0.2, 0.9, -0.1, 1.0, None)
+        backend.resolution_transition(tokens.flatten(2), squares, split, eps, *numbers, *moved)
+        backend.unpatchify(finer, places, field)
 
-    return (x, store, cache, h, branch, out), call
+    return (x, store, cache, h, branch, out, state), call
 
 
 def results(tensors, call, start) -> list[Tensor]:

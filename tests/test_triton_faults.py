@@ -25,17 +25,21 @@ if not INTERPRETED:
 
 import test_gated_residual
 import test_norm_modulate
+import test_patchify
 import test_qkv_prologue
+import test_resolution_transition
 import test_token_select
 import test_triton_kernels
 import triton_kernels
-from triton_faults import FAULTS, FP16, GATED, NORM, PROLOGUE, SELECT, Fault
+from triton_faults import FAULTS, FP16, GATED, NORM, PATCHIFY, PROLOGUE, SELECT, TRANSITION, Fault
 
 SHARED = {
     GATED: test_gated_residual,
     NORM: test_norm_modulate,
     PROLOGUE: test_qkv_prologue,
     SELECT: test_token_select,
+    PATCHIFY: test_patchify,
+    TRANSITION: test_resolution_transition,
 }
 
 
@@ -64,6 +68,20 @@ class Planted(Triton):
 
     def token_select(self, *arguments):
         call = self.function if self.fault.op == SELECT else super().token_select
+        call(*arguments)
+
+    def patchify(self, *arguments):
+        call = self.function if self.fault.op == PATCHIFY else super().patchify
+        call(*arguments)
+
+    def unpatchify(self, tokens, table, field):
+        if self.fault.op == PATCHIFY:
+            self.function(field, table, tokens, draw=True)
+        else:
+            super().unpatchify(tokens, table, field)
+
+    def resolution_transition(self, *arguments):
+        call = self.function if self.fault.op == TRANSITION else super().resolution_transition
         call(*arguments)
 
 
@@ -96,7 +114,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", [GATED, NORM, PROLOGUE, SELECT])
+@pytest.mark.parametrize("op", [GATED, NORM, PATCHIFY, PROLOGUE, SELECT, TRANSITION])
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

@@ -18,7 +18,9 @@ HERE = Path(__file__).parent
 FILES = (
     "test_gated_residual.py",
     "test_norm_modulate.py",
+    "test_patchify.py",
     "test_qkv_prologue.py",
+    "test_resolution_transition.py",
     "test_token_select.py",
     "test_triton_kernels.py",
     "test_triton_faults.py",

@@ -12,6 +12,7 @@ import torch
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GATED, NORM = "gated_residual", "norm_modulate"
 PROLOGUE, SELECT = "qkv_prologue", "token_select"
+PATCHIFY, TRANSITION = "patchify", "resolution_transition"
 
 
 @dataclass(frozen=True)
@@ -285,5 +286,57 @@ FAULTS = {
     ),
     "the rounding of the mean of all heads is not corrected": one(
         PROLOGUE, "y - mean - rest", "y - mean", "check_shifted_heads", FP32
+    ),
+    # patchify
+    "elements past the last are written": one(
+        PATCHIFY, "active = at < total", "active = at <= total", "check_inputs_and_guards"
+    ),
+    "rows and columns of a patch are swapped": one(
+        PATCHIFY, "line * token_strides[2] + column * token_strides[3]",
+        "column * token_strides[2] + line * token_strides[3]", "check_orders",
+    ),
+    "channels are numbered first": one(
+        PATCHIFY, "channel * token_strides[4]", "channel", "check_orders"
+    ),
+    "every image has the table of the first": one(
+        PATCHIFY, "b * table.batch + i", "0 * b * table.batch + i", "check_other_cells_stay"
+    ),
+    "small tokens are drawn as large as the largest": one(
+        PATCHIFY, "active & (r < side) & (q < side)", "active", "check_other_cells_stay"
+    ),
+    "tokens are drawn into their first row": one(
+        PATCHIFY, "(first + r) * field_strides[1]", "first", "check_other_cells_stay"
+    ),
+    # resolution_transition
+    "tokens that stay leave gaps": one(
+        TRANSITION, "i - before)", "i)", "check_a_published_vector"
+    ),
+    "channels past C are stored": one(
+        TRANSITION, "inside = live[:, None] & (col < WIDTH)[None, :]",
+        "inside = live[:, None] & (col < WIDTH + 1)[None, :]", "check_inputs_and_guards",
+    ),
+    "siblings keep their noise to themselves": one(
+        TRANSITION, "eps + pull * mean[None, :]", "eps", "check_covariance", FP32
+    ),
+    "all noise has deviation 1": one(
+        TRANSITION, "unsplit * eps", "eps", "check_numbers", FP32
+    ),
+    "every image has the rows of the first": one(
+        TRANSITION, "rows.start + b * rows.batch + k", "rows.start + k", "check_samples_are_apart"
+    ),
+    "columns before rows": one(
+        TRANSITION, "tl.load(place + 1) + number // 2 * half",
+        "tl.load(place + 1) + number % 2 * half", "check_a_published_vector",
+    ),
+    "children are a cell apart": one(
+        TRANSITION, "1 << tl.maximum(level, 0)", "1", "check_larger_tokens"
+    ),
+    "raster order is by columns": one(
+        TRANSITION, "y.to(tl.int64) * raster + x_cell", "x_cell.to(tl.int64) * raster + y",
+        "check_a_published_vector",
+    ),
+    "the level stays": one(
+        TRANSITION, "tl.store(place, level +", "tl.store(place, level + here.to(tl.int32) +",
+        "check_a_published_vector",
     ),
 }  # fmt: skip

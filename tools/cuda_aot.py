@@ -4,8 +4,8 @@
     python tools/cuda_aot.py --update    # write what was found as the new budget
 
 Needs nvcc, and the cuobjdump of the triton wheel. An aligned kernel may read the row index, and x
-where it is transposed, in small pieces; so does token_select all it needs, which is little and of
-any strides. Everything else goes in 16 bytes at a time.
+where it is transposed, in small pieces; so do token_select, patchify and resolution_transition all
+they need, which is little and of any strides. Everything else goes in 16 bytes at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from budget import Usage, cuobjdump, hold, usages
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("80", "89", "90a", "100a", "120")
-KERNELS = ("gated_residual", "norm_modulate", "qkv_prologue", "token_select")
+KERNELS = (
+    "gated_residual",
+    "norm_modulate",
+    "patchify",
+    "qkv_prologue",
+    "resolution_transition",
+    "token_select",
+)
 
 
 def nvcc() -> str | None:
@@ -46,12 +53,15 @@ def compile_for(architecture: str, op: str, folder: Path) -> dict[str, Usage]:
 
 
 def readable(mangled: str) -> str:
-    """gated_residual_kernel<fd::bf16, 4, true> as `gated_residual bf16 x4 aligned`, and
-    token_keys_kernel<fd::bf16> as `token_select keys bf16`."""
+    """gated_residual_kernel<fd::bf16, 4, true> as `gated_residual bf16 x4 aligned`,
+    patchify_kernel<fd::bf16> as `patchify bf16`, token_keys_kernel<fd::bf16> as
+    `token_select keys bf16`."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     if found := re.search(r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)>", name):
         op, dtype, count, aligned = found.groups()
         return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}"
+    if found := re.search(r"(patchify|resolution_transition)_kernel<(?:fd::)?(\w+)>", name):
+        return f"{found[1]} {_short(found[2])}"
     if found := re.search(r"token_(\w+)_kernel(?:<(?:fd::)?(\w+)>)?\(", name):
         part = {"select": "rows"}.get(found[1], found[1])
         return f"token_select {part} {_short(found[2] or '')}".rstrip()

@@ -51,7 +51,9 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.gated_residual import gated_residual
     from triton_kernels.launch import launch_for
     from triton_kernels.norm_modulate import norm_modulate
+    from triton_kernels.patchify import patchify
     from triton_kernels.qkv_prologue import qkv_prologue
+    from triton_kernels.resolution_transition import resolution_transition
     from triton_kernels.token_select import token_select
 
     batch, tokens, layout = 2, 1024, 4096
@@ -125,6 +127,27 @@ def instances() -> dict[str, Callable[[int], None]]:
 
         return call
 
+    def patches(dtype: torch.dtype, packed: bool, draw: bool):
+        if packed:  # [B, N, 4 C], a token of it being a pixel
+            field = new(batch, 64, 64, 1, 1, 64, dtype=dtype)
+            tokens = new(batch, 1945, 1, 1, 64, dtype=dtype)
+        else:  # latents [B, C, H, W], tokens in the order (ph, pw, C)
+            field = new(batch, 16, 64, 2, 64, 2, dtype=dtype).permute(0, 2, 4, 3, 5, 1)
+            tokens = new(batch, 1945, 2, 2, 16, dtype=dtype)
+        table = new(batch, 1945, 3, dtype=torch.int32)
+        return lambda architecture: patchify(field, table, tokens, draw=draw)
+
+    def transition(dtype: torch.dtype, before: int, split: int, raster: int | None):
+        after = before + 3 * split
+        x, out = (new(batch, count, 64, dtype=dtype) for count in (before, after))
+        table, out_table = (new(batch, count, 3, dtype=torch.int32) for count in (before, after))
+        rows = new(batch, split, dtype=torch.int32)
+        noise = new(batch, after, 64, dtype=torch.float32)
+        numbers = (0.2, 0.9, -0.1, 0.99, raster)
+        return lambda architecture: resolution_transition(
+            x, table, rows, noise, *numbers, out, out_table
+        )
+
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return {
         "gated_residual bf16 D3072 k1": residual(3072, 1, bf16, False),
@@ -137,6 +160,12 @@ def instances() -> dict[str, Callable[[int], None]]:
         "norm_modulate bf16 D2432 branch rows cache": norm(2432, bf16, True),
         "norm_modulate bf16 D3072 branch rows cache": norm(3072, bf16, True),
         "norm_modulate fp32 D3072 branch rows cache": norm(3072, fp32, True),
+        "patchify bf16 packed": patches(bf16, True, False),
+        "patchify fp32 latents": patches(fp32, False, False),
+        "patchify bf16 latents drawn": patches(bf16, False, True),
+        "resolution_transition bf16 compact": transition(bf16, 1024, 307, None),
+        "resolution_transition bf16 raster": transition(bf16, 1945, 717, 64),
+        "resolution_transition fp32 raster": transition(fp32, 1945, 717, 64),
         "token_select bf16 packed": select(bf16, False, "std"),
         "token_select fp16 latents age": select(fp16, True, "std", 5),
         "token_select fp32 latents l2norm": select(fp32, True, "l2norm"),

@@ -71,6 +71,15 @@ class Triton(Backend):
     def collapse(self, *arguments):
         _kernel("collapse")(*arguments)
 
+    def patchify(self, field, table, tokens):
+        _kernel("patchify")(field, table, tokens)
+
+    def unpatchify(self, tokens, table, field):
+        _kernel("patchify")(field, table, tokens, draw=True)
+
+    def resolution_transition(self, *arguments):
+        _kernel("resolution_transition")(*arguments)
+
 
 @functools.cache
 def _kernel(op: str, file: str | None = None) -> Callable[..., None]:
