@@ -97,6 +97,7 @@ class Check:
         """The kernel tests, in processes side by side: Triton compiles hundreds of forms."""
         shards = ["cuda", "triton and gated_residual", "triton and norm_modulate"]
         shards += ["triton and qkv_prologue", "triton and token_select", "triton and kernels"]
+        shards += ["triton and patchify", "triton and resolution_transition"]
         shards += ["triton and not test_check"]
         if self.rehearsal:
             shards = ["mirrored and check_empty"]

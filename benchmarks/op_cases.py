@@ -5,6 +5,7 @@ An op joins by a function here: `gpu_check.py`, `roofline.py` and the table in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from fastdit.ops import BACKENDS
 from prologue import Form, chain, forms, inputs
 from shapes import Shape
+from tiling import NUMBERS, WIDTH, Tiling, finish, tiling
 from timing import Contender
 
 DTYPE = torch.bfloat16
@@ -65,6 +67,11 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
         yield token_select(shape)
     for form in forms(shapes):
         yield qkv_prologue(form)
+    for shape in shapes:
+        yield patchify(shape)
+        yield unpatchify(shape)
+    for shape in shapes:
+        yield resolution_transition(shape)
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -195,3 +202,89 @@ def qkv_prologue(form: Form) -> Case:
         return found
 
     return Case("qkv_prologue", form.name, form.shape, form.tensors, make)
+
+
+def patchify(shape: Shape) -> Case:
+    """Tokens of two sizes out of packed latents."""
+    tiles = tiling(shape)
+    cells = (tiles.table[..., 1].long() * tiles.side + tiles.table[..., 2]).unsqueeze(-1)
+
+    def eager(packed: Tensor, cells: Tensor) -> Tensor:
+        return packed.gather(1, cells.expand(-1, -1, WIDTH))
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        packed = torch.randn(shape.batch, tiles.side**2, WIDTH, device=device, dtype=dtype)
+        table, index = tiles.table.to(device), cells.to(device)
+        tokens = packed.new_empty(shape.batch, table.shape[1], 1, 1, WIDTH)
+        field = packed.view(shape.batch, tiles.side, tiles.side, 1, 1, WIDTH)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(packed, index),
+            "compile": lambda: compiled(packed, index),
+        }
+        for name in backends("patchify", device, dtype):
+            run = BACKENDS[name].patchify
+            found[name] = lambda run=run: run(field, table, tokens)
+        return found
+
+    share = tiles.table.shape[1] / shape.tokens
+    return Case("patchify", "mixed tokens", shape, 2 * share, make, width=WIDTH)
+
+
+def unpatchify(shape: Shape) -> Case:
+    """Tokens of two sizes into packed latents; torch is told which token is over each cell."""
+    tiles = tiling(shape)
+
+    def eager(tokens: Tensor, owner: Tensor) -> Tensor:
+        return tokens.gather(1, owner.unsqueeze(-1).expand(-1, -1, WIDTH))
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        table, owner = tiles.table.to(device), tiles.owner.to(device)
+        tokens = torch.randn(*table.shape[:2], WIDTH, device=device, dtype=dtype)
+        field = tokens.new_empty(shape.batch, tiles.side, tiles.side, 1, 1, WIDTH)
+        patches = tokens.view(*table.shape[:2], 1, 1, WIDTH)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(tokens, owner),
+            "compile": lambda: compiled(tokens, owner),
+        }
+        for name in backends("unpatchify", device, dtype):
+            run = BACKENDS[name].unpatchify
+            found[name] = lambda run=run: run(patches, table, field)
+        return found
+
+    share = tiles.table.shape[1] / shape.tokens
+    return Case("unpatchify", "mixed tokens", shape, 1 + share, make, width=WIDTH)
+
+
+def resolution_transition(shape: Shape) -> Case:
+    """From tokens of two sizes to all cells. The noise is fp32: two tensors' worth of bf16."""
+    tiles = tiling(shape)
+    pull = math.sqrt(1 - 4 * NUMBERS["correlation"]) - 1
+
+    def eager(x: Tensor, noise: Tensor, tiles: Tiling) -> tuple[Tensor, Tensor]:
+        return finish(x, noise, tiles)
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        there = tiling(shape, device)
+        x = torch.randn(*there.table.shape[:2], WIDTH, device=device, dtype=dtype)
+        noise = torch.randn(shape.batch, there.side**2, WIDTH, device=device)
+        out = noise.to(dtype)
+        out_table = there.table.new_empty((*out.shape[:2], 3))
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(x, noise, there),
+            "compile": lambda: compiled(x, noise, there),
+        }
+        numbers = (NUMBERS["scale"], NUMBERS["deviation"], pull, 1.0, there.side)
+        given = (x, there.table, there.rows, noise, *numbers, out, out_table)
+        for name in backends("resolution_transition", device, dtype):
+            run = BACKENDS[name].resolution_transition
+            found[name] = lambda run=run: run(*given)
+        return found
+
+    share = tiles.table.shape[1] / shape.tokens
+    return Case("resolution_transition", "to all cells", shape, share + 3, make, width=WIDTH)

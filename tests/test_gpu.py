@@ -129,7 +129,10 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
     # 100 squares over 20 x 20 cells, of which 40 become four: 220 tokens of packed latents.
     squares = coarse(2, 10, 10).to(device)
     split, places = rows[:, :40] // 3, squares.new_empty(2, 220, 3)
-    state, eps = torch.randn(2, 400, 64, device=device).to(dtype), torch.randn(2, 220, 64).to(device)
+    state, eps = (
+        torch.randn(2, 400, 64, device=device).to(dtype),
+        torch.randn(2, 220, 64).to(device),
+    )
     field = state.view(2, 20, 20, 1, 1, 64)
     tokens, finer = (state.new_empty(2, count, 1, 1, 64) for count in (100, 220))
 

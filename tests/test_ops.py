@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -185,6 +186,164 @@ def test_tables_are_not_shared(backend):
     assert int(side_by_side.sum()) == 2 * B * 5
 
 
+def squares(batch=B):
+    """The tokens of level 1 over the 2 x 4 cells of FIELD."""
+    places = torch.tensor([[1, 0, 0], [1, 0, 2]], dtype=torch.int32)
+    return places.expand(batch, -1, -1)
+
+
+def place(*token):
+    return torch.tensor(token, dtype=torch.int32).expand(B, 1, 3)
+
+
+PATCHES = some(B, 2, 12)
+WRONG_PLACES = {
+    "table not a tensor": ({"table": None}, "table", f"[{B}, n, 3]"),
+    "table of rank 2": ({"table": table(B, 3)}, "table", f"[{B}, n, 3]"),
+    "table dtype": ({"table": squares().long()}, "table", "int32"),
+    "table columns": ({"table": table(B, 2, 2)}, "table", f"[{B}, 2, 3]"),
+    "table batch": ({"table": squares(B + 1)}, "table", f"[{B}, 2, 3]"),
+    "table device": ({"table": squares().to("meta")}, "table", "cpu"),
+    "table transposed": ({"table": table(B, 3, 2).transpose(1, 2)}, "table", "last stride"),
+    "a token below": ({"table": place(1, 1, 0)}, "table", "the grid of 2 x 4"),
+    "a token to the right": ({"table": place(0, 0, 4)}, "table", "the grid of 2 x 4"),
+    "a token above": ({"table": place(0, -1, 0)}, "table", "the grid of 2 x 4"),
+    "a token to the left": ({"table": place(1, 0, -1)}, "table", "the grid of 2 x 4"),
+    "a token too large": ({"table": place(2, 0, 0)}, "table", "the grid of 2 x 4"),
+    "a level below": ({"table": place(-1, 0, 0)}, "table", "the grid of 2 x 4"),
+    "a level beyond": ({"table": place(40, 0, 0)}, "table", "the grid of 2 x 4"),
+}
+WRONG_PATCHIFY = WRONG_PLACES | {
+    "field of rank 5": ({"field": FIELD[0]}, "field", "rank 6"),
+    "field not a tensor": ({"field": 1.0}, "field", "[B, gh, gw, ph, pw, C]"),
+    "field of integers": ({"field": FIELD.int()}, "field", "float64"),
+    "out size": ({"out": some(B, 2, 11)}, "out", f"[{B}, 2, 12]"),
+    "out dtype": ({"out": PATCHES.half()}, "out", "torch.float32"),
+    "out expanded": ({"out": some(1, 2, 12).expand(B, 2, 12)}, "out", "without expanded"),
+    "out a part of field": ({"out": FIELD.flatten()[: 24 * B].view(B, 2, 12)}, "out", "of its own"),
+    "a gradient": ({"field": FIELD.clone().requires_grad_()}, "field", "no_grad"),
+}
+WRONG_UNPATCHIFY = WRONG_PLACES | {
+    "out of rank 5": ({"out": FIELD[0].clone()}, "out", "rank 6"),
+    "out not a tensor": ({"out": None}, "out", "[B, gh, gw, ph, pw, C]"),
+    "out expanded": ({"out": FIELD[:1].expand_as(FIELD)}, "out", "without expanded"),
+    "tokens size": ({"tokens": some(B, 2, 11)}, "tokens", f"[{B}, 2, 12]"),
+    "tokens count": ({"tokens": some(B, 3, 12)}, "tokens", f"[{B}, 2, 12]"),
+    "tokens dtype": ({"tokens": PATCHES.half()}, "tokens", "torch.float32"),
+    "tokens stride": ({"tokens": some(B, 12, 2).transpose(1, 2)}, "tokens", "last stride"),
+    "a gradient": ({"tokens": PATCHES.clone().requires_grad_()}, "tokens", "no_grad"),
+}
+
+
+def placed(tokens, places):
+    """The tensor with as many tokens as a wrong table has places."""
+    count = places.shape[1] if isinstance(places, torch.Tensor) and places.dim() == 3 else 2
+    return tokens if count == 2 else tokens[:, :count].contiguous()
+
+
+@pytest.mark.parametrize("case", WRONG_PATCHIFY)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_patchify_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_PATCHIFY[case]
+    arguments = {"field": FIELD, "table": squares(), **changes}
+    with pytest.raises(ArgumentError) as error:
+        ops.patchify(**arguments, backend=backend)
+    assert str(error.value).startswith(name)
+    assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize("case", WRONG_UNPATCHIFY)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_unpatchify_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_UNPATCHIFY[case]
+    arguments = {"tokens": PATCHES, "table": squares(), "out": FIELD.clone(), **changes}
+    if "tokens" not in changes:
+        arguments["tokens"] = placed(PATCHES, arguments["table"])
+    before = arguments["out"].clone() if isinstance(arguments["out"], torch.Tensor) else None
+    with pytest.raises(ArgumentError) as error:
+        ops.unpatchify(**arguments, backend=backend)
+    assert str(error.value).startswith(name)
+    assert accepted in str(error.value)
+    assert before is None or torch.equal(arguments["out"], before)
+
+
+def transition(**changes):
+    """Arguments of resolution_transition by name, with changes: one of two tokens is split."""
+    arguments = {"x": PATCHES, "table": squares(), "rows": torch.tensor([[1]] * B)}
+    arguments |= {"noise": some(B, 5, 12, key=3), "scale": 0.2, "deviation": 0.9}
+    return arguments | {"correlation": 0.02} | changes
+
+
+WRONG_TRANSITION = {
+    "x of rank 2": ({"x": PATCHES[0]}, "x", "rank 3"),
+    "x of integers": ({"x": PATCHES.int()}, "x", "float64"),
+    "x stride": ({"x": some(B, 12, 2).transpose(1, 2)}, "x", "last stride"),
+    "x without channels": ({"x": PATCHES[..., :0]}, "x", f"[{B}, 2, 1]"),
+    "table count": ({"table": table(B, 3, 3)}, "table", f"[{B}, 2, 3]"),
+    "table dtype": ({"table": squares().long()}, "table", "int32"),
+    "table not a tensor": ({"table": None}, "table", f"[{B}, 2, 3]"),
+    "rows dtype": ({"rows": torch.ones(B, 1)}, "rows", "int64 or int32"),
+    "rows batch": ({"rows": torch.tensor([[1]])}, "rows", f"[{B}, K]"),
+    "rows not a tensor": ({"rows": [1]}, "rows", "[B, K]"),
+    "too many rows": ({"rows": torch.zeros(B, 3, dtype=torch.int64)}, "rows", "at most the 2"),
+    "rows out of range": ({"rows": torch.tensor([[1], [2]])}, "rows", "0 to 1"),
+    "rows negative": ({"rows": torch.tensor([[-1], [1]])}, "rows", "0 to 1"),
+    "rows that fall": (
+        {"rows": torch.tensor([[0, 1], [1, 0]]), "noise": some(B, 8, 12)},
+        "rows",
+        "ascending",
+    ),
+    "rows twice": (
+        {"rows": torch.tensor([[0, 1], [1, 1]]), "noise": some(B, 8, 12)},
+        "rows",
+        "ascending",
+    ),
+    "one cell split": ({"table": table(B, 2, 3)}, "rows", "level 1 to 30"),
+    "noise rows": ({"noise": some(B, 2, 12)}, "noise", f"[{B}, 5, 12]"),
+    "noise dtype": ({"noise": some(B, 5, 12).half()}, "noise", "torch.float32"),
+    "correlation": ({"correlation": 0.3}, "correlation", "0 to 1/4"),
+    "correlation below": ({"correlation": -0.1}, "correlation", "0 to 1/4"),
+    "correlation NaN": ({"correlation": float("nan")}, "correlation", "0 to 1/4"),
+    "scale": ({"scale": float("inf")}, "scale", "finite"),
+    "deviation": ({"deviation": None}, "deviation", "finite"),
+    "unsplit": ({"unsplit": "1"}, "unsplit", "finite"),
+    "raster": ({"raster": 0}, "raster", "1 to 5"),
+    "raster a bool": ({"raster": True}, "raster", "an int"),
+    "a square left in raster order": ({"raster": 4}, "table", "tile its 1 x 4"),
+    "out size": ({"out": some(B, 4, 12)}, "out", f"[{B}, 5, 12]"),
+    "out dtype": ({"out": some(B, 5, 12).half()}, "out", "torch.float32"),
+    "out_table size": ({"out_table": table(B, 2, 3)}, "out_table", f"[{B}, 5, 3]"),
+    "out_table dtype": ({"out_table": table(B, 5, 3).long()}, "out_table", "int32"),
+    "out_table expanded": (
+        {"out_table": table(1, 5, 3).expand(B, 5, 3)},
+        "out_table",
+        "without expanded",
+    ),
+    "a gradient": ({"x": PATCHES.clone().requires_grad_()}, "x, noise", "no_grad"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TRANSITION)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_resolution_transition_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_TRANSITION[case]
+    with pytest.raises(ArgumentError) as error:
+        ops.resolution_transition(**transition(**changes), backend=backend)
+    assert str(error.value).startswith(f"{name}: ")
+    assert accepted in str(error.value)
+
+
+def test_a_transition_does_not_write_what_it_reads():
+    noise, places = some(B, 5, 12), table(B, 5, 3)
+    for shared in (
+        {"noise": noise, "out": noise},
+        {"x": noise[:, :2], "out": noise},
+        {"table": places[:, :2], "out_table": places},
+    ):
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.resolution_transition(**transition(**shared))
+
+
 HEADS, KV_HEADS, DIM = 4, 2, 10  # H d = D
 
 
@@ -345,11 +504,13 @@ def test_neighbours_in_one_buffer_are_not_shared_memory():
 
 # --- which backend
 
+ALL_OPS = [field.name for field in dataclasses.fields(ops.Ops) if field.name != "backend"]
+
 
 def test_automatic_choice_follows_dtype():
     bound = ops.bind()
     assert bound.backend is None
-    for op in ("gated_residual", "norm_modulate", "qkv_prologue", "token_select"):
+    for op in ALL_OPS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert bound.backend_for(op, "cpu", dtype) == "cpu"
         assert bound.backend_for(op, "cpu", torch.float64) == "reference"
@@ -527,6 +688,23 @@ def test_selection_compiles_as_one_graph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+def test_a_change_of_resolution_compiles_as_one_graph():
+    def step(field, places, rows, noise):
+        tokens = ops.patchify(field * 2, places)
+        numbers = {"scale": 0.2, "deviation": 0.9, "correlation": 0.02}
+        tokens, places = ops.resolution_transition(tokens, places, rows, noise, **numbers)
+        return ops.unpatchify(tokens, places, field, channels_last=True) + 1, places
+
+    inputs = transition()
+    given = (FIELD, squares().clone(), inputs["rows"], inputs["noise"])
+    plain, traced = ([t.clone() for t in given] for _ in range(2))
+    expected = step(*plain)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*traced)
+    for a, b in zip([*plain, *expected], [*traced, *found], strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_selection_has_no_gradient():
     velocity = FIELD.clone().requires_grad_()
     rows = ops.token_select(velocity, table(B, 8), 3)[0]
@@ -560,6 +738,12 @@ def opcheck_samples():
     tables = (table(B, 3), table(B, 8), None)
     yield "token_select", (FIELD, table(B, 8), None, 2, 0.1, "std", None, *tables)
     yield "token_select", (FIELD, table(B, 8), table(B, 8), 0, 0.1, "l2norm", 4, *tables)
+    yield "patchify", (FIELD, squares(), False, some(B, 2, 12, key=4), None)
+    yield "unpatchify", (PATCHES, squares(), True, some(*FIELD.shape, key=4), None)
+    given = transition()
+    given = [given[name] for name in ("x", "table", "rows", "noise", "scale", "deviation")]
+    written = (some(B, 5, 12, key=5), table(B, 5, 3))
+    yield "resolution_transition", (*given, -0.1, 1.0, None, *written, None)
     *stream, rows, cos, sin = prologue().values()
     affine = ("rms", some(DIM), None, None, None, 1e-6)
     yield "qkv_prologue", (*stream, rows, 0, 0, *affine, cos, sin, None)
@@ -581,6 +765,14 @@ def test_meta_tensors_give_shapes():
         rows, inverse = ops.token_select(field, drops, 3)
         assert (rows.shape, inverse.shape) == ((B, 3), (B, 8))
         assert rows.dtype is inverse.dtype is torch.int32
+        assert ops.patchify(field, squares().to("meta")).shape == (B, 2, 12)
+        given = {
+            name: value.to("meta") if isinstance(value, torch.Tensor) else value
+            for name, value in transition().items()
+        }
+        out, places = ops.resolution_transition(**given)
+        assert (out.shape, places.shape) == ((B, 5, 12), (B, 5, 3))
+        assert places.dtype is torch.int32
 
 
 def test_dispatch_modes_see_the_ops():
@@ -596,6 +788,11 @@ def test_dispatch_modes_see_the_ops():
         inside = ops.gated_residual(x, [branch], [None])
         ops.norm_modulate(x)
         ops.token_select(FIELD, table(B, 8), 3)
+        tokens = ops.patchify(FIELD, squares())
+        ops.unpatchify(tokens, squares(), FIELD.clone())
+        ops.resolution_transition(**transition())
+    assert {"fastdit::patchify", "fastdit::unpatchify"} <= set(seen.names)
+    assert "fastdit::resolution_transition" in seen.names
     assert "fastdit::gated_residual" in seen.names
     assert "fastdit::token_select" in seen.names
     assert "fastdit::norm_modulate" in seen.names

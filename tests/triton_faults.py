@@ -288,12 +288,13 @@ FAULTS = {
         PROLOGUE, "y - mean - rest", "y - mean", "check_shifted_heads", FP32
     ),
     # patchify
-    "elements past the last are written": one(
-        PATCHIFY, "active = at < total", "active = at <= total", "check_inputs_and_guards"
+    "an element past the last is written": one(
+        PATCHIFY, "tl.load(cell, mask=active), mask=active)",
+        "tl.load(cell, mask=active), mask=at <= total)", "check_inputs_and_guards",
     ),
     "rows and columns of a patch are swapped": one(
         PATCHIFY, "line * token_strides[2] + column * token_strides[3]",
-        "column * token_strides[2] + line * token_strides[3]", "check_orders",
+        "column * token_strides[2] + line * token_strides[3]", "check_layouts",
     ),
     "channels are numbered first": one(
         PATCHIFY, "channel * token_strides[4]", "channel", "check_orders"
@@ -301,15 +302,15 @@ FAULTS = {
     "every image has the table of the first": one(
         PATCHIFY, "b * table.batch + i", "0 * b * table.batch + i", "check_other_cells_stay"
     ),
-    "small tokens are drawn as large as the largest": one(
-        PATCHIFY, "active & (r < side) & (q < side)", "active", "check_other_cells_stay"
+    "a corner of a token is left out": one(
+        PATCHIFY, "(r < side) & (q < side)", "(r < side) & (q <= r)", "check_other_cells_stay"
     ),
     "tokens are drawn into their first row": one(
         PATCHIFY, "(first + r) * field_strides[1]", "first", "check_other_cells_stay"
     ),
     # resolution_transition
     "tokens that stay leave gaps": one(
-        TRANSITION, "i - before)", "i)", "check_a_published_vector"
+        TRANSITION, "i - before)", "i)", "check_larger_tokens"
     ),
     "channels past C are stored": one(
         TRANSITION, "inside = live[:, None] & (col < WIDTH)[None, :]",

@@ -24,7 +24,9 @@ COLUMNS = 256  # of a tile, at most: 1024 elements for 4 warps
 BLOCK = 1024  # of rows, counted at a time
 
 
-@triton.jit(do_not_specialize=["tokens", "split", "scale", "deviation", "pull", "unsplit", "raster"])
+@triton.jit(
+    do_not_specialize=["tokens", "split", "scale", "deviation", "pull", "unsplit", "raster"]
+)
 def resolution_transition_kernel(
     x,
     table,
