@@ -402,7 +402,7 @@ FAULTS = {
         "check_sizes",
     ),
     "siblings keep their noise to themselves": Fault(
-        TRANSITION, "eps[k] + shared", "eps[k]", "check_covariance", FP32
+        TRANSITION, "eps[k] + shared", "eps[k] + 0.0f * shared", "check_covariance", FP32
     ),
     "siblings have the noise of the first": Fault(
         TRANSITION, "p.noise.row<float>(b, row[k])[c]", "p.noise.row<float>(b, row[0])[c]",
