@@ -23,6 +23,7 @@ from fastdit.methods.cached import Cached
 from fastdit.methods.dense import Dense
 from fastdit.methods.ecad import ECAD
 from fastdit.methods.harmonica import HarmoniCa
+from fastdit.methods.ralu import RALU
 from fastdit.methods.ras import RAS, Linear
 from fastdit.patch import Handle, explain, patch, report, unpatch
 from fastdit.report import Report
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ECAD",
+    "RALU",
     "RAS",
     "ArgumentError",
     "BackendError",

@@ -23,7 +23,10 @@ from fastdit.observe import observed
 
 
 class Rotation:
-    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32."""
+    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32.
+
+    [B, S, d] where the images of a batch have angles of their own.
+    """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
         self.cos = cos
@@ -31,8 +34,8 @@ class Rotation:
 
     @functools.cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
-        """[S, d / 2], each value once."""
-        return self.cos[:, ::2].float().contiguous(), self.sin[:, ::2].float().contiguous()
+        """[S, d / 2] or [B, S, d / 2], each value once."""
+        return self.cos[..., ::2].float().contiguous(), self.sin[..., ::2].float().contiguous()
 
 
 @dataclass
@@ -98,8 +101,11 @@ def attend(
     batch, head_dim = parts[0].q.shape[0], parts[0].q.shape[-1] // heads
     if tokens.rows is None:
         shape = (batch, length, parts[0].k.shape[-1] // head_dim, head_dim)
-        tokens.keys[key] = KeyValues(parts[0].k.new_empty(shape), parts[0].v.new_empty(shape))
-    held = tokens.keys[key]
+        held = KeyValues(parts[0].k.new_empty(shape), parts[0].v.new_empty(shape))
+        if tokens.keys is not None:
+            tokens.keys[key] = held
+    else:
+        held = tokens.keys[key]
     query = _prologue(tokens.ops, parts, held, heads, rotation)
     if query is None:
         query = _prologue_as_stock(parts, held, head_dim, rotation)
@@ -202,7 +208,7 @@ def _normed(norm: nn.Module | None, x: Tensor, head_dim: int) -> Tensor:
 def _rows_of(table: Tensor, part: Part, count: int) -> Tensor:
     """Rotation [B or 1, n, 1, d] at the rows of a part."""
     if part.rows is None:
-        return table[None, part.offset : part.offset + count, None]
+        return table[..., part.offset : part.offset + count, None, :]
     return table[part.offset + part.rows][:, :, None]
 
 

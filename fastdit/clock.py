@@ -1,5 +1,7 @@
 """The clock of a run, read off the scheduler: `set_timesteps` starts a run, `step` ends a step.
 
+A listener may replace the noise levels when a run starts, and write into the latents that a step returns.
+
 The scheduler instance's class is swapped for a cached dynamic subclass of the same name whose two methods keep their
 signatures (pipelines inspect them). isinstance, save_pretrained and from_config keep working; a copy, a pickle, and
 anything made `from_config`, is an ordinary scheduler again.
@@ -14,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from fastdit.errors import ScheduleError, UnsupportedModelError
 
@@ -27,7 +30,7 @@ class Listener(Protocol):
 
     def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None: ...
 
-    def end_step(self, scheduler: Any, velocity: Any, delta: Any) -> None: ...
+    def end_step(self, scheduler: Any, velocity: Any, delta: Any, latents: Any) -> None: ...
 
 
 class Levels:
@@ -39,11 +42,19 @@ class Levels:
     Args:
         scheduler: A diffusers scheduler.
         arguments: What `set_timesteps` was, or will be, given.
+        own: Levels of the run itself, where a method has replaced the scheduler's.
     """
 
-    def __init__(self, scheduler: Any, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, scheduler: Any, arguments: Mapping[str, Any], own: Sequence[float] | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._arguments = dict(arguments)
+        self._own = own
+
+    def with_own(self, own: Sequence[float]) -> Levels:
+        """The same with levels of the run itself."""
+        return Levels(self._scheduler, self._arguments, own)
 
     def of(self, steps: int) -> list[float]:
         """The level of each step of a run of `steps` steps with otherwise the same arguments; waits for the device.
@@ -51,6 +62,8 @@ class Levels:
         Raises:
             ScheduleError: The scheduler cannot make such a run.
         """
+        if self._own is not None and steps == len(self._own):
+            return list(self._own)
         arguments = self._arguments
         other = {
             name: _resized(arguments[name], steps) for name in _CUSTOM if _given(arguments, name)
@@ -127,6 +140,33 @@ def check_scheduler(scheduler: Any) -> None:
             )
 
 
+def check_flow(scheduler: Any) -> None:
+    """Refuse a scheduler whose noise levels cannot be replaced: it must take Euler steps along a flow.
+
+    Raises:
+        UnsupportedModelError: It is of another class, or draws noise at each step.
+    """
+    known = "FlowMatchEulerDiscreteScheduler"
+    if not any(cls.__name__ == known for cls in type(scheduler).__mro__):
+        raise UnsupportedModelError(
+            f"scheduler must be a {known} where a method changes the resolution, got {type(scheduler).__name__}"
+        )
+    for option in ("stochastic_sampling", "invert_sigmas"):
+        if getattr(scheduler.config, option, False):
+            raise UnsupportedModelError(
+                f"scheduler has {option}=True; a method that changes the resolution accepts False only"
+            )
+
+
+def replace_sigmas(scheduler: Any, sigmas: Sequence[float]) -> None:
+    """Give a flow-matching scheduler other noise levels than its `set_timesteps` chose; 0 follows the last."""
+    old = scheduler.sigmas
+    levels = torch.tensor([*sigmas, 0.0], dtype=old.dtype, device=old.device)
+    timesteps = levels[:-1] * scheduler.config.num_train_timesteps
+    scheduler.sigmas = levels
+    scheduler.timesteps = timesteps.to(scheduler.timesteps)
+
+
 def detach(scheduler: Any) -> None:
     """Undo :func:`attach`. Does nothing on a scheduler that has no clock."""
     if is_attached(scheduler):
@@ -163,7 +203,7 @@ def _clocked(base: type) -> type:
         delta = _sigma_step(self)
         result = base.step(self, *args, **kwargs)
         if LINK in self.__dict__:
-            self.__dict__[LINK].end_step(self, velocity, delta)
+            self.__dict__[LINK].end_step(self, velocity, delta, result[0])
         return result
 
     def reduce_ex(self: Any, protocol: int) -> Any:

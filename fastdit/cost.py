@@ -76,6 +76,13 @@ class Cost:
             found[kind.name][block, kind.components.index(component)] = cell[2]
         return found
 
+    def at(self, image: int) -> Cost:
+        """The costs of the same model on so many image tokens."""
+        if image == self.size.image:
+            return self
+        size = Size(image, self.size.text)
+        return Cost(self._adapter, self._transformer, self.spec, size, self.rows, self.itemsize)
+
     def reuse_share(self, plan: RunPlan) -> float:
         """Share of the cells that do not run."""
         skipped = sum(

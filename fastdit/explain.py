@@ -6,7 +6,7 @@ Nothing runs: see `cost.py` for what is counted.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,13 +122,19 @@ def explain_session(
     size = Size(image, text)
     rows = batch * (2 if (adapter.uses_cfg if cfg is None else cfg) else 1)
     weight = next(p for p in transformer.parameters() if p.is_floating_point())
-    token_method = next((m for m in session.methods if "rows" in m.writes), None)
-    active = [] if token_method is None else token_method.active(steps, image)
-    tokens = tuple(image if step is None else step.keep for step in active)
+    lengths, active = _tokens_per_step(session.methods, steps, image, text)
+    tokens = tuple(
+        length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
+    )
     levels = None if pipeline is None else predicted_levels(pipeline.scheduler, steps, image)
-    partial = tuple(step is not None for step in active)
+    partial = tuple(step is not None for step in active) if any(active) else ()
     plan = plan_run(session.methods, spec, steps, partial, levels)
     count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
+    stages = [
+        (count.at(length), plan.part(first, last), tokens[first:last])
+        for length, first, last in _runs(lengths)
+    ]
+    written = {field for method in session.methods for field in method.writes}
     return Explanation(
         family=adapter.family,
         model=type(transformer).__name__,
@@ -139,7 +145,12 @@ def explain_session(
             for op in (
                 "gated_residual",
                 "norm_modulate",
-                *(() if token_method is None else ("qkv_prologue", "token_select")),
+                *(("qkv_prologue", "token_select") if "rows" in written else ()),
+                *(
+                    ("patchify", "unpatchify", "resolution_transition")
+                    if "resolution" in written
+                    else ()
+                ),
             )
         },
         steps=steps,
@@ -147,13 +158,14 @@ def explain_session(
         image_tokens=image,
         text_tokens=text,
         reuse_share=count.reuse_share(plan),
-        macs=count.macs(plan, tokens),
+        macs=sum(part.macs(steps, tokens) for part, steps, tokens in stages),
         linear_macs=count.linear_macs(plan.reuse, steps),
         dense_macs=count.macs(RunPlan(steps, None, ())),
-        residual_bytes=count.residual_bytes(plan),
+        residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        cache_bytes=_slot_bytes(session, count, plan) + (count.key_bytes() if any(active) else 0),
-        tokens_per_step=tokens,
+        cache_bytes=max(_slot_bytes(session, part, steps) for part, steps, _ in stages)
+        + (count.key_bytes() if any(active) else 0),
+        tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
     )
@@ -180,7 +192,41 @@ def run_speedup(session: Any, transformer: nn.Module) -> float:
     size = Size(run.image_tokens, run.text_tokens)
     count = Cost(session.adapter, transformer, session.spec, size, 1, 1)
     dense = count.macs(RunPlan(len(steps), None, ()))
-    return dense / count.macs(plan, [run.records[step].tokens for step in steps])
+    tokens = [run.records[step].tokens for step in steps]
+    lengths = [run.image_tokens] * len(steps)
+    if run.resolution is not None:
+        lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
+    spent = sum(
+        count.at(length).macs(plan.part(first, last), tokens[first:last])
+        for length, first, last in _runs(lengths)
+    )
+    return dense / spent
+
+
+def _tokens_per_step(
+    methods: Sequence[Any], steps: int, image: int, text: int
+) -> tuple[list[int], list[Any]]:
+    """Of each step: the image tokens there are, and what a method that leaves some out computes of them, or None."""
+    lengths, active, first = [image] * steps, [None] * steps, 0
+    for method in methods:
+        if "resolution" in method.writes:
+            method.check_steps(steps)
+            lengths = method.tokens(image, text)
+            first = method.stages()[-1].first
+    for method in methods:
+        if "rows" in method.writes:
+            active[first:] = method.active(steps - first, image)
+    return lengths, active
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(value, first, last + 1) of each run of equal values."""
+    found, first = [], 0
+    for last in range(1, len(lengths) + 1):
+        if last == len(lengths) or lengths[last] != lengths[first]:
+            found.append((lengths[first], first, last))
+            first = last
+    return found
 
 
 def raster(plan: RunPlan, spec: ModelSpec) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -34,6 +35,8 @@ from fastdit.session import Session
 OPS = ("gated_residual", "norm_modulate")
 #: where a method computes a part of the tokens
 TOKEN_OPS = ("qkv_prologue", "token_select")
+#: where a method changes the resolution
+RESOLUTION_OPS = ("patchify", "unpatchify", "resolution_transition")
 _RESET = "_reset_stateful_cache"
 
 
@@ -134,6 +137,20 @@ class Handle:
             ArgumentError: `repeats` is not a positive int.
         """
         return measure(run, self.disabled, self._transformer.device, repeats)
+
+    def stage_pictures(self) -> np.ndarray:
+        """What the picture was going to be at the end of each stage of the last run, decoded by the pipeline's VAE.
+
+        Returns:
+            uint8 [stages, B, H, W, 3]; half-size ones are drawn twice as large.
+
+        Raises:
+            ArgumentError: The last run had no stages.
+        """
+        run = self._session.run
+        if run is None or run.resolution is None or not run.resolution.records:
+            raise ArgumentError("stage_pictures needs a run in stages; the last one had none")
+        return run.resolution.pictures()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -268,12 +285,18 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
         method.check(spec)
     bound = ops.bind(backend)
     sparse = any("rows" in method.writes for method in methods)
-    _check_backend(bound, transformer, OPS + TOKEN_OPS if sparse else OPS)
+    resizing = next((method for method in methods if "resolution" in method.writes), None)
+    used = OPS + TOKEN_OPS * sparse + RESOLUTION_OPS * (resizing is not None)
+    _check_backend(bound, transformer, used)
     check_drift(adapter, transformer)
     blocks = adapter.blocks(transformer)
     embedders = []
     if sparse:
         adapter.check_tokens(transformer)
+    if resizing is not None:
+        adapter.check_resolution(transformer)
+        _check_resizing(resizing, pipeline)
+    if sparse or resizing is not None:
         embedders = adapter.embedders(transformer)
     wrapped = adapter.wrapped(transformer)
     for module in (*(block for _, block in blocks), *embedders, *(part for _, _, part in wrapped)):
@@ -357,6 +380,20 @@ def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> 
     if weight is not None:
         for op in names:
             bound.backend_for(op, weight.device, transformer.dtype)
+
+
+def _check_resizing(method: Method, pipeline: Any | None) -> None:
+    """A method that changes the resolution leads the scheduler, and may decode."""
+    if pipeline is None:
+        raise UnsupportedModelError(
+            f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
+        )
+    clock.check_flow(pipeline.scheduler)
+    if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
+        raise UnsupportedModelError(
+            f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '
+            'accepted are "gradient" and "variance"'
+        )
 
 
 def _install(

@@ -54,6 +54,10 @@ class RunPlan:
     reuse: Schedule | None
     actions: Sequence[Sequence[BlockActions]]
 
+    def part(self, first: int, last: int) -> RunPlan:
+        """The steps from `first` to before `last`, for counting."""
+        return RunPlan(last - first, self.reuse, self.actions[first:last])
+
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
     """Refuse methods that write the same field of a plan.
@@ -86,23 +90,31 @@ def plan_run(
         ScheduleError: A schedule does not fit the model or the number of steps.
     """
     reuse = None
+    fresh: list[int] = []
     for method in methods:
+        if "resolution" in method.writes:
+            fresh += [stage.first for stage in method.stages()]
         if "reuse" in method.writes:
             reuse = method.schedule(spec, steps, levels)
-    return RunPlan(steps, reuse, lower(reuse, spec, partial) if reuse is not None else ())
+    actions = lower(reuse, spec, partial, fresh) if reuse is not None else ()
+    return RunPlan(steps, reuse, actions)
 
 
 def lower(
-    schedule: Schedule, spec: ModelSpec, partial: Sequence[bool] = ()
+    schedule: Schedule,
+    spec: ModelSpec,
+    partial: Sequence[bool] = (),
+    fresh: Sequence[int] = (),
 ) -> list[list[dict[str, int]]]:
     """Flags per step, block (all kinds, in running order) and component; see the module's description.
 
     Computing at a `partial` step replaces a part of a value only, so the rest of it must have been kept until then.
+    At a `fresh` step the tokens are others than before, so everything computes.
     """
     some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind, some)
+        flags = _lower_kind(schedule, kind, some, fresh)
         for step in range(schedule.steps):
             for block in range(kind.count):
                 row = {
@@ -114,10 +126,14 @@ def lower(
     return actions
 
 
-def _lower_kind(schedule: Schedule, kind: BlockKind, partial: np.ndarray) -> dict[str, np.ndarray]:
+def _lower_kind(
+    schedule: Schedule, kind: BlockKind, partial: np.ndarray, fresh: Sequence[int]
+) -> dict[str, np.ndarray]:
     layer = schedule.layers[kind.name]
     always = np.ones((schedule.steps, kind.count), dtype=bool)
-    bits = {c: layer.bits[:, :, layer.components.index(c)] for c in layer.components}
+    bits = {c: layer.bits[:, :, layer.components.index(c)].copy() for c in layer.components}
+    for computes in bits.values():
+        computes[list(fresh)] = True
     bits = {c: bits.get(c, always) for c in kind.components}
     flags: dict[str, np.ndarray] = {}
     # A consumer is lowered before what it consumes: whether it runs decides whether its inputs are read.

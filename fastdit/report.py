@@ -13,6 +13,25 @@ from fastdit.errors import ArgumentError
 
 
 @dataclass(frozen=True)
+class StageReport:
+    """One stage of a run whose resolution changes.
+
+    Attributes:
+        layout: "coarse", "mixed" or "full".
+        steps: Steps of it.
+        tokens: Image tokens of each.
+        sigmas: Noise levels of its first step and of its end.
+        coarse: bool [B, gh, gw] on the CPU: cells that belong to a coarse token.
+    """
+
+    layout: str
+    steps: int
+    tokens: int
+    sigmas: tuple[float, float]
+    coarse: np.ndarray
+
+
+@dataclass(frozen=True)
 class Report:
     """The last run.
 
@@ -27,6 +46,7 @@ class Report:
         first: The scheduler's index of the first executed step; image-to-image begins late.
         flop_speedup: Multiply-accumulates of the stock model over those executed.
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
+        stages: Those that have ended, where a method changes the resolution.
     """
 
     methods: tuple[str, ...]
@@ -40,6 +60,7 @@ class Report:
     active: Mapping[int, np.ndarray] = field(default_factory=dict)
     first: int = 0
     flop_speedup: float = 1.0
+    stages: tuple[StageReport, ...] = ()
 
     @property
     def reuse_share(self) -> float:
@@ -79,6 +100,42 @@ class Report:
                 pictures[step][dark] //= 3
         return pictures
 
+    def resolution_map(self, frames: Any = None, sample: int = 0, scale: int = 8) -> np.ndarray:
+        """The tokens of each stage as pictures: each outlined, coarse ones twice as large.
+
+        Args:
+            frames: What to draw over: one picture, or one for each stage that ran, as for `token_map`.
+            sample: Which image of the batch.
+            scale: Pixels of a full-size token's side, where no frames are given.
+
+        Returns:
+            uint8 [stages, H, W, 3].
+
+        Raises:
+            ArgumentError: The last run had no stages, there is no such sample, or the frames do not fit.
+        """
+        if not self.stages:
+            raise ArgumentError("resolution_map needs a run in stages; the last one had none")
+        batch = max(stage.coarse.shape[0] for stage in self.stages)
+        if not 0 <= sample < batch:
+            raise ArgumentError(f"sample must be 0 to {batch - 1}, got {sample}")
+        grid = self.stages[0].coarse.shape[1:]
+        pictures = _pictures(frames, len(self.stages), [side * scale for side in grid])
+        rows, columns = (
+            np.arange(size) * side // size
+            for size, side in zip(pictures.shape[1:3], grid, strict=True)
+        )
+        for picture, stage in zip(pictures, self.stages, strict=True):
+            coarse = stage.coarse[sample if stage.coarse.shape[0] > 1 else 0]
+            number = np.arange(coarse.size).reshape(coarse.shape)
+            number = np.where(coarse, np.kron(number[::2, ::2], np.ones((2, 2), int)), number)
+            token = number[rows[:, None], columns]
+            edge = np.zeros(token.shape, bool)
+            edge[:, 1:] |= token[:, 1:] != token[:, :-1]
+            edge[1:] |= token[1:] != token[:-1]
+            picture[edge] //= 3
+        return pictures
+
     def __str__(self) -> str:
         if not self.steps:
             return "fastdit: no run yet"
@@ -100,7 +157,8 @@ def report_session(session: Any, flop_speedup: float) -> Report:
     reused = sum(record.reused for record in records)
     acts = any(method.writes for method in session.methods)
     active = _active(session.adapter, run)
-    live = reused > 0 or bool(active) or not acts
+    stages = _stages(run)
+    live = reused > 0 or bool(active) or any(s.coarse.any() for s in stages) or not acts
     if records and not live:
         warnings.warn(
             f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
@@ -119,6 +177,23 @@ def report_session(session: Any, flop_speedup: float) -> Report:
         active,
         (run.first or 0) if run is not None else 0,
         flop_speedup,
+        stages,
+    )
+
+
+def _stages(run: Any) -> tuple[StageReport, ...]:
+    """The stages that have ended; waits for the device."""
+    if run is None or run.resolution is None:
+        return ()
+    return tuple(
+        StageReport(
+            record.stage.layout,
+            record.stage.steps,
+            record.layout.tokens,
+            (record.stage.sigmas[0], record.stage.sigmas[-1]),
+            record.layout.levels().bool().cpu().numpy(),
+        )
+        for record in run.resolution.records
     )
 
 
@@ -129,10 +204,10 @@ def _active(adapter: Any, run: Any) -> dict[int, np.ndarray]:
     grid = adapter.grid(run.latents, run.positions, run.patch)
     found = {}
     for step, rows in run.tokens.history.items():
-        if run.first + step in run.records:
+        if run.tokens_from + step in run.records:
             mask = np.zeros((rows.shape[0], run.tokens.tokens), dtype=bool)
             np.put_along_axis(mask, rows.cpu().numpy().astype(np.int64), True, axis=1)
-            found[run.first + step] = mask.reshape(rows.shape[0], *grid)
+            found[run.tokens_from + step] = mask.reshape(rows.shape[0], *grid)
     return found
 
 

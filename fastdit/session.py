@@ -27,7 +27,9 @@ from fastdit.cost import Cost
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
+from fastdit.layout import Layout
 from fastdit.plan import RunPlan, plan_run
+from fastdit.resolution import ResolutionRun
 from fastdit.spec import ModelSpec
 from fastdit.tokens import TokenRun
 
@@ -70,6 +72,8 @@ class Run:
     call: int = 0
     branches: dict[int, Branch] = field(default_factory=dict)
     tokens: TokenRun | None = None
+    tokens_from: int = 0
+    resolution: ResolutionRun | None = None
     outputs: list[Tensor] = field(default_factory=list)
     timesteps_given: bool = False
     manual: bool = False
@@ -89,11 +93,12 @@ class Run:
 
 @dataclass(frozen=True)
 class _ActiveCall:
-    """The transformer call in progress: its caches, its rows (None: all tokens) and the shape of its latents."""
+    """The transformer call in progress: its caches, its rows (None: all tokens), its latents, its layout if any."""
 
     branch: Branch
     rows: Tensor | None
-    shape: Sequence[int]
+    latents: Tensor
+    layout: Layout | None
 
 
 class Session:
@@ -133,6 +138,7 @@ class Session:
         self._tokens = 0
         self._plans: dict[Any, RunPlan] = {}
         self._token_method = next((m for m in self.methods if "rows" in m.writes), None)
+        self._resolution_method = next((m for m in self.methods if "resolution" in m.writes), None)
         self._active: _ActiveCall | None = None
         # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
         # session; wrapped here and not in the class, since torch's compiler takes long to import.
@@ -192,29 +198,62 @@ class Session:
                 f"{self._token_method.name} must know the number of steps when a run starts: "
                 "call the transformer inside `with handle.run(timesteps)`"
             )
+        resolution = self._resolution_method
+        if resolution is not None and scheduler is None:
+            raise ScheduleError(
+                f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
+            )
         planned = OPEN_STEPS if steps is None else steps
+        if resolution is not None:
+            resolution.check_steps(planned)
         for method in self.methods:
-            method.check_steps(planned)
+            if method is not resolution:
+                method.check_steps(self._steps_of(method, planned))
+        if resolution is not None:
+            sigmas = [sigma for stage in resolution.stages() for sigma in stage.sigmas[:-1]]
+            clock.replace_sigmas(scheduler, sigmas)
+            levels = levels.with_own(
+                [sigma * scheduler.config.num_train_timesteps for sigma in sigmas]
+            )
         plan = self._plan(planned, levels=levels)
         self.run = Run(steps, plan, scheduler, levels, timesteps_given=timesteps_given)
+        if resolution is not None:
+            self.run.resolution = ResolutionRun(resolution, self.adapter, self.ops, self.pipeline())
         if self.frames is not None:
             self.frames.start()
 
-    def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None:
-        """The scheduler is about to do a step with what the model gave it."""
-        run = self.run
-        if self.frames is None or run is None or run.scheduler is not scheduler:
-            return
-        if not self.frames.latents:
-            self.frames.grid = self.adapter.grid(run.latents, run.positions, run.patch)
-        self.frames.add(scheduler, velocity, timestep, sample)
+    def _steps_of(self, method: Any, steps: int) -> int:
+        """The steps that `method` has a say in: one that leaves tokens out has to wait for the full resolution."""
+        if method is self._token_method and self._resolution_method is not None:
+            last = self._resolution_method.stages()[-1]
+            return last.steps if last.layout == "full" else 0
+        return steps
 
-    def end_step(self, scheduler: Any = None, velocity: Any = None, delta: Any = 1.0) -> None:
+    def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None:
+        """The scheduler is about to do a step with what the model gave it; only the one that leads the run is heard."""
+        run = self.run
+        if run is None or run.scheduler is not scheduler:
+            return
+        if self.frames is not None:
+            if not self.frames.latents:
+                self.frames.grid = self.adapter.grid(run.latents, run.positions, run.patch)
+            self.frames.add(scheduler, velocity, timestep, sample)
+        if run.resolution is not None:
+            if run.step == run.first:
+                run.resolution.seed(sample)
+            arrival = run.resolution.arrival(run.step)
+            if arrival is not None:
+                scheduler.sigmas[run.step + 1] = arrival
+
+    def end_step(
+        self, scheduler: Any = None, velocity: Any = None, delta: Any = 1.0, latents: Any = None
+    ) -> None:
         """A step is done, says `scheduler`, or the user; only the one that leads the run is heard.
 
         Args:
             velocity: What the scheduler was given; without one the transformer's own outputs of this step stand in.
             delta: Difference of the sigmas over the step.
+            latents: What the scheduler returns; those of the next stage are written into them.
         """
         run = self.run
         if run is None or run.finished or run.scheduler is not scheduler:
@@ -224,8 +263,15 @@ class Session:
                 velocity = torch.stack(run.outputs).mean(0)
             if velocity is not None:
                 patches = self.adapter.patches(velocity, run.patch)
-                run.tokens.observe(run.step - run.first, patches, delta)
+                run.tokens.observe(run.step - run.tokens_from, patches, delta)
             run.outputs.clear()
+        resolution = run.resolution
+        if resolution is not None:
+            if run.step == run.first:
+                resolution.settle(latents)
+            if resolution.arrival(run.step) is not None:
+                resolution.finish(velocity, latents)
+                scheduler.sigmas[run.step + 1] = resolution.departure
         run.step += 1
         run.call = 0
         if run.steps is not None and run.step >= run.steps:
@@ -278,11 +324,19 @@ class Session:
         self._check_conditions(run, call)
         run.patch = self.adapter.patch(transformer)
         run.latents, run.positions = call.hidden_states.shape, call.positions
+        try:
+            layout = self._lay_out(transformer, run, call)
+            if layout is not None and layout.kind != "full":
+                self.adapter.refuse_residuals(transformer, args, kwargs)
+        except FastDiTError:
+            self.reset()
+            raise
         branch = self._prepare_branch(run, call)
         rows, captures = self._choose_tokens(transformer, run, branch, call)
         self._check_cache_bytes(transformer, run, call)
-        self._active = _ActiveCall(branch, rows, call.hidden_states.shape)
-        self._tokens = call.tokens if rows is None else rows.shape[1]
+        self._active = _ActiveCall(branch, rows, call.hidden_states, layout)
+        count = call.tokens if layout is None else layout.tokens
+        self._tokens = count if rows is None else rows.shape[1]
         run.call += 1
         actions = run.plan.actions[run.step] if run.plan.actions else ()
         immediate = (
@@ -299,17 +353,59 @@ class Session:
             defer=not immediate and not call.skips_blocks,
             family=self.family,
             compiled=self._compiled_call(transformer),
-            tokens=(
-                Tokens(call.tokens, rows, branch.keys, branch, None if immediate else self.ops)
-                if captures
-                else None
-            ),
+            tokens=self._tokens_of(call, count, rows, captures, branch, immediate),
             layouts=self.adapter.layouts,
             precision=self._precision(call),
         )
+        if layout is not None and layout.kind != "full":
+            return self.adapter.reduce_inputs(transformer, args, kwargs, layout, self.ops)
         if rows is None:
             return None
         return self.adapter.gather_inputs(transformer, args, kwargs, rows)
+
+    def _tokens_of(
+        self,
+        call: Any,
+        count: int,
+        rows: Tensor | None,
+        captures: bool,
+        branch: Branch,
+        immediate: bool,
+    ) -> Tokens | None:
+        """What the adapter's own attention needs; None where the stock one runs."""
+        layout = self._active.layout
+        ops = None if immediate else self.ops
+        if captures:
+            return Tokens(count, rows, branch.keys, branch, ops)
+        if layout is not None and self.adapter.owns_attention(layout, call.hidden_states.shape[0]):
+            return Tokens(count, None, None, branch, ops)
+        return None
+
+    def _lay_out(self, transformer: nn.Module, run: Run, call: Any) -> Layout | None:
+        """The layout of this call's tokens; None without a method that decides it."""
+        resolution = run.resolution
+        if resolution is None:
+            return None
+        name = resolution.method.name
+        if torch.is_grad_enabled():
+            raise ArgumentError(
+                f"{name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
+            )
+        if run.first:
+            raise ScheduleError(
+                f"{name} starts from noise, but this run begins at step {run.first} of {run.steps}"
+            )
+        if resolution.layout is None:
+            cells = self.adapter.cells(call, run.patch)
+            if any(side % 2 for side in cells):
+                scale = run.patch * getattr(resolution.pipeline, "vae_scale_factor", 8)
+                raise ArgumentError(
+                    f"height and width must be multiples of {2 * scale} for {name}, "
+                    f"got {cells[0] * scale} x {cells[1] * scale}"
+                )
+            text = call.embeddings[0].shape[1]
+            resolution.begin(cells, text, call.hidden_states.device)
+        return resolution.layout
 
     def after_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
@@ -337,9 +433,12 @@ class Session:
     def _merge(self, active: _ActiveCall, output: Any) -> Any:
         """Put the active tokens' velocities among those that the others keep."""
         run = self.run
+        sample = output[0] if isinstance(output, tuple) else output.sample
+        if active.layout is not None and active.layout.kind != "full":
+            full = self.adapter.expand_output(sample, active.layout, active.latents, self.ops)
+            return _replaced(output, full)
         if run.tokens is None:
             return None
-        sample = output[0] if isinstance(output, tuple) else output.sample
         branch = active.branch
         if active.rows is None:
             branch.velocity = sample.clone()  # the caller may write into what it gets
@@ -347,12 +446,7 @@ class Session:
         else:
             full = self.adapter.scatter_output(sample, active.rows, branch.velocity, run.patch)
             branch.velocity = full
-            merged = full.clone()
-            if isinstance(output, tuple):
-                merged = (merged, *output[1:])
-            else:
-                output.sample = merged
-                merged = output
+            merged = _replaced(output, full.clone())
         if run.scheduler is None:
             run.outputs.append(branch.velocity)
         return merged
@@ -362,17 +456,19 @@ class Session:
     ) -> tuple[Tensor | None, bool]:
         """(rows of this call, or None for all tokens; whether keys and values are kept)."""
         method = self._token_method
-        if method is None:
+        if method is None or (run.resolution and run.resolution.layout.kind != "full"):
             return None, False
         if torch.is_grad_enabled() and call.hidden_states.requires_grad:
             raise ArgumentError(
                 f"{method.name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
             )
-        first = run.first or 0
         if run.tokens is None:
+            first = run.tokens_from = (
+                run.resolution.stage.first if run.resolution else run.first or 0
+            )
             run.tokens = TokenRun(method, run.steps - first, call.tokens, self.ops)
             self._plan_rows(run, first)
-        tokens, step = run.tokens, run.step - first
+        tokens, step = run.tokens, run.step - run.tokens_from
         rows = tokens.rows if tokens.at(step) is not None else None
         batch = call.hidden_states.shape[0]
         if rows is not None and branch.velocity is not None and batch % rows.shape[0] == 0:
@@ -440,9 +536,13 @@ class Session:
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The rewritten forward of a module that embeds patches and adds their positions."""
         active = self._active
-        if active is None or active.rows is None:
-            return type(module).forward(module, *args, **kwargs)
-        return self.adapter.embed(module, active.shape, active.rows, *args, **kwargs)
+        if active is not None and active.rows is not None:
+            shape = active.latents.shape
+            return self.adapter.embed(module, shape, active.rows, *args, **kwargs)
+        if active is not None and active.layout is not None:
+            memory = self.run.resolution.memory
+            return self.adapter.embed_layout(module, active.layout, memory, *args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
 
     # ---- helpers
 
@@ -523,6 +623,12 @@ class Session:
         given = self.run is not None and self.run.timesteps_given
         if pipeline is None or given or clock.is_attached(pipeline.scheduler, self):
             return
+        if self._resolution_method is not None:
+            self.reset()
+            raise ScheduleError(
+                f"the scheduler was replaced after patching, and {self._resolution_method.name} cannot change "
+                "timesteps that are already in use; call fastdit.patch again"
+            )
         self.follow(pipeline.scheduler)
         scheduler = pipeline.scheduler
         levels = clock.Levels(scheduler, {})
@@ -576,7 +682,8 @@ class Session:
         """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
         branch = run.branches.setdefault(run.call, Branch())
         autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
-        signature = (*call.signature, autocast)
+        stage = run.resolution.index if run.resolution is not None else 0
+        signature = (*call.signature, autocast, stage)
         if branch.signature != signature or not _same_tensors(branch, call.embeddings):
             branch.slots.clear()
             branch.keys.clear()
@@ -600,6 +707,14 @@ def _same_tensors(branch: Branch, tensors: tuple[Tensor, ...]) -> bool:
         _version(old) == version and (old is new or torch.equal(old, new))
         for old, version, new in zip(branch.embeddings, branch.versions, tensors, strict=True)
     )
+
+
+def _replaced(output: Any, sample: Tensor) -> Any:
+    """The transformer's output with another sample."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    output.sample = sample
+    return output
 
 
 def _version(tensor: Tensor) -> int:

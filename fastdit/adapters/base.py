@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.errors import UnsupportedModelError
+from fastdit.errors import ArgumentError, UnsupportedModelError
+from fastdit.layout import SIDE, Layout
 from fastdit.spec import BlockKind, ModelSpec
 
 
@@ -295,6 +296,98 @@ class Adapter:
         grid[batch_index(rows), down, across] = new
         return merged
 
+    # ---- tokens of two sizes
+
+    #: whether :meth:`reduce_inputs` and the others of this section are for this family
+    changes_resolution = False
+
+    def check_resolution(self, transformer: nn.Module) -> None:
+        """Refuse a model that cannot run on tokens of two sizes.
+
+        Raises:
+            UnsupportedModelError: Naming the model.
+        """
+        if not self.changes_resolution or self.patch(transformer) != SIDE:
+            raise UnsupportedModelError(
+                f"{type(transformer).__name__} cannot change its resolution during a run; that is for FLUX and SD3, "
+                f"flow-matching models with patches of {SIDE} x {SIDE}"
+            )
+
+    def cells(self, call: Call, patch: int) -> tuple[int, int]:
+        """Rows and columns of tokens at full resolution."""
+        return self.grid(call.hidden_states.shape, call.positions, patch)
+
+    def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        """The pipeline's latents as [B, gh, gw, 2, 2, C], a view."""
+        return self.patches(latents, SIDE)
+
+    def reduce_inputs(
+        self,
+        transformer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        layout: Layout,
+        ops: Any,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with the tokens of a layout: a half-size picture of coarse ones, or patches side by side."""
+        args, kwargs = list(args), dict(kwargs)
+        owner, key = place_of(transformer, args, kwargs, "hidden_states")
+        latents = owner[key]
+        if layout.kind == "coarse":
+            owner[key] = latents[..., ::2, ::2].contiguous()
+        else:
+            tokens = layout.read(self.field(latents, layout.cells), ops)
+            patches = tokens.unflatten(2, (-1, SIDE, SIDE))  # [B, n, C, 2, 2]
+            owner[key] = patches.permute(0, 2, 3, 1, 4).flatten(3)
+        return tuple(args), kwargs
+
+    def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
+        """The output of such a call at full size, shaped like `latents`."""
+        if layout.kind == "coarse":
+            return sample.repeat_interleave(2, -1).repeat_interleave(2, -2)
+        full = sample.new_empty(sample.shape[:2] + latents.shape[2:])
+        patches = sample.unflatten(-1, (-1, SIDE)).permute(0, 3, 1, 2, 4)  # [B, n, C, 2, 2]
+        layout.write(patches.flatten(2), self.field(full, layout.cells), ops)
+        return full
+
+    def embed_layout(
+        self, module: nn.Module, layout: Layout, memory: dict[Any, Any], patches: Tensor
+    ) -> Tensor:
+        """The embedded tokens of a layout, positions added; `memory` lives as long as the layout.
+
+        Where tokens are mixed, the coarse keep their places in a half-size picture, and each split one's four have
+        places half a step apart.
+        """
+        if layout.kind != "mixed":
+            return type(module).forward(module, patches)
+        tokens = module.proj(patches).flatten(2).transpose(1, 2)
+        if module.layer_norm:
+            tokens = module.norm(tokens)
+        if module.pos_embed is None:
+            return tokens
+        if "positions" not in memory:
+            table = _half_step_positions(module, layout.cells, tokens.device)
+            _, y, x = layout.table.long().unbind(-1)
+            memory["positions"] = table[y * layout.cells[1] + x]
+        positions = memory["positions"]
+        positions = positions.repeat(tokens.shape[0] // positions.shape[0], 1, 1)
+        return (tokens + positions).to(tokens.dtype)
+
+    def owns_attention(self, layout: Layout, batch: int) -> bool:
+        """Whether the stock attention cannot run a layout."""
+        return False
+
+    def refuse_residuals(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuse a ControlNet's residuals, which are for the tokens at full resolution."""
+        for name in self.residual_arguments:
+            owner, key = place_of(transformer, args, kwargs, name)
+            if owner is not None and owner[key] is not None:
+                raise ArgumentError(
+                    f"{name}: a ControlNet's residuals are for the full resolution; RALU accepts none"
+                )
+
     # ---- counts, per batch row
 
     def macs(
@@ -371,6 +464,23 @@ def _positions(module: nn.Module, height: int, width: int, device: torch.device)
         output_type="pt",
     )
     return table.float().unsqueeze(0)
+
+
+def _half_step_positions(module: nn.Module, cells: tuple[int, int], device: torch.device) -> Tensor:
+    """Positions [gh gw, D] of a `PatchEmbed`, row by row, at the half steps of a picture of half as many patches."""
+    from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
+
+    size = module.pos_embed_max_size
+    places = []
+    for side in cells:
+        steps = torch.arange(side, device=device, dtype=torch.float32) / 2
+        if size:  # the picture lies in the middle of a table
+            steps = (size - side // 2) // 2 + steps
+        places.append(steps / ((size or side // 2) / module.base_size) / module.interpolation_scale)
+    down, across = places
+    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"))
+    table = get_2d_sincos_pos_embed_from_grid(module.pos_embed.shape[-1], grid)
+    return table.float().to(module.pos_embed.dtype)
 
 
 def linear_macs(*modules: nn.Module | None) -> int:

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import (
     Adapter,
+    Call,
     Size,
     batch_index,
     chunk_gates,
@@ -22,7 +24,9 @@ from fastdit.adapters.base import (
     place_of,
 )
 from fastdit.attention import Part, Rotation, attend, projections
+from fastdit.errors import ArgumentError
 from fastdit.forward import Forward, joint_normed
+from fastdit.layout import SIDE, Layout
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
@@ -214,10 +218,17 @@ class Flux(Adapter):
         {"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}
     )
     residual_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
+    changes_resolution = True
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
-        """None: positions are in the rotation, which attention reads at the rows."""
-        return []
+        """What makes the rotation."""
+        return [transformer.pos_embed]
+
+    def embed(
+        self, module: nn.Module, shape: Sequence[int], rows: Tensor, ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A rotation that nobody reads: attention takes that of all tokens at the rows."""
+        return type(module).forward(module, ids)
 
     def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
         """Both kinds of block call it `attn`."""
@@ -260,6 +271,78 @@ class Flux(Adapter):
     def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
         """`full` [B, N, C p p] with `rows` replaced by `sample`."""
         return full.index_put((batch_index(rows), rows), sample)
+
+    def check_resolution(self, transformer: nn.Module) -> None:
+        """Its own attention must be able to run where each image of a batch has other tokens."""
+        super().check_resolution(transformer)
+        self.check_tokens(transformer)
+
+    def cells(self, call: Call, patch: int) -> tuple[int, int]:
+        """Read off the positions, which must be those of one picture; waits for the device."""
+        height, width = super().cells(call, patch)
+        count = call.hidden_states.shape[1]
+        ids = call.positions.reshape(-1, call.positions.shape[-1])
+        expected = Layout.uniform((height, width), 0, ids.device).table[0]
+        if count != ids.shape[0] or not torch.equal(ids.float(), expected.float()):
+            raise ArgumentError(
+                "img_ids must be the rows and columns of one picture for RALU; "
+                f"got {count} tokens that are not (reference images, or positions of your own)"
+            )
+        return height, width
+
+    def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        """[B, gh gw, 4 C] as [B, gh, gw, 2, 2, C]."""
+        grid = latents.unflatten(1, cells).unflatten(3, (-1, SIDE, SIDE))
+        return grid.permute(0, 1, 2, 4, 5, 3)
+
+    def reduce_inputs(
+        self,
+        transformer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        layout: Layout,
+        ops: Any,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The layout's tokens, and as many positions, which `embed_layout` replaces."""
+        args, kwargs = list(args), dict(kwargs)
+        owner, key = place_of(transformer, args, kwargs, "hidden_states")
+        owner[key] = layout.read(self.field(owner[key], layout.cells), ops)
+        owner, key = place_of(transformer, args, kwargs, "img_ids")
+        owner[key] = owner[key][..., : layout.tokens, :]
+        return tuple(args), kwargs
+
+    def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
+        """[B, n, 4 C] drawn at full size, [B, N, 4 C]."""
+        full = sample.new_empty(sample.shape[0], *latents.shape[1:])
+        layout.write(sample, self.field(full, layout.cells), ops)
+        return full
+
+    def embed_layout(
+        self, module: nn.Module, layout: Layout, memory: dict[Any, Any], ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [S, d], or [B, S, d] where each image has other tokens; made once for a stage.
+
+        Below full resolution positions are those of a picture of half the size, in steps of a half.
+        """
+        key = "rotation", ids.shape[0]
+        if key not in memory:
+            places = layout.table.float()
+            images, count = places.shape[:2]
+            if layout.kind == "full":
+                memory[key] = type(module).forward(module, ids)
+            else:
+                places = torch.cat([torch.zeros_like(places[..., :1]), places[..., 1:] / 2], dim=-1)
+                text = ids[:-count].float().expand(images, -1, -1)
+                joint = torch.cat([text, places], dim=1)
+                turn = type(module).forward(module, joint.flatten(0, 1))
+                memory[key] = tuple(t.unflatten(0, joint.shape[:2]) for t in turn)
+                if images == 1:
+                    memory[key] = tuple(t[0] for t in memory[key])
+        return memory[key]
+
+    def owns_attention(self, layout: Layout, batch: int) -> bool:
+        """The stock one has one rotation for all images."""
+        return layout.table.shape[0] > 1
 
     def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
         """The pipeline packs latents to [B, N, 4 C]; a [B, C, H, W] shape (for predictions) packs 2 x 2."""

@@ -154,6 +154,7 @@ class SD3(Adapter):
     }
     processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
     residual_arguments = ("block_controlnet_hidden_states",)
+    changes_resolution = True
 
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """CLIP's tokens and T5's, which stock pipelines pad with zeros where they have no T5."""

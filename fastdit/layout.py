@@ -1,0 +1,108 @@
+"""Tokens of two sizes over one grid of cells, and how a picture of full size stands for them.
+
+A cell is what a token covers at full resolution, 2 x 2 latent pixels; a coarse token covers 2 x 2 cells. The pipeline's
+latents keep their full size in all stages: each latent pixel of a coarse token is drawn 2 x 2 times as large. So a
+preview of them is a picture of few pixels, and whatever is done to latents pixel by pixel, guidance or a scheduler's
+step, does the same to the tokens. Reading what was written gives the same bits.
+
+A field is latents as [B, gh, gw, 2, 2, C], a view. A token is its pixels in the order (C, 2, 2).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: latent pixels along a side of a token
+SIDE = 2
+
+
+class Layout:
+    """The tokens of one stage.
+
+    Attributes:
+        cells: Rows and columns of cells.
+        table: int32 [B, n, 3], level (1 for coarse), y and x of each token's first cell, coarse tokens first;
+            [1, n, 3] where all images have the same.
+        coarse: How many tokens are coarse.
+    """
+
+    def __init__(self, cells: tuple[int, int], table: Tensor, coarse: int) -> None:
+        self.cells = cells
+        self.table = table
+        self.coarse = coarse
+
+    @classmethod
+    def uniform(cls, cells: tuple[int, int], level: int, device: torch.device) -> Layout:
+        """All cells, or all squares of 2 x 2 cells, in raster order."""
+        step = 1 << level
+        y, x = (torch.arange(0, side, step, dtype=torch.int32, device=device) for side in cells)
+        places = torch.cartesian_prod(y, x)
+        table = torch.cat([torch.full_like(places[:, :1], level), places], dim=1)[None]
+        return cls(cells, table, table.shape[1] if level else 0)
+
+    @property
+    def kind(self) -> str:
+        """ "coarse", "full" or "mixed"."""
+        if self.coarse == self.tokens:
+            return "coarse"
+        return "mixed" if self.coarse else "full"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image."""
+        return self.table.shape[1]
+
+    def table_of(self, batch: int) -> Tensor:
+        """The table of `batch` rows, CFG branches of the images one after the other."""
+        images = self.table.shape[0]
+        if images == 1:
+            return self.table.expand(batch, -1, -1)
+        return self.table.repeat(batch // images, 1, 1)
+
+    def levels(self) -> Tensor:
+        """uint8 [B, gh, gw]: 1 where a coarse token covers the cell."""
+        level, y, x = self.table.long().unbind(-1)
+        picture = level.new_zeros((level.shape[0], *self.cells), dtype=torch.uint8)
+        batch = torch.arange(level.shape[0], device=level.device)[:, None]
+        picture[batch, y, x] = level.to(torch.uint8)
+        firsts = picture[:, ::2, ::2]  # a coarse token's first cell has even places
+        return firsts.repeat_interleave(2, 1).repeat_interleave(2, 2)
+
+    def read(self, field: Tensor, ops: Any) -> Tensor:
+        """The tokens [B, n, 4 C] of a field."""
+        batch = field.shape[0]
+        table = self.table_of(batch)
+        tokens = field.new_empty(batch, self.tokens, field.shape[3:].numel())
+        if self.coarse:
+            ops.patchify(
+                _coarse_pixels(field)[..., 0, 0, :],
+                table[:, : self.coarse] // 2,
+                out=tokens[:, : self.coarse],
+            )
+        if self.coarse < self.tokens:
+            ops.patchify(field, table[:, self.coarse :], out=tokens[:, self.coarse :])
+        return tokens
+
+    def write(self, tokens: Tensor, field: Tensor, ops: Any) -> None:
+        """Draw tokens [B, n, 4 C] over the whole field."""
+        batch = field.shape[0]
+        table = self.table_of(batch)
+        if self.coarse:
+            height, width = (side // 2 for side in self.cells)
+            small = field.new_empty(batch, height, width, *field.shape[3:])
+            ops.unpatchify(tokens[:, : self.coarse], table[:, : self.coarse] // 2, small)
+            _coarse_pixels(field).copy_(small[..., None, None, :])
+        if self.coarse < self.tokens:
+            ops.unpatchify(tokens[:, self.coarse :], table[:, self.coarse :], field)
+
+
+def _coarse_pixels(field: Tensor) -> Tensor:
+    """A field as [B, gh / 2, gw / 2, 2, 2, 2, 2, C]: the pixels of coarse tokens, each of 2 x 2 latent pixels.
+
+    A coarse token has as many pixels along its side as it has cells, so each of its pixels is a cell.
+    """
+    squares = field.unflatten(1, (-1, SIDE)).unflatten(3, (-1, SIDE))  # [B, h, 2, w, 2, 2, 2, C]
+    return squares.permute(0, 1, 3, 2, 4, 5, 6, 7)

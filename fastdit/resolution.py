@@ -1,0 +1,191 @@
+"""The token layouts of one run: which stage it is in, and what happens between two stages.
+
+A :class:`ResolutionRun` lives as long as a run. At the end of a stage it takes the latents that the scheduler made,
+splits tokens, gives them the noise of an earlier time, and draws the new state into the same latents.
+
+Each image has a random generator of its own, seeded from its initial latents. So the seed that a user gives decides all
+noise, and an image comes out the same alone and in a batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdit import selection
+from fastdit.edges import top_rows
+from fastdit.layout import SIDE, Layout
+from fastdit.methods.ralu import RALU, Stage
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """A stage that has ended.
+
+    Attributes:
+        stage: Its plan.
+        layout: Its tokens.
+        estimate: [B, C, H, W], what the clean latents looked like at its end: at half size after a coarse stage.
+    """
+
+    stage: Stage
+    layout: Layout
+    estimate: Tensor
+
+
+@dataclass
+class ResolutionRun:
+    """The layouts of one run.
+
+    Attributes:
+        method: Who decides.
+        adapter: Of the model, which knows its latents.
+        ops: The ops to use.
+        pipeline: Decodes a picture for its edges.
+        index: The stage.
+        layout: Its tokens; None before the run's first call.
+        records: The stages that have ended.
+        memory: Free space of the adapter that lives as long as the stage: tables of positions.
+    """
+
+    method: RALU
+    adapter: Any
+    ops: Any
+    pipeline: Any
+    index: int = 0
+    layout: Layout | None = None
+    records: list[StageRecord] = field(default_factory=list)
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.stages = self.method.stages()
+        self._generators: list[torch.Generator] = []
+        self._text = 0
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in progress."""
+        return self.stages[self.index]
+
+    def begin(self, cells: tuple[int, int], text: int, device: torch.device) -> None:
+        """Lay out the first stage over so many cells, beside so many text tokens."""
+        self._text = text
+        if self.method.steps[1]:
+            self.method.split_count(cells[0] * cells[1] // 4, text)  # refuse now what it refuses
+        level = 0 if self.stage.layout == "full" else 1
+        self.layout = Layout.uniform(cells, level, device)
+
+    def seed(self, latents: Tensor) -> None:
+        """Make a generator for each of the initial latents [B, ...]."""
+        self._generators = []
+        for image in latents:
+            content = image.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+            digest = hashlib.blake2b(content, digest_size=7).digest()
+            generator = torch.Generator(latents.device)
+            self._generators.append(generator.manual_seed(int.from_bytes(digest, "little")))
+
+    def settle(self, latents: Tensor) -> None:
+        """Draw in `latents` what their tokens are: initial ones had details that no token has."""
+        if self.layout.kind != "full":
+            state = self._field(latents)
+            self.layout.write(self.layout.read(state, self.ops), state, self.ops)
+
+    def arrival(self, step: int) -> float | None:
+        """The noise level at which a step ends its stage, None for other steps."""
+        last = self.stage.first + self.stage.steps - 1
+        return self.stage.sigmas[-1] if step == last else None
+
+    def finish(self, velocity: Tensor, latents: Tensor) -> None:
+        """End the stage: `latents`, where the scheduler says `velocity` led, become those of the next stage, if any."""
+        state = self._field(latents)
+        x = self.layout.read(state, self.ops)
+        v = self.layout.read(self._field(velocity), self.ops)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        clean = x.to(exact) - self.stage.sigmas[-1] * v.to(exact)
+        self.records.append(StageRecord(self.stage, self.layout, self._picture(clean)))
+        if self.index + 1 < len(self.stages):
+            self.index += 1
+            self.memory.clear()
+            x = self._transition(x)
+            self.layout.write(x, state, self.ops)
+
+    @property
+    def departure(self) -> float:
+        """The noise level of the stage's first step; 0 after the last stage."""
+        ended = len(self.records) == len(self.stages)
+        return 0.0 if ended else self.stage.sigmas[0]
+
+    @torch.no_grad()
+    def pictures(self) -> np.ndarray:
+        """The estimates of all stages that have ended, decoded: uint8 [stages, B, H, W, 3]."""
+        found = []
+        for record in self.records:
+            estimate = record.estimate
+            decoded = torch.cat([selection.decode(self.pipeline, one) for one in estimate.split(1)])
+            side = 2 if record.layout.kind == "coarse" else 1
+            decoded = decoded.repeat_interleave(side, -1).repeat_interleave(side, -2)
+            levels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            found.append(levels.permute(0, 2, 3, 1).cpu().numpy())
+        return np.stack(found)
+
+    def _transition(self, x: Tensor) -> Tensor:
+        """The state of the stage that begins, and its layout, from that of the one before."""
+        stage, before, noise = self.stage, self.layout, self.method.noise
+        batch, _, width = x.shape
+        full = stage.layout == "full"
+        rows = self._all_coarse(batch) if full else self._chosen()
+        count = before.tokens + 3 * rows.shape[1]
+        eps = [
+            torch.randn(count, width, generator=generator, device=x.device)
+            for generator in self._generators
+        ]
+        x, table = self.ops.resolution_transition(
+            x,
+            before.table_of(batch),
+            rows,
+            torch.stack(eps),
+            scale=stage.scale,
+            deviation=stage.deviation,
+            correlation=noise,
+            unsplit=1.0 if self.method.mode == "parity" else math.sqrt(1 - noise),
+            raster=before.cells[1] if full else None,
+        )
+        coarse = before.coarse - rows.shape[1]
+        self.layout = (
+            Layout.uniform(before.cells, 0, x.device)
+            if full
+            else Layout(before.cells, table, coarse)
+        )
+        return x
+
+    def _all_coarse(self, batch: int) -> Tensor:
+        return torch.arange(self.layout.coarse, device=self.layout.table.device).expand(batch, -1)
+
+    def _chosen(self) -> Tensor:
+        method, cells = self.method, tuple(side // 2 for side in self.layout.cells)
+        clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
+        energy = selection.energy(method.selector, clean, cells, self.pipeline, clipped)
+        return top_rows(energy, method.split_count(self.layout.tokens, self._text))
+
+    def _picture(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
+        height, width = self.layout.cells
+        if self.layout.kind == "coarse":
+            height, width = height // 2, width // 2
+            grid = tokens.unflatten(1, (height, width)).unflatten(3, (-1, SIDE, SIDE))
+        else:
+            cells = tokens.new_empty(
+                tokens.shape[0], height, width, SIDE, SIDE, tokens.shape[2] // SIDE**2
+            )
+            self.layout.write(tokens, cells, self.ops)
+            grid = cells.permute(0, 1, 2, 5, 3, 4)
+        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def _field(self, latents: Tensor) -> Tensor:
+        return self.adapter.field(latents, self.layout.cells)

@@ -1,0 +1,248 @@
+"""RALU restated on stock models, without fastdit: one image after the other, its tokens in lists, noise by matrices.
+
+Only what says where the detail is comes from the library (`fastdit/edges.py`, which has its own tests), and the numbers
+of the stages, which are compared with the published ones elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import RALU, edges
+
+P = 2  # latent pixels along a side of a token
+
+
+def run(pipe: Any, method: RALU, latents: Tensor, given: dict[str, Any]) -> Tensor:
+    """The latents [B, C, H, W] at the end, from initial ones, for the arguments of `tiny_models.arguments`."""
+    images = [_image(pipe, method, latents, given, b) for b in range(latents.shape[0])]
+    return torch.stack(images)
+
+
+def _image(pipe: Any, method: RALU, latents: Tensor, given: dict[str, Any], b: int) -> Tensor:
+    model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
+    noise = latents[b]
+    content = pack(noise) if _is_flux(pipe) else noise
+    digest = hashlib.blake2b(
+        content.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=7
+    )
+    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
+    gh, gw = noise.shape[1] // P, noise.shape[2] // P
+
+    # A token is (size in cells, row, column of its first cell, content [C, P, P]).
+    if method.stages()[0].layout == "full":
+        tokens = cut(noise, 1)
+    else:
+        tokens = cut(noise[:, ::2, ::2], 2)
+    clean = None
+    for index, stage in enumerate(method.stages()):
+        if index:
+            scale, deviation, c = stage.scale, stage.deviation, method.noise
+            if stage.layout == "full":
+                chosen = {i for i, token in enumerate(tokens) if token[0] == 2}
+            else:
+                energy = _energy(pipe, method, clean)
+                count = method.split_count(len(tokens), given["prompt_embeds"].shape[1])
+                chosen = set(sorted(range(len(tokens)), key=lambda i: -energy[i])[:count])
+            kept = [token for i, token in enumerate(tokens) if i not in chosen]
+            split = [token for i, token in enumerate(tokens) if i in chosen]
+            children = [
+                (1, y + dy, x + dx, content)
+                for _, y, x, content in split
+                for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1))
+            ]
+            tokens = kept + children
+            eps = torch.randn(len(tokens), noise.shape[0] * P * P, generator=generator)
+            if stage.layout == "full":  # noise was drawn for the picture row by row
+                eps = torch.stack([eps[y * gw + x] for _, y, x, _ in tokens])
+            eps = eps.double()
+            unsplit = 1.0 if method.mode == "parity" else (1 - c) ** 0.5
+            z = [unsplit * row for row in eps[: len(kept)]]
+            covariance = torch.eye(4, dtype=torch.float64) - c
+            values, vectors = torch.linalg.eigh(covariance)
+            root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
+            for group in eps[len(kept) :].split(4):
+                z += list(root @ group)
+            tokens = [
+                (size, y, x, (scale * t.double() + deviation * n.view(t.shape)).to(t.dtype))
+                for (size, y, x, t), n in zip(tokens, z, strict=True)
+            ]
+            if stage.layout == "full":
+                tokens.sort(key=lambda token: (token[1], token[2]))
+        sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
+        for now, then in itertools.pairwise(sigmas):
+            velocity = model(tokens, stage.layout, now, (gh, gw))
+            tokens = [
+                (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
+                for (size, y, x, t), v in zip(tokens, velocity, strict=True)
+            ]
+        end = stage.sigmas[-1]
+        if stage.layout == "coarse":
+            clean = paste(
+                [
+                    (1, y // 2, x // 2, t - end * v)
+                    for (_, y, x, t), v in zip(tokens, velocity, strict=True)
+                ],
+                (gh // 2, gw // 2),
+            )
+    if tokens[0][0] == 2:  # it never became finer
+        small = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
+        return small.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return paste(tokens, (gh, gw))
+
+
+def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
+    cells = tuple(side // P for side in clean.shape[1:])
+    if method.selector == "gradient":
+        return edges.gradient_energy(clean[None], cells)[0].tolist()
+    if method.selector == "variance":
+        return edges.variance_energy(clean[None], cells)[0].tolist()
+    vae = pipe.vae
+    picture = vae.decode(clean[None] / vae.config.scaling_factor + (vae.config.shift_factor or 0))
+    return edges.edge_energy(picture.sample, cells, method.mode == "parity")[0].tolist()
+
+
+def cut(image: Tensor, size: int) -> list[tuple[int, int, int, Tensor]]:
+    """Tokens of an image [C, H, W], each of `size` cells a side."""
+    return [
+        (size, y * size, x * size, image[:, P * y : P * y + P, P * x : P * x + P])
+        for y in range(image.shape[1] // P)
+        for x in range(image.shape[2] // P)
+    ]
+
+
+def paste(tokens: list[Any], cells: tuple[int, int]) -> Tensor:
+    """The image [C, H, W] of tokens of one cell each."""
+    image = tokens[0][3].new_zeros(tokens[0][3].shape[0], P * cells[0], P * cells[1])
+    for _, y, x, content in tokens:
+        image[:, P * y : P * y + P, P * x : P * x + P] = content
+    return image
+
+
+def pack(image: Tensor) -> Tensor:
+    """[..., C, H, W] as FLUX packs it, [..., N, 4 C]."""
+    grid = image.unflatten(-1, (-1, P)).unflatten(-3, (-1, P))  # [..., C, gh, P, gw, P]
+    return grid.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
+
+
+def unpack(tokens: Tensor, cells: tuple[int, int]) -> Tensor:
+    """The inverse of :func:`pack`."""
+    grid = tokens.unflatten(-1, (-1, P, P)).unflatten(-4, cells)  # [..., gh, gw, C, P, P]
+    return grid.movedim((-5, -4), (-4, -2)).flatten(-2).flatten(-3, -2)
+
+
+def _is_flux(pipe: Any) -> bool:
+    return "Flux" in type(pipe.transformer).__name__
+
+
+class FluxCalls:
+    """Stock FLUX on a list of tokens, true guidance by a second call."""
+
+    def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
+        self.model, self.given = pipe.transformer, given
+
+    def __call__(
+        self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
+    ) -> list[Tensor]:
+        given, unit = self.given, 1.0 if layout == "full" else 0.5
+        ids = torch.tensor([[0.0, y * unit, x * unit] for _, y, x, _ in tokens])
+        x = torch.stack([content.flatten() for *_, content in tokens])[None]
+
+        def call(prompt: Tensor, pooled: Tensor) -> Tensor:
+            return self.model(
+                hidden_states=x,
+                encoder_hidden_states=prompt,
+                pooled_projections=pooled,
+                timestep=(1000 * sigma).expand(1).to(x.dtype) / 1000,
+                guidance=torch.tensor([given["guidance_scale"]]) if self._distilled else None,
+                img_ids=ids,
+                txt_ids=torch.zeros(prompt.shape[1], 3),
+            ).sample[0]
+
+        velocity = call(given["prompt_embeds"], given["pooled_prompt_embeds"])
+        if given["true_cfg_scale"] > 1:
+            other = call(given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"])
+            velocity = other + given["true_cfg_scale"] * (velocity - other)
+        return [v.view(-1, P, P) for v in velocity]
+
+    @property
+    def _distilled(self) -> bool:
+        return self.model.config.guidance_embeds
+
+
+class SD3Calls:
+    """Stock SD3 on a list of tokens, guidance by two calls; positions by their formula."""
+
+    def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
+        self.model, self.given, self.b = pipe.transformer, given, slice(b, b + 1)
+
+    def __call__(
+        self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
+    ) -> list[Tensor]:
+        given, b, model = self.given, self.b, self.model
+        scale = 1 if layout == "full" else 2
+        height, width = (side // scale for side in cells)
+        patches = torch.cat([content for *_, content in tokens], dim=-1)[None]  # side by side
+        embed = model.pos_embed
+        projected = embed.proj(patches).flatten(2).transpose(1, 2)
+        size = embed.pos_embed_max_size
+        top, left = ((size - side) // 2 for side in (height, width))
+        unit = embed.base_size / size / embed.interpolation_scale
+        positions = torch.stack(
+            [
+                sincos((left + x / scale) * unit, (top + y / scale) * unit, projected.shape[-1])
+                for _, y, x, _ in tokens
+            ]
+        )
+
+        def call(prompt: Tensor, pooled: Tensor) -> Tensor:
+            with _embedding(model, (projected + positions).to(projected.dtype)):
+                return model(
+                    hidden_states=patches,
+                    encoder_hidden_states=prompt,
+                    pooled_projections=pooled,
+                    timestep=(1000 * sigma).expand(1),
+                ).sample
+
+        velocity = call(given["prompt_embeds"][b], given["pooled_prompt_embeds"][b])
+        if given["guidance_scale"] > 1:
+            other = call(
+                given["negative_prompt_embeds"][b], given["negative_pooled_prompt_embeds"][b]
+            )
+            velocity = other + given["guidance_scale"] * (velocity - other)
+        return list(velocity[0].split(P, dim=-1))
+
+
+def sincos(x: float, y: float, width: int) -> Tensor:
+    """A position's embedding [D]: sines and cosines of x, then of y."""
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    parts = [torch.cat([(v * frequency).sin(), (v * frequency).cos()]) for v in (x, y)]
+    return torch.cat(parts).float().double()  # the model's own table is of fp32
+
+
+@contextlib.contextmanager
+def _embedding(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Give the blocks these embedded tokens."""
+    before, model.pos_embed = model.pos_embed, Given(tokens)
+    try:
+        yield
+    finally:
+        model.pos_embed = before
+
+
+class Given(nn.Module):
+    """Returns what it was made with."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.tokens

@@ -1,0 +1,704 @@
+"""RALU: the published numbers, whole runs against a restatement on stock models, and the edges of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+import fastdit
+import ralu_oracle
+import tiny_models
+from contract import distance, same_bits, within_contract
+from fastdit import (
+    RALU,
+    RAS,
+    ArgumentError,
+    Cached,
+    CompositionError,
+    Schedule,
+    ScheduleError,
+    UnsupportedModelError,
+)
+from fastdit.layout import Layout
+from fastdit.ops import bind
+from fastdit.resolution import ResolutionRun
+from snapshot import snapshot
+from tiny_models import LATENT, arguments, generate
+
+# Published: preset -> noise levels of each stage, (start, scale, deviation) of the second and third.
+PUBLISHED = {
+    "flux-4x": (
+        [1, 0.9695, 0.9304, 0.8786, 0.8066, 0.7],
+        [0.9365, 0.8925, 0.8426, 0.7854, 0.7192, 0.6418, 0.55],
+        [0.8853, 0.8157, 0.7347, 0.6396, 0.526, 0.3881, 0.2173, 0],
+        (0.0635, 0.2118, 0.9365),
+        (0.1147, 0.2548, 0.8853),
+    ),
+    "flux-5x": (
+        [1, 0.9611, 0.9073, 0.8281, 0.7],
+        [0.9461, 0.8924, 0.8294, 0.7542, 0.663, 0.55],
+        [0.9018, 0.82, 0.7218, 0.6016, 0.4514, 0.258, 0],
+        (0.0539, 0.1798, 0.9461),
+        (0.0982, 0.2181, 0.9018),
+    ),
+    "flux-7x": (
+        [1, 0.9417, 0.8],
+        [0.9616, 0.8946, 0.8101, 0.7],
+        [0.9359, 0.8336, 0.7052, 0.539, 0.3158, 0],
+        (0.0384, 0.192, 0.9616),
+        (0.0641, 0.2136, 0.9359),
+    ),
+    "sd3-2x": (
+        [1, 0.9782, 0.9508, 0.9153, 0.8676, 0.8],
+        [0.9429, 0.9101, 0.8747, 0.8363, 0.7948, 0.7495, 0.7],
+        [0.906, 0.8473, 0.7822, 0.7095, 0.6278, 0.5353, 0.4298, 0.3083, 0.1668, 0],
+        (0.0571, 0.2853, 0.9429),
+        (0.094, 0.3133, 0.906),
+    ),
+    "sd3-3x": (
+        [1, 0.9561, 0.8851, 0.75],
+        [0.9495, 0.8827, 0.8014, 0.7],
+        [0.9359, 0.8534, 0.7537, 0.6308, 0.4757, 0.2738, 0],
+        (0.0505, 0.2022, 0.9495),
+        (0.0641, 0.2135, 0.9359),
+    ),
+}
+
+# What solving from the published start gave independently: steps, ends, shift -> shifts, Z.
+SOLVED = {
+    "flux-4x": ((5, 6, 7), (0.3, 0.45, 1.0), 3.0, (5.019, 2.589, 2.226), 6.317),
+    "flux-5x": ((4, 5, 6), (0.3, 0.45, 1.0), 3.0, (5.106, 2.641, 2.251), 7.522),
+    "flux-7x": ((2, 3, 5), (0.2, 0.3, 1.0), 3.0, (8.140, 2.855, 2.192), 6.261),
+    "sd3-2x": ((5, 6, 9), (0.2, 0.3, 1.0), 3.0, (6.121, 2.237, 1.973), 4.132),
+    "sd3-3x": ((3, 3, 6), (0.25, 0.3, 1.0), 3.0, (6.402, 2.602, 2.273), 6.258),
+    "schnell": ((1, 1, 2), (0.3, 0.45, 1.0), 1.0, (1.008, 0.568, 0.864), 2.0),
+}
+
+#: a short run with all that matters
+SHORT = RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
+SIZE = {"height": 16, "width": 24}  # latent pixels: 8 x 12 cells, 24 coarse tokens
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_grids_and_transitions(name):
+    *grids, second, third = PUBLISHED[name]
+    stages = RALU.preset(name).stages()
+    assert [stage.layout for stage in stages] == ["coarse", "mixed", "full"]
+    for stage, grid in zip(stages, grids, strict=True):
+        assert stage.sigmas == pytest.approx(grid, abs=1e-4)
+    for stage, (start, scale, deviation) in zip(stages[1:], (second, third), strict=True):
+        found = (1 - stage.sigmas[0], stage.scale, stage.deviation)
+        assert found == pytest.approx((start, scale, deviation), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flux-4x", "sd3-2x", "schnell", "sd35-turbo"])
+def test_a_transition_reaches_a_point_of_the_flow(name):
+    """Signal a e = s; copied noise a (1 - e) = b sqrt(c), which the added noise takes away; b = 1 - s."""
+    method = RALU.preset(name)
+    before = None
+    for stage in method.stages():
+        if before is not None:
+            end, start = 1 - before.sigmas[-1], 1 - stage.sigmas[0]
+            assert stage.scale * end == pytest.approx(start)
+            copied = stage.scale * (1 - end)
+            assert copied == pytest.approx(stage.deviation * math.sqrt(method.noise))
+            assert stage.deviation == pytest.approx(1 - start)
+        before = stage
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_the_solver_finds_the_published_shifts(name):
+    steps, ends, base_shift, shifts, z = SOLVED[name]
+    found, found_z = RALU.solve(steps, ends, base_shift)
+    assert found == pytest.approx(shifts, rel=3e-3)
+    assert found_z == pytest.approx(z, rel=3e-3)
+
+
+def test_without_shifts_and_noise_they_are_solved():
+    method = RALU((2, 3, 5), (0.2, 0.3, 1.0))
+    assert (method.shifts, method.noise**-0.5) == (
+        pytest.approx((8.140, 2.855, 2.192), rel=3e-3),
+        pytest.approx(6.261, rel=3e-3),
+    )
+
+
+def test_a_stage_may_be_left_out():
+    method = dataclasses.replace(SHORT, steps=(2, 0, 3))
+    assert [(stage.layout, stage.first, stage.steps) for stage in method.stages()] == [
+        ("coarse", 0, 2),
+        ("full", 2, 3),
+    ]
+    assert method.tokens(96, 5) == [24, 24, 96, 96, 96]
+    assert RALU((2, 0, 3), (0.3, 0.4, 1.0)).noise <= 0.25
+
+
+@pytest.mark.parametrize(
+    ("split", "align", "text", "count"),
+    [(0.3, 1, 512, 307), (0.1, 1, 512, 102), (0.3, 128, 512, 256), (0.2, 128, 333, 145)],
+)
+def test_how_many_tokens_are_split(split, align, text, count):
+    method = dataclasses.replace(SHORT, split=split, align=align)
+    assert method.split_count(1024, text) == count
+    assert (1024 + 3 * count + text) % align == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": (5, 6)}, "steps must be three numbers"),
+        ({"steps": (5, -1, 7)}, "steps must be three whole numbers"),
+        ({"steps": (0, 0, 0)}, "not all 0"),
+        ({"steps": (1.5, 2, 3)}, "steps must be three whole numbers"),
+        ({"ends": (0.5, 0.4, 1.0)}, "ends must rise to 1"),
+        ({"ends": (0.3, 0.45, 0.9)}, "ends must rise to 1"),
+        ({"ends": (0.0, 0.45, 1.0)}, "ends must be in"),
+        ({"shifts": (1.0, 0.0, 1.0)}, "shifts must be above 0"),
+        ({"shifts": None}, "shifts and noise belong together"),
+        ({"noise": 0.3}, "noise must be in"),
+        ({"noise": None}, "shifts and noise belong together"),
+        ({"split": 1.5}, "split must be in"),
+        ({"selector": "canny"}, "selector must be one of edges, gradient, variance"),
+        ({"mode": "exact"}, 'mode must be "fixed" or "parity"'),
+        ({"align": 0}, "align must be a whole number"),
+        ({"base_shift": -1.0}, "base_shift must be above 0"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    with pytest.raises(ArgumentError, match=message):
+        dataclasses.replace(SHORT, **change)
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ArgumentError, match="preset must be one of flux-4x"):
+        RALU.preset("sdxl")
+    with pytest.raises(ArgumentError, match="steps must be at least 1 in every stage"):
+        RALU.solve((0, 3, 5), (0.2, 0.3, 1.0))
+    with pytest.raises(ScheduleError, match="align=96 fits no split"):
+        dataclasses.replace(SHORT, align=96).split_count(24, 5)
+
+
+# --- layouts and noise
+
+
+def test_one_split_token_and_its_four():
+    """The published order and places: kept tokens, then the children of the split one; then raster order."""
+    ops = bind("reference")
+    coarse = Layout.uniform((4, 4), 1, torch.device("cpu"))
+    x = torch.arange(4.0)[None, :, None].expand(1, 4, 8).contiguous()
+    rows = torch.tensor([[3]])
+    still = {"scale": 1.0, "deviation": 0.0, "correlation": 0.05}
+    mixed, table = ops.resolution_transition(x, coarse.table, rows, torch.zeros(1, 7, 8), **still)
+    assert mixed[0, :, 0].tolist() == [0, 1, 2, 3, 3, 3, 3]
+    places = (table[0, :, 1:] / 2).tolist()
+    assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 1.5], [1.5, 1], [1.5, 1.5]]
+    layout = Layout((4, 4), table, 3)
+    assert layout.kind == "mixed"
+    assert layout.levels()[0].tolist() == [[1, 1, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2
+    rows = torch.arange(3)[None]
+    full, _ = ops.resolution_transition(
+        mixed, table, rows, torch.zeros(1, 16, 8), raster=4, **still
+    )
+    expected = [[2 * (row // 2) + column // 2 for column in range(4)] for row in range(4)]
+    assert full[0, :, 0].unflatten(0, (4, 4)).tolist() == expected
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["picture", "packed"])
+def test_what_is_drawn_is_read_back(packed):
+    ops = bind("reference")
+    coarse = Layout.uniform((4, 6), 1, torch.device("cpu"))
+    x = torch.randn(2, 6, 12)
+    rows = torch.tensor([[0, 4], [1, 5]])
+    x, table = ops.resolution_transition(
+        x,
+        coarse.table_of(2),
+        rows,
+        torch.randn(2, 12, 12),
+        scale=1.0,
+        deviation=1.0,
+        correlation=0.1,
+    )
+    layout = Layout((4, 6), table, 4)
+    if packed:
+        latents = torch.full((2, 24, 12), math.nan)
+        field = latents.unflatten(1, (4, 6)).unflatten(3, (3, 2, 2))
+        field = field.permute(0, 1, 2, 4, 5, 3)
+    else:
+        latents = torch.full((2, 3, 8, 12), math.nan)
+        field = latents.unflatten(2, (4, 2)).unflatten(4, (6, 2)).permute(0, 2, 4, 3, 5, 1)
+    layout.write(x, field, ops)
+    assert latents.isfinite().all()
+    same_bits(layout.read(field, ops), x)
+    first = coarse.read(field, ops).view(2, 6, 3, 2, 2)[0, 1]  # a token that stayed coarse
+    drawn = field[0, :2, 2:4].permute(4, 0, 2, 1, 3).reshape(3, 4, 4)
+    same_bits(drawn, first.repeat_interleave(2, 1).repeat_interleave(2, 2))
+
+
+class Pictures:
+    """Stands in for an adapter whose latents are pictures."""
+
+    def field(self, latents, cells):
+        return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 3, 5, 1)
+
+
+@pytest.mark.parametrize("mode", ["fixed", "parity"])
+def test_noise_is_white_after_each_transition(mode):
+    """From data 0, the state must be the next time's noise: variance (1 - s)^2 and no correlation.
+
+    With the published unit variance, tokens that were not split have (1 - s)^2 (1 + c).
+    """
+    method = dataclasses.replace(SHORT, noise=0.2, mode=mode, split=0.5)
+    run = ResolutionRun(method, Pictures(), bind(), None)
+    cells, channels, batch = (4, 4), 4096, 2
+    run.begin(cells, 0, torch.device("cpu"))
+    latents = torch.randn(batch, channels, 8, 8)
+    run.seed(latents)
+    for index in (1, 2):
+        before = run.layout
+        end = method.stages()[index - 1].sigmas[-1]
+        tokens = torch.randn(batch, before.tokens, channels * 4) * end
+        run.layout.write(tokens, run._field(latents), run.ops)
+        run.finish(torch.zeros_like(latents), latents)
+        assert run.index == index
+        found = run.layout.read(run._field(latents), run.ops)
+        covariance = torch.stack([image @ image.T / image.shape[1] for image in found])
+        variance = method.stages()[index].deviation ** 2
+        extra = torch.zeros(batch, run.layout.tokens)
+        if mode == "parity":  # what was coarse and stayed so, and then what was fine
+            kept = run.layout.table[..., 0] == 1
+            if index == 2:
+                fine = before.table[:, before.coarse :].long()
+                kept = torch.zeros(batch, 4, 4, dtype=torch.bool)
+                for b in range(batch):
+                    kept[b, fine[b, :, 1], fine[b, :, 2]] = True
+                kept = kept.flatten(1)
+            extra[kept.expand_as(extra)] = method.noise
+        expected = torch.diag_embed(variance * (1 + extra))
+        # The standard error of an entry is variance / sqrt(16384), 0.8 %, for the diagonal sqrt(2) of it.
+        torch.testing.assert_close(covariance, expected, rtol=0, atol=0.045 * variance)
+
+
+def test_seeds_follow_each_image():
+    run = ResolutionRun(SHORT, Pictures(), bind(), None)
+
+    def draws(latents):
+        run.seed(latents)
+        return [torch.randn(8, generator=generator) for generator in run._generators]
+
+    images = torch.randn(3, 4, 8, 8)
+    together, alone = draws(images), draws(images[2:])
+    assert torch.equal(together[2], alone[0])
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(draws(images.to(torch.bfloat16))[0], draws(images.to(torch.bfloat16))[0])
+
+
+# --- whole runs
+
+
+def start(name: str, batch: int, dtype: torch.dtype = torch.float64, size=SIZE, seed: int = 3):
+    """(initial latents [B, C, H, W], the same as the pipeline takes them)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = batch, LATENT, size["height"], size["width"]
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return noise, ralu_oracle.pack(noise) if name.startswith("flux") else noise
+
+
+def as_picture(name: str, latents: torch.Tensor, size=SIZE) -> torch.Tensor:
+    if not name.startswith("flux"):
+        return latents
+    return ralu_oracle.unpack(latents, (size["height"] // 2, size["width"] // 2))
+
+
+CASES = [
+    ("sd3", 1, {}),
+    ("sd3", 3, {"mode": "parity"}),
+    ("sd3.5", 2, {"selector": "edges", "split": 0.5}),
+    ("sd3", 1, {"steps": (2, 0, 3)}),
+    ("flux", 1, {}),
+    ("flux", 3, {}),
+    ("flux-dev", 2, {"selector": "variance", "mode": "parity"}),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "change"), CASES)
+def test_a_run_is_that_of_the_restatement(name, batch, change):
+    method = dataclasses.replace(SHORT, **change)
+    pipe = tiny_models.pipeline(name, torch.float64)
+    noise, latents = start(name, batch)
+    given = arguments(name, batch, method.run_steps, dtype=torch.float64, latents=latents, **SIZE)
+    with torch.no_grad():
+        expected = ralu_oracle.run(pipe, method, noise, given)
+    stock = snapshot(pipe.transformer)
+    handle = fastdit.patch(pipe, method)
+    found = as_picture(name, pipe(**given).images)
+    report = handle.report()
+    handle.unpatch()
+    assert snapshot(pipe.transformer) == stock
+    within_contract(found, expected)
+    assert list(report.tokens_per_step) == method.tokens(96, tiny_models.TEXT)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_two_modes_differ(name):
+    pipe = tiny_models.pipeline(name)
+    found = []
+    for mode in ("fixed", "parity"):
+        with_mode = dataclasses.replace(SHORT, mode=mode)
+        fastdit.patch(pipe, with_mode)
+        found.append(generate(pipe, name, steps=7, **SIZE))
+    assert distance(*found) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_one_resolution_is_the_stock_model(name):
+    method = dataclasses.replace(SHORT, steps=(0, 0, 4))
+    sigmas = list(method.stages()[0].sigmas[:-1])
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = tiny_models.pipeline(name, scheduler=scheduler)
+    stock = generate(pipe, name, steps=4, sigmas=sigmas, **SIZE)
+    fastdit.patch(pipe, method, backend="reference")
+    same_bits(generate(pipe, name, steps=4, **SIZE), stock)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
+    """To the end, from every other row and column of the noise."""
+    method = dataclasses.replace(SHORT, steps=(4, 0, 0), ends=(1.0, 0.5, 0.5))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    pipe = tiny_models.pipeline(name, scheduler=scheduler)
+    half = {side: length // 2 for side, length in SIZE.items()}
+    noise, latents = start(name, 2, torch.float32)
+    small = noise[..., ::2, ::2].contiguous()
+    small = ralu_oracle.pack(small) if name == "flux" else small
+    sigmas = list(method.stages()[0].sigmas[:-1])
+    stock = pipe(**arguments(name, 2, 4, latents=small, sigmas=sigmas, **half)).images
+    fastdit.patch(pipe, method, backend="reference")
+    found = as_picture(name, pipe(**arguments(name, 2, 4, latents=latents, **SIZE)).images)
+    stock = as_picture(name, stock, half)
+    same_bits(found, stock.repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
+@pytest.mark.parametrize(("name", "selector"), [("sd3", "gradient"), ("flux", "edges")])
+def test_a_batch_is_its_images(name, selector):
+    method = dataclasses.replace(SHORT, selector=selector)
+    pipe = tiny_models.pipeline(name, torch.float64)
+    _, latents = start(name, 3)
+    handle = fastdit.patch(pipe, method)
+
+    def draw(images):
+        some = arguments(name, 3, 7, dtype=torch.float64, latents=latents, **SIZE)
+        for key, value in some.items():
+            if isinstance(value, torch.Tensor) and value.shape[0] == 3:
+                some[key] = value[images]
+        some["num_images_per_prompt"] = 1 if name == "sd3" else len(some["latents"])
+        return pipe(**some).images
+
+    together = draw(slice(0, 3))
+    masks = handle.report().stages[1].coarse
+    assert (masks[0] != masks[1]).any()
+    for b in range(3):
+        within_contract(draw(slice(b, b + 1)), together[b : b + 1])
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_callbacks_see_full_size_at_every_step(name):
+    pipe = tiny_models.pipeline(name)
+    fastdit.patch(pipe, SHORT)
+    seen = []
+
+    def look(pipe, step, timestep, kwargs):
+        seen.append(as_picture(name, kwargs["latents"].clone()))
+        return kwargs
+
+    end = generate(pipe, name, steps=7, callback_on_step_end=look, **SIZE)
+    assert len(seen) == 7
+    assert {tuple(latents.shape) for latents in seen} == {(1, LATENT, 16, 24)}
+    same_bits(seen[-1], as_picture(name, end))
+    coarse = seen[0][..., ::2, ::2]
+    same_bits(seen[0], coarse.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    # What a callback writes is what the run goes on from.
+    edited = generate(
+        pipe,
+        name,
+        steps=7,
+        callback_on_step_end=lambda p, i, t, k: {"latents": k["latents"] * (0.5 if i == 0 else 1)},
+        **SIZE,
+    )
+    assert distance(edited, end) > 1e-3
+
+
+def test_a_run_repeats_and_follows_its_seed():
+    pipe = tiny_models.pipeline("sd3")
+    fastdit.patch(pipe, SHORT)
+    first = generate(pipe, "sd3", steps=7, **SIZE)
+    torch.randn(3)  # the global generator has no say
+    same_bits(generate(pipe, "sd3", steps=7, **SIZE), first)
+    assert distance(generate(pipe, "sd3", steps=7, seed=1, **SIZE), first) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_other_dtypes(name, dtype):
+    """A fixed number of steps of a chaotic model: near to the fp64 run where no token set differs."""
+    method = dataclasses.replace(SHORT, split=1.0)
+    exact = tiny_models.pipeline(name, torch.float64)
+    fastdit.patch(exact, method)
+    _, latents = start(name, 2, dtype)
+    truth = exact(
+        **arguments(name, 2, 7, dtype=torch.float64, latents=latents.double(), cfg=False, **SIZE)
+    ).images
+    pipe = tiny_models.pipeline(name, dtype)
+    fastdit.patch(pipe, method)
+    found = pipe(**arguments(name, 2, 7, dtype=dtype, latents=latents, cfg=False, **SIZE)).images
+    assert found.dtype == dtype
+    # The generators are seeded from the bits of the latents, which differ by dtype: only the first stage compares.
+    assert found.isfinite().all()
+    assert 0.5 < float(found.double().std() / truth.std()) < 2
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_another_number_of_steps_is_refused_by_set_timesteps(name):
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, SHORT)
+    with pytest.raises(ScheduleError, match=r"2, 2, 3 steps, 7 together, but the run has 8"):
+        pipe.scheduler.set_timesteps(8)
+    with pytest.raises(ScheduleError, match="num_inference_steps=7"):
+        generate(pipe, name, steps=8, **SIZE)
+    assert handle._session.run is None
+    assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_sizes_that_do_not_halve_are_refused(name):
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, SHORT)
+    with pytest.raises(ArgumentError, match="height and width must be multiples of 4 for RALU"):
+        generate(pipe, name, steps=7, height=16, width=22)
+    assert handle._session.run is None
+    assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
+
+
+def test_models_and_schedulers_it_cannot_run_on():
+    with pytest.raises(UnsupportedModelError, match="cannot change its resolution"):
+        fastdit.patch(tiny_models.pipeline("pixart-alpha"), SHORT)
+    with pytest.raises(UnsupportedModelError, match="target must be a pipeline for RALU"):
+        fastdit.patch(tiny_models.pipeline("sd3").transformer, SHORT)
+    heun = tiny_models.pipeline("sd3", scheduler=FlowMatchHeunDiscreteScheduler())
+    with pytest.raises(UnsupportedModelError, match="got FlowMatchHeunDiscreteScheduler"):
+        fastdit.patch(heun, SHORT)
+    noisy = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(UnsupportedModelError, match="stochastic_sampling=True"):
+        fastdit.patch(tiny_models.pipeline("sd3", scheduler=noisy), SHORT)
+    blind = tiny_models.pipeline("sd3")
+    blind.vae = None
+    with pytest.raises(UnsupportedModelError, match='selector="edges" decodes'):
+        fastdit.patch(blind, dataclasses.replace(SHORT, selector="edges"))
+    with pytest.raises(CompositionError, match="both decide 'resolution'"):
+        fastdit.patch(tiny_models.pipeline("sd3"), SHORT, SHORT)
+
+
+def test_a_run_that_does_not_start_from_noise_is_refused():
+    pipe = tiny_models.pipeline("sd3-img2img")
+    handle = fastdit.patch(pipe, SHORT)
+    with pytest.raises(ScheduleError, match="RALU starts from noise, but this run begins at step"):
+        generate(pipe, "sd3-img2img", steps=7, **SIZE)
+    assert handle._session.run is None
+
+
+def test_a_scheduler_put_in_later_is_refused():
+    pipe = tiny_models.pipeline("sd3")
+    fastdit.patch(pipe, SHORT)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ScheduleError, match="the scheduler was replaced after patching"):
+        generate(pipe, "sd3", steps=7, **SIZE)
+
+
+def test_a_call_outside_of_a_run_is_refused():
+    pipe = tiny_models.pipeline("flux")
+    fastdit.patch(pipe, SHORT)
+    with torch.no_grad(), pytest.raises(ScheduleError, match="this is no call of its run"):
+        pipe.transformer(
+            hidden_states=torch.randn(1, 96, 16),
+            encoder_hidden_states=torch.randn(1, 5, 20),
+            pooled_projections=torch.randn(1, 12),
+            timestep=torch.ones(1),
+            img_ids=torch.zeros(96, 3),
+            txt_ids=torch.zeros(5, 3),
+        )
+
+
+def test_reference_images_are_refused(monkeypatch):
+    pipe = tiny_models.pipeline("flux")
+    fastdit.patch(pipe, SHORT)
+    real = pipe._prepare_latent_image_ids
+
+    def shifted(*args):
+        ids = real(*args)
+        ids[:, 0] = 1
+        return ids
+
+    monkeypatch.setattr(pipe, "_prepare_latent_image_ids", shifted)
+    with pytest.raises(ArgumentError, match="img_ids must be the rows and columns of one picture"):
+        generate(pipe, "flux", steps=7, **SIZE)
+
+
+def test_a_controlnet_is_refused():
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, SHORT)
+    pipe.scheduler.set_timesteps(7)
+    with torch.no_grad(), pytest.raises(ArgumentError, match="block_controlnet_hidden_states"):
+        pipe.transformer(
+            hidden_states=torch.randn(1, 4, 16, 24),
+            encoder_hidden_states=torch.randn(1, 5, 20),
+            pooled_projections=torch.randn(1, 12),
+            timestep=torch.ones(1),
+            block_controlnet_hidden_states=[torch.randn(1, 96, 32)],
+        )
+    assert handle._session.run is None
+
+
+def test_gradients_are_refused():
+    pipe = tiny_models.pipeline("sd3")
+    fastdit.patch(pipe, SHORT)
+    pipe.scheduler.set_timesteps(7)
+    with pytest.raises(ArgumentError, match="RALU has no gradient"):
+        pipe.transformer(
+            hidden_states=torch.randn(1, 4, 16, 24),
+            encoder_hidden_states=torch.randn(1, 5, 20),
+            pooled_projections=torch.randn(1, 12),
+            timestep=torch.ones(1),
+        )
+
+
+def test_disabled_is_the_stock_pipeline():
+    pipe = tiny_models.pipeline("sd3")
+    stock = generate(pipe, "sd3", steps=5, **SIZE)
+    handle = fastdit.patch(pipe, SHORT)
+    with handle.disabled():
+        same_bits(generate(pipe, "sd3", steps=5, **SIZE), stock)
+
+
+# --- together with other methods
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_schedule_that_reuses_nothing_changes_nothing(name):
+    pipe = tiny_models.pipeline(name)
+    fastdit.patch(pipe, SHORT, backend="reference")
+    alone = generate(pipe, name, steps=7, batch=2, **SIZE)
+    fastdit.patch(pipe, SHORT, Cached(Schedule.every(1)), backend="reference")
+    same_bits(generate(pipe, name, steps=7, batch=2, **SIZE), alone)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_caches_drop_where_the_tokens_change(name):
+    """Of 7 steps in stages of 2, 2 and 3 a schedule that computes once has to compute three times."""
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, SHORT, Cached(Schedule.every(7)))
+    found = generate(pipe, name, steps=7, batch=2, **SIZE)
+    records = handle._session.run.records
+    computing = [step for step, record in records.items() if record.computed]
+    assert computing == [0, 2, 4]
+    assert handle.explain(steps=7, **SIZE).reuse_share == pytest.approx(4 / 7)
+    fastdit.patch(pipe, SHORT)
+    assert distance(found, generate(pipe, name, steps=7, batch=2, **SIZE)) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_tokens_are_left_out_at_full_resolution_only(name):
+    method, ras = (
+        dataclasses.replace(SHORT, steps=(2, 2, 6)),
+        RAS(0.5, start=2, resets=(4,), align=1),
+    )
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, method, ras)
+    assert generate(pipe, name, steps=10, batch=2, **SIZE).isfinite().all()
+    report = handle.report()
+    mixed = 24 + 3 * 7
+    expected = [24, 24, mixed, mixed, 96, 96, 48, 48, 96, 48]
+    assert list(report.tokens_per_step) == expected
+    assert sorted(report.active) == [6, 7, 9]
+    assert list(handle.explain(steps=10, **SIZE).tokens_per_step) == expected
+    fastdit.patch(pipe, method, RAS(0.5, start=6))
+    with pytest.raises(ScheduleError, match="start=6 leaves no sparse step in a run of 6 steps"):
+        generate(pipe, name, steps=10, **SIZE)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_leaving_tokens_out_counts_from_the_stage(name):
+    """With only a full-size stage, it is leaving tokens out alone."""
+    method, ras = (
+        dataclasses.replace(SHORT, steps=(0, 0, 6)),
+        RAS(0.5, start=2, resets=(4,), align=1),
+    )
+    sigmas = list(method.stages()[0].sigmas[:-1])
+    pipe = tiny_models.pipeline(name, scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0))
+    fastdit.patch(pipe, ras, backend="reference")
+    alone = generate(pipe, name, steps=6, sigmas=sigmas, **SIZE)
+    fastdit.patch(pipe, method, ras, backend="reference")
+    same_bits(generate(pipe, name, steps=6, **SIZE), alone)
+
+
+# --- what is said about a run
+
+
+def test_the_report_shows_the_stages():
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, SHORT)
+    with pytest.raises(ArgumentError, match="resolution_map needs a run in stages"):
+        handle.report().resolution_map()
+    with pytest.raises(ArgumentError, match="stage_pictures needs a run in stages"):
+        handle.stage_pictures()
+    generate(pipe, "sd3", steps=7, batch=2, **SIZE)
+    report = handle.report()
+    assert report.live
+    assert [(s.layout, s.steps, s.tokens) for s in report.stages] == [
+        ("coarse", 2, 24),
+        ("mixed", 2, 45),
+        ("full", 3, 96),
+    ]
+    assert [stage.coarse.sum((1, 2)).tolist() for stage in report.stages] == [[96], [68, 68], [0]]
+    for sample in (0, 1):
+        maps = report.resolution_map(sample=sample, scale=4)
+        assert maps.shape == (3, 32, 48, 3)
+        assert maps.dtype == np.uint8
+        # A token's first cell has dark pixels above and to the left, but at the border.
+        dark = (maps[..., 0] < 255).sum((1, 2))
+        assert dark[0] < dark[1] < dark[2]
+    assert (report.resolution_map()[1] != report.resolution_map(sample=1)[1]).any()
+    pictures = handle.stage_pictures()
+    assert pictures.shape[:2] == (3, 2)
+    assert report.resolution_map(pictures[:, 0]).shape == pictures[:, 0].shape
+    with pytest.raises(ArgumentError, match="sample must be 0 to 1"):
+        report.resolution_map(sample=2)
+
+
+def test_explain_counts_the_tokens_of_each_stage():
+    pipe = tiny_models.pipeline("flux")
+    handle = fastdit.patch(pipe, SHORT)
+    text = {"text_tokens": 5, "cfg": False}
+    said = handle.explain(**SIZE, **text)
+    assert said.steps == 7
+    assert said.tokens_per_step == tuple(SHORT.tokens(96, 5))
+    # The arithmetic of each stage is that of the stock model on so many tokens.
+    total = 0
+    for tokens in SHORT.tokens(96, 5):
+        adapter, model = handle._session.adapter, pipe.transformer
+        size = fastdit.adapters.base.Size(tokens, 5)
+        total += adapter.overhead_macs(model, size) + sum(
+            adapter.macs(model, kind.name, getattr(model, kind.name)[block], part, size)
+            for kind, block, part in handle._session.spec.components()
+        )
+    assert said.macs == total
+    with pytest.raises(ScheduleError, match="the run has 9"):
+        handle.explain(steps=9)
