@@ -308,8 +308,9 @@ def train_router(
 
     Needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
 
-    The defaults suit the embedded model; the published run on DiT is --raw --spread 1 --keep
-    blended --lr 0.01 --beta 7e-8 --batch 32 --epochs 2000 --lambda-every 50 --guidance 1.5.
+    The defaults are those of benchmarks/router_study.py, where the router lost to fixed intervals:
+    tune them to your model. The published run on DiT is --raw --spread 1 --keep blended
+    --lr 0.01 --beta 7e-8 --batch 32 --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
     _check_output(out, "--out", ".safetensors")
     import torch
