@@ -30,6 +30,7 @@ def models() -> list[str]:
     lines += _ras(_result("ras-cpu.json"))
     for path in sorted(RESULTS.glob("quality-*.json")):
         lines += _quality(json.loads(path.read_text()))
+    lines += _routers(_result("router-study.json"))
     return lines + _tiny(json.loads(TINY.read_text()))
 
 
@@ -215,6 +216,26 @@ def _quality(result: dict[str, Any]) -> list[str]:
         for row in result["differences"]
     ]
     return lines
+
+
+def _routers(result: dict[str, Any]) -> list[str]:
+    """The table of `router_study.py`."""
+    lines = [
+        "",
+        (
+            f"A router trained on the model in the package, {result['steps']} steps, {result['images']} held-out "
+            "prompts, beside fixed intervals and fewer steps of the same arithmetic; columns as above "
+            "(`benchmarks/router_study.py`)."
+        ),
+        "",
+        "| | arithmetic | distance to unpatched | prompt score |",
+        "|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {row['arm'] if row['family'] != 'router' else 'router'} | {row['arithmetic']:.0%} | "
+        f"{_interval(row['distance'])} | {_interval(row['score'])} |"
+        for row in result["rows"]
+    ]
 
 
 def _interval(found: dict[str, float], sign: str = "") -> str:
