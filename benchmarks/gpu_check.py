@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py [--out FILE] [--minutes 8] [--only SECTION ...]
 
 Sections, in this order: ceilings (copy, matmul), tests (every kernel test on the device), ops (every
-op against eager, torch.compile and every backend), sdpa (attention backends at the models' shapes),
+op against eager, torch.compile and every backend), attention (of a few tokens over all, at the models' shapes),
 steps (whole steps of published models with random weights), sanitizer (a subset of the tests under
 compute-sanitizer). The file is written after each, so what was measured survives what fails.
 
@@ -28,13 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdit
+from attention import MODELS as ATTENTIONS
+from attention import SHARES, TINY_MODELS, torch_contenders
+from attention import inputs as attention_inputs
 from fastdit import Schedule
+from fastdit.ops import sparse_attention
 from machine import describe_machine
-from op_cases import cases
+from op_cases import backends, cases
 from real_models import MODELS, RealModel
 from shapes import ALL, TINY
 from timing import race, sets_needed
@@ -43,17 +45,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_FILE = ROOT / "tests" / "test_gpu.py"
 OP_SHAPES = ("pixart-512", "pixart-1024", "sd3-medium-1024", "sd3.5-large-1024", "flux-1024")
-
-# Model, batch, heads, head width, keys, text among them: a sparse step has its text and a part of
-# its image tokens as queries.
-ATTENTION = (
-    ("FLUX.1-dev", 1, 24, 128, 4608, 512),
-    ("SD3 medium", 2, 24, 64, 4429, 333),
-    ("SD3.5 large", 2, 38, 64, 4429, 333),
-    ("PixArt-Sigma", 2, 16, 72, 4096, 0),
-    ("Lumina-Image-2.0", 2, 24, 96, 4352, 256),
-)
-SDPA = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
 class Check:
@@ -98,6 +89,7 @@ class Check:
         shards = ["cuda", "triton and gated_residual", "triton and norm_modulate"]
         shards += ["triton and qkv_prologue", "triton and token_select", "triton and kernels"]
         shards += ["triton and patchify", "triton and resolution_transition"]
+        shards += ["triton and sparse_attention"]
         shards += ["triton and not test_check"]
         if self.rehearsal:
             shards = ["mirrored and check_empty"]
@@ -133,36 +125,29 @@ class Check:
             print(f"  {case.op:15} {case.name:20} {case.shape.name:17} us: {shown}", flush=True)
         return {"rows": rows}
 
-    def sdpa(self) -> dict[str, Any]:
-        """Attention of all and of a quarter of the image tokens over all keys; TFLOP/s."""
+    def attention(self) -> dict[str, Any]:
+        """Attention of a share of the image tokens over all keys: torch's, each of its backends, and the op's."""
         rows = []
-        for model, batch, heads, width, keys, text in ATTENTION:
-            if self.rehearsal:
-                heads, keys, text = 2, 64, min(text, 8)
-            k, v = (
-                torch.randn(batch, heads, keys, width, device=self.device, dtype=self.dtype)
-                for _ in range(2)
-            )
-            for share in (1.0, 0.25):
-                queries = text + int(share * (keys - text))
-                q = torch.randn(batch, heads, queries, width, device=self.device, dtype=self.dtype)
-                flops = 4 * batch * heads * queries * keys * width
-                row: dict[str, Any] = {"model": model, "queries": queries, "keys": keys}
-                for backend in SDPA:
-                    row[backend.name] = self._attention(backend, q, k, v, flops)
-                rows.append(row)
-                print(f"  {row}", flush=True)
+        for form in TINY_MODELS if self.rehearsal else ATTENTIONS:
+            for share in SHARES:
+                row: dict[str, Any] = {"model": form.model, "share": share, "keys": form.keys}
+                rows.append(row | {"queries": form.queries(share)})
+                if self.left() < 45:
+                    rows[-1]["skipped"] = "the time is up"
+                    continue
+                q, k, v = attention_inputs(form, share, self.device, self.dtype)
+                calls = torch_contenders(q, k, v)
+                if "triton" in backends("sparse_attention", self.device, self.dtype):
+                    calls["triton"] = lambda q=q, k=k, v=v: sparse_attention(
+                        q, k, v, backend="triton"
+                    )
+                contenders = {name: lambda i, call=call: call() for name, call in calls.items()}
+                found = race(contenders, 1, self.device, self.turns)
+                rows[-1] |= found.asdict()
+                flops = form.flops(share)
+                rows[-1]["tflop_s"] = {n: flops / t / 1e12 for n, t in found.seconds.items()}
+                print(f"  {rows[-1]}", flush=True)
         return {"rows": rows}
-
-    def _attention(self, backend, q, k, v, flops: int) -> float | str:
-        def call(_: int) -> None:
-            with sdpa_kernel([backend]):
-                F.scaled_dot_product_attention(q, k, v)
-
-        found = race({"sdpa": call}, 1, self.device, self.turns)
-        if "sdpa" in found.failed:
-            return found.failed["sdpa"]
-        return flops / found.seconds["sdpa"] / 1e12
 
     def steps(self) -> dict[str, Any]:
         """Whole steps; a step counts from its call until the device is done."""
@@ -268,7 +253,7 @@ class Check:
         )
 
 
-SECTIONS = ("ceilings", "tests", "ops", "sdpa", "steps", "sanitizer")
+SECTIONS = ("ceilings", "tests", "ops", "attention", "steps", "sanitizer")
 
 
 def _finish(process: subprocess.Popen[str], seconds: float) -> str:

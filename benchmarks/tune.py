@@ -6,7 +6,10 @@
 For each op, width and bucket of rows, every candidate runs as a CUDA graph over buffers that
 together exceed the L2 cache four times, candidates taking turns, and its time is the median over
 the turns. A candidate enters the table where it beats the rule of launch.py by more than 2 %, which
-is the noise that a benchmark against itself may show. Entries of other architectures stay. The
+is the noise that a benchmark against itself may show. A tile of sparse_attention enters where it
+beats torch's attention, and each of its backends, by as much: an entry is what makes that kernel run.
+Those are the attentions of the models (attention.py), or with --attention B H G Q S d one more. Entries
+of other architectures stay. The
 same times give the same file. Without a GPU nothing is measured and nothing is written.
 """
 
@@ -15,13 +18,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from triton_kernels.launch import BUCKETS, RULES, TABLE, Key, Launch, arch
+from attention import MODELS, SHARES, torch_contenders
+from timing import race
+from triton_kernels.launch import BUCKETS, RULES, TABLE, Key, Launch, arch, attention_key
 
 FILE = Path(__file__).parents[1] / "triton_kernels" / "launch.py"
 BEGIN, END = "# tuned: begin\n", "# tuned: end\n"
@@ -78,7 +83,7 @@ def rewrite(source: str, table: Mapping[Key, Launch]) -> str:
 
 def merge(measured: Mapping[Key, Launch], architecture: int) -> dict[Key, Launch]:
     """The table with all entries of one architecture replaced."""
-    return {key: v for key, v in TABLE.items() if key[3] != architecture} | dict(measured)
+    return {key: v for key, v in TABLE.items() if key[-1] != architecture} | dict(measured)
 
 
 def measure(device: torch.device) -> dict[Key, Launch]:
@@ -95,6 +100,58 @@ def measure(device: torch.device) -> dict[Key, Launch]:
                 if best is not None:
                     measured[op, width, rows, arch(device)] = best
     return measured
+
+
+ATTENTION_TILES = tuple(
+    Launch(rows, cols, warps, stages)
+    for rows, warps in ((16, 4), (64, 4), (128, 8))
+    for cols in (32, 64, 128)
+    for stages in (2, 3, 4)
+)
+
+
+def measure_attention(sizes: Sequence[tuple[int, ...]], device: torch.device) -> dict[Key, Launch]:
+    """The entries of sparse_attention for one device; sizes are (B, H, G, Q, S, d)."""
+    from triton_kernels.sparse_attention import sparse_attention
+
+    measured = {}
+    for batch, heads, kv_heads, queries, keys, dim in sizes:
+        new = {"dtype": torch.bfloat16, "device": device}
+        q = torch.randn(batch, queries, heads, dim, **new)
+        k, v = (torch.randn(batch, keys, kv_heads, dim, **new) for _ in range(2))
+        out = torch.empty_like(q)
+
+        def tiled(launch: Launch, q=q, k=k, v=v, out=out, dim=dim) -> None:
+            sparse_attention(q, k, v, dim**-0.5, out, launch=launch)
+
+        calls = torch_contenders(q, k, v)
+        rivals = set(calls)
+        calls |= {launch: lambda launch=launch: tiled(launch) for launch in ATTENTION_TILES}
+        contenders = {name: lambda i, call=call: call() for name, call in calls.items()}
+        times = race(contenders, 1, device, TURNS).seconds
+        best = outruns(times, rivals)
+        shown = {str(name): round(1e6 * seconds, 1) for name, seconds in times.items()}
+        print(f"sparse_attention {(batch, heads, kv_heads, queries, keys, dim)}: {shown}")
+        if best is not None:
+            measured[attention_key(q.shape, k.shape, arch(device))] = best
+    return measured
+
+
+def outruns(times: Mapping[str | Launch, float], rivals: set[str]) -> Launch | None:
+    """The fastest tile, where it beats every rival that ran by more than noise."""
+    tiles = [name for name in times if name not in rivals]
+    best = min(tiles, key=lambda t: (times[t], t.rows, t.cols, t.warps, t.stages), default=None)
+    rival = min((times[name] for name in rivals if name in times), default=0.0)
+    return best if best is not None and NOISE * times[best] < rival else None
+
+
+def model_sizes() -> list[tuple[int, ...]]:
+    """Those of the models at all shares."""
+    return [
+        (form.batch, form.heads, form.kv_heads, form.queries(share), form.keys, form.dim)
+        for form in MODELS
+        for share in SHARES
+    ]
 
 
 def _times(
@@ -157,11 +214,17 @@ _CALLS: dict[str, Callable[[list[Tensor], Tensor, Launch], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--show", action="store_true", help="print the table, write nothing")
+    parser.add_argument(
+        "--attention", type=int, nargs=6, action="append", default=[],
+        metavar=("B", "H", "G", "Q", "S", "d"), help="one more size of sparse_attention",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing was measured, the launch table is as it was")
     device = torch.device("cuda", torch.cuda.current_device())
-    source = rewrite(FILE.read_text(), merge(measure(device), arch(device)))
+    sizes = [*model_sizes(), *map(tuple, arguments.attention)]
+    measured = measure(device) | measure_attention(sizes, device)
+    source = rewrite(FILE.read_text(), merge(measured, arch(device)))
     if arguments.show:
         print(source.partition(BEGIN)[2].partition(END)[0], end="")
     else:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.observe import observed
+from fastdit.ops.sparse_attention import sparse_attention
 
 
 class Rotation:
@@ -109,7 +109,8 @@ def attend(
     query = _prologue(tokens.ops, parts, held, heads, rotation)
     if query is None:
         query = _prologue_as_stock(parts, held, head_dim, rotation)
-    out = _attention(query, held.k.to(query.dtype), held.v.to(query.dtype), processor, scale)
+    k, v = held.k.to(query.dtype), held.v.to(query.dtype)
+    out = _attention(tokens.ops, query, k, v, processor, scale)
     return out.flatten(2).to(query.dtype)
 
 
@@ -229,17 +230,20 @@ def _write(store: Tensor, part: Part, values: Tensor) -> None:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, processor: Any, scale: float | None
+    ops: Any, query: Tensor, key: Tensor, value: Tensor, processor: Any, scale: float | None
 ) -> Tensor:
-    """[B, Q, H, d] over [B, S, G, d], on the backend the user chose for the processor."""
+    """[B, Q, H, d] over [B, S, G, d], on the attention backend the user chose for the processor, else by the op."""
     backend = getattr(processor, "_attention_backend", None)
     if backend is not None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         return dispatch_attention_fn(query, key, value, scale=scale, backend=backend)
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, **grouped).transpose(1, 2)
+    run = (
+        functools.partial(sparse_attention, backend="reference")
+        if ops is None
+        else ops.sparse_attention
+    )
+    return run(query, key, value, scale=scale)
 
 
 def self_attention(fw: Any, attention: nn.Module, x: Tensor) -> Tensor:

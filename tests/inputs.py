@@ -17,6 +17,7 @@ from fastdit.ops import norm_modulate as norm_modulate_op
 from fastdit.ops import patchify as patchify_op
 from fastdit.ops import qkv_prologue as qkv_prologue_op
 from fastdit.ops import resolution_transition as resolution_transition_op
+from fastdit.ops import sparse_attention as sparse_attention_op
 from fastdit.ops import token_select as token_select_op
 from fastdit.ops import unpatchify as unpatchify_op
 from fastdit.ops.patchify import in_patches
@@ -224,6 +225,16 @@ class Runner:
         if BACKENDS.get(self.backend.name) is self.backend:
             return collapse_op(branches, weights, groups, out=out, backend=self.backend.name)
         self.backend.collapse(branches, weights, groups, False, out)
+        return out
+
+    def sparse_attention(self, q, k, v, *, scale=None, out=None) -> Tensor:
+        """The op makes its own output; with `out`, the backend writes there."""
+        if out is None and BACKENDS.get(self.backend.name) is self.backend:
+            return sparse_attention_op(q, k, v, scale=scale, backend=self.backend.name)
+        out = poisoned(q.shape, q.dtype) if out is None else out
+        self.backend.sparse_attention(
+            q, k, v, 1 / math.sqrt(q.shape[3]) if scale is None else scale, out
+        )
         return out
 
 

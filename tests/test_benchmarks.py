@@ -23,6 +23,7 @@ OPS = [
     "patchify",
     "qkv_prologue",
     "resolution_transition",
+    "sparse_attention",
     "token_select",
 ]
 

@@ -35,6 +35,7 @@ def tables() -> dict[str, list[str]]:
             ("qkv_prologue", test_faults.PROLOGUE_FAULTS),
             ("resolution_transition", test_faults.TRANSITION_FAULTS),
             ("token_select", test_faults.SELECT_FAULTS),
+            ("sparse_attention", test_faults.ATTENTION_FAULTS),
         )
         for fault, checks in faults.items()
     ]

@@ -15,6 +15,7 @@ import test_norm_modulate
 import test_patchify
 import test_qkv_prologue
 import test_resolution_transition
+import test_sparse_attention
 import test_token_select
 from fastdit.backends import reference
 from fastdit.backends.reference import Reference, gather_rows, per_token, scatter_rows
@@ -875,6 +876,81 @@ TRANSITION_FAULTS = {
 }
 
 
+# --- sparse_attention: each is called with the backend's own arguments
+
+
+def scale_left_out(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k, v, 1.0, out)
+
+
+def first_key_head_for_all(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, *(t[:, :, :1].expand_as(t) for t in (k, v)), scale, out)
+
+
+def sixty_four_columns_at_most(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k, v, scale, out)
+    out[..., 64:] = 0
+
+
+def last_key_left_out(q, k, v, scale, out):
+    keys = max(1, k.shape[1] - 1)
+    CORRECT.sparse_attention(q, k[:, :keys], v[:, :keys], scale, out)
+
+
+def exponentials_unshifted(q, k, v, scale, out):
+    group = q.shape[2] // k.shape[2]
+    k, v = (t.repeat_interleave(group, dim=2).float() for t in (k, v))
+    weights = (torch.einsum("bqhd,bshd->bhqs", q.float(), k) * scale).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    out.copy_(torch.einsum("bhqs,bshd->bqhd", weights, v))
+
+
+def first_block_shifts_all(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k, v, scale, out)
+    if k[:, :64].isinf().all():
+        out.fill_(float("nan"))
+
+
+def nan_is_dropped(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k, v, scale, out)
+    out.nan_to_num_()
+
+
+def contiguous_k_assumed(q, k, v, scale, out):
+    _, keys, heads, dim = k.shape
+    dense = k.as_strided(k.shape, (keys * heads * dim, heads * dim, dim, 1))
+    CORRECT.sparse_attention(q, dense, v, scale, out)
+
+
+def keys_are_changed(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k, v, scale, out)
+    k.mul_(2)
+
+
+def keys_of_the_first_sample(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k[:1].expand_as(k), v[:1].expand_as(v), scale, out)
+
+
+def parts_added_in_any_order(q, k, v, scale, out):
+    CORRECT.sparse_attention(q, k, v, scale, out)
+    out.mul_(1 + 0.1 * torch.rand(()).to(out))
+
+
+ATTENTION_FAULTS = {
+    scale_left_out: ["check_sizes", "check_scale"],
+    first_key_head_for_all: ["check_groups"],
+    sixty_four_columns_at_most: ["check_head_dims"],
+    last_key_left_out: ["check_every_key_is_read", "check_all_keys_alike"],
+    exponentials_unshifted: ["check_huge_logits"],
+    first_block_shifts_all: ["check_impossible_keys"],
+    nan_is_dropped: ["check_special_queries"],
+    contiguous_k_assumed: ["check_strides"],
+    keys_are_changed: ["check_inputs_and_guards"],
+    keys_of_the_first_sample: ["check_samples_are_apart"],
+    parts_added_in_any_order: ["check_repeats"],
+}
+
+
 def refuses(check, runner: Runner) -> bool:
     try:
         check(runner)
@@ -924,6 +1000,13 @@ def test_resolution_transition_fault_is_caught(fault, check):
     assert refuses(test_resolution_transition.CHECKS[check], Runner(backend, fault.__name__))
 
 
+@pytest.mark.parametrize(("fault", "check"), pairs(ATTENTION_FAULTS))
+def test_sparse_attention_fault_is_caught(fault, check):
+    backend = Faulty()
+    backend.sparse_attention = fault
+    assert refuses(test_sparse_attention.CHECKS[check], Runner(backend, fault.__name__))
+
+
 MODULES = [
     "gated_residual",
     "norm_modulate",
@@ -931,6 +1014,7 @@ MODULES = [
     "qkv_prologue",
     "resolution_transition",
     "token_select",
+    "sparse_attention",
 ]
 
 
@@ -943,6 +1027,7 @@ MODULES = [
         (test_qkv_prologue, PROLOGUE_FAULTS),
         (test_resolution_transition, TRANSITION_FAULTS),
         (test_token_select, SELECT_FAULTS),
+        (test_sparse_attention, ATTENTION_FAULTS),
     ],
     ids=MODULES,
 )
@@ -959,6 +1044,7 @@ def test_every_check_catches_something(module, faults):
         (test_qkv_prologue, PrologueFault()),
         (test_resolution_transition, TransitionFault()),
         (test_token_select, Faulty()),
+        (test_sparse_attention, Faulty()),
     ],
     ids=MODULES,
 )

@@ -17,6 +17,7 @@ import test_norm_modulate
 import test_patchify
 import test_qkv_prologue
 import test_resolution_transition
+import test_sparse_attention
 import test_token_select
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
@@ -31,6 +32,7 @@ SHARED = {
         ("patchify", test_patchify.CHECKS),
         ("qkv_prologue", test_qkv_prologue.CHECKS),
         ("resolution_transition", test_resolution_transition.CHECKS),
+        ("sparse_attention", test_sparse_attention.CHECKS),
         ("token_select", test_token_select.CHECKS),
         ("kernels", kernel_checks.CHECKS),
     )
@@ -69,6 +71,9 @@ class Mirrored(Backend):
 
     def resolution_transition(self, *arguments):
         self._run("resolution_transition", arguments)
+
+    def sparse_attention(self, *arguments):
+        self._run("sparse_attention", arguments)
 
     def _run(self, op: str, arguments: tuple) -> None:
         storages: dict[int, tuple[Tensor, Tensor]] = {}
@@ -116,6 +121,8 @@ def backend(request, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHARED)
 def test_check(name, backend, device):
+    if name.startswith("sparse_attention") and backend.name != "triton":
+        pytest.skip("attention is torch's own there")
     SHARED[name](Runner(Mirrored(backend, device), f"{backend.name} on a device"))
 
 

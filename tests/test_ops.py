@@ -747,6 +747,8 @@ def opcheck_samples():
     *stream, rows, cos, sin = prologue().values()
     affine = ("rms", some(DIM), None, None, None, 1e-6)
     yield "qkv_prologue", (*stream, rows, 0, 0, *affine, cos, sin, None)
+    heads = [some(B, n, 2, DIM, key=n) for n in (K, N, N, K)]
+    yield "sparse_attention", (*heads[:3], 0.3, heads[3], "reference")
 
 
 @pytest.mark.slow

@@ -28,10 +28,22 @@ import test_norm_modulate
 import test_patchify
 import test_qkv_prologue
 import test_resolution_transition
+import test_sparse_attention
 import test_token_select
 import test_triton_kernels
 import triton_kernels
-from triton_faults import FAULTS, FP16, GATED, NORM, PATCHIFY, PROLOGUE, SELECT, TRANSITION, Fault
+from triton_faults import (
+    ATTENTION,
+    FAULTS,
+    FP16,
+    GATED,
+    NORM,
+    PATCHIFY,
+    PROLOGUE,
+    SELECT,
+    TRANSITION,
+    Fault,
+)
 
 SHARED = {
     GATED: test_gated_residual,
@@ -40,6 +52,7 @@ SHARED = {
     SELECT: test_token_select,
     PATCHIFY: test_patchify,
     TRANSITION: test_resolution_transition,
+    ATTENTION: test_sparse_attention,
 }
 
 
@@ -64,6 +77,10 @@ class Planted(Triton):
 
     def qkv_prologue(self, *arguments):
         call = self.function if self.fault.op == PROLOGUE else super().qkv_prologue
+        call(*arguments)
+
+    def sparse_attention(self, *arguments):
+        call = self.function if self.fault.op == ATTENTION else super().sparse_attention
         call(*arguments)
 
     def token_select(self, *arguments):
@@ -114,7 +131,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", [GATED, NORM, PATCHIFY, PROLOGUE, SELECT, TRANSITION])
+@pytest.mark.parametrize("op", [GATED, NORM, PATCHIFY, PROLOGUE, SELECT, TRANSITION, ATTENTION])
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

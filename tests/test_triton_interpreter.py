@@ -21,6 +21,7 @@ FILES = (
     "test_patchify.py",
     "test_qkv_prologue.py",
     "test_resolution_transition.py",
+    "test_sparse_attention.py",
     "test_token_select.py",
     "test_triton_kernels.py",
     "test_triton_faults.py",

@@ -15,8 +15,10 @@ from inputs import Runner, generator, normal, poisoned
 from interpreter import INTERPRETED, debug_build, narrow
 from tolerance import assert_close, assert_equal
 from truth import (
+    eager_attention,
     eager_gated_residual,
     eager_norm_modulate,
+    exact_attention,
     exact_gated_residual,
     exact_norm_modulate,
 )
@@ -33,6 +35,7 @@ import triton.language as tl
 from triton_kernels.gated_residual import gated_residual
 from triton_kernels.launch import Launch
 from triton_kernels.norm_modulate import norm_modulate
+from triton_kernels.sparse_attention import sparse_attention
 
 
 @pytest.fixture
@@ -94,6 +97,21 @@ def test_every_tile_obeys_the_rule(launch):
         exact, _ = exact_norm_modulate(x, gate, gate, rms=rms)
         eager, _ = eager_norm_modulate(x, gate, gate, rms=rms)
         assert_close(f"norm_modulate, {launch}, rms {rms}", out, exact, eager)
+
+
+@pytest.mark.parametrize("launch", [Launch(16, 16, 4), Launch(32, 32, 4)], ids=str)
+def test_however_the_keys_are_shared_attention_obeys_the_rule(launch):
+    """Tiles done whole and tiles in parts, of equal and of unequal numbers of blocks."""
+    g = generator(8)
+    q = normal((1, 17, 2, 72), torch.bfloat16, g)
+    k, v = (normal((1, 70, 1, 72), torch.bfloat16, g) for _ in range(2))
+    exact, eager = exact_attention(q, k, v), eager_attention(q, k, v)
+    tiles, blocks = 2 * -(-17 // launch.rows), -(-70 // launch.cols)
+    for whole in range(tiles + 1):
+        for parts in range(1, blocks + 1):
+            out = poisoned(q.shape, q.dtype)
+            sparse_attention(q, k, v, 72**-0.5, out, launch=launch, shares=(whole, parts))
+            assert_close(f"{whole} of {tiles} tiles whole, {parts} parts", out, exact, eager)
 
 
 def test_rows_out_of_range_stop_a_debug_build():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def tune():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here: it would measure")
 def test_without_a_device_it_says_so_and_writes_nothing(tune):
     before = tune.FILE.read_bytes()
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, (str(SCRIPT.parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
+    command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert "no CUDA device: nothing was measured" in done.stderr
     assert tune.FILE.read_bytes() == before
@@ -69,6 +73,26 @@ def test_the_rule_stays_where_nothing_is_clearly_faster(tune):
     assert tune.choose({RULE: 10.0, FAST: 9.9}, RULE) is None
     assert tune.choose({RULE: 10.0, FAST: 9.0, FASTER: 8.0}, RULE) == FASTER
     assert tune.choose({RULE: 10.0, FASTER: 8.0, FAST: 8.0}, RULE) == FAST
+
+
+def test_attention_enters_only_where_it_beats_all_of_torch(tune):
+    rivals = {"torch": 10.0, "cudnn": 9.0}
+    assert tune.outruns(rivals | {FAST: 8.9}, set(rivals)) is None
+    assert tune.outruns(rivals | {FAST: 9.5, RULE: 12.0}, set(rivals)) is None
+    assert tune.outruns(rivals | {FAST: 8.0, FASTER: 7.0}, set(rivals)) == FASTER
+    # A tile that could not run, and a rival that could not.
+    assert tune.outruns(rivals, set(rivals)) is None
+    assert tune.outruns({"torch": 10.0, FAST: 9.0}, {"torch", "flash"}) == FAST
+    assert tune.outruns({FAST: 9.0}, {"torch"}) is None
+
+
+def test_attention_is_tuned_at_the_sizes_of_the_models(tune):
+    sizes = tune.model_sizes()
+    assert (1, 24, 24, 1536, 4608, 128) in sizes  # FLUX with a quarter of its image tokens
+    assert (2, 32, 8, 512, 4096, 72) in sizes  # Lumina-Next with an eighth
+    key = ("sparse_attention", 128, 1, 24, 24, 1536, 4608)
+    written = tune.rewrite(tune.FILE.read_text(), {(*key, 90): FAST, (*key, 80): RULE})
+    assert written.index("4608, 80)") < written.index("4608, 90)")
 
 
 def test_other_architectures_keep_their_entries(tune, monkeypatch):

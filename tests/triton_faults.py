@@ -13,6 +13,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 GATED, NORM = "gated_residual", "norm_modulate"
 PROLOGUE, SELECT = "qkv_prologue", "token_select"
 PATCHIFY, TRANSITION = "patchify", "resolution_transition"
+ATTENTION = "sparse_attention"
 
 
 @dataclass(frozen=True)
@@ -339,5 +340,71 @@ FAULTS = {
     "the level stays": one(
         TRANSITION, "tl.store(place, level +", "tl.store(place, level + here.to(tl.int32) +",
         "check_a_published_vector",
+    ),
+    # sparse_attention: addresses
+    "keys past the last are weighed": one(
+        ATTENTION, "scores = tl.where(inside[None, :], scores, float(\"-inf\"))", "pass",
+        "check_all_keys_alike",
+    ),
+    "a key behind the last is read": one(
+        ATTENTION, "inside = key < keys", "inside = key <= keys", "check_inputs_and_guards"
+    ),
+    "the key head is that of another group": one(
+        ATTENTION, "head // GROUP", "head % (HEADS // GROUP)", "check_groups"
+    ),
+    "keys are those of the first sample": one(
+        ATTENTION, "(b * of.batch + head * DIM)", "(b * 0 + head * DIM)", "check_samples_are_apart"
+    ),
+    "columns past d are stored, attention": one(
+        ATTENTION, "    mask = inside[:, None] & (col < DIM)[None, :]",
+        "    mask = inside[:, None] & (col < DIM + 8)[None, :]", "check_inputs_and_guards",
+    ),
+    "the last columns of d are left out": one(
+        ATTENTION, "scores = tl.dot(q_rest, tl.trans(part), scores, input_precision=\"ieee\")",
+        "pass", "check_sizes",
+    ),
+    # sparse_attention: parts of a tile
+    "parts overlap": one(
+        ATTENTION, "start = blocks * part // count * N", "start = blocks * part // parts * 0",
+        "check_all_keys_alike",
+    ),
+    "there is one part too few": one(
+        ATTENTION, "count = tl.where(split, parts, 1)", "count = tl.where(split, parts + 1, 1)",
+        "check_sizes",
+    ),
+    "blocks that do not divide by the parts are left out": one(
+        ATTENTION, "end = blocks * (part + 1) // count * N",
+        "end = tl.minimum(start + blocks // count * N, blocks * N)", "check_sizes",
+    ),
+    "all tiles add the parts of the first": one(
+        ATTENTION, "first = tl.program_id(0).to(tl.int64) * parts * M",
+        "first = tl.program_id(0).to(tl.int64) * 0", "check_sizes",
+    ),
+    "parts are added as they are": one(
+        ATTENTION, "weight = tl.exp2(tl.load(peaks + at) - base)", "weight = base * 0.0 + 1.0",
+        "check_huge_logits",
+    ),
+    "the sum of exponentials is that of the first part": one(
+        ATTENTION, "tl.load(peaks + beyond + at)", "tl.load(peaks + beyond + first + lane)",
+        "check_sizes",
+    ),
+    # sparse_attention: values
+    "the scale is left out": one(
+        ATTENTION, "scores *= scale", "scores *= 1.4426950408889634", "check_scale"
+    ),
+    "exponents are of base e": one(ATTENTION, "scale * LOG2_E,", "scale,", "check_sizes"),
+    "the sum is not scaled down": one(ATTENTION, "total * shrink +", "total +", "check_sizes"),
+    "the output is not scaled down": one(
+        ATTENTION, "acc * shrink[:, None]", "acc", "check_sizes"
+    ),
+    "the output's last columns are not scaled down": one(
+        ATTENTION, "acc_rest * shrink[:, None]", "acc_rest", "check_sizes"
+    ),
+    "exponents are taken from the last block's largest": one(
+        ATTENTION, "higher = tl.maximum(top, tl.max(scores, axis=1))",
+        "higher = tl.max(scores, axis=1)", "check_huge_logits",
+    ),
+    "-inf minus -inf": one(
+        ATTENTION, "tl.where(top == float(\"-inf\"), 0.0, top)", "top", "check_impossible_keys"
     ),
 }  # fmt: skip

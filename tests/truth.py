@@ -164,3 +164,19 @@ def exact_collapse(branches, weights, groups, sums=None, count=1):
     weights = [None if weight is None else weight.double() for weight in weights]
     sums = None if sums is None else sums.double()
     return eager_collapse(branches, weights, groups, sums, count)
+
+
+def eager_attention(q, k, v, scale=None):
+    """q [B, Q, H, d] over k and v [B, S, G, d], as diffusers' dispatcher calls torch."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, **grouped).transpose(1, 2)
+
+
+def exact_attention(q, k, v, scale=None):
+    q, k, v = (t.double() for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bqhd,bshd->bhqs", q, k) * (
+        q.shape[3] ** -0.5 if scale is None else scale
+    )
+    return torch.einsum("bhqs,bshd->bqhd", scores.softmax(dim=-1), v)

@@ -54,6 +54,7 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.patchify import patchify
     from triton_kernels.qkv_prologue import qkv_prologue
     from triton_kernels.resolution_transition import resolution_transition
+    from triton_kernels.sparse_attention import sparse_attention
     from triton_kernels.token_select import token_select
 
     batch, tokens, layout = 2, 1024, 4096
@@ -148,6 +149,15 @@ def instances() -> dict[str, Callable[[int], None]]:
             x, table, rows, noise, *numbers, out, out_table
         )
 
+    def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, queries: int = tokens):
+        q = new(batch, queries, heads, dim, dtype=dtype)
+        k = new(batch, layout, kv_heads, dim, dtype=dtype)
+
+        def call(architecture: int) -> None:
+            sparse_attention(q, k, k, dim**-0.5, q, shares=(0, 2))
+
+        return call
+
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     return {
         "gated_residual bf16 D3072 k1": residual(3072, 1, bf16, False),
@@ -175,6 +185,13 @@ def instances() -> dict[str, Callable[[int], None]]:
         "qkv_prologue bf16 32/8x72 layer rotated": prologue(32, 8, 72, bf16, "layer", False),
         "qkv_prologue bf16 16x72 copied": prologue(16, 16, 72, bf16, None, False),
         "qkv_prologue fp32 24x128 rms rotated rows": prologue(24, 24, 128, fp32, "rms", True),
+        "sparse_attention bf16 24x128": attention(24, 24, 128, bf16),
+        "sparse_attention fp16 24x64": attention(24, 24, 64, fp16),
+        "sparse_attention bf16 24/8x96": attention(24, 8, 96, bf16),
+        "sparse_attention bf16 32/8x72": attention(32, 8, 72, bf16),
+        "sparse_attention bf16 24x128 64 queries": attention(24, 24, 128, bf16, 64),
+        "sparse_attention bf16 24x128 1 query": attention(24, 24, 128, bf16, 1),
+        "sparse_attention fp32 24x128": attention(24, 24, 128, fp32),
     }
 
 

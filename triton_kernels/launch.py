@@ -21,14 +21,18 @@ leave all 64 warps of a processor resident, 32 KiB for each tensor it reads. nor
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 BUCKETS = (256, 1024, 4096, 16384)  # rows of a call, B times K; the last one holds all above
 MAX_PROGRAM_ROWS = 2**31 - 1  # rows are counted in int32 inside the kernels
+# What a part of a tile costs beside its keys, in blocks of 64: 128 rows of fp32 written and read again
+# at 4.3 TB/s, where a block is multiplied at 400 TFLOP/s.
+SHARING = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Launch:
                 raise ValueError(f"{name}: got {value}; accepted is a power of two")
 
 
-Key = tuple[str, int, int, int]  # op, D, bucket of rows, 10 * major + minor of the architecture
+# op, D, bucket of rows, 10 * major + minor of the architecture; for sparse_attention, where an entry
+# says that the launch beats torch, op, d, B, H, G, Q, S and architecture.
+Key = tuple[str | int, ...]
 
 # tuned: begin
 TABLE: Mapping[Key, Launch] = MappingProxyType({})
@@ -59,6 +65,43 @@ def launch_for(op: str, width: int, rows: int, architecture: int) -> Launch:
     """The tuned launch of this op at this width and number of rows, else the rule's."""
     tuned = TABLE.get((op, width, bucket(rows), architecture))
     return tuned or RULES[op](width)
+
+
+def faster_than_torch(q: Tensor, k: Tensor) -> Launch | None:
+    """The launch of sparse_attention that was measured to beat torch's attention at these very sizes.
+
+    Args:
+        q, k: [B, Q, H, d] and [B, S, G, d]. Measured are 16-bit dtypes, which take equally long.
+    """
+    if q.itemsize != 2:
+        return None
+    return TABLE.get(attention_key(q.shape, k.shape, arch(q.device)))
+
+
+def attention_key(q: Sequence[int], k: Sequence[int], architecture: int) -> Key:
+    """The entry of the table for q [B, Q, H, d] and k [B, S, G, d]."""
+    batch, queries, heads, dim = q
+    return ("sparse_attention", dim, batch, heads, k[2], queries, k[1], architecture)
+
+
+def waves(tiles: int, blocks: int, slots: int) -> tuple[int, int]:
+    """How to keep `slots` programs busy to the end with tiles of `blocks` equal pieces of work each.
+
+    Returns:
+        How many tiles one program does whole, full waves of them, and how many programs share each
+        other tile: as many as give the shortest time, or 1 where sharing gains nothing.
+    """
+    whole = tiles // slots * slots
+    last = tiles - whole
+    if last == 0:
+        return tiles, 1
+
+    def time(parts: int) -> int:
+        """In pieces of work."""
+        return -(-last * parts // slots) * (-(-blocks // parts) + (SHARING if parts > 1 else 0))
+
+    parts = min(range(1, blocks + 1), key=time)
+    return (tiles, 1) if parts == 1 else (whole, parts)
 
 
 def bucket(rows: int) -> int:

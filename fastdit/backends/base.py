@@ -2,6 +2,7 @@
 
 Arguments reach a backend checked (`fastdit/ops/checks.py`) and in the order of the op's schema. It
 writes into the tensors it is given, returns nothing and allocates nothing that outlives the call.
+Attention alone is here already: torch's own serves it wherever a backend has nothing better.
 """
 
 from __future__ import annotations
@@ -9,9 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 METRICS = ("std", "l2norm")  # of token_select
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """[B, Q, H, d] over [B, S, G, d], by torch."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, **grouped).transpose(1, 2)
 
 
 class Backend:
@@ -166,3 +175,14 @@ class Backend:
     ) -> None:
         """sums[0] = sum_i weights[i] * branches[i]; sums[g] = sum of the branches of group g."""
         raise TypeError(f"backend {self.name} has no collapse")
+
+    def sparse_attention(
+        self,
+        q: Tensor,  # [B, Q, H, d]
+        k: Tensor,  # [B, S, G, d]
+        v: Tensor,  # [B, S, G, d]
+        scale: float,
+        out: Tensor,  # [B, Q, H, d], written
+    ) -> None:
+        """out = softmax(scale q k^T) v."""
+        out.copy_(attention(q, k, v, scale))

@@ -3,7 +3,7 @@
 fp32, bf16 and fp16; fp64 is left to `reference`. Kernels are compiled at first use, once for each
 dtype, width and form of the arguments, so run a step before capturing it into a CUDA graph.
 Launches go to torch's current stream and nothing waits. Nothing is allocated, but for the keys of
-token_select and the partial sums of blend_backward, which torch allocates.
+token_select and the partial sums of blend_backward and sparse_attention, which torch allocates.
 
 With TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors, for tests: it is
 thousands of times slower, and truncates to bf16 where a GPU rounds (tests/interpreter.py mends it).
@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fastdit.backends._device import refuse_device
 from fastdit.backends.base import Backend
@@ -79,6 +80,18 @@ class Triton(Backend):
 
     def resolution_transition(self, *arguments):
         _kernel("resolution_transition")(*arguments)
+
+    def sparse_attention(self, q, k, v, scale, out):
+        _kernel("sparse_attention")(q, k, v, scale, out)
+
+    def outruns_torch(self, q: Tensor, k: Tensor) -> bool:
+        """Whether sparse_attention was measured to be faster than torch's attention at these sizes."""
+        if q.device.type != "cuda":
+            return False
+        from triton_kernels.launch import faster_than_torch
+
+        measured = faster_than_torch(q, k) is not None
+        return measured and self.supports("sparse_attention", q.device, q.dtype) is None
 
 
 @functools.cache

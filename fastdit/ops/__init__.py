@@ -23,6 +23,7 @@ from fastdit.ops.patchify import patchify, unpatchify
 from fastdit.ops.qkv_prologue import qkv_prologue
 from fastdit.ops.registry import BACKENDS, choose, requested_backend
 from fastdit.ops.resolution_transition import resolution_transition
+from fastdit.ops.sparse_attention import sparse_attention
 from fastdit.ops.token_select import token_select
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "patchify",
     "qkv_prologue",
     "resolution_transition",
+    "sparse_attention",
     "token_select",
     "unpatchify",
 ]
@@ -53,6 +55,7 @@ class Ops:
     patchify: Callable[..., Tensor]
     qkv_prologue: Callable[..., None]
     resolution_transition: Callable[..., tuple[Tensor, Tensor]]
+    sparse_attention: Callable[..., Tensor]
     token_select: Callable[..., tuple[Tensor, Tensor]]
     unpatchify: Callable[..., Tensor]
 
@@ -72,6 +75,7 @@ def bind(backend: str | None = None) -> Ops:
         patchify,
         qkv_prologue,
         resolution_transition,
+        sparse_attention,
         token_select,
         unpatchify,
     )

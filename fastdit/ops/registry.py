@@ -41,6 +41,11 @@ def requested_backend(name: str | None = None) -> str | None:
 _AT_IMPORT = os.environ.get(ENVIRONMENT) or None
 
 
+def named(name: str | None = None) -> str | None:
+    """The backend named by argument, else by the environment at import, else None for automatic."""
+    return name or _AT_IMPORT
+
+
 @functools.cache
 def choose(op: str, device: torch.device, dtype: torch.dtype, name: str | None = None) -> Backend:
     """The backend that serves `op`; BackendError where none does or the named one does not."""
@@ -48,7 +53,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, name: str | None =
     able = sorted(
         (b for b in BACKENDS.values() if reasons[b.name] is None), key=lambda b: -b.priority
     )
-    name = requested_backend(name or _AT_IMPORT) if name or _AT_IMPORT else None
+    name = requested_backend(named(name)) if named(name) else None
     if name is None and able:
         return able[0]
     if name is not None and reasons[name] is None:
