@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import fastdit
 import oracle
@@ -19,6 +20,7 @@ from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens import TokenRun
 from ras_oracle import RowOracle, published, random_rows
 from snapshot import snapshot
+from test_coexistence import FEATURES
 from tiny_models import generate
 
 PIPELINES = ["sd3", "sd3.5", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina"]
@@ -356,6 +358,27 @@ def test_sizes_and_guidance(name, cfg, size, chosen):
         expected = generate(pipe, name, **arguments)
     fastdit.patch(pipe, Chosen(choose, counts))
     assert distance(generate(pipe, name, **arguments), expected) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "feature", ["LoRA", "accelerate offload", "group offload by block", "group offload by leaf"]
+)
+@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+def test_adapters_and_offloading(name, feature):
+    """Adapters equal the same run with their weights merged in; offloading changes nothing."""
+    found = {}
+    for arm in ("plain", "feature"):
+        pipe = tiny_models.pipeline(name, torch.float64)
+        if feature == "LoRA" or arm == "feature":
+            FEATURES[feature](pipe.transformer)
+        if feature == "LoRA" and arm == "plain":
+            for module in pipe.transformer.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.merge()
+        handle = fastdit.patch(pipe, RAS(start=1, align=1, resets=(3,)))
+        found[arm] = generate(pipe, name, batch=2, steps=5)
+        assert handle.report().tokens_per_step[1] < handle.report().tokens_per_step[0]
+    within_contract(found["feature"], found["plain"], bound=1e-9)
 
 
 def test_guidance_that_skips_layers_keeps_its_own_keys():
