@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.errors import ArgumentError
 from fastdit.methods.ras import RAS, ActiveTokens
 
 
@@ -46,12 +47,21 @@ class TokenRun:
         Args:
             velocity: [B, gh, gw, p, p, C], the velocity field in patches, any strides.
             delta: Difference of the sigmas over this step; only parity looks at it.
+
+        Raises:
+            ArgumentError: Parity with several images; the run ends with its first step.
         """
         self.rows = None
+        parity = self.method.mode == "parity"
+        if parity and len(velocity) > 1:
+            raise ArgumentError(
+                f'mode="parity" is the published rule, which knows one image; got a batch of {len(velocity)}: '
+                'draw them one by one, or use mode="fixed"'
+            )
         coming = self.at(step + 1)
         if coming is None:
             return
-        if self.method.mode == "parity":
+        if parity:
             self.rows = self._choose_as_published(velocity, delta, coming)
         else:
             self.rows = self._choose(velocity, coming)

@@ -163,6 +163,7 @@ def test_parity_is_the_published_rule_over_a_whole_run(name, size, settings, lin
 # --- what is computed
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("scheduled", [False, True], ids=["tokens", "tokens and schedule"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", PIPELINES)
@@ -343,6 +344,7 @@ def _single(pipe, name, method, i, latents):
     return found, history
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (16, 24)])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
 @pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha", "lumina"])
@@ -360,6 +362,7 @@ def test_sizes_and_guidance(name, cfg, size, chosen):
     assert distance(generate(pipe, name, **arguments), expected) <= 1e-9
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize(
     "feature", ["LoRA", "accelerate offload", "group offload by block", "group offload by leaf"]
 )
@@ -585,6 +588,17 @@ def test_wrong_arguments_are_named(arguments, words):
     with pytest.raises(ArgumentError) as error:
         RAS(**arguments)
     assert words in str(error.value)
+
+
+def test_parity_refuses_several_images_at_its_first_step():
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=(), mode="parity"))
+    with pytest.raises(ArgumentError, match=r'mode="parity" .* got a batch of 2'):
+        generate(pipe, "sd3", batch=2, steps=5)
+    assert len(handle._session.run.records) == 1
+    alone = generate(pipe, "sd3", steps=5)
+    handle.reset()
+    same_bits(generate(pipe, "sd3", steps=5), alone)
 
 
 def test_wrong_presets_and_linear_schedules():

@@ -66,7 +66,7 @@ class RAS(Method):
             largest, as the paper's text says.
         starvation: k in exp(k D), D the times a token was dropped.
         schedule: None for the same number of tokens at all steps, or `Linear`.
-        mode: "fixed" or "parity". The published rule knows one image: under parity the first decides for its batch.
+        mode: "fixed" or "parity". The published rule knows one image, so parity refuses more.
         align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
         max_age: A token that was inactive for so many steps is active at the next; None for no bound. In "fixed" only.
 
