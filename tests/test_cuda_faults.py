@@ -25,6 +25,7 @@ from inputs import Runner
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
 ]
 

@@ -13,7 +13,9 @@ import test_emulation
 import test_faults
 import triton_faults
 
-DOCS = Path(__file__).parents[1] / "docs" / "faults.md"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "faults.md"
+KERNELS = ROOT / "triton_kernels"
 HEAD = "| Fault | Planted in | Found by |\n|---|---|---|\n"
 
 
@@ -70,6 +72,17 @@ def render() -> str:
         f"## {heading}\n\n{HEAD}" + "".join(f"{row}\n" for row in rows)
         for heading, rows in tables().items()
     )
+
+
+def test_every_planted_fault_fits_its_source():
+    """Only `make faults` plants them."""
+    for fault in test_cuda_faults.FAULTS.values():
+        test_cuda_faults.planted(fault)
+    for fault in triton_faults.FAULTS.values():
+        source = (KERNELS / f"{fault.op}.py").read_text()
+        for old, new in fault.changes:
+            assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times"
+            source = source.replace(old, new)
 
 
 def test_every_planted_fault_is_in_the_docs():

@@ -189,7 +189,7 @@ def check_covariance(run: Runner) -> None:
             )
             found = root[0].double() @ root[0].double().T
             error = (found - torch.eye(4, dtype=torch.float64) + float(c)).abs().max().item()
-            if error > 8 * torch.finfo(torch.float32).eps:
+            if error > 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps):
                 raise Mismatch(f"covariance on {run.label}, c {c}: off by {error}")
 
 

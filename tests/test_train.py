@@ -121,11 +121,11 @@ def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
-                made.rows[2][cell] += sign * 1e-3
+                made.rows[2][cell] += sign * 2e-4
             ends.append(epoch()[2][0])
             with torch.no_grad():
-                made.rows[2][cell] -= sign * 1e-3
-        measured = (ends[0] - ends[1]) / 2e-3
+                made.rows[2][cell] -= sign * 2e-4
+        measured = (ends[0] - ends[1]) / 4e-4
         assert measured == pytest.approx(float(first[2][1][cell]), rel=1e-4, abs=1e-7)
 
 
