@@ -17,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints/tested.txt)
 SOURCES := setup.py pyproject.toml CMakeLists.txt README.md LICENSE tools/_backend.py \
     $(shell find csrc fastdit triton_kernels -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: help build demo test faults lint format bench gpu-check clean
+.PHONY: help build demo test kernels lint format bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,13 +29,13 @@ demo: $(VENV)/.built  ## install, then run the demo (DEMO="..." adds options)
 
 test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and all tests
 	$(TIMED) gates $(MAKE) --no-print-directory lint
-	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m "not faults" --durations=10
+	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m "not kernels" --durations=10
 	$(TIMED) "tests with the oldest diffusers" env FASTDIT_TEST_INSTALLED=1 \
 	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q $(PARALLEL) -m diffusers --durations=5
 
 # Some hundred compilations; what they prove changes only with the kernels and their checks.
-faults: $(VENV)/.testable  ## plant every fault in the CUDA and Triton kernels and see it found
-	$(TIMED) faults env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m faults
+kernels: $(VENV)/.testable  ## plant every fault in the kernels and see it found; check all budgets
+	$(TIMED) kernels env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m kernels
 
 lint: $(VENV)/.testable  ## check formatting and style
 	$(VENV)/bin/ruff format --check .

@@ -36,6 +36,7 @@ def budget(name: str) -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 def test_every_cuda_kernel_is_within_budget(tool, tmp_path):
     aot = tool("cuda_aot")
     if aot.nvcc() is None:

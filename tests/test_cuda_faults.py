@@ -25,7 +25,7 @@ from inputs import Runner
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.faults,
+    pytest.mark.kernels,
     pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
 ]
 

@@ -75,7 +75,7 @@ def render() -> str:
 
 
 def test_every_planted_fault_fits_its_source():
-    """Only `make faults` plants them."""
+    """Only `make kernels` plants them."""
     for fault in test_cuda_faults.FAULTS.values():
         test_cuda_faults.planted(fault)
     for fault in triton_faults.FAULTS.values():

@@ -33,6 +33,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @needs_triton
 def test_every_kernel_is_within_budget(tmp_path):
     done = run(tmp_path, str(TOOLS / "triton_aot.py"))

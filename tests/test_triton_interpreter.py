@@ -24,7 +24,7 @@ FILES = (
     "test_sparse_attention.py",
     "test_token_select.py",
     "test_triton_kernels.py",
-    pytest.param("test_triton_faults.py", marks=pytest.mark.faults),
+    pytest.param("test_triton_faults.py", marks=pytest.mark.kernels),
 )
 # The op tests size their repeats for compiled kernels; test_triton_kernels.py has smaller ones.
 SELECTION = "triton and not triton-check_repeats"
