@@ -90,6 +90,7 @@ class Check:
         shards += ["triton and qkv_prologue", "triton and token_select", "triton and kernels"]
         shards += ["triton and patchify", "triton and resolution_transition"]
         shards += ["triton and sparse_attention"]
+        shards += ["triton and blend", "triton and collapse"]
         shards += ["triton and not test_check"]
         if self.rehearsal:
             shards = ["mirrored and check_empty"]

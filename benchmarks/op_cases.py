@@ -72,6 +72,11 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
         yield unpatchify(shape)
     for shape in shapes:
         yield resolution_transition(shape)
+    for shape in shapes:
+        yield blend(shape)
+        yield blend_backward(shape)
+    for shape in shapes:
+        yield collapse(shape, 12)
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -288,3 +293,88 @@ def resolution_transition(shape: Shape) -> Case:
 
     share = tiles.table.shape[1] / shape.tokens
     return Case("resolution_transition", "to all cells", shape, share + 3, make, width=WIDTH)
+
+
+def blend(shape: Shape) -> Case:
+    """h + gate (r fresh + (1 - r) cached), in place."""
+
+    def eager(fresh: Tensor, cached: Tensor, r: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        return x.add_(gate * (r * fresh + (1 - r) * cached))
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, shape.tokens, shape.width)
+        fresh, cached, x = (torch.randn(size, device=device, dtype=dtype) for _ in range(3))
+        gate = 1e-3 * torch.randn(shape.batch, 1, shape.width, device=device, dtype=dtype)
+        r = torch.full((), 0.4, device=device)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(fresh, cached, r, x, gate),
+            "compile": lambda: compiled(fresh, cached, r, x, gate),
+        }
+        for name in backends("blend", device, dtype):
+            run = BACKENDS[name].blend
+            found[name] = lambda run=run: run(fresh, cached, r, x, gate, None, x)
+        return found
+
+    return Case("blend", "on x", shape, 4, make)
+
+
+def blend_backward(shape: Shape) -> Case:
+    """The gradients of r and fresh; the gate is a constant."""
+
+    def eager(grad: Tensor, fresh: Tensor, cached: Tensor, r: Tensor, gate: Tensor):
+        g = gate * grad
+        return r * g, (g * (fresh - cached)).sum(dtype=torch.float32)
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, shape.tokens, shape.width)
+        grad, fresh, cached = (torch.randn(size, device=device, dtype=dtype) for _ in range(3))
+        gate = torch.randn(shape.batch, 1, shape.width, device=device, dtype=dtype)
+        r = torch.full((), 0.4, device=device)
+        of_fresh, of_r = torch.empty_like(fresh), torch.empty_like(r)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(grad, fresh, cached, r, gate),
+            "compile": lambda: compiled(grad, fresh, cached, r, gate),
+        }
+        for name in backends("blend_backward", device, dtype):
+            run = BACKENDS[name].blend_backward
+            found[name] = lambda run=run: run(grad, fresh, cached, r, gate, of_fresh, None, of_r)
+        return found
+
+    return Case("blend_backward", "of r and fresh", shape, 4, make)
+
+
+def collapse(shape: Shape, count: int) -> Case:
+    """Three sums of `count` branches, kinds of three by turns, as adaLN-single gates them."""
+    groups = [(1, 0, 2)[i % 3] for i in range(count)]
+
+    def eager(branches: list[Tensor], weights: list[Tensor | None]) -> list[Tensor]:
+        sums = [0.0, 0.0, 0.0]
+        for branch, weight, group in zip(branches, weights, groups, strict=True):
+            branch = branch.float()
+            sums[0] = sums[0] + (branch if weight is None else weight * branch)
+            if group:
+                sums[group] = sums[group] + branch
+        return [each.to(branches[0].dtype) for each in sums]
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, shape.tokens, shape.width)
+        branches = [torch.randn(size, device=device, dtype=dtype) for _ in range(count)]
+        table = torch.randn(count, shape.width, device=device, dtype=dtype)
+        weights = [None if i % 3 == 1 else table[i] for i in range(count)]
+        sums = torch.empty((3, *size), device=device, dtype=dtype)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(branches, weights),
+            "compile": lambda: compiled(branches, weights),
+        }
+        for name in backends("collapse", device, dtype):
+            run = BACKENDS[name].collapse
+            found[name] = lambda run=run: run(branches, weights, groups, False, sums)
+        return found
+
+    return Case("collapse", f"{count} branches", shape, count + 3, make)

@@ -13,10 +13,14 @@ from torch import Tensor
 from inputs import Runner, generator, normal, poisoned, some_rows
 from tolerance import Mismatch, assert_close, assert_equal
 from truth import (
+    eager_blend,
+    eager_collapse,
     eager_gated_residual,
     eager_head_norm,
     eager_norm_modulate,
     eager_rotation,
+    exact_blend,
+    exact_collapse,
     exact_gated_residual,
     exact_head_norm,
     exact_norm_modulate,
@@ -148,6 +152,42 @@ def check_one_rounding_of_heads(run: Runner) -> None:
             wide = eager_head_norm(q.float(), 4, norm, weight.float())
             what = f"qkv_prologue on {run.label}, norm {norm}"
             assert_one_rounding(what, outputs[0], exact, eager_rotation(wide, *table, positions))
+
+
+def check_one_rounding_of_blends(run: Runner) -> None:
+    """Also of what is added to x: it is the blend as it was before it was rounded."""
+    for dtype in run.dtypes():
+        g = generator(8)
+        fresh, cached, x = (normal((1, 3, 72), dtype, g) for _ in range(3))
+        gate, r = normal((1, 72), dtype, g), torch.tensor(0.3)
+        out = run.blend(fresh, cached, r, x=x, gate=gate)
+        exact, _ = exact_blend(fresh, cached, r, x, gate)
+        wide, _ = eager_blend(fresh.float(), cached.float(), r, x.float(), gate.float())
+        assert_one_rounding(f"blend on {run.label}", out, exact, wide)
+
+
+def check_one_rounding_of_sums_by_group(run: Runner) -> None:
+    for dtype in run.dtypes():
+        g = generator(9)
+        branches = [normal((1, 3, 72), dtype, g) for _ in range(16)]
+        weights = [normal((1, 72), dtype, g) for _ in range(16)]
+        groups = [i % 3 for i in range(16)]
+        sums = run.collapse(branches, weights, groups)
+        exact = exact_collapse(branches, weights, groups, count=3)
+        wide = [[t.float() for t in ts] for ts in (branches, weights)]
+        eager = eager_collapse(*wide, groups, count=3)
+        assert_one_rounding(f"collapse on {run.label}", sums, exact, eager)
+
+
+def check_repeats_of_gradients(run: Runner) -> None:
+    for dtype in run.dtypes():
+        g = generator(10)
+        grad, fresh, cached = (normal((2, 9, 300), dtype, g) for _ in range(3))
+        first = run.blend_backward(grad, fresh, cached, torch.tensor(0.3))
+        for i in range(3):
+            again = run.blend_backward(grad, fresh, cached, torch.tensor(0.3))
+            for part, expected in zip(again, first, strict=True):
+                assert_equal(f"blend_backward on {run.label}, repeat {i}", part, expected)
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

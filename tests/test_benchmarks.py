@@ -18,6 +18,8 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 OPS = [
+    "blend",
+    "collapse",
     "gated_residual",
     "norm_modulate",
     "patchify",

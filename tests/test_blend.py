@@ -27,6 +27,7 @@ from inputs import (
 from tolerance import Mismatch, assert_close, assert_equal, ulp
 from truth import eager_blend, eager_blend_backward, exact_blend, exact_blend_backward
 
+MANY_ROWS = (2, 700, 9)  # more than the partial sums of a GPU
 WEIGHTS = (0.3, 0.0067, 0.9933)  # a logit within [-5, 5] gives no more than the last two
 
 
@@ -78,16 +79,15 @@ def operands(shape, dtype, *key):
 
 def check_sizes(run: Runner) -> None:
     for dtype in run.dtypes():
-        for shape in SHAPES:
+        for i, shape in enumerate(SHAPES):
             fresh, cached, x, gate = operands(shape, dtype)
-            for value in WEIGHTS:
-                r = weight(value)
-                out = run.blend(fresh, cached, r)
-                compare(run, f"r {value}", out, None, fresh, cached, r)
-                for by in (None, gate):
-                    blended = poisoned(shape, dtype)
-                    out = run.blend(fresh, cached, r, x=x, gate=by, blended=blended)
-                    compare(run, f"r {value} on x", out, blended, fresh, cached, r, x, by)
+            r = weight(WEIGHTS[i % 3])
+            out = run.blend(fresh, cached, r)
+            compare(run, f"r {r}", out, None, fresh, cached, r)
+            for by in (None, gate):
+                blended = poisoned(shape, dtype)
+                out = run.blend(fresh, cached, r, x=x, gate=by, blended=blended)
+                compare(run, f"r {r} on x", out, blended, fresh, cached, r, x, by)
 
 
 def check_one_operand_alone(run: Runner) -> None:
@@ -123,13 +123,12 @@ def check_gates(run: Runner) -> None:
 
 def check_backward_sizes(run: Runner) -> None:
     for dtype in run.dtypes():
-        for shape in (*SHAPES, (2, 700, 9)):  # more rows than partial sums of a GPU
+        for i, shape in enumerate((*SHAPES, MANY_ROWS)):
             fresh, cached, grad, gate = operands(shape, dtype, 3)
-            for value in WEIGHTS[:1] if shape[1] > 200 else WEIGHTS:
-                for by in (None, gate):
-                    found = run.blend_backward(grad, fresh, cached, weight(value), gate=by)
-                    arguments = (grad, fresh, cached, weight(value), by)
-                    compare_backward(run, f"r {value}", found, *arguments)
+            r = weight(WEIGHTS[i % 3])
+            for by in (None, gate):
+                found = run.blend_backward(grad, fresh, cached, r, gate=by)
+                compare_backward(run, f"r {r}", found, grad, fresh, cached, r, by)
 
 
 def check_each_gradient_alone(run: Runner) -> None:
@@ -151,20 +150,24 @@ def check_strides(run: Runner) -> None:
         r = torch.tensor([9.0, 0.4, 9.0])[1]  # one of many, as a router's output is
         plain = run.blend(fresh, cached, r, x=x, gate=gate)
         grads = run.blend_backward(x, fresh, cached, r, gate=gate)
+        alone = run.blend(fresh, cached, r)
         for view in (misaligned, padded_rows):
-            for one in range(4):
-                ts = [view(t) if i == one else t for i, t in enumerate((fresh, cached, x))]
+            for one in range(6):  # one operand at a time, then one of two results
+
+                def seen(t, number, view=view, one=one):
+                    return view(t) if number == one else t
+
+                ts = [seen(t, i) for i, t in enumerate((fresh, cached, x))]
                 by = misaligned(gate) if one == 3 else gate
-                outs = [padded_rows(poisoned(shape, dtype)) for _ in range(2)]
+                outs = [seen(poisoned(shape, dtype), i) for i in (4, 5)]
                 run.blend(*ts[:2], r, x=ts[2], gate=by, blended=outs[0], out=outs[1])
-                what = f"blend on {run.label}, view of operand {one}"
-                assert_equal(what, outs[1], plain)
-                expected = run.blend(fresh, cached, r)
-                assert_equal(f"{what}, blended", outs[0], expected)
-                outs = [padded_rows(poisoned(shape, dtype)) for _ in range(2)]
+                what = f"on {run.label}, view of number {one}"
+                assert_equal(f"blend {what}", outs[1], plain)
+                assert_equal(f"blended {what}", outs[0], alone)
+                outs = [seen(poisoned(shape, dtype), i) for i in (4, 5)]
                 found = run.blend_backward(ts[2], *ts[:2], r, gate=by, outs=(*outs, None))
                 for part, expected in zip(found, grads, strict=True):
-                    assert_equal(f"blend_backward on {run.label}, view {one}", part, expected)
+                    assert_equal(f"blend_backward {what}", part, expected)
         first = fresh[:, :1].expand(shape)
         out = run.blend(first, cached, r)
         assert_equal(f"blend on {run.label}, expanded", out, run.blend(first.clone(), cached, r))

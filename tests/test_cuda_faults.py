@@ -14,6 +14,8 @@ import pytest
 import torch
 
 import kernel_checks
+import test_blend
+import test_collapse
 import test_gated_residual
 import test_norm_modulate
 import test_patchify
@@ -30,12 +32,15 @@ pytestmark = [
 ]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+BLEND, COLLAPSE = "blend.cu", "collapse.cu"
 GATED, NORM, PROLOGUE = "gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu"
 REDUCE, VECTOR, ELEMENT = "reduce.h", "vector.h", "element.h"
 SELECT, KEYS = "token_select.cu", "token_select.h"
 PATCHIFY, PLACES = "patchify.cu", "places.h"
 TRANSITION, CHILDREN = "resolution_transition.cu", "resolution_transition.h"
 CHECKS = {
+    BLEND: test_blend.CHECKS | kernel_checks.CHECKS,
+    COLLAPSE: test_collapse.CHECKS | kernel_checks.CHECKS,
     GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
     NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
     PROLOGUE: test_qkv_prologue.CHECKS | kernel_checks.CHECKS,
@@ -427,6 +432,44 @@ FAULTS = {
     "raster order is left out": Fault(
         CHILDREN, "p.raster > 0 ? place.y * p.raster + place.x : compact", "compact",
         "check_both_transitions", BF16, TRANSITION,
+    ),
+    # blend
+    "an operand of weight 0 is multiplied": Fault(
+        BLEND, "value[e] = r == 1.0f ? fresh[e] : r == 0.0f ? cached[e] : mixed;",
+        "value[e] = mixed;", "check_one_operand_alone",
+    ),
+    "alignment of a gradient is not looked at": Fault(
+        BLEND, "&p.gate, &p.grad_fresh, &p.grad_cached}", "&p.gate, &p.grad_fresh}",
+        "check_strides",
+    ),
+    "rows past the first of a block have no gradient": Fault(
+        BLEND, "row += gridDim.x", "row += rows", "check_backward_sizes"
+    ),
+    "the second stage adds as many sums as it has threads": Fault(
+        BLEND, "i < count; i += blockDim.x", "i < count; i += count", "check_backward_sizes"
+    ),
+    "the sum of nothing is not written": Fault(
+        BLEND, "  if (p.grad_r == nullptr) return;\n  const", "  if (rows == 0) return;\n  const",
+        "check_empty",
+    ),
+    # collapse
+    "the last branch of an odd number is left out": Fault(
+        COLLAPSE, "first < p.count; first += kGroup",
+        "first + kGroup <= p.count; first += kGroup", "check_sizes",
+    ),
+    "the sum of a group is weighted": Fault(
+        COLLAPSE, "add<T>(branch[g], false, weight[g], sums[s])",
+        "add<T>(branch[g], static_cast<bool>(p.weights[j]), weight[g], sums[s])", "check_sizes",
+    ),
+    "a second pass begins anew": Fault(
+        COLLAPSE, "if (p.accumulate) {", "if (false) {", "check_accumulate"
+    ),
+    "alignment of the sums is not looked at": Fault(
+        COLLAPSE, "aligned<Sum>(p.sums[s])", "true", "check_strides"
+    ),
+    "half of a vector of sums is stored twice": Fault(
+        COLLAPSE, "from_floats<Sum>(values + i), n - i)", "from_floats<Sum>(values), n - i)",
+        "check_sizes",
     ),
 }  # fmt: skip
 

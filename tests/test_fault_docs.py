@@ -31,6 +31,9 @@ def tables() -> dict[str, list[str]]:
     python = [
         f"| {words(fault.__name__)} | `{op}` of a backend in Python | {_names(checks)} |"
         for op, faults in (
+            ("blend", test_faults.BLEND_FAULTS),
+            ("blend_backward", test_faults.BLEND_BACKWARD_FAULTS),
+            ("collapse", test_faults.COLLAPSE_FAULTS),
             ("gated_residual", test_faults.RESIDUAL_FAULTS),
             ("norm_modulate", test_faults.NORM_FAULTS),
             ("patchify", test_faults.PATCHIFY_FAULTS),

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import test_blend
+import test_collapse
 import test_gated_residual
 import test_norm_modulate
 import test_patchify
@@ -951,6 +953,206 @@ ATTENTION_FAULTS = {
 }
 
 
+# --- blend and collapse: each is called with the backend's own arguments
+
+
+def blend_swapped(fresh, cached, r, x, gate, blended, out):
+    CORRECT.blend(cached, fresh, r, x, gate, blended, out)
+
+
+def blend_ungated(fresh, cached, r, x, gate, blended, out):
+    CORRECT.blend(fresh, cached, r, x, None, blended, out)
+
+
+def blend_gate_of_another_sample(fresh, cached, r, x, gate, blended, out):
+    gate = gate if gate is None or gate.dim() == 1 else gate.roll(1, dims=0)
+    CORRECT.blend(fresh, cached, r, x, gate, blended, out)
+
+
+def weight_of_zero_multiplied(fresh, cached, r, x, gate, blended, out):
+    blend = (r * fresh.double() + (1 - r) * cached.double()).to(fresh.dtype)
+    CORRECT.blend(blend, blend, torch.tensor(1.0), x, gate, blended, out)
+
+
+def blend_kept_with_its_gate(fresh, cached, r, x, gate, blended, out):
+    CORRECT.blend(fresh, cached, r, x, gate, blended, out)
+    if blended is not None and gate is not None:
+        blended.mul_(per_token(gate))
+
+
+def contiguous_blend_assumed(fresh, cached, r, x, gate, blended, out):
+    dense = cached.as_strided(cached.shape, (cached.shape[1] * cached.shape[2], cached.shape[2], 1))
+    CORRECT.blend(fresh, dense, r, x, gate, blended, out)
+
+
+def blend_out_written_first(fresh, cached, r, x, gate, blended, out):
+    out.zero_()
+    CORRECT.blend(fresh, cached, r, x, gate, blended, out)
+
+
+def blend_input_overwritten(fresh, cached, r, x, gate, blended, out):
+    CORRECT.blend(fresh, cached, r, x, gate, blended, out)
+    cached.neg_()
+
+
+def blend_depends_on_threads(fresh, cached, r, x, gate, blended, out):
+    CORRECT.blend(fresh, cached, r, x, gate, blended, out)
+    out.mul_(1 + torch.finfo(out.dtype).eps * torch.get_num_threads())
+
+
+def blend_without_nan(fresh, cached, r, x, gate, blended, out):
+    CORRECT.blend(fresh, cached, r, x, gate, blended, out)
+    out.nan_to_num_()
+
+
+BLEND_FAULTS = {
+    blend_swapped: ["check_sizes", "check_one_operand_alone"],
+    blend_ungated: ["check_sizes", "check_gates"],
+    blend_gate_of_another_sample: ["check_gates"],
+    weight_of_zero_multiplied: ["check_one_operand_alone"],
+    blend_kept_with_its_gate: ["check_sizes"],
+    contiguous_blend_assumed: ["check_strides"],
+    blend_out_written_first: ["check_in_place"],
+    blend_input_overwritten: ["check_inputs_and_guards"],
+    blend_depends_on_threads: ["check_repeats"],
+    blend_without_nan: ["check_special_values"],
+}
+
+
+def gradient_ungated(grad, fresh, cached, r, gate, *outs):
+    CORRECT.blend_backward(grad, fresh, cached, r, None, *outs)
+
+
+def gradients_swapped(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+    CORRECT.blend_backward(grad, fresh, cached, r, gate, grad_cached, grad_fresh, grad_r)
+
+
+def coarse_gradient_of_r(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+    CORRECT.blend_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r)
+    if grad_r is not None:
+        grad_r.copy_(grad_r.to(torch.bfloat16))
+
+
+def a_thousand_rows_at_most(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+    CORRECT.blend_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, None)
+    if grad_r is not None:
+        first = [t.clone() for t in (grad, fresh)]
+        first[0].flatten(0, 1)[1000:] = 0
+        CORRECT.blend_backward(*first, cached, r, gate, None, None, grad_r)
+
+
+def gradient_of_r_only_beside_others(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+    with_r = grad_r if grad_fresh is not None else None
+    CORRECT.blend_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, with_r)
+
+
+def gradient_of_r_unwritten_without_rows(grad, fresh, cached, r, gate, *outs):
+    if grad.numel():
+        CORRECT.blend_backward(grad, fresh, cached, r, gate, *outs)
+
+
+def gradient_depends_on_alignment(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
+    CORRECT.blend_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r)
+    if grad_r is not None and fresh.data_ptr() % 16:
+        grad_r.mul_(1 + torch.finfo(grad_r.dtype).eps)
+
+
+BLEND_BACKWARD_FAULTS = {
+    gradient_ungated: ["check_gates", "check_backward_sizes"],
+    gradients_swapped: ["check_backward_sizes"],
+    coarse_gradient_of_r: ["check_backward_sizes"],
+    a_thousand_rows_at_most: ["check_backward_sizes"],
+    gradient_of_r_only_beside_others: ["check_each_gradient_alone"],
+    gradient_of_r_unwritten_without_rows: ["check_empty"],
+    gradient_depends_on_alignment: ["check_repeats"],
+}
+
+
+def group_weighted(branches, weights, groups, accumulate, sums):
+    weighted = [
+        b if w is None else (b.double() * per_token(w)).to(b.dtype)
+        for b, w in zip(branches, weights, strict=True)
+    ]
+    CORRECT.collapse(weighted, [None] * len(weights), groups, accumulate, sums)
+
+
+def unweighted(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, [None] * len(weights), groups, accumulate, sums)
+
+
+def weight_of_another_sample(branches, weights, groups, accumulate, sums):
+    weights = [w if w is None or w.dim() == 1 else w.roll(1, dims=0) for w in weights]
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+
+
+def sixteen_collapsed_at_most(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches[:16], weights[:16], groups[:16], accumulate, sums)
+
+
+def third_group_lost(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, [g % 3 for g in groups], accumulate, sums)
+
+
+def empty_groups_unwritten(branches, weights, groups, accumulate, sums):
+    before = sums.clone()
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+    for group in set(range(1, sums.shape[0])) - set(groups):
+        sums[group] = before[group]
+
+
+def contiguous_branches_collapsed(branches, weights, groups, accumulate, sums):
+    dense = [b.as_strided(b.shape, (b.shape[1] * b.shape[2], b.shape[2], 1)) for b in branches]
+    CORRECT.collapse(dense, weights, groups, accumulate, sums)
+
+
+def sums_begun_anew(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, groups, False, sums)
+
+
+def branch_overwritten(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+    branches[-1].neg_()
+
+
+def sums_depend_on_threads(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+    sums.mul_(1 + torch.finfo(sums.dtype).eps * torch.get_num_threads())
+
+
+def groups_by_multiplication(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+    for branch in branches:
+        sums += 0.0 * branch
+
+
+def coarse_collapse(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+    sums.copy_(sums.to(torch.float32 if sums.dtype is torch.float64 else torch.bfloat16))
+
+
+def element_of_nothing_written(branches, weights, groups, accumulate, sums):
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+    if sums.numel() == 0:
+        sums.as_strided((1,), (1,), sums.storage_offset()).zero_()
+
+
+COLLAPSE_FAULTS = {
+    group_weighted: ["check_sizes"],
+    unweighted: ["check_sizes", "check_weights"],
+    weight_of_another_sample: ["check_weights"],
+    sixteen_collapsed_at_most: ["check_many_branches"],
+    third_group_lost: ["check_groups"],
+    empty_groups_unwritten: ["check_groups"],
+    contiguous_branches_collapsed: ["check_strides"],
+    sums_begun_anew: ["check_accumulate"],
+    branch_overwritten: ["check_inputs_and_guards"],
+    sums_depend_on_threads: ["check_repeats"],
+    groups_by_multiplication: ["check_special_values"],
+    coarse_collapse: ["check_sizes"],
+    element_of_nothing_written: ["check_empty"],
+}
+
+
 def refuses(check, runner: Runner) -> bool:
     try:
         check(runner)
@@ -1008,6 +1210,8 @@ def test_sparse_attention_fault_is_caught(fault, check):
 
 
 MODULES = [
+    "blend",
+    "collapse",
     "gated_residual",
     "norm_modulate",
     "patchify",
@@ -1018,9 +1222,25 @@ MODULES = [
 ]
 
 
+@pytest.mark.parametrize(("fault", "check"), pairs(BLEND_FAULTS | BLEND_BACKWARD_FAULTS))
+def test_blend_fault_is_caught(fault, check):
+    backend = Faulty()
+    setattr(backend, "blend" if fault in BLEND_FAULTS else "blend_backward", fault)
+    assert refuses(test_blend.CHECKS[check], Runner(backend, fault.__name__))
+
+
+@pytest.mark.parametrize(("fault", "check"), pairs(COLLAPSE_FAULTS))
+def test_collapse_fault_is_caught(fault, check):
+    backend = Faulty()
+    backend.collapse = fault
+    assert refuses(test_collapse.CHECKS[check], Runner(backend, fault.__name__))
+
+
 @pytest.mark.parametrize(
     ("module", "faults"),
     [
+        (test_blend, BLEND_FAULTS | BLEND_BACKWARD_FAULTS),
+        (test_collapse, COLLAPSE_FAULTS),
         (test_gated_residual, RESIDUAL_FAULTS),
         (test_norm_modulate, NORM_FAULTS),
         (test_patchify, PATCHIFY_FAULTS),
@@ -1038,6 +1258,8 @@ def test_every_check_catches_something(module, faults):
 @pytest.mark.parametrize(
     ("module", "carrier"),
     [
+        (test_blend, Faulty()),
+        (test_collapse, Faulty()),
         (test_gated_residual, Faulty()),
         (test_norm_modulate, NormFault()),
         (test_patchify, PatchifyFault()),

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import kernel_checks
+import test_blend
+import test_collapse
 import test_gated_residual
 import test_norm_modulate
 import test_patchify
@@ -27,6 +29,8 @@ from test_resolution_transition import coarse
 SHARED = {
     f"{op}-{name}": check
     for op, checks in (
+        ("blend", test_blend.CHECKS),
+        ("collapse", test_collapse.CHECKS),
         ("gated_residual", test_gated_residual.CHECKS),
         ("norm_modulate", test_norm_modulate.CHECKS),
         ("patchify", test_patchify.CHECKS),
@@ -50,6 +54,15 @@ class Mirrored(Backend):
 
     def supports(self, op, device, dtype):
         return self.backend.supports(op, self.device, dtype)
+
+    def blend(self, *arguments):
+        self._run("blend", arguments)
+
+    def blend_backward(self, *arguments):
+        self._run("blend_backward", arguments)
+
+    def collapse(self, *arguments):
+        self._run("collapse", arguments)
 
     def gated_residual(self, *arguments):
         self._run("gated_residual", arguments)
@@ -142,6 +155,8 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
     )
     field = state.view(2, 20, 20, 1, 1, 64)
     tokens, finer = (state.new_empty(2, count, 1, 1, 64) for count in (100, 220))
+    sums = torch.zeros(2, *x.shape, device=device)
+    r = torch.rand((), device=device)
 
     def call() -> None:
         backend.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
@@ -156,8 +171,10 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
         numbers = (0.2, 0.9, -0.1, 1.0, None)
         backend.resolution_transition(tokens.flatten(2), squares, split, eps, *numbers, *moved)
         backend.unpatchify(finer, places, field)
+        backend.collapse([x, store], [gate, None], [1, 0], False, sums)
+        backend.blend(h, branch, r, out, gate, None, out)
 
-    return (x, store, cache, h, branch, out, state), call
+    return (x, store, cache, h, branch, out, state, sums, r), call
 
 
 def results(tensors, call, start) -> list[Tensor]:
@@ -247,6 +264,26 @@ def test_a_captured_selection_replays_with_new_inputs(backend, device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_all_equal(*found)
+
+
+@pytest.mark.gpu
+def test_captured_gradients_replay_with_new_inputs(backend, device):
+    """Their partial sums come from the graph's pool."""
+    tensors = [torch.randn(2, 700, 1152, device=device).to(torch.bfloat16) for _ in range(5)]
+    grad, fresh, cached, of_fresh, of_cached = tensors
+    r, of_r = torch.rand((), device=device), torch.zeros((), device=device)
+
+    def call() -> None:
+        backend.blend_backward(grad, fresh, cached, r, None, of_fresh, of_cached, of_r)
+
+    call()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    tensors += [r, of_r]
+    for _ in range(3):
+        start = [torch.randn_like(t) for t in tensors]
+        assert_all_equal(results(tensors, graph.replay, start), results(tensors, call, start))
 
 
 @pytest.mark.gpu

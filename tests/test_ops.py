@@ -443,6 +443,103 @@ def test_qkv_prologue_refuses_shared_memory():
             ops.qkv_prologue(**prologue(**changes))
 
 
+def blending(**changes):
+    """Arguments of blend by name, with changes."""
+    fresh, cached, x = some(3, B, K, D)
+    arguments = {"fresh": fresh, "cached": cached, "r": torch.tensor(0.4)}
+    return arguments | {"x": x, "gate": some(B, D)} | changes
+
+
+WRONG_BLEND = {
+    "fresh of rank 2": ({"fresh": some(B, D)}, "fresh", "rank 3"),
+    "cached size": ({"cached": some(B, N, D)}, "cached", f"[{B}, {K}, {D}]"),
+    "cached dtype": ({"cached": X.half()}, "cached", "torch.float32"),
+    "r a number": ({"r": 0.4}, "r", "no dimensions"),
+    "r of one element": ({"r": torch.tensor([0.4])}, "r", "no dimensions"),
+    "r of 16 bits": ({"r": torch.tensor(0.4).half()}, "r", "torch.float32"),
+    "r in fp64": ({"r": torch.tensor(0.4).double()}, "r", "torch.float32"),
+    "r device": ({"r": torch.tensor(0.4, device="meta")}, "r", "cpu"),
+    "x size": ({"x": STORE}, "x", f"[{B}, {K}, {D}]"),
+    "gate without x": ({"x": None}, "gate", "None"),
+    "gate width": ({"gate": some(B, D + 1)}, "gate", str(D)),
+    "blended without x": ({"x": None, "gate": None, "blended": some(B, K, D)}, "blended", "None"),
+    "blended dtype": ({"blended": X.half()}, "blended", "torch.float32"),
+    "blended expanded": (
+        {"blended": some(1, K, D).expand(B, K, D)},
+        "blended",
+        "without expanded",
+    ),
+    "out size": ({"out": some(B, K, D + 1)}, "out", f"[{B}, {K}, {D}]"),
+    "out stride": ({"out": TRANSPOSED}, "out", "last stride"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_BLEND)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_blend_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_BLEND[case]
+    with pytest.raises(ArgumentError) as error:
+        ops.blend(**blending(**changes), backend=backend)
+    assert str(error.value).startswith(f"{name}: got")
+    assert accepted in str(error.value)
+
+
+def test_blend_refuses_shared_memory():
+    given = blending()
+    for changes in (
+        {"out": given["fresh"]},
+        {"out": given["cached"]},
+        {"blended": given["x"]},
+        {"blended": given["cached"]},
+        {"blended": X, "out": X},
+    ):
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.blend(**given | changes)
+
+
+def collapsing(**changes):
+    """Arguments of collapse by name, with changes."""
+    branches = list(some(2, B, K, D))
+    return {"branches": branches, "weights": [some(D), None], "groups": [1, 0]} | changes
+
+
+WRONG_COLLAPSE = {
+    "no branch": ({"branches": []}, "branches", "from 1 up"),
+    "fewer weights": ({"weights": [None]}, "branches, weights", "equal counts"),
+    "more groups": ({"groups": [0, 1, 0]}, "branches, weights, groups", "equal counts"),
+    "a branch of rank 2": ({"branches": [some(B, D)] * 2}, "branches[0]", "rank 3"),
+    "a branch of another size": ({"branches": [X, STORE]}, "branches[1]", f"[{B}, {K}, {D}]"),
+    "a branch of another dtype": ({"branches": [X, X.half()]}, "branches[1]", "torch.float32"),
+    "weight width": ({"weights": [None, some(B, D + 1)]}, "weights[1]", str(D)),
+    "a group too many": ({"groups": [0, 4]}, "groups[1]", "0 to 3"),
+    "a group below none": ({"groups": [-1, 0]}, "groups[0]", "0 to 3"),
+    "a group of another type": ({"groups": [1.0, 0]}, "groups[0]", "an int"),
+    "dtype": ({"dtype": torch.float16}, "dtype", "torch.float32"),
+    "out rank": ({"out": X}, "out", f"[2 to 4, {B}, {K}, {D}]"),
+    "out of fewer sums": ({"out": some(1, B, K, D)}, "out", f"[2 to 4, {B}, {K}, {D}]"),
+    "out of more sums": ({"out": some(5, B, K, D)}, "out", f"[2 to 4, {B}, {K}, {D}]"),
+    "out dtype": ({"out": some(2, B, K, D).half()}, "out", "torch.float32"),
+    "out expanded": ({"out": X.expand(2, B, K, D)}, "out", "without expanded"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COLLAPSE)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_collapse_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_COLLAPSE[case]
+    with pytest.raises(ArgumentError) as error:
+        ops.collapse(**collapsing(**changes), backend=backend)
+    assert str(error.value).startswith(name)
+    assert accepted in str(error.value)
+
+
+def test_collapse_refuses_shared_memory():
+    sums = some(2, B, K, D)
+    for changes in ({"branches": [X, sums[1]]}, {"weights": [None, sums[0, :, 0]]}):
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.collapse(**collapsing(**changes), out=sums)
+
+
 def test_caches_may_lie_side_by_side():
     """In each sample and in each token of one buffer."""
     expected = prologue()
@@ -675,6 +772,21 @@ def _tuple(value):
 
 
 @pytest.mark.slow
+def test_blends_and_collapses_compile_as_one_graph():
+    def step(fresh, cached, r, x, gate, blended):
+        h = ops.blend(fresh * 2, cached, r, x=x, gate=gate, blended=blended)
+        sums = ops.collapse([h, cached, h], [gate, None, gate], [1, 0, 0])
+        return ops.blend(h, cached, r, x=x, out=x) + sums[1], blended + sums[0]
+
+    arguments = (*blending().values(), some(B, K, D))
+    plain, traced = ([t.clone() for t in arguments] for _ in range(2))
+    expected = step(*plain)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(*traced)
+    for a, b in zip([*plain, *expected], [*traced, *found], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
 def test_selection_compiles_as_one_graph():
     def step(velocity, drops, age):
         options = {"age": age, "high": 2, "max_age": 3}
@@ -750,6 +862,11 @@ def opcheck_samples():
     heads = [some(B, n, 2, DIM, key=n) for n in (K, N, N, K)]
     yield "sparse_attention", (*heads[:3], 0.3, heads[3], "reference")
 
+    blend = (fresh, out, torch.tensor(0.4))
+    yield "blend", (*blend, x, gate, cache[:, :K].clone(), out.clone(), None)
+    yield "blend_backward", (x, *blend, gate, out.clone(), out.clone(), torch.tensor(0.0), None)
+    yield "collapse", ([x, fresh], [gate, None], [0, 2], True, some(3, B, K, D), "reference")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "arguments"), opcheck_samples())
@@ -763,6 +880,8 @@ def test_meta_tensors_give_shapes():
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert ops.gated_residual(x, [store], [None], rows=rows).shape == (B, K, D)
         assert ops.norm_modulate(store, rows=rows).shape == (B, K, D)
+        assert ops.blend(x, x, torch.empty((), device="meta"), x=x).shape == (B, K, D)
+        assert ops.collapse([x] * 2, [None] * 2, [0, 2]).shape == (3, B, K, D)
         field, drops = (t.to("meta") for t in (FIELD, table(B, 8)))
         rows, inverse = ops.token_select(field, drops, 3)
         assert (rows.shape, inverse.shape) == ((B, 3), (B, 8))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -23,6 +24,8 @@ if not INTERPRETED:
         allow_module_level=True,
     )
 
+import test_blend
+import test_collapse
 import test_gated_residual
 import test_norm_modulate
 import test_patchify
@@ -34,6 +37,8 @@ import test_triton_kernels
 import triton_kernels
 from triton_faults import (
     ATTENTION,
+    BLEND,
+    COLLAPSE,
     FAULTS,
     FP16,
     GATED,
@@ -46,6 +51,8 @@ from triton_faults import (
 )
 
 SHARED = {
+    BLEND: test_blend,
+    COLLAPSE: test_collapse,
     GATED: test_gated_residual,
     NORM: test_norm_modulate,
     PROLOGUE: test_qkv_prologue,
@@ -61,45 +68,51 @@ class Planted(Triton):
 
     name = "planted"
 
-    def __init__(self, fault: Fault, function: Callable[..., None]):
-        self.fault, self.function = fault, function
+    def __init__(self, fault: Fault, module: ModuleType):
+        self.fault, self.module = fault, module
 
     def supports(self, op, device, dtype):
         return None if dtype == self.fault.dtype else "another dtype finds this fault"
 
-    def gated_residual(self, *arguments):
-        call = self.function if self.fault.op == GATED else super().gated_residual
+    def _run(self, file: str, op: str, arguments: tuple) -> None:
+        call = getattr(self.module if self.fault.op == file else super(), op)
         call(*arguments)
+
+    def blend(self, *arguments):
+        self._run(BLEND, "blend", arguments)
+
+    def blend_backward(self, *arguments):
+        self._run(BLEND, "blend_backward", arguments)
+
+    def collapse(self, *arguments):
+        self._run(COLLAPSE, "collapse", arguments)
+
+    def gated_residual(self, *arguments):
+        self._run(GATED, "gated_residual", arguments)
 
     def norm_modulate(self, *arguments):
-        call = self.function if self.fault.op == NORM else super().norm_modulate
-        call(*arguments)
+        self._run(NORM, "norm_modulate", arguments)
 
     def qkv_prologue(self, *arguments):
-        call = self.function if self.fault.op == PROLOGUE else super().qkv_prologue
-        call(*arguments)
+        self._run(PROLOGUE, "qkv_prologue", arguments)
 
     def sparse_attention(self, *arguments):
-        call = self.function if self.fault.op == ATTENTION else super().sparse_attention
-        call(*arguments)
+        self._run(ATTENTION, "sparse_attention", arguments)
 
     def token_select(self, *arguments):
-        call = self.function if self.fault.op == SELECT else super().token_select
-        call(*arguments)
+        self._run(SELECT, "token_select", arguments)
 
     def patchify(self, *arguments):
-        call = self.function if self.fault.op == PATCHIFY else super().patchify
-        call(*arguments)
+        self._run(PATCHIFY, "patchify", arguments)
 
     def unpatchify(self, tokens, table, field):
         if self.fault.op == PATCHIFY:
-            self.function(field, table, tokens, draw=True)
+            self.module.patchify(field, table, tokens, draw=True)
         else:
             super().unpatchify(tokens, table, field)
 
     def resolution_transition(self, *arguments):
-        call = self.function if self.fault.op == TRANSITION else super().resolution_transition
-        call(*arguments)
+        self._run(TRANSITION, "resolution_transition", arguments)
 
 
 def planted(fault: Fault, folder: Path) -> Planted:
@@ -113,7 +126,7 @@ def planted(fault: Fault, folder: Path) -> Planted:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return Planted(fault, getattr(module, fault.op))
+    return Planted(fault, module)
 
 
 def check_of(fault: Fault) -> Callable[[Runner], None]:
@@ -131,7 +144,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", [GATED, NORM, PATCHIFY, PROLOGUE, SELECT, TRANSITION, ATTENTION])
+@pytest.mark.parametrize("op", list(SHARED))
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

@@ -16,6 +16,8 @@ import pytest
 
 HERE = Path(__file__).parent
 FILES = (
+    "test_blend.py",
+    "test_collapse.py",
     "test_gated_residual.py",
     "test_norm_modulate.py",
     "test_patchify.py",

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kernel_checks
+import test_blend
 from conftest import backend_labels
 from fastdit.ops import BACKENDS
 from inputs import Runner, generator, normal, poisoned
@@ -16,9 +17,13 @@ from interpreter import INTERPRETED, debug_build, narrow
 from tolerance import assert_close, assert_equal
 from truth import (
     eager_attention,
+    eager_blend,
+    eager_collapse,
     eager_gated_residual,
     eager_norm_modulate,
     exact_attention,
+    exact_blend,
+    exact_collapse,
     exact_gated_residual,
     exact_norm_modulate,
 )
@@ -32,6 +37,8 @@ if not INTERPRETED:
 import triton
 import triton.language as tl
 
+from triton_kernels.blend import blend, blend_backward
+from triton_kernels.collapse import collapse
 from triton_kernels.gated_residual import gated_residual
 from triton_kernels.launch import Launch
 from triton_kernels.norm_modulate import norm_modulate
@@ -65,7 +72,20 @@ def check_offsets_beyond_int32(run: Runner) -> None:
     assert_equal(f"norm_modulate on {run.label}, far rows of x", store[0, last], expected)
 
 
-CHECKS = kernel_checks.CHECKS | {"check_offsets_beyond_int32": check_offsets_beyond_int32}
+def check_more_tiles_than_partial_sums(run: Runner) -> None:
+    """A program then takes several tiles; at this width each is one row."""
+    for dtype in run.dtypes():
+        g = generator(12)
+        grad, fresh, cached = (normal((1, 1100, 1024), dtype, g) for _ in range(3))
+        r = torch.tensor(0.3)
+        found = run.blend_backward(grad, fresh, cached, r)
+        test_blend.compare_backward(run, "many tiles", found, grad, fresh, cached, r)
+
+
+CHECKS = kernel_checks.CHECKS | {
+    "check_more_tiles_than_partial_sums": check_more_tiles_than_partial_sums,
+    "check_offsets_beyond_int32": check_offsets_beyond_int32,
+}
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
@@ -89,6 +109,19 @@ def test_every_tile_obeys_the_rule(launch):
     gated_residual(x, [branch], [gate], -1, None, None, out, launch=launch)
     exact, eager = (f(x, [branch], [gate]) for f in (exact_gated_residual, eager_gated_residual))
     assert_close(f"gated_residual, {launch}", out, exact, eager)
+    r = torch.tensor(0.3)
+    blend(x, branch, r, x, gate, None, out, launch=launch)
+    exact, eager = (f(x, branch, r, x, gate)[0] for f in (exact_blend, eager_blend))
+    assert_close(f"blend, {launch}", out, exact, eager)
+    found = poisoned(x.shape, x.dtype), poisoned(x.shape, x.dtype), poisoned((), r.dtype)
+    blend_backward(x, x, branch, r, gate, *found, launch=launch)
+    test_blend.compare_backward(
+        Runner(BACKENDS["triton"], "triton"), f"{launch}", found, x, x, branch, r, gate
+    )
+    sums, given = poisoned((2, *x.shape), x.dtype), ([x, branch], [gate, None], [0, 1])
+    collapse(*given, False, sums, launch=launch)
+    exact, eager = exact_collapse(*given, count=2), eager_collapse(*given, count=2)
+    assert_close(f"collapse, {launch}", sums, exact, eager)
     for rms in (False, True):
         out = poisoned(x.shape, x.dtype)
         norm_modulate(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+BLEND, COLLAPSE = "blend", "collapse"
 GATED, NORM = "gated_residual", "norm_modulate"
 PROLOGUE, SELECT = "qkv_prologue", "token_select"
 PATCHIFY, TRANSITION = "patchify", "resolution_transition"
@@ -406,5 +407,61 @@ FAULTS = {
     ),
     "-inf minus -inf": one(
         ATTENTION, "tl.where(top == float(\"-inf\"), 0.0, top)", "top", "check_impossible_keys"
+    ),
+    # blend
+    "the weights of a blend are swapped": one(
+        BLEND, "tl.fma(weight, new, (1.0 - weight) * old)",
+        "tl.fma(1.0 - weight, new, weight * old)", "check_sizes",
+    ),
+    "an operand of weight 0 is multiplied": one(
+        BLEND, "tl.where(weight == 1.0, new, tl.where(weight == 0.0, old, mixed))", "mixed",
+        "check_one_operand_alone",
+    ),
+    "the blend's gate is that of the first sample": one(
+        BLEND, "by = tl.load(pointers(gate, b, k, col)",
+        "by = tl.load(pointers(gate, b * 0, k, col)", "check_gates",
+    ),
+    "the last piece of a blend is left out": one(
+        BLEND, "triton.cdiv(width, launch.cols))", "max(1, width // launch.cols))", "check_sizes"
+    ),
+    "the gradients know no gate": one(
+        BLEND, "        if gate is not None:\n                g *=",
+        "        if gate is not None:\n                g *= 1.0 + 0.0 *", "check_gates",
+    ),
+    "the last pieces of a row have no gradient": one(
+        BLEND, "range(0, WIDTH, COLS)", "range(0, COLS, COLS)", "check_backward_sizes"
+    ),
+    "tiles past the first of a program have no gradient": one(
+        BLEND, "range(steps)", "range(1)", "check_more_tiles_than_partial_sums"
+    ),
+    "the gradient of cached has the weight of fresh": one(
+        BLEND, "other = (1.0 - weight) * g", "other = weight * g", "check_backward_sizes"
+    ),
+    "the sum of nothing is not written": one(BLEND, "grad_r.zero_()", "pass", "check_empty"),
+    # collapse
+    "the weight is that of the first sample": one(
+        COLLAPSE, "pointers(weights[i], b, k, col)", "pointers(weights[i], b * 0, k, col)",
+        "check_weights",
+    ),
+    "the weight is that of the first token": one(
+        COLLAPSE, "pointers(weights[i], b, k, col)", "pointers(weights[i], b, k * 0, col)",
+        "check_weights",
+    ),
+    "the third group is the second": one(
+        COLLAPSE, "(third >> i)", "(second >> i)", "check_groups"
+    ),
+    "groups past the last sum count in none": one(
+        COLLAPSE, "for group in (1, 2, 3)", "for group in (1, 2, 0)", "check_groups"
+    ),
+    "a second pass begins anew": one(
+        COLLAPSE, "if ACCUMULATE and len(sums) > S:", "if False:", "check_accumulate"
+    ),
+    "the last piece of the sums is left out": one(
+        COLLAPSE, "triton.cdiv(width, launch.cols))", "max(1, width // launch.cols))",
+        "check_sizes",
+    ),
+    "sums are kept in bf16": one(
+        COLLAPSE, "branch, sum0)", "branch, sum0).to(tl.bfloat16).to(tl.float32)",
+        "check_one_rounding_of_sums_by_group",
     ),
 }  # fmt: skip

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("80", "89", "90a", "100a", "120")
 KERNELS = (
+    "blend",
+    "collapse",
     "gated_residual",
     "norm_modulate",
     "patchify",
@@ -54,6 +56,7 @@ def compile_for(architecture: str, op: str, folder: Path) -> dict[str, Usage]:
 
 def readable(mangled: str) -> str:
     """gated_residual_kernel<fd::bf16, 4, true> as `gated_residual bf16 x4 aligned`,
+    collapse_kernel<fd::bf16, float, true> as `collapse bf16 fp32 aligned`,
     patchify_kernel<fd::bf16> as `patchify bf16`, token_keys_kernel<fd::bf16> as
     `token_select keys bf16`."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
@@ -62,6 +65,12 @@ def readable(mangled: str) -> str:
         return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}"
     if found := re.search(r"(patchify|resolution_transition)_kernel<(?:fd::)?(\w+)>", name):
         return f"{found[1]} {_short(found[2])}"
+    if found := re.search(r"(\w+)_kernel<((?:(?:fd::)?\w+, )+)(true|false)>", name):
+        op, dtypes, aligned = found.groups()
+        types = " ".join(_short(t.removeprefix("fd::")) for t in dtypes.split(", ")[:-1])
+        return f"{op} {types} {'aligned' if aligned == 'true' else 'any'}"
+    if re.search(r"\bsum_kernel\(", name):
+        return "blend_backward sum"
     if found := re.search(r"token_(\w+)_kernel(?:<(?:fd::)?(\w+)>)?\(", name):
         part = {"select": "rows"}.get(found[1], found[1])
         return f"token_select {part} {_short(found[2] or '')}".rstrip()
