@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -13,6 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+import fastdit
+import tiny_models
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -98,6 +102,39 @@ def test_the_benchmark_of_ras_runs(tmp_path):
     assert [row["active"] for row in result["rows"]] == [128, 64, 64]
     assert result["rows"][0]["flop_speedup"] == pytest.approx(1.63, abs=0.01)
     assert 0 < result["rows"][0]["outside_share"] < 1
+
+
+@pytest.fixture
+def ralu(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("bench_ralu")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_benchmark_of_ralu_runs(name, ralu, monkeypatch):
+    monkeypatch.setattr(ralu, "build", lambda name, depth: tiny_models.pipeline(name))
+    family = dataclasses.replace(ralu.FAMILIES[name], text=5, whole=True)
+    method = fastdit.RALU.preset(family.preset)
+    stages = method.steps
+    with torch.no_grad():
+        row = ralu.measure(name, family, 16, 2)
+    coarse, mixed, full = (row["tokens_per_step"][place] for place in (0, stages[0], -1))
+    assert (coarse, full) == (16, 64)
+    assert mixed == 16 + 3 * int(16 * method.split)
+    assert len(row["stage_step_s"]) == 3
+    # A run is its steps and what is outside of them; between stages is a part of that.
+    within = sum(n * s for n, s in zip(stages, row["stage_step_s"], strict=True))
+    assert row["run_s"] > 0.5 * within
+    assert 0 < row["between_s"] < row["run_s"]
+    assert 0 < row["outside_share"] < 1
+
+
+def test_the_published_noise_has_the_published_covariance(ralu):
+    torch.manual_seed(0)
+    draws = torch.stack([ralu.published_channel(2, 2, 0.2) for _ in range(20_000)])
+    expected = torch.block_diag(torch.eye(2), *[torch.eye(4) - 0.2] * 2)
+    # The standard error of an entry is 1 / sqrt(20000), of the diagonal sqrt(2) times that.
+    torch.testing.assert_close(torch.cov(draws.T), expected, rtol=0, atol=0.05)
 
 
 @pytest.fixture

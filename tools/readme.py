@@ -28,6 +28,8 @@ def models() -> list[str]:
     lines = _step(_result("step-cpu.json"))
     lines += _ecad(_result("ecad-cpu.json"))
     lines += _ras(_result("ras-cpu.json"))
+    for path in RESULTS.glob("ralu-cpu.json"):
+        lines += _ralu(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("quality-*.json")):
         lines += _quality(json.loads(path.read_text()))
     lines += _routers(_result("router-study.json"))
@@ -178,6 +180,53 @@ def _ras(result: dict[str, Any]) -> list[str]:
             f"{fit['a_s'] / result['dense_s']:.1%} of a dense one, of which {fit['fixed_share']:.1%} is the "
             f"arithmetic of text and embeddings and {fit['outside_share']:.1%} is time outside torch's matrix products "
             "and attention; the rest is products of few rows, which run below the speed of those with many."
+        ),
+    ]
+
+
+def _ralu(result: dict[str, Any]) -> list[str]:
+    """The tables of `bench_ralu.py`."""
+    side = result["side"]
+    lines = [
+        "",
+        (
+            f"Runs of RALU: widths of SD3-medium and FLUX at reduced depth, {side} x {side} pixels, one image, no "
+            f"guidance, fp32, random weights, regions by the latents' gradient; {_machine(result['machine'])}; medians "
+            f"of {result['pairs']} interleaved rounds, their range in brackets. A run is the sum of its stages' steps "
+            "and of all time outside the transformer's forward. (`benchmarks/bench_ralu.py`)"
+        ),
+        "",
+        (
+            "| preset | depth | tokens of the stages | dense step | steps of the stages | over as many dense steps | "
+            "arithmetic saved | realised | over the usual dense steps |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        tokens = ", ".join(map(str, dict.fromkeys(row["tokens_per_step"])))
+        seconds = ", ".join(f"{s:.2f}" for s in row["stage_step_s"])
+        lines.append(
+            f"| {row['preset']} | {row['depth']} of {row['full_depth']} | {tokens} | {row['dense_step_s']:.2f} s | "
+            f"{seconds} s | {row['speedup']:.2f}x {_range(row['speedup_range'])} | {row['flop_speedup']:.2f}x | "
+            f"{row['realised']:.0%} | {row['over_dense_steps']:.2f}x of {row['dense_steps']} |"
+        )
+    lines += [
+        "",
+        "| preset | outside the forwards | both transitions | the published way | decoding that edges need | a run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        whole = f", measured whole {row['whole_run_s']:.1f} s" if "whole_run_s" in row else ""
+        lines.append(
+            f"| {row['preset']} | {row['outside_share']:.2%} | {1e3 * row['between_s']:.0f} ms | "
+            f"{row['published_between_s']:.1f} s | {row['decode_s']:.1f} s | {row['run_s']:.1f} s{whole} |"
+        )
+    return [
+        *lines,
+        "",
+        (
+            "At full depth the steps take longer, all else does not. The published way draws its noise by 64 Cholesky "
+            "factors of a dense covariance at each transition, of which one was timed."
         ),
     ]
 
