@@ -23,6 +23,7 @@ from fastdit.methods.cached import Cached
 from fastdit.methods.dense import Dense
 from fastdit.methods.ecad import ECAD
 from fastdit.methods.harmonica import HarmoniCa
+from fastdit.methods.per_stage import PerStage
 from fastdit.methods.ralu import RALU
 from fastdit.methods.ras import RAS, Linear
 from fastdit.patch import Handle, explain, patch, report, unpatch
@@ -47,6 +48,7 @@ __all__ = [
     "Handle",
     "HarmoniCa",
     "Linear",
+    "PerStage",
     "Report",
     "Router",
     "Schedule",

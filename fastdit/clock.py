@@ -56,6 +56,11 @@ class Levels:
         """The same with levels of the run itself."""
         return Levels(self._scheduler, self._arguments, own)
 
+    def with_sigmas(self, sigmas: Sequence[float]) -> Levels:
+        """The same with those of a flow-matching run, given as sigmas."""
+        unit = self._scheduler.config.num_train_timesteps
+        return self.with_own([sigma * unit for sigma in sigmas])
+
     def of(self, steps: int) -> list[float]:
         """The level of each step of a run of `steps` steps with otherwise the same arguments; waits for the device.
 

@@ -127,6 +127,9 @@ def explain_session(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
     levels = None if pipeline is None else predicted_levels(pipeline.scheduler, steps, image)
+    for method in session.methods:
+        if "resolution" in method.writes:
+            levels = levels.with_sigmas(method.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
     plan = plan_run(session.methods, spec, steps, partial, levels)
     count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)

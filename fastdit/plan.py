@@ -36,7 +36,9 @@ class PlanningMethod(Protocol):
     name: str
     writes: frozenset[str]
 
-    def schedule(self, spec: ModelSpec, steps: int, levels: Any) -> Schedule | None: ...
+    def staged_schedule(
+        self, spec: ModelSpec, stages: Sequence[int], levels: Any
+    ) -> Schedule | None: ...
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ def plan_run(
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
     """
+    stages = [s for m in methods if "resolution" in m.writes for s in m.stages()]
+    fresh = [stage.first for stage in stages]
+    lengths = [stage.steps for stage in stages] or [steps]
     reuse = None
-    fresh: list[int] = []
     for method in methods:
-        if "resolution" in method.writes:
-            fresh += [stage.first for stage in method.stages()]
         if "reuse" in method.writes:
-            reuse = method.schedule(spec, steps, levels)
+            reuse = method.staged_schedule(spec, lengths, levels)
     actions = lower(reuse, spec, partial, fresh) if reuse is not None else ()
     return RunPlan(steps, reuse, actions)
 

@@ -210,11 +210,8 @@ class Session:
             if method is not resolution:
                 method.check_steps(self._steps_of(method, planned))
         if resolution is not None:
-            sigmas = [sigma for stage in resolution.stages() for sigma in stage.sigmas[:-1]]
-            clock.replace_sigmas(scheduler, sigmas)
-            levels = levels.with_own(
-                [sigma * scheduler.config.num_train_timesteps for sigma in sigmas]
-            )
+            clock.replace_sigmas(scheduler, resolution.run_sigmas)
+            levels = levels.with_sigmas(resolution.run_sigmas)
         plan = self._plan(planned, levels=levels)
         self.run = Run(steps, plan, scheduler, levels, timesteps_given=timesteps_given)
         if resolution is not None:

@@ -1,5 +1,8 @@
 """RALU restated on stock models, without fastdit: one image after the other, its tokens in lists, noise by matrices.
 
+What else leaves work out, a schedule of reused outputs or sparse steps at full size, is restated by `oracle.py` and
+`ras_oracle.py`, begun anew in each stage.
+
 Only what says where the detail is comes from the library (`fastdit/edges.py`, which has its own tests), and the numbers
 of the stages, which are compared with the published ones elsewhere.
 """
@@ -9,24 +12,48 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit import RALU, edges
+from oracle import Bits, Oracle
+from ras_oracle import RowOracle
 
 P = 2  # latent pixels along a side of a token
 
 
-def run(pipe: Any, method: RALU, latents: Tensor, given: dict[str, Any]) -> Tensor:
-    """The latents [B, C, H, W] at the end, from initial ones, for the arguments of `tiny_models.arguments`."""
-    images = [_image(pipe, method, latents, given, b) for b in range(latents.shape[0])]
+def run(
+    pipe: Any,
+    method: RALU,
+    latents: Tensor,
+    given: dict[str, Any],
+    bits: Bits | None = None,
+    choose: Callable[..., Any] | None = None,
+) -> Tensor:
+    """The latents [B, C, H, W] at the end, from initial ones, for the arguments of `tiny_models.arguments`.
+
+    Args:
+        bits: Schedule of reused outputs over the whole run, block list -> bool [step, block, component].
+        choose: ``choose(b, step, velocity, sigmas)`` says which tokens of image b the step after `step` computes, both
+            counted from the first at full size, or None for all.
+    """
+    images = [_image(pipe, method, latents, given, b, bits, choose) for b in range(len(latents))]
     return torch.stack(images)
 
 
-def _image(pipe: Any, method: RALU, latents: Tensor, given: dict[str, Any], b: int) -> Tensor:
+def _image(
+    pipe: Any,
+    method: RALU,
+    latents: Tensor,
+    given: dict[str, Any],
+    b: int,
+    bits: Bits | None,
+    choose: Callable[..., Any] | None,
+) -> Tensor:
     model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
     noise = latents[b]
     content = pack(noise) if _is_flux(pipe) else noise
@@ -77,12 +104,14 @@ def _image(pipe: Any, method: RALU, latents: Tensor, given: dict[str, Any], b: i
             if stage.layout == "full":
                 tokens.sort(key=lambda token: (token[1], token[2]))
         sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
-        for now, then in itertools.pairwise(sigmas):
-            velocity = model(tokens, stage.layout, now, (gh, gw))
-            tokens = [
-                (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
-                for (size, y, x, t), v in zip(tokens, velocity, strict=True)
-            ]
+        sparse = choose if stage.layout == "full" else None
+        with _leaving_out(pipe, stage, sigmas, bits, sparse, b) as whole:
+            for now, then in itertools.pairwise(sigmas):
+                velocity = whole(model(tokens, stage.layout, now, (gh, gw)))
+                tokens = [
+                    (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
+                    for (size, y, x, t), v in zip(tokens, velocity, strict=True)
+                ]
         end = stage.sigmas[-1]
         if stage.layout == "coarse":
             clean = paste(
@@ -96,6 +125,42 @@ def _image(pipe: Any, method: RALU, latents: Tensor, given: dict[str, Any], b: i
         small = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
         return small.repeat_interleave(2, 1).repeat_interleave(2, 2)
     return paste(tokens, (gh, gw))
+
+
+@contextlib.contextmanager
+def _leaving_out(
+    pipe: Any, stage: Any, sigmas: Tensor, bits: Bits | None, choose: Any, b: int
+) -> Iterator[Callable[[list[Tensor]], list[Tensor]]]:
+    """Run a stage's part of the schedule and its sparse steps; yields what completes the velocities of a step."""
+    if bits is not None:
+        last = stage.first + stage.steps
+        bits = {kind: some[stage.first : last] for kind, some in bits.items()}
+    if choose is None:
+        cache = Oracle(pipe.transformer, bits, 2).installed() if bits else contextlib.nullcontext()
+        with cache:
+            yield lambda velocity: velocity
+        return
+    led = SimpleNamespace(transformer=pipe.transformer, scheduler=Unchanged(sigmas))
+    rows = RowOracle(led, lambda *seen: choose(b, *seen), bits, 2)
+    flux = _is_flux(pipe)
+
+    def whole(velocity: list[Tensor]) -> list[Tensor]:
+        joined = torch.stack(velocity).flatten(1) if flux else torch.cat(velocity, dim=-1)
+        joined = led.scheduler.step(joined[None])[0]
+        return [v.view(-1, P, P) for v in joined] if flux else list(joined.split(P, dim=-1))
+
+    with rows.installed():
+        yield whole
+
+
+class Unchanged:
+    """A scheduler that does nothing with a velocity."""
+
+    def __init__(self, sigmas: Tensor) -> None:
+        self.sigmas = sigmas
+
+    def step(self, velocity: Tensor) -> Tensor:
+        return velocity
 
 
 def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
@@ -229,20 +294,9 @@ def sincos(x: float, y: float, width: int) -> Tensor:
 
 @contextlib.contextmanager
 def _embedding(model: nn.Module, tokens: Tensor) -> Iterator[None]:
-    """Give the blocks these embedded tokens."""
-    before, model.pos_embed = model.pos_embed, Given(tokens)
+    """Give the blocks these embedded tokens; hooks see them."""
+    model.pos_embed.forward = lambda latents: tokens
     try:
         yield
     finally:
-        model.pos_embed = before
-
-
-class Given(nn.Module):
-    """Returns what it was made with."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        super().__init__()
-        self.tokens = tokens
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.tokens
+        del model.pos_embed.forward

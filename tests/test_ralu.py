@@ -11,15 +11,19 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 
 import fastdit
+import oracle
 import ralu_oracle
+import ras_oracle
 import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import (
+    ECAD,
     RALU,
     RAS,
     ArgumentError,
     Cached,
     CompositionError,
+    PerStage,
     Schedule,
     ScheduleError,
     UnsupportedModelError,
@@ -302,7 +306,7 @@ def test_seeds_follow_each_image():
 # --- whole runs
 
 
-def start(name: str, batch: int, dtype: torch.dtype = torch.float64, size=SIZE, seed: int = 3):
+def start_of(name: str, batch: int, dtype: torch.dtype = torch.float64, size=SIZE, seed: int = 3):
     """(initial latents [B, C, H, W], the same as the pipeline takes them)."""
     generator = torch.Generator().manual_seed(seed)
     shape = batch, LATENT, size["height"], size["width"]
@@ -331,7 +335,7 @@ CASES = [
 def test_a_run_is_that_of_the_restatement(name, batch, change):
     method = dataclasses.replace(SHORT, **change)
     pipe = tiny_models.pipeline(name, torch.float64)
-    noise, latents = start(name, batch)
+    noise, latents = start_of(name, batch)
     given = arguments(name, batch, method.run_steps, dtype=torch.float64, latents=latents, **SIZE)
     with torch.no_grad():
         expected = ralu_oracle.run(pipe, method, noise, given)
@@ -375,7 +379,7 @@ def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     pipe = tiny_models.pipeline(name, scheduler=scheduler)
     half = {side: length // 2 for side, length in SIZE.items()}
-    noise, latents = start(name, 2, torch.float32)
+    noise, latents = start_of(name, 2, torch.float32)
     small = noise[..., ::2, ::2].contiguous()
     small = ralu_oracle.pack(small) if name == "flux" else small
     sigmas = list(method.stages()[0].sigmas[:-1])
@@ -390,7 +394,7 @@ def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
 def test_a_batch_is_its_images(name, selector):
     method = dataclasses.replace(SHORT, selector=selector)
     pipe = tiny_models.pipeline(name, torch.float64)
-    _, latents = start(name, 3)
+    _, latents = start_of(name, 3)
     handle = fastdit.patch(pipe, method)
 
     def draw(images):
@@ -451,7 +455,7 @@ def test_other_dtypes(name, dtype):
     method = dataclasses.replace(SHORT, split=1.0)
     exact = tiny_models.pipeline(name, torch.float64)
     fastdit.patch(exact, method)
-    _, latents = start(name, 2, dtype)
+    _, latents = start_of(name, 2, dtype)
     truth = exact(
         **arguments(name, 2, 7, dtype=torch.float64, latents=latents.double(), cfg=False, **SIZE)
     ).images
@@ -633,6 +637,141 @@ def test_tokens_are_left_out_at_full_resolution_only(name):
     fastdit.patch(pipe, method, RAS(0.5, start=6))
     with pytest.raises(ScheduleError, match="start=6 leaves no sparse step in a run of 6 steps"):
         generate(pipe, name, steps=10, **SIZE)
+
+
+EVERY = Schedule.every
+THREE_STEPS = Cached(Schedule.from_bits(np.ones((3, 3, 1), dtype=bool), ("ff",)))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_each_stage_has_a_schedule_of_its_own(name):
+    """Together they are the run's; what a stage's schedule does not name computes."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+    bits, names = oracle.random_bits(pipe.transformer, 7, seed=5, compute=0.5)
+    bits = {kind: some.copy() for kind, some in bits.items()}
+    last = {kind: (some[4:, :, 1:], names[kind][1:]) for kind, some in bits.items()}
+    for some in bits.values():
+        some[:2] = True  # no schedule in the first stage
+        some[4:, :, :1] = True  # and none of this component in the last
+    mixed = Schedule.from_bits({kind: some[2:4] for kind, some in bits.items()}, names)
+    full = Schedule.from_bits(
+        {kind: some for kind, (some, _) in last.items()},
+        {kind: some for kind, (_, some) in last.items()},
+    )
+    noise, latents = start_of(name, 2)
+    given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
+    handle = fastdit.patch(pipe, SHORT, PerStage(None, Cached(mixed), ECAD(full)))
+    found = as_picture(name, pipe(**given).images)
+    said = handle.explain(**SIZE)
+    handle.unpatch()
+    with torch.no_grad():
+        expected = ralu_oracle.run(pipe, SHORT, noise, given, bits)
+    within_contract(found, expected)
+    whole = fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)), SHORT)
+    assert said.macs == whole.explain(**SIZE).macs < said.dense_macs
+    assert said.methods == ("RALU", "PerStage")
+
+
+def test_a_stage_takes_rows_by_its_own_noise_levels():
+    """With `resample`, as the whole run would: its levels are RALU's, in `explain` too."""
+    pipe = tiny_models.pipeline("sd3")
+    bits, names = oracle.random_bits(pipe.transformer, 20, seed=5)
+    found = []
+    ecad = ECAD(Schedule.from_bits(bits, names), resample="sigma")
+    for methods in ((ecad,), (PerStage(None, ecad, None),)):
+        handle = fastdit.patch(pipe, SHORT, *methods)
+        with pytest.warns(UserWarning, match="schedule of 20 steps"):
+            said = handle.explain(steps=7, **SIZE).resampled
+        with pytest.warns(UserWarning, match="schedule of 20 steps"):
+            generate(pipe, "sd3", steps=7, **SIZE)
+        assert handle._session.run.plan.reuse.rows == said
+        found.append(said)
+    assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
+    sigmas = FlowMatchEulerDiscreteScheduler()
+    sigmas.set_timesteps(20)
+    for row, sigma in zip(found[0], SHORT.run_sigmas, strict=True):
+        assert row == int((sigmas.sigmas[:-1] - sigma).abs().argmin())
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: PerStage(), ArgumentError, "for at least one stage, got none"),
+        (lambda: PerStage(None, None), ArgumentError, "for at least one stage, got none"),
+        (lambda: PerStage(EVERY(2)), ArgumentError, r"such as Cached\(schedule\), or None"),
+        (lambda: PerStage(RAS()), ArgumentError, "that reuses components"),
+        (lambda: PerStage(PerStage(Cached(EVERY(2)))), ArgumentError, "that reuses components"),
+        (
+            lambda: PerStage(Cached(EVERY(2), cache_dtype="float16"), Cached(EVERY(2))),
+            ArgumentError,
+            "cache_dtype must be the same in all stages, got None, float16",
+        ),
+        (
+            lambda: (SHORT, PerStage(None, Cached(EVERY(2)))),
+            ScheduleError,
+            "PerStage was given 2 stages, but the run has 3",
+        ),
+        (lambda: (PerStage(None, Cached(EVERY(2))),), ScheduleError, "but the run has 1"),
+        (
+            lambda: (SHORT, PerStage(None, THREE_STEPS, None)),
+            ScheduleError,
+            "stage 2 of 3, with 2 steps",
+        ),
+        (
+            lambda: (SHORT, PerStage(None, Cached(EVERY(2)), None), Cached(EVERY(2))),
+            CompositionError,
+            "PerStage and Cached both decide 'reuse'",
+        ),
+    ],
+)
+def test_schedules_that_fit_no_stage_are_named(make, error, message):
+    pipe = tiny_models.pipeline("sd3")
+
+    def start():
+        fastdit.patch(pipe, *make())
+        pipe.scheduler.set_timesteps(7)
+
+    with pytest.raises(error, match=message):
+        start()
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("left_out", ["outputs", "tokens", "both"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_compositions_are_those_of_the_restatement(name, batch, left_out):
+    """A random schedule over all stages; sparse steps at full size, chosen for one image by the published rule.
+
+    That rule knows one image; of several the restatement is told what was chosen.
+    """
+    method, start, steps = dataclasses.replace(SHORT, steps=(2, 2, 6)), 2, 10
+    pipe = tiny_models.pipeline(name, torch.float64)
+    bits, choose, methods, history = None, None, [], {}
+    if left_out != "tokens":
+        bits, names = oracle.random_bits(pipe.transformer, steps, seed=batch, compute=0.5)
+        methods.append(Cached(Schedule.from_bits(bits, names)))
+    if left_out != "outputs":
+        mode = "parity" if batch == 1 else "fixed"
+        methods.append(RAS(0.5, start=start, resets=(4,), align=1, high_ratio=0.3, mode=mode))
+        rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name == "flux")
+
+        def choose(b, step, velocity, sigmas):
+            if batch == 1:
+                return rule(step, velocity, sigmas)
+            rows = history.get(step + 1)
+            return None if rows is None else rows[b : b + 1].long()
+
+    noise, latents = start_of(name, batch)
+    given = arguments(name, batch, steps, dtype=torch.float64, latents=latents, **SIZE)
+    handle = fastdit.patch(pipe, method, *methods)
+    found = as_picture(name, pipe(**given).images)
+    if left_out != "outputs":
+        history = handle._session.run.tokens.history
+        assert list(history) == [2, 3, 5]
+    handle.unpatch()
+    with torch.no_grad():
+        expected = ralu_oracle.run(pipe, method, noise, given, bits, choose)
+    within_contract(found, expected)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

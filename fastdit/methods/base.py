@@ -6,6 +6,7 @@ a tensor. Adding one is adding a file here that exposes ``METHOD``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from fastdit.conditions import Conditions
@@ -17,6 +18,8 @@ class NoiseLevels(Protocol):
     """The noise levels of runs of any number of steps, see :class:`fastdit.clock.Levels`."""
 
     def of(self, steps: int) -> list[float]: ...
+
+    def with_own(self, own: Sequence[float]) -> NoiseLevels: ...
 
 
 class Method:
@@ -59,3 +62,9 @@ class Method:
         `levels` knows the run's noise levels; None where no scheduler leads the run.
         """
         return None
+
+    def staged_schedule(
+        self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None
+    ) -> Schedule | None:
+        """The same for a run in stages of so many steps; a run that is in none is a single one."""
+        return self.schedule(spec, sum(stages), levels)

@@ -177,6 +177,11 @@ class RALU(Method):
         """Steps of a run."""
         return sum(self.steps)
 
+    @property
+    def run_sigmas(self) -> list[float]:
+        """The noise level at which each step begins."""
+        return [sigma for stage in self.stages() for sigma in stage.sigmas[:-1]]
+
     def check_steps(self, steps: int) -> None:
         """Refuse a run of another number of steps.
 

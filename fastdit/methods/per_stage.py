@@ -1,0 +1,126 @@
+"""One schedule of reused components for each stage of a run, beside a method that makes stages (RALU).
+
+The tokens of two stages differ, and so may what is worth reusing in them. Caches drop where a stage begins, so its
+first step computes whatever its schedule says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.methods.base import Method, NoiseLevels
+from fastdit.schedule import Schedule
+from fastdit.spec import ModelSpec
+
+
+@dataclass(frozen=True, init=False)
+class PerStage(Method):
+    """Run a caching method of its own in each stage.
+
+    Args:
+        methods: One for each stage that has steps, in running order: such as :class:`~fastdit.Cached` or
+            :class:`~fastdit.ECAD`, whose schedule has the steps of its stage, or None to reuse nothing there.
+
+    Example:
+        >>> every = fastdit.Schedule.every
+        >>> fastdit.patch(
+        ...     pipe, fastdit.RALU.preset("sd3-2x"), fastdit.PerStage(None, None, fastdit.Cached(every(3)))
+        ... )
+    """
+
+    methods: tuple[Method | None, ...]
+
+    name = "PerStage"
+    writes = frozenset({"reuse"})
+
+    def __init__(self, *methods: Method | None) -> None:
+        object.__setattr__(self, "methods", methods)
+        given = self._given()
+        for method in given:
+            if getattr(method, "writes", None) != {"reuse"} or isinstance(method, PerStage):
+                raise ArgumentError(
+                    "PerStage takes one method for each stage that reuses components, such as Cached(schedule), or "
+                    f"None, got {method!r}"
+                )
+            if method.made_for is not None:
+                raise ArgumentError(
+                    f"{method.name} was made for whole runs, with their timesteps and size, and cannot run in a "
+                    "stage; strict=False lets it"
+                )
+        if not given:
+            raise ArgumentError("PerStage must be given a method for at least one stage, got none")
+        dtypes = {method.cache_dtype for method in given}
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(str, dtypes)))
+            raise ArgumentError(f"cache_dtype must be the same in all stages, got {names}")
+        most = [m.max_cache_bytes for m in given if m.max_cache_bytes is not None]
+        object.__setattr__(self, "cache_dtype", dtypes.pop())
+        object.__setattr__(self, "max_cache_bytes", min(most, default=None))
+
+    def check(self, spec: ModelSpec) -> None:
+        """Each must fit the model."""
+        for method in self._given():
+            method.check(spec)
+
+    def staged_schedule(
+        self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None
+    ) -> Schedule:
+        """The stages' schedules one after the other.
+
+        Raises:
+            ScheduleError: The run has another number of stages, or a schedule does not fit its stage.
+        """
+        if len(stages) != len(self.methods):
+            raise ScheduleError(
+                f"PerStage was given {len(self.methods)} stages, but the run has {len(stages)}; it belongs to a method "
+                "that makes stages, such as RALU, and has one entry for each stage with steps"
+            )
+        own = None if levels is None else levels.of(sum(stages))
+        parts, first = [], 0
+        for index, (method, steps) in enumerate(zip(self.methods, stages, strict=True)):
+            part = None
+            if method is not None:
+                here = None if levels is None else levels.with_own(own[first : first + steps])
+                try:
+                    part = method.schedule(spec, steps, here)
+                except ScheduleError as error:
+                    raise ScheduleError(
+                        f"stage {index + 1} of {len(stages)}, with {steps} steps: {error}"
+                    ) from error
+            parts.append((steps, part))
+            first += steps
+        return _joined(spec, parts)
+
+    def _given(self) -> list[Method]:
+        return [method for method in self.methods if method is not None]
+
+
+def _joined(spec: ModelSpec, parts: Sequence[tuple[int, Schedule | None]]) -> Schedule:
+    """One schedule of all stages; what a stage's schedule does not name computes."""
+    bits = {}
+    for kind in spec.kinds:
+        rows = []
+        for steps, part in parts:
+            computes = np.ones((steps, kind.count, len(kind.components)), dtype=bool)
+            if part is not None:
+                layer = part.layers[kind.name]
+                places = [kind.components.index(name) for name in layer.components]
+                computes[:, :, places] = layer.bits
+            rows.append(computes)
+        bits[kind.name] = np.concatenate(rows)
+    joined = Schedule.from_bits(bits, {kind.name: kind.components for kind in spec.kinds})
+    if not any(part is not None and part.rows for _, part in parts):
+        return joined
+    rows = [
+        row
+        for steps, part in parts
+        for row in (part.rows if part is not None and part.rows else range(steps))
+    ]
+    return replace(joined, rows=tuple(rows))
+
+
+METHOD = PerStage
