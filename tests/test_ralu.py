@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch._dynamo.testing import CompileCounter
 
 import fastdit
 import oracle
@@ -30,8 +32,11 @@ from fastdit import (
 )
 from fastdit.layout import Layout
 from fastdit.ops import bind
+from fastdit.patch import handle_of
 from fastdit.resolution import ResolutionRun
+from fastdit.stages import mismatch
 from snapshot import snapshot
+from test_coexistence import FEATURES
 from tiny_models import LATENT, arguments, generate
 
 # Published: preset -> noise levels of each stage, (start, scale, deviation) of the second and third.
@@ -73,14 +78,14 @@ PUBLISHED = {
     ),
 }
 
-# What solving from the published start gave independently: steps, ends, shift -> shifts, Z.
+# What solving from the published start gave independently: steps, ends, shift -> shifts, Z, distance.
 SOLVED = {
-    "flux-4x": ((5, 6, 7), (0.3, 0.45, 1.0), 3.0, (5.019, 2.589, 2.226), 6.317),
-    "flux-5x": ((4, 5, 6), (0.3, 0.45, 1.0), 3.0, (5.106, 2.641, 2.251), 7.522),
-    "flux-7x": ((2, 3, 5), (0.2, 0.3, 1.0), 3.0, (8.140, 2.855, 2.192), 6.261),
-    "sd3-2x": ((5, 6, 9), (0.2, 0.3, 1.0), 3.0, (6.121, 2.237, 1.973), 4.132),
-    "sd3-3x": ((3, 3, 6), (0.25, 0.3, 1.0), 3.0, (6.402, 2.602, 2.273), 6.258),
-    "schnell": ((1, 1, 2), (0.3, 0.45, 1.0), 1.0, (1.008, 0.568, 0.864), 2.0),
+    "flux-4x": ((5, 6, 7), (0.3, 0.45, 1.0), 3.0, (5.019, 2.589, 2.226), 6.317, 0.0175),
+    "flux-5x": ((4, 5, 6), (0.3, 0.45, 1.0), 3.0, (5.106, 2.641, 2.251), 7.522, 0.0163),
+    "flux-7x": ((2, 3, 5), (0.2, 0.3, 1.0), 3.0, (8.140, 2.855, 2.192), 6.261, 0.0266),
+    "sd3-2x": ((5, 6, 9), (0.2, 0.3, 1.0), 3.0, (6.121, 2.237, 1.973), 4.132, 0.0367),
+    "sd3-3x": ((3, 3, 6), (0.25, 0.3, 1.0), 3.0, (6.402, 2.602, 2.273), 6.258, 0.0213),
+    "schnell": ((1, 1, 2), (0.3, 0.45, 1.0), 1.0, (1.008, 0.568, 0.864), 2.0, None),
 }
 
 #: a short run with all that matters
@@ -120,18 +125,19 @@ def test_a_transition_reaches_a_point_of_the_flow(name):
 
 @pytest.mark.parametrize("name", SOLVED)
 def test_the_solver_finds_the_published_shifts(name):
-    steps, ends, base_shift, shifts, z = SOLVED[name]
+    """The objective is flat and has steps, so the last bits of a logarithm move the shifts by half a percent."""
+    steps, ends, base_shift, shifts, z, reached = SOLVED[name]
     found, found_z = RALU.solve(steps, ends, base_shift)
-    assert found == pytest.approx(shifts, rel=3e-3)
-    assert found_z == pytest.approx(z, rel=3e-3)
+    assert found == pytest.approx(shifts, rel=1e-2)
+    assert found_z == pytest.approx(z, rel=1e-2)
+    if reached is not None:
+        assert mismatch(found, found_z, steps, ends, base_shift) < reached + 1e-4
 
 
 def test_without_shifts_and_noise_they_are_solved():
     method = RALU((2, 3, 5), (0.2, 0.3, 1.0))
-    assert (method.shifts, method.noise**-0.5) == (
-        pytest.approx((8.140, 2.855, 2.192), rel=3e-3),
-        pytest.approx(6.261, rel=3e-3),
-    )
+    solved, z = RALU.solve((2, 3, 5), (0.2, 0.3, 1.0))
+    assert (method.shifts, method.noise) == (solved, pytest.approx(z**-2))
 
 
 def test_a_stage_may_be_left_out():
@@ -331,6 +337,7 @@ CASES = [
 ]
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize(("name", "batch", "change"), CASES)
 def test_a_run_is_that_of_the_restatement(name, batch, change):
     method = dataclasses.replace(SHORT, **change)
@@ -361,6 +368,7 @@ def test_the_two_modes_differ(name):
     assert distance(*found) > 1e-3
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_one_resolution_is_the_stock_model(name):
     method = dataclasses.replace(SHORT, steps=(0, 0, 4))
@@ -372,6 +380,7 @@ def test_one_resolution_is_the_stock_model(name):
     same_bits(generate(pipe, name, steps=4, **SIZE), stock)
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     """To the end, from every other row and column of the noise."""
@@ -390,6 +399,7 @@ def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     same_bits(found, stock.repeat_interleave(2, -1).repeat_interleave(2, -2))
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize(("name", "selector"), [("sd3", "gradient"), ("flux", "edges")])
 def test_a_batch_is_its_images(name, selector):
     method = dataclasses.replace(SHORT, selector=selector)
@@ -412,6 +422,7 @@ def test_a_batch_is_its_images(name, selector):
         within_contract(draw(slice(b, b + 1)), together[b : b + 1])
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_callbacks_see_full_size_at_every_step(name):
     pipe = tiny_models.pipeline(name)
@@ -466,6 +477,81 @@ def test_other_dtypes(name, dtype):
     # The generators are seeded from the bits of the latents, which differ by dtype: only the first stage compares.
     assert found.isfinite().all()
     assert 0.5 < float(found.double().std() / truth.std()) < 2
+
+
+# --- a pipeline's other features
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize(
+    "feature",
+    [
+        "LoRA",
+        "model offload",
+        "accelerate offload",
+        "group offload by block",
+        "group offload by leaf",
+    ],
+)
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_adapters_and_offloading(name, feature):
+    """Adapters equal the same run with their weights merged in; offloading changes nothing."""
+    method = dataclasses.replace(SHORT, selector="edges")
+    found = {}
+    for arm in ("plain", "feature"):
+        pipe = tiny_models.pipeline(name, torch.float64)
+        if feature == "model offload" and arm == "feature":
+            pipe.enable_model_cpu_offload(device="cpu")
+        elif feature == "LoRA" or arm == "feature":
+            FEATURES[feature](pipe.transformer)
+        if feature == "LoRA" and arm == "plain":
+            for module in pipe.transformer.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.merge()
+        handle = fastdit.patch(pipe, method)
+        found[arm] = generate(pipe, name, batch=2, steps=7, **SIZE)
+        assert handle.stage_pictures().shape[:2] == (3, 2)  # decodes when the run is over
+    within_contract(found["feature"], found["plain"], bound=1e-9)
+
+
+@pytest.mark.parametrize(("selector", "decodings"), [("edges", 2), ("gradient", 0)])
+def test_offloading_moves_the_decoder_in_for_edges(selector, decodings):
+    """Once for each image, and the transformer comes back for the next step."""
+    pipe = tiny_models.pipeline("flux")
+    pipe.enable_model_cpu_offload(device="cpu")
+    moves = []
+    for part in ("transformer", "vae"):
+        hook = getattr(pipe, part)._hf_hook
+
+        def pre_forward(*args, part=part, real=hook.pre_forward, **kwargs):
+            moves.append(part)
+            return real(*args, **kwargs)
+
+        hook.pre_forward = pre_forward
+    fastdit.patch(pipe, dataclasses.replace(SHORT, selector=selector))
+    generate(pipe, "flux", batch=2, steps=7, cfg=False, **SIZE)
+    assert moves == ["transformer"] * 2 + ["vae"] * decodings + ["transformer"] * 5
+
+
+@pytest.mark.slow
+def test_compiled_blocks_run_the_stages():
+    """Of all three lengths, as `compile_repeated_blocks` compiles them; a second run makes no graph anew."""
+    method = dataclasses.replace(SHORT, steps=(1, 1, 1))
+    given = {"steps": 3, "batch": 2, "cfg": False, **SIZE}
+    pipe = tiny_models.pipeline("flux")
+    fastdit.patch(pipe, method, backend="reference")
+    wanted = generate(pipe, "flux", **given)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in handle_of(pipe.transformer)._session.blocks:
+        block.compile(backend=counter)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        same_bits(generate(pipe, "flux", **given), wanted)
+        graphs = counter.frame_count
+        assert graphs > 0
+        same_bits(generate(pipe, "flux", **given), wanted)
+    assert counter.frame_count == graphs
+    torch._dynamo.reset()
 
 
 # --- refusals
@@ -643,6 +729,7 @@ EVERY = Schedule.every
 THREE_STEPS = Cached(Schedule.from_bits(np.ones((3, 3, 1), dtype=bool), ("ff",)))
 
 
+@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_each_stage_has_a_schedule_of_its_own(name):
     """Together they are the run's; what a stage's schedule does not name computes."""

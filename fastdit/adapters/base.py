@@ -479,7 +479,7 @@ def _half_step_positions(module: nn.Module, cells: tuple[int, int], device: torc
         places.append(steps / ((size or side // 2) / module.base_size) / module.interpolation_scale)
     down, across = places
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"))
-    table = get_2d_sincos_pos_embed_from_grid(module.pos_embed.shape[-1], grid)
+    table = get_2d_sincos_pos_embed_from_grid(module.pos_embed.shape[-1], grid, output_type="pt")
     return table.float().to(module.pos_embed.dtype)
 
 
