@@ -494,7 +494,7 @@ def test_comparison_against_the_closed_form(tmp_path):
         return [Candidate("any", vector, tuple(losses), (np.mean(losses), cost), 1, True)]
 
     sets = {"first": alone([0.2, 0.4], 2.0), "other": alone([0.3, 0.7], 2.0)}
-    found = search_front.compare(sets, (1.0, 4.0), resamples=400)
+    found = search_front.compare(sets, (1.0,), (1.0, 4.0), logarithmic=False, resamples=400)
     assert found["hypervolume"] == {
         "first": pytest.approx(0.7 * 2),
         "other": pytest.approx(0.5 * 2),

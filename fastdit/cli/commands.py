@@ -193,6 +193,7 @@ def search(
     quality_path: options.QualityPath = None,
     images_per_prompt: options.ImagesPerPrompt = 1,
     race: options.Race = 0,
+    unit: options.Unit = "bit",
     seed_schedule: options.Seeds = None,
     seed: options.SearchSeed = 0,
     image_seed: options.ImageSeed = 0,
@@ -232,7 +233,7 @@ def search(
         arguments=size,
     )
     settings = Settings(
-        generations, population, tuple(cost or ("true-macs",)), race, Operators(seed=seed)
+        generations, population, tuple(cost or ("true-macs",)), race, Operators.of(unit, seed)
     )
     seeds = [_read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)

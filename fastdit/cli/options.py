@@ -114,6 +114,13 @@ ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Pictures per prompt."
 Race = Annotated[
     int, typer.Option(min=0, help="Judge on so many pictures first, and stop with losers; 0: all.")
 ]
+Unit = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What children inherit and change: bit, as in the paper, or whole steps: step.",
+    ),
+]
 Seeds = Annotated[
     list[Path] | None,
     typer.Option(

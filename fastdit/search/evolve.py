@@ -19,10 +19,11 @@ from fastdit.schedule import Schedule
 from fastdit.search import cost
 from fastdit.search.archive import Archive, Candidate
 from fastdit.search.evaluator import Work, genome_of
-from fastdit.search.front import hypervolume
+from fastdit.search.front import corner, hypervolume, on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
+from fastdit.search.quality import is_logarithmic
 from fastdit.search.seeds import default_population, first_population
 from fastdit.search.workers import Workers
 
@@ -145,8 +146,10 @@ def evolve(
     ledger = Ledger(folder / LEDGER, identity(work, settings, seeds, facts))
     try:
         archive = Archive(genome, work, settings.costs, settings.race, ledger, workers)
-        algorithm = Nsga2(first, population, 1 + len(settings.costs), settings.operators)
-        loop = _Loop(archive, algorithm, ledger, settings, facts["costs"], watch)
+        algorithm = Nsga2(
+            first, population, 1 + len(settings.costs), settings.operators, genome.cells
+        )
+        loop = _Loop(archive, algorithm, ledger, settings, watch)
         for number in range(settings.generations + 1):
             if not loop.generation(number):
                 break
@@ -163,9 +166,9 @@ class _Loop:
     algorithm: Nsga2
     ledger: Ledger
     settings: Settings
-    uncached: dict[str, float]
     watch: Watch
     done: int = 0
+    dense: tuple[float, ...] = ()
     reference: tuple[float, ...] = ()
     volumes: list[float] = field(default_factory=list)
 
@@ -182,17 +185,18 @@ class _Loop:
         progress(0, 0)
         found = self.archive.evaluate(vectors, progress)
         reused = np.array([candidate.reused for candidate in found])
-        self.algorithm.tell(np.array([c.values for c in found]), reused)
-        self.reference = self.reference or reference_point(
-            np.array([c.values for c in found if c.reused])
-        )
+        self.dense = self.dense or next(c.values[1:] for c in found if not c.reused)
+        values = self._on_axes(found)
+        self.algorithm.tell(values, reused)
+        self.reference = self.reference or corner(values[reused > 0])
         front = self.archive.front()
-        self.volumes.append(hypervolume(np.array([c.values for c in front]), self.reference))
+        self.volumes.append(hypervolume(self._on_axes(front), self.reference))
         self.ledger.add_generation(
             number,
             {
                 "candidates": _digest(found),
                 "fresh": len(self.archive.seen),
+                "pictures": sum(len(c.losses) for c in self.archive.seen.values()),
                 "front": [c.key for c in front],
                 "hypervolume": self.volumes[-1],
             },
@@ -201,15 +205,14 @@ class _Loop:
         self.watch(self._state(number, 0, 0, front))
         return True
 
+    def _on_axes(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        logarithmic = is_logarithmic(self.archive.work.quality)
+        return on_axes([c.values for c in candidates], self.dense, logarithmic)
+
     def _state(self, number: int, done: int, total: int, front: Sequence[Candidate]) -> State:
         gain = self.volumes[-1] / self.volumes[0] - 1 if self.volumes and self.volumes[0] else 0.0
         candidates = len(self.archive.seen)
         return State(number, self.settings.generations, done, total, candidates, front, gain)
-
-
-def reference_point(values: np.ndarray) -> tuple[float, ...]:
-    """A little beyond the worst of each objective over [n, objectives]: bounds the hypervolume."""
-    return tuple(float(value) for value in 1.01 * np.max(values, axis=0))
 
 
 def _digest(found: Sequence[Candidate]) -> str:

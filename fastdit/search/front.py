@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+TINY = 1e-9  # losses below count as this one, where a logarithm is taken
+
 
 def non_dominated(values: np.ndarray) -> np.ndarray:
     """Indices of the rows of [n, objectives] that no other row dominates, by the first objective.
@@ -21,6 +23,20 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
             kept.append(index)
     order = sorted(kept, key=lambda index: tuple(values[index]))
     return np.array(order, dtype=int)
+
+
+def on_axes(values: np.ndarray, uncached: Sequence[float], logarithmic: bool) -> np.ndarray:
+    """[n, objectives] as a plot shows them: the loss, or its decimal logarithm, and shares of the `uncached` costs."""
+    values = np.array(values, dtype=np.float64).reshape(-1, 1 + len(uncached))
+    if logarithmic:
+        values[:, 0] = np.log10(np.maximum(values[:, 0], TINY))
+    values[:, 1:] /= np.asarray(uncached, dtype=np.float64)
+    return values
+
+
+def corner(seeds: np.ndarray) -> tuple[float, ...]:
+    """Where the hypervolume of a search ends, on the axes: the loss of its worst seed, the uncached run's costs."""
+    return (float(np.max(seeds[:, 0])), *[1.0] * (seeds.shape[1] - 1))
 
 
 def hypervolume(values: np.ndarray, reference: Sequence[float]) -> float:

@@ -4,16 +4,22 @@ Binary tournament by constraint violation, dominance and crowding; 4-point cross
 rank and crowding over parents and offspring; duplicates removed. In pymoo the `prob` of a mutation is that of an
 *individual* to be mutated at all, and each bit of one flips with `prob_var`, by default 1 / bits: the published 0.05 is
 one flipped bit in every twentieth child. In effect the search recombines its seeds.
+
+`unit="step"` varies whole steps instead (`moves.py`), which finds more where a step is best computed or reused whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastdit.errors import ArgumentError, DependencyError
+from fastdit.search import moves
+
+UNITS = ("bit", "step")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Operators:
         mutation_bits: Mean number of flipped bits in a child that mutates.
         min_difference: A schedule that reuses fewer cells than this is infeasible.
         seed: Of the whole search.
+        unit: What crossover cuts and mutation changes: "bit" as in the paper, or "step", see `moves.py`.
     """
 
     crossover_points: int = 4
@@ -35,8 +42,18 @@ class Operators:
     mutation_bits: float = 1.0
     min_difference: int = 1
     seed: int = 0
+    unit: str = "bit"
+
+    @classmethod
+    def of(cls, unit: str, seed: int = 0) -> Operators:
+        """The settings that go with a unit: the paper's, or more mutation and fewer cuts for steps."""
+        if unit == "step":
+            return cls(2, 0.5, 0.75, seed=seed, unit=unit)
+        return cls(seed=seed, unit=unit)
 
     def __post_init__(self) -> None:
+        if self.unit not in UNITS:
+            raise ArgumentError(f"unit must be one of {', '.join(UNITS)}, got {self.unit!r}")
         for name in ("crossover_share", "mutation_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ArgumentError(f"{name} must be from 0 to 1, got {getattr(self, name)!r}")
@@ -55,28 +72,32 @@ class Nsga2:
         population: Members that survive, and children per generation.
         objectives: How many.
         operators: See :class:`Operators`.
+        cells: (kind, block, component) of each bit of a step, as of :class:`~fastdit.search.genome.Genome`.
     """
 
     def __init__(
-        self, seeds: np.ndarray, population: int, objectives: int, operators: Operators
+        self,
+        seeds: np.ndarray,
+        population: int,
+        objectives: int,
+        operators: Operators,
+        cells: Sequence[tuple[str, int, str]] = (),
     ) -> None:
         require_pymoo()
         from pymoo.algorithms.moo.nsga2 import NSGA2
         from pymoo.core.problem import Problem
         from pymoo.core.termination import NoTermination
-        from pymoo.operators.crossover.pntx import PointCrossover
-        from pymoo.operators.mutation.bitflip import BitflipMutation
 
         bits = seeds.shape[1]
         self._operators = operators
         self._problem = Problem(n_var=bits, n_obj=objectives, n_ieq_constr=1, vtype=bool)
+        make = _by_steps if operators.unit == "step" else _by_bits
+        crossover, mutation = make(operators, bits, cells)
         self._algorithm = NSGA2(
             pop_size=population,
             sampling=np.array(seeds, dtype=bool),
-            crossover=PointCrossover(operators.crossover_points, prob=operators.crossover_share),
-            mutation=BitflipMutation(
-                prob=operators.mutation_share, prob_var=min(1.0, operators.mutation_bits / bits)
-            ),
+            crossover=crossover,
+            mutation=mutation,
             eliminate_duplicates=True,
         )
         self._algorithm.setup(
@@ -102,6 +123,53 @@ class Nsga2:
         )
         Evaluator().eval(static, self._asked)
         self._algorithm.tell(infills=self._asked)
+
+
+def _by_bits(operators: Operators, bits: int, cells: Sequence[Any]) -> tuple[Any, Any]:
+    """The paper's crossover and mutation."""
+    from pymoo.operators.crossover.pntx import PointCrossover
+    from pymoo.operators.mutation.bitflip import BitflipMutation
+
+    return (
+        PointCrossover(operators.crossover_points, prob=operators.crossover_share),
+        BitflipMutation(
+            prob=operators.mutation_share, prob_var=min(1.0, operators.mutation_bits / bits)
+        ),
+    )
+
+
+def _by_steps(operators: Operators, bits: int, cells: Sequence[Any]) -> tuple[Any, Any]:
+    """Crossover and mutation of `moves.py`."""
+    from pymoo.core.crossover import Crossover
+    from pymoo.core.mutation import Mutation
+
+    parts = moves.parts_of(cells)
+    shape = (bits // len(cells), len(cells))
+
+    class StepCrossover(Crossover):
+        def _do(self, problem: Any, X: Any, *args: Any, random_state: Any = None, **_: Any) -> Any:
+            pairs = [
+                moves.cross(
+                    one.reshape(shape),
+                    other.reshape(shape),
+                    operators.crossover_points,
+                    random_state,
+                )
+                for one, other in zip(*X.astype(bool), strict=True)
+            ]
+            return np.array(pairs).reshape(len(pairs), 2, bits).swapaxes(0, 1)
+
+    class StepMutation(Mutation):
+        def _do(self, problem: Any, X: Any, *args: Any, random_state: Any = None, **_: Any) -> Any:
+            changed = X.astype(bool).reshape(-1, *shape)
+            for rows in changed:
+                moves.move(rows, parts, random_state)
+            return changed.reshape(len(X), bits)
+
+    return (
+        StepCrossover(2, 2, prob=operators.crossover_share),
+        StepMutation(prob=operators.mutation_share),
+    )
 
 
 def require_pymoo() -> None:

@@ -27,6 +27,9 @@ class Quality(Protocol):
     Attributes:
         name: For the ledger and the axis of the plot.
         needs_reference: Whether `losses` is given the uncached pictures of the same seeds.
+
+    One with `logarithmic = True` has positive losses of which the ratios matter: the search spreads its front, and
+    measures hypervolume, over their logarithm.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Paired:
 
     name = "paired"
     needs_reference = True
+    logarithmic = True
 
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
@@ -129,6 +133,12 @@ def make_quality(name: str, folder: str | Path | None = None) -> Quality:
             f"quality {name!r} needs quality_path, the folder of its weights: nothing is downloaded"
         )
     return QUALITIES[name](Path(folder))
+
+
+def is_logarithmic(quality: str | Quality) -> bool:
+    """Whether the ratios of a judge's losses matter rather than their differences."""
+    judge = QUALITIES.get(quality) if isinstance(quality, str) else quality
+    return bool(getattr(judge, "logarithmic", False))
 
 
 def require_files(folder: Path, quality: str, names: Sequence[str]) -> None:
