@@ -18,10 +18,10 @@ from pymoo.core.population import Population
 import search_front
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
 from fastdit.schedule import Schedule
-from fastdit.search import Operators, Settings, Work, ecad, seeds
+from fastdit.search import Operators, Settings, Work, ecad, moves, seeds
 from fastdit.search.archive import Archive, Candidate
 from fastdit.search.evolve import LEDGER, evolve
-from fastdit.search.front import hypervolume, non_dominated
+from fastdit.search.front import growth, hypervolume, non_dominated, on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2
@@ -160,10 +160,10 @@ def test_given_schedules_come_first_and_the_rest_is_filled_up():
 # ---- operators (spec 6.2)
 
 
-def mating(size: int = 1680, population: int = 72, **operators):
+def mating(size: int = 1680, population: int = 72, cells=(), **operators):
     """(pymoo's problem, its mating) for independent random rows, and the rows."""
     rows = np.random.default_rng(0).random((population, size)) < 0.5
-    algorithm = Nsga2(rows, population, 2, Operators(**operators))
+    algorithm = Nsga2(rows, population, 2, Operators(**operators), cells)
     return algorithm._problem, algorithm._algorithm.mating, rows
 
 
@@ -201,6 +201,79 @@ def test_crossover_cuts_two_parents_at_four_points():
     assert math.isclose(np.mean(np.array(shares)[crossing]), 0.39, abs_tol=0.03)
 
 
+def step_moves(count: int = 3000):
+    """Rows before and after a child was made by steps, and the masks of a part of a step."""
+    cells = Genome(FLUX, 9).cells
+    parts, rng = moves.parts_of(cells), np.random.default_rng(6)
+    for _ in range(count):
+        before = np.repeat(rng.random((9, 1)) < rng.uniform(0.1, 0.9), len(cells), axis=1)
+        after = before.copy()
+        moves.move(after, parts, rng)
+        yield before, after, parts
+
+
+def test_parts_are_blocks_and_components_of_a_kind():
+    cells = Genome(FLUX, 9).cells
+    parts = [tuple(cells[i] for i in np.flatnonzero(mask)) for mask in moves.parts_of(cells)]
+    assert len(parts) == 4 + 5
+    for part in parts:
+        kind, block, name = part[0]
+        alike = [c for c in cells if c[:2] == (kind, block)]
+        same = [c for c in cells if (c[0], c[2]) == (kind, name)]
+        assert list(part) in (alike, same)
+
+
+def test_moves_add_drop_shift_and_split_steps(monkeypatch):
+    monkeypatch.setattr(moves, "ANOTHER", 0.0)
+    seen = dict.fromkeys(("added", "dropped", "shifted", "part", "none"), 0)
+    for before, after, parts in step_moves():
+        changed = (before != after).any(axis=1)
+        assert not changed[0]
+        if not changed.any():
+            seen["none"] += 1  # a shift where all steps are alike
+        elif changed.sum() == 2:
+            step = int(changed.argmax())
+            assert (after[step] == before[step + 1]).all()
+            assert (after[step + 1] == before[step]).all()
+            seen["shifted"] += 1
+        elif (before != after).all(axis=1).sum() == 1:
+            seen["added" if after.sum() > before.sum() else "dropped"] += 1
+        else:
+            (mask,) = (before != after)[changed]
+            assert any((mask == part).all() for part in parts)
+            seen["part"] += 1
+    assert all(seen[name] > 300 for name in ("added", "dropped", "shifted", "part")), seen
+
+
+def test_steps_are_crossed_whole():
+    problem, operators, rows = mating(cells=Genome(PIXART, 20).cells, unit="step")
+    pairs = np.stack([np.random.default_rng(7).permutation(72)[:2] for _ in range(200)])
+    pairs[:, 1] = (pairs[:, 0] + 1 + np.arange(200)) % 72
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    crossed = operators.crossover.do(
+        problem, Population.new(X=rows), parents=pairs, random_state=np.random.default_rng(8)
+    ).get("X")
+    count, cuts = len(pairs), []
+    for child, twin, (one, other) in zip(crossed[:count], crossed[count:], pairs, strict=True):
+        first, second, child, twin = (
+            v.reshape(20, -1) for v in (rows[one], rows[other], child, twin)
+        )
+        from_other = (child == second).all(axis=1)
+        assert ((child == first).all(axis=1) != from_other).all()
+        assert (np.where(from_other[:, None], first, second) == twin).all()
+        cuts.append(int((np.diff(from_other.astype(int)) != 0).sum()))
+    assert max(cuts) == 4
+
+
+def test_a_search_by_steps_ends_the_same_when_it_was_cut_off(tmp_path):
+    settings = Settings(generations=5, population=10, race=2, operators=Operators.of("step", 3))
+    whole = described(search(tmp_path / "whole", settings))
+    search(tmp_path / "cut", Settings(**{**vars(settings), "generations": 2}))
+    assert described(search(tmp_path / "cut", settings)) == whole
+    with pytest.raises(ArgumentError, match="unit must be one of bit, step"):
+        Operators.of("block")
+
+
 def test_the_uncached_schedule_is_infeasible():
     first = np.ones((4, 30), dtype=bool)
     first[1:, [3, 9, 12]] = np.eye(3, dtype=bool)
@@ -236,6 +309,19 @@ def test_hypervolume_against_the_closed_form():
     assert hypervolume(values, (0.0, 0.0)) == 0.0
     cube = np.array([[0.5, 0.5, 0.5], [0.25, 0.75, 0.5]])
     assert math.isclose(hypervolume(cube, (1, 1, 1)), 0.125 + 0.25 * 0.25 * 0.5)
+
+
+def test_growth_is_the_hypervolume_of_every_beginning():
+    values = np.random.default_rng(5).random((40, 2))
+    expected = [hypervolume(values[: count + 1], (0.9, 0.8)) for count in range(40)]
+    np.testing.assert_allclose(growth(values, (0.9, 0.8)), expected)
+
+
+def test_axes_are_decades_of_a_distance_and_shares_of_the_uncached_cost():
+    values = np.array([[0.1, 30.0], [0.0, 120.0]])
+    np.testing.assert_allclose(on_axes(values, (60.0,), True), [[-1, 0.5], [-9, 2]])
+    np.testing.assert_allclose(on_axes(values, (60.0,), False), [[0.1, 0.5], [0, 2]])
+    assert values[0, 0] == 0.1
 
 
 # ---- candidates
@@ -442,6 +528,11 @@ def test_result_folder(tmp_path):
     assert set(groups) == {"FORA", "fewer steps", "uncached"}  # a model without cross-attention
     losses = [point["loss"] for point in summary["front"]]
     assert losses == sorted(losses)
+    measured = np.array(summary["measured"])
+    assert len(measured) == summary["schedules"] == summary["progress"][-1]["schedules"]
+    drawn = measured[measured[:, 2] == 1]
+    front = {tuple(drawn[index][:2]) for index in non_dominated(drawn[1:, :2]) + 1}  # not uncached
+    assert front == {(point["loss"], point["true-macs"]) for point in summary["front"]}
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -51,3 +51,14 @@ def hypervolume(values: np.ndarray, reference: Sequence[float]) -> float:
     return (
         float(HV(ref_point=np.asarray(reference, dtype=np.float64))(inside)) if len(inside) else 0.0
     )
+
+
+def growth(values: np.ndarray, reference: Sequence[float]) -> np.ndarray:
+    """Hypervolume of the first 1, 2, ... n rows of [n, objectives]: what a search had after each evaluation."""
+    found, front = [], np.empty((0, len(reference)))
+    for row in np.asarray(values, dtype=np.float64):
+        if not (front <= row).all(axis=1).any():
+            front = np.vstack([front[~(row <= front).all(axis=1)], row])
+            volume = hypervolume(front, reference)
+        found.append(volume)
+    return np.array(found)

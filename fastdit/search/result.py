@@ -2,7 +2,8 @@
 
 ``front/NN.json`` are the schedules of the front, 01 the best, with ``NN.png``, its raster, and ``ecad/NN.json``, the
 same in the layout of the paper's files, where that has a place for the model's blocks. ``pareto.png`` shows them beside
-the baselines, and ``search.json`` holds settings, versions, counts and the objectives of every point. ``ledger.jsonl``
+the baselines, and ``search.json`` holds settings, versions, counts, how the hypervolume grew, and the objectives of
+every schedule in the order they were measured, those stopped in a race with the loss they were given. ``ledger.jsonl``
 has every measurement.
 """
 
@@ -87,7 +88,6 @@ def summary(
 ) -> dict[str, Any]:
     """The ledger's summary."""
     seen = list(search.archive.seen.values())
-    volumes = [generation["hypervolume"] for generation in search.generations]
     return {
         "fastdit": __version__,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -97,7 +97,14 @@ def summary(
         "schedules": len(seen),
         "races_lost": sum(not candidate.complete for candidate in seen),
         "pictures": sum(len(candidate.losses) for candidate in seen),
-        "hypervolume": volumes,
+        "progress": [
+            {
+                "schedules": generation["fresh"],
+                "pictures": generation["pictures"],
+                "hypervolume": generation["hypervolume"],
+            }
+            for generation in search.generations
+        ],
         "uncached": search.uncached,
         "front": [
             {
@@ -108,6 +115,7 @@ def summary(
             }
             for name, candidate in zip(names, search.front, strict=True)
         ],
+        "measured": [[*candidate.values, candidate.complete] for candidate in seen],
         "baselines": [
             {"group": b.group, "name": b.name, **objectives(search, b.values)} for b in baselines
         ],
