@@ -248,6 +248,8 @@ def study(folder: Path, prompts: int, count: int) -> dict[str, Any]:
         "found": {
             "machine": describe_machine(),
             "pictures": unseen.items,
+            "search_pictures": work.items,
+            "population": settings.population,
             "schedules": {
                 "searched": search.generations[-1]["fresh"],
                 "random mutants": len(mutants.seen),

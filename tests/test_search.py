@@ -577,6 +577,29 @@ def test_random_mutants_are_as_many_as_the_search_measured(tmp_path):
     assert seeds < set(mutants.seen)
 
 
+def test_the_control_mutates_as_the_search_does():
+    rng = np.random.default_rng(9)
+    by_bits = search_front.mutation(GENOME, Operators(mutation_bits=3.0))
+    by_steps = search_front.mutation(GENOME, Operators.of("step"))
+    flipped, steps = [], []
+    for _ in range(400):
+        vector = seeds.fora(GENOME, 2)
+        by_bits(vector, rng)
+        flipped.append((vector != seeds.fora(GENOME, 2)).sum())
+        vector = seeds.fora(GENOME, 2)
+        by_steps(vector, rng)
+        steps.append((vector != seeds.fora(GENOME, 2)).reshape(STEPS, -1).any(axis=1))
+    assert math.isclose(np.mean(flipped), 3.0, rel_tol=0.1)
+    assert not np.array(steps)[:, 0].any()
+    assert np.array(steps)[:, 1:].any(axis=0).all()
+
+
+def test_evenly_spread_steps_hold_the_grids():
+    found = {vector.tobytes() for vector in search_front.evenly_spread(Genome(PIXART, 20))}
+    assert len(found) == 19
+    assert {seeds.fora(Genome(PIXART, 20), n).tobytes() for n in (2, 4, 5, 10, 20)} < found
+
+
 def test_comparison_against_the_closed_form(tmp_path):
     """One schedule a set: the hypervolume is a rectangle, and so is that of every draw of the items."""
 

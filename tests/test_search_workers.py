@@ -299,3 +299,6 @@ def test_command(folder, tmp_path):
     refused = runner.invoke(commands.app, [str(a) for a in [*arguments, "--image-seed", 1]])
     assert refused.exit_code == 2
     assert "belongs to another search" in refused.output
+    refused = runner.invoke(commands.app, [str(a) for a in [*arguments, "--unit", "block"]])
+    assert refused.exit_code == 2
+    assert "unit must be one of bit, step" in refused.output
