@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastdit
 from machine import describe_machine
+from memory import keep_freed_memory
 
 RATIOS = (0.5, 0.25, 0.125)
 TEXT_TOKENS = 154
@@ -126,14 +127,14 @@ def outside_library(model: nn.Module, inputs: dict[str, Any], ratio: float) -> f
     return 1 - library / sum(event.self_cpu_time_total for event in events)
 
 
-def macs(model: nn.Module, ratio: float, tokens: int) -> tuple[int, int]:
-    """(active tokens, multiply-accumulates) of a sparse step."""
+def macs(model: nn.Module, ratio: float, tokens: int) -> tuple[int, int, int]:
+    """(active tokens, multiply-accumulates) of a sparse step, and those of a step of the unpatched model."""
     side = 16 * int(tokens**0.5)
     handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, start=1, resets=()))
     size = {"height": side, "width": side, "cfg": True, "text_tokens": TEXT_TOKENS}
     said = [handle.explain(**size, steps=steps) for steps in (2, 3)]
     handle.unpatch()
-    return said[1].tokens_per_step[-1], said[1].macs - said[0].macs
+    return said[1].tokens_per_step[-1], said[1].macs - said[0].macs, said[1].dense_macs // 2
 
 
 @torch.no_grad()
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--peer", type=Path, help="src of a checkout of microsoft/RAS")
     options = parser.parse_args()
+    kept = keep_freed_memory()
     model, inputs = build(options.depth, options.tokens)
     counted = {ratio: macs(model, ratio, options.tokens) for ratio in RATIOS}
     peer = Peer(options.peer, model) if options.peer else None
@@ -161,12 +163,11 @@ def main() -> None:
     times = {arm: values[1:] for arm, values in times.items()}
     theirs = {arm: values[1:] for arm, values in theirs.items()}
     dense_s = statistics.median(times[None])
-    (k0, m0), (k1, m1) = counted[RATIOS[0]], counted[RATIOS[-1]]
+    (k0, m0, dense_macs), (k1, m1, _) = counted[RATIOS[0]], counted[RATIOS[-1]]
     slope = (m0 - m1) / (k0 - k1)  # exact: arithmetic is linear in K
-    dense_macs = round(m0 + slope * (options.tokens - k0))
     rows = []
     for ratio in RATIOS:
-        active, count = counted[ratio]
+        active, count, _ = counted[ratio]
         seconds = statistics.median(times[ratio])
         ratios = [a / b for a, b in zip(times[None], times[ratio], strict=True)]
         speedup, bound = statistics.median(ratios), dense_macs / count
@@ -212,6 +213,7 @@ def main() -> None:
         "depth": options.depth,
         "full_depth": 24,
         "machine": describe_machine(),
+        "keeps_freed_memory": kept,
         "pairs": options.pairs,
         "dense_s": dense_s,
         "fit": {

@@ -67,6 +67,7 @@ class Cost:
             self.cells.append((index, component, macs, moved, component not in kind.consumers))
             self._arguments.append(arguments[:-1])
         self.overhead = adapter.overhead_macs(transformer, size) * rows
+        self._prompt = adapter.prompt_macs(transformer, size) * rows
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
 
     def component_macs(self) -> dict[str, np.ndarray]:
@@ -92,9 +93,12 @@ class Cost:
         )
         return skipped / (plan.steps * len(self.cells))
 
-    def macs(self, plan: RunPlan, tokens: Sequence[int] = ()) -> int:
-        """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said."""
-        total = 0
+    def macs(self, plan: RunPlan, tokens: Sequence[int] = (), keeps_prompt: bool = False) -> int:
+        """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said.
+
+        `keeps_prompt` where the prompt is projected at the first step only, as a patched model does.
+        """
+        total = (1 - plan.steps) * self._prompt if keeps_prompt else 0
         for step in range(plan.steps):
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
@@ -170,6 +174,11 @@ class Cost:
             transformer, kind, block, _ = arguments
             total += self._adapter.key_elements(transformer, kind, block, component, self.size)
         return total * self.rows * self.itemsize
+
+    def prompt_bytes(self) -> int:
+        """Bytes of the projected prompt that a patched model keeps, one CFG branch's rows."""
+        elements = self._adapter.prompt_elements(self._transformer, self.size)
+        return elements * self.rows * self.itemsize
 
     def bytes_of_outputs(self) -> int:
         """Bytes of all outputs that are added to the stream in one step."""

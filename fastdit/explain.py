@@ -161,13 +161,14 @@ def explain_session(
         image_tokens=image,
         text_tokens=text,
         reuse_share=count.reuse_share(plan),
-        macs=sum(part.macs(steps, tokens) for part, steps, tokens in stages),
+        macs=sum(part.macs(steps, tokens, not session.eager) for part, steps, tokens in stages),
         linear_macs=count.linear_macs(plan.reuse, steps),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
         cache_bytes=max(_slot_bytes(session, part, steps) for part, steps, _ in stages)
-        + (count.key_bytes() if any(active) else 0),
+        + (count.key_bytes() if any(active) else 0)
+        + (0 if session.eager else count.prompt_bytes()),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
@@ -200,7 +201,7 @@ def run_speedup(session: Any, transformer: nn.Module) -> float:
     if run.resolution is not None:
         lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
     spent = sum(
-        count.at(length).macs(plan.part(first, last), tokens[first:last])
+        count.at(length).macs(plan.part(first, last), tokens[first:last], not session.eager)
         for length, first, last in _runs(lengths)
     )
     return dense / spent

@@ -80,6 +80,15 @@ class EmbedLink:
         return self.session.embed(module, *args, **kwargs)
 
 
+class PromptLink(EmbedLink):
+    """What the rewritten forward of a projection of the prompt calls."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.project_prompt(module, *args, **kwargs)
+
+
 class Handle:
     """What `patch` returns: look at, pause, and remove a patch."""
 
@@ -299,19 +308,22 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     if sparse or resizing is not None:
         embedders = adapter.embedders(transformer)
     wrapped = adapter.wrapped(transformer)
-    for module in (*(block for _, block in blocks), *embedders, *(part for _, _, part in wrapped)):
+    eager = bound.backend == "reference"
+    prompts = [] if eager else adapter.prompt_projections_of(transformer)
+    parts = [part for _, _, part in wrapped]
+    for module in (*(block for _, block in blocks), *embedders, *prompts, *parts):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
 
-    session = Session(
-        adapter, spec, methods, bound, [block for _, block in blocks], bound.backend == "reference"
-    )
+    session = Session(adapter, spec, methods, bound, [block for _, block in blocks], eager)
     if pipeline is not None:
         session.pipeline = weakref.ref(pipeline)
     if LINK in transformer.__dict__:
         _remove(transformer)
     _install(session, transformer, pipeline, blocks, embedders)
+    for module in prompts:
+        install(module, PromptLink(session))
     for index, name, module in wrapped:
         install(module, ComponentLink(session, index, name))
     if not adapter.restates:
@@ -422,6 +434,8 @@ def _remove(transformer: nn.Module) -> None:
     for _, block in session.adapter.blocks(transformer):
         uninstall(block)
     for module in session.adapter.embedders(transformer):
+        uninstall(module)
+    for module in session.adapter.prompt_projections_of(transformer):
         uninstall(module)
     for _, _, module in session.adapter.wrapped(transformer):
         uninstall(module)

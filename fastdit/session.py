@@ -28,6 +28,7 @@ from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
 from fastdit.layout import Layout
+from fastdit.observe import observed
 from fastdit.plan import RunPlan, plan_run
 from fastdit.resolution import ResolutionRun
 from fastdit.spec import ModelSpec
@@ -51,6 +52,7 @@ class Branch:
     """The caches of one transformer call within a step (batched CFG has one, sequential CFG two)."""
 
     slots: Slots = field(default_factory=dict)
+    prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
     keys: dict[Any, KeyValues] = field(default_factory=dict)
     velocity: Tensor | None = None
     rotation: Any = None
@@ -295,7 +297,8 @@ class Session:
         storages = {}
         for branch in self.run.branches.values() if self.run else ():
             kept = [(keys.k, keys.v) for keys in branch.keys.values()]
-            for value in (*branch.slots.values(), *kept, branch.velocity):
+            made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
+            for value in (*made, *kept):
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
                     if isinstance(tensor, Tensor):
                         storage = tensor.untyped_storage()
@@ -423,7 +426,7 @@ class Session:
         record.tokens = self._tokens
         record.computed += forward.computed
         record.reused += forward.reused
-        if forward.computed and (forward.slots or self.run.tokens is not None):
+        if forward.computed:
             self.run.peak_bytes = max(self.run.peak_bytes, self.cache_bytes())
         return self._merge(active, output)
 
@@ -541,6 +544,23 @@ class Session:
             return self.adapter.embed_layout(module, active.layout, memory, *args, **kwargs)
         return type(module).forward(module, *args, **kwargs)
 
+    def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten forward of a module that depends on the prompt alone: computed once a run, exactly.
+
+        A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
+        """
+        forward, active = self.forward, self._active
+        if (
+            forward is None
+            or forward.immediate
+            or any(observed(part) or hasattr(part, "base_layer") for part in module.modules())
+        ):
+            return type(module).forward(module, *args, **kwargs)
+        kept = active.branch.prompts
+        if module not in kept:
+            kept[module] = type(module).forward(module, *args, **kwargs)
+        return kept[module]
+
     # ---- helpers
 
     def _refuse_checkpointing(self, transformer: nn.Module) -> None:
@@ -606,6 +626,7 @@ class Session:
         count = Cost(self.adapter, transformer, self.spec, size, rows, dtype.itemsize)
         needed = count.cache_bytes(run.plan) * kept[0].itemsize // dtype.itemsize
         needed += 0 if run.tokens is None else count.key_bytes()
+        needed += 0 if self.eager else count.prompt_bytes()
         if needed > most:
             self.reset()
             raise ArgumentError(
@@ -683,6 +704,7 @@ class Session:
         signature = (*call.signature, autocast, stage)
         if branch.signature != signature or not _same_tensors(branch, call.embeddings):
             branch.slots.clear()
+            branch.prompts.clear()
             branch.keys.clear()
             branch.velocity = None
         branch.signature, branch.embeddings = signature, call.embeddings

@@ -193,17 +193,18 @@ def test_a_cap_on_the_caches_names_the_bytes_that_a_run_needs(name):
     pipe = tiny_models.pipeline(name)
     schedule = made_for(5, name)
     handle = fastdit.patch(pipe, ECAD(schedule))
-    expected = generate(pipe, name, steps=5, batch=2)
+    given = {"steps": 5, "prompt_per_image": True}
+    expected = generate(pipe, name, batch=2, **given)
     needed = handle.report().peak_cache_bytes
     handle = fastdit.patch(pipe, ECAD(schedule, max_cache_bytes=needed - 1))
     with pytest.raises(
         ArgumentError, match=f"need {needed} bytes .* max_cache_bytes is {needed - 1}"
     ):
-        generate(pipe, name, steps=5, batch=2)
+        generate(pipe, name, batch=2, **given)
     assert handle._session.run is None
-    assert generate(pipe, name, steps=5, batch=1).isfinite().all()  # half the rows fit
+    assert generate(pipe, name, batch=1, **given).isfinite().all()  # half the rows fit
     fastdit.patch(pipe, ECAD(schedule, max_cache_bytes=needed))
-    same_bits(generate(pipe, name, steps=5, batch=2), expected)
+    same_bits(generate(pipe, name, batch=2, **given), expected)
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)

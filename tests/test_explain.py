@@ -98,7 +98,7 @@ def test_predicted_size_of_a_pipelines_run(name, cfg):
     text = 0 if name == "dit" else tiny_models.TEXT
     size = {} if name == "dit" else {"height": 8, "width": 16}
     predicted = handle.explain(batch=2, steps=4, cfg=cfg, text_tokens=text, **size)
-    generate(pipe, name, batch=2, steps=4, cfg=cfg)
+    generate(pipe, name, batch=2, steps=4, cfg=cfg, prompt_per_image=True)
     report = handle.report()
     assert predicted.image_tokens == report.tokens_per_step[0]
     assert predicted.cache_bytes == report.peak_cache_bytes
@@ -183,7 +183,11 @@ def test_a_report_before_any_run_and_of_a_dense_run():
     report = handle.report()
     assert (report.computed, report.reused) == (4 * 8, 0)
     assert report.live  # a method that promises nothing is not inert
-    assert report.peak_cache_bytes == 0
+    text, width = 2 * tiny_models.TEXT, pipe.transformer.inner_dim  # both rows of guidance
+    assert report.peak_cache_bytes == 4 * text * width  # the projected prompt alone
+    handle = fastdit.patch(pipe, backend="reference")
+    generate(pipe, "sd3")
+    assert handle.report().peak_cache_bytes == 0
 
 
 def test_a_run_that_reused_nothing_warns():

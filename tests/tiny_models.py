@@ -334,9 +334,13 @@ def arguments(
     dtype: torch.dtype = torch.float32,
     height: int = HEIGHT,
     width: int = WIDTH,
+    prompt_per_image: bool = False,
     **more: Any,
 ) -> dict[str, Any]:
-    """Arguments of a pipeline call; latents come back."""
+    """Arguments of a pipeline call; latents come back.
+
+    FLUX and PixArt get one prompt for several images unless `prompt_per_image`: FLUX does not repeat it.
+    """
     entry = PIPELINES[name]
     condition = torch.Generator().manual_seed(11)
 
@@ -354,7 +358,8 @@ def arguments(
         return result | {"class_labels": [3] * batch, "output_type": "np"} | more
     # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the
     # pooled ones; LuminaPipeline repeats none.
-    prompts, images = (batch, 1) if name.startswith(("sd3", "lumina")) else (1, batch)
+    repeats = prompt_per_image or name.startswith(("sd3", "lumina"))
+    prompts, images = (batch, 1) if repeats else (1, batch)
     result |= {
         "prompt_embeds": randn(prompts, TEXT, 20),
         "num_images_per_prompt": images,
@@ -366,8 +371,8 @@ def arguments(
             "prompt": None,
             "negative_prompt": None,
             "negative_prompt_embeds": randn(prompts, TEXT, 20),
-            "prompt_attention_mask": torch.ones(1, TEXT),
-            "negative_prompt_attention_mask": torch.ones(1, TEXT),
+            "prompt_attention_mask": torch.ones(prompts, TEXT),
+            "negative_prompt_attention_mask": torch.ones(prompts, TEXT),
             "use_resolution_binning": False,
         }
     elif name == "lumina":

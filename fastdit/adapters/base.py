@@ -235,6 +235,24 @@ class Adapter:
         position = _positions(module, shape[-2], shape[-1], tokens.device)[0]
         return (tokens + position[rows]).to(tokens.dtype)
 
+    # ---- the prompt
+
+    #: names of the modules that turn the prompt alone into text tokens, the same at every step
+    prompt_projections: Sequence[str] = ()
+
+    def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """The transformer's modules of these names; a model may lack one."""
+        found = (getattr(transformer, name, None) for name in self.prompt_projections)
+        return [module for module in found if module is not None]
+
+    def prompt_macs(self, transformer: nn.Module, size: Size) -> int:
+        """The part of :meth:`overhead_macs` that a run does once."""
+        return linear_macs(*self.prompt_projections_of(transformer)) * size.text
+
+    def prompt_elements(self, transformer: nn.Module, size: Size) -> int:
+        """Elements of the text tokens that a run keeps."""
+        return size.text * self.width(transformer) * len(self.prompt_projections_of(transformer))
+
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
         return transformer.config.patch_size

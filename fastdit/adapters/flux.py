@@ -214,6 +214,7 @@ class Flux(Adapter):
         "single_proj_mlp": ("joint",),
         "single_proj_out": ("joint",),
     }
+    prompt_projections = ("context_embedder",)
     processors = frozenset(
         {"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}
     )

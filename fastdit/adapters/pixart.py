@@ -125,6 +125,7 @@ class PixArt(Adapter):
     forwards = {"transformer_blocks": basic_block}
     text_tokens = 120
     layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}
+    prompt_projections = ("caption_projection",)
     processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:

@@ -152,6 +152,7 @@ class SD3(Adapter):
         "ff": ("image",),
         "ff_context": ("text",),
     }
+    prompt_projections = ("context_embedder",)
     processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
     residual_arguments = ("block_controlnet_hidden_states",)
     changes_resolution = True

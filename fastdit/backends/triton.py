@@ -22,8 +22,10 @@ from torch import Tensor
 
 from fastdit.backends._device import refuse_device
 from fastdit.backends.base import Backend
+from fastdit.errors import BackendError
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+FP32_HEAD_DIM = 128  # largest d of sparse_attention in fp32 that the tests prove
 CAPABILITY = (8, 0)  # the oldest architecture the kernels are compiled for in the tests
 
 
@@ -82,6 +84,11 @@ class Triton(Backend):
         _kernel("resolution_transition")(*arguments)
 
     def sparse_attention(self, q, k, v, scale, out):
+        if q.dtype is torch.float32 and q.shape[3] > FP32_HEAD_DIM:
+            raise BackendError(
+                f"backend 'triton' cannot run sparse_attention in torch.float32 with d of {q.shape[3]}: "
+                f"its sums are exact enough up to {FP32_HEAD_DIM}; use another backend, or 16 bits"
+            )
         _kernel("sparse_attention")(q, k, v, scale, out)
 
     def outruns_torch(self, q: Tensor, k: Tensor) -> bool:

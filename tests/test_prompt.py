@@ -1,0 +1,121 @@
+"""The projection of the prompt, which a run does once: exact, and given up wherever somebody looks into it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastdit
+import tiny_models
+from contract import FORWARD_FP64, distance, same_bits
+from fastdit.install import is_installed
+from tiny_models import generate
+
+pytestmark = pytest.mark.diffusers
+PROJECTIONS = {
+    "sd3": "context_embedder",
+    "flux": "context_embedder",
+    "pixart-sigma": "caption_projection",
+}
+STEPS = 4
+
+
+def counted(pipe, name):
+    """The calls that reach the projection's own layer, through the class so that no hook is seen."""
+    layer = next(
+        part
+        for part in getattr(pipe.transformer, PROJECTIONS[name]).modules()
+        if isinstance(part, torch.nn.Linear)
+    )
+    calls = []
+
+    class Counting(type(layer)):
+        def forward(self, x):
+            calls.append(x)
+            return super().forward(x)
+
+    layer.__class__ = Counting
+    return calls
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
+    pipe = tiny_models.pipeline(name)
+    expected = generate(pipe, name, steps=STEPS)
+    calls = counted(pipe, name)
+    fastdit.patch(pipe)
+    branches = 2 if name == "flux" else 1
+    for run in (1, 2):
+        assert distance(generate(pipe, name, steps=STEPS), expected) < 1e-5
+        assert len(calls) == run * branches
+    fastdit.patch(pipe, backend="reference")
+    same_bits(generate(pipe, name, steps=STEPS), expected)
+    assert len(calls) == (2 + STEPS) * branches
+    fastdit.unpatch(pipe)
+    assert not is_installed(getattr(pipe.transformer, PROJECTIONS[name]))
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+def test_a_prompt_swapped_in_a_run_is_projected_anew(name):
+    """As stock does, whether the tensor is another one or is written into."""
+
+    def swap(pipe, step, timestep, tensors):
+        prompt = tensors["prompt_embeds"]
+        if step == 0:
+            prompt = prompt.flip(1)
+        elif step == 1:
+            prompt.mul_(1.5)
+        return {**tensors, "prompt_embeds": prompt}
+
+    given = {
+        "steps": STEPS,
+        "callback_on_step_end": swap,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
+    if name.startswith("pixart"):  # its callback is of the old kind
+        embeddings = []
+
+        def swap_in_place(step, timestep, latents):
+            embeddings[-1].mul_(1.5)
+
+        given = {"steps": STEPS, "callback": swap_in_place}
+    pipe = tiny_models.pipeline(name, torch.float64)
+    plain = generate(pipe, name, steps=STEPS)
+    if name.startswith("pixart"):
+        watch = lambda module, args, kwargs: embeddings.append(kwargs["encoder_hidden_states"])  # noqa: E731
+        pipe.transformer.register_forward_pre_hook(watch, with_kwargs=True)
+    expected = generate(pipe, name, **given)
+    assert distance(plain, expected) > 1e-3
+    fastdit.patch(pipe)
+    assert distance(generate(pipe, name, **given), expected) <= FORWARD_FP64
+
+
+def test_hooks_adapters_and_gradients_see_every_call():
+    pipe = tiny_models.pipeline("sd3")
+    calls = counted(pipe, "sd3")
+    fastdit.patch(pipe)
+    hook = pipe.transformer.context_embedder.register_forward_hook(lambda *_: None)
+    generate(pipe, "sd3", steps=STEPS)
+    assert len(calls) == STEPS
+    hook.remove()
+
+    call = tiny_models.call("sd3")
+    call["encoder_hidden_states"].requires_grad_()
+    with torch.enable_grad():
+        for _ in range(2):
+            pipe.transformer(**call)[0].sum().backward()
+    assert call["encoder_hidden_states"].grad.abs().sum() > 0
+
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["context_embedder"])
+    model = tiny_models.pipeline("sd3")
+    model.transformer.add_adapter(settings)
+
+    def fade(pipe, step, timestep, tensors):
+        pipe.transformer.set_adapters(["default"], [0.5 ** ((step + 1) % STEPS)])
+        return tensors
+
+    expected = generate(model, "sd3", steps=STEPS, callback_on_step_end=fade)
+    fastdit.patch(model)
+    found = generate(model, "sd3", steps=STEPS, callback_on_step_end=fade)
+    assert distance(found, expected) < 1e-5
