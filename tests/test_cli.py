@@ -107,6 +107,18 @@ def test_demo_runs_a_schedule_file(folder, schedule_file, tmp_path):
     assert "steps: 4" in output
 
 
+def test_demo_draws_the_stages_of_a_run(folder, tmp_path):
+    output = run(
+        *("demo", PROMPT, "--model", folder, "--ralu", "schnell", "--repeats", 1),
+        *("--steps", 2, "--out", tmp_path / "a.png"),
+    )
+    assert "RALU schnell" in output
+    assert str(tmp_path / "a-stages.png") in output
+    with Image.open(tmp_path / "a-stages.png") as picture:
+        assert picture.width == 2 * MARGIN + 4 * 256 + 3 * GAP
+    assert "preset must be one of flux-4x" in refused("demo", "--model", folder, "--ralu", "3x")
+
+
 def test_demo_of_classes(tmp_path):
     folder = save_dit(tmp_path / "dit")
     arguments = ("--model", folder, "--steps", 2, "--repeats", 1, "--out", tmp_path / "a.png")

@@ -151,6 +151,28 @@ def test_facts_of_a_comparison(pipeline):
     assert found.right(0) == (1, 1)
 
 
+def test_a_run_in_stages_shows_them(pipeline):
+    method = fastdit.RALU((1, 1, 2), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
+    assert (
+        resolve_steps(pipeline, [method], None) == 28
+    )  # its own number is not that of the plain runs
+    found = compare(pipeline, calls(pipeline, PROMPTS), PROMPTS, {"RALU": method}, Settings(3))
+    assert [arm.steps for arm in found.arms] == [3, found.arms[1].steps, 4]
+    handle = fastdit.patch(pipeline, method)
+    image = plain(pipeline, PROMPTS[1], 4, seed=0)
+    pictures = handle.report().resolution_map(handle.stage_pictures()[:, 0])
+    ratio = handle.explain().flop_speedup
+    handle.unpatch()
+    assert found.arms[2].compute_ratio == pytest.approx(ratio * 3 / 4)
+    cell = found.cells[1][2]
+    assert np.array_equal(cell.image, image)
+    assert [stage.layout for stage in cell.stages] == ["coarse", "mixed", "full"]
+    assert [stage.steps for stage in cell.stages] == [1, 1, 2]
+    for stage, picture in zip(cell.stages, pictures, strict=True):
+        assert np.array_equal(stage.image, picture)
+    assert not found.cells[1][0].stages
+
+
 def _judge(images, prompts):
     """Knows circles only, and finds all of them."""
     if "circle" not in prompts[0]:

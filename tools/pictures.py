@@ -1,12 +1,13 @@
 """Draw the pictures of the documentation that show a run from inside, with the model in the package.
 
-python tools/pictures.py [--out docs]
+python tools/pictures.py [ras] [ralu] [--out docs]
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -48,11 +49,49 @@ def ras(folder: Path) -> None:
     figure.savefig(folder / "ras.png", dpi=90)
 
 
+def ralu(folder: Path) -> None:
+    """The ends of RALU's stages, and the same noise drawn by the unpatched model."""
+    pipe = tiny.load_pipeline()
+
+    def draw(steps: int) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        return pipe(PROMPT, num_inference_steps=steps, generator=generator).images[0]
+
+    presets = ("sd3-2x", "sd3-3x")
+    unpatched = draw(STEPS)
+    figure, axes = plt.subplots(len(presets), 5, figsize=(12, 5.05))
+    for row, preset in zip(axes, presets, strict=True):
+        method = fastdit.RALU.preset(preset)
+        handle = fastdit.patch(pipe, method)
+        result = draw(method.run_steps)
+        report = handle.report()
+        drawn = report.resolution_map(handle.stage_pictures()[:, 0].repeat(2, 1).repeat(2, 2))
+        handle.unpatch()
+        shown = [*drawn, result, unpatched]
+        titles = [f"{s.layout}: {s.steps} steps of {s.tokens} tokens" for s in report.stages]
+        titles += [f"result, {method.run_steps} steps", f"unpatched, {STEPS} steps"]
+        for axis, picture, title in zip(row, shown, titles, strict=True):
+            axis.imshow(picture)
+            axis.set_title(title, fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(f"RALU {preset}", fontsize=10)
+    figure.tight_layout(pad=0.4)
+    figure.savefig(folder / "ralu.png", dpi=90)
+
+
+#: name -> what draws it
+PICTURES = {"ras": ras, "ralu": ralu}
+
+
 def main() -> None:
-    """Draw all."""
+    """Draw all, or those that are named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
     parser.add_argument("--out", type=Path, default=Path("docs"))
-    ras(parser.parse_args().out)
+    options = parser.parse_args()
+    for name in options.names or PICTURES:
+        PICTURES[name](options.out)
 
 
 if __name__ == "__main__":

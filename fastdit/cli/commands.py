@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,6 +80,8 @@ def fastdit(
 
       fastdit demo "a large red circle at the left on a white background" --every 3
 
+      fastdit demo --ralu sd3-2x --every 2
+
       fastdit demo "a fox in the snow" --model ./PixArt-XL-2-512x512 --steps 20
 
       fastdit explain --model ./FLUX.1-dev --every 2 --height 1024 --width 1024
@@ -98,6 +101,7 @@ def demo(
     out: options.Picture = Path("fastdit-demo.png"),
     every: options.SeveralEvery = None,
     schedule: options.Schedule = None,
+    ralu: options.Ralu = None,
     steps: options.Steps = None,
     seed: options.Seed = 0,
     repeats: options.Repeats = 3,
@@ -109,12 +113,14 @@ def demo(
 ) -> None:
     """Draw the same seeds unpatched, by a schedule, and by fewer steps in the schedule's time.
 
-    Writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched.
+    Writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched. With --ralu a second
+    grid, FILE-stages.png, shows the picture and its tokens at the end of each stage.
 
     For a DiT pipeline the prompts are class numbers.
     """
     _check_output(out, "--out")
-    methods = _methods(schedule, every, default=(2, 3))
+    methods = _methods(schedule, every, default=() if ralu else (2, 3))
+    methods |= _ralu(ralu or ())
     if threads is not None:
         import torch
 
@@ -154,6 +160,10 @@ def _run_demo(
     console.print(view.comparison_table(found))
     view.comparison_picture(found, model, where).save(out, format="PNG")
     console.print(f"pictures: {out}", highlight=False, soft_wrap=True)
+    if stages := view.stages_picture(found, model):
+        path = out.with_name(f"{out.stem}-stages.png")
+        stages.save(path, format="PNG")
+        console.print(f"stages: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -387,6 +397,13 @@ def _methods(
     if schedule is not None:
         return {schedule.stem: Cached(_read_schedule(schedule, "--schedule"))}
     return {f"every({n})": Cached(Schedule.every(n)) for n in every or default}
+
+
+def _ralu(presets: Sequence[str]) -> dict[str, Method]:
+    """Name -> method for --ralu."""
+    from fastdit import RALU
+
+    return {f"RALU {name}": RALU.preset(name) for name in presets}
 
 
 def _read_schedule(path: Path, argument: str) -> Schedule:

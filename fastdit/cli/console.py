@@ -23,7 +23,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from PIL import Image
 
-    from fastdit.cli.demo import Arm, Cell, Comparison, Progress
+    from fastdit.cli.demo import Arm, Cell, Comparison, Progress, Stage
     from fastdit.cli.loading import Model
     from fastdit.cost import Cost
     from fastdit.explain import Explanation
@@ -36,6 +36,11 @@ MEANING = (
     "same seed, in floating point over [0, 1]."
 )
 
+
+STAGES = (
+    "What the picture was going to be at the end of each stage, its tokens outlined: first at half the size, then with "
+    "the tokens of most edges split into four, then with all of them split."
+)
 
 STEADY = 1.5
 BUSY = "This machine was busy, calls that do the same differed"
@@ -125,6 +130,32 @@ def comparison_picture(comparison: Comparison, model: Model, where: str) -> Imag
     title = f"fastdit demo: {model.name}, {width} x {height}, {where}, seed {settings.seed}"
     footer = MEANING.format(calls=settings.repeats, each="per picture")
     return draw_grid(title, headers, rows, footer)
+
+
+def stages_picture(comparison: Comparison, model: Model) -> Image.Image | None:
+    """The ends of the stages of runs in stages, a row for each prompt and arm; None where there were none."""
+    from fastdit.cli.grid import Row, Tile, draw_grid
+
+    rows = []
+    for prompt, cells in zip(comparison.prompts, comparison.cells, strict=True):
+        for arm, cell in zip(comparison.arms, cells, strict=True):
+            tiles = [Tile(stage.image / 255, (_stage(stage),)) for stage in cell.stages]
+            if tiles:
+                rows.append(Row(f"{arm.name}: {prompt}", (*tiles, Tile(cell.image, ("result",)))))
+    if not rows:
+        return None
+    count = max(len(row.tiles) for row in rows)
+    headers = [(f"stage {index + 1}", "") for index in range(count - 1)] + [("picture", "")]
+    title = f"Stages: {model.name}, seed {comparison.settings.seed}"
+    return draw_grid(title, headers, rows, STAGES)
+
+
+def _stage(stage: Stage) -> str:
+    return f"{stage.layout}: {_count(stage.steps, 'step')} of {stage.tokens} tokens"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _detail(arm: Arm) -> str:

@@ -22,6 +22,7 @@ import torch
 from fastdit.cli.distance import psnr, relative_l2
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.methods.base import Method
+from fastdit.methods.dense import Dense
 from fastdit.patch import patch
 
 PILOT_RUNS = 3
@@ -35,7 +36,7 @@ class Settings:
     """How to compare.
 
     Attributes:
-        steps: Steps of the unpatched and of the patched runs.
+        steps: Steps of the unpatched runs, and of the patched ones but for methods with a number of their own.
         seed: Of every picture; drawn on the CPU, so that all devices start from the same noise.
         repeats: Timed calls per picture, >= 1.
         height, width: In pixels, to predict what is computed; the pipeline's default if None.
@@ -83,6 +84,7 @@ class Cell:
         seconds: Of each timed call.
         psnr, relative_l2: Against the unpatched picture; see `distance.py`.
         right: (objects with the right shape and colour, objects named); None if nobody judged.
+        stages: The picture at the end of each stage with its tokens outlined; none for a run in no stages.
     """
 
     image: np.ndarray
@@ -90,6 +92,23 @@ class Cell:
     psnr: float
     relative_l2: float
     right: tuple[int, int] | None
+    stages: tuple[Stage, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The end of one stage of a run.
+
+    Attributes:
+        image: [h, w, 3] uint8, what the picture was going to be, the borders of tokens darkened.
+        layout: "coarse", "mixed" or "full".
+        steps, tokens: How many of them.
+    """
+
+    image: np.ndarray
+    layout: str
+    steps: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -147,11 +166,11 @@ def compare(
     for arm, share in zip(patched, _time_shares(runs, [*arms, *patched]), strict=True):
         steps = equal_time_steps(settings.steps, share)
         arms += [Arm("fewer steps", steps, None, settings.steps / steps, arm.name), arm]
-    images, seconds = _measure(runs, arms)
+    images, seconds, stages = _measure(runs, arms)
     cells = tuple(
         tuple(
-            _cell(image, spent, images[row][0], judge, prompt)
-            for image, spent in zip(images[row], seconds[row], strict=True)
+            _cell(image, spent, images[row][0], judge, prompt, ends)
+            for image, spent, ends in zip(images[row], seconds[row], stages[row], strict=True)
         )
         for row, prompt in enumerate(prompts)
     )
@@ -168,11 +187,21 @@ def resolve_steps(
     """
     steps = asked
     for method in methods:
+        if own_steps(method) is not None:
+            continue
         with _patched(pipeline, method, backend) as handle:
             steps = handle.explain(steps=steps).steps
-    if steps is None:
+    if not methods:
         raise ArgumentError("methods must hold at least one method, got none")
+    if steps is None:
+        with _patched(pipeline, Dense(), backend) as handle:
+            steps = handle.explain().steps
     return steps
+
+
+def own_steps(method: Method) -> int | None:
+    """The steps of a method that replaces the sampler's, and so stands beside other numbers of plain steps."""
+    return method.run_steps if "resolution" in method.writes else None
 
 
 def equal_time_steps(steps: int, time_share: float) -> int:
@@ -186,9 +215,10 @@ def total_calls(prompts: int, methods: int, settings: Settings) -> int:
 
 
 def _schedule_arm(pipeline: Any, name: str, method: Method, settings: Settings) -> Arm:
+    steps = own_steps(method) or settings.steps
     with _patched(pipeline, method, settings.backend) as handle:
-        facts = handle.explain(settings.height, settings.width, steps=settings.steps)
-    return Arm(name, settings.steps, method, facts.flop_speedup)
+        facts = handle.explain(settings.height, settings.width, steps=steps)
+    return Arm(name, steps, method, facts.flop_speedup * (settings.steps / steps))
 
 
 def _time_shares(runs: _Runs, arms: Sequence[Arm]) -> list[float]:
@@ -198,26 +228,28 @@ def _time_shares(runs: _Runs, arms: Sequence[Arm]) -> list[float]:
     seconds: list[list[float]] = [[] for _ in arms]
     for _ in range(PILOT_RUNS):
         for spent, arm in zip(seconds, arms, strict=True):
-            spent.append(runs.draw(0, arm, f"looking for equal time: {arm.name}")[1])
+            spent.append(runs.draw(0, arm, f"looking for equal time: {arm.name}").seconds)
     return [median(_ratios(spent, seconds[0])) for spent in seconds[1:]]
 
 
 def _measure(
     runs: _Runs, arms: Sequence[Arm]
-) -> tuple[list[list[np.ndarray]], list[list[list[float]]]]:
-    """Pictures ``[prompt][arm]`` and seconds ``[prompt][arm][repeat]``, the arms interleaved."""
+) -> tuple[list[list[np.ndarray]], list[list[list[float]]], list[list[tuple[Stage, ...]]]]:
+    """Pictures ``[prompt][arm]``, seconds ``[prompt][arm][repeat]``, stages ``[prompt][arm]``; the arms interleaved."""
     rows, repeats = len(runs.calls), runs.settings.repeats
     images: list[list[np.ndarray]] = [[] for _ in range(rows)]
     seconds: list[list[list[float]]] = [[[] for _ in arms] for _ in range(rows)]
+    stages: list[list[tuple[Stage, ...]]] = [[] for _ in range(rows)]
     for repeat in range(repeats):
         for row in range(rows):
             for column, arm in enumerate(arms):
                 where = f"prompt {row + 1} of {rows}, repeat {repeat + 1} of {repeats}"
-                image, spent = runs.draw(row, arm, f"timing: {arm.name}, {where}")
-                seconds[row][column].append(spent)
+                drawn = runs.draw(row, arm, f"timing: {arm.name}, {where}", stages=repeat == 0)
+                seconds[row][column].append(drawn.seconds)
                 if repeat == 0:
-                    images[row].append(image)
-    return images, seconds
+                    images[row].append(drawn.image)
+                    stages[row].append(drawn.stages)
+    return images, seconds, stages
 
 
 def _ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
@@ -230,6 +262,7 @@ def _cell(
     reference: np.ndarray,
     judge: Judge | None,
     prompt: str,
+    stages: tuple[Stage, ...],
 ) -> Cell:
     return Cell(
         image,
@@ -237,6 +270,7 @@ def _cell(
         psnr(image, reference),
         relative_l2(image, reference),
         None if judge is None else _judged(judge, image, prompt),
+        stages,
     )
 
 
@@ -246,6 +280,15 @@ def _judged(judge: Judge, image: np.ndarray, prompt: str) -> tuple[int, int] | N
     except ValueError:  # a prompt in words of its own
         return None
     return sum(1 for verdict in objects if verdict.right), len(objects)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What one pipeline call gave."""
+
+    image: np.ndarray
+    seconds: float
+    stages: tuple[Stage, ...]
 
 
 @dataclass
@@ -259,11 +302,11 @@ class _Runs:
     total: int
     done: int = 0
 
-    def draw(self, row: int, arm: Arm, text: str) -> tuple[np.ndarray, float]:
-        """(image [h, w, 3], seconds) of one call; the image is on the host, so all is done."""
+    def draw(self, row: int, arm: Arm, text: str, stages: bool = False) -> _Drawn:
+        """One call, timed until the image [h, w, 3] is on the host; `stages` decodes those of the run afterwards."""
         self.progress(text, self.done, self.total)
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
-        with _patched(self.pipeline, arm.method, self.settings.backend):
+        with _patched(self.pipeline, arm.method, self.settings.backend) as handle:
             start = time.perf_counter()
             try:
                 output = self.pipeline(
@@ -277,8 +320,21 @@ class _Runs:
             except ValueError as error:  # how pipelines refuse arguments
                 raise ArgumentError(f"{type(self.pipeline).__name__}: {error}") from error
             spent = time.perf_counter() - start
+            ends = _stages(handle) if stages and handle is not None else ()
         self.done += 1
-        return np.asarray(output.images[0]), spent
+        return _Drawn(np.asarray(output.images[0]), spent, ends)
+
+
+def _stages(handle: Any) -> tuple[Stage, ...]:
+    """The ends of the last run's stages."""
+    report = handle.report()
+    if not report.stages:
+        return ()
+    drawn = report.resolution_map(handle.stage_pictures()[:, 0])
+    return tuple(
+        Stage(image, stage.layout, stage.steps, stage.tokens)
+        for image, stage in zip(drawn, report.stages, strict=True)
+    )
 
 
 @contextmanager

@@ -37,6 +37,14 @@ SeveralEvery = Annotated[
         help="Compute at every n-th step; may be given again. [dim]default: 2 and 3[/dim]",
     ),
 ]
+Ralu = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ralu",
+        metavar="PRESET",
+        help="Draw in stages by this preset of RALU, such as sd3-2x, and show its stages; may be given again.",
+    ),
+]
 Steps = Annotated[
     int | None, typer.Option(min=1, help="Steps; the schedule's, else the pipeline's default.")
 ]
