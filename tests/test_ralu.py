@@ -30,6 +30,7 @@ from fastdit import (
     ScheduleError,
     UnsupportedModelError,
 )
+from fastdit.adapters import base
 from fastdit.layout import Layout
 from fastdit.ops import bind
 from fastdit.patch import handle_of
@@ -450,6 +451,52 @@ def test_callbacks_see_full_size_at_every_step(name):
     assert distance(edited, end) > 1e-3
 
 
+@pytest.mark.diffusers
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
+    """Whatever the number of steps and of calls within one."""
+    pipe = tiny_models.pipeline(name)
+    made = []
+    if name == "flux":
+        kind = type(pipe.transformer.pos_embed)
+        real = kind.forward
+
+        def forward(self, ids):
+            made.append(len(ids))
+            return real(self, ids)
+
+        monkeypatch.setattr(kind, "forward", forward)
+    else:
+        real = base._half_step_positions
+
+        def positions(module, cells, device):
+            made.append(cells)
+            return real(module, cells, device)
+
+        monkeypatch.setattr(base, "_half_step_positions", positions)
+    fastdit.patch(pipe, SHORT)
+    for _ in range(2):  # and anew in each run
+        made.clear()
+        generate(pipe, name, steps=7, batch=2, cfg=cfg, **SIZE)
+        # FLUX: text and tokens, of the mixed stage those of both images; SD3 crops a table where there is one size.
+        assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)])
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_lengths_are_aligned_where_asked(name):
+    """24 coarse and 5 text tokens: the nearest to 7 splits that makes 24 + 3 k + 5 a multiple of 16 is 1 or 17."""
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe, dataclasses.replace(SHORT, align=16))
+    assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
+    tokens = handle.report().tokens_per_step
+    assert set(tokens[2:4]) == {24 + 3}
+    assert tokens == handle.explain(**SIZE, text_tokens=tiny_models.TEXT).tokens_per_step
+    fastdit.patch(pipe, dataclasses.replace(SHORT, align=96))
+    with pytest.raises(ScheduleError, match="align=96 fits no split of 24 coarse tokens beside 5"):
+        generate(pipe, name, steps=7, **SIZE)
+
+
 def test_a_run_repeats_and_follows_its_seed():
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, SHORT)
@@ -598,11 +645,12 @@ def test_models_and_schedulers_it_cannot_run_on():
         fastdit.patch(tiny_models.pipeline("sd3"), SHORT, SHORT)
 
 
-def test_a_run_that_does_not_start_from_noise_is_refused():
-    pipe = tiny_models.pipeline("sd3-img2img")
+@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+def test_a_run_that_does_not_start_from_noise_is_refused(name):
+    pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ScheduleError, match="RALU starts from noise, but this run begins at step"):
-        generate(pipe, "sd3-img2img", steps=7, **SIZE)
+        generate(pipe, name, steps=7, **SIZE)
     assert handle._session.run is None
 
 
