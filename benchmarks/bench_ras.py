@@ -134,7 +134,7 @@ def macs(model: nn.Module, ratio: float, tokens: int) -> tuple[int, int, int]:
     size = {"height": side, "width": side, "cfg": True, "text_tokens": TEXT_TOKENS}
     said = [handle.explain(**size, steps=steps) for steps in (2, 3)]
     handle.unpatch()
-    return said[1].tokens_per_step[-1], said[1].macs - said[0].macs, said[1].dense_macs // 2
+    return said[1].tokens_per_step[-1], said[1].macs - said[0].macs, said[1].dense_macs // 3
 
 
 @torch.no_grad()

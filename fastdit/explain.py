@@ -17,6 +17,7 @@ from fastdit.adapters.base import Size
 from fastdit.clock import predicted_levels
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
+from fastdit.modulation import ahead
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.spec import ModelSpec
@@ -40,6 +41,8 @@ class Explanation:
         linear_macs: Those of linear layers where the schedule's bits compute, of all tokens: the ECAD paper's count.
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
         cache_bytes: Most bytes in caches at once.
+        modulation_bytes: Bytes of the modulations made ahead for the next steps, beside the caches, where a step is one
+            call and its timesteps are known.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
         resampled: The row of a schedule of another number of steps that each step takes; else empty.
         raster: One line per component, one character per step: share of the blocks that compute.
@@ -62,6 +65,7 @@ class Explanation:
     dense_residual_bytes: int
     cache_bytes: int
     raster: str
+    modulation_bytes: int = 0
     tokens_per_step: tuple[int, ...] = ()
     resampled: tuple[int, ...] = ()
 
@@ -86,6 +90,10 @@ class Explanation:
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
         ]
+        if self.modulation_bytes:
+            lines.append(
+                f"  ahead     modulations of the next steps, {self.modulation_bytes / 2**20:.1f} MiB"
+            )
         if self.tokens_per_step:
             lines.append(f"  tokens    per step {ranges(self.tokens_per_step)}")
         if self.resampled:
@@ -169,6 +177,9 @@ def explain_session(
         cache_bytes=max(_slot_bytes(session, part, steps) for part, steps, _ in stages)
         + (count.key_bytes() if any(active) else 0)
         + (0 if session.eager else count.prompt_bytes()),
+        modulation_bytes=0
+        if session.eager
+        else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),

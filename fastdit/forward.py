@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.observe import observed
+from fastdit.modulation import Modulations
+from fastdit.observe import observed, private
 from fastdit.ops.gated_residual import MAX_BRANCHES
 from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
 from fastdit.segments import EAGER, segments_like
@@ -117,6 +118,7 @@ class Forward:
         tokens: Tokens | None = None,
         layouts: Mapping[str, Sequence[str]] | None = None,
         precision: tuple[torch.dtype, torch.dtype] | None = None,
+        modulations: Modulations | None = None,
     ) -> None:
         self.ops = ops
         self.blocks = blocks
@@ -130,6 +132,7 @@ class Forward:
         self.index = 0
         self.computed = 0
         self.tokens = tokens
+        self._modulations = modulations
         self._layouts = {} if layouts is None else layouts
         self._precision = precision
         self._compiled = compiled
@@ -187,6 +190,12 @@ class Forward:
 
     def _unpacked(self, held: Any) -> Any:
         return held if self._precision is None else _cast(held, self._precision[1])
+
+    def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
+        """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""
+        if self._modulations is None or not private(norm.linear):
+            return compute(*given)
+        return self._modulations.of(norm, compute)
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""

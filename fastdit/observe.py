@@ -8,6 +8,11 @@ from typing import Any
 from torch import nn
 
 
+def private(module: nn.Module) -> bool:
+    """Whether nobody looks into it or scales it: no hook, no adapter of peft."""
+    return not any(observed(part) or hasattr(part, "base_layer") for part in module.modules())
+
+
 def observed(module: nn.Module) -> bool:
     """Whether somebody's hook sees the module's inputs or outputs."""
     state: Mapping[str, Any] = module.__dict__

@@ -216,6 +216,8 @@ class Handle:
         session = self._session
         session.start_run(len(timesteps), timesteps_given=True)
         run = session.run
+        if run is not None:
+            run.timesteps = timesteps if isinstance(timesteps, torch.Tensor) else None
         try:
             yield self
         finally:

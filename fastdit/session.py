@@ -28,7 +28,8 @@ from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
 from fastdit.layout import Layout
-from fastdit.observe import observed
+from fastdit.modulation import Modulations
+from fastdit.observe import private
 from fastdit.plan import RunPlan, plan_run
 from fastdit.resolution import ResolutionRun
 from fastdit.spec import ModelSpec
@@ -53,6 +54,8 @@ class Branch:
 
     slots: Slots = field(default_factory=dict)
     prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
+    modulations: Modulations | None = None
+    foresees: bool = True
     keys: dict[Any, KeyValues] = field(default_factory=dict)
     velocity: Tensor | None = None
     rotation: Any = None
@@ -78,6 +81,7 @@ class Run:
     resolution: ResolutionRun | None = None
     outputs: list[Tensor] = field(default_factory=list)
     timesteps_given: bool = False
+    timesteps: Tensor | None = None
     manual: bool = False
     last_timestep: float | None = None
     bytes_checked: Any = None
@@ -356,6 +360,7 @@ class Session:
             tokens=self._tokens_of(call, count, rows, captures, branch, immediate),
             layouts=self.adapter.layouts,
             precision=self._precision(call),
+            modulations=None if immediate else self._foresee(transformer, run, call, args, kwargs),
         )
         if layout is not None and layout.kind != "full":
             return self.adapter.reduce_inputs(transformer, args, kwargs, layout, self.ops)
@@ -550,11 +555,7 @@ class Session:
         A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
         """
         forward, active = self.forward, self._active
-        if (
-            forward is None
-            or forward.immediate
-            or any(observed(part) or hasattr(part, "base_layer") for part in module.modules())
-        ):
+        if forward is None or forward.immediate or not private(module):
             return type(module).forward(module, *args, **kwargs)
         kept = active.branch.prompts
         if module not in kept:
@@ -562,6 +563,38 @@ class Session:
         return kept[module]
 
     # ---- helpers
+
+    def _foresee(
+        self, transformer: nn.Module, run: Run, call: Any, args: Any, kwargs: Any
+    ) -> Modulations | None:
+        """The modulations of the steps to come; None where it is not known what the model will be given.
+
+        The first call of a branch compares the timestep it is given with the one foreseen, later ones only where that
+        does not wait for a device. Once a run has gone another way, its steps make their own.
+        """
+        branch = self._active.branch
+        if not branch.foresees:
+            return None
+        batch, timestep = call.hidden_states.shape[0], call.timestep
+        conditions = self.adapter.conditions(transformer, args, kwargs, batch)
+        first = branch.modulations is None
+        if first and conditions is not None and isinstance(timestep, Tensor):
+            timesteps = run.timesteps
+            if run.scheduler is not None:
+                dtype = call.hidden_states.dtype
+                timesteps = self.adapter.given_timesteps(run.scheduler.timesteps, dtype)
+            if timesteps is not None:
+                branch.modulations = Modulations(conditions, timesteps.to(timestep), batch)
+        branch.foresees = (
+            conditions is not None
+            and branch.modulations is not None
+            and branch.modulations.begin(
+                run.step, timestep, conditions, batch, first or timestep.device.type == "cpu"
+            )
+        )
+        if not branch.foresees:
+            branch.modulations = None
+        return branch.modulations
 
     def _refuse_checkpointing(self, transformer: nn.Module) -> None:
         """Gradient checkpointing runs blocks again in the backward pass, when the caches have moved on."""

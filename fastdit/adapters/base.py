@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.layout import SIDE, Layout
+from fastdit.modulation import Conditions
 from fastdit.spec import BlockKind, ModelSpec
 
 
@@ -163,10 +164,7 @@ class Adapter:
         names = forward_arguments(type(transformer))
 
         def argument(name: str) -> Any:
-            if name in kwargs:
-                return kwargs[name]
-            position = names.index(name) if name in names else len(args)
-            return args[position] if position < len(args) else None
+            return argument_of(transformer, args, kwargs, name)
 
         latents = argument("hidden_states")
         conditions = (argument(name) for name in self.embeddings_arguments if name in names)
@@ -252,6 +250,22 @@ class Adapter:
     def prompt_elements(self, transformer: nn.Module, size: Size) -> int:
         """Elements of the text tokens that a run keeps."""
         return size.text * self.width(transformer) * len(self.prompt_projections_of(transformer))
+
+    # ---- modulations of several steps at once
+
+    def conditions(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> Conditions | None:
+        """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
+        return None
+
+    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """A scheduler's timesteps as the family's pipelines hand them on."""
+        return timesteps
+
+    def modulation_width(self, transformer: nn.Module) -> int:
+        """Channels of all modulations that :meth:`conditions` are for, per row."""
+        return 0
 
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
@@ -450,7 +464,7 @@ class Adapter:
 
 
 def place_of(
-    transformer: nn.Module, args: list[Any], kwargs: dict[str, Any], name: str
+    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
 ) -> tuple[Any, Any]:
     """Where an argument of the transformer is: (args or kwargs, its key there), or (None, None)."""
     if name in kwargs:
@@ -458,6 +472,14 @@ def place_of(
     names = forward_arguments(type(transformer))
     position = names.index(name) if name in names else len(args)
     return (args, position) if position < len(args) else (None, None)
+
+
+def argument_of(
+    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+) -> Any:
+    """An argument of a call of the transformer; None if it was not given."""
+    owner, key = place_of(transformer, args, kwargs, name)
+    return None if owner is None else owner[key]
 
 
 def batch_index(rows: Tensor) -> Tensor:

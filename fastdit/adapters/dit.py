@@ -6,15 +6,23 @@ Restates the `ada_norm_zero` path of diffusers' `BasicTransformerBlock.forward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
+from fastdit.adapters.base import (
+    Adapter,
+    Size,
+    argument_of,
+    attention_macs,
+    chunk_gates,
+    linear_macs,
+)
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
+from fastdit.modulation import Conditions, repeated
 
 
 def basic_block(
@@ -31,8 +39,13 @@ def basic_block(
 ) -> Tensor:
     """One adaLN-zero block: image [B, N, D], timestep [B], class_labels [B] -> image."""
     image = fw.enter(hidden_states, "image", branch_first=True)
-    emb = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
-    modulation = fw.segments.linear(block.norm1.linear, block.norm1.silu(emb))
+    norm = block.norm1
+
+    def modulate(timesteps: Tensor, labels: Tensor) -> Tensor:
+        emb = norm.emb(timesteps, labels, hidden_dtype=hidden_states.dtype)
+        return fw.segments.linear(norm.linear, norm.silu(emb))
+
+    modulation = fw.modulation(norm, modulate, timestep, class_labels)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(modulation, 6)
     image.add(
         fw.component(
@@ -84,6 +97,21 @@ class DiT(Adapter):
                 f"{kind}[{index}] must have norm_type 'ada_norm_zero' and no cross-attention; "
                 f"got norm_type {block.norm_type!r}"
             )
+
+    def conditions(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> Conditions | None:
+        """Timestep and class, which each layer embeds for itself."""
+        labels = argument_of(transformer, args, kwargs, "class_labels")
+        if labels is None:
+            return None
+        return Conditions(
+            lambda timesteps: (timesteps, repeated(labels, len(timesteps), batch)), (labels,)
+        )
+
+    def modulation_width(self, transformer: nn.Module) -> int:
+        """Of all blocks."""
+        return sum(block.norm1.linear.out_features for block in transformer.transformer_blocks)
 
     def macs(
         self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size

@@ -8,7 +8,7 @@ where it is reused, unless a later step wants their value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastdit.adapters.base import (
     Adapter,
     Call,
     Size,
+    argument_of,
     batch_index,
     chunk_gates,
     linear_macs,
@@ -27,6 +28,8 @@ from fastdit.attention import Part, Rotation, attend, projections
 from fastdit.errors import ArgumentError
 from fastdit.forward import Forward, joint_normed
 from fastdit.layout import SIDE, Layout
+from fastdit.modulation import Conditions, repeated
+from fastdit.observe import private
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
@@ -188,7 +191,8 @@ def _rotation(fw: Forward, given: Any) -> Any:
 
 
 def _modulation(fw: Forward, norm: nn.Module, temb: Tensor) -> Tensor:
-    return fw.segments.linear(norm.linear, norm.silu(temb))
+    """The layer's linear(silu(temb)) [B, k D]."""
+    return fw.modulation(norm, lambda emb: fw.segments.linear(norm.linear, norm.silu(emb)), temb)
 
 
 class Flux(Adapter):
@@ -369,6 +373,35 @@ class Flux(Adapter):
             component, component.removeprefix("single_")
         )
         return linear_macs(getattr(block, module)) * tokens
+
+    def conditions(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> Conditions | None:
+        """The embedding of timestep, guidance if the model has it, and pooled prompt."""
+        embed = transformer.time_text_embed
+        names = ("hidden_states", "guidance", "pooled_projections")
+        latents, guidance, pooled = (argument_of(transformer, args, kwargs, n) for n in names)
+        if pooled is None or not private(embed):
+            return None
+        tensors = (pooled,) if guidance is None else (guidance, pooled)
+
+        def make(timesteps: Tensor) -> tuple[Tensor]:
+            rows = [repeated(tensor, len(timesteps), batch) for tensor in tensors]
+            if guidance is not None:
+                rows[0] = rows[0].to(latents.dtype) * 1000
+            return (embed(timesteps.to(latents.dtype) * 1000, *rows),)
+
+        return Conditions(make, tensors)
+
+    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """In thousandths."""
+        return timesteps.to(dtype) / 1000
+
+    def modulation_width(self, transformer: nn.Module) -> int:
+        """Of the norms of all streams."""
+        double = [(b.norm1, b.norm1_context) for b in transformer.transformer_blocks]
+        norms = [*sum(double, ()), *(b.norm for b in transformer.single_transformer_blocks)]
+        return sum(norm.linear.out_features for norm in norms)
 
     def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
         """Embedders, adaLN modulations and the output projection."""

@@ -7,15 +7,24 @@ processor. The last block drops the text stream (`context_pre_only`); its `ff_co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, attention_macs, chunk_gates, linear_macs
+from fastdit.adapters.base import (
+    Adapter,
+    Size,
+    argument_of,
+    attention_macs,
+    chunk_gates,
+    linear_macs,
+)
 from fastdit.attention import Part, attend, projections, self_attention
 from fastdit.forward import Forward
+from fastdit.modulation import Conditions, repeated
+from fastdit.observe import private
 
 COMPONENTS = ("attn", "attn2", "ff", "ff_context")
 
@@ -32,25 +41,20 @@ def joint_block(
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     attention_kwargs = joint_attention_kwargs or {}
     last = block.context_pre_only
-    emb = block.norm1.silu(temb)
-    modulation = fw.segments.linear(block.norm1.linear, emb)
+    modulation = _modulation(fw, block.norm1, temb)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = chunk_gates(
         modulation, 9 if block.use_dual_attention else 6
     )
     if not last:
-        context = chunk_gates(
-            fw.segments.linear(block.norm1_context.linear, block.norm1_context.silu(temb)), 6
-        )
+        context = chunk_gates(_modulation(fw, block.norm1_context, temb), 6)
 
     # Both attentions read the stream as it was before either adds to it.
     runs_attention = fw.computes("attn")
     if runs_attention:
         u_image = image.normed(block.norm1.norm, scale, shift)
         if last:
-            projected = block.norm1_context.silu(temb).to(encoder_hidden_states.dtype)
-            c_scale, c_shift = chunk_gates(
-                fw.segments.linear(block.norm1_context.linear, projected), 2
-            )
+            dtype = encoder_hidden_states.dtype
+            c_scale, c_shift = chunk_gates(_modulation(fw, block.norm1_context, temb, dtype), 2)
         else:
             c_shift, c_scale = context[:2]
         u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
@@ -98,6 +102,17 @@ def joint_block(
         c_gate_mlp,
     )
     return text.leave(), image.leave()
+
+
+def _modulation(
+    fw: Forward, norm: nn.Module, temb: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The layer's linear(silu(temb)) [B, k D], its input in `dtype` if given."""
+    return fw.modulation(
+        norm,
+        lambda emb: fw.segments.linear(norm.linear, norm.silu(emb).to(dtype or emb.dtype)),
+        temb,
+    )
 
 
 def _attend(
@@ -170,6 +185,27 @@ class SD3(Adapter):
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
         """attn2 exists in dual-attention blocks only, ff_context in all but the last."""
         return getattr(block, component) is not None
+
+    def conditions(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> Conditions | None:
+        """The embedding of timestep and pooled prompt."""
+        embed = transformer.time_text_embed
+        pooled = argument_of(transformer, args, kwargs, "pooled_projections")
+        if pooled is None or not private(embed):
+            return None
+        return Conditions(
+            lambda timesteps: (embed(timesteps, repeated(pooled, len(timesteps), batch)),),
+            (pooled,),
+        )
+
+    def modulation_width(self, transformer: nn.Module) -> int:
+        """Of both streams' norms."""
+        return sum(
+            norm.linear.out_features
+            for block in transformer.transformer_blocks
+            for norm in (block.norm1, block.norm1_context)
+        )
 
     def macs(
         self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size

@@ -1,0 +1,142 @@
+"""Modulations made ahead for the steps to come: exact, once a window, and given up where a run goes another way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastdit
+import tiny_models
+from contract import FORWARD_FP64, distance
+from fastdit import modulation
+from tiny_models import generate
+
+pytestmark = pytest.mark.diffusers
+STEPS = 6
+NAMES = ["sd3", "sd3.5", "flux", "flux-dev", "dit", "sd3-img2img", "flux-img2img"]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """Rows of every product of an adaLN layer that is made ahead."""
+    rows = []
+    stock = modulation.Modulations.of
+
+    def of(self, layer, compute):
+        def counted(*inputs):
+            rows.append(inputs[0].shape[0])
+            return compute(*inputs)
+
+        return stock(self, layer, counted)
+
+    monkeypatch.setattr(modulation.Modulations, "of", of)
+    return rows
+
+
+def layers(model):
+    return sum(
+        "AdaLayerNorm" in type(module).__name__ and name != "norm_out"
+        for name, module in model.named_modules()
+    )
+
+
+@pytest.mark.parametrize("rows", [64, 4], ids=["all steps", "windows of steps"])
+@pytest.mark.parametrize("name", NAMES)
+def test_modulations_made_ahead_are_those_of_each_step(name, rows, products, monkeypatch):
+    monkeypatch.setattr(modulation, "ROWS", rows)
+    pipe = tiny_models.pipeline(name, torch.float64)
+    expected = generate(pipe, name, steps=STEPS, cfg=False, batch=2)
+    fastdit.patch(pipe)
+    for _ in range(2):
+        assert distance(generate(pipe, name, steps=STEPS, cfg=False, batch=2), expected) <= 1e-12
+    steps = 4 if "img2img" in name else STEPS  # strength 0.6 leaves 4 (rounded up) of 6
+    windows = -(-steps // (rows // 2))
+    assert len(products) == 2 * windows * layers(pipe.transformer)
+    assert sum(products) == 2 * 2 * steps * layers(pipe.transformer)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "dit"])
+def test_explain_tells_their_bytes(name, monkeypatch):
+    made = {}
+    stock = modulation.Modulations.of
+
+    def of(self, layer, compute):
+        row = stock(self, layer, compute)
+        made[layer] = row.untyped_storage().nbytes()
+        return row
+
+    monkeypatch.setattr(modulation.Modulations, "of", of)
+    pipe = tiny_models.pipeline(name)
+    handle = fastdit.patch(pipe)
+    generate(pipe, name, steps=STEPS, cfg=False, batch=2)
+    said = handle.explain(batch=2, steps=STEPS, cfg=False)
+    assert said.modulation_bytes == sum(made.values()) > 0
+    assert "modulations" in str(said)
+
+
+def other_prompt(pipe, step, timestep, tensors):
+    name = "pooled_prompt_embeds"
+    if name in tensors and step == 1:
+        tensors[name] = tensors[name].flip(1)
+    return tensors
+
+
+def written_prompt(pipe, step, timestep, tensors):
+    if step == 1:
+        tensors["pooled_prompt_embeds"].mul_(1.5)
+    return tensors
+
+
+@pytest.mark.parametrize("change", [other_prompt, written_prompt])
+def test_a_prompt_changed_in_the_run(change, products):
+    pipe = tiny_models.pipeline("sd3", torch.float64)
+    given = {
+        "steps": STEPS,
+        "callback_on_step_end": change,
+        "callback_on_step_end_tensor_inputs": ["latents", "pooled_prompt_embeds"],
+    }
+    plain = generate(pipe, "sd3", steps=STEPS)
+    expected = generate(pipe, "sd3", **given)
+    assert distance(plain, expected) > 1e-4
+    fastdit.patch(pipe)
+    assert distance(generate(pipe, "sd3", **given), expected) <= FORWARD_FP64
+    assert len(products) == layers(pipe.transformer)  # not made ahead again
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "dit"])
+def test_a_loop_that_goes_another_way_than_it_said(name, products):
+    """Two steps as announced, then other timesteps, and another guidance; each as stock."""
+    model = tiny_models.transformer(name, torch.float64)
+    calls = [tiny_models.call(name, 2, dtype=torch.float64) for _ in range(4)]
+    first = calls[0]["timestep"]
+    said = torch.stack([first[0], first[0] / 2, first[0] / 4, first[0] / 8]).to(first.dtype)
+    for call, value in zip(calls, said, strict=True):
+        call |= {k: v for k, v in calls[0].items() if k != "hidden_states"}
+        call["timestep"] = value.expand(2)
+    calls[2]["timestep"] = (said[2] * 3).expand(2)
+    if "guidance" in calls[3]:
+        calls[3]["guidance"] = calls[3]["guidance"] * 2
+    with torch.no_grad():
+        expected = [model(**call)[0] for call in calls]
+        handle = fastdit.patch(model)
+        with handle.run(said):
+            for call, wanted in zip(calls, expected, strict=True):
+                assert distance(model(**call)[0], wanted) <= FORWARD_FP64
+                handle.advance()
+    assert len(products) == layers(model)
+
+
+def test_an_adapter_whose_scale_changes():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["norm1.linear"])
+    pipe = tiny_models.pipeline("sd3", torch.float64)
+    pipe.transformer.add_adapter(settings)
+
+    def fade(pipe, step, timestep, tensors):
+        pipe.transformer.set_adapters(["default"], [0.5 ** ((step + 1) % STEPS)])
+        return tensors
+
+    expected = generate(pipe, "sd3", steps=STEPS, callback_on_step_end=fade)
+    fastdit.patch(pipe)
+    found = generate(pipe, "sd3", steps=STEPS, callback_on_step_end=fade)
+    assert distance(found, expected) <= FORWARD_FP64
