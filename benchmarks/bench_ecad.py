@@ -7,7 +7,8 @@ fastest, with as many idle steps, the other bits drawn at random. Three tables:
 
 * runs at PixArt-XL/2's width and reduced depth, unpatched, with plain hooks and with fastdit in turns:
   wall speed-up, true-MAC speed-up, their quotient; most bytes in caches, counted and predicted;
-* one fully reused step of the block stack: times, and kernels and bytes by trace against the floor;
+* one fully reused step of the block stack, alone and followed by another: times, and kernels and
+  bytes by trace against the floor;
 * runs of the embedded model, where overheads weigh: unpatched, plain hooks, fastdit, and cache-dit
   where it is installed, which can only reuse whole steps and keeps a block computing.
 
@@ -266,6 +267,9 @@ def main() -> None:
         results["reused_depth"] = options.reused_depth
         results["reused_step"] = measure_reused_step(deep, 2 * options.pairs)
         results["traffic"] = measure_traffic(deep)
+        print("the same where the next step is fully reused too: outputs kept as three sums")
+        results["collapsed_step"] = measure_reused_step(deep, 2 * options.pairs, 3)
+        results["collapsed_traffic"] = measure_traffic(deep, 3)
         del deep
     if "runs" in parts:
         bench = Bench(options.depth, options.tokens)

@@ -147,9 +147,9 @@ def schedules(steps: int, depth: int) -> dict[str, Schedule]:
     return {name: Schedule.from_bits(value, COMPONENTS) for name, value in bits.items()}
 
 
-def all_reused(depth: int) -> Schedule:
-    """Two steps, the second fully reused."""
-    return Schedule.from_bits(np.zeros((2, depth, len(COMPONENTS)), dtype=bool), COMPONENTS)
+def all_reused(depth: int, steps: int) -> Schedule:
+    """The first step computes, the others are fully reused; from three steps on fastdit keeps three sums."""
+    return Schedule.from_bits(np.zeros((steps, depth, len(COMPONENTS)), dtype=bool), COMPONENTS)
 
 
 def measure_run(bench: Bench, name: str, schedule: Schedule, pairs: int) -> dict[str, Any]:
@@ -181,9 +181,9 @@ def measure_run(bench: Bench, name: str, schedule: Schedule, pairs: int) -> dict
     }
 
 
-def measure_reused_step(bench: Bench, pairs: int) -> dict[str, Any]:
-    """Seconds of a fully reused step, fastdit against hooks."""
-    schedule = all_reused(len(bench.blocks))
+def measure_reused_step(bench: Bench, pairs: int, steps: int = 2) -> dict[str, Any]:
+    """Seconds of the second step, fully reused like all up to `steps`, fastdit against hooks."""
+    schedule = all_reused(len(bench.blocks), steps)
     arms = {"fastdit": bench.fastdit, "hooks": bench.hooks}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for _ in range(pairs + 1):
@@ -207,15 +207,16 @@ def measure_reused_step(bench: Bench, pairs: int) -> dict[str, Any]:
     return parts
 
 
-def measure_traffic(bench: Bench) -> dict[str, Any]:
-    """Kernels and bytes of a fully reused step's block stack, against the floor."""
-    schedule = all_reused(len(bench.blocks))
+def measure_traffic(bench: Bench, steps: int = 2) -> dict[str, Any]:
+    """Kernels and bytes of such a step's block stack, against the floor."""
+    schedule = all_reused(len(bench.blocks), steps)
     n, runs, x = len(bench.blocks) * len(COMPONENTS), 1, bench.x_bytes
+    floor = (n if steps == 2 else 3) + 2 * runs
     result: dict[str, Any] = {
         "X_bytes": x,
         "reused_components": n,
         "runs": runs,
-        "floor_X": n + 2 * runs,
+        "floor_X": floor,
         "kernel_limit": runs + 10,
     }
     for name, arm in (("fastdit", bench.fastdit), ("hooks", bench.hooks)):
@@ -228,7 +229,7 @@ def measure_traffic(bench: Bench) -> dict[str, Any]:
         }
         print(
             f"fully reused step, {name:7}: {len(trace.kernels):4d} kernels (limit {runs + 10}), "
-            f"{trace.large_bytes / x:7.2f} X in token tensors (floor {n + 2 * runs}), "
+            f"{trace.large_bytes / x:7.2f} X in token tensors (floor {floor}), "
             f"{trace.bytes / x:7.2f} X with gates"
         )
     return result

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
+from fastdit.collapse import StepSums, passes
 from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
@@ -69,6 +70,8 @@ class Cost:
         self.overhead = adapter.overhead_macs(transformer, size) * rows
         self._prompt = adapter.prompt_macs(transformer, size) * rows
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
+        # the parts of the gates that all blocks share, kept beside sums
+        self._shared = 2 * adapter.width(transformer) * rows * itemsize
 
     def component_macs(self) -> dict[str, np.ndarray]:
         """Block kind -> multiply-accumulates [blocks, components] of one step, 0 for what the model lacks."""
@@ -187,7 +190,8 @@ class Cost:
     def residual_bytes(self, plan: RunPlan) -> int:
         """Bytes moved by residual updates: each output once, and the stream read and written once per update.
 
-        An update is a maximal run of reused components together with the computed one that ends it.
+        An update is a maximal run of reused components together with the computed one that ends it. Outputs kept as
+        sums are read once more, when those are made.
         """
         if not plan.actions:
             updates = sum(1 for *_, adds in self.cells if adds)
@@ -199,18 +203,27 @@ class Cost:
                 added and added[-1] & REUSE
             )
             total += self.bytes_of_outputs() + 2 * updates * self.stream
+        for sums in plan.sums:
+            output = self.cells[0][3]
+            total += sum(passes(len(s.cells)) for s in set(sums.made.values())) * output
+            total += (3 * len(set(sums.used.values())) - len(sums.used)) * output
         return total
 
-    def cache_bytes(self, plan: RunPlan) -> int:
-        """Most bytes kept after any step."""
-        return max(
-            (
-                sum(
-                    moved
-                    for index, component, _, moved, _ in self.cells
-                    if step[index][component] & KEEP
-                )
-                for step in plan.actions
-            ),
-            default=0,
-        )
+    def cache_bytes(self, plan: RunPlan, itemsize: int | None = None) -> int:
+        """Most bytes kept after any step; `itemsize` is that of kept outputs, the model's if not said."""
+        most = 0
+        for number, step in enumerate(plan.actions):
+            sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})
+            outputs = sum(
+                moved
+                for index, component, _, moved, _ in self.cells
+                if step[index][component] & KEEP
+                and (index, component) not in sums.made
+                and (index, component) not in sums.used
+            )
+            outputs += 3 * sums.kept * self.cells[0][3]
+            most = max(
+                most,
+                outputs * (itemsize or self.itemsize) // self.itemsize + sums.kept * self._shared,
+            )
+        return most

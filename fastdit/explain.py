@@ -45,6 +45,7 @@ class Explanation:
             call and its timesteps are known.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
         resampled: The row of a schedule of another number of steps that each step takes; else empty.
+        collapse: Which reused outputs are kept as sums, or why none are; empty where the family has no such sums.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -68,6 +69,7 @@ class Explanation:
     modulation_bytes: int = 0
     tokens_per_step: tuple[int, ...] = ()
     resampled: tuple[int, ...] = ()
+    collapse: str = ""
 
     @property
     def flop_speedup(self) -> float:
@@ -94,6 +96,8 @@ class Explanation:
             lines.append(
                 f"  ahead     modulations of the next steps, {self.modulation_bytes / 2**20:.1f} MiB"
             )
+        if self.collapse:
+            lines.append(f"  collapse  {self.collapse}")
         if self.tokens_per_step:
             lines.append(f"  tokens    per step {ranges(self.tokens_per_step)}")
         if self.resampled:
@@ -139,7 +143,7 @@ def explain_session(
         if "resolution" in method.writes:
             levels = levels.with_sigmas(method.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
-    plan = plan_run(session.methods, spec, steps, partial, levels)
+    plan = plan_run(session.methods, spec, steps, partial, levels, session.may_collapse())
     count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     stages = [
         (count.at(length), plan.part(first, last), tokens[first:last])
@@ -183,14 +187,32 @@ def explain_session(
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
+        collapse=_collapse(session, plan, bool(partial)),
     )
+
+
+def _collapse(session: Any, plan: RunPlan, partial: bool) -> str:
+    """What becomes of runs of reused outputs in a model whose gates allow sums; empty for others."""
+    if plan.reuse is None or not all(kind.shared_gates for kind in session.spec.kinds):
+        return ""
+    if session.eager:
+        return "off on the reference backend"
+    if partial:
+        return "off: steps compute a part of the tokens"
+    if not session.may_collapse():
+        return "off: hooks look at blocks"
+    lengths = sorted(len(s.cells) for step in plan.sums for s in set(step.made.values()))
+    if not lengths:
+        return "none: no run of reused outputs stays long enough to pay"
+    between = f"{lengths[0]} to {lengths[-1]}" if lengths[0] < lengths[-1] else f"{lengths[0]}"
+    return f"{len(lengths)} times {between} outputs are kept as 3 sums"
 
 
 def _slot_bytes(session: Any, count: Cost, plan: RunPlan) -> int:
     """Most bytes of slots; a lower precision makes them smaller."""
     names = [method.cache_dtype for method in session.methods if method.cache_dtype is not None]
     itemsize = min([count.itemsize, *(getattr(torch, name).itemsize for name in names)])
-    return count.cache_bytes(plan) * itemsize // count.itemsize
+    return count.cache_bytes(plan, itemsize)
 
 
 def run_speedup(session: Any, transformer: nn.Module) -> float:

@@ -27,6 +27,7 @@ from fastdit.observe import observed, private
 from fastdit.ops.gated_residual import MAX_BRANCHES
 from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
 from fastdit.segments import EAGER, segments_like
+from fastdit.sums import Sums
 
 Slots = dict[tuple[int, str], Any]
 Gate = Tensor | None
@@ -119,6 +120,7 @@ class Forward:
         layouts: Mapping[str, Sequence[str]] | None = None,
         precision: tuple[torch.dtype, torch.dtype] | None = None,
         modulations: Modulations | None = None,
+        sums: Sums | None = None,
     ) -> None:
         self.ops = ops
         self.blocks = blocks
@@ -133,6 +135,7 @@ class Forward:
         self.computed = 0
         self.tokens = tokens
         self._modulations = modulations
+        self.sums = sums
         self._layouts = {} if layouts is None else layouts
         self._precision = precision
         self._compiled = compiled
@@ -168,27 +171,31 @@ class Forward:
         sparse = self.tokens is not None and self.tokens.rows is not None
         value = held = self.slots.get(key)
         if value is None or flags & COMPUTE:
+            if not sparse:
+                # Nobody reads the old value any more; its memory may serve the new one.
+                self.slots.pop(key, None)
+                value = held = None
             value = compute()
             self.computed += 1
             if sparse and held is not None and flags & KEEP:
                 held = self.tokens.scatter(held, value, self._layouts[name])
             else:
                 # The rows of a value that was never held whole cannot stand for it later.
-                held = None if sparse else self._packed(value)
+                held = None if sparse else self.packed(value)
         else:
-            value = self._unpacked(
-                self.tokens.gather(held, self._layouts[name]) if sparse else held
-            )
+            value = self.unpacked(self.tokens.gather(held, self._layouts[name]) if sparse else held)
         if flags & KEEP and held is not None:
             self.slots[key] = held
         else:
             self.slots.pop(key, None)
         return value
 
-    def _packed(self, value: Any) -> Any:
+    def packed(self, value: Any) -> Any:
+        """A value as slots keep it."""
         return value if self._precision is None else _cast(value, self._precision[0])
 
-    def _unpacked(self, held: Any) -> Any:
+    def unpacked(self, held: Any) -> Any:
+        """A value out of a slot."""
         return held if self._precision is None else _cast(held, self._precision[1])
 
     def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -252,11 +259,28 @@ class Residual:
     def add(self, branch: Tensor, gate: Gate = None) -> None:
         """Add ``gate * branch``, now or when the stream is next read."""
         forward = self._forward
-        if forward.immediate or branch.shape != self._h.shape or not self._suits(branch, gate):
+        if forward.immediate or not self.suits(branch, gate):
             branch = branch if gate is None else _rows(gate) * branch
             self._h = branch + self.read() if self._branch_first else self.read() + branch
         else:
             self._waiting.append((branch if branch.stride(-1) == 1 else branch.contiguous(), gate))
+
+    def add_component(
+        self, name: str, compute: Callable[[], Tensor], gate: Gate, shared: Tensor
+    ) -> None:
+        """Add :meth:`Forward.component`, or the sums that it is in.
+
+        `shared` [B, G, D] is what the gates of all blocks have in common; see :class:`~fastdit.spec.BlockKind`.
+        """
+        forward = self._forward
+        if forward.sums is None:
+            self.add(forward.component(name, compute), gate)
+        else:
+            forward.sums.add(forward, self, name, compute, gate, shared)
+
+    def suits(self, branch: Tensor, gate: Gate) -> bool:
+        """Whether the ops take this branch of the stream."""
+        return branch.shape == self._h.shape and self._suits(branch, gate)
 
     def normed(
         self, norm: nn.Module, scale: Gate, shift: Gate, out: Tensor | None = None

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fastdit.collapse import StepSums, find_sums
 from fastdit.errors import CompositionError
 from fastdit.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
@@ -50,15 +51,17 @@ class RunPlan:
         reuse: The bound schedule, or None when everything computes.
         actions: ``actions[step][block]`` -> flags per component, blocks of all kinds in running order. Empty when
             everything computes.
+        sums: Which reused outputs are kept as sums at each step; empty where none are.
     """
 
     steps: int
     reuse: Schedule | None
     actions: Sequence[Sequence[BlockActions]]
+    sums: Sequence[StepSums] = ()
 
     def part(self, first: int, last: int) -> RunPlan:
         """The steps from `first` to before `last`, for counting."""
-        return RunPlan(last - first, self.reuse, self.actions[first:last])
+        return RunPlan(last - first, self.reuse, self.actions[first:last], self.sums[first:last])
 
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
@@ -83,10 +86,12 @@ def plan_run(
     steps: int,
     partial: Sequence[bool] = (),
     levels: Any = None,
+    collapse: bool = False,
 ) -> RunPlan:
     """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
-    `levels` knows the run's noise levels (`clock.Levels`), for schedules made for other numbers of steps.
+    `levels` knows the run's noise levels (`clock.Levels`), for schedules made for other numbers of steps. `collapse`
+    allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -99,7 +104,18 @@ def plan_run(
         if "reuse" in method.writes:
             reuse = method.staged_schedule(spec, lengths, levels)
     actions = lower(reuse, spec, partial, fresh) if reuse is not None else ()
-    return RunPlan(steps, reuse, actions)
+    sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
+    return RunPlan(steps, reuse, actions, sums)
+
+
+def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
+    """Sums for a model whose gates allow them and a schedule that makes them pay."""
+    if not all(kind.shared_gates for kind in spec.kinds):
+        return ()
+    cells = [(block, name) for block, row in enumerate(actions[0]) for name in row]
+    computes = [[step[block][name] & COMPUTE for block, name in cells] for step in actions]
+    sums = find_sums(np.array(computes, dtype=bool), cells)
+    return sums if any(step.made for step in sums) else ()
 
 
 def lower(

@@ -13,7 +13,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,10 +29,11 @@ from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
 from fastdit.layout import Layout
 from fastdit.modulation import Modulations
-from fastdit.observe import private
+from fastdit.observe import observed, private
 from fastdit.plan import RunPlan, plan_run
 from fastdit.resolution import ResolutionRun
 from fastdit.spec import ModelSpec
+from fastdit.sums import Sums
 from fastdit.tokens import TokenRun
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
@@ -335,38 +336,46 @@ class Session:
         except FastDiTError:
             self.reset()
             raise
-        branch = self._prepare_branch(run, call)
-        rows, captures = self._choose_tokens(transformer, run, branch, call)
-        self._check_cache_bytes(transformer, run, call)
-        self._active = _ActiveCall(branch, rows, call.hidden_states, layout)
-        count = call.tokens if layout is None else layout.tokens
-        self._tokens = count if rows is None else rows.shape[1]
-        run.call += 1
-        actions = run.plan.actions[run.step] if run.plan.actions else ()
         immediate = (
             self.eager
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(call.hidden_states.device.type)
         )
+        defer = not immediate and not call.skips_blocks
+        collapses = defer and bool(run.plan.sums) and self.may_collapse()
+        branch = self._prepare_branch(run, call, collapses)
+        rows, captures = self._choose_tokens(transformer, run, branch, call)
+        sums = run.plan.sums if collapses else ()
+        self._check_cache_bytes(transformer, run, call, bool(sums))
+        self._active = _ActiveCall(branch, rows, call.hidden_states, layout)
+        count = call.tokens if layout is None else layout.tokens
+        self._tokens = count if rows is None else rows.shape[1]
+        run.call += 1
+        actions = run.plan.actions[run.step] if run.plan.actions else ()
         self.forward = Forward(
             self.ops,
             self.blocks,
             actions=actions,
             slots=branch.slots,
             immediate=immediate,
-            defer=not immediate and not call.skips_blocks,
+            defer=defer,
             family=self.family,
             compiled=self._compiled_call(transformer),
             tokens=self._tokens_of(call, count, rows, captures, branch, immediate),
             layouts=self.adapter.layouts,
             precision=self._precision(call),
             modulations=None if immediate else self._foresee(transformer, run, call, args, kwargs),
+            sums=Sums(sums[run.step], self.spec.kinds[0].shared_gates) if sums else None,
         )
         if layout is not None and layout.kind != "full":
             return self.adapter.reduce_inputs(transformer, args, kwargs, layout, self.ops)
         if rows is None:
             return None
         return self.adapter.gather_inputs(transformer, args, kwargs, rows)
+
+    def may_collapse(self) -> bool:
+        """Whether reused outputs may be kept as sums: nobody looks at the stream between blocks."""
+        return not self.eager and not any(map(observed, self.blocks))
 
     def _tokens_of(
         self,
@@ -496,7 +505,7 @@ class Session:
         """The plan of a run. One that was mapped to other noise levels is made anew for each run."""
         if (steps, partial) in self._plans:
             return self._plans[steps, partial]
-        plan = plan_run(self.methods, self.spec, steps, partial, levels)
+        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager)
         if plan.reuse is None or not plan.reuse.rows:
             self._plans[steps, partial] = plan
         return plan
@@ -640,7 +649,9 @@ class Session:
         slots, streams = getattr(torch, name), call.hidden_states.dtype
         return (slots, streams) if slots.itemsize < streams.itemsize else None
 
-    def _check_cache_bytes(self, transformer: nn.Module, run: Run, call: Any) -> None:
+    def _check_cache_bytes(
+        self, transformer: nn.Module, run: Run, call: Any, collapses: bool
+    ) -> None:
         """Refuse a run whose caches will not fit, at its first call of each branch; no run is open afterwards."""
         most = min(
             (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None), default=None
@@ -657,7 +668,8 @@ class Session:
         rows = call.hidden_states.shape[0] * branches
         size = Size(call.tokens, call.text)
         count = Cost(self.adapter, transformer, self.spec, size, rows, dtype.itemsize)
-        needed = count.cache_bytes(run.plan) * kept[0].itemsize // dtype.itemsize
+        plan = run.plan if collapses else replace(run.plan, sums=())
+        needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.tokens is None else count.key_bytes()
         needed += 0 if self.eager else count.prompt_bytes()
         if needed > most:
@@ -729,12 +741,12 @@ class Session:
         run.last_timestep = value
         return run
 
-    def _prepare_branch(self, run: Run, call: Any) -> Branch:
+    def _prepare_branch(self, run: Run, call: Any, collapses: bool) -> Branch:
         """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
         branch = run.branches.setdefault(run.call, Branch())
         autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
         stage = run.resolution.index if run.resolution is not None else 0
-        signature = (*call.signature, autocast, stage)
+        signature = (*call.signature, autocast, stage, collapses)
         if branch.signature != signature or not _same_tensors(branch, call.embeddings):
             branch.slots.clear()
             branch.prompts.clear()

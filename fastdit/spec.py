@@ -23,6 +23,8 @@ class BlockKind:
         consumers: component -> the only component that reads its output. A component that is not listed adds its
             output to the residual stream itself.
         groups: name -> components that a schedule may set together under that name.
+        shared_gates: component -> which vector that all blocks share its gate contains, from 1, 0 for none, in kinds
+            whose gates differ between blocks by constants; else empty.
     """
 
     name: str
@@ -31,6 +33,7 @@ class BlockKind:
     absent: frozenset[tuple[int, str]] = frozenset()
     consumers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    shared_gates: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True)

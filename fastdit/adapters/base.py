@@ -68,6 +68,7 @@ class Adapter:
         components: Block list attribute -> component names in running order.
         consumers: Block list attribute -> {component: the only component that reads it}.
         groups: Block list attribute -> {name: components that a schedule may set together under it}.
+        shared_gates: Block list attribute -> see :class:`~fastdit.spec.BlockKind`.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
         embeddings_arguments: The transformer arguments that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
@@ -86,6 +87,7 @@ class Adapter:
     components: Mapping[str, tuple[str, ...]]
     consumers: Mapping[str, Mapping[str, str]] = {}
     groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
+    shared_gates: Mapping[str, Mapping[str, int]] = {}
     forwards: Mapping[str, Callable[..., Any]]
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
@@ -132,6 +134,7 @@ class Adapter:
                         absent,
                         self.consumers.get(name, {}),
                         self.groups.get(name, {}),
+                        self.shared_gates.get(name, {}),
                     )
                 )
         if not kinds:

@@ -37,46 +37,46 @@ def basic_block(
     kwargs = dict(cross_attention_kwargs or {})
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(block, fw, timestep)
 
-    image.add(
-        fw.component(
-            "attn1",
-            lambda: (
-                fw.segments.attention(
-                    block.attn1,
-                    image.normed(block.norm1, scale, shift),
-                    encoder_hidden_states=None,
-                    attention_mask=attention_mask,
-                    **kwargs,
-                )
-                if fw.tokens is None
-                else self_attention(fw, block.attn1, image.normed(block.norm1, scale, shift))
-            ),
+    shared = timestep.reshape(timestep.shape[0], 6, -1)[:, 2::3]  # the gates' parts
+
+    image.add_component(
+        "attn1",
+        lambda: (
+            fw.segments.attention(
+                block.attn1,
+                image.normed(block.norm1, scale, shift),
+                encoder_hidden_states=None,
+                attention_mask=attention_mask,
+                **kwargs,
+            )
+            if fw.tokens is None
+            else self_attention(fw, block.attn1, image.normed(block.norm1, scale, shift))
         ),
         gate,
+        shared,
     )
-    image.add(
-        fw.component(
-            "attn2",
-            lambda: fw.segments.attention(
-                block.attn2,
-                image.read(),
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=encoder_attention_mask,
-                **kwargs,
-            ),
-        )
+    image.add_component(
+        "attn2",
+        lambda: fw.segments.attention(
+            block.attn2,
+            image.read(),
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=encoder_attention_mask,
+            **kwargs,
+        ),
+        None,
+        shared,
     )
-    image.add(
-        fw.component(
-            "ff",
-            lambda: fw.segments.feed_forward(
-                block.ff,
-                image.normed(block.norm2, scale_mlp, shift_mlp),
-                block._chunk_size,
-                block._chunk_dim,
-            ),
+    image.add_component(
+        "ff",
+        lambda: fw.segments.feed_forward(
+            block.ff,
+            image.normed(block.norm2, scale_mlp, shift_mlp),
+            block._chunk_size,
+            block._chunk_dim,
         ),
         gate_mlp,
+        shared,
     )
     return image.leave()
 
@@ -122,6 +122,7 @@ class PixArt(Adapter):
     model_classes = ("PixArtTransformer2DModel",)
     kinds = {"transformer_blocks": "BasicTransformerBlock"}
     components = {"transformer_blocks": ("attn1", "attn2", "ff")}
+    shared_gates = {"transformer_blocks": {"attn1": 1, "attn2": 0, "ff": 2}}
     forwards = {"transformer_blocks": basic_block}
     text_tokens = 120
     layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}

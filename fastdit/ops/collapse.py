@@ -47,6 +47,7 @@ def collapse(
     *,
     dtype: torch.dtype | None = None,
     out: Tensor | None = None,
+    accumulate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Add up branches, weighted and by group, in one pass.
@@ -58,6 +59,7 @@ def collapse(
         dtype: that of the sums, the branches' (the default) or float32.
         out: [S, B, K, D] to write, with S above every group; a new tensor by default, S as small
             as that.
+        accumulate: add to what `out` holds.
         backend: a backend by name; None for FASTDIT_BACKEND or the automatic choice.
 
     Returns:
@@ -73,6 +75,8 @@ def collapse(
         >>> p = collapse([sa, ca, ff], [table_msa, None, table_mlp], [1, 0, 2])
         >>> h = gated_residual(h, [*p], [None, tau_msa, tau_mlp], out=h)
     """
+    if accumulate and out is None:
+        raise ArgumentError("accumulate: got True without out; accepted is False, or a tensor out")
     if torch.is_grad_enabled() and requires_grad(branches, weights):
         if out is not None:
             raise ArgumentError(
@@ -90,7 +94,7 @@ def collapse(
         out = first.new_empty((1 + max(groups), *first.shape), dtype=dtype)
     for start in range(0, len(branches), PASS):
         part = slice(start, start + PASS)
-        arguments = (branches[part], weights[part], groups[part], start > 0, out)
+        arguments = (branches[part], weights[part], groups[part], accumulate or start > 0, out)
         if eager:
             resolve("collapse", first.device, first.dtype, backend)(*arguments)
         else:

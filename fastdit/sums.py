@@ -1,0 +1,106 @@
+"""Making and using the sums of `collapse.py` within one transformer call.
+
+While outputs pass on the way to the stream they are also added up, in fp32, a chunk at a time; what has been added up
+leaves its slot. The sums are kept in a slot too, so whatever empties slots empties them; then the components compute,
+or are read from their own slots, and are added up anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.collapse import CHUNK, StepSums, Sum
+
+
+@dataclass
+class _Making:
+    """A sum that is being made: outputs that wait for their chunk, and how many were added up."""
+
+    cells: list[Any] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor | None] = field(default_factory=list)
+    sums: Tensor | None = None
+    done: int = 0
+
+
+class Sums:
+    """The sums of one call.
+
+    Args:
+        plan: Those of the step.
+        groups: Component -> the shared vector that its gate contains, 0 for none.
+    """
+
+    def __init__(self, plan: StepSums, groups: Mapping[str, int]) -> None:
+        self._plan = plan
+        self._groups = groups
+        self._making: dict[Sum, _Making] = {}
+
+    def add(
+        self,
+        forward: Any,
+        stream: Any,
+        name: str,
+        compute: Callable[[], Tensor],
+        gate: Tensor | None,
+        shared: Tensor,
+    ) -> None:
+        """Add a component of the running block to the stream, by itself or, at the first of a sum, with all of it."""
+        cell, step = (forward.index, name), self._plan.step
+        used = self._plan.used.get(cell)
+        if used is not None and used in forward.slots:
+            if cell == used.cells[0]:
+                self._use(forward, stream, forward.slots[used], shared)
+            if cell == used.cells[-1] and used.last == step:
+                del forward.slots[used]
+            return
+        output = forward.component(name, compute)
+        stream.add(output, gate)
+        making = self._plan.made.get(cell, used)
+        if making is not None and making.last > step and stream.suits(output, gate):
+            self._make(forward, making, cell, output, gate, shared)
+
+    def _use(self, forward: Any, stream: Any, held: tuple[Tensor, Tensor], shared: Tensor) -> None:
+        sums, before = held
+        change = shared - before
+        first, *groups = forward.unpacked(sums)
+        stream.add(first)
+        for group, gate in zip(groups, change.unbind(1), strict=True):
+            stream.add(group, gate)
+
+    def _make(
+        self,
+        forward: Any,
+        total: Sum,
+        cell: Any,
+        output: Tensor,
+        gate: Tensor | None,
+        shared: Tensor,
+    ) -> None:
+        making = self._making.setdefault(total, _Making())
+        making.cells.append(cell)
+        making.outputs.append(output if output.stride(-1) == 1 else output.contiguous())
+        making.gates.append(gate)
+        end = cell == total.cells[-1]
+        if not end and len(making.outputs) < CHUNK:
+            return
+        if making.sums is None:
+            wide = torch.promote_types(output.dtype, torch.float32)
+            making.sums = output.new_empty((1 + shared.shape[1], *output.shape), dtype=wide)
+        groups = [self._groups[name] for _, name in making.cells]
+        forward.ops.collapse(
+            making.outputs, making.gates, groups, out=making.sums, accumulate=making.done > 0
+        )
+        making.done += len(making.outputs)
+        for done in making.cells:
+            forward.slots.pop(done, None)
+        for waiting in (making.cells, making.outputs, making.gates):
+            waiting.clear()
+        if end and making.done == len(total.cells):
+            sums = forward.packed(making.sums.to(output.dtype))
+            forward.slots[total] = sums, shared.clone()
