@@ -1,13 +1,15 @@
 """Steps of a part of the tokens at SD3-medium's width: seconds over the active tokens K, against arithmetic.
 
-    python benchmarks/bench_ras.py [--out FILE] [--depth 2] [--tokens 1024] [--peer CHECKOUT/src] ...
+    python benchmarks/bench_ras.py [--out FILE] [--depth 2] [--tokens 1024] [--rows 2 8] [--peer CHECKOUT/src] ...
 
-Random weights, reduced depth, two rows as guidance runs them, fp32. Dense steps of the unpatched model and sparse steps
-take turns. The medians are fitted by t = a + b K. What a exceeds the arithmetic that does not depend on K (text,
-embeddings, modulation) is overhead, of which a part is the library's: a product with few rows reads all weights too. So
-a profiled step tells what is spent outside torch's matrix products and attention, fitted alike. `realised` is the
-speed-up of a sparse step over that of its arithmetic. Choosing the tokens belongs to the scheduler's step and is timed
-in neither contender.
+Random weights, reduced depth, fp32, two rows as guidance runs an image and eight as it runs four. Dense steps of the
+unpatched model and sparse steps take turns. The medians are fitted by t = a + b K. What a exceeds the arithmetic that
+does not depend on K (text, embeddings) is overhead, of which a part is torch's: a product with few rows reads and packs
+all weights too. More images at once spread that over more rows, so eight rows tell more of this package, two more of
+its user's wait. A profiled step tells what is spent outside torch's matrix products and attention, fitted alike.
+`realised` is the speed-up of a sparse step over that of its arithmetic. Modulations and the projected prompt are there
+from the steps before, as in any run but at its first step. Choosing the tokens belongs to the scheduler's step and is
+timed in neither contender.
 
 --peer sets the same steps of the authors' own code beside: a checkout of microsoft/RAS, in the way that runs without
 CUDA (its index-fused kernels are off).
@@ -36,12 +38,12 @@ from memory import keep_freed_memory
 
 RATIOS = (0.5, 0.25, 0.125)
 TEXT_TOKENS = 154
-ROWS = 2
+ROWS = (2, 8)
 LIBRARY = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 STEPS = 3  # dense, sparse, sparse: the last is timed
 
 
-def build(depth: int, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
+def build(depth: int, tokens: int, rows: int) -> tuple[nn.Module, dict[str, Any]]:
     """A transformer of SD3-medium's width with its inputs."""
     from diffusers import SD3Transformer2DModel
 
@@ -55,9 +57,9 @@ def build(depth: int, tokens: int) -> tuple[nn.Module, dict[str, Any]]:
         pos_embed_max_size=192,
     )
     inputs = {
-        "hidden_states": torch.randn(ROWS, 16, side, side),
-        "encoder_hidden_states": torch.randn(ROWS, TEXT_TOKENS, 4096),
-        "pooled_projections": torch.randn(ROWS, 2048),
+        "hidden_states": torch.randn(rows, 16, side, side),
+        "encoder_hidden_states": torch.randn(rows, TEXT_TOKENS, 4096),
+        "pooled_projections": torch.randn(rows, 2048),
         "return_dict": False,
     }
     return model.eval().requires_grad_(False), inputs
@@ -68,7 +70,7 @@ def last_step_seconds(
 ) -> float:
     """Seconds of the last of `STEPS` steps, run in `around`; `ratio` None for the unpatched model."""
     timesteps = torch.linspace(999, 0, STEPS)
-    handle = None
+    rows, handle = len(inputs["hidden_states"]), None
     if ratio is not None:
         handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, start=1, resets=()))
         run = handle.run(timesteps)
@@ -76,7 +78,7 @@ def last_step_seconds(
     for t in timesteps if handle else timesteps[-1:]:
         with around() if t == timesteps[-1] else nullcontext():
             start = time.perf_counter()
-            model(**inputs, timestep=t.expand(ROWS))
+            model(**inputs, timestep=t.expand(rows))
             seconds = time.perf_counter() - start
         if handle:
             handle.advance()
@@ -112,7 +114,7 @@ class Peer:
         for t in torch.linspace(999, 0, STEPS):
             manager.other_patchified_index = torch.randperm(side * side)[:active]
             start = time.perf_counter()
-            self._model(**inputs, timestep=t.expand(ROWS))
+            self._model(**inputs, timestep=t.expand(len(inputs["hidden_states"])))
             seconds = time.perf_counter() - start
             manager.increase_step()
         return seconds
@@ -127,29 +129,21 @@ def outside_library(model: nn.Module, inputs: dict[str, Any], ratio: float) -> f
     return 1 - library / sum(event.self_cpu_time_total for event in events)
 
 
-def macs(model: nn.Module, ratio: float, tokens: int) -> tuple[int, int, int]:
+def macs(model: nn.Module, ratio: float, tokens: int, rows: int) -> tuple[int, int, int]:
     """(active tokens, multiply-accumulates) of a sparse step, and those of a step of the unpatched model."""
     side = 16 * int(tokens**0.5)
     handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, start=1, resets=()))
-    size = {"height": side, "width": side, "cfg": True, "text_tokens": TEXT_TOKENS}
+    size = {"height": side, "width": side, "batch": rows, "cfg": False, "text_tokens": TEXT_TOKENS}
     said = [handle.explain(**size, steps=steps) for steps in (2, 3)]
     handle.unpatch()
     return said[1].tokens_per_step[-1], said[1].macs - said[0].macs, said[1].dense_macs // 3
 
 
 @torch.no_grad()
-def main() -> None:
-    """Measure, fit, and write the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ras-cpu.json"))
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--peer", type=Path, help="src of a checkout of microsoft/RAS")
-    options = parser.parse_args()
-    kept = keep_freed_memory()
-    model, inputs = build(options.depth, options.tokens)
-    counted = {ratio: macs(model, ratio, options.tokens) for ratio in RATIOS}
+def measure(rows: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Times of steps of so many rows, fitted."""
+    model, inputs = build(options.depth, options.tokens, rows)
+    counted = {ratio: macs(model, ratio, options.tokens, rows) for ratio in RATIOS}
     peer = Peer(options.peer, model) if options.peer else None
     arms = (None, *RATIOS)
     times: dict[float | None, list[float]] = {arm: [] for arm in arms}
@@ -165,13 +159,13 @@ def main() -> None:
     dense_s = statistics.median(times[None])
     (k0, m0, dense_macs), (k1, m1, _) = counted[RATIOS[0]], counted[RATIOS[-1]]
     slope = (m0 - m1) / (k0 - k1)  # exact: arithmetic is linear in K
-    rows = []
+    found = []
     for ratio in RATIOS:
         active, count, _ = counted[ratio]
         seconds = statistics.median(times[ratio])
         ratios = [a / b for a, b in zip(times[None], times[ratio], strict=True)]
         speedup, bound = statistics.median(ratios), dense_macs / count
-        rows.append(
+        found.append(
             {
                 "ratio": ratio,
                 "active": active,
@@ -185,21 +179,21 @@ def main() -> None:
         )
         if peer:
             ours = [a / b for a, b in zip(theirs[ratio], times[ratio], strict=True)]
-            rows[-1] |= {
+            found[-1] |= {
                 "peer_seconds": statistics.median(theirs[ratio]),
                 "over_peer": statistics.median(ours),
                 "over_peer_range": [min(ours), max(ours)],
             }
-            print(f"{rows[-1]['over_peer']:.2f}x over microsoft/RAS, ", end="")
+            print(f"{found[-1]['over_peer']:.2f}x over microsoft/RAS, ", end="")
         print(
-            f"K {active:5}: {1e3 * seconds:8.1f} ms, {speedup:.2f}x [{min(ratios):.2f}, {max(ratios):.2f}], "
-            f"arithmetic {bound:.2f}x, realised {speedup / bound:.3f}, "
-            f"outside products and attention {rows[-1]['outside_share']:.1%} of a dense step"
+            f"{rows} rows, K {active:5}: {1e3 * seconds:8.1f} ms, {speedup:.2f}x "
+            f"[{min(ratios):.2f}, {max(ratios):.2f}], arithmetic {bound:.2f}x, realised {speedup / bound:.3f}, "
+            f"outside products and attention {found[-1]['outside_share']:.1%} of a dense step"
         )
-    b, a = np.polyfit([row["active"] for row in rows], [row["seconds"] for row in rows], 1)
+    b, a = np.polyfit([row["active"] for row in found], [row["seconds"] for row in found], 1)
     fixed = (m1 - slope * k1) / dense_macs
     outside = np.polyfit(
-        [row["active"] for row in rows], [row["outside_share"] for row in rows], 1
+        [row["active"] for row in found], [row["outside_share"] for row in found], 1
     )[1]
     overhead = a / dense_s - fixed
     print(
@@ -207,14 +201,8 @@ def main() -> None:
         f"a is {a / dense_s:.1%} of a dense step, arithmetic without K {fixed:.1%}, "
         f"overhead {overhead:+.1%}, {outside:.1%} outside products and attention"
     )
-    result = {
-        "what": f"SD3-medium width, {options.tokens} image and {TEXT_TOKENS} text tokens, "
-        f"{ROWS} rows, fp32, random weights",
-        "depth": options.depth,
-        "full_depth": 24,
-        "machine": describe_machine(),
-        "keeps_freed_memory": kept,
-        "pairs": options.pairs,
+    return {
+        "rows": rows,
         "dense_s": dense_s,
         "fit": {
             "a_s": a,
@@ -223,7 +211,29 @@ def main() -> None:
             "overhead_share": overhead,
             "outside_share": outside,
         },
-        "rows": rows,
+        "steps": found,
+    }
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ras-cpu.json"))
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--peer", type=Path, help="src of a checkout of microsoft/RAS")
+    options = parser.parse_args()
+    kept = keep_freed_memory()
+    result = {
+        "what": f"SD3-medium width, {options.tokens} image and {TEXT_TOKENS} text tokens, fp32, random weights",
+        "depth": options.depth,
+        "full_depth": 24,
+        "machine": describe_machine(),
+        "keeps_freed_memory": kept,
+        "pairs": options.pairs,
+        "batches": [measure(rows, options) for rows in options.rows],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -95,13 +95,13 @@ def test_a_rehearsal_is_not_taken_for_a_measurement(rehearsed, tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_of_ras_runs(tmp_path):
     out = tmp_path / "ras.json"
-    sizes = ["--depth", "1", "--tokens", "256", "--pairs", "1"]
+    sizes = ["--depth", "1", "--tokens", "256", "--pairs", "1", "--rows", "2"]
     done = run("bench_ras.py", tmp_path, "--out", str(out), *sizes)
     assert done.returncode == 0, done.stderr
-    result = json.loads(out.read_text())
-    assert [row["active"] for row in result["rows"]] == [128, 64, 64]
-    assert result["rows"][0]["flop_speedup"] == pytest.approx(1.63, abs=0.01)
-    assert 0 < result["rows"][0]["outside_share"] < 1
+    (batch,) = json.loads(out.read_text())["batches"]
+    assert [row["active"] for row in batch["steps"]] == [128, 64, 64]
+    assert batch["steps"][0]["flop_speedup"] == pytest.approx(1.63, abs=0.05)
+    assert 0 < batch["steps"][0]["outside_share"] < 1
 
 
 @pytest.fixture

@@ -151,37 +151,37 @@ def _spread(ratio: dict[str, Any]) -> str:
 
 def _ras(result: dict[str, Any]) -> list[str]:
     """The table of `bench_ras.py`."""
-    fit = result["fit"]
     lines = [
         "",
         (
             f"One sparse step of RAS: {result['what']}, depth {result['depth']} of {result['full_depth']}; "
             f"{_machine(result['machine'])}; medians of {result['pairs']} interleaved rounds, their range in "
-            "brackets. The last column is over the same step of the authors' code (microsoft/RAS, its way without "
-            "CUDA). (`benchmarks/bench_ras.py`)"
+            "brackets. Two rows are one image with guidance, eight are four. The last column is over the same step of "
+            "the authors' code (microsoft/RAS, its way without CUDA). (`benchmarks/bench_ras.py`)"
         ),
         "",
-        "| tokens computed | dense | fastdit | speed-up | arithmetic saved | realised | over microsoft/RAS |",
-        "|---|---|---|---|---|---|---|",
+        "| rows | tokens computed | dense | fastdit | speed-up | arithmetic saved | realised | over microsoft/RAS |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        theirs = row.get("over_peer_range")
-        peer = f"{row['over_peer']:.2f}x {_range(theirs)}" if theirs else "not run"
+    for batch in result["batches"]:
+        for row in batch["steps"]:
+            theirs = row.get("over_peer_range")
+            peer = f"{row['over_peer']:.2f}x {_range(theirs)}" if theirs else "not run"
+            lines.append(
+                f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} ms | "
+                f"{1e3 * row['seconds']:.0f} ms | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
+                f"{row['flop_speedup']:.2f}x | {row['realised']:.0%} | {peer} |"
+            )
+    lines.append("")
+    for batch in result["batches"]:
+        fit = batch["fit"]
         lines.append(
-            f"| {row['active']} | {1e3 * result['dense_s']:.0f} ms | {1e3 * row['seconds']:.0f} ms | "
-            f"{row['speedup']:.2f}x {_range(row['speedup_range'])} | {row['flop_speedup']:.2f}x | "
-            f"{row['realised']:.0%} | {peer} |"
+            f"Fitted over the tokens computed, a step of {batch['rows']} rows without any would take "
+            f"{fit['a_s'] / batch['dense_s']:.1%} of a dense one: {fit['fixed_share']:.1%} is the arithmetic of the "
+            f"text, {fit['overhead_share']:.1%} more than that ({fit['outside_share']:.1%} outside torch's matrix "
+            "products and attention; the rest is that products of few rows run below the speed of those with many)."
         )
-    return [
-        *lines,
-        "",
-        (
-            f"Fitted over the tokens computed, a step without any would still take "
-            f"{fit['a_s'] / result['dense_s']:.1%} of a dense one, of which {fit['fixed_share']:.1%} is the "
-            f"arithmetic of text and embeddings and {fit['outside_share']:.1%} is time outside torch's matrix products "
-            "and attention; the rest is products of few rows, which run below the speed of those with many."
-        ),
-    ]
+    return lines
 
 
 def _ralu(result: dict[str, Any]) -> list[str]:
