@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,6 +24,7 @@ import fastdit
 import harmonica_oracle
 import tiny_models
 from contract import same_bits
+from fastdit.cost import Cost
 from fastdit.train import HarmoniCa, proxy
 from fastdit.train.ddim import ListedDDIM
 from fastdit.train.pair import Pair
@@ -353,6 +355,47 @@ def test_lambda_of_one_is_the_unweighted_loss():
     torch.testing.assert_close(weighted[1:], losses[1:] * made.weights[1:] / mean)
 
 
+def test_a_target_steers_beta_and_weighs_the_penalty_by_arithmetic():
+    """Beta moves by e^(target - what 1 - r spares); a term of the penalty counts as its component's arithmetic does."""
+    made = training("sd3", target=0.6, lambda_form=None, spread=1.0)
+    transformer, image = made.trainee.transformer, made.conditions.image_tokens
+    macs = np.array([c[2] for c in Cost.of(transformer, image, tiny_models.TEXT).cells], float)
+    table_of = torch.sigmoid(torch.stack([row.detach() for row in made.rows[1:]])).numpy()
+    spared = ((1 - table_of) * macs).sum() / (STEPS * macs.sum())
+    assert made.spared() == pytest.approx(spared, rel=1e-5)
+    made.train_epoch()
+    assert made.beta == pytest.approx(made.settings.beta * np.exp(0.6 - made.spared()))
+    ratios = torch.sigmoid(made.rows[1])
+    made.update(1, torch.zeros(()), ratios)
+    row = torch.sigmoid(made.rows[1].detach())
+    slope = made.beta * torch.tensor(macs / macs.mean()) * row * (1 - row)
+    # what the step before the last update had; a step of lr moved the logits a little
+    torch.testing.assert_close(made.rows[1].grad.double(), slope, rtol=0.2, atol=0)
+
+
+def test_pairs_train_every_second_step_on_the_teachers_latents():
+    """Learning-to-Cache: slots are one step old and fresh, and no error of an earlier step is in the latents."""
+    pipe = tiny_models.pipeline("dit", torch.float64)
+    made = training(pipe=pipe, lambda_form=None, pairs=True, keep="fresh")
+    model, scheduler, x, labels, guidance = restated(made)
+    before = [row.detach().clone() for row in made.rows]
+    expected = [0.0] * STEPS
+    with torch.no_grad():
+        for step, t in enumerate(scheduler.timesteps):
+            with model.blended(None) if step % 2 == 0 else contextlib.nullcontext():
+                target = model.predict(x, t, labels, guidance)
+            if step % 2:
+                with model.blended(torch.sigmoid(before[step])):
+                    found = model.predict(x, t, labels, guidance)
+                expected[step] = float((found - target).square().mean())
+            x = scheduler.step(target, t, x).prev_sample
+    losses, _ = made.train_epoch()
+    torch.testing.assert_close(losses, torch.tensor(expected), rtol=1e-5, atol=0)
+    moved = [(row.detach() != old).any().item() for row, old in zip(made.rows, before, strict=True)]
+    assert moved == [False, True, False, True]
+    assert made.router().schedule().layers["transformer_blocks"].bits[::2].all()
+
+
 # ---- what it costs, and what it leaves behind
 
 
@@ -455,7 +498,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("at", [2, 3])
 def test_a_killed_training_goes_on_to_the_same_logits(tmp_path, at):
     """Killed at a checkpoint, and after one: what came after it is done again."""
-    options = {"epochs": 4, "lambda_every": 2, "save_every": 2, "lr": 0.3}
+    options = {"epochs": 4, "lambda_every": 2, "save_every": 2, "lr": 0.3, "target": 0.5}
     whole = training(**options)
     whole.fit()
 
@@ -470,6 +513,7 @@ def test_a_killed_training_goes_on_to_the_same_logits(tmp_path, at):
     assert resumed.epoch == 4
     same_bits(table(resumed), table(whole))
     same_bits(resumed.weights, whole.weights)
+    assert resumed.beta == whole.beta
     longer = training(folder=tmp_path, **(options | {"epochs": 5}))
     longer.fit()
     assert longer.epoch == 5
@@ -594,6 +638,7 @@ def test_stock_ddim_pairs_other_steps_on_such_a_list():
     [
         ({"steps": 1}, "steps must be a whole number of at least 2, got 1"),
         ({"beta": -1.0}, "beta must be a finite number >= 0"),
+        ({"target": 1.0}, r"target must be a number in \(0, 1\), got 1.0"),
         ({"lr": float("nan")}, "lr must be"),
         ({"batch": 0}, "batch must be"),
         ({"lambda_form": "paper"}, "lambda_form must be one of 'released', 'published', None"),

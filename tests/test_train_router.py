@@ -41,8 +41,12 @@ def test_a_router_of_a_text_model(tmp_path):
 
 def test_a_router_of_a_class_model(tmp_path):
     folder, out = save_dit(tmp_path / "dit"), tmp_path / "learned.safetensors"
-    run("--model", folder, "--out", out, *QUICK, "--lambda-form", "none", "--raw")
-    assert fastdit.Router.load(out).family == "dit"
+    options = ("--lambda-form", "none", "--raw", "--pairs", "--target", "0.3")
+    run("--model", folder, "--out", out, *QUICK, *options, "--scheduler", "DDIMScheduler")
+    found = fastdit.Router.load(out)
+    assert found.family == "dit"
+    assert found.conditions.scheduler == "DDIMScheduler"
+    assert found.provenance["training"]["target"] == 0.3
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,7 @@ def test_a_router_of_a_class_model(tmp_path):
         (("--out", "router.json"), "--out must end in .safetensors"),
         (("--prompts", "missing.txt"), "--prompts missing.txt cannot be read"),
         (("--lambda-form", "paper"), "lambda_form must be one of"),
+        (("--scheduler", "DiTPipeline"), "--scheduler must be a scheduler class of diffusers"),
     ],
     ids=lambda value: str(value[0])[:16],
 )

@@ -296,13 +296,16 @@ def train_router(
     out: options.RouterFile = Path("router.safetensors"),
     prompts: options.PromptFile = None,
     steps: options.RouterSteps = 10,
+    scheduler: options.Scheduler = None,
     epochs: options.Epochs = 100,
     batch: options.TrainingBatch = 1,
     beta: options.Beta = 0.006,
+    target: options.Target = None,
     lr: options.Rate = 0.2,
     lambda_form: options.LambdaForm = "released",
     lambda_every: options.LambdaEvery = 30,
     raw: options.Raw = False,
+    pairs: options.Pairs = False,
     tau: options.Tau = 0.1,
     keep: options.Keep = "fresh",
     spread: options.Spread = 0.0,
@@ -332,21 +335,25 @@ def train_router(
 
     take_device()
     loaded = _load(model, dtype)
-    from fastdit.cli.training import training_prompts
+    from fastdit.cli.training import swap_scheduler, training_prompts
     from fastdit.train import HarmoniCa
 
+    if scheduler is not None:
+        swap_scheduler(loaded.pipeline, scheduler)
     given = {"guidance_scale": guidance, "height": height, "width": width}
     training = HarmoniCa(
         loaded.pipeline,
         steps=steps,
         prompts=training_prompts(loaded, prompts),
         beta=beta,
+        target=target,
         lr=lr,
         epochs=epochs,
         batch=batch,
         lambda_form=None if lambda_form == "none" else lambda_form,
         lambda_every=lambda_every,
         normalise=not raw,
+        pairs=pairs,
         tau=tau,
         keep=keep,
         spread=spread,

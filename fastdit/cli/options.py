@@ -160,6 +160,21 @@ RouterSteps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the s
 Epochs = Annotated[int, typer.Option(min=1, help="Trajectories.")]
 TrainingBatch = Annotated[int, typer.Option(min=1, help="Images of a trajectory, all processes.")]
 Beta = Annotated[float, typer.Option(min=0, help="Weight of the compute penalty.")]
+Target = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Share of the arithmetic to spare; beta is steered to it, not fixed."
+    ),
+]
+Pairs = Annotated[
+    bool, typer.Option("--pairs", help="Every second step computes: as Learning-to-Cache trains.")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CLASS", help="A scheduler of diffusers to train for, in place of the pipeline's."
+    ),
+]
 Rate = Annotated[float, typer.Option("--lr", min=0, help="How far a logit moves in a trajectory.")]
 LambdaForm = Annotated[
     str, typer.Option(metavar="NAME", help="released, published, or none for lambda = 1.")

@@ -74,12 +74,14 @@ class Settings:
 
     steps: int
     beta: float
+    target: float | None
     lr: float
     epochs: int
     batch: int
     lambda_form: str | None
     lambda_every: int
     normalise: bool
+    pairs: bool
     tau: float
     keep: str
     spread: float
@@ -95,12 +97,18 @@ class HarmoniCa:
         prompts: What to draw: texts, class numbers (DiT), or mappings with the pipeline arguments of one image
             (embeddings), whose tensors are joined along the batch.
         beta: Weight of the compute penalty; what it buys depends on the loss's scale (`lambda_form`, `normalise`).
+        target: Share of the components' arithmetic to spare, in (0, 1); not of the paper. Beta is then where training
+            begins, and after each epoch it grows or falls by e^(difference of 1 - r to the target), both weighted by
+            multiply-accumulates; so are the terms of the penalty, to a mean of one.
         lr: Of AdamW (0.9, 0.999), eps 1e-8, no decay. A logit moves by at most about `lr` each epoch.
         epochs: Trajectories; each moves every step's logits once.
         batch: Images of an epoch, over all processes.
         lambda_form: "released" or "published" (spec section 6); None for lambda = 1.
         lambda_every: Epochs between two estimates of lambda.
         normalise: Divide lambda by its mean over the steps, so that beta does not depend on its scale.
+        pairs: Train as Learning-to-Cache does (arXiv 2406.01733), but without pictures: every second step computes
+            everything, the one after it is trained against it, and the latents are the teacher's. With
+            `lambda_form=None` the loss is that paper's too.
         tau: Threshold: a slot is renewed where r > tau.
         keep: What a slot is renewed with, the "blended" output (as released) or the "fresh" one (as at inference).
         spread: Standard deviation of the first logits; 0 starts every component at r = 1/2.
@@ -126,12 +134,14 @@ class HarmoniCa:
         steps: int,
         prompts: Sequence[Any],
         beta: float = 7e-8,
+        target: float | None = None,
         lr: float = 0.01,
         epochs: int = 2000,
         batch: int = 8,
         lambda_form: str | None = "released",
         lambda_every: int = 50,
         normalise: bool = False,
+        pairs: bool = False,
         tau: float = TAU,
         keep: str = "blended",
         spread: float = 1.0,
@@ -146,12 +156,14 @@ class HarmoniCa:
         self.settings = Settings(
             _whole("steps", steps, 2),
             _real("beta", beta),
+            None if target is None else _share("target", target),
             _real("lr", lr),
             _whole("epochs", epochs),
             _whole("batch", batch),
             _one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
             _whole("lambda_every", lambda_every),
             bool(normalise),
+            bool(pairs),
             check_tau(tau),
             _one_of("keep", keep, KEEPS),
             _real("spread", spread),
@@ -235,6 +247,8 @@ class HarmoniCa:
                 self.weights = self.ranks.mean(found, self._device)
             trajectory = _Trajectory(self)
             self.trainee.run(trajectory, arguments())
+        if self.settings.target is not None:
+            self.beta *= math.exp(self.settings.target - self.spared())
         losses = torch.tensor([trajectory.losses, trajectory.weighted])
         return tuple(self.ranks.mean(losses, self._device))
 
@@ -243,9 +257,15 @@ class HarmoniCa:
         mean = float(self.weights[1:].mean()) if self.settings.normalise else 1.0
         return float(self.weights[step]) / (mean or 1.0)
 
+    def spared(self) -> float:
+        """Share of the components' arithmetic that 1 - r leaves out, the first step included."""
+        with torch.no_grad():
+            kept = torch.stack([torch.sigmoid(row) @ self._prices for row in self.rows[1:]])
+        return 1 - (1 + float(kept.sum()) / float(self._prices.sum())) / len(self.rows)
+
     def update(self, step: int, loss: Tensor, ratios: Tensor) -> float:
         """Move the logits of one step down the gradient of its loss; what was minimised."""
-        minimised = self.weight(step) * loss + self.settings.beta * ratios.sum()
+        minimised = self.weight(step) * loss + self.beta * (self._prices * ratios).sum()
         self.optimizer.zero_grad(set_to_none=True)
         minimised.backward()
         row = self.rows[step]
@@ -295,13 +315,24 @@ class HarmoniCa:
         steps, cells = len(found.timesteps), len(self.trainee.cells)
         first = self.settings.spread * torch.randn(steps, cells, generator=generator)
         first = first.clamp(-LIMIT, LIMIT)
-        first[0] = LIMIT
+        fixed = slice(0, None, 2) if self.settings.pairs else slice(0, 1)
+        first[fixed] = LIMIT
         self.rows = [torch.nn.Parameter(row.to(self._device)) for row in first]
-        self.rows[0].requires_grad_(False)
+        for row in self.rows[fixed]:
+            row.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            self.rows[1:], lr=self.settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
+            [row for row in self.rows if row.requires_grad],
+            lr=self.settings.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=0.0,
         )
         self.weights = torch.ones(steps)
+        self.beta = self.settings.beta
+        self._prices = torch.ones(cells, device=self._device)
+        if self.settings.target is not None:
+            macs = torch.tensor([float(cell[2]) for cell in cost.cells], device=self._device)
+            self._prices = macs / macs.mean()
         self.epoch = 0
 
     def _save(self) -> None:
@@ -310,6 +341,7 @@ class HarmoniCa:
             from safetensors.torch import save_file
 
             tensors = {"weights": self.weights, "generator": self._generator.get_state()}
+            tensors["beta"] = torch.tensor(self.beta, dtype=torch.float64)
             for step, row in enumerate(self.rows):
                 tensors[f"logits.{step}"] = row.detach()
                 for name, value in self.optimizer.state.get(row, {}).items():
@@ -349,6 +381,7 @@ class HarmoniCa:
             )
         self.epoch = facts["epoch"]
         self.weights = tensors.pop("weights")
+        self.beta = float(tensors.pop("beta"))
         self._generator.set_state(tensors.pop("generator"))
         with torch.no_grad():
             for step, row in enumerate(self.rows):
@@ -361,12 +394,12 @@ class HarmoniCa:
     def _progress(self, losses: Tensor, weighted: Tensor, seconds: float) -> Progress:
         router = self.router()
         bits = {kind: layer.bits for kind, layer in router.schedule().layers.items()}
+        trained = [step for step, row in enumerate(self.rows) if row.requires_grad]
         total = len(self.rows) * sum(float(macs.sum()) for macs in self._macs.values())
         spared = sum(float(((~bits[kind]) * macs).sum()) for kind, macs in self._macs.items())
         return Progress(
             self.epoch,
-            float(losses[1:].mean()),
-            float(weighted[1:].mean()),
+            *(float(some[trained].mean()) for some in (losses, weighted)),
             router.cache_utilisation(router.schedule()),
             spared / total,
             seconds,
@@ -385,10 +418,10 @@ class _Trajectory:
         self.weighted = [0.0] * steps
 
     def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
-        """Teacher and student; at the first step the model alone, which fills the slots."""
+        """Teacher and student; where nothing is trained the model alone, which fills the slots."""
         training = self._training
         settings, held = training.settings, self._slots.get(branch, {})
-        if step == 0:
+        if not training.rows[step].requires_grad:
             student = training.trainee.blend(COMPUTE, held, settings.tau, settings.keep)
             output = forward(student)
         else:
@@ -402,20 +435,20 @@ class _Trajectory:
         return output
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
-        """Train on what the pipeline made of the outputs; the student's goes to the scheduler."""
-        if step == 0:
+        """Train on what the pipeline made of the outputs; the student's goes on, or in pairs the teacher's."""
+        if not self._training.rows[step].requires_grad:
             return prediction
         if not isinstance(prediction, Pair):
             raise ArgumentError(
                 "the pipeline gave its scheduler a prediction that is cut off from the transformer's output"
             )
-        student = prediction.__dict__["student"]
+        student, teacher = prediction.__dict__["student"], prediction.__dict__["teacher"]
         with torch.enable_grad():
-            loss = squares(prediction.__dict__["teacher"], student).mean()
+            loss = squares(teacher, student).mean()
             self.losses[step] = float(loss.detach())
             self.weighted[step] = self._training.update(step, loss, self._ratios)
         self._ratios = None
-        return student.detach()
+        return teacher if self._training.settings.pairs else student.detach()
 
     def stepped(self, step: int, latents: Tensor) -> bool:
         """Over after the last row."""
@@ -445,6 +478,12 @@ def _real(name: str, value: Any) -> float:
     fits = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (fits and math.isfinite(value) and value >= 0):
         raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
+    return float(value)
+
+
+def _share(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ArgumentError(f"{name} must be a number in (0, 1), got {value!r}")
     return float(value)
 
 
