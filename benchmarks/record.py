@@ -75,7 +75,13 @@ def main(ops: list[str]) -> None:
     kind = f"cpu-{machine['cores']}core" if machine["gpu"] is None else machine["gpu"]
     kind = re.sub(r"[^a-z0-9]+", "-", str(kind).lower()).strip("-")
     for op in ops or sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py")):
-        if op in ("ecad", "ralu", "ras", "step", "train"):  # whole models; they have commands of their own
+        if op in (
+            "ecad",
+            "ralu",
+            "ras",
+            "step",
+            "train",
+        ):  # whole models; they have commands of their own
             continue
         rows = measure(op)
         path = HERE / "results" / f"{op}-{kind}-{machine['date']}.json"

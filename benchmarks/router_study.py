@@ -1,18 +1,30 @@
 """A learned router beside fixed intervals and fewer steps, on the model in the package and held-out prompts.
 
-    python benchmarks/router_study.py ROUTER [--also NAME=ROUTER] [--images 64]
+    python benchmarks/router_study.py ROUTER [--pairs ROUTER] [--prompts 96] [--side 32] [--out FILE]
 
-Every arm draws the same prompts from the same noise, in the router's number of steps where not said otherwise. Judged
-by the paired distance, relative L2 to the picture that the unpatched model draws, and by the share of the prompts'
-objects that are there (`fastdit.tiny.score`). The router's arms are cells of its sweep, taken so that a run has the
-multiply-accumulates of an interval's run, and a range around. Intervals are 95 % bootstrap intervals over the prompts;
-differences are paired. Interrupted, it goes on where it stopped.
+The rule, fixed before the first run:
+
+* Held-out prompts, half of them of two objects, of a split that neither model nor router saw; noise seeds from SEED on,
+  where training draws its own at random from 2^62. Every arm draws the same prompts from the same noise, with the
+  scheduler, guidance and size that the router was trained for.
+* Judged by the paired distance, relative L2 to the picture that the unpatched model draws in the same number of steps,
+  and by the share of the prompts' objects that are there (`fastdit.tiny.score`).
+* The router meets each fixed interval at equal multiply-accumulates of the whole run, to 1 %, checked: its cells with
+  the least logits are reused, as many as that takes. It wins where the 95 % bootstrap interval of the mean paired
+  difference in distance lies below 0. Each interval is reported, and the score, also where it loses.
+* Main arms, over all prompts: intervals, the router beside them, fewer steps, and, for Heun's sampler, the rule that a
+  reader would write by hand: compute the correctors only. Side arms, over the first `--side` prompts, draw the curves:
+  other shares of the router; a router trained as Learning-to-Cache is (lambda = 1, adjacent pairs), up to the half that
+  it can reuse; the schedules of the package that ECAD evolved, for 20 Euler steps, resampled where the run differs.
+
+Intervals are percentiles over resampled prompts, the same draws for all arms. Interrupted, it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +37,15 @@ import fastdit
 from fastdit import tiny
 from fastdit.adapters import find_adapter
 from fastdit.cli.distance import relative_l2
+from fastdit.cli.training import swap_scheduler
 from fastdit.cost import Cost
 from machine import describe_machine
 
-INTERVALS = (2, 3)
-SHARES: tuple[float, ...] = ()  # of arithmetic, beside those of the intervals
-FEWER = (5, 4)  # whole steps
+INTERVALS = (2, 3, 4)
+SHARES = (0.2, 0.35)  # of the components' arithmetic, beside those of the intervals
+FEWER = (1 / 2, 2 / 5)  # of the steps
+EVOLVED = ("fast", "faster", "fastest")
+TOLERANCE = 0.01
 RESAMPLES = 4000
 SEED = 50_000  # of the first picture's noise
 BATCH = 8
@@ -38,34 +53,72 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of drawing; `family` is the curve it belongs to."""
+    """One way of drawing; `family` is the curve it belongs to, `main` whether all prompts are drawn."""
 
     family: str
     steps: int
     method: Callable[[], Any] | None = None
+    main: bool = True
 
 
-def held_out(images: int) -> list[str]:
-    """Held-out prompts, half of them of two objects."""
-    some = tiny.prompts(images - images // 2, "test", 1, seed=11)
-    return some + tiny.prompts(images // 2, "test", 2, seed=11)
+def held_out(count: int) -> list[str]:
+    """Held-out prompts, of one object and of two in turn."""
+    kinds = [tiny.prompts(count // 2, "test", objects, seed=11) for objects in (1, 2)]
+    return [prompt for pair in zip(*kinds, strict=True) for prompt in pair]
 
 
-def arms_of(pipe: Any, routers: dict[str, fastdit.Router], steps: int) -> dict[str, Arm]:
+def arms_of(
+    pipe: Any, router: fastdit.Router, pairs: fastdit.Router | None, steps: int
+) -> dict[str, Arm]:
     """Name -> arm."""
+
+    def cached(schedule: Any) -> Callable[[], Any]:
+        return lambda: fastdit.Cached(schedule)
+
+    macs = macs_of(pipe)
+    every = {n: fastdit.Schedule.every(n) for n in INTERVALS}
+    shares = {n: reused_share(pipe, cached(every[n]), steps) for n in INTERVALS}
     arms = {"unpatched": Arm("unpatched", steps)}
-    for fewer in FEWER:
-        arms[f"{fewer} steps"] = Arm("fewer steps", fewer)
-    shares = list(SHARES)
+    for share in FEWER:
+        arms[f"{round(share * steps)} steps"] = Arm("fewer steps", round(share * steps))
     for n in INTERVALS:
-        schedule = fastdit.Schedule.every(n)
-        arms[f"every {n}"] = Arm("fixed interval", steps, lambda s=schedule: fastdit.Cached(s))
-        shares.append(reused_share(pipe, fastdit.Cached(schedule), steps))
-    for name, router in routers.items():
-        macs = macs_of(pipe)
-        for share, schedule in zip(shares, router.sweep(shares, macs), strict=True):
-            arms[f"{name} {share:.3f}"] = Arm(name, steps, lambda s=schedule: fastdit.Cached(s))
+        arms[f"every {n}"] = Arm("fixed interval", steps, cached(every[n]))
+        (schedule,) = router.sweep([shares[n]], macs)
+        arms[f"router as every {n}"] = Arm("router", steps, cached(schedule))
+    if "Heun" in type(pipe.scheduler).__name__:
+        schedule = correctors(router)
+        arms["correctors"] = Arm("correctors by hand", steps, cached(schedule))
+        (same,) = router.sweep([reused_share(pipe, cached(schedule), steps)], macs)
+        arms["router as correctors"] = Arm("router", steps, cached(same))
+    for name, some in (("router", router), ("pairs", pairs)):
+        for share in SHARES if some else ():
+            (schedule,) = some.sweep([share], macs)
+            family = "router" if some is router else "Learning-to-Cache's training"
+            arms[f"{name} {share:.0%}"] = Arm(family, steps, cached(schedule), False)
+    if pairs:
+        (schedule,) = pairs.sweep([shares[2]], macs)
+        arms["pairs as every 2"] = Arm(
+            "Learning-to-Cache's training", steps, cached(schedule), False
+        )
+    for name in EVOLVED:
+        arms[f"ECAD {name}"] = Arm(
+            "ECAD's presets",
+            steps,
+            lambda name=name: fastdit.ECAD.preset("tiny", name, resample="sigma"),
+            False,
+        )
     return arms
+
+
+def correctors(router: fastdit.Router) -> fastdit.Schedule:
+    """Heun evaluates twice at a noise level, to correct and to predict anew: the second time is reused."""
+    rows = np.arange(router.steps)
+    computes = (rows % 2 == 1) | (rows == 0)
+    bits = {
+        kind: np.broadcast_to(computes[:, None, None], logits.shape)
+        for kind, logits in router.logits.items()
+    }
+    return fastdit.Schedule.from_bits(bits, router.components)
 
 
 def macs_of(pipe: Any) -> dict[str, np.ndarray]:
@@ -76,13 +129,28 @@ def macs_of(pipe: Any) -> dict[str, np.ndarray]:
     return Cost.of(transformer, tokens, adapter.text_tokens_of(pipe)).component_macs()
 
 
-def reused_share(pipe: Any, method: Any, steps: int) -> float:
-    """Share of the components' multiply-accumulates that a method spares."""
-    handle = fastdit.patch(pipe, method)
-    said = handle.explain(steps=steps)
+def explained(pipe: Any, method: Callable[[], Any], steps: int) -> Any:
+    """What the library predicts of a run."""
+    handle = fastdit.patch(pipe, method())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # resampled schedules say so each time
+        said = handle.explain(steps=len(calls_of(pipe, steps)))
     handle.unpatch()
-    components = sum(float(some.sum()) for some in macs_of(pipe).values()) * steps * said.rows
-    return (said.dense_macs - said.macs) / components
+    return said
+
+
+def reused_share(pipe: Any, method: Callable[[], Any], steps: int) -> float:
+    """Share of the components' multiply-accumulates that a method spares."""
+    said = explained(pipe, method, steps)
+    one = sum(float(some.sum()) for some in macs_of(pipe).values())
+    rows = len(calls_of(pipe, steps))
+    return (said.dense_macs - said.macs) / (one * rows * said.rows)
+
+
+def calls_of(pipe: Any, steps: int) -> torch.Tensor:
+    """The timesteps of a run, one for each call of the model."""
+    pipe.scheduler.set_timesteps(steps)
+    return pipe.scheduler.timesteps
 
 
 def draw(pipe: Any, arm: Arm, texts: list[str], first: int) -> np.ndarray:
@@ -97,13 +165,17 @@ def draw(pipe: Any, arm: Arm, texts: list[str], first: int) -> np.ndarray:
     return np.round(found.images * 255).astype(np.uint8)
 
 
-def draw_all(pipe: Any, arms: dict[str, Arm], texts: list[str], folder: Path) -> dict[str, Any]:
+def draw_all(
+    pipe: Any, arms: dict[str, Arm], texts: list[str], side: int, folder: Path
+) -> dict[str, Any]:
     """Every arm's pictures, kept in `folder`; one batch of prompts after the other through all arms."""
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[np.ndarray]] = {name: [] for name in arms}
     for first in range(0, len(texts), BATCH):
         some = texts[first : first + BATCH]
         for name, arm in arms.items():
+            if not arm.main and first >= side:
+                continue
             path = folder / f"{name} {first}.npy".replace(" ", "_")
             if not path.exists():
                 np.save(path, draw(pipe, arm, some, first))
@@ -113,18 +185,17 @@ def draw_all(pipe: Any, arms: dict[str, Arm], texts: list[str], folder: Path) ->
 
 
 def judge(pictures: dict[str, np.ndarray], texts: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """Arm -> measure -> values [RESAMPLES + 1], all prompts first; the same draws of prompts for every arm."""
-    rng = np.random.default_rng(0)
-    draws = np.stack(
-        [np.arange(len(texts)), *rng.integers(len(texts), size=(RESAMPLES, len(texts)))]
-    )
+    """Arm -> measure -> values [RESAMPLES + 1], all its prompts first; arms of as many prompts share the draws."""
     found = {}
     for name, images in pictures.items():
-        pairs = zip(images, pictures["unpatched"], strict=True)
+        count = len(images)
+        drawn = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+        draws = np.vstack([np.arange(count), drawn])
+        pairs = zip(images, pictures["unpatched"], strict=False)
         away = np.array([relative_l2(a, b) for a, b in pairs])
         verdicts = [
             tiny.score(image[None] / 255, [text]).objects
-            for image, text in zip(images, texts, strict=True)
+            for image, text in zip(images, texts, strict=False)
         ]
         right = np.array([sum(v.right for v in some) for some in verdicts])
         named = np.array([len(some) for some in verdicts])
@@ -144,11 +215,26 @@ def interval(values: np.ndarray) -> dict[str, float]:
 def arithmetic(pipe: Any, arm: Arm, steps: int) -> float:
     """Multiply-accumulates of a run over those of an unpatched one of `steps` steps."""
     if arm.method is None:
-        return arm.steps / steps
-    handle = fastdit.patch(pipe, arm.method())
-    said = handle.explain(steps=steps)
-    handle.unpatch()
+        return len(calls_of(pipe, arm.steps)) / len(calls_of(pipe, steps))
+    said = explained(pipe, arm.method, steps)
     return said.macs / said.dense_macs
+
+
+def compare(
+    found: dict[str, dict[str, np.ndarray]], spent: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The router less what it was made to cost as much as; refuses a pair that does not."""
+    beside = [f"every {n}" for n in INTERVALS] + ["correctors"]
+    rows = []
+    for other in beside:
+        arm = f"router as {other}"
+        if other not in found:
+            continue
+        if abs(spent[arm] / spent[other] - 1) > TOLERANCE:
+            raise RuntimeError(f"{arm} spends {spent[arm]:.4f}, {other} {spent[other]:.4f}")
+        changes = {m: interval(found[arm][m] - found[other][m]) for m in found[arm]}
+        rows.append({"arm": arm, "beside": other, **changes})
+    return rows
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -158,7 +244,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     families = list(dict.fromkeys(row["family"] for row in rows if row["family"] != "unpatched"))
     for axis, measure, label in (
         (axes[0], "distance", "relative L2 to the unpatched picture"),
@@ -172,13 +258,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 [row[measure]["value"] - row[measure]["low"] for row in some],
                 [row[measure]["high"] - row[measure]["value"] for row in some],
             ]
-            axis.errorbar(x, y, bars, marker="o", capsize=3, label=family)
+            axis.errorbar(x, y, bars, marker="o", markersize=4, capsize=2, label=family)
         axis.set_xlabel("multiply-accumulates, share of the unpatched run's")
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")
     stock = next(row for row in rows if row["family"] == "unpatched")["score"]["value"]
     axes[1].axhline(stock, color="0.6", linestyle=":", label="unpatched")
-    axes[1].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -186,47 +273,50 @@ def main() -> None:
     """Draw, judge, write results and a plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("router", type=Path)
-    parser.add_argument("--also", action="append", default=[], metavar="NAME=ROUTER")
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--pairs", type=Path, metavar="ROUTER", help="trained with --pairs")
+    parser.add_argument("--prompts", type=int, default=96, help="of the main arms")
+    parser.add_argument("--side", type=int, default=32, help="prompts of the side arms")
     parser.add_argument("--folder", type=Path, default=Path("build/router"))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    routers = {"router": fastdit.Router.load(options.router)}
-    for entry in options.also:
-        name, _, path = entry.partition("=")
-        routers[name] = fastdit.Router.load(path)
-    steps = routers["router"].steps
+    torch.set_num_threads(1)
+    router = fastdit.Router.load(options.router)
+    pairs = fastdit.Router.load(options.pairs) if options.pairs else None
+    steps = router.provenance["training"]["steps"]
     pipe = tiny.load_pipeline()
-    arms = arms_of(pipe, routers, steps)
-    texts = held_out(options.images)
-    found = judge(draw_all(pipe, arms, texts, options.folder), texts)
+    if router.conditions.scheduler != type(pipe.scheduler).__name__:
+        swap_scheduler(pipe, router.conditions.scheduler)
+    arms = arms_of(pipe, router, pairs, steps)
+    spent = {name: arithmetic(pipe, arm, steps) for name, arm in arms.items()}
+    texts = held_out(options.prompts)
+    folder = options.folder / router.sha256[:8]
+    found = judge(draw_all(pipe, arms, texts, options.side, folder), texts)
     rows = [
-        {"arm": name, "family": arm.family, "steps": arm.steps}
-        | {"arithmetic": arithmetic(pipe, arm, steps)}
+        {"arm": name, "family": arm.family, "steps": arm.steps, "arithmetic": spent[name]}
+        | {"prompts": options.prompts if arm.main else min(options.side, options.prompts)}
         | {measure: interval(values) for measure, values in found[name].items()}
         for name, arm in arms.items()
     ]
-    differences = []
-    for n in INTERVALS:
-        share = reused_share(pipe, fastdit.Cached(fastdit.Schedule.every(n)), steps)
-        for name in routers:
-            arm = f"{name} {share:.3f}"
-            changes = {m: interval(found[arm][m] - found[f"every {n}"][m]) for m in found[arm]}
-            differences.append({"arm": arm, "beside": f"every {n}", **changes})
+    differences = compare(found, spent)
     result = {
-        "images": options.images,
+        "prompts": options.prompts,
         "steps": steps,
-        "routers": {name: router.sha256 for name, router in routers.items()},
+        "calls": router.steps,
+        "scheduler": router.conditions.scheduler,
+        "router": router.sha256,
+        "pairs": pairs and pairs.sha256,
+        "epochs": router.provenance["epochs"],
         "machine": describe_machine(),
         "rows": rows,
         "differences": differences,
     }
-    out = options.out or Path(__file__).parent / "results" / "router-study.json"
+    name = "heun" if "Heun" in router.conditions.scheduler else "euler"
+    out = options.out or Path(__file__).parent / "results" / f"router-{name}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, out.with_suffix(".png"))
     for row in rows:
         print(
-            f"{row['arm']:>16}  {row['arithmetic']:.3f}  "
+            f"{row['arm']:>22}  {row['arithmetic']:.3f}  "
             + "  ".join(
                 f"{m} {row[m]['value']:.4f} [{row[m]['low']:.4f}, {row[m]['high']:.4f}]"
                 for m in ("distance", "score")

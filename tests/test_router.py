@@ -17,6 +17,7 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit.conditions import Conditions
+from fastdit.methods import harmonica
 
 KIND = "transformer_blocks"
 NAMES = {KIND: ("attn1", "ff")}
@@ -310,3 +311,18 @@ def test_another_number_of_steps_is_refused():
     fastdit.patch(pipe, fastdit.HarmoniCa(fitting(pipe, steps=5)))
     with pytest.raises(fastdit.ScheduleError, match="5 steps but the run has 4"):
         tiny_models.generate(pipe, "sd3")
+
+
+# ---- the one that ships
+
+
+def test_a_preset_is_a_file_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "toy").mkdir()
+    router().save(tmp_path / "toy" / "router.safetensors")
+    monkeypatch.setattr(harmonica, "PRESETS", tmp_path)
+    method = fastdit.HarmoniCa.preset("toy", tau=0.4)
+    assert method.source.sha256 == router().sha256
+    assert method.tau == 0.4
+    for model in ("tiny", "../toy"):
+        with pytest.raises(fastdit.ArgumentError, match=r"there are: toy"):
+            fastdit.HarmoniCa.preset(model)

@@ -314,6 +314,36 @@ def test_lambda_equals_whole_runs(form):
     np.testing.assert_allclose(found.numpy(), np.array(plain, np.float32), rtol=1e-6)
 
 
+def test_the_sensitivity_does_not_depend_on_how_much_is_cached():
+    """Where little is cached it is the same to first order, as the released form falls with the square."""
+    pipe = tiny_models.pipeline("dit", torch.float64)
+    made = training(pipe=pipe)
+    arguments, found = made._draw(), {}
+    for form in ("released", "sensitivity"):
+        for logit in (5.0, 4.0):
+            rows = [torch.sigmoid(torch.full_like(row, logit)) for row in made.rows]
+            with made.trainee:
+                found[form, logit] = proxy.estimate(
+                    form, made.trainee, rows, arguments, 0.1, "fresh"
+                )[1:]
+    less, more = ((1 - torch.sigmoid(torch.tensor(logit))) ** 2 for logit in (5.0, 4.0))
+    np.testing.assert_allclose(
+        found["released", 4.0] / found["released", 5.0], more / less, rtol=0.2
+    )
+    np.testing.assert_allclose(found["sensitivity", 4.0], found["sensitivity", 5.0], rtol=0.1)
+
+
+def test_lambda_of_the_last_step_is_the_schedulers_own_factor():
+    """After it no model runs: Euler moves the latents by dt times the prediction."""
+    pipe = tiny_models.pipeline("sd3", torch.float64)
+    made = training("sd3", pipe=pipe, dtype=torch.float64)
+    rows = rows_of(made, 2.0)
+    with made.trainee:
+        found = proxy.estimate("sensitivity", made.trainee, rows, made._draw(), 0.1, "fresh")
+    sigmas = pipe.scheduler.sigmas
+    assert float(found[-1]) == pytest.approx(float(sigmas[-1] - sigmas[-2]) ** 2, rel=1e-4)
+
+
 def test_the_changes_of_the_latents_add_up():
     """Along the released chain, from everything computed to everything cached."""
     pipe = tiny_models.pipeline("dit", torch.float64)
@@ -641,7 +671,10 @@ def test_stock_ddim_pairs_other_steps_on_such_a_list():
         ({"target": 1.0}, r"target must be a number in \(0, 1\), got 1.0"),
         ({"lr": float("nan")}, "lr must be"),
         ({"batch": 0}, "batch must be"),
-        ({"lambda_form": "paper"}, "lambda_form must be one of 'released', 'published', None"),
+        (
+            {"lambda_form": "paper"},
+            "lambda_form must be one of 'released', 'published', 'sensitivity', None",
+        ),
         ({"keep": "both"}, "keep must be one of 'blended', 'fresh'"),
         ({"tau": 1}, "tau must be"),
         ({"seed": -1}, "seed must be"),

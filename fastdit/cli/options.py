@@ -177,7 +177,8 @@ Scheduler = Annotated[
 ]
 Rate = Annotated[float, typer.Option("--lr", min=0, help="How far a logit moves in a trajectory.")]
 LambdaForm = Annotated[
-    str, typer.Option(metavar="NAME", help="released, published, or none for lambda = 1.")
+    str,
+    typer.Option(metavar="NAME", help="released, published, sensitivity, or none for lambda = 1."),
 ]
 LambdaEvery = Annotated[int, typer.Option(min=1, help="Trajectories between two estimates.")]
 Raw = Annotated[

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from fastdit.conditions import Conditions
-from fastdit.errors import ScheduleError
+from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
+from fastdit.methods.ecad import PRESETS
 from fastdit.router import TAU, Router, check_tau
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
+
+PRESET = "router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class HarmoniCa(Method):
 
     Example:
         >>> fastdit.patch(pipe, fastdit.HarmoniCa("router.safetensors", tau=0.1))
+        >>> pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+        >>> fastdit.patch(pipe, fastdit.HarmoniCa.preset("tiny"))
     """
 
     source: Router | str | os.PathLike[str]
@@ -46,6 +52,19 @@ class HarmoniCa(Method):
             raise ScheduleError(
                 f"router must be a Router or a path, got {type(self.source).__name__}"
             )
+
+    @classmethod
+    def preset(cls, model: str, **arguments: Any) -> HarmoniCa:
+        """The router of `model` that ships with the package; `arguments` are the others.
+
+        Raises:
+            ArgumentError: There is none; names the models that have one.
+        """
+        files = {path.parent.name: path for path in PRESETS.glob(f"*/{PRESET}")}
+        if model not in files:
+            known = ", ".join(sorted(files)) or "none"
+            raise ArgumentError(f"no router of {model!r}; there are: {known}")
+        return cls(files[model], **arguments)
 
     @property
     def run_steps(self) -> int:

@@ -103,7 +103,7 @@ class HarmoniCa:
         lr: Of AdamW (0.9, 0.999), eps 1e-8, no decay. A logit moves by at most about `lr` each epoch.
         epochs: Trajectories; each moves every step's logits once.
         batch: Images of an epoch, over all processes.
-        lambda_form: "released" or "published" (spec section 6); None for lambda = 1.
+        lambda_form: "released", "published" or "sensitivity", see :mod:`fastdit.train.proxy`; None for lambda = 1.
         lambda_every: Epochs between two estimates of lambda.
         normalise: Divide lambda by its mean over the steps, so that beta does not depend on its scale.
         pairs: Train as Learning-to-Cache does (arXiv 2406.01733), but without pictures: every second step computes

@@ -4,6 +4,11 @@ Two published forms of lambda. As *released*, a telescoping chain: starting from
 more step caches in each run, and lambda is the mean squared change of the final latents. As *published*, each step is
 compared by the squared norm between a run that caches everywhere and one that does not at this step.
 
+Both contain the error that lambda is to weigh: where a row of the router computes, lambda falls to 0 and nothing but
+the penalty moves that row, until the next estimate. A third form, not of the paper, divides it out. The *sensitivity*
+is the released lambda over the mean squared change of the prediction at that step; then lambda_i times the loss of step
+i is, to first order, how far caching there moves the final latents.
+
 All runs of an estimate start from the same noise, and those that agree up to a step share it: a record of the
 transformer's outputs stands in for the model, the pipeline and its scheduler go through their own arithmetic again,
 so the result is exact. T (T + 1) / 2 forwards of one step for either form, where T runs of T steps are T^2.
@@ -21,7 +26,7 @@ from torch import Tensor
 from fastdit.forward import Forward, Slots
 from fastdit.train.student import COMPUTE, STOCK, Row, Trainee, squares
 
-FORMS = ("released", "published")
+FORMS = ("released", "published", "sensitivity")
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Sampling:
             not run; those that run are added.
         slots: What the slots hold when the first step runs, by call within a step.
         stop: The last step.
+        predictions: What the scheduler got, of each step.
         latents: The result.
     """
 
@@ -46,6 +52,7 @@ class Sampling:
     record: list[list[Tensor]] = field(default_factory=list)
     slots: dict[int, Slots] = field(default_factory=dict)
     stop: int | None = None
+    predictions: list[Tensor] = field(default_factory=list)
     latents: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +84,7 @@ class Sampling:
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
         """As predicted."""
+        self.predictions.append(prediction.clone())
         return prediction
 
     def stepped(self, step: int, latents: Tensor) -> bool:
@@ -100,12 +108,18 @@ def estimate(
         rows: r of every step, [T][N].
         arguments: Makes the pipeline's arguments anew, with generators that start over.
     """
-    make = {"released": _released, "published": _published}[form]
-    return make(trainee, list(rows), arguments, tau, keep)
+    if form == "published":
+        return _published(trainee, list(rows), arguments, tau, keep)
+    return _chain(trainee, list(rows), arguments, tau, keep, divide=form == "sensitivity")
 
 
-def _released(
-    trainee: Trainee, rows: list[Row], arguments: Callable[[], Any], tau: float, keep: str
+def _chain(
+    trainee: Trainee,
+    rows: list[Row],
+    arguments: Callable[[], Any],
+    tau: float,
+    keep: str,
+    divide: bool,
 ) -> Tensor:
     steps = len(rows)
     weights = torch.zeros(steps)
@@ -116,6 +130,9 @@ def _released(
         run = Sampling(trainee, chain, tau, keep, before.record[:step], before.slots)
         run.run(arguments())
         weights[step] = squares(run.latents, before.latents).mean().cpu()
+        if divide:  # both runs came to this step with the same latents
+            change = squares(run.predictions[step], before.predictions[step]).mean().cpu()
+            weights[step] = weights[step] / change if change > 0 else 0.0
         before = run
     return weights
 
