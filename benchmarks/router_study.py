@@ -13,9 +13,9 @@ The rule, fixed before the first run:
   the least logits are reused, as many as that takes. It wins where the 95 % bootstrap interval of the mean paired
   difference in distance lies below 0. Each interval is reported, and the score, also where it loses.
 * Main arms, over all prompts: intervals, the router beside them, fewer steps, and, for Heun's sampler, the rule that a
-  reader would write by hand: compute the correctors only. Side arms, over the first `--side` prompts, draw the curves:
-  other shares of the router; a router trained as Learning-to-Cache is (lambda = 1, adjacent pairs), up to the half that
-  it can reuse; the schedules of the package that ECAD evolved, for 20 Euler steps, resampled where the run differs.
+  reader would write by hand: the first call and the correctors, as many as every second call. Side arms, over the first
+  `--side` prompts, draw the curves: other shares of the router; a router trained as Learning-to-Cache is (lambda = 1,
+  adjacent pairs), up to the half that it can reuse; for Euler's sampler the schedules of the package that ECAD evolved.
 
 Intervals are percentiles over resampled prompts, the same draws for all arms. Interrupted, it goes on where it stopped.
 """
@@ -88,8 +88,6 @@ def arms_of(
     if "Heun" in type(pipe.scheduler).__name__:
         schedule = correctors(router)
         arms["correctors"] = Arm("correctors by hand", steps, cached(schedule))
-        (same,) = router.sweep([reused_share(pipe, cached(schedule), steps)], macs)
-        arms["router as correctors"] = Arm("router", steps, cached(same))
     for name, some in (("router", router), ("pairs", pairs)):
         for share in SHARES if some else ():
             (schedule,) = some.sweep([share], macs)
@@ -100,7 +98,7 @@ def arms_of(
         arms["pairs as every 2"] = Arm(
             "Learning-to-Cache's training", steps, cached(schedule), False
         )
-    for name in EVOLVED:
+    for name in () if "Heun" in type(pipe.scheduler).__name__ else EVOLVED:
         arms[f"ECAD {name}"] = Arm(
             "ECAD's presets",
             steps,
@@ -224,10 +222,10 @@ def compare(
     found: dict[str, dict[str, np.ndarray]], spent: dict[str, float]
 ) -> list[dict[str, Any]]:
     """The router less what it was made to cost as much as; refuses a pair that does not."""
-    beside = [f"every {n}" for n in INTERVALS] + ["correctors"]
+    beside = [(f"router as every {n}", f"every {n}") for n in INTERVALS]
+    beside.append(("router as every 2", "correctors"))
     rows = []
-    for other in beside:
-        arm = f"router as {other}"
+    for arm, other in beside:
         if other not in found:
             continue
         if abs(spent[arm] / spent[other] - 1) > TOLERANCE:

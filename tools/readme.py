@@ -32,7 +32,9 @@ def models() -> list[str]:
         lines += _ralu(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("quality-*.json")):
         lines += _quality(json.loads(path.read_text()))
-    lines += _routers(_result("router-study.json"))
+    for path in sorted(RESULTS.glob("router-*.json")):
+        lines += _routers(json.loads(path.read_text()))
+    lines += _training(_result("train-cpu.json"))
     return lines + _tiny(json.loads(TINY.read_text()))
 
 
@@ -268,21 +270,46 @@ def _quality(result: dict[str, Any]) -> list[str]:
 
 
 def _routers(result: dict[str, Any]) -> list[str]:
-    """The table of `router_study.py`."""
+    """The tables of `router_study.py`."""
+    sampler = result["scheduler"].removeprefix("FlowMatch").removesuffix("DiscreteScheduler")
     lines = [
         "",
         (
-            f"A router trained on the model in the package, {result['steps']} steps, {result['images']} held-out "
-            "prompts, beside fixed intervals and fewer steps of the same arithmetic; columns as above "
-            "(`benchmarks/router_study.py`)."
+            f"A router trained on the model in the package for {result['steps']} steps of {sampler}'s sampler, "
+            f"{result['calls']} calls of the model, in {result['epochs']} trajectories; held-out prompts, columns as "
+            "above (`benchmarks/router_study.py`)."
         ),
         "",
-        "| | arithmetic | distance to unpatched | prompt score |",
+        "| | prompts | arithmetic | distance to unpatched | prompt score |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['arm']} | {row['prompts']} | {row['arithmetic']:.0%} | {_interval(row['distance'])} | "
+        f"{_interval(row['score'])} |"
+        for row in result["rows"]
+    ]
+    lines += ["", "| difference | distance to unpatched | prompt score |", "|---|---|---|"]
+    return lines + [
+        f"| {row['arm']} less {row['beside']} | {_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
+        for row in result["differences"]
+    ]
+
+
+def _training(result: dict[str, Any]) -> list[str]:
+    """The table of `bench_train.py`."""
+    lines = [
+        "",
+        (
+            f"What an iteration of `fastdit train-router` costs, in forwards of the model in the package, "
+            f"{result['steps']} steps, batch {result['batch']}, guidance on; {_machine(result['machine'])} "
+            "(`benchmarks/bench_train.py`)."
+        ),
+        "",
+        "| | arithmetic | time | peak memory beyond the loaded model |",
         "|---|---|---|---|",
     ]
     return lines + [
-        f"| {row['arm'] if row['family'] != 'router' else 'router'} | {row['arithmetic']:.0%} | "
-        f"{_interval(row['distance'])} | {_interval(row['score'])} |"
+        f"| {row['contender']} | {row['operations']:.2f} | {row['seconds']:.2f} | {row['peak_bytes'] / 2**20:.0f} MiB |"
         for row in result["rows"]
     ]
 
