@@ -403,6 +403,21 @@ def test_a_target_steers_beta_and_weighs_the_penalty_by_arithmetic():
     torch.testing.assert_close(made.rows[1].grad.double(), slope, rtol=0.2, atol=0)
 
 
+def test_whole_steps_have_one_logit():
+    """It goes the way of the sum of what the components' logits would go."""
+    still = {"lambda_form": None, "spread": 0.0, "lr": 0.0}
+    made, apart = (training(whole_steps=whole, **still) for whole in (True, False))
+    for each in (made, apart):
+        each.train_epoch()
+    same_bits(made.rows[-1].grad, apart.rows[-1].grad.sum().expand_as(made.rows[-1]))
+    made = training(whole_steps=True, lambda_form=None, spread=0.0)
+    made.train_epoch()
+    assert (table(made) == table(made)[:, :1]).all()
+    drawn = training(whole_steps=True, spread=1.0)
+    assert (table(drawn) == table(drawn)[:, :1]).all()
+    assert len(table(drawn)[:, 0].unique()) == STEPS
+
+
 def test_pairs_train_every_second_step_on_the_teachers_latents():
     """Learning-to-Cache: slots are one step old and fresh, and no error of an earlier step is in the latents."""
     pipe = tiny_models.pipeline("dit", torch.float64)

@@ -169,6 +169,9 @@ Target = Annotated[
 Pairs = Annotated[
     bool, typer.Option("--pairs", help="Every second step computes: as Learning-to-Cache trains.")
 ]
+WholeSteps = Annotated[
+    bool, typer.Option("--whole-steps", help="One logit for all components of a step.")
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(

@@ -82,6 +82,7 @@ class Settings:
     lambda_every: int
     normalise: bool
     pairs: bool
+    whole_steps: bool
     tau: float
     keep: str
     spread: float
@@ -109,6 +110,8 @@ class HarmoniCa:
         pairs: Train as Learning-to-Cache does (arXiv 2406.01733), but without pictures: every second step computes
             everything, the one after it is trained against it, and the latents are the teacher's. With
             `lambda_form=None` the loss is that paper's too.
+        whole_steps: One logit for all components of a step; not of the paper. For models whose components are so
+            coupled that a step which mixes fresh and stale ones is worse than one that reuses them all.
         tau: Threshold: a slot is renewed where r > tau.
         keep: What a slot is renewed with, the "blended" output (as released) or the "fresh" one (as at inference).
         spread: Standard deviation of the first logits; 0 starts every component at r = 1/2.
@@ -142,6 +145,7 @@ class HarmoniCa:
         lambda_every: int = 50,
         normalise: bool = False,
         pairs: bool = False,
+        whole_steps: bool = False,
         tau: float = TAU,
         keep: str = "blended",
         spread: float = 1.0,
@@ -164,6 +168,7 @@ class HarmoniCa:
             _whole("lambda_every", lambda_every),
             bool(normalise),
             bool(pairs),
+            bool(whole_steps),
             check_tau(tau),
             _one_of("keep", keep, KEEPS),
             _real("spread", spread),
@@ -270,6 +275,8 @@ class HarmoniCa:
         minimised.backward()
         row = self.rows[step]
         row.grad = self.ranks.mean(row.grad, self._device)
+        if self.settings.whole_steps:
+            row.grad.fill_(row.grad.sum())  # of the one logit that all entries hold
         self.optimizer.step()
         with torch.no_grad():
             row.clamp_(-LIMIT, LIMIT)
@@ -313,7 +320,10 @@ class HarmoniCa:
         cost = Cost.of(self.trainee.transformer, found.image_tokens, text)
         self._macs = cost.component_macs()
         steps, cells = len(found.timesteps), len(self.trainee.cells)
-        first = self.settings.spread * torch.randn(steps, cells, generator=generator)
+        drawn = torch.randn(steps, cells, generator=generator)
+        if self.settings.whole_steps:
+            drawn = drawn[:, :1].expand(-1, cells).clone()
+        first = self.settings.spread * drawn
         first = first.clamp(-LIMIT, LIMIT)
         fixed = slice(0, None, 2) if self.settings.pairs else slice(0, 1)
         first[fixed] = LIMIT
