@@ -5,9 +5,9 @@
 The model in the package, guidance on. An iteration is the teacher, the student and a backward pass that reaches no
 weight; the first step of an epoch, one forward, is left out of it, and so is the estimate of lambda, which has a row of
 its own. Arithmetic is counted by torch's formulas, with attention as products that it has formulas for. Each contender
-runs in a process of its own: memory is how far its peak lies above what it held with the model loaded and warm
-(resident set, so with the allocator's slack). Spec: about 6 forwards an iteration in the code of the method's authors,
-of which half reaches weights that do not train.
+runs in a process of its own: memory is how far its peak lies above what it held with the model loaded (resident set, so
+with the allocator's slack). The code of the method's authors takes about 6 forwards an iteration: its teacher has a
+graph, and gradients reach the weights.
 """
 
 from __future__ import annotations
@@ -84,28 +84,24 @@ def work(contender: str, steps: int, batch: int) -> tuple[Any, int]:
 
 
 def measure(contender: str, steps: int, batch: int) -> dict[str, float]:
-    """Operations, seconds and bytes of one contender, in this process."""
+    """Peak bytes, seconds and operations of one contender; the peak is that of the process, so it comes first."""
     run, count = work(contender, steps, batch)
-    with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
-        run()
+    before = _resident()
+    run()
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     seconds = []
     for _ in range(TIMED):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
+    with sdpa_kernel(SDPBackend.MATH), Flops() as counter:
+        run()
     return {
-        "operations": counter.total,
+        "peak_bytes": peak,
         "seconds": statistics.median(seconds),
+        "operations": counter.total,
         "count": count,
     }
-
-
-def memory(contender: str, steps: int, batch: int) -> int:
-    """Bytes by which the peak of a run exceeds what the process held before it."""
-    run, _ = work(contender, steps, batch)
-    before = _resident()
-    run()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
 
 
 def _resident() -> int:
@@ -113,9 +109,9 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def apart(contender: str, what: str, options: argparse.Namespace) -> Any:
-    """`measure` or `memory` in a process of its own."""
-    command = [sys.executable, __file__, "--only", contender, "--what", what]
+def apart(contender: str, options: argparse.Namespace) -> Any:
+    """`measure` in a process of its own."""
+    command = [sys.executable, __file__, "--only", contender]
     command += ["--steps", str(options.steps), "--batch", str(options.batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -128,21 +124,19 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=("measure", "memory"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only:
-        function = measure if options.what == "measure" else memory
-        print(json.dumps(function(options.only, options.steps, options.batch)))
+        print(json.dumps(measure(options.only, options.steps, options.batch)))
         return
-    found = {name: apart(name, "measure", options) for name in CONTENDERS}
+    found = {name: apart(name, options) for name in CONTENDERS}
     one = {key: found["drawing"][key] / options.steps for key in ("operations", "seconds")}
     rows = []
     for name, row in found.items():
         # An epoch begins with a forward that trains nothing.
         first = 1 if name.startswith("training") else 0
         rows.append(
-            {"contender": name, "peak_bytes": apart(name, "memory", options)}
+            {"contender": name, "peak_bytes": row["peak_bytes"]}
             | {key: (row[key] / one[key] - first) / row["count"] for key in one}
         )
         print(

@@ -1,6 +1,6 @@
 """A learned router beside fixed intervals and fewer steps, on the model in the package and held-out prompts.
 
-    python benchmarks/router_study.py ROUTER [--pairs ROUTER] [--prompts 96] [--side 32] [--out FILE]
+    python benchmarks/router_study.py ROUTER [--components ROUTER] [--pairs ROUTER] [--prompts 96] [--side 32]
 
 The rule, fixed before the first run:
 
@@ -14,8 +14,9 @@ The rule, fixed before the first run:
   difference in distance lies below 0. Each interval is reported, and the score, also where it loses.
 * Main arms, over all prompts: intervals, the router beside them, fewer steps, and, for Heun's sampler, the rule that a
   reader would write by hand: the first call and the correctors, as many as every second call. Side arms, over the first
-  `--side` prompts, draw the curves: other shares of the router; a router trained as Learning-to-Cache is (lambda = 1,
-  adjacent pairs), up to the half that it can reuse; for Euler's sampler the schedules of the package that ECAD evolved.
+  `--side` prompts, draw the curves: other shares of the router; one with a logit for each component, where the first
+  has one for each step; one trained as Learning-to-Cache is (lambda = 1, adjacent pairs), up to the half that it can
+  reuse; for Euler's sampler the schedules of the package that ECAD evolved.
 
 Intervals are percentiles over resampled prompts, the same draws for all arms. Interrupted, it goes on where it stopped.
 """
@@ -68,7 +69,11 @@ def held_out(count: int) -> list[str]:
 
 
 def arms_of(
-    pipe: Any, router: fastdit.Router, pairs: fastdit.Router | None, steps: int
+    pipe: Any,
+    router: fastdit.Router,
+    components: fastdit.Router | None,
+    pairs: fastdit.Router | None,
+    steps: int,
 ) -> dict[str, Arm]:
     """Name -> arm."""
 
@@ -88,16 +93,14 @@ def arms_of(
     if "Heun" in type(pipe.scheduler).__name__:
         schedule = correctors(router)
         arms["correctors"] = Arm("correctors by hand", steps, cached(schedule))
-    for name, some in (("router", router), ("pairs", pairs)):
-        for share in SHARES if some else ():
-            (schedule,) = some.sweep([share], macs)
-            family = "router" if some is router else "Learning-to-Cache's training"
-            arms[f"{name} {share:.0%}"] = Arm(family, steps, cached(schedule), False)
+    sides = [("router", "router", router, SHARES)]
+    if components:
+        sides.append(("components", "a logit a component", components, (*SHARES, *shares.values())))
     if pairs:
-        (schedule,) = pairs.sweep([shares[2]], macs)
-        arms["pairs as every 2"] = Arm(
-            "Learning-to-Cache's training", steps, cached(schedule), False
-        )
+        sides.append(("pairs", "Learning-to-Cache's training", pairs, (*SHARES, shares[2])))
+    for name, family, some, wanted in sides:
+        for share, schedule in zip(wanted, some.sweep(wanted, macs), strict=True):
+            arms[f"{name} {share:.0%}"] = Arm(family, steps, cached(schedule), False)
     for name in () if "Heun" in type(pipe.scheduler).__name__ else EVOLVED:
         arms[f"ECAD {name}"] = Arm(
             "ECAD's presets",
@@ -271,6 +274,7 @@ def main() -> None:
     """Draw, judge, write results and a plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("router", type=Path)
+    parser.add_argument("--components", type=Path, metavar="ROUTER", help="no --whole-steps")
     parser.add_argument("--pairs", type=Path, metavar="ROUTER", help="trained with --pairs")
     parser.add_argument("--prompts", type=int, default=96, help="of the main arms")
     parser.add_argument("--side", type=int, default=32, help="prompts of the side arms")
@@ -279,12 +283,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     router = fastdit.Router.load(options.router)
+    components = fastdit.Router.load(options.components) if options.components else None
     pairs = fastdit.Router.load(options.pairs) if options.pairs else None
     steps = router.provenance["training"]["steps"]
     pipe = tiny.load_pipeline()
     if router.conditions.scheduler != type(pipe.scheduler).__name__:
         swap_scheduler(pipe, router.conditions.scheduler)
-    arms = arms_of(pipe, router, pairs, steps)
+    arms = arms_of(pipe, router, components, pairs, steps)
     spent = {name: arithmetic(pipe, arm, steps) for name, arm in arms.items()}
     texts = held_out(options.prompts)
     folder = options.folder / router.sha256[:8]
@@ -302,6 +307,7 @@ def main() -> None:
         "calls": router.steps,
         "scheduler": router.conditions.scheduler,
         "router": router.sha256,
+        "components": components and components.sha256,
         "pairs": pairs and pairs.sha256,
         "epochs": router.provenance["epochs"],
         "machine": describe_machine(),

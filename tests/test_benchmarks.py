@@ -217,3 +217,39 @@ def test_a_race_times_each_contender_and_checks_itself():
     # Warm-up, then a turn that is not counted and four that are; `a` runs twice in each.
     assert calls["b"] == [0, 1, 2] * 6
     assert calls["a"] == [0, 1, 2] * 12
+
+
+@pytest.fixture
+def router_study(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("router_study")
+
+
+def test_the_study_of_routers_asks_what_no_router_was_trained_on(router_study):
+    from fastdit import tiny
+    from fastdit.cli.training import SCENES
+
+    asked = router_study.held_out(96)
+    assert len(set(asked)) == 96
+    trained = {text for objects in (1, 2) for text in tiny.prompts(SCENES, "train", objects)}
+    assert trained.isdisjoint(asked)
+
+
+def test_the_study_of_routers_compares_equal_arithmetic_in_pairs(router_study):
+    rng = np.random.default_rng(0)
+    away = {"router as every 2": rng.random(200), "every 2": rng.random(200) + 0.1}
+    found = {name: {"distance": values} for name, values in away.items()}
+    (row,) = router_study.compare(found, {"router as every 2": 0.5, "every 2": 0.504})
+    change = away["router as every 2"] - away["every 2"]
+    assert row["distance"]["value"] == pytest.approx(change[0])
+    assert row["distance"]["low"] == pytest.approx(np.quantile(change[1:], 0.025))
+    with pytest.raises(RuntimeError, match="every 2 spends"):
+        router_study.compare(found, {"router as every 2": 0.5, "every 2": 0.51})
+
+
+def test_the_benchmark_of_training_counts_in_forwards(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    bench = importlib.import_module("bench_train")
+    one = bench.measure("drawing", 2, 1)["operations"] / 2
+    epoch = bench.measure("training", 2, 1)["operations"] / one
+    assert 2 < epoch - 1 <= 3.2

@@ -9,11 +9,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchHeunDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 import fastdit
+import fastdit.tiny
 import tiny_models
 from contract import same_bits
 from fastdit.conditions import Conditions
@@ -326,3 +328,17 @@ def test_a_preset_is_a_file_of_the_package(tmp_path, monkeypatch):
     for model in ("tiny", "../toy"):
         with pytest.raises(fastdit.ArgumentError, match=r"there are: toy"):
             fastdit.HarmoniCa.preset(model)
+
+
+def test_the_router_of_the_package_reuses_what_heun_computes_twice():
+    """The second call at a noise level repeats the first; a run at the router's threshold is what it was made for."""
+    pipe = fastdit.tiny.load_pipeline()
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    method = fastdit.HarmoniCa.preset("tiny")
+    second = np.stack(
+        [logits.mean((1, 2), where=np.isfinite(logits)) for logits in method.source.logits.values()]
+    )[0]
+    assert (second[2::2] < second[1:-1:2]).mean() > 0.8
+    handle = fastdit.patch(pipe, method)
+    pipe("a large red circle", num_inference_steps=10, output_type="latent")
+    assert 0.2 < handle.report().reuse_share < 0.7

@@ -297,18 +297,18 @@ def train_router(
     prompts: options.PromptFile = None,
     steps: options.RouterSteps = 10,
     scheduler: options.Scheduler = None,
-    epochs: options.Epochs = 100,
+    epochs: options.Epochs = 75,
     batch: options.TrainingBatch = 1,
-    beta: options.Beta = 0.006,
+    beta: options.Beta = 2e-4,
     target: options.Target = None,
-    lr: options.Rate = 0.2,
-    lambda_form: options.LambdaForm = "released",
-    lambda_every: options.LambdaEvery = 30,
+    lr: options.Rate = 0.1,
+    lambda_form: options.LambdaForm = "sensitivity",
+    lambda_every: options.LambdaEvery = 25,
     raw: options.Raw = False,
     pairs: options.Pairs = False,
     whole_steps: options.WholeSteps = False,
     tau: options.Tau = 0.1,
-    keep: options.Keep = "fresh",
+    keep: options.Keep = "blended",
     spread: options.Spread = 0.0,
     seed: options.Seed = 0,
     guidance: options.GuidanceScale = None,
@@ -323,9 +323,10 @@ def train_router(
 
     Needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
 
-    The defaults are those of benchmarks/router_study.py, where the router lost to fixed intervals:
-    tune them to your model. The published run on DiT is --raw --spread 1 --keep blended
-    --lr 0.01 --beta 7e-8 --batch 32 --epochs 2000 --lambda-every 50 --guidance 1.5.
+    The router in the package is the defaults' with --whole-steps --target 0.5
+    --scheduler FlowMatchHeunDiscreteScheduler. The published run on DiT is
+    --raw --lambda-form released --spread 1 --lr 0.01 --beta 7e-8 --batch 32
+    --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
     _check_output(out, "--out", ".safetensors")
     import torch
