@@ -308,7 +308,7 @@ def train_router(
     pairs: options.Pairs = False,
     whole_steps: options.WholeSteps = False,
     tau: options.Tau = 0.1,
-    keep: options.Keep = "blended",
+    keep: options.Keep = "fresh",
     spread: options.Spread = 0.0,
     seed: options.Seed = 0,
     guidance: options.GuidanceScale = None,
@@ -325,7 +325,7 @@ def train_router(
 
     The router in the package is the defaults' with --whole-steps --target 0.5
     --scheduler FlowMatchHeunDiscreteScheduler. The published run on DiT is
-    --raw --lambda-form released --spread 1 --lr 0.01 --beta 7e-8 --batch 32
+    --raw --lambda-form released --keep blended --spread 1 --lr 0.01 --beta 7e-8 --batch 32
     --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
     _check_output(out, "--out", ".safetensors")
