@@ -42,6 +42,7 @@ from fastdit.cli.training import swap_scheduler
 from fastdit.cost import Cost
 from machine import describe_machine
 
+ROOT = Path(__file__).resolve().parents[1]
 INTERVALS = (2, 3, 4)
 SHARES = (0.2, 0.35)  # of the components' arithmetic, beside those of the intervals
 FEWER = (1 / 2, 2 / 5)  # of the steps
@@ -315,9 +316,10 @@ def main() -> None:
         "differences": differences,
     }
     name = "heun" if "Heun" in router.conditions.scheduler else "euler"
-    out = options.out or Path(__file__).parent / "results" / f"router-{name}.json"
+    out = options.out or ROOT / "benchmarks" / "results" / f"router-{name}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, out.with_suffix(".png"))
+    picture = out if options.out else ROOT / "docs" / out.name
+    plot(rows, picture.with_suffix(".png"))
     for row in rows:
         print(
             f"{row['arm']:>22}  {row['arithmetic']:.3f}  "

@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--population", type=int, default=16)
     parser.add_argument("--folder", type=Path, default=Path("build/hybrid"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/hybrid-cpu.json")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs/hybrid.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     router = fastdit.Router.load(options.router)
@@ -128,7 +129,7 @@ def main() -> None:
         "curves": curves,
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")
-    plot(curves, options.out.with_suffix(".png"))
+    plot(curves, options.picture)
     for when in ("after the seeds", "at the end"):
         for name, some in result[when].items():
             print(f"{when}, {name}: " + ", ".join(f"{volume:.3f}" for volume in some))

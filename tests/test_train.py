@@ -581,7 +581,7 @@ sys.path[:0] = {paths!r}
 import torch
 torch.set_num_threads(1)
 import test_train
-made = test_train.training(epochs=2, batch=4, lambda_every=1)
+made = test_train.training(epochs=2, batch=4, lambda_every=1, lambda_form="sensitivity")
 made.fit()
 if made.ranks.rank == 0:
     torch.save({{"table": test_train.table(made), "weights": made.weights}}, {out!r})
@@ -611,7 +611,7 @@ def test_two_processes_train_as_one(tmp_path):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-2000:]
     together = torch.load(out, weights_only=True)
-    alone = training(epochs=2, batch=4, lambda_every=1)
+    alone = training(epochs=2, batch=4, lambda_every=1, lambda_form="sensitivity")
     alone.fit()
     torch.testing.assert_close(together["weights"], alone.weights, rtol=1e-4, atol=0)
     torch.testing.assert_close(together["table"], table(alone), rtol=0, atol=2e-3)

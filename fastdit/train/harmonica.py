@@ -246,10 +246,15 @@ class HarmoniCa:
             if form is not None and self.epoch % self.settings.lambda_every == 0:
                 with torch.no_grad():
                     rows = [torch.sigmoid(row) for row in self.rows]
-                found = proxy.estimate(
-                    form, self.trainee, rows, arguments, self.settings.tau, self.settings.keep
+                self.weights = proxy.estimate(
+                    form,
+                    self.trainee,
+                    rows,
+                    arguments,
+                    self.settings.tau,
+                    self.settings.keep,
+                    lambda values: self.ranks.mean(values, self._device),
                 )
-                self.weights = self.ranks.mean(found, self._device)
             trajectory = _Trajectory(self)
             self.trainee.run(trajectory, arguments())
         if self.settings.target is not None:

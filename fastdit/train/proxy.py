@@ -100,6 +100,7 @@ def estimate(
     arguments: Callable[[], Mapping[str, Any]],
     tau: float,
     keep: str,
+    mean: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Tensor:
     """lambda [T], float32, 0 at the first step, which always computes.
 
@@ -107,10 +108,12 @@ def estimate(
         form: One of FORMS.
         rows: r of every step, [T][N].
         arguments: Makes the pipeline's arguments anew, with generators that start over.
+        mean: Takes means over this process's images to means over everybody's.
     """
     if form == "published":
-        return _published(trainee, list(rows), arguments, tau, keep)
-    return _chain(trainee, list(rows), arguments, tau, keep, divide=form == "sensitivity")
+        return mean(_published(trainee, list(rows), arguments, tau, keep))
+    moved, changed = mean(_chain(trainee, list(rows), arguments, tau, keep))
+    return torch.where(changed > 0, moved / changed, 0.0) if form == "sensitivity" else moved
 
 
 def _chain(
@@ -119,22 +122,21 @@ def _chain(
     arguments: Callable[[], Any],
     tau: float,
     keep: str,
-    divide: bool,
 ) -> Tensor:
+    """[2, T]: mean squared change of the final latents, and of what the scheduler got at the step itself."""
     steps = len(rows)
-    weights = torch.zeros(steps)
+    found = torch.zeros(2, steps)
     before = Sampling(trainee, [COMPUTE] + [STOCK] * (steps - 1), tau, keep).run(arguments())
     for step in range(1, steps):
         chain = [COMPUTE, *rows[1 : step + 1], *[STOCK] * (steps - 1 - step)]
         # Up to this step the run before is the same; its slots were last written at the step before.
         run = Sampling(trainee, chain, tau, keep, before.record[:step], before.slots)
         run.run(arguments())
-        weights[step] = squares(run.latents, before.latents).mean().cpu()
-        if divide:  # both runs came to this step with the same latents
-            change = squares(run.predictions[step], before.predictions[step]).mean().cpu()
-            weights[step] = weights[step] / change if change > 0 else 0.0
+        # Both came to this step with the same latents.
+        pairs = (run.latents, before.latents), (run.predictions[step], before.predictions[step])
+        found[:, step] = torch.stack([squares(*pair).mean().cpu() for pair in pairs])
         before = run
-    return weights
+    return found
 
 
 def _published(
