@@ -54,6 +54,8 @@ def move(rows: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
 
 def _toggle(rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> None:
     """At a random step, compute the columns that mostly reuse, or the reverse."""
+    if len(rows) < 2:
+        return
     computes = rows[1:, columns].mean(axis=1) >= 0.5
     wanted = bool(rng.random() < 0.5)
     steps = np.flatnonzero(computes != wanted)
