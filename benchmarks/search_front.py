@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -82,9 +82,24 @@ def first_population(search: Search) -> list[Candidate]:
 
 
 def random_mutants(
+    folder: Path, search: Search, identity: Mapping[str, Any], count: int
+) -> list[Candidate]:
+    """The front of as many schedules as the search measured: its seeds, and random mutants of random seeds."""
+    work, settings = settings_of(folder)
+    (folder / "random").mkdir(exist_ok=True)
+    if not (folder / "random" / LEDGER).exists():  # what is measured is measured
+        copyfile(folder / LEDGER, folder / "random" / LEDGER)
+    with (
+        closing(Processes(tiny.load_pipeline, work, count)) as workers,
+        closing(Ledger(folder / "random" / LEDGER, identity)) as ledger,
+    ):
+        return mutants_of(search, ledger, workers, work, settings).front()
+
+
+def mutants_of(
     search: Search, ledger: Ledger, workers: Workers, work: Work, settings: Settings
 ) -> Archive:
-    """As many schedules as the search measured: its seeds, and random mutants of random seeds."""
+    """The same by given workers, with all that was measured."""
     archive = Archive(search.genome, work, settings.costs, settings.race, ledger, workers)
     wanted = search.generations[-1]["fresh"]
     count = search.generations[0]["fresh"]
@@ -190,24 +205,15 @@ def non_dominated_of(group: Sequence[Candidate]) -> list[Candidate]:
     return [complete[index] for index in non_dominated(np.array([c.values for c in complete]))]
 
 
-def study(folder: Path, prompts: int, count: int) -> dict[str, Any]:
-    """Everything, resumed from the ledgers of `folder`."""
+def study(folder: Path, prompts: int, count: int, control: bool = True) -> dict[str, Any]:
+    """Everything, resumed from the ledgers of `folder`; without the `control`, no random mutants."""
     work, settings = settings_of(folder)
     factory = tiny.load_pipeline
     with closing(Processes(factory, work, count)) as workers:
         search, ledger = evolve(folder, work, settings, (), workers)
         ledger.close()
-        (folder / "random").mkdir(exist_ok=True)
-        if not (folder / "random" / LEDGER).exists():  # what is measured is measured
-            copyfile(folder / LEDGER, folder / "random" / LEDGER)
-        with closing(Ledger(folder / "random" / LEDGER, ledger.identity)) as other:
-            mutants = random_mutants(search, other, workers, work, settings)
     seeds = first_population(search)
-    groups = {
-        "searched front": list(search.front),
-        "seeds": non_dominated_of(seeds),
-        "random mutants": mutants.front(),
-    }
+    groups = {"searched front": list(search.front), "seeds": non_dominated_of(seeds)}
     presets = pick(search.front, search.uncached[settings.costs[0]])
 
     unseen = replace(work, prompts=held_out_prompts(prompts), seed=HELD_OUT_SEED)
@@ -222,11 +228,17 @@ def study(folder: Path, prompts: int, count: int) -> dict[str, Any]:
         def progress(done: int, total: int) -> None:
             print(f"held out: {done} of {total}", flush=True)
 
-        vectors = [c.vector for group in groups.values() for c in group]
-        archive.evaluate(np.stack(vectors), progress)
-        worst = archive.evaluate(np.stack([c.vector for c in seeds]), progress)
+        def draw(group: Sequence[Candidate]) -> list[Candidate]:
+            return archive.evaluate(np.stack([c.vector for c in group]), progress)
+
+        for group in groups.values():
+            draw(group)
+        worst = draw(seeds)
         spread = archive.evaluate(np.stack(evenly_spread(search.genome)), progress)
         baselines = measure_baselines(archive, progress)
+        if control:
+            groups["random mutants"] = random_mutants(folder, search, ledger.identity, count)
+            draw(groups["random mutants"])
     sets = {name: [archive.seen[c.key] for c in group] for name, group in groups.items()}
     sets["evenly spread steps"] = non_dominated_of(spread)
     dense = tuple(search.uncached[name] for name in settings.costs)
@@ -250,10 +262,7 @@ def study(folder: Path, prompts: int, count: int) -> dict[str, Any]:
             "pictures": unseen.items,
             "search_pictures": work.items,
             "population": settings.population,
-            "schedules": {
-                "searched": search.generations[-1]["fresh"],
-                "random mutants": len(mutants.seen),
-            },
+            "schedules": search.generations[-1]["fresh"],
             "generations": len(search.generations) - 1,
             "corner": {"worst seed": float(worst_seed[:, 0].max()), "every(5)": every_5},
             "areas": areas,
@@ -296,6 +305,7 @@ def ship(found: dict[str, Any], folder: Path, target: Path) -> None:
     for name, candidate in found["presets"].items():
         schedule_of(found["search"], candidate, found["identity"]).save(target / f"{name}.json")
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    summary.pop("measured")
     text = json.dumps(summary, indent=1, sort_keys=True) + "\n"
     (target / "ledger").mkdir(exist_ok=True)
     (target / "ledger" / "summary.json").write_text(text, encoding="utf-8")
@@ -307,11 +317,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the result of `fastdit search`")
     parser.add_argument("--prompts", type=int, default=16, help="held out; an even number")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--without-control",
+        action="store_true",
+        help="leave the random mutants out, half of the work",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/search-cpu.json")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs/search.png")
     parser.add_argument("--ship", action="store_true", help="write fastdit/presets/tiny")
     arguments = parser.parse_args()
-    found = study(arguments.folder, arguments.prompts, arguments.workers)
+    found = study(
+        arguments.folder, arguments.prompts, arguments.workers, not arguments.without_control
+    )
     arguments.out.write_text(json.dumps(as_rows(found), indent=1) + "\n", encoding="utf-8")
     sets = {name: [c.values for c in group] for name, group in found["sets"].items()}
     save_plot(

@@ -571,7 +571,7 @@ def test_shipped_presets_come_from_the_shipped_search():
 def test_random_mutants_are_as_many_as_the_search_measured(tmp_path):
     found = search(tmp_path)
     with closing(Ledger(tmp_path / "random.jsonl", {})) as ledger:
-        mutants = search_front.random_mutants(found, ledger, FakeWorkers(), WORK, SETTINGS)
+        mutants = search_front.mutants_of(found, ledger, FakeWorkers(), WORK, SETTINGS)
     assert len(mutants.seen) == found.generations[-1]["fresh"] == len(found.archive.seen)
     seeds = {c.key for c in search_front.first_population(found)}
     assert seeds < set(mutants.seen)
