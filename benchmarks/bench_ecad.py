@@ -120,9 +120,11 @@ def measure_run(bench: Bench, name: str, count: int) -> dict[str, Any]:
 
 
 def reachable_bytes(handle: Any) -> int:
-    """Bytes of all storages that the slots hold on to, found by walking, each counted once."""
+    """Bytes of all storages that the caches hold on to, found by walking, each counted once."""
     found: dict[int, int] = {}
-    stack: list[Any] = [branch.slots for branch in handle._session.run.branches.values()]
+    stack: list[Any] = []
+    for branch in handle._session.run.branches.values():
+        stack += branch.slots, branch.prompts
     while stack:
         value = stack.pop()
         if isinstance(value, Tensor):

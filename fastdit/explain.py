@@ -193,7 +193,7 @@ def explain_session(
 
 def _collapse(session: Any, plan: RunPlan, partial: bool) -> str:
     """What becomes of runs of reused outputs in a model whose gates allow sums; empty for others."""
-    if plan.reuse is None or not all(kind.shared_gates for kind in session.spec.kinds):
+    if plan.reuse is None or not session.spec.shared_gates:
         return ""
     if session.eager:
         return "off on the reference backend"

@@ -110,7 +110,7 @@ def plan_run(
 
 def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
     """Sums for a model whose gates allow them and a schedule that makes them pay."""
-    if not all(kind.shared_gates for kind in spec.kinds):
+    if not spec.shared_gates:
         return ()
     cells = [(block, name) for block, row in enumerate(actions[0]) for name in row]
     computes = [[step[block][name] & COMPUTE for block, name in cells] for step in actions]

@@ -59,6 +59,7 @@ class Branch:
     foresees: bool = True
     keys: dict[Any, KeyValues] = field(default_factory=dict)
     velocity: Tensor | None = None
+    collapses: bool = False
     rotation: Any = None
     signature: tuple[Any, ...] | None = None
     embeddings: tuple[Tensor, ...] = ()
@@ -342,11 +343,13 @@ class Session:
             or torch.is_autocast_enabled(call.hidden_states.device.type)
         )
         defer = not immediate and not call.skips_blocks
-        collapses = defer and bool(run.plan.sums) and self.may_collapse()
-        branch = self._prepare_branch(run, call, collapses)
+        branch = self._prepare_branch(run, call)
         rows, captures = self._choose_tokens(transformer, run, branch, call)
-        sums = run.plan.sums if collapses else ()
-        self._check_cache_bytes(transformer, run, call, bool(sums))
+        collapses = defer and bool(run.plan.sums) and self.may_collapse()
+        if collapses is not branch.collapses:
+            branch.slots.clear()  # an output may be older in a sum than in its own slot
+            branch.collapses = collapses
+        self._check_cache_bytes(transformer, run, call, collapses)
         self._active = _ActiveCall(branch, rows, call.hidden_states, layout)
         count = call.tokens if layout is None else layout.tokens
         self._tokens = count if rows is None else rows.shape[1]
@@ -365,7 +368,7 @@ class Session:
             layouts=self.adapter.layouts,
             precision=self._precision(call),
             modulations=None if immediate else self._foresee(transformer, run, call, args, kwargs),
-            sums=Sums(sums[run.step], self.spec.kinds[0].shared_gates) if sums else None,
+            sums=Sums(run.plan.sums[run.step], self.spec.shared_gates) if collapses else None,
         )
         if layout is not None and layout.kind != "full":
             return self.adapter.reduce_inputs(transformer, args, kwargs, layout, self.ops)
@@ -741,12 +744,12 @@ class Session:
         run.last_timestep = value
         return run
 
-    def _prepare_branch(self, run: Run, call: Any, collapses: bool) -> Branch:
+    def _prepare_branch(self, run: Run, call: Any) -> Branch:
         """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
         branch = run.branches.setdefault(run.call, Branch())
         autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
         stage = run.resolution.index if run.resolution is not None else 0
-        signature = (*call.signature, autocast, stage, collapses)
+        signature = (*call.signature, autocast, stage)
         if branch.signature != signature or not _same_tensors(branch, call.embeddings):
             branch.slots.clear()
             branch.prompts.clear()

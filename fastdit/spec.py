@@ -48,6 +48,13 @@ class ModelSpec:
         return next((kind for kind in self.kinds if kind.name == name), None)
 
     @property
+    def shared_gates(self) -> Mapping[str, int]:
+        """Component -> which shared vector its gate contains, if that is so in all kinds; else empty."""
+        if not all(kind.shared_gates for kind in self.kinds):
+            return {}
+        return {name: group for kind in self.kinds for name, group in kind.shared_gates.items()}
+
+    @property
     def block_count(self) -> int:
         """Number of blocks of all kinds."""
         return sum(kind.count for kind in self.kinds)
