@@ -115,18 +115,14 @@ def test_the_benchmark_of_ralu_runs(name, ralu, monkeypatch):
     monkeypatch.setattr(ralu, "build", lambda name, depth: tiny_models.pipeline(name))
     family = dataclasses.replace(ralu.FAMILIES[name], text=5, whole=True)
     method = fastdit.RALU.preset(family.preset)
-    stages = method.steps
     with torch.no_grad():
         row = ralu.measure(name, family, 16, 2)
-    coarse, mixed, full = (row["tokens_per_step"][place] for place in (0, stages[0], -1))
+    coarse, mixed, full = (row["tokens_per_step"][place] for place in (0, method.steps[0], -1))
     assert (coarse, full) == (16, 64)
     assert mixed == 16 + 3 * int(16 * method.split)
     assert len(row["stage_step_s"]) == 3
-    # A run is its steps and what is outside of them; between stages is a part of that.
-    within = sum(n * s for n, s in zip(stages, row["stage_step_s"], strict=True))
-    assert row["run_s"] > 0.5 * within
-    assert 0 < row["between_s"] < row["run_s"]
-    assert 0 < row["outside_share"] < 1
+    for what in ("between_s", "published_between_s", "decode_s", "whole_run_s", "outside_share"):
+        assert row[what] > 0, what
 
 
 def test_the_published_noise_has_the_published_covariance(ralu):
