@@ -3,6 +3,7 @@
 #include "bindings.h"
 
 #include "isa.h"
+#include "sparse_attention.h"
 
 namespace fd {
 namespace {
@@ -78,6 +79,25 @@ void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_he
                       rows, norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin);
   check_rows(p.rows, p.shape, stored);
   launch(FD_BY_ISA(qkv_prologue), p, elements(p.shape), threads);
+}
+
+void sparse_attention(int dtype, int64_t batch, int64_t queries, int64_t keys, int64_t heads,
+                      int64_t kv_heads, int64_t head, py::handle q, py::handle k, py::handle v,
+                      float scale, py::handle out, int64_t /* stored: none */, int threads) {
+  SparseAttention p;
+  p.dtype = dtype_of(dtype);
+  p.batch = batch;
+  p.queries = queries;
+  p.keys = keys;
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head = head;
+  p.q = modulation(q);
+  p.k = modulation(k);
+  p.v = modulation(v);
+  p.scale = scale;
+  p.out = modulation(out);
+  launch(FD_BY_ISA(sparse_attention), p, batch * heads * queries * keys, threads);
 }
 
 std::string in_words(const Place& place) {
@@ -205,6 +225,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("qkv_prologue", &fd::qkv_prologue);
   m.def("patchify", &fd::patchify);
   m.def("resolution_transition", &fd::resolution_transition);
+  m.def("sparse_attention", &fd::sparse_attention);
   m.def("set_isa", &fd::set_isa, "Name an instruction set for the whole process, or 'auto'.");
   m.def("build_info", &fd::build_info, "How this module was built, and what it can use here.");
 }

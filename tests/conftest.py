@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before any import of transformers or diffusers: a test that would download fails instead.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,20 +36,25 @@ def backend_labels() -> list[str]:
     return labels if emulated.unavailable() else [*labels, "cuda-emulated"]
 
 
-@pytest.fixture(params=backend_labels())
-def runner(request):
-    """A Runner for each backend and instruction set."""
-    name, _, variant = request.param.partition("-")
+def runner_of(label: str) -> Iterator[Runner]:
+    """A Runner for one of :func:`backend_labels`, while the generator waits."""
+    name, _, variant = label.partition("-")
     if variant == "emulated":
-        yield Runner(emulated.emulated(), request.param)
+        yield Runner(emulated.emulated(), label)
     elif variant:
         from fastdit import _C
 
         _C.set_isa(variant)
-        yield Runner(BACKENDS[name], request.param)
+        yield Runner(BACKENDS[name], label)
         _C.set_isa("auto")
     else:
-        yield Runner(BACKENDS[name], request.param)
+        yield Runner(BACKENDS[name], label)
+
+
+@pytest.fixture(params=backend_labels())
+def runner(request):
+    """A Runner for each backend and instruction set."""
+    yield from runner_of(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import backend_labels
-from fastdit import ops
+from conftest import backend_labels, runner_of
+from fastdit import _C, ops
+from fastdit.backends.cpu import BACKEND as CPU
 from fastdit.backends.triton import BACKEND as TRITON
 from fastdit.errors import ArgumentError, BackendError
-from fastdit.ops import BACKENDS
 from inputs import Guarded, Runner, Untouched, generator, misaligned, normal, poisoned
 from tolerance import assert_close, assert_equal
 from triton_kernels import launch as table
@@ -32,10 +32,10 @@ SIZES = (
 )
 
 
-@pytest.fixture(params=[name for name in backend_labels() if name in ("reference", "triton")])
-def runner(request) -> Runner:
-    """Torch's attention serves all backends but one."""
-    return Runner(BACKENDS[request.param], request.param)
+@pytest.fixture(params=[label for label in backend_labels() if label != "cuda-emulated"])
+def runner(request):
+    """The backends with a kernel, and the reference for those where torch's attention serves."""
+    yield from runner_of(request.param)
 
 
 def tensors(dtype, batch, queries, keys, heads, kv_heads, dim) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,9 +243,9 @@ def test_it_names_what_is_wrong(case):
 
 
 def test_it_is_torch_unless_another_is_named(monkeypatch):
-    """On every backend of this machine, and to the bit."""
+    """To the bit."""
     q, k, v = tensors(torch.bfloat16, 2, 3, 9, 4, 2, 64)
-    for backend in (None, "reference", "cpu"):
+    for backend in (None, "reference"):
         assert_equal(
             f"{backend}", ops.sparse_attention(q, k, v, backend=backend), eager_attention(q, k, v)
         )
@@ -286,6 +286,24 @@ def test_the_kernel_runs_unasked_only_at_sizes_where_it_was_measured(monkeypatch
     assert not TRITON.outruns_torch(Told(torch.empty(q.shape)), k)
     monkeypatch.setattr(table, "arch", lambda device: 80)
     assert not TRITON.outruns_torch(q, k)
+
+
+def test_the_processors_kernel_runs_unasked_only_where_it_was_measured(monkeypatch):
+    q, k, v = tensors(torch.float32, 2, 40, 200, 4, 2, 64)
+    usable = "avx512" in _C.build_info()["isas"]
+    assert CPU.outruns_torch(q, k) == usable
+    stock = eager_attention(q, k, v)
+    found = ops.sparse_attention(q, k, v)
+    assert torch.equal(found, ops.sparse_attention(q, k, v, backend="cpu")) == usable
+    assert torch.equal(found, stock) != usable
+    for other in (q.bfloat16(), q.double(), q[:, :9]):
+        assert not CPU.outruns_torch(other, k)
+    assert not CPU.outruns_torch(q, k[:, :9])
+    assert not CPU.outruns_torch(*(t.repeat(1, 1, 1, 3) for t in (q, k)))
+    _C.set_isa("base")
+    assert not CPU.outruns_torch(q, k)
+    assert torch.equal(ops.sparse_attention(q, k, v), stock)
+    _C.set_isa("auto")
 
 
 def test_gradients_are_those_of_torch():

@@ -31,7 +31,7 @@ class Compiled(Backend):
     def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
         batch, tokens, width = x.shape
         # Stores of another length than K need their strides told.
-        operand = _address if rows is None else _strided
+        operand = _address if rows is None else strided
         self._module.gated_residual(
             DTYPE_CODES[x.dtype],
             batch,
@@ -52,7 +52,7 @@ class Compiled(Backend):
         self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
     ):
         batch, tokens, width = out.shape
-        operand = _address if rows is None else _strided
+        operand = _address if rows is None else strided
         self._module.norm_modulate(
             DTYPE_CODES[x.dtype],
             batch,
@@ -106,9 +106,9 @@ class Compiled(Backend):
             q_out.shape[2],
             kv_heads,
             head,
-            _strided(q),
-            _strided(k),
-            _strided(v),
+            strided(q),
+            strided(k),
+            strided(v),
             _from_token(q_out, q_offset),
             _from_token(k_cache, kv_offset),
             _from_token(v_cache, kv_offset),
@@ -135,7 +135,7 @@ class Compiled(Backend):
             DTYPE_CODES[field.dtype],
             _view(field),
             _view(tokens),
-            _strided(table),
+            strided(table),
             draw,
             *self._context(field, 0),
         )
@@ -146,18 +146,18 @@ class Compiled(Backend):
         self._module.resolution_transition(
             DTYPE_CODES[x.dtype],
             *x.shape,
-            _strided(x),
-            _strided(table),
+            strided(x),
+            strided(table),
             rows.shape[1],
             _row_index(rows),
-            _strided(noise),
+            strided(noise),
             scale,
             deviation,
             pull,
             unsplit,
             raster or 0,
-            _strided(out),
-            _strided(out_table),
+            strided(out),
+            strided(out_table),
             *self._context(x, 0),
         )
 
@@ -214,10 +214,10 @@ def _given(t: Tensor | None) -> int | tuple[int, int, int] | None:
 
 def _address(t: Tensor) -> int | tuple[int, int, int]:
     """The bare address of a contiguous [B, K, D]."""
-    return t.data_ptr() if t.is_contiguous() else _strided(t)
+    return t.data_ptr() if t.is_contiguous() else strided(t)
 
 
-def _strided(t: Tensor) -> tuple[int, int, int]:
+def strided(t: Tensor) -> tuple[int, int, int]:
     stride = t.stride()
     return t.data_ptr(), stride[0], stride[1]
 

@@ -176,6 +176,13 @@ class Backend:
         """sums[0] = sum_i weights[i] * branches[i]; sums[g] = sum of the branches of group g."""
         raise TypeError(f"backend {self.name} has no collapse")
 
+    #: whether sparse_attention is a kernel of its own, and not torch's attention
+    attends = False
+
+    def outruns_torch(self, q: Tensor, k: Tensor) -> bool:
+        """Whether that kernel was measured to be faster than torch's attention at these sizes, on this machine."""
+        return False
+
     def sparse_attention(
         self,
         q: Tensor,  # [B, Q, H, d]

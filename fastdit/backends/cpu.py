@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import get_num_threads
 
-from fastdit.backends._compiled import DTYPE_CODES, Compiled
+from fastdit.backends._compiled import DTYPE_CODES, Compiled, strided
 from fastdit.errors import ArgumentError
 
 try:
@@ -18,6 +18,10 @@ try:
 except ImportError as error:  # a checkout that was never built
     _C = None
     _MISSING = f"the compiled module fastdit._C is missing ({error}): run pip install again"
+
+
+#: sizes of sparse_attention from which, or up to which, it was measured to be faster than torch's
+LEAST_QUERIES, LEAST_KEYS, MOST_HEAD = 32, 128, 128
 
 
 class Cpu(Compiled):
@@ -51,6 +55,38 @@ class Cpu(Compiled):
             super().qkv_prologue(*arguments)
         except IndexError as error:
             raise ArgumentError(str(error)) from None
+
+    attends = True
+
+    def sparse_attention(self, q, k, v, scale, out):
+        batch, queries, heads, head = q.shape
+        self._module.sparse_attention(
+            DTYPE_CODES[q.dtype],
+            batch,
+            queries,
+            k.shape[1],
+            heads,
+            k.shape[2],
+            head,
+            strided(q),
+            strided(k),
+            strided(v),
+            scale,
+            strided(out),
+            *self._context(q, 0),
+        )
+
+    def outruns_torch(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """In fp32 with AVX-512, where the work is worth a tile and each thread has a head."""
+        return (
+            self.supports("sparse_attention", q.device, q.dtype) is None
+            and q.dtype is torch.float32
+            and self._module.build_info()["isa"] == "avx512"
+            and q.shape[1] >= LEAST_QUERIES
+            and k.shape[1] >= LEAST_KEYS
+            and q.shape[3] <= MOST_HEAD
+            and q.shape[0] * q.shape[2] >= get_num_threads()
+        )
 
     def patchify(self, *arguments):
         try:

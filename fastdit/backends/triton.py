@@ -83,6 +83,8 @@ class Triton(Backend):
     def resolution_transition(self, *arguments):
         _kernel("resolution_transition")(*arguments)
 
+    attends = True
+
     def sparse_attention(self, q, k, v, scale, out):
         if q.dtype is torch.float32 and q.shape[3] > FP32_HEAD_DIM:
             raise BackendError(
@@ -92,7 +94,7 @@ class Triton(Backend):
         _kernel("sparse_attention")(q, k, v, scale, out)
 
     def outruns_torch(self, q: Tensor, k: Tensor) -> bool:
-        """Whether sparse_attention was measured to be faster than torch's attention at these sizes."""
+        """At sizes in the table of `triton_kernels/launch.py`."""
         if q.device.type != "cuda":
             return False
         from triton_kernels.launch import faster_than_torch

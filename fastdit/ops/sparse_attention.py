@@ -4,14 +4,17 @@ Shapes: q and out [B, Q, H, d], k and v [B, S, G, d], the H query heads in group
 key heads: head h reads key head h // (H / G).
 
 Attention is bought: torch's own (`scaled_dot_product_attention`) serves it on every device and in
-every backend but one. `triton` has a kernel that shares the keys of a tile among programs where few
-queries would leave processors idle. It runs where
+every backend but two. `triton` has a kernel that shares the keys of a tile among programs where few
+queries would leave processors idle; `cpu` has one that lays keys and values out anew for all queries,
+where torch cuts few queries into small tiles. They run where
 
-* `triton` is named, by argument or by FASTDIT_BACKEND, or
-* no backend is named and `benchmarks/tune.py` found it faster than every attention of torch at these
-  very sizes, in a 16-bit dtype, on this architecture (the table of `triton_kernels/launch.py`).
+* the backend is named, by argument or by FASTDIT_BACKEND, or
+* no backend is named and they were measured to be faster than torch: `triton` by `benchmarks/tune.py`
+  at these very sizes, in a 16-bit dtype, on this architecture (the table of
+  `triton_kernels/launch.py`); `cpu` in fp32 with AVX-512 (1.3 times at 282 queries of 1178 keys, 1.07
+  at as many queries as keys).
 
-So without a measurement it never runs unasked. A gradient flows through torch's.
+So without a measurement none runs unasked. A gradient flows through torch's.
 """
 
 from __future__ import annotations
@@ -21,13 +24,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastdit.backends.base import attention
+from fastdit.backends.base import Backend, attention
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
 from fastdit.ops.registry import BACKENDS, choose, define, named, requires_grad, traced
 
 HEAD_DIMS = range(1, 257)
-KERNEL = BACKENDS["triton"]
 SCHEMA = "sparse_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, str? backend) -> ()"
 
 
@@ -59,19 +61,22 @@ def sparse_attention(
     """
     _check(q, k, v, scale)
     differentiable = torch.is_grad_enabled() and requires_grad(q, k, v)
-    if differentiable or not _kernel_serves(q, k, backend):
+    kernel = None if differentiable else _kernel(q, k, backend)
+    if kernel is None:
         return attention(q, k, v, scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     run = torch.ops.fastdit.sparse_attention.default if traced() else _run
-    run(q, k, v, 1 / math.sqrt(q.shape[3]) if scale is None else scale, out, "triton")
+    run(q, k, v, 1 / math.sqrt(q.shape[3]) if scale is None else scale, out, kernel.name)
     return out
 
 
-def _kernel_serves(q: Tensor, k: Tensor, backend: str | None) -> bool:
+def _kernel(q: Tensor, k: Tensor, backend: str | None) -> Backend | None:
+    """Whose kernel serves; None for torch's attention."""
     name = named(backend)
     if name is not None:
-        return choose("sparse_attention", q.device, q.dtype, name) is KERNEL
-    return KERNEL.outruns_torch(q, k)
+        chosen = choose("sparse_attention", q.device, q.dtype, name)
+        return chosen if chosen.attends else None
+    return next((b for b in BACKENDS.values() if b.attends and b.outruns_torch(q, k)), None)
 
 
 def _run(q, k, v, scale, out, backend=None) -> None:

@@ -1,0 +1,210 @@
+// Compiled once per instruction set (FD_ISA). One head of one sample is the work of one thread: its
+// keys are taken kBlock at a time, laid out anew in fp32 (k with its keys side by side, v by rows)
+// and kept in the second cache while all queries pass them, a tile of kRows at once. The softmax is
+// taken as the blocks go by: the largest score so far and the sum of exponentials are kept, and
+// what was added before is scaled down when the largest grows. Products are sums in registers,
+// kRows times kColumns vectors of them.
+#include "sparse_attention.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+
+namespace fd {
+namespace FD_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kRows = 6, kColumns = 4;  // 24 sums and 4 operands of 32 registers
+#else
+constexpr int kRows = 4, kColumns = 2;  // 8 and 2 of 16
+#endif
+constexpr int kTile = kColumns * kWidth;
+constexpr int kBlock = 256;  // keys; with d = 128 both layouts take 256 KiB
+
+// exp(x) for x <= 0: 2^n of the nearest n, times a polynomial of the rest (Cephes' coefficients).
+// Under -87 it is 1e-38 or less, which no sum of fp32 with a 1 in it can tell from 0. A NaN stays.
+FD_INLINE Vec exp_of(Vec x) {
+  const Ints under = x < -87.0f;
+  const Ints kept = ~under & reinterpret_cast<Ints>(x);
+  x = reinterpret_cast<Vec>(kept | (under & reinterpret_cast<Ints>(Vec{} - 87.0f)));
+  const float magic = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Ints exponent = (reinterpret_cast<Ints>(shifted) - 0x4b400000) << 23;
+  return reinterpret_cast<Vec>(reinterpret_cast<Ints>(p) + exponent);
+}
+
+FD_INLINE float sum_of(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kWidth; ++i) sum += v[i];
+  return sum;
+}
+
+// The larger of each pair; a NaN in either is one in the result.
+FD_INLINE Vec larger(Vec a, Vec b) {
+  const Ints take = (a > b) | (a != a);
+  return reinterpret_cast<Vec>((take & reinterpret_cast<Ints>(a)) |
+                               (~take & reinterpret_cast<Ints>(b)));
+}
+
+// sums[r][c] = sum_i left[r][i] right[i][c], rows of the tile of queries times one tile of columns.
+template <int kCount>
+FD_INLINE void multiply(const float* left, int64_t left_stride, const float* right,
+                        int64_t right_stride, int64_t n, Vec (&sums)[kRows][kCount]) {
+  for (int64_t i = 0; i < n; ++i) {
+    Vec columns[kCount];
+    for (int c = 0; c < kCount; ++c) columns[c] = load(right + i * right_stride + c * kWidth);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec one = Vec{} + left[r * left_stride + i];
+      for (int c = 0; c < kCount; ++c) sums[r][c] += one * columns[c];
+    }
+  }
+}
+
+// What one thread works in.
+struct Scratch {
+  int64_t wide;                 // d, up to a whole tile of columns
+  std::vector<float> k, v;      // [blocks of kTile keys][d][kTile] and [kBlock][wide]
+  std::vector<float> q;         // [Q, up to a whole tile][d]
+  std::vector<float> out;       // [the same][wide], not yet divided by the sums
+  std::vector<float> top, sum;  // [the same]
+  std::vector<float> weights;   // [kRows][kBlock]
+};
+
+template <class T>
+void lay_out(const SparseAttention& p, int64_t b, int64_t g, int64_t first, int64_t count,
+             Scratch& s) {
+  const int64_t tiles = (count + kTile - 1) / kTile;
+  for (int64_t j = 0; j < tiles * kTile; ++j) {
+    float* at = s.k.data() + j / kTile * p.head * kTile + j % kTile;
+    const T* row = j < count ? p.k.row<T>(b, first + j) + g * p.head : nullptr;
+    for (int64_t i = 0; i < p.head; ++i) at[i * kTile] = row ? to_float(row[i]) : 0.0f;
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    const T* row = p.v.row<T>(b, first + j) + g * p.head;
+    float* at = s.v.data() + j * s.wide;
+    for (int64_t i = 0; i < p.head; i += kWidth) {
+      store(at + i, load(row + i, std::min<int64_t>(kWidth, p.head - i)));
+    }
+  }
+}
+
+// A tile of queries and a block of `count` keys.
+FD_INLINE void one_tile(const SparseAttention& p, Scratch& s, int64_t row, int64_t count) {
+  float* weights = s.weights.data();
+  const int64_t tiles = (count + kTile - 1) / kTile;
+  Vec top[kRows];
+  for (int r = 0; r < kRows; ++r) top[r] = Vec{} + s.top[row + r];
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec sums[kRows][kColumns] = {};
+    multiply(s.q.data() + row * p.head, p.head, s.k.data() + t * p.head * kTile, kTile, p.head,
+             sums);
+    for (int c = 0; c < kColumns; ++c) {
+      const int64_t at = t * kTile + c * kWidth;
+      const int64_t inside = std::min<int64_t>(kWidth, count - at);
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][c] *= p.scale;
+        if (inside < kWidth) {  // no keys: a score that weighs nothing
+          for (int64_t i = std::max<int64_t>(inside, 0); i < kWidth; ++i) {
+            sums[r][c][i] = -std::numeric_limits<float>::max();
+          }
+        }
+        store(weights + r * kBlock + at, sums[r][c]);
+        top[r] = larger(top[r], sums[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float most = top[r][0];
+    for (int i = 1; i < kWidth; ++i) most = (most > top[r][i] || most != most) ? most : top[r][i];
+    const float before = s.top[row + r];
+    const float shrink = before == most ? 1.0f : exp_of(Vec{} + (before - most))[0];
+    Vec sum = {};
+    for (int64_t i = 0; i < tiles * kTile; i += kWidth) {
+      const Vec weight = exp_of(load(weights + r * kBlock + i) - most);
+      store(weights + r * kBlock + i, weight);
+      sum += i + kWidth <= count ? weight : first(weight, std::max<int64_t>(count - i, 0));
+    }
+    s.top[row + r] = most;
+    s.sum[row + r] = s.sum[row + r] * shrink + sum_of(sum);
+    float* out = s.out.data() + (row + r) * s.wide;
+    if (shrink != 1.0f) {
+      for (int64_t i = 0; i < s.wide; i += kWidth) store(out + i, load(out + i) * shrink);
+    }
+  }
+  for (int64_t at = 0; at < s.wide; at += kTile) {
+    Vec sums[kRows][kColumns] = {};
+    multiply(weights, kBlock, s.v.data() + at, s.wide, count, sums);
+    for (int r = 0; r < kRows; ++r) {
+      float* out = s.out.data() + (row + r) * s.wide + at;
+      for (int c = 0; c < kColumns; ++c)
+        store(out + c * kWidth, load(out + c * kWidth) + sums[r][c]);
+    }
+  }
+}
+
+template <class T>
+void one_head(const SparseAttention& p, int64_t b, int64_t h, Scratch& s) {
+  const int64_t g = h / (p.heads / p.kv_heads);
+  const int64_t rows = (p.queries + kRows - 1) / kRows * kRows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* q = row < p.queries ? p.q.row<T>(b, row) + h * p.head : nullptr;
+    for (int64_t i = 0; i < p.head; ++i) {
+      s.q[row * p.head + i] = q ? to_float(q[i]) : 0.0f;
+    }
+  }
+  std::fill(s.out.begin(), s.out.end(), 0.0f);
+  std::fill(s.sum.begin(), s.sum.end(), 0.0f);
+  std::fill(s.top.begin(), s.top.end(), -std::numeric_limits<float>::max());
+  for (int64_t first = 0; first < p.keys; first += kBlock) {
+    const int64_t count = std::min<int64_t>(kBlock, p.keys - first);
+    lay_out<T>(p, b, g, first, count, s);
+    for (int64_t row = 0; row < rows; row += kRows) one_tile(p, s, row, count);
+  }
+  for (int64_t row = 0; row < p.queries; ++row) {
+    T* out = p.out.row<T>(b, row) + h * p.head;
+    const float* sums = s.out.data() + row * s.wide;
+    for (int64_t i = 0; i < p.head; i += kWidth) {
+      store(out + i, load(sums + i) / s.sum[row], std::min<int64_t>(kWidth, p.head - i));
+    }
+  }
+}
+
+template <class T>
+void all_heads(const SparseAttention& p) {
+  const int64_t count = p.batch * p.heads;
+#pragma omp parallel num_threads(p.threads) if (p.threads > 1)
+  {
+    const int64_t rows = (p.queries + kRows - 1) / kRows * kRows;
+    Scratch s;
+    s.wide = (p.head + kTile - 1) / kTile * kTile;
+    s.k.resize(kBlock * p.head);
+    s.v.resize(kBlock * s.wide);  // zeros beyond d
+    s.q.resize(rows * p.head);
+    s.out.resize(rows * s.wide);
+    s.top.resize(rows);
+    s.sum.resize(rows);
+    s.weights.resize(kRows * kBlock);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i) one_head<T>(p, i / p.heads, i % p.heads, s);
+  }
+}
+
+}  // namespace
+
+void sparse_attention(const SparseAttention& p) {
+  by_dtype(p.dtype, [&p](auto zero) { all_heads<decltype(zero)>(p); });
+}
+
+}  // namespace FD_ISA
+}  // namespace fd
