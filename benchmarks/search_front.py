@@ -46,6 +46,7 @@ from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.plot import save_plot
 from fastdit.search.result import SUMMARY, schedule_of
+from fastdit.search.seeds import evenly_spread_steps
 from fastdit.search.workers import Processes, Workers
 from machine import describe_machine
 
@@ -71,6 +72,7 @@ def settings_of(folder: Path) -> tuple[Work, Settings]:
         tuple(identity["costs"]),
         identity["race"],
         Operators(**identity["operators"]),
+        even_steps=bool(identity["given"]),
     )
     return Work(**work), settings
 
@@ -130,16 +132,6 @@ def mutation(
         vector ^= rng.random(vector.size) < operators.mutation_bits / vector.size
 
     return by_steps if operators.unit == "step" else by_bits
-
-
-def evenly_spread(genome: Genome) -> list[np.ndarray]:
-    """Vectors that compute 1, 2, ... of the steps whole, evenly spread."""
-    found = []
-    for count in range(1, genome.steps):
-        rows = np.zeros((genome.steps, len(genome.cells)), dtype=bool)
-        rows[np.arange(count) * genome.steps // count] = True
-        found.append(rows.ravel())
-    return found
 
 
 def compare(
@@ -234,7 +226,7 @@ def study(folder: Path, prompts: int, count: int, control: bool = True) -> dict[
         for group in groups.values():
             draw(group)
         worst = draw(seeds)
-        spread = archive.evaluate(np.stack(evenly_spread(search.genome)), progress)
+        spread = archive.evaluate(np.stack(evenly_spread_steps(search.genome)), progress)
         baselines = measure_baselines(archive, progress)
         if control:
             groups["random mutants"] = random_mutants(folder, search, ledger.identity, count)

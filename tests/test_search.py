@@ -157,6 +157,29 @@ def test_given_schedules_come_first_and_the_rest_is_filled_up():
         seeds.first_population(GENOME, 1, [given])
 
 
+def test_evenly_spread_steps_hold_the_grids():
+    genome = Genome(PIXART, 20)
+    vectors = seeds.evenly_spread_steps(genome)
+    rows = np.array(vectors).reshape(19, 20, -1)
+    assert (rows == rows[:, :, :1]).all()
+    assert rows[:, :, 0].sum(axis=1).tolist() == list(range(1, 20))
+    for row in rows[:, :, 0]:
+        gaps = np.diff([*np.flatnonzero(row), 20])
+        assert row[0]
+        assert gaps.max() - gaps.min() <= 1
+    found = {vector.tobytes() for vector in vectors}
+    assert {seeds.fora(genome, n).tobytes() for n in (2, 4, 5, 10, 20)} < found
+
+
+def test_a_search_may_begin_with_evenly_spread_steps(tmp_path):
+    settings = Settings(generations=0, population=12, even_steps=True)
+    found = search(tmp_path, settings)
+    even = [GENOME.key(vector) for vector in seeds.evenly_spread_steps(GENOME)]
+    assert set(even) <= set(found.archive.seen)
+    with pytest.raises(SearchError, match="given"):
+        search(tmp_path, Settings(generations=0, population=12))
+
+
 # ---- operators (spec 6.2)
 
 
@@ -592,12 +615,6 @@ def test_the_control_mutates_as_the_search_does():
     assert math.isclose(np.mean(flipped), 3.0, rel_tol=0.1)
     assert not np.array(steps)[:, 0].any()
     assert np.array(steps)[:, 1:].any(axis=0).all()
-
-
-def test_evenly_spread_steps_hold_the_grids():
-    found = {vector.tobytes() for vector in search_front.evenly_spread(Genome(PIXART, 20))}
-    assert len(found) == 19
-    assert {seeds.fora(Genome(PIXART, 20), n).tobytes() for n in (2, 4, 5, 10, 20)} < found
 
 
 def test_comparison_against_the_closed_form(tmp_path):

@@ -204,6 +204,7 @@ def search(
     images_per_prompt: options.ImagesPerPrompt = 1,
     race: options.Race = 0,
     unit: options.Unit = "bit",
+    even_steps: options.EvenSteps = False,
     seed_schedule: options.Seeds = None,
     seed: options.SearchSeed = 0,
     image_seed: options.ImageSeed = 0,
@@ -242,9 +243,8 @@ def search(
         backend=backend,
         arguments=size,
     )
-    settings = Settings(
-        generations, population, tuple(cost or ("true-macs",)), race, Operators.of(unit, seed)
-    )
+    costs, operators = tuple(cost or ("true-macs",)), Operators.of(unit, seed)
+    settings = Settings(generations, population, costs, race, operators, even_steps)
     seeds = [_read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)
     view.run(Console(), out, factory, work, settings, seeds, workers, ray)

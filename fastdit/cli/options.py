@@ -135,6 +135,10 @@ Seeds = Annotated[
         "--seed-schedule", metavar="FILE", help="A schedule to begin with; may be given again."
     ),
 ]
+EvenSteps = Annotated[
+    bool,
+    typer.Option("--even-steps", help="Begin with whole steps, evenly spread, beside the paper's."),
+]
 SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the search.")]
 ImageSeed = Annotated[int, typer.Option(min=0, help="Of the first picture.")]
 SearchBatch = Annotated[int, typer.Option("--batch", min=1, help="Pictures per pipeline call.")]

@@ -24,7 +24,7 @@ from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
 from fastdit.search.quality import is_logarithmic
-from fastdit.search.seeds import default_population, first_population
+from fastdit.search.seeds import default_population, evenly_spread_steps, first_population
 from fastdit.search.workers import Workers
 
 LEDGER = "ledger.jsonl"
@@ -40,6 +40,7 @@ class Settings:
         costs: Cost objectives beside the loss, out of `cost.OBJECTIVES`.
         race: Items of the race of a fresh candidate (see `archive.py`); 0 for none.
         operators: NSGA-II's settings.
+        even_steps: Begin with whole steps, evenly spread, too: half of the population at most, of all costs.
     """
 
     generations: int = 50
@@ -47,6 +48,7 @@ class Settings:
     costs: tuple[str, ...] = ("true-macs",)
     race: int = 0
     operators: Operators = field(default_factory=Operators)
+    even_steps: bool = False
 
     def __post_init__(self) -> None:
         if self.generations < 0 or self.race < 0:
@@ -116,6 +118,7 @@ def identity(
     """What a ledger belongs to. The number of generations is not part of it: a search can go on."""
     described = asdict(settings)
     described.pop("generations")
+    described.pop("even_steps")  # those are among the seeds
     return {
         **work.described(),
         **described,
@@ -141,6 +144,10 @@ def evolve(
     facts = workers.facts()
     genome = genome_of(facts, work.steps)
     population = settings.population or default_population(genome.spec.family)
+    if settings.even_steps:
+        even = evenly_spread_steps(genome)
+        chosen = np.linspace(0, len(even) - 1, min(len(even), population // 2)).round().astype(int)
+        seeds = [*seeds, *(genome.schedule(even[index]) for index in chosen)]
     first = first_population(genome, population, seeds, settings.operators.seed)
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / LEDGER, identity(work, settings, seeds, facts))

@@ -86,6 +86,19 @@ def evenly_spaced(genome: Genome, role: str, blocks: int, steps: int) -> np.ndar
     )
 
 
+def evenly_spread_steps(genome: Genome) -> list[np.ndarray]:
+    """Whole steps, evenly spread: vectors that compute 1, 2, ... of the steps, up to all but one.
+
+    Not of the paper, which has the grids among them: they fill the costs between every second step and all of them.
+    """
+    found = []
+    for count in range(1, genome.steps):
+        rows = np.zeros((genome.steps, len(genome.cells)), dtype=bool)
+        rows[np.arange(count) * genome.steps // count] = True
+        found.append(rows.ravel())
+    return found
+
+
 def tgate(genome: Genome, gate: int, period: int) -> np.ndarray:
     """Self-attention every `period` steps until step `gate`, from there no cross-attention."""
 
