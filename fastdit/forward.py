@@ -11,7 +11,9 @@ Adapters restate a block as `Forward` and `Residual` calls. Two ways of running 
   `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact
   algebra; only the rounding is (in our favour) another.
 
-Slots hold references to module outputs, copies only in a lower precision; nothing writes into a slot.
+Slots hold references to module outputs, copies only in a lower precision; nothing writes into a slot. A slot is freed
+after its last reuse, so before the step that computes it anew: outputs written straight into slots (``out=``) would
+spare neither a copy nor memory.
 """
 
 from __future__ import annotations
@@ -171,10 +173,6 @@ class Forward:
         sparse = self.tokens is not None and self.tokens.rows is not None
         value = held = self.slots.get(key)
         if value is None or flags & COMPUTE:
-            if not sparse:
-                # Nobody reads the old value any more; its memory may serve the new one.
-                self.slots.pop(key, None)
-                value = held = None
             value = compute()
             self.computed += 1
             if sparse and held is not None and flags & KEEP:

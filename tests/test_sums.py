@@ -150,6 +150,17 @@ def test_sums_take_the_place_of_outputs():
     )
 
 
+@pytest.mark.parametrize("blocks", [11, 13, 22])
+def test_more_outputs_than_a_chunk(blocks):
+    bits = np.zeros((4, blocks, 3), dtype=bool)
+    model, inputs = model_of(blocks, torch.float64), calls(4, 1, torch.float64)
+    expected = expected_of(model, bits, inputs)
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, PARTS)))
+    assert f"1 times {3 * blocks} outputs" in handle.explain(steps=4).collapse
+    for actual, wanted in zip(ran(handle, model, inputs), expected, strict=True):
+        assert distance(actual, wanted) <= FORWARD_FP64
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_sums_err_at_most_twice_as_much_as_the_cache(dtype, seed):
