@@ -134,6 +134,18 @@ def _ecad(result: dict[str, Any]) -> list[str]:
             f"| {name} | {row['reused']:.0%} | {_spread(row['wall_speedup'])} | {row['mac_speedup']:.2f}x | "
             f"{row['realised']:.0%} | {_spread(row['over_hooks'])} | {held['counted'] / 2**20:.1f} MiB, {equal} |"
         )
+    if "collapsed_step" in result:
+        stack, traffic = result["collapsed_step"]["stack"], result["collapsed_traffic"]
+        lines += [
+            "",
+            (
+                f"A fully reused step that another follows, at depth {result['reused_depth']}: kept as three sums, the "
+                f"outputs of {traffic['reused_components']} components cost {traffic['fastdit']['token_X']:.0f} X, "
+                f"{traffic['fastdit']['kernels']} kernels and {1e3 * stack['fastdit_s']:.1f} ms; with plain hooks "
+                f"{traffic['hooks']['token_X']:.0f} X, {traffic['hooks']['kernels']} kernels and "
+                f"{1e3 * stack['hooks_s']:.1f} ms. X is the size of one output."
+            ),
+        ]
     lines += [
         "",
         (
