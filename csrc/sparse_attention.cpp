@@ -17,6 +17,17 @@ namespace FD_ISA {
 namespace {
 
 #if defined(__AVX512F__)
+#define FD_LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define FD_UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define FD_LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define FD_UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define FD_LOWER 0, 4, 1, 5
+#define FD_UPPER 2, 6, 3, 7
+#endif
+
+#if defined(__AVX512F__)
 constexpr int kRows = 6, kColumns = 4;  // 24 sums and 4 operands of 32 registers
 #else
 constexpr int kRows = 4, kColumns = 2;  // 8 and 2 of 16
@@ -57,6 +68,19 @@ FD_INLINE Vec larger(Vec a, Vec b) {
                                (~take & reinterpret_cast<Ints>(b)));
 }
 
+// Rows become columns: as often as 2 divides the width, the first half of the rows is shuffled into
+// the second like cards.
+FD_INLINE void transpose(Vec (&rows)[kWidth]) {
+  for (int round = 1; round < kWidth; round *= 2) {
+    Vec next[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + kWidth / 2], FD_LOWER);
+      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + kWidth / 2], FD_UPPER);
+    }
+    for (int i = 0; i < kWidth; ++i) rows[i] = next[i];
+  }
+}
+
 // sums[r][c] = sum_i left[r][i] right[i][c], rows of the tile of queries times one tile of columns.
 template <int kCount>
 FD_INLINE void multiply(const float* left, int64_t left_stride, const float* right,
@@ -73,7 +97,7 @@ FD_INLINE void multiply(const float* left, int64_t left_stride, const float* rig
 
 // What one thread works in.
 struct Scratch {
-  int64_t wide;                 // d, up to a whole tile of columns
+  int64_t wide;                 // d, up to a whole vector
   std::vector<float> k, v;      // [blocks of kTile keys][d][kTile] and [kBlock][wide]
   std::vector<float> q;         // [Q, up to a whole tile][d]
   std::vector<float> out;       // [the same][wide], not yet divided by the sums
@@ -84,11 +108,17 @@ struct Scratch {
 template <class T>
 void lay_out(const SparseAttention& p, int64_t b, int64_t g, int64_t first, int64_t count,
              Scratch& s) {
-  const int64_t tiles = (count + kTile - 1) / kTile;
-  for (int64_t j = 0; j < tiles * kTile; ++j) {
+  for (int64_t j = 0; j < (count + kTile - 1) / kTile * kTile; j += kWidth) {
     float* at = s.k.data() + j / kTile * p.head * kTile + j % kTile;
-    const T* row = j < count ? p.k.row<T>(b, first + j) + g * p.head : nullptr;
-    for (int64_t i = 0; i < p.head; ++i) at[i * kTile] = row ? to_float(row[i]) : 0.0f;
+    for (int64_t i = 0; i < p.head; i += kWidth) {
+      const int64_t inside = std::min<int64_t>(kWidth, p.head - i);
+      Vec square[kWidth] = {};
+      for (int64_t r = 0; r < std::min<int64_t>(kWidth, count - j); ++r) {
+        square[r] = load(p.k.row<T>(b, first + j + r) + g * p.head + i, inside);
+      }
+      transpose(square);
+      for (int64_t r = 0; r < inside; ++r) store(at + (i + r) * kTile, square[r]);
+    }
   }
   for (int64_t j = 0; j < count; ++j) {
     const T* row = p.v.row<T>(b, first + j) + g * p.head;
@@ -96,6 +126,17 @@ void lay_out(const SparseAttention& p, int64_t b, int64_t g, int64_t first, int6
     for (int64_t i = 0; i < p.head; i += kWidth) {
       store(at + i, load(row + i, std::min<int64_t>(kWidth, p.head - i)));
     }
+  }
+}
+
+// The weighted values of `count` keys, kCount vectors of their columns, onto a tile of queries.
+template <int kCount>
+FD_INLINE void add_values(Scratch& s, int64_t row, int64_t at, int64_t count) {
+  Vec sums[kRows][kCount] = {};
+  multiply(s.weights.data(), kBlock, s.v.data() + at, s.wide, count, sums);
+  for (int r = 0; r < kRows; ++r) {
+    float* out = s.out.data() + (row + r) * s.wide + at;
+    for (int c = 0; c < kCount; ++c) store(out + c * kWidth, load(out + c * kWidth) + sums[r][c]);
   }
 }
 
@@ -142,15 +183,9 @@ FD_INLINE void one_tile(const SparseAttention& p, Scratch& s, int64_t row, int64
       for (int64_t i = 0; i < s.wide; i += kWidth) store(out + i, load(out + i) * shrink);
     }
   }
-  for (int64_t at = 0; at < s.wide; at += kTile) {
-    Vec sums[kRows][kColumns] = {};
-    multiply(weights, kBlock, s.v.data() + at, s.wide, count, sums);
-    for (int r = 0; r < kRows; ++r) {
-      float* out = s.out.data() + (row + r) * s.wide + at;
-      for (int c = 0; c < kColumns; ++c)
-        store(out + c * kWidth, load(out + c * kWidth) + sums[r][c]);
-    }
-  }
+  int64_t at = 0;
+  for (; at + kTile <= s.wide; at += kTile) add_values<kColumns>(s, row, at, count);
+  for (; at < s.wide; at += kWidth) add_values<1>(s, row, at, count);
 }
 
 template <class T>
@@ -187,7 +222,7 @@ void all_heads(const SparseAttention& p) {
   {
     const int64_t rows = (p.queries + kRows - 1) / kRows * kRows;
     Scratch s;
-    s.wide = (p.head + kTile - 1) / kTile * kTile;
+    s.wide = (p.head + kWidth - 1) / kWidth * kWidth;
     s.k.resize(kBlock * p.head);
     s.v.resize(kBlock * s.wide);  // zeros beyond d
     s.q.resize(rows * p.head);
