@@ -1,11 +1,11 @@
 """Steps of a part of the tokens at SD3-medium's width: seconds over the active tokens K, against arithmetic.
 
-    python benchmarks/bench_ras.py [--out FILE] [--depth 2] [--tokens 1024] [--rows 2 8] [--peer CHECKOUT/src] ...
+    python benchmarks/bench_ras.py [--out FILE] [--depth 2] [--tokens 1024] [--rows 2 4] [--peer CHECKOUT/src] ...
 
-Random weights, reduced depth, fp32, two rows as guidance runs an image and eight as it runs four. Dense steps of the
+Random weights, reduced depth, fp32, two rows as guidance runs an image and four as it runs two. Dense steps of the
 unpatched model and sparse steps take turns. The medians are fitted by t = a + b K. What a exceeds the arithmetic that
 does not depend on K (text, embeddings) is overhead, of which a part is torch's: a product with few rows reads and packs
-all weights too. More images at once spread that over more rows, so eight rows tell more of this package, two more of
+all weights too. More images at once spread that over more rows, so four rows tell more of this package, two more of
 its user's wait. A profiled step tells what is spent outside torch's matrix products and attention, fitted alike.
 `realised` is the speed-up of a sparse step over that of its arithmetic. Modulations and the projected prompt are there
 from the steps before, as in any run but at its first step. Choosing the tokens belongs to the scheduler's step and is
@@ -38,7 +38,7 @@ from memory import keep_freed_memory
 
 RATIOS = (0.5, 0.25, 0.125)
 TEXT_TOKENS = 154
-ROWS = (2, 8)
+ROWS = (2, 4)
 LIBRARY = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
 STEPS = 3  # dense, sparse, sparse: the last is timed
 

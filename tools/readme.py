@@ -227,7 +227,7 @@ def _ras(result: dict[str, Any]) -> list[str]:
         (
             f"One sparse step of RAS: {result['what']}, depth {result['depth']} of {result['full_depth']}; "
             f"{_machine(result['machine'])}; medians of {result['pairs']} interleaved rounds, their range in "
-            "brackets. Two rows are one image with guidance, eight are four. The last column is over the same step of "
+            "brackets. Two rows are one image with guidance, four are two. The last column is over the same step of "
             "the authors' code (microsoft/RAS, its way without CUDA). (`benchmarks/bench_ras.py`)"
         ),
         "",
