@@ -117,6 +117,23 @@ def test_ranks_find_the_same(folder, alone, tmp_path):
     assert done.stdout.count("fastdit search") == 1  # one rank speaks
 
 
+def test_ray_actors_find_the_same(folder, alone, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    factory = functools.partial(load_pipeline, folder, "float32")
+    with closing(RayActors(factory, WORK, 2)) as workers:
+        ecad(factory, tmp_path, WORK, SETTINGS, workers=workers)
+        assert ledger_of(tmp_path) == ledger_of(alone)
+        wrong = Task("any", "losses", b"too few bits", 3, 0, 1)
+        with pytest.raises(fastdit.errors.ScheduleError, match="cannot hold"):
+            list(workers.run([wrong]))
+        for actor in workers._actors:
+            ray.kill(actor)
+        with pytest.raises(SearchError, match="actor ended"):
+            list(workers.run([wrong]))
+    assert not ray.is_initialized()
+
+
 def test_a_pipeline_object_stays_in_its_process(folder, tmp_path):
     pipeline = load_pipeline(folder, "float32")
     with pytest.raises(ArgumentError, match="workers=2 needs a function"):

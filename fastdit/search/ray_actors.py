@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fastdit.errors import DependencyError
+from fastdit.errors import DependencyError, SearchError
 from fastdit.search.evaluator import Evaluator, Task, Work
 from fastdit.search.workers import Measured
 
@@ -66,7 +66,12 @@ class RayActors:
         while busy:
             (ready,), _ = self._ray.wait(list(busy), num_returns=1)
             actor, task = busy.pop(ready)
-            result = self._ray.get(ready)
+            try:
+                result = self._ray.get(ready)
+            except self._ray.exceptions.RayActorError as error:
+                raise SearchError(
+                    "a Ray actor ended; what was measured is in the ledger, and the same search goes on from there"
+                ) from error
             give(actor)
             yield task, result
 
