@@ -39,7 +39,12 @@ from memory import keep_freed_memory
 RATIOS = (0.5, 0.25, 0.125)
 TEXT_TOKENS = 154
 ROWS = (2, 4)
-LIBRARY = ("aten::addmm", "aten::mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+LIBRARY = (
+    "aten::addmm",
+    "aten::bmm",
+    "aten::mm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+)
 STEPS = 3  # dense, sparse, sparse: the last is timed
 
 

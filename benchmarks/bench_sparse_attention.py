@@ -1,8 +1,8 @@
-"""Attention of the active tokens over all, through the op and by torch alone: the op must cost nothing.
+"""Attention of the active tokens over all, through the op and by torch alone.
 
-On a CPU both are torch's attention. On a GPU `gpu_check.py` compares it with the kernel of `triton` and with
-each backend of torch. Bytes are those of q, k, v and the output. The shapes are those of the models
-(attention.py), or tiny ones with FASTDIT_BENCH_SHAPES=tiny.
+On a CPU the op is a kernel of its own in fp32 with AVX-512; elsewhere it is torch's attention and must cost nothing. On
+a GPU `gpu_check.py` compares it with the kernel of `triton` and with each backend of torch. Bytes are those of q, k, v
+and the output. The shapes are those of the models (attention.py), or tiny ones with FASTDIT_BENCH_SHAPES=tiny.
 """
 
 from __future__ import annotations

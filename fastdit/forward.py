@@ -104,6 +104,7 @@ class Forward:
         index: Index of the running block, over all kinds.
         scratch: Free space of the adapter for values that live as long as this call.
         family: Free space of the adapter that lives as long as the patch.
+        modulations: Those made ahead for the next steps, or None.
         computed, reused: Components that ran, and that a plan spared, in this call.
     """
 
@@ -136,7 +137,7 @@ class Forward:
         self.index = 0
         self.computed = 0
         self.tokens = tokens
-        self._modulations = modulations
+        self.modulations = modulations
         self.sums = sums
         self._layouts = {} if layouts is None else layouts
         self._precision = precision
@@ -198,9 +199,9 @@ class Forward:
 
     def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
         """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""
-        if self._modulations is None or not private(norm.linear):
+        if self.modulations is None or not private(norm.linear):
             return compute(*given)
-        return self._modulations.of(norm, compute)
+        return self.modulations.of(norm, compute)
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""

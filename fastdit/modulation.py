@@ -52,6 +52,7 @@ class Modulations:
         self._versions = _versions(conditions.tensors)
         self._first = self._count = self._row = 0
         self._inputs: tuple[Any, ...] | None = None
+        self._making = False
         self._tables: dict[nn.Module, Tensor] = {}
 
     def begin(
@@ -82,11 +83,24 @@ class Modulations:
     def of(self, layer: nn.Module, compute: Callable[..., Tensor]) -> Tensor:
         """[B, k D] of this step; `compute` makes those of all rows it is given."""
         if layer not in self._tables:
-            if self._inputs is None:
-                some = self._timesteps[self._first : self._first + self._count]
-                self._inputs = self._conditions.make(some.repeat_interleave(self._batch))
-            self._tables[layer] = compute(*self._inputs)
+            self._tables[layer] = compute(*self._all_inputs())
         return self._tables[layer][self._row : self._row + self._batch]
+
+    def given(self) -> Tensor | None:
+        """[B, D], the first input of the layers at this step; None while those of the window are being made."""
+        if self._making:
+            return None
+        return self._all_inputs()[0][self._row : self._row + self._batch]
+
+    def _all_inputs(self) -> tuple[Any, ...]:
+        if self._inputs is None:
+            some = self._timesteps[self._first : self._first + self._count]
+            self._making = True
+            try:
+                self._inputs = self._conditions.make(some.repeat_interleave(self._batch))
+            finally:
+                self._making = False
+        return self._inputs
 
 
 def repeated(tensor: Tensor, rows: int, batch: int) -> Tensor:

@@ -80,6 +80,15 @@ class EmbedLink:
         return self.session.embed(module, *args, **kwargs)
 
 
+class ConditionLink(EmbedLink):
+    """What the rewritten forward of the embedding of timestep and prompt calls."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.embed_condition(module, *args, **kwargs)
+
+
 class PromptLink(EmbedLink):
     """What the rewritten forward of a projection of the prompt calls."""
 
@@ -312,8 +321,9 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     wrapped = adapter.wrapped(transformer)
     eager = bound.backend == "reference"
     prompts = [] if eager else adapter.prompt_projections_of(transformer)
+    conditions = [] if eager else adapter.condition_embeddings_of(transformer)
     parts = [part for _, _, part in wrapped]
-    for module in (*(block for _, block in blocks), *embedders, *prompts, *parts):
+    for module in (*(block for _, block in blocks), *embedders, *prompts, *conditions, *parts):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
@@ -324,8 +334,9 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     if LINK in transformer.__dict__:
         _remove(transformer)
     _install(session, transformer, pipeline, blocks, embedders)
-    for module in prompts:
-        install(module, PromptLink(session))
+    for modules, link in ((prompts, PromptLink), (conditions, ConditionLink)):
+        for module in modules:
+            install(module, link(session))
     for index, name, module in wrapped:
         install(module, ComponentLink(session, index, name))
     if not adapter.restates:
@@ -437,7 +448,10 @@ def _remove(transformer: nn.Module) -> None:
         uninstall(block)
     for module in session.adapter.embedders(transformer):
         uninstall(module)
-    for module in session.adapter.prompt_projections_of(transformer):
+    for module in (
+        *session.adapter.prompt_projections_of(transformer),
+        *session.adapter.condition_embeddings_of(transformer),
+    ):
         uninstall(module)
     for _, _, module in session.adapter.wrapped(transformer):
         uninstall(module)

@@ -561,6 +561,12 @@ class Session:
             return self.adapter.embed_layout(module, active.layout, memory, *args, **kwargs)
         return type(module).forward(module, *args, **kwargs)
 
+    def embed_condition(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten forward of the module that embeds timestep and prompt for all adaLN layers."""
+        ahead = None if self.forward is None else self.forward.modulations
+        found = None if ahead is None else ahead.given()
+        return type(module).forward(module, *args, **kwargs) if found is None else found
+
     def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The rewritten forward of a module that depends on the prompt alone: computed once a run, exactly.
 

@@ -9,6 +9,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance
 from fastdit import modulation
+from fastdit.install import is_installed
 from tiny_models import generate
 
 pytestmark = pytest.mark.diffusers
@@ -72,6 +73,28 @@ def test_explain_tells_their_bytes(name, monkeypatch):
     said = handle.explain(batch=2, steps=STEPS, cfg=False)
     assert said.modulation_bytes == sum(made.values()) > 0
     assert "modulations" in str(said)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_timestep_and_prompt_are_embedded_once(name):
+    pipe = tiny_models.pipeline(name)
+    layer = pipe.transformer.time_text_embed.timestep_embedder.linear_1
+    rows = []
+
+    class Counting(type(layer)):
+        def forward(self, x):
+            rows.append(len(x))
+            return super().forward(x)
+
+    layer.__class__ = Counting
+    generate(pipe, name, steps=STEPS, cfg=False, batch=2)
+    assert rows == [2] * STEPS
+    rows.clear()
+    handle = fastdit.patch(pipe)
+    generate(pipe, name, steps=STEPS, cfg=False, batch=2)
+    assert rows == [2 * STEPS]
+    handle.unpatch()
+    assert not is_installed(pipe.transformer.time_text_embed)
 
 
 def other_prompt(pipe, step, timestep, tensors):

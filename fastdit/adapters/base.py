@@ -262,6 +262,14 @@ class Adapter:
         """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
         return None
 
+    #: name of the module whose output is the first of these inputs, if there is one for all layers
+    condition_embedding: str | None = None
+
+    def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """That module; none in a family whose layers have their own."""
+        name = self.condition_embedding
+        return [] if name is None else [getattr(transformer, name)]
+
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """A scheduler's timesteps as the family's pipelines hand them on."""
         return timesteps

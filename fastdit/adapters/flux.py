@@ -219,6 +219,7 @@ class Flux(Adapter):
         "single_proj_out": ("joint",),
     }
     prompt_projections = ("context_embedder",)
+    condition_embedding = "time_text_embed"
     processors = frozenset(
         {"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}
     )

@@ -168,6 +168,7 @@ class SD3(Adapter):
         "ff_context": ("text",),
     }
     prompt_projections = ("context_embedder",)
+    condition_embedding = "time_text_embed"
     processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
     residual_arguments = ("block_controlnet_hidden_states",)
     changes_resolution = True
