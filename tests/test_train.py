@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -153,7 +152,7 @@ def test_only_the_logits_of_the_running_step_move():
 @pytest.mark.parametrize(("beta", "bound"), [(1e3, -5), (-1e3, 5)])
 def test_logits_stay_within_their_bounds(beta, bound):
     made = training(lambda_form=None, lr=4.0)
-    made.settings = dataclasses.replace(made.settings, beta=beta)
+    made.beta = beta
     for _ in range(3):
         made.train_epoch()
     assert (table(made)[1:] == bound).all()

@@ -35,6 +35,8 @@ def models() -> list[str]:
         lines += _quality(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("router-*.json")):
         lines += _routers(json.loads(path.read_text()))
+    for path in RESULTS.glob("hybrid-cpu.json"):
+        lines += _hybrid(json.loads(path.read_text()))
     for path in RESULTS.glob("train-cpu.json"):
         lines += _training(json.loads(path.read_text()))
     return lines + _tiny(json.loads(TINY.read_text()))
@@ -350,6 +352,8 @@ def _routers(result: dict[str, Any]) -> list[str]:
             "above (`benchmarks/router_study.py`)."
         ),
         "",
+        f"![distance and score over arithmetic](docs/router-{sampler.lower()}.png)",
+        "",
         "| | prompts | arithmetic | distance to unpatched | prompt score |",
         "|---|---|---|---|---|",
     ]
@@ -362,6 +366,31 @@ def _routers(result: dict[str, Any]) -> list[str]:
     return lines + [
         f"| {row['arm']} less {row['beside']} | {_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
         for row in result["differences"]
+    ]
+
+
+def _hybrid(result: dict[str, Any]) -> list[str]:
+    """The table of `search_hybrid.py`."""
+    ends = ("after the seeds", "at the end")
+    lines = [
+        "",
+        (
+            f"ECAD's search with that router's scheduler: {result['generations']} generations of "
+            f"{result['population']} by whole steps, judged on {result['prompts']} training pictures, with the "
+            f"hand-made seeds alone and with {len(result['sweep'])} schedules of the router among them. Hypervolume "
+            f"of each of {len(result['curves']['hand-made seeds'])} searches (`benchmarks/search_hybrid.py`)."
+        ),
+        "",
+        "![hypervolume over schedules measured](docs/hybrid.png)",
+        "",
+        "| | after the seeds | at the end |",
+        "|---|---|---|",
+    ]
+    return lines + [
+        f"| {name} | "
+        + " | ".join(", ".join(f"{volume:.3f}" for volume in result[end][name]) for end in ends)
+        + " |"
+        for name in result["curves"]
     ]
 
 
