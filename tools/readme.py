@@ -341,7 +341,7 @@ def _quality(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _routers(result: dict[str, Any]) -> list[str]:
+def _routers(result: dict[str, Any], stem: str) -> list[str]:
     """The tables of `router_study.py`."""
     sampler = result["scheduler"].removeprefix("FlowMatch").removesuffix("DiscreteScheduler")
     lines = [
