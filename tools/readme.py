@@ -34,7 +34,7 @@ def models() -> list[str]:
     for path in sorted(RESULTS.glob("quality-*.json")):
         lines += _quality(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("router-*.json")):
-        lines += _routers(json.loads(path.read_text()))
+        lines += _routers(json.loads(path.read_text()), path.stem)
     for path in RESULTS.glob("hybrid-cpu.json"):
         lines += _hybrid(json.loads(path.read_text()))
     for path in RESULTS.glob("train-cpu.json"):
