@@ -1,6 +1,6 @@
 """What an iteration of router training costs: arithmetic, seconds and memory, in units of one forward of the model.
 
-    python benchmarks/bench_train.py [--out FILE] [--steps 20] [--batch 2]
+    python benchmarks/bench_train.py [--out FILE] [--steps 10] [--batch 2]
 
 The model in the package, guidance on. An iteration is the teacher, the student and a backward pass that reaches no
 weight; the first step of an epoch, one forward, is left out of it, and so is the estimate of lambda, which has a row of
@@ -120,7 +120,7 @@ def apart(contender: str, options: argparse.Namespace) -> Any:
 def main() -> None:
     """Measure all contenders, print a table, write the result file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=CONTENDERS, help=argparse.SUPPRESS)

@@ -349,7 +349,8 @@ def _routers(result: dict[str, Any], stem: str) -> list[str]:
         (
             f"A router trained on the model in the package for {result['steps']} steps of {sampler}'s sampler, "
             f"{result['calls']} calls of the model, in {result['epochs']} trajectories; held-out prompts, columns as "
-            "above (`benchmarks/router_study.py`)."
+            "above. Of the rows, `pairs` was trained as Learning-to-Cache is, `components` has a logit a component, "
+            "`correctors` is no router but the first call and Heun's corrections (`benchmarks/router_study.py`)."
         ),
         "",
         f"![distance and score over arithmetic](docs/router-{sampler.lower()}.png)",
