@@ -24,8 +24,8 @@ def ahead(batch: int, steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What adaLN layers are given.
+class LayerInputs:
+    """Where adaLN layers get their inputs from.
 
     Attributes:
         make: The layers' inputs of timesteps [n B], steps one after the other: tensors of as many rows.
@@ -40,29 +40,29 @@ class Modulations:
     """Of the steps of one CFG branch of a run.
 
     Args:
-        conditions: What the layers are given.
+        inputs: What makes the layers' inputs.
         timesteps: [S] on the transformer's device, as it is given them.
         batch: Rows of a step.
     """
 
-    def __init__(self, conditions: Conditions, timesteps: Tensor, batch: int) -> None:
-        self._conditions = conditions
+    def __init__(self, inputs: LayerInputs, timesteps: Tensor, batch: int) -> None:
+        self._source = inputs
         self._timesteps = timesteps
         self._batch = batch
-        self._versions = _versions(conditions.tensors)
+        self._versions = _versions(inputs.tensors)
         self._first = self._count = self._row = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
         self._tables: dict[nn.Module, Tensor] = {}
 
     def begin(
-        self, step: int, timestep: Tensor, conditions: Conditions, batch: int, look: bool
+        self, step: int, timestep: Tensor, inputs: LayerInputs, batch: int, look: bool
     ) -> bool:
         """Go to a step; False where the model is given something else there than was foreseen.
 
         `look` compares the timestep's value, which waits for a GPU; the tensors are compared by identity.
         """
-        given, held = conditions.tensors, self._conditions.tensors
+        given, held = inputs.tensors, self._source.tensors
         same = (
             step < len(self._timesteps)
             and batch == self._batch
@@ -97,7 +97,7 @@ class Modulations:
             some = self._timesteps[self._first : self._first + self._count]
             self._making = True
             try:
-                self._inputs = self._conditions.make(some.repeat_interleave(self._batch))
+                self._inputs = self._source.make(some.repeat_interleave(self._batch))
             finally:
                 self._making = False
         return self._inputs

@@ -594,20 +594,22 @@ class Session:
         if not branch.foresees:
             return None
         batch, timestep = call.hidden_states.shape[0], call.timestep
-        conditions = self.adapter.conditions(transformer, args, kwargs, batch)
+        inputs = self.adapter.layer_inputs(transformer, args, kwargs, batch)
         first = branch.modulations is None
-        if first and conditions is not None and isinstance(timestep, Tensor):
+        if not isinstance(timestep, Tensor):
+            inputs = None
+        if first and inputs is not None:
             timesteps = run.timesteps
             if run.scheduler is not None:
                 dtype = call.hidden_states.dtype
                 timesteps = self.adapter.given_timesteps(run.scheduler.timesteps, dtype)
             if timesteps is not None:
-                branch.modulations = Modulations(conditions, timesteps.to(timestep), batch)
+                branch.modulations = Modulations(inputs, timesteps.to(timestep), batch)
         branch.foresees = (
-            conditions is not None
+            inputs is not None
             and branch.modulations is not None
             and branch.modulations.begin(
-                run.step, timestep, conditions, batch, first or timestep.device.type == "cpu"
+                run.step, timestep, inputs, batch, first or timestep.device.type == "cpu"
             )
         )
         if not branch.foresees:

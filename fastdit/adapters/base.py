@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.layout import SIDE, Layout
-from fastdit.modulation import Conditions
+from fastdit.modulation import LayerInputs
 from fastdit.spec import BlockKind, ModelSpec
 
 
@@ -256,9 +256,9 @@ class Adapter:
 
     # ---- modulations of several steps at once
 
-    def conditions(
+    def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> Conditions | None:
+    ) -> LayerInputs | None:
         """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
         return None
 
@@ -275,7 +275,7 @@ class Adapter:
         return timesteps
 
     def modulation_width(self, transformer: nn.Module) -> int:
-        """Channels of all modulations that :meth:`conditions` are for, per row."""
+        """Channels of all modulations that :meth:`layer_inputs` are for, per row."""
         return 0
 
     def patch(self, transformer: nn.Module) -> int:

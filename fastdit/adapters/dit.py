@@ -22,7 +22,7 @@ from fastdit.adapters.base import (
 )
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
-from fastdit.modulation import Conditions, repeated
+from fastdit.modulation import LayerInputs, repeated
 
 
 def basic_block(
@@ -98,14 +98,14 @@ class DiT(Adapter):
                 f"got norm_type {block.norm_type!r}"
             )
 
-    def conditions(
+    def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> Conditions | None:
+    ) -> LayerInputs | None:
         """Timestep and class, which each layer embeds for itself."""
         labels = argument_of(transformer, args, kwargs, "class_labels")
         if labels is None:
             return None
-        return Conditions(
+        return LayerInputs(
             lambda timesteps: (timesteps, repeated(labels, len(timesteps), batch)), (labels,)
         )
 

@@ -28,7 +28,7 @@ from fastdit.attention import Part, Rotation, attend, projections
 from fastdit.errors import ArgumentError
 from fastdit.forward import Forward, joint_normed
 from fastdit.layout import SIDE, Layout
-from fastdit.modulation import Conditions, repeated
+from fastdit.modulation import LayerInputs, repeated
 from fastdit.observe import private
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -375,9 +375,9 @@ class Flux(Adapter):
         )
         return linear_macs(getattr(block, module)) * tokens
 
-    def conditions(
+    def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> Conditions | None:
+    ) -> LayerInputs | None:
         """The embedding of timestep, guidance if the model has it, and pooled prompt."""
         embed = transformer.time_text_embed
         names = ("hidden_states", "guidance", "pooled_projections")
@@ -385,14 +385,15 @@ class Flux(Adapter):
         if pooled is None or not private(embed):
             return None
         tensors = (pooled,) if guidance is None else (guidance, pooled)
+        dtype = latents.dtype
 
         def make(timesteps: Tensor) -> tuple[Tensor]:
             rows = [repeated(tensor, len(timesteps), batch) for tensor in tensors]
             if guidance is not None:
-                rows[0] = rows[0].to(latents.dtype) * 1000
-            return (embed(timesteps.to(latents.dtype) * 1000, *rows),)
+                rows[0] = rows[0].to(dtype) * 1000
+            return (embed(timesteps.to(dtype) * 1000, *rows),)
 
-        return Conditions(make, tensors)
+        return LayerInputs(make, tensors)
 
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """In thousandths."""

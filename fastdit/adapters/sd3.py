@@ -23,7 +23,7 @@ from fastdit.adapters.base import (
 )
 from fastdit.attention import Part, attend, projections, self_attention
 from fastdit.forward import Forward
-from fastdit.modulation import Conditions, repeated
+from fastdit.modulation import LayerInputs, repeated
 from fastdit.observe import private
 
 COMPONENTS = ("attn", "attn2", "ff", "ff_context")
@@ -187,15 +187,15 @@ class SD3(Adapter):
         """attn2 exists in dual-attention blocks only, ff_context in all but the last."""
         return getattr(block, component) is not None
 
-    def conditions(
+    def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> Conditions | None:
+    ) -> LayerInputs | None:
         """The embedding of timestep and pooled prompt."""
         embed = transformer.time_text_embed
         pooled = argument_of(transformer, args, kwargs, "pooled_projections")
         if pooled is None or not private(embed):
             return None
-        return Conditions(
+        return LayerInputs(
             lambda timesteps: (embed(timesteps, repeated(pooled, len(timesteps), batch)),),
             (pooled,),
         )

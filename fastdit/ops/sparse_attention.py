@@ -11,8 +11,7 @@ where torch cuts few queries into small tiles. They run where
 * the backend is named, by argument or by FASTDIT_BACKEND, or
 * no backend is named and they were measured to be faster than torch: `triton` by `benchmarks/tune.py`
   at these very sizes, in a 16-bit dtype, on this architecture (the table of
-  `triton_kernels/launch.py`); `cpu` in fp32 with AVX-512 (1.3 times at 282 queries of 1178 keys, 1.07
-  at as many queries as keys).
+  `triton_kernels/launch.py`); `cpu` in fp32 with AVX-512 (`benchmarks/bench_sparse_attention.py`).
 
 So without a measurement none runs unasked. A gradient flows through torch's.
 """
