@@ -149,9 +149,13 @@ def test_a_loop_that_goes_another_way_than_it_said(name, products):
     assert len(products) == layers(model)
 
 
-def test_an_adapter_whose_scale_changes():
+@pytest.mark.parametrize(
+    "target", ["norm1.linear", "time_text_embed.timestep_embedder.linear_1", "context_embedder"]
+)
+def test_an_adapter_whose_scale_changes(target):
+    """In a layer, in what all layers are given, and in the projection of the prompt, which is made once too."""
     peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["norm1.linear"])
+    settings = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[target])
     pipe = tiny_models.pipeline("sd3", torch.float64)
     pipe.transformer.add_adapter(settings)
 
