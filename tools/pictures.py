@@ -59,7 +59,7 @@ def ralu(folder: Path) -> None:
 
     presets = ("sd3-2x", "sd3-3x")
     unpatched = draw(STEPS)
-    figure, axes = plt.subplots(len(presets), 5, figsize=(12, 5.05))
+    figure, axes = plt.subplots(len(presets), 5, figsize=(12, 5.25))
     for row, preset in zip(axes, presets, strict=True):
         method = fastdit.RALU.preset(preset)
         handle = fastdit.patch(pipe, method)
@@ -76,7 +76,7 @@ def ralu(folder: Path) -> None:
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(f"RALU {preset}", fontsize=10)
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, h_pad=1.2)
     figure.savefig(folder / "ralu.png", dpi=90)
 
 
