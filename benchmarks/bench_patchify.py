@@ -26,9 +26,9 @@ def bench_patchify(measure, shape, dtype, way, contender):
     tokens = torch.randn(*table.shape[:2], WIDTH, dtype=dtype)
     functions = {
         ("to tokens", "fastdit"): lambda: ops.patchify(field, table, out=tokens),
-        ("to tokens", "gather"): lambda: read(latents, table),
+        ("to tokens", "gather"): lambda: read(latents, tiles),
         ("to latents", "fastdit"): lambda: ops.unpatchify(tokens, table, field),
-        ("to latents", "gather"): lambda: draw(tokens, tiles.owner, tiles.side),
+        ("to latents", "gather"): lambda: draw(tokens, tiles),
     }
     moved = tokens.nbytes + (tokens if way == "to tokens" else latents).nbytes
     case = {"shape": shape.name, "size": size, "dtype": str(dtype), "way": way}

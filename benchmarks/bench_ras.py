@@ -3,13 +3,12 @@
     python benchmarks/bench_ras.py [--out FILE] [--depth 2] [--tokens 1024] [--rows 2 4] [--peer CHECKOUT/src] ...
 
 Random weights, reduced depth, fp32, two rows as guidance runs an image and four as it runs two. Dense steps of the
-unpatched model and sparse steps take turns. The medians are fitted by t = a + b K. What a exceeds the arithmetic that
-does not depend on K (text, embeddings) is overhead, of which a part is torch's: a product with few rows reads and packs
-all weights too. More images at once spread that over more rows, so four rows tell more of this package, two more of
-its user's wait. A profiled step tells what is spent outside torch's matrix products and attention, fitted alike.
-`realised` is the speed-up of a sparse step over that of its arithmetic. Modulations and the projected prompt are there
-from the steps before, as in any run but at its first step. Choosing the tokens belongs to the scheduler's step and is
-timed in neither contender.
+unpatched model and sparse steps take turns, these with `pack_weights` and without. The medians are fitted by
+t = a + b K. What a exceeds the arithmetic that does not depend on K (text, embeddings) is overhead, of which a part is
+torch's: a product with few rows reads and lays out all weights too, which `pack_weights` spares. A profiled step tells
+what is spent outside torch's matrix products and attention, fitted alike. `realised` is the speed-up of a sparse step
+over that of its arithmetic. Modulations, the projected prompt and packed weights are there from the steps before, as in
+any run but at its first steps. Choosing the tokens belongs to the scheduler's step and is timed in neither contender.
 
 --peer sets the same steps of the authors' own code beside: a checkout of microsoft/RAS, in the way that runs without
 CUDA (its index-fused kernels are off).
@@ -44,8 +43,9 @@ LIBRARY = (
     "aten::bmm",
     "aten::mm",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "mkl::_mkl_linear",
 )
-STEPS = 3  # dense, sparse, sparse: the last is timed
+STEPS = 4  # one dense, three sparse: the last is timed, by when weights are packed
 
 
 def build(depth: int, tokens: int, rows: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -71,13 +71,18 @@ def build(depth: int, tokens: int, rows: int) -> tuple[nn.Module, dict[str, Any]
 
 
 def last_step_seconds(
-    model: nn.Module, inputs: dict[str, Any], ratio: float | None, around: Any = nullcontext
+    model: nn.Module,
+    inputs: dict[str, Any],
+    ratio: float | None,
+    packed: bool = True,
+    around: Any = nullcontext,
 ) -> float:
     """Seconds of the last of `STEPS` steps, run in `around`; `ratio` None for the unpatched model."""
     timesteps = torch.linspace(999, 0, STEPS)
     rows, handle = len(inputs["hidden_states"]), None
     if ratio is not None:
-        handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, start=1, resets=()))
+        method = fastdit.RAS(ratio=ratio, start=1, resets=())
+        handle = fastdit.patch(model, method, pack_weights=packed)
         run = handle.run(timesteps)
         run.__enter__()
     for t in timesteps if handle else timesteps[-1:]:
@@ -125,10 +130,10 @@ class Peer:
         return seconds
 
 
-def outside_library(model: nn.Module, inputs: dict[str, Any], ratio: float) -> float:
+def outside_library(model: nn.Module, inputs: dict[str, Any], ratio: float, packed: bool) -> float:
     """Share of a sparse step that is spent outside torch's matrix products and attention."""
     profiler = profile(activities=[ProfilerActivity.CPU])
-    last_step_seconds(model, inputs, ratio, around=lambda: profiler)
+    last_step_seconds(model, inputs, ratio, packed, around=lambda: profiler)
     events = profiler.key_averages()
     library = sum(event.self_cpu_time_total for event in events if event.key in LIBRARY)
     return 1 - library / sum(event.self_cpu_time_total for event in events)
@@ -146,60 +151,85 @@ def macs(model: nn.Module, ratio: float, tokens: int, rows: int) -> tuple[int, i
 
 @torch.no_grad()
 def measure(rows: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Times of steps of so many rows, fitted."""
+    """Times of steps of so many rows, with weights packed and not, fitted."""
     model, inputs = build(options.depth, options.tokens, rows)
     counted = {ratio: macs(model, ratio, options.tokens, rows) for ratio in RATIOS}
     peer = Peer(options.peer, model) if options.peer else None
-    arms = (None, *RATIOS)
-    times: dict[float | None, list[float]] = {arm: [] for arm in arms}
+    dense: list[float] = []
+    ours: dict[tuple[bool, float], list[float]] = {
+        (packed, ratio): [] for ratio in RATIOS for packed in (True, False)
+    }
     theirs: dict[float, list[float]] = {ratio: [] for ratio in RATIOS}
     for _ in range(options.pairs + 1):
-        for arm in arms:
-            times[arm].append(last_step_seconds(model, inputs, arm))
-            if peer and arm is not None:
-                theirs[arm].append(peer.last_step_seconds(inputs, arm, counted[arm][0]))
-    # The first round warms up.
-    times = {arm: values[1:] for arm, values in times.items()}
-    theirs = {arm: values[1:] for arm, values in theirs.items()}
-    dense_s = statistics.median(times[None])
-    (k0, m0, dense_macs), (k1, m1, _) = counted[RATIOS[0]], counted[RATIOS[-1]]
-    slope = (m0 - m1) / (k0 - k1)  # exact: arithmetic is linear in K
-    found = []
-    for ratio in RATIOS:
-        active, count, _ = counted[ratio]
-        seconds = statistics.median(times[ratio])
-        ratios = [a / b for a, b in zip(times[None], times[ratio], strict=True)]
-        speedup, bound = statistics.median(ratios), dense_macs / count
-        found.append(
+        dense.append(last_step_seconds(model, inputs, None))
+        for (packed, ratio), seconds in ours.items():
+            seconds.append(last_step_seconds(model, inputs, ratio, packed))
+            if peer and packed:
+                theirs[ratio].append(peer.last_step_seconds(inputs, ratio, counted[ratio][0]))
+    for seconds in (dense, *ours.values(), *theirs.values()):
+        del seconds[:1]  # the first round warms up
+    found = {"rows": rows, "dense_s": statistics.median(dense)}
+    for packed, name in ((True, "packed"), (False, "as they are")):
+        steps = []
+        for ratio in RATIOS:
+            row = compare(dense, ours[packed, ratio], *counted[ratio])
+            outside = outside_library(model, inputs, ratio, packed) * row["seconds"]
+            steps.append({"ratio": ratio, **row, "outside_share": outside / found["dense_s"]})
+            low, high = row["speedup_range"]
+            print(
+                f"{rows} rows, weights {name}, K {row['active']:5}: {1e3 * row['seconds']:8.1f} ms, "
+                f"{row['speedup']:.2f}x [{low:.2f}, {high:.2f}], arithmetic {row['flop_speedup']:.2f}x, "
+                f"realised {row['realised']:.3f}, outside products and attention "
+                f"{steps[-1]['outside_share']:.1%} of a dense step"
+            )
+        found[name] = {"fit": fit(steps, found["dense_s"], counted), "steps": steps}
+    if peer:
+        found["peer"] = [
             {
                 "ratio": ratio,
-                "active": active,
-                "seconds": seconds,
-                "speedup": speedup,
-                "speedup_range": [min(ratios), max(ratios)],
-                "flop_speedup": bound,
-                "realised": speedup / bound,
-                "outside_share": outside_library(model, inputs, ratio) * seconds / dense_s,
+                "seconds": statistics.median(theirs[ratio]),
+                **{
+                    name: spread(theirs[ratio], ours[packed, ratio])
+                    for packed, name in ((True, "packed"), (False, "as they are"))
+                },
             }
-        )
-        if peer:
-            ours = [a / b for a, b in zip(theirs[ratio], times[ratio], strict=True)]
-            found[-1] |= {
-                "peer_seconds": statistics.median(theirs[ratio]),
-                "over_peer": statistics.median(ours),
-                "over_peer_range": [min(ours), max(ours)],
-            }
-            print(f"{found[-1]['over_peer']:.2f}x over microsoft/RAS, ", end="")
-        print(
-            f"{rows} rows, K {active:5}: {1e3 * seconds:8.1f} ms, {speedup:.2f}x "
-            f"[{min(ratios):.2f}, {max(ratios):.2f}], arithmetic {bound:.2f}x, realised {speedup / bound:.3f}, "
-            f"outside products and attention {found[-1]['outside_share']:.1%} of a dense step"
-        )
-    b, a = np.polyfit([row["active"] for row in found], [row["seconds"] for row in found], 1)
+            for ratio in RATIOS
+        ]
+        for row in found["peer"]:
+            print(f"{rows} rows, ratio {row['ratio']}, over microsoft/RAS: {row}")
+    return found
+
+
+def spread(slow: list[float], fast: list[float]) -> dict[str, Any]:
+    """How many times as fast, round by round: the median with the extremes."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return {"speedup": statistics.median(ratios), "speedup_range": [min(ratios), max(ratios)]}
+
+
+def compare(
+    dense: list[float], sparse: list[float], active: int, count: int, dense_macs: int
+) -> dict[str, Any]:
+    """A sparse step beside the dense one, in time and in arithmetic."""
+    found, bound = spread(dense, sparse), dense_macs / count
+    return {
+        "active": active,
+        "seconds": statistics.median(sparse),
+        **found,
+        "flop_speedup": bound,
+        "realised": found["speedup"] / bound,
+    }
+
+
+def fit(
+    steps: list[dict[str, Any]], dense_s: float, counted: dict[float, tuple[int, int, int]]
+) -> dict[str, float]:
+    """t = a + b K, with what a exceeds the arithmetic without K as a share of a dense step."""
+    (k0, m0, dense_macs), (k1, m1, _) = counted[RATIOS[0]], counted[RATIOS[-1]]
+    slope = (m0 - m1) / (k0 - k1)  # exact: arithmetic is linear in K
+    active = [row["active"] for row in steps]
+    b, a = np.polyfit(active, [row["seconds"] for row in steps], 1)
+    _, outside = np.polyfit(active, [row["outside_share"] for row in steps], 1)
     fixed = (m1 - slope * k1) / dense_macs
-    outside = np.polyfit(
-        [row["active"] for row in found], [row["outside_share"] for row in found], 1
-    )[1]
     overhead = a / dense_s - fixed
     print(
         f"dense {1e3 * dense_s:.1f} ms; t = {1e3 * a:.1f} ms + {1e6 * b:.1f} us K; "
@@ -207,16 +237,11 @@ def measure(rows: int, options: argparse.Namespace) -> dict[str, Any]:
         f"overhead {overhead:+.1%}, {outside:.1%} outside products and attention"
     )
     return {
-        "rows": rows,
-        "dense_s": dense_s,
-        "fit": {
-            "a_s": a,
-            "b_s_per_token": b,
-            "fixed_share": fixed,
-            "overhead_share": overhead,
-            "outside_share": outside,
-        },
-        "steps": found,
+        "a_s": a,
+        "b_s_per_token": b,
+        "fixed_share": fixed,
+        "overhead_share": overhead,
+        "outside_share": outside,
     }
 
 

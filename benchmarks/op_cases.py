@@ -284,7 +284,7 @@ def resolution_transition(shape: Shape) -> Case:
             "eager": lambda: eager(x, noise, there),
             "compile": lambda: compiled(x, noise, there),
         }
-        numbers = (NUMBERS["scale"], NUMBERS["deviation"], pull, 1.0, there.side)
+        numbers = (NUMBERS["scale"], NUMBERS["deviation"], pull, 1.0, False, there.side)
         given = (x, there.table, there.rows, noise, *numbers, out, out_table)
         for name in backends("resolution_transition", device, dtype):
             run = BACKENDS[name].resolution_transition

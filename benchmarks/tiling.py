@@ -70,17 +70,26 @@ def field_of(latents: Tensor) -> Tensor:
     return latents.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH)).permute(0, 2, 4, 3, 5, 1)
 
 
-def read(latents: Tensor, table: Tensor) -> Tensor:
-    """patchify in torch: pack everything, then gather."""
-    packed = F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-    cells = table[..., 1].long() * (latents.shape[3] // PATCH) + table[..., 2]
-    return packed.gather(1, cells[..., None].expand(-1, -1, packed.shape[2]))
+def read(latents: Tensor, t: Tiling) -> Tensor:
+    """patchify in torch: pack the latents, and those of half the size, then gather from both."""
+    found = []
+    for part, size in ((t.table[:, : t.coarse], 2), (t.table[:, t.coarse :], 1)):
+        packed = F.pixel_unshuffle(latents[..., ::size, ::size], PATCH).flatten(2).transpose(1, 2)
+        cells = part[..., 1].long() // size * (t.side // size) + part[..., 2] // size
+        found.append(packed.gather(1, cells[..., None].expand(-1, -1, packed.shape[2])))
+    return torch.cat(found, 1)
 
 
-def draw(tokens: Tensor, owner: Tensor, side: int) -> Tensor:
-    """unpatchify in torch, with the token over each cell known: gather, then unpack."""
-    packed = tokens.gather(1, owner[..., None].expand(-1, -1, tokens.shape[2]))
-    return F.pixel_shuffle(packed.transpose(1, 2).unflatten(2, (side, side)), PATCH)
+def draw(tokens: Tensor, t: Tiling) -> Tensor:
+    """unpatchify in torch, with the token over each cell known: gather and unpack at both sizes, then choose."""
+    packed = tokens.gather(1, t.owner[..., None].expand(-1, -1, tokens.shape[2]))
+    picture = packed.transpose(1, 2).unflatten(2, (t.side, t.side))
+    fine = F.pixel_shuffle(picture, PATCH)
+    coarse = F.interpolate(F.pixel_shuffle(picture[..., ::2, ::2], PATCH), scale_factor=2)
+    is_coarse = (t.owner < t.coarse).view(-1, 1, t.side, t.side)
+    return torch.where(
+        is_coarse.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3), coarse, fine
+    )
 
 
 def finish(x: Tensor, noise: Tensor, t: Tiling) -> tuple[Tensor, Tensor]:

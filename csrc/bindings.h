@@ -216,7 +216,8 @@ inline ResolutionTransition resolution_transition_of(int dtype, int64_t batch, i
                                                      int64_t width, py::handle x, py::handle table,
                                                      int64_t split, py::handle rows,
                                                      py::handle noise, float scale, float deviation,
-                                                     float pull, float unsplit, int64_t raster,
+                                                     float pull, float unsplit, bool pixelwise,
+                                                     int64_t raster,
                                                      py::handle out, py::handle out_table) {
   ResolutionTransition p;
   p.dtype = dtype_of(dtype);
@@ -230,6 +231,7 @@ inline ResolutionTransition resolution_transition_of(int dtype, int64_t batch, i
   p.deviation = deviation;
   p.pull = pull;
   p.unsplit = unsplit;
+  p.pixelwise = pixelwise;
   p.raster = raster;
   p.out = modulation(out);
   p.out_table = places(out_table);

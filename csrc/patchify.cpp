@@ -1,4 +1,4 @@
-// Compiled once per instruction set (FD_ISA). A patch at a time, in parallel over the tokens, which
+// Compiled once per instruction set (FD_ISA). A token at a time, in parallel over the tokens, which
 // write memory of their own as long as they do not overlap. Values are copied, never converted.
 #include "patchify.h"
 
@@ -6,41 +6,36 @@ namespace fd {
 namespace FD_ISA {
 namespace {
 
-// A patch [ph, pw, C]: where it begins and its strides.
 template <class T>
-struct Patch {
-  T* at;
-  const int64_t* stride;
-};
-
-template <class T>
-void copy(const Patchify& p, const Patch<T>& from, const Patch<T>& to) {
-  for (int64_t y = 0; y < p.patch[0]; ++y) {
-    for (int64_t x = 0; x < p.patch[1]; ++x) {
-      const T* source = from.at + y * from.stride[0] + x * from.stride[1];
-      T* target = to.at + y * to.stride[0] + x * to.stride[1];
-      if (from.stride[2] == 1 && to.stride[2] == 1) {
-        std::memcpy(target, source, p.channels * sizeof(T));
-        continue;
-      }
-      for (int64_t c = 0; c < p.channels; ++c)
-        target[c * to.stride[2]] = source[c * from.stride[2]];
-    }
+void copy(int64_t channels, const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  if (from_stride == 1 && to_stride == 1) {
+    std::memcpy(to, from, channels * sizeof(T));
+    return;
   }
+  for (int64_t c = 0; c < channels; ++c) to[c * to_stride] = from[c * from_stride];
 }
 
 template <class T>
 void one_token(const Patchify& p, int64_t b, int64_t i) {
   const Place place = p.table.at(b, i);
-  const Patch<T> token = {static_cast<T*>(p.tokens) + b * p.token_stride[0] + i * p.token_stride[1],
-                          p.token_stride + 2};
+  const int64_t side = place.side();
+  T* const token = static_cast<T*>(p.tokens) + b * p.token_stride[0] + i * p.token_stride[1];
   T* const first = static_cast<T*>(p.field) + b * p.field_stride[0] + place.y * p.field_stride[1] +
                    place.x * p.field_stride[2];
-  if (!p.draw) return copy(p, {first, p.field_stride + 3}, token);
-  for (int64_t r = 0; r < place.side(); ++r) {
-    for (int64_t q = 0; q < place.side(); ++q) {
-      T* const cell = first + r * p.field_stride[1] + q * p.field_stride[2];
-      copy(p, token, {cell, p.field_stride + 3});
+  for (int64_t y = 0; y < p.patch[0]; ++y) {
+    for (int64_t x = 0; x < p.patch[1]; ++x) {
+      T* const own = token + y * p.token_stride[2] + x * p.token_stride[3];
+      if (!p.draw) {
+        const T* const from = first + p.pixel(y * side, x * side);
+        copy(p.channels, from, p.field_stride[5], own, p.token_stride[4]);
+        continue;
+      }
+      for (int64_t r = 0; r < side; ++r) {
+        for (int64_t q = 0; q < side; ++q) {
+          T* const to = first + p.pixel(y * side + r, x * side + q);
+          copy(p.channels, own, p.token_stride[4], to, p.field_stride[5]);
+        }
+      }
     }
   }
 }

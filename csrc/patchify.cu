@@ -1,5 +1,5 @@
-// A thread takes one element of one token: reads it and writes it, or draws it into every cell that
-// the token covers. Elements are numbered with the column of a patch first and the channel last, so
+// A thread takes one element of one token: reads it and writes it, or draws it as large as the
+// token's level says. Elements are numbered with the column of a patch first and the channel last, so
 // that neighbours of a latent image are taken by neighbours; packed tokens are patches of one
 // pixel.
 #include "cuda_port.h"
@@ -29,17 +29,15 @@ __global__ void __launch_bounds__(kThreads)
   T* const token = static_cast<T*>(p.tokens) + b * p.token_stride[0] + i * p.token_stride[1] +
                    y * p.token_stride[2] + x * p.token_stride[3] + c * p.token_stride[4];
   T* const first = static_cast<T*>(p.field) + b * p.field_stride[0] + place.y * p.field_stride[1] +
-                   place.x * p.field_stride[2] + y * p.field_stride[3] + x * p.field_stride[4] +
-                   c * p.field_stride[5];
+                   place.x * p.field_stride[2] + c * p.field_stride[5];
+  const int64_t side = place.side();
   if (!p.draw) {
-    *token = *first;
+    *token = first[p.pixel(y * side, x * side)];
     return;
   }
   const T value = *token;
-  for (int64_t r = 0; r < place.side(); ++r) {
-    for (int64_t q = 0; q < place.side(); ++q) {
-      first[r * p.field_stride[1] + q * p.field_stride[2]] = value;
-    }
+  for (int64_t r = 0; r < side; ++r) {
+    for (int64_t q = 0; q < side; ++q) first[p.pixel(y * side + r, x * side + q)] = value;
   }
 }
 

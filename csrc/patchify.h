@@ -17,11 +17,17 @@ struct Patchify {
   int64_t grid[2] = {};   // gh, gw
   int64_t patch[2] = {};  // ph, pw
   int64_t channels = 0;   // C
-  bool draw = false;      // tokens into the field, over all their cells
+  bool draw = false;      // tokens into the field, each pixel as large as its level says
   Dtype dtype = Dtype::kFloat32;
   int threads = 1;  // on the CPU
 
   FD_HD int64_t elements() const { return batch * count * patch[0] * patch[1] * channels; }
+
+  // From the first pixel of a cell to the one `line` below and `column` right of it, in elements.
+  FD_HD int64_t pixel(int64_t line, int64_t column) const {
+    return line / patch[0] * field_stride[1] + column / patch[1] * field_stride[2] +
+           line % patch[0] * field_stride[3] + column % patch[1] * field_stride[4];
+  }
 };
 
 namespace base {

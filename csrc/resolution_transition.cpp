@@ -28,6 +28,23 @@ void split(const ResolutionTransition& p, const T* x, const float* const* noise,
   });
 }
 
+// Child k of a channel (four pixels) is pixel k, four times.
+template <class T>
+void split_pixels(const ResolutionTransition& p, const T* x, const float* const* noise,
+                  T* const* out) {
+  const float pull = 0.25f * p.pull;
+  for (int k = 0; k < 4; ++k) {
+    for (int64_t i = 0; i < p.shape.width; i += 4) {
+      const float value = p.scale * to_float(x[i + k]);
+      const float* eps = noise[k] + i;
+      const float shared = pull * ((eps[0] + eps[1]) + (eps[2] + eps[3]));
+      for (int j = 0; j < 4; ++j) {
+        out[k][i + j] = from_float<T>(value + p.deviation * (eps[j] + shared));
+      }
+    }
+  }
+}
+
 template <class T>
 void one_token(const ResolutionTransition& p, int64_t b, int64_t i) {
   const int64_t before = split_before(p, b, i);
@@ -48,7 +65,7 @@ void one_token(const ResolutionTransition& p, int64_t b, int64_t i) {
     out[k] = p.out.row<T>(b, row);
     p.out_table.set(b, row, child);
   }
-  split(p, x, noise, out);
+  p.pixelwise ? split_pixels(p, x, noise, out) : split(p, x, noise, out);
 }
 
 template <class T>

@@ -1,6 +1,6 @@
 // A block takes one token. All of its threads search `rows` for it, with the same loads, and so
-// know where it goes; then a thread takes a channel, and all four siblings of it: their mean needs
-// no other thread. x, the noise and the output are touched once. Nothing is counted beforehand and
+// know where it goes; then a thread takes an element, and all four that share noise: the siblings of
+// a channel, or the pixels of the child that the element becomes. Their mean needs no other thread. x, the noise and the output are touched once. Nothing is counted beforehand and
 // no block waits for another, so compaction is one launch.
 #include "cuda_port.h"
 #include "launch.h"
@@ -52,6 +52,24 @@ __device__ __forceinline__ void split(const ResolutionTransition& p, int64_t b, 
 }
 
 template <class T>
+__device__ __forceinline__ void split_pixels(const ResolutionTransition& p, int64_t b, int64_t i,
+                                             const Place& place, int64_t compact) {
+  const T* x = p.x.row<T>(b, i);
+  for (int c = threadIdx.x; c < p.shape.width; c += blockDim.x) {
+    const int k = c % 4;  // the pixel, and the child that it becomes
+    const Place child = child_of(place, k);
+    const int64_t row = out_row(p, child, compact + k);
+    const float* eps = p.noise.row<float>(b, row) + c - k;
+    T* out = p.out.row<T>(b, row) + c - k;
+    const float value = p.scale * to_float(x[c]);
+    const float shared = 0.25f * p.pull * ((eps[0] + eps[1]) + (eps[2] + eps[3]));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) out[j] = from_float<T>(fmaf(p.deviation, eps[j] + shared, value));
+    if (c == k) p.out_table.set(b, row, child);
+  }
+}
+
+template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
     resolution_transition_kernel(const __grid_constant__ ResolutionTransition p) {
   const uint32_t tokens = static_cast<uint32_t>(p.shape.tokens);
@@ -59,7 +77,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int64_t before = split_before(p, b, i);
   const Place place = p.table.at(b, i);
   if (before < p.split && p.rows.at(b, before) == i) {
-    split<T>(p, b, i, place, tokens - p.split + 4 * before);
+    const int64_t compact = tokens - p.split + 4 * before;
+    p.pixelwise ? split_pixels<T>(p, b, i, place, compact) : split<T>(p, b, i, place, compact);
   } else {
     stay<T>(p, b, i, place, i - before);
   }

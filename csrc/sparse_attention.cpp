@@ -28,19 +28,23 @@ namespace {
 #endif
 
 #if defined(__AVX512F__)
-constexpr int kRows = 6, kColumns = 4;  // 24 sums and 4 operands of 32 registers
+constexpr int kRows = 12, kColumns = 2;  // 24 sums and 2 operands of 32 registers
 #else
 constexpr int kRows = 4, kColumns = 2;  // 8 and 2 of 16
 #endif
 constexpr int kTile = kColumns * kWidth;
 constexpr int kBlock = 256;  // keys; with d = 128 both layouts take 256 KiB
+constexpr int kAhead = 16;   // rows of keys and values that are asked for before they are read
+
+// In every lane; adding 0 instead would turn a -0, so compilers do not leave it out.
+FD_INLINE Vec every(float x) { return x - Vec{}; }
 
 // exp(x) for x <= 0: 2^n of the nearest n, times a polynomial of the rest (Cephes' coefficients).
 // Under -87 it is 1e-38 or less, which no sum of fp32 with a 1 in it can tell from 0. A NaN stays.
 FD_INLINE Vec exp_of(Vec x) {
   const Ints under = x < -87.0f;
   const Ints kept = ~under & reinterpret_cast<Ints>(x);
-  x = reinterpret_cast<Vec>(kept | (under & reinterpret_cast<Ints>(Vec{} - 87.0f)));
+  x = reinterpret_cast<Vec>(kept | (under & reinterpret_cast<Ints>(every(-87.0f))));
   const float magic = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
   const Vec shifted = x * 1.44269504f + magic;
   const Vec n = shifted - magic;
@@ -55,17 +59,16 @@ FD_INLINE Vec exp_of(Vec x) {
   return reinterpret_cast<Vec>(reinterpret_cast<Ints>(p) + exponent);
 }
 
-FD_INLINE float sum_of(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kWidth; ++i) sum += v[i];
-  return sum;
+FD_INLINE Ints numbered_lanes() {
+  Ints lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  return lanes;
 }
 
-// The larger of each pair; a NaN in either is one in the result.
-FD_INLINE Vec larger(Vec a, Vec b) {
-  const Ints take = (a > b) | (a != a);
-  return reinterpret_cast<Vec>((take & reinterpret_cast<Ints>(a)) |
-                               (~take & reinterpret_cast<Ints>(b)));
+// a where the lane is marked, else b.
+FD_INLINE Vec chosen(Ints marked, Vec a, Vec b) {
+  return reinterpret_cast<Vec>((marked & reinterpret_cast<Ints>(a)) |
+                               (~marked & reinterpret_cast<Ints>(b)));
 }
 
 // Rows become columns: as often as 2 divides the width, the first half of the rows is shuffled into
@@ -81,15 +84,29 @@ FD_INLINE void transpose(Vec (&rows)[kWidth]) {
   }
 }
 
+// Of each row its lanes, folded; lane r is of row r.
+template <class F>
+FD_INLINE Vec across(const Vec (&rows)[kRows], F fold) {
+  static_assert(kRows <= kWidth);
+  Vec square[kWidth] = {};
+  for (int r = 0; r < kRows; ++r) square[r] = rows[r];
+  transpose(square);
+  Vec folded = square[0];
+  for (int i = 1; i < kWidth; ++i) folded = fold(folded, square[i]);
+  return folded;
+}
+
 // sums[r][c] = sum_i left[r][i] right[i][c], rows of the tile of queries times one tile of columns.
 template <int kCount>
 FD_INLINE void multiply(const float* left, int64_t left_stride, const float* right,
                         int64_t right_stride, int64_t n, Vec (&sums)[kRows][kCount]) {
   for (int64_t i = 0; i < n; ++i) {
+    // The other loads wait for nothing; these come from the second cache.
+    for (int c = 0; c < kCount; ++c) __builtin_prefetch(right + (i + 4) * right_stride + c * kWidth);
     Vec columns[kCount];
     for (int c = 0; c < kCount; ++c) columns[c] = load(right + i * right_stride + c * kWidth);
     for (int r = 0; r < kRows; ++r) {
-      const Vec one = Vec{} + left[r * left_stride + i];
+      const Vec one = every(left[r * left_stride + i]);
       for (int c = 0; c < kCount; ++c) sums[r][c] += one * columns[c];
     }
   }
@@ -105,22 +122,38 @@ struct Scratch {
   std::vector<float> weights;   // [kRows][kBlock]
 };
 
+// A head's row of `width`: rows lie pages apart, where processors do not look ahead.
+template <class T>
+FD_INLINE void prefetch(const T* row, int64_t width) {
+  const char* const at = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < width * int64_t{sizeof(T)}; i += 64) __builtin_prefetch(at + i);
+}
+
 template <class T>
 void lay_out(const SparseAttention& p, int64_t b, int64_t g, int64_t first, int64_t count,
              Scratch& s) {
   for (int64_t j = 0; j < (count + kTile - 1) / kTile * kTile; j += kWidth) {
     float* at = s.k.data() + j / kTile * p.head * kTile + j % kTile;
+    for (int64_t r = j + kAhead; r < std::min<int64_t>(j + kAhead + kWidth, count); ++r) {
+      prefetch(p.k.row<T>(b, first + r) + g * p.head, p.head);
+    }
     for (int64_t i = 0; i < p.head; i += kWidth) {
       const int64_t inside = std::min<int64_t>(kWidth, p.head - i);
-      Vec square[kWidth] = {};
-      for (int64_t r = 0; r < std::min<int64_t>(kWidth, count - j); ++r) {
-        square[r] = load(p.k.row<T>(b, first + j + r) + g * p.head + i, inside);
+      Vec square[kWidth];
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) {
+        square[r] = Vec{};
+        if (r < count - j) square[r] = load(p.k.row<T>(b, first + j + r) + g * p.head + i, inside);
       }
       transpose(square);
-      for (int64_t r = 0; r < inside; ++r) store(at + (i + r) * kTile, square[r]);
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) {
+        if (r < inside) store(at + (i + r) * kTile, square[r]);
+      }
     }
   }
   for (int64_t j = 0; j < count; ++j) {
+    if (j + kAhead < count) prefetch(p.v.row<T>(b, first + j + kAhead) + g * p.head, p.head);
     const T* row = p.v.row<T>(b, first + j) + g * p.head;
     float* at = s.v.data() + j * s.wide;
     for (int64_t i = 0; i < p.head; i += kWidth) {
@@ -145,44 +178,42 @@ FD_INLINE void one_tile(const SparseAttention& p, Scratch& s, int64_t row, int64
   float* weights = s.weights.data();
   const int64_t tiles = (count + kTile - 1) / kTile;
   Vec top[kRows];
-  for (int r = 0; r < kRows; ++r) top[r] = Vec{} + s.top[row + r];
+  for (int r = 0; r < kRows; ++r) top[r] = every(s.top[row + r]);
   for (int64_t t = 0; t < tiles; ++t) {
     Vec sums[kRows][kColumns] = {};
     multiply(s.q.data() + row * p.head, p.head, s.k.data() + t * p.head * kTile, kTile, p.head,
              sums);
+    const Vec scale = every(p.scale), lowest = every(-std::numeric_limits<float>::max());
+#pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
       const int64_t at = t * kTile + c * kWidth;
-      const int64_t inside = std::min<int64_t>(kWidth, count - at);
+      const Ints inside = numbered_lanes() < static_cast<int32_t>(count - at);  // others weigh nothing
+#pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sums[r][c] *= p.scale;
-        if (inside < kWidth) {  // no keys: a score that weighs nothing
-          for (int64_t i = std::max<int64_t>(inside, 0); i < kWidth; ++i) {
-            sums[r][c][i] = -std::numeric_limits<float>::max();
-          }
-        }
-        store(weights + r * kBlock + at, sums[r][c]);
-        top[r] = larger(top[r], sums[r][c]);
+        const Vec score = chosen(inside, sums[r][c] * scale, lowest);
+        store(weights + r * kBlock + at, score);
+        top[r] = chosen(top[r] > score, top[r], score);
       }
     }
   }
+  const Vec before = load(s.top.data() + row, kRows);
+  const Vec most = across(top, [](Vec a, Vec b) FD_INLINE_LAMBDA { return chosen(a > b, a, b); });
+  const Vec shrink = exp_of(before - most);
+  Vec sum[kRows];
   for (int r = 0; r < kRows; ++r) {
-    float most = top[r][0];
-    for (int i = 1; i < kWidth; ++i) most = (most > top[r][i] || most != most) ? most : top[r][i];
-    const float before = s.top[row + r];
-    const float shrink = before == most ? 1.0f : exp_of(Vec{} + (before - most))[0];
-    Vec sum = {};
+    sum[r] = Vec{};
     for (int64_t i = 0; i < tiles * kTile; i += kWidth) {
-      const Vec weight = exp_of(load(weights + r * kBlock + i) - most);
+      const Vec weight = exp_of(load(weights + r * kBlock + i) - most[r]);
       store(weights + r * kBlock + i, weight);
-      sum += i + kWidth <= count ? weight : first(weight, std::max<int64_t>(count - i, 0));
+      sum[r] += i + kWidth <= count ? weight : first(weight, std::max<int64_t>(count - i, 0));
     }
-    s.top[row + r] = most;
-    s.sum[row + r] = s.sum[row + r] * shrink + sum_of(sum);
+    if (shrink[r] == 1.0f) continue;
     float* out = s.out.data() + (row + r) * s.wide;
-    if (shrink != 1.0f) {
-      for (int64_t i = 0; i < s.wide; i += kWidth) store(out + i, load(out + i) * shrink);
-    }
+    for (int64_t i = 0; i < s.wide; i += kWidth) store(out + i, load(out + i) * shrink[r]);
   }
+  store(s.top.data() + row, most, kRows);
+  const Vec added = across(sum, [](Vec a, Vec b) FD_INLINE_LAMBDA { return a + b; });
+  store(s.sum.data() + row, load(s.sum.data() + row, kRows) * shrink + added, kRows);
   int64_t at = 0;
   for (; at + kTile <= s.wide; at += kTile) add_values<kColumns>(s, row, at, count);
   for (; at < s.wide; at += kWidth) add_values<1>(s, row, at, count);

@@ -36,14 +36,15 @@ def check_installable(module: nn.Module) -> None:
         )
 
 
-def install(module: nn.Module, link: Any) -> None:
+def install(module: nn.Module, link: Any, compiles: bool = False) -> None:
     """Replace the innermost forward of `module` by one that calls ``link(module, *args, **kwargs)``.
 
+    One that `compiles` is the class's own where torch's compiler traces it; others stay eager.
     :func:`check_installable` must have passed, and nothing of ours be installed.
     """
     owner, key = _stock_place(module) or (module.__dict__, "forward")
     module.__dict__[LINK] = link
-    _set(owner, key, types.MethodType(_rewritten(type(module)), module))
+    _set(owner, key, types.MethodType(_rewritten(type(module), compiles), module))
 
 
 def uninstall(module: nn.Module) -> None:
@@ -100,21 +101,25 @@ def _set(owner: Any, key: str, value: Any) -> None:
 
 
 @functools.cache
-def _rewritten(cls: type[nn.Module]) -> Callable:
+def _rewritten(cls: type[nn.Module], compiles: bool) -> Callable:
     """The dispatcher for blocks of class `cls`; it shows the signature of the forward it stands for."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if compiles and torch.compiler.is_compiling():
+            return cls.forward(self, *args, **kwargs)
         link = self.__dict__.get(LINK)
         if link is None:  # unpatched, but somebody still holds on to this function
             return cls.forward(self, *args, **kwargs)
         return link(self, *args, **kwargs)
 
-    eager = torch.compiler.disable(
-        forward,
-        reason="fastdit's block dispatcher reads the step and the caches and stays eager; its attention and "
-        "feed-forward calls are compiled apart. Use compile_repeated_blocks() or transformer.compile(), "
-        "without fullgraph=True",
-    )
-    functools.update_wrapper(eager, cls.forward)
-    setattr(eager, _MARK, True)
-    return eager
+    found = forward
+    if not compiles:
+        found = torch.compiler.disable(
+            forward,
+            reason="fastdit's block dispatcher reads the step and the caches and stays eager; its attention and "
+            "feed-forward calls are compiled apart. Use compile_repeated_blocks() or transformer.compile(), "
+            "without fullgraph=True",
+        )
+    functools.update_wrapper(found, cls.forward)
+    setattr(found, _MARK, True)
+    return found

@@ -73,36 +73,8 @@ class Layout:
 
     def read(self, field: Tensor, ops: Any) -> Tensor:
         """The tokens [B, n, 4 C] of a field."""
-        batch = field.shape[0]
-        table = self.table_of(batch)
-        tokens = field.new_empty(batch, self.tokens, field.shape[3:].numel())
-        if self.coarse:
-            ops.patchify(
-                _coarse_pixels(field)[..., 0, 0, :],
-                table[:, : self.coarse] // 2,
-                out=tokens[:, : self.coarse],
-            )
-        if self.coarse < self.tokens:
-            ops.patchify(field, table[:, self.coarse :], out=tokens[:, self.coarse :])
-        return tokens
+        return ops.patchify(field, self.table_of(field.shape[0]))
 
     def write(self, tokens: Tensor, field: Tensor, ops: Any) -> None:
         """Draw tokens [B, n, 4 C] over the whole field."""
-        batch = field.shape[0]
-        table = self.table_of(batch)
-        if self.coarse:
-            height, width = (side // 2 for side in self.cells)
-            small = field.new_empty(batch, height, width, *field.shape[3:])
-            ops.unpatchify(tokens[:, : self.coarse], table[:, : self.coarse] // 2, small)
-            _coarse_pixels(field).copy_(small[..., None, None, :])
-        if self.coarse < self.tokens:
-            ops.unpatchify(tokens[:, self.coarse :], table[:, self.coarse :], field)
-
-
-def _coarse_pixels(field: Tensor) -> Tensor:
-    """A field as [B, gh / 2, gw / 2, 2, 2, 2, 2, C]: the pixels of coarse tokens, each of 2 x 2 latent pixels.
-
-    A coarse token has as many pixels along its side as it has cells, so each of its pixels is a cell.
-    """
-    squares = field.unflatten(1, (-1, SIDE)).unflatten(3, (-1, SIDE))  # [B, h, 2, w, 2, 2, 2, C]
-    return squares.permute(0, 1, 3, 2, 4, 5, 6, 7)
+        ops.unpatchify(tokens, self.table_of(field.shape[0]), field)

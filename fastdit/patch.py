@@ -28,6 +28,7 @@ from fastdit.install import LINK, check_installable, install, uninstall
 from fastdit.measure import Measurement, measure
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
+from fastdit.packed import check_packable, linears_of
 from fastdit.plan import check_composition
 from fastdit.report import Report, report_session
 from fastdit.session import Session
@@ -96,6 +97,15 @@ class PromptLink(EmbedLink):
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.session.project_prompt(module, *args, **kwargs)
+
+
+class LinearLink(EmbedLink):
+    """What the rewritten forward of a block's linear layer calls."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.session.linear(module, *args, **kwargs)
 
 
 class Handle:
@@ -260,7 +270,9 @@ class Handle:
         return f"<fastdit {methods} on {type(self._transformer).__name__}>"
 
 
-def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
+def patch(
+    target: Any, *methods: Method, backend: str | None = None, pack_weights: bool = False
+) -> Handle:
     """Make a diffusers pipeline or transformer run on fastdit.
 
     Args:
@@ -269,6 +281,8 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
         backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that
             serves
             each op's device and dtype. A backend named here or there is never silently replaced.
+        pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few rows, as RAS has
+            them; see `packed.py`. For fp32 on a CPU whose torch has MKL.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -276,7 +290,8 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     Raises:
         UnsupportedModelError: No adapter knows the model; names what is supported.
         ScheduleError, CompositionError: A method does not fit the model or the other methods.
-        BackendError: The backend named cannot serve an op on the model's device and dtype.
+        BackendError: The backend named cannot serve an op on the model's device and dtype, or this torch no
+            `pack_weights`.
         DriftError: The installed diffusers computes a block otherwise than the adapter.
         In every case the model, and a patch it already has, stay as they were.
 
@@ -323,7 +338,18 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     prompts = [] if eager else adapter.prompt_projections_of(transformer)
     conditions = [] if eager else adapter.condition_embeddings_of(transformer)
     parts = [part for _, _, part in wrapped]
-    for module in (*(block for _, block in blocks), *embedders, *prompts, *conditions, *parts):
+    linears = []
+    if pack_weights:
+        check_packable(transformer, bound.backend)
+        linears = linears_of([block for _, block in blocks])
+    for module in (
+        *(block for _, block in blocks),
+        *embedders,
+        *prompts,
+        *conditions,
+        *parts,
+        *linears,
+    ):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
@@ -337,6 +363,8 @@ def patch(target: Any, *methods: Method, backend: str | None = None) -> Handle:
     for modules, link in ((prompts, PromptLink), (conditions, ConditionLink)):
         for module in modules:
             install(module, link(session))
+    for module in linears:
+        install(module, LinearLink(session), compiles=True)
     for index, name, module in wrapped:
         install(module, ComponentLink(session, index, name))
     if not adapter.restates:
@@ -454,6 +482,8 @@ def _remove(transformer: nn.Module) -> None:
     ):
         uninstall(module)
     for _, _, module in session.adapter.wrapped(transformer):
+        uninstall(module)
+    for module in linears_of(session.blocks):
         uninstall(module)
     _remove_hooks(transformer, session)
     transformer.__dict__.pop(_RESET, None)

@@ -47,6 +47,7 @@ class Report:
         flop_speedup: Multiply-accumulates of the stock model over those executed.
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
         stages: Those that have ended, where a method changes the resolution.
+        packed_bytes: What weights that were kept packed took beside the model's own.
     """
 
     methods: tuple[str, ...]
@@ -61,6 +62,7 @@ class Report:
     first: int = 0
     flop_speedup: float = 1.0
     stages: tuple[StageReport, ...] = ()
+    packed_bytes: int = 0
 
     @property
     def reuse_share(self) -> float:
@@ -140,12 +142,15 @@ class Report:
         if not self.steps:
             return "fastdit: no run yet"
         state = "live" if self.live else "INERT: nothing was reused"
+        packed = (
+            f", packed weights {self.packed_bytes / 2**20:.1f} MiB" if self.packed_bytes else ""
+        )
         return (
             f"fastdit {' + '.join(self.methods)}: {state}\n"
             f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
             f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%}), "
             f"{self.flop_speedup:.2f}x fewer multiply-accumulates\n"
-            f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB"
+            f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}"
         )
 
 
@@ -178,6 +183,7 @@ def report_session(session: Any, flop_speedup: float) -> Report:
         (run.first or 0) if run is not None else 0,
         flop_speedup,
         stages,
+        run.packed_bytes if run is not None else 0,
     )
 
 

@@ -138,7 +138,7 @@ class ResolutionRun:
         """The state of the stage that begins, and its layout, from that of the one before."""
         stage, before, noise = self.stage, self.layout, self.method.noise
         batch, _, width = x.shape
-        full = stage.layout == "full"
+        full, parity = stage.layout == "full", self.method.mode == "parity"
         rows = self._all_coarse(batch) if full else self._chosen()
         count = before.tokens + 3 * rows.shape[1]
         eps = [
@@ -153,7 +153,8 @@ class ResolutionRun:
             scale=stage.scale,
             deviation=stage.deviation,
             correlation=noise,
-            unsplit=1.0 if self.method.mode == "parity" else math.sqrt(1 - noise),
+            unsplit=1.0 if parity else math.sqrt(1 - noise),
+            pixelwise=not parity,
             raster=before.cells[1] if full else None,
         )
         coarse = before.coarse - rows.shape[1]

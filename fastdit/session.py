@@ -30,6 +30,7 @@ from fastdit.frames import Frames
 from fastdit.layout import Layout
 from fastdit.modulation import Modulations
 from fastdit.observe import observed, private
+from fastdit.packed import PackedWeights
 from fastdit.plan import RunPlan, plan_run
 from fastdit.resolution import ResolutionRun
 from fastdit.spec import ModelSpec
@@ -93,6 +94,8 @@ class Run:
     latents: Sequence[int] = ()
     positions: Tensor | None = None
     records: dict[int, StepRecord] = field(default_factory=dict)
+    packed: PackedWeights = field(default_factory=PackedWeights)
+    packed_bytes: int = 0
     peak_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
@@ -289,6 +292,8 @@ class Session:
             self.run.seconds = time.perf_counter() - self.run.started
             self.run.branches.clear()
             self.run.outputs.clear()
+            self.run.packed_bytes = self.run.packed.nbytes
+            self.run.packed.clear()
             self.run.scheduler = None
         self.forward = None
 
@@ -579,6 +584,12 @@ class Session:
         if module not in kept:
             kept[module] = type(module).forward(module, *args, **kwargs)
         return kept[module]
+
+    def linear(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """The rewritten forward of a block's linear layer, whose weights are kept packed."""
+        if self.forward is None:
+            return type(module).forward(module, x)
+        return self.run.packed.linear(module, x)
 
     # ---- helpers
 

@@ -178,6 +178,7 @@ class Runner:
         deviation,
         correlation,
         unsplit=None,
+        pixelwise=False,
         raster=None,
         out=None,
         out_table=None,
@@ -187,13 +188,24 @@ class Runner:
         out_table = unwritten((*size, 3)) if out_table is None else out_table
         numbers = {"scale": scale, "deviation": deviation}
         if BACKENDS.get(self.backend.name) is self.backend:
-            options = numbers | {"correlation": correlation, "unsplit": unsplit, "raster": raster}
+            options = numbers | {"correlation": correlation, "unsplit": unsplit}
+            options |= {"pixelwise": pixelwise, "raster": raster}
             options |= {"out": out, "out_table": out_table, "backend": self.backend.name}
             return resolution_transition_op(x, table, rows, noise, **options)
         unsplit = math.sqrt(1 - correlation) if unsplit is None else unsplit
         pull = math.sqrt(1 - 4 * correlation) - 1
         self.backend.resolution_transition(
-            x, table, rows, noise, *numbers.values(), pull, unsplit, raster, out, out_table
+            x,
+            table,
+            rows,
+            noise,
+            *numbers.values(),
+            pull,
+            unsplit,
+            pixelwise,
+            raster,
+            out,
+            out_table,
         )
         return out, out_table
 

@@ -81,7 +81,14 @@ def _image(
             kept = [token for i, token in enumerate(tokens) if i not in chosen]
             split = [token for i, token in enumerate(tokens) if i in chosen]
             children = [
-                (1, y + dy, x + dx, content)
+                (
+                    1,
+                    y + dy,
+                    x + dx,
+                    content
+                    if method.mode == "parity"
+                    else content[:, dy, dx, None, None].expand_as(content),
+                )
                 for _, y, x, content in split
                 for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1))
             ]
@@ -96,7 +103,10 @@ def _image(
             values, vectors = torch.linalg.eigh(covariance)
             root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
             for group in eps[len(kept) :].split(4):
-                z += list(root @ group)
+                if method.mode == "parity":
+                    z += list(root @ group)  # of siblings
+                else:  # of the pixels of a child, which are next to each other
+                    z += [torch.cat([root @ own for own in child.split(P * P)]) for child in group]
             tokens = [
                 (size, y, x, (scale * t.double() + deviation * n.view(t.shape)).to(t.dtype))
                 for (size, y, x, t), n in zip(tokens, z, strict=True)

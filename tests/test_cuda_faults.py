@@ -387,8 +387,12 @@ FAULTS = {
         PATCHIFY, "c * p.token_stride[4]", "c", "check_orders"
     ),
     "a token is drawn along a diagonal": Fault(
-        PATCHIFY, "r * p.field_stride[1] + q * p.field_stride[2]",
-        "r * p.field_stride[1] + r * p.field_stride[2]", "check_sizes",
+        PATCHIFY, "p.pixel(y * side + r, x * side + q)", "p.pixel(y * side + r, x * side + r)",
+        "check_sizes",
+    ),
+    "a patch is drawn whole in every cell": Fault(
+        PATCHIFY, "p.pixel(y * side + r, x * side + q)",
+        "p.pixel(y + r * p.patch[0], x + q * p.patch[1])", "check_sizes",
     ),
     "every image has the table of the first": Fault(
         PATCHIFY, "p.table.at(b, i)", "p.table.at(0, i)", "check_other_cells_stay"
@@ -413,6 +417,9 @@ FAULTS = {
     "siblings have the noise of the first": Fault(
         TRANSITION, "p.noise.row<float>(b, row[k])[c]", "p.noise.row<float>(b, row[0])[c]",
         "check_sizes",
+    ),
+    "a child is the pixel of its sibling": Fault(
+        TRANSITION, "const int k = c % 4;", "const int k = c % 2;", "check_pixelwise"
     ),
     "all noise has deviation 1": Fault(
         TRANSITION, "p.deviation * p.unsplit", "p.deviation", "check_numbers", FP32

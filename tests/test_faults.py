@@ -6,6 +6,8 @@ the tests of the ops call, and each of them has to catch something.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -691,6 +693,18 @@ def drawn_over_one_cell(draw, field, table, tokens):
     copied(draw, field, table * torch.tensor([not draw, 1, 1], dtype=torch.int32), tokens)
 
 
+def drawn_in_copies(draw, field, table, tokens):
+    """A token whole in every cell, and read from its first: right for patches of one pixel."""
+    side = 1 << table[..., 0]
+    for r, q in itertools.product(range(int(side.max()) if draw and side.numel() else 1), repeat=2):
+        here = (r < side) & (q < side)
+        cell = table.clone()
+        cell[..., 0] = 0
+        cell[..., 1] += here * r
+        cell[..., 2] += here * q
+        copied(draw, field, cell, tokens)
+
+
 def last_cell_read(draw, field, table, tokens):
     cells = table.clone()
     if not draw:
@@ -756,6 +770,7 @@ def no_tokens_refused(draw, field, table, tokens):
 
 PATCHIFY_FAULTS = {
     drawn_over_one_cell: ["check_sizes", "check_strided_tokens_and_tables"],
+    drawn_in_copies: ["check_sizes", "check_other_cells_stay"],
     last_cell_read: ["check_sizes", "check_orders"],
     table_of_the_first_image: ["check_sizes", "check_other_cells_stay"],
     patches_mirrored: ["check_orders", "check_sizes"],
@@ -773,8 +788,8 @@ PATCHIFY_FAULTS = {
 # --- resolution_transition: each is given the arguments by name
 
 TRANSITION_NAMES = (
-    "x", "table", "rows", "noise", "scale", "deviation", "pull", "unsplit", "raster", "out",
-    "out_table",
+    "x", "table", "rows", "noise", "scale", "deviation", "pull", "unsplit", "pixelwise", "raster",
+    "out", "out_table",
 )  # fmt: skip
 
 
@@ -794,6 +809,10 @@ def moved_on(call, **changes):
 
 def siblings_independent(call):
     moved_on(call, pull=0.0)
+
+
+def pixels_as_copies(call):
+    moved_on(call, pixelwise=False)
 
 
 def unsplit_noise_as_drawn(call):
@@ -861,7 +880,8 @@ def no_image_refused(call):
 
 
 TRANSITION_FAULTS = {
-    siblings_independent: ["check_covariance", "check_sizes"],
+    siblings_independent: ["check_covariance", "check_sizes", "check_pixelwise"],
+    pixels_as_copies: ["check_pixelwise", "check_a_picture_twice_as_large"],
     unsplit_noise_as_drawn: ["check_numbers", "check_sizes"],
     columns_before_rows: ["check_a_published_vector", "check_sizes"],
     level_kept: ["check_both_transitions"],

@@ -168,7 +168,7 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
         backend.qkv_prologue(h, h, branch, *heads, rows, 0, 0, *prologue)
         backend.patchify(field, squares, tokens)
         moved = (finer.flatten(2), places)
-        numbers = (0.2, 0.9, -0.1, 1.0, None)
+        numbers = (0.2, 0.9, -0.1, 1.0, True, None)
         backend.resolution_transition(tokens.flatten(2), squares, split, eps, *numbers, *moved)
         backend.unpatchify(finer, places, field)
         backend.collapse([x, store], [gate, None], [1, 0], False, sums)

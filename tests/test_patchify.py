@@ -1,4 +1,4 @@
-"""patchify and unpatchify on every backend, against loops over tokens and cells; bit for bit.
+"""patchify and unpatchify on every backend, against loops over tokens and their pixels; bit for bit.
 
 Each `check_*` takes a Runner and raises where the backend is wrong.
 """
@@ -55,24 +55,34 @@ def in_order(token: Tensor, patch: torch.Size, channels_last: bool) -> Tensor:
 
 
 def read(field: Tensor, table: Tensor, channels_last: bool = False) -> Tensor:
-    """The tokens, one after the other."""
+    """The tokens, one after the other: every second, fourth, ... pixel of the square they cover."""
+    height, width, _ = field.shape[3:]
+    picture = field.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
     tokens = field.new_zeros(*table.shape[:2], field.shape[3:].numel())
     for b, places in enumerate(table.tolist()):
-        for i, (_, y, x) in enumerate(places):
-            patch = field[b, y, x] if channels_last else field[b, y, x].permute(2, 0, 1)
-            tokens[b, i] = patch.flatten()
+        for i, (level, y, x) in enumerate(places):
+            side = 2**level
+            patch = picture[
+                b,
+                y * height : (y + side) * height : side,
+                x * width : (x + side) * width : side,
+            ]
+            tokens[b, i] = (patch if channels_last else patch.permute(2, 0, 1)).flatten()
     return tokens
 
 
 def drawn(tokens: Tensor, table: Tensor, field: Tensor, channels_last: bool = False) -> Tensor:
-    """A copy of the field with the tokens in it, cell by cell."""
+    """A copy of the field with the tokens in it, cell by cell: each a part of the token drawn larger."""
     field = field.clone()
     for b, places in enumerate(table.tolist()):
         for i, (level, y, x) in enumerate(places):
+            height, width, _ = field.shape[3:]
             patch = in_order(tokens[b, i], field.shape[3:], channels_last)
+            patch = patch.repeat_interleave(2**level, 0).repeat_interleave(2**level, 1)
             for r in range(2**level):
                 for q in range(2**level):
-                    field[b, y + r, x + q] = patch
+                    line, column = r * height, q * width
+                    field[b, y + r, x + q] = patch[line : line + height, column : column + width]
     return field
 
 

@@ -65,22 +65,42 @@ def layout(table: Tensor, rows: Tensor, raster: int | None) -> tuple[Tensor, Ten
     return parents, siblings, places
 
 
-def mixed(x, noise, parents, siblings, scale, deviation, correlation, unsplit):
+def mixed(x, noise, parents, siblings, scale, deviation, correlation, unsplit, pixelwise=False):
     """In the dtype of x."""
     width = x.shape[-1]
     value = x.gather(1, parents[..., None].expand(-1, -1, width))
-    family = [noise.gather(1, siblings[..., k, None].expand(-1, -1, width)) for k in range(4)]
-    mean = (family[0] + family[1] + family[2] + family[3]) / 4
-    together = noise + (math.sqrt(1 - 4 * correlation) - 1) * mean
     is_split = siblings[..., :1] != siblings[..., 1:2]
+    if pixelwise:
+        for b, row in is_split[..., 0].nonzero().tolist():
+            child = siblings[b, row].tolist().index(row)
+            for first in range(0, width, 4):
+                value[b, row, first : first + 4] = value[b, row, first + child].clone()
+        pixels = [noise[..., k::4].repeat_interleave(4, dim=-1) for k in range(4)]
+        mean = (pixels[0] + pixels[1] + pixels[2] + pixels[3]) / 4
+    else:
+        family = [noise.gather(1, siblings[..., k, None].expand(-1, -1, width)) for k in range(4)]
+        mean = (family[0] + family[1] + family[2] + family[3]) / 4
+    together = noise + (math.sqrt(1 - 4 * correlation) - 1) * mean
     return scale * value + deviation * torch.where(is_split, together, unsplit * noise)
 
 
-def compare(run: Runner, what: str, x, table, rows, noise, *, raster=None, unsplit=None, **numbers):
+def compare(
+    run: Runner,
+    what: str,
+    x,
+    table,
+    rows,
+    noise,
+    *,
+    raster=None,
+    unsplit=None,
+    pixelwise=False,
+    **numbers,
+):
     """Calls the backend and compares all that it wrote. Returns that."""
     numbers = OPTIONS | numbers
     out, out_table = run.resolution_transition(
-        x, table, rows, noise, **numbers, raster=raster, unsplit=unsplit
+        x, table, rows, noise, **numbers, raster=raster, unsplit=unsplit, pixelwise=pixelwise
     )
     parents, siblings, places = layout(table, rows, raster)
     what = f"resolution_transition on {run.label}, {what}"
@@ -88,8 +108,9 @@ def compare(run: Runner, what: str, x, table, rows, noise, *, raster=None, unspl
     if unsplit is None:
         unsplit = math.sqrt(1 - numbers["correlation"])
     wide = torch.promote_types(x.dtype, torch.float32)
-    exact = mixed(x.double(), noise.double(), parents, siblings, **numbers, unsplit=unsplit)
-    eager = mixed(x.to(wide), noise.to(wide), parents, siblings, **numbers, unsplit=unsplit)
+    numbers |= {"unsplit": unsplit, "pixelwise": pixelwise}
+    exact = mixed(x.double(), noise.double(), parents, siblings, **numbers)
+    eager = mixed(x.to(wide), noise.to(wide), parents, siblings, **numbers)
     assert_close(what, out, exact, eager.to(x.dtype))
     return out, out_table
 
@@ -109,6 +130,53 @@ def check_sizes(run: Runner) -> None:
         for case, (height, width, channels, split) in enumerate(SIZES):
             given = inputs(1 + case % 2, height, width, channels, split, dtype, 1, case)
             compare(run, f"{height} x {width}, {split} split", *given)
+
+
+def check_pixelwise(run: Runner) -> None:
+    """Children that are pixels of their parent: both orders, widths beyond a tile, both transitions."""
+    for dtype in run.dtypes():
+        for case, (height, width, channels, split) in enumerate(
+            (
+                (1, 1, 4, 1),
+                (2, 2, 64, 1),
+                (3, 5, 12, 6),
+                (2, 3, 72, 0),
+                (1, 5, 132, 5),
+                (2, 4, 516, 3),
+            )
+        ):
+            given = inputs(1 + case % 2, height, width, channels, split, dtype, 13, case)
+            what = f"pixelwise, {height} x {width}, {split} split"
+            x, table = compare(run, what, *given, pixelwise=True)
+            left = height * width - split
+            rows = torch.arange(left).expand(len(x), left)
+            noise = normal((len(x), 4 * height * width, channels), torch.float32, generator(13))
+            raster = 2 * width
+            compare(run, f"{what}, then all", x, table, rows, noise, raster=raster, pixelwise=True)
+
+
+def check_a_picture_twice_as_large(run: Runner) -> None:
+    """Pixelwise and without noise, splitting all tokens is drawing the picture twice as large."""
+    for dtype in run.dtypes():
+        picture = normal((2, 3, 4, 6), dtype, generator(14))
+        x = picture.unflatten(2, (2, 2)).unflatten(4, (3, 2)).permute(0, 2, 4, 1, 3, 5)
+        x = x.flatten(3).flatten(1, 2)
+        out, _ = run.resolution_transition(
+            x,
+            coarse(2, 2, 3),
+            torch.arange(6).expand(2, -1),
+            torch.ones(2, 24, 12),
+            scale=1.0,
+            deviation=0.0,
+            correlation=0.25,
+            pixelwise=True,
+            raster=6,
+        )
+        drawn = out.unflatten(1, (4, 6)).unflatten(3, (3, 2, 2)).permute(0, 3, 1, 4, 2, 5)
+        large = picture.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        assert_equal(
+            f"resolution_transition on {run.label}, larger", drawn.flatten(4).flatten(2, 3), large
+        )
 
 
 def check_both_transitions(run: Runner) -> None:

@@ -255,6 +255,23 @@ def test_logits_of_five_are_bit_equal_to_stock(name):
 
 
 @pytest.mark.diffusers
+@pytest.mark.parametrize("name", ["pixart-sigma", "flux"])
+def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
+    from fastdit.search.genome import Genome
+    from fastdit.search.seeds import first_population
+
+    pipe = tiny_models.pipeline(name)
+    found = fitting(pipe)
+    genome = Genome(fastdit.patch(pipe)._session.spec, found.steps)
+    family, read = found.sweep([0.25, 0.5, 0.75]), []
+    for number, schedule in enumerate(family):
+        schedule.save(tmp_path / f"{number}.json", layout="ecad")
+        read.append(fastdit.Schedule.load(tmp_path / f"{number}.json"))
+    seeds = [vector.tobytes() for vector in first_population(genome, 12, read)]
+    assert len({genome.vector(schedule).tobytes() for schedule in family} & set(seeds)) == 3
+
+
+@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
 def test_a_router_runs_as_its_schedule(name, tmp_path):
     pipe = tiny_models.pipeline(name)

@@ -291,8 +291,8 @@ FAULTS = {
     ),
     # patchify
     "an element past the last is written": one(
-        PATCHIFY, "tl.load(cell, mask=active), mask=active)",
-        "tl.load(cell, mask=active), mask=at <= total)", "check_inputs_and_guards",
+        PATCHIFY, "tl.store(from_token, value, mask=active)",
+        "tl.store(from_token, value, mask=at <= total)", "check_inputs_and_guards",
     ),
     "rows and columns of a patch are swapped": one(
         PATCHIFY, "line * token_strides[2] + column * token_strides[3]",
@@ -308,7 +308,10 @@ FAULTS = {
         PATCHIFY, "(r < side) & (q < side)", "(r < side) & (q <= r)", "check_other_cells_stay"
     ),
     "tokens are drawn into their first row": one(
-        PATCHIFY, "(first + r) * field_strides[1]", "first", "check_other_cells_stay"
+        PATCHIFY, "line + r, column + q", "line, column + q", "check_other_cells_stay"
+    ),
+    "a patch is drawn whole in every cell": one(
+        PATCHIFY, "line *= side", "line *= 1", "check_sizes"
     ),
     # resolution_transition
     "tokens that stay leave gaps": one(
@@ -319,7 +322,14 @@ FAULTS = {
         "inside = live[:, None] & (col < WIDTH + 1)[None, :]", "check_inputs_and_guards",
     ),
     "siblings keep their noise to themselves": one(
-        TRANSITION, "eps + pull * mean[None, :]", "eps", "check_covariance", FP32
+        TRANSITION, "eps + pull * (mean * 0.25)", "eps", "check_covariance", FP32
+    ),
+    "a child is the pixel of its sibling": one(
+        TRANSITION, "first + number[:, None]", "first + 3 - number[:, None]",
+        "check_a_picture_twice_as_large",
+    ),
+    "pixels have the noise of the first": one(
+        TRANSITION, "tl.load(row + first + j,", "tl.load(row + first,", "check_pixelwise", FP32
     ),
     "all noise has deviation 1": one(
         TRANSITION, "unsplit * eps", "eps", "check_numbers", FP32

@@ -224,7 +224,7 @@ def _spread(ratio: dict[str, Any]) -> str:
 
 
 def _ras(result: dict[str, Any]) -> list[str]:
-    """The table of `bench_ras.py`."""
+    """The tables of `bench_ras.py`."""
     lines = [
         "",
         (
@@ -234,26 +234,36 @@ def _ras(result: dict[str, Any]) -> list[str]:
             "the authors' code (microsoft/RAS, its way without CUDA). (`benchmarks/bench_ras.py`)"
         ),
         "",
-        "| rows | tokens computed | dense | fastdit | speed-up | arithmetic saved | realised | over microsoft/RAS |",
-        "|---|---|---|---|---|---|---|---|",
+        (
+            "| rows | tokens computed | dense | weights | fastdit | speed-up | arithmetic saved | realised | "
+            "over microsoft/RAS |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for batch in result["batches"]:
-        for row in batch["steps"]:
-            theirs = row.get("over_peer_range")
-            peer = f"{row['over_peer']:.2f}x {_range(theirs)}" if theirs else "not run"
-            lines.append(
-                f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} ms | "
-                f"{1e3 * row['seconds']:.0f} ms | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
-                f"{row['flop_speedup']:.2f}x | {row['realised']:.0%} | {peer} |"
-            )
+        for index, ratio in enumerate(row["ratio"] for row in batch["packed"]["steps"]):
+            peers = [peer for peer in batch.get("peer", ()) if peer["ratio"] == ratio]
+            for weights in ("packed", "as they are"):
+                row = batch[weights]["steps"][index]
+                over = "not run"
+                for peer in peers:
+                    found = peer[weights]
+                    over = f"{found['speedup']:.2f}x {_range(found['speedup_range'])}"
+                lines.append(
+                    f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} ms | {weights} | "
+                    f"{1e3 * row['seconds']:.0f} ms | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
+                    f"{row['flop_speedup']:.2f}x | {row['realised']:.0%} | {over} |"
+                )
     lines.append("")
     for batch in result["batches"]:
-        fit = batch["fit"]
+        packed, plain = batch["packed"]["fit"], batch["as they are"]["fit"]
         lines.append(
             f"Fitted over the tokens computed, a step of {batch['rows']} rows without any would take "
-            f"{fit['a_s'] / batch['dense_s']:.1%} of a dense one: {fit['fixed_share']:.1%} is the arithmetic of the "
-            f"text, {fit['overhead_share']:.1%} more than that ({fit['outside_share']:.1%} outside torch's matrix "
-            "products and attention; the rest is that products of few rows run below the speed of those with many)."
+            f"{packed['a_s'] / batch['dense_s']:.1%} of a dense one with packed weights: "
+            f"{packed['fixed_share']:.1%} is the arithmetic of the text, {packed['overhead_share']:.1%} more than that "
+            f"({packed['outside_share']:.1%} outside torch's matrix products and attention; the rest is that products "
+            f"of few rows run below the speed of those with many). With weights as they are it is "
+            f"{plain['overhead_share']:.1%} more."
         )
     return lines
 

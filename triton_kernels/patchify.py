@@ -3,7 +3,7 @@
 field [B, gh, gw, ph, pw, C], tokens [B, n, ph, pw, C], both of any strides, and an int32 table
 [B, n, 3] of (level, y, x). One program takes TILE elements of tokens, the column of a patch being
 numbered first and the channel last: neighbours of a latent image are neighbours here. It reads each
-and writes it, or draws it into every cell that its token covers.
+and writes it, or draws it as large as its token's level says.
 
 Values are copied, not converted. Bytes moved: the tokens, and the cells that are covered. It is
 compiled at first use, once for each dtype and patch: launch once before a graph capture.
@@ -20,6 +20,13 @@ from triton_kernels.launch import programs
 from triton_kernels.operand import operand
 
 TILE = 1024  # elements, for 4 warps
+
+
+@triton.jit
+def _pixel(line, column, strides, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """From the first pixel of a cell to the one so far below and right of it, in elements."""
+    down = line // HEIGHT * strides[1] + line % HEIGHT * strides[3]
+    return down + column // WIDTH * strides[2] + column % WIDTH * strides[4]
 
 
 @triton.jit(do_not_specialize=["count", "total"])
@@ -54,18 +61,20 @@ def patchify_kernel(
     from_token = tokens + b * token_strides[0] + i * token_strides[1]
     from_token += line * token_strides[2] + column * token_strides[3] + channel * token_strides[4]
     cell = field + b * field_strides[0] + y * field_strides[1] + x * field_strides[2]
-    cell += line * field_strides[3] + column * field_strides[4] + channel * field_strides[5]
+    cell += channel * field_strides[5]
+    side = tl.where(active, 1 << level, 0).to(tl.int64)
+    line *= side
+    column *= side
     if DRAW:
         value = tl.load(from_token, mask=active)
-        side = 1 << level
         largest = tl.max(side, axis=0)
-        first = tl.zeros([TILE], tl.int64)
         for r in range(largest):
             for q in range(largest):
-                offset = (first + r) * field_strides[1] + (first + q) * field_strides[2]
-                tl.store(cell + offset, value, mask=active & (r < side) & (q < side))
+                to = cell + _pixel(line + r, column + q, field_strides, HEIGHT, WIDTH)
+                tl.store(to, value, mask=(r < side) & (q < side))
     else:
-        tl.store(from_token, tl.load(cell, mask=active), mask=active)
+        value = tl.load(cell + _pixel(line, column, field_strides, HEIGHT, WIDTH), mask=active)
+        tl.store(from_token, value, mask=active)
 
 
 def patchify(field: Tensor, table: Tensor, tokens: Tensor, draw: bool = False) -> None:

@@ -3,7 +3,8 @@
 x [B, n, C] and an int32 table [B, n, 3] of (level, y, x), rows [B, K] the tokens to split, ascending,
 noise fp32 [B, n + 3 K, C] in the order of out [B, n + 3 K, C]. One program takes one token: it counts
 the rows before its own, so it knows where it goes, and works on a tile of its four children, or of
-itself in the place of the first.
+itself in the place of the first. Noise is shared down a column of the tile, or pixelwise by four
+neighbours in a row of it.
 
 Bytes moved: x, noise and out once, and K numbers a token, which stay in the cache. Computed in fp32,
 rounded once. It does not sort or check rows, and it is compiled at first use, once for each dtype,
@@ -42,6 +43,7 @@ def resolution_transition_kernel(
     unsplit,
     raster,
     WIDTH: tl.constexpr,
+    PIXELWISE: tl.constexpr,
     RASTER: tl.constexpr,
     COLS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -76,13 +78,21 @@ def resolution_transition_kernel(
     for start in range(0, WIDTH, COLS):
         col = start + tl.arange(0, COLS)
         inside = live[:, None] & (col < WIDTH)[None, :]
-        of = noise.start + (b * noise.batch + to * noise.token)[:, None] + col[None, :]
-        eps = tl.load(of, mask=inside, other=0.0)
-        mean = tl.sum(eps, axis=0) * 0.25
-        z = tl.where(is_split, eps + pull * mean[None, :], unsplit * eps)
-        of = x.start + b * x.batch + i * x.token + col
-        value = tl.load(of, mask=col < WIDTH, other=0.0).to(tl.float32)
-        result = scale * value[None, :] + deviation * z
+        row = noise.start + (b * noise.batch + to * noise.token)[:, None]
+        eps = tl.load(row + col[None, :], mask=inside, other=0.0)
+        own = x.start + b * x.batch + i * x.token
+        if PIXELWISE:
+            first = (col // 4 * 4)[None, :]
+            mean = tl.zeros([4, COLS], tl.float32)
+            for j in tl.static_range(4):
+                mean += tl.load(row + first + j, mask=inside, other=0.0)
+            own += tl.where(is_split, first + number[:, None], col[None, :])
+            value = tl.load(own, mask=inside, other=0.0).to(tl.float32)
+        else:
+            mean = tl.sum(eps, axis=0)[None, :]
+            value = tl.load(own + col, mask=col < WIDTH, other=0.0).to(tl.float32)[None, :]
+        z = tl.where(is_split, eps + pull * (mean * 0.25), unsplit * eps)
+        result = scale * value + deviation * z
         of = out.start + (b * out.batch + to * out.token)[:, None] + col[None, :]
         tl.store(of, result.to(out.start.dtype.element_ty), mask=inside)
 
@@ -96,6 +106,7 @@ def resolution_transition(
     deviation: float,
     pull: float,
     unsplit: float,
+    pixelwise: bool,
     raster: int | None,
     out: Tensor,
     out_table: Tensor,
@@ -121,6 +132,7 @@ def resolution_transition(
             unsplit,
             raster or 0,
             WIDTH=width,
+            PIXELWISE=pixelwise,
             RASTER=raster is not None,
             COLS=cols,
             BLOCK=BLOCK,

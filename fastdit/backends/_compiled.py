@@ -141,7 +141,19 @@ class Compiled(Backend):
         )
 
     def resolution_transition(
-        self, x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table
+        self,
+        x,
+        table,
+        rows,
+        noise,
+        scale,
+        deviation,
+        pull,
+        unsplit,
+        pixelwise,
+        raster,
+        out,
+        out_table,
     ):
         self._module.resolution_transition(
             DTYPE_CODES[x.dtype],
@@ -155,6 +167,7 @@ class Compiled(Backend):
             deviation,
             pull,
             unsplit,
+            pixelwise,
             raster or 0,
             strided(out),
             strided(out_table),

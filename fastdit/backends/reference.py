@@ -187,6 +187,10 @@ def covering_token(table: Tensor, height: int, width: int) -> Tensor:
     return owner[:, :cells].unflatten(1, (height, width))
 
 
+def _numbers(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, device=like.device)
+
+
 def split_tokens(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Which token each one comes from, int64 [B, n + 3 K], and its table; in compact order."""
     rows = rows.to(torch.int64)
@@ -201,6 +205,13 @@ def split_tokens(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     children = torch.stack([level, y + number // 2 * half, x + number % 2 * half], dim=-1)
     source = torch.cat([staying, rows.repeat_interleave(4, dim=1)], dim=1)
     return source, torch.cat([gather_rows(table, staying), children], dim=1)
+
+
+def pixels_of_children(copies: Tensor) -> Tensor:
+    """Of four copies [B, 4 K, C 4] of each token, child k with pixel k in place of all four."""
+    pixels = copies.unflatten(2, (-1, 4)).unflatten(1, (-1, 4))  # [B, K, child, C, pixel]
+    own = pixels.diagonal(dim1=2, dim2=4).transpose(2, 3)  # [B, K, child, C]
+    return own.unsqueeze(-1).expand(*own.shape, 4).flatten(3).flatten(1, 2)
 
 
 def _finite_or_infinity(t: Tensor) -> Tensor:
@@ -330,19 +341,46 @@ class Reference(Backend):
 
     def patchify(self, field, table, tokens):
         _check_places(table, field)
-        _, y, x = table.to(torch.int64).unbind(-1)
-        tokens.copy_(field[_batch_index(y), y, x])
+        level, y, x = table.to(torch.int64).unbind(-1)
+        height, width = field.shape[3:5]
+        lines = y[..., None] * height + (_numbers(height, table) << level[..., None])
+        columns = x[..., None] * width + (_numbers(width, table) << level[..., None])
+        lines, columns = lines[..., :, None], columns[..., None, :]
+        batch = torch.arange(len(table), device=table.device).view(-1, 1, 1, 1)
+        cell, inside = (lines // height, columns // width), (lines % height, columns % width)
+        tokens.copy_(field[(batch, *cell, *inside)])
 
     def unpatchify(self, tokens, table, field):
         _check_places(table, field)
         if tokens.shape[1] == 0:
             return
-        owner = covering_token(table, *field.shape[1:3])
-        found = tokens[_batch_index(owner[..., 0]).unsqueeze(-1), owner.clamp(min=0)]
-        field.copy_(torch.where(owner[..., None, None, None] < 0, field, found))
+        _, rows, columns, height, width, _ = field.shape
+        owner = covering_token(table, rows, columns)
+        level, y, x = gather_rows(table.to(torch.int64), owner.clamp(min=0).flatten(1)).unbind(-1)
+        level, y, x = (t.unflatten(1, (rows, columns)).unsqueeze(-1) for t in (level, y, x))
+        y, x = _numbers(rows, table)[:, None, None] - y, _numbers(columns, table)[:, None] - x
+        # Where no token is, any pixel will do.
+        line = ((y * height + _numbers(height, table)) >> level).clamp(0, height - 1)
+        column = ((x * width + _numbers(width, table)) >> level).clamp(0, width - 1)
+        batch = torch.arange(len(table), device=table.device).view(-1, 1, 1, 1, 1)
+        owner = owner[..., None, None]
+        found = tokens[batch, owner.clamp(min=0), line[..., :, None], column[..., None, :]]
+        field.copy_(torch.where(owner.unsqueeze(-1) < 0, field, found))
 
     def resolution_transition(
-        self, x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table
+        self,
+        x,
+        table,
+        rows,
+        noise,
+        scale,
+        deviation,
+        pull,
+        unsplit,
+        pixelwise,
+        raster,
+        out,
+        out_table,
     ):
         _check_split(table, rows, raster, out.shape[1])
         source, places = split_tokens(table, rows)
@@ -351,10 +389,16 @@ class Reference(Backend):
         order = None if raster is None else y_cell * raster + x_cell
         noise = (noise if order is None else gather_rows(noise, order)).to(dtype)
         staying = x.shape[1] - rows.shape[1]
-        plain, siblings = noise[:, :staying], noise[:, staying:].unflatten(1, (-1, 4))
-        siblings = siblings + pull * siblings.mean(2, keepdim=True)
-        z = torch.cat([unsplit * plain, siblings.flatten(1, 2)], dim=1)
-        y = scale * gather_rows(x, source).to(dtype) + deviation * z
+        value = gather_rows(x, source).to(dtype)
+        plain, family = noise[:, :staying], noise[:, staying:]
+        if pixelwise:
+            value[:, staying:] = pixels_of_children(value[:, staying:])
+            family = family.unflatten(2, (-1, 4))
+            family = (family + pull * family.mean(3, keepdim=True)).flatten(2)
+        else:
+            family = family.unflatten(1, (-1, 4))
+            family = (family + pull * family.mean(2, keepdim=True)).flatten(1, 2)
+        y = scale * value + deviation * torch.cat([unsplit * plain, family], dim=1)
         scatter_rows(out, order, y.to(x.dtype))
         scatter_rows(out_table, order, places)
 

@@ -2,14 +2,16 @@
 
 A run has three stages. The first denoises at half the resolution, with a quarter of the tokens. Then the tokens that
 hold the most edges are split into four, and the second stage runs on tokens of both sizes; then all others are split,
-and the third runs at full resolution. Each time a token is split its four copies share their noise: scaling the state
-and adding anti-correlated noise makes it a point of the trajectory again, at an earlier time, from which the next stage
-sets out on a grid of its own.
+and the third runs at full resolution. Each time a token is split what was one value becomes four that share their
+noise: scaling the state and adding anti-correlated noise makes it a point of the trajectory again, at an earlier time,
+from which the next stage sets out on a grid of its own.
 
-Two modes. `"parity"` follows the published implementation: noise of unit variance also on the tokens that are not
-split, and edges of a picture whose darker half is clipped. `"fixed"` gives those tokens the variance the equations ask
-for, and looks at the whole range. Both copy tokens, not latent pixels, and share noise among the four siblings, as
-published. Random numbers are drawn for every image from its own initial latents, never from a global generator.
+Two modes. `"parity"` follows the published implementation: a token that is split is copied four times, which tiles its
+2 x 2 latent pixels over 4 x 4; noise has unit variance also on the tokens that are not split; edges are those of a
+picture whose darker half is clipped. `"fixed"` draws each latent pixel twice as large, as the paper's nearest
+neighbours are, gives those tokens the variance the equations ask for, and looks at the whole range. The noise that
+four copies or four pixels share is cancelled in either. Random numbers are drawn for every image from its own initial
+latents, never from a global generator.
 """
 
 from __future__ import annotations

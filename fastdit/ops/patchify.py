@@ -1,13 +1,15 @@
 """Between a field and its tokens, some of which cover one cell and others a square of cells.
 
-    patchify:    tokens[b, i] = field[b, y, x]                       the first cell of token i
-    unpatchify:  field[b, y + r, x + q] = tokens[b, i]               for r, q < 2^level
+    unpatchify:  pixel (p, q) of a token is drawn over 2^level x 2^level pixels of the field,
+                 from (y ph + 2^level p, x pw + 2^level q) on
+    patchify:    reads the first of them
 
 A field is [B, gh, gw, ph, pw, C], a grid of cells that hold a patch of pixels each: a view, with
 any strides, of latents [B, C, gh ph, gw pw] or of packed tokens [B, gh gw, C ph pw], as for
 token_select. The table, int32 [B, n, 3], says of each token its level, and y and x of its first
 cell. So tokens of several sizes are read from, and drawn into, pictures of one size; a token of
-level 1 is drawn over 2 x 2 cells. Images of a batch have tables of their own, of one length.
+level 1 covers 2 x 2 cells, and is drawn there twice as large. Images of a batch have tables of
+their own, of one length.
 
 The elements of a token are in the order (C, ph, pw), that of packed latents, or (ph, pw, C).
 
@@ -42,7 +44,7 @@ def patchify(
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The tokens of a field: each the patch of its first cell.
+    """The tokens of a field.
 
     Args:
         field: [B, gh, gw, ph, pw, C], floating, with any strides.
@@ -87,7 +89,7 @@ def unpatchify(
     channels_last: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Draw tokens into a field, each over all cells that it covers.
+    """Draw tokens into a field, each as large as the cells that it covers.
 
     Args:
         tokens: [B, n, C ph pw], floating, with any batch and token strides.

@@ -12,6 +12,10 @@ given, and c the correlation, the z of four siblings is, for every channel,
 and that of a token which is not split is unsplit * eps, unsplit = sqrt(1 - c) by default. Where x
 has noise of variance v^2 and deviation^2 c = scale^2 v^2, the noise of `out` is white.
 
+Pixelwise, a token is pixels in the order (C, 2, 2), and what is copied four times is each of them:
+child k is pixel k of its parent, four times, so that the token is drawn twice as large. Then it is
+the four pixels of a child, in each channel, whose eps and z the line above is of.
+
 x [B, n, C] holds tokens of several levels, their places in a table [B, n, 3] as for patchify; out
 is [B, n + 3 K, C] and has a table of its own. The order of both is
 
@@ -37,7 +41,7 @@ from fastdit.ops.registry import define, requires_grad, resolve, traced
 
 SCHEMA = (
     "resolution_transition(Tensor x, Tensor table, Tensor rows, Tensor noise, float scale, "
-    "float deviation, float pull, float unsplit, int? raster, Tensor(a!) out, "
+    "float deviation, float pull, float unsplit, bool pixelwise, int? raster, Tensor(a!) out, "
     "Tensor(b!) out_table, str? backend) -> ()"
 )
 
@@ -52,6 +56,7 @@ def resolution_transition(
     deviation: float,
     correlation: float,
     unsplit: float | None = None,
+    pixelwise: bool = False,
     raster: int | None = None,
     out: Tensor | None = None,
     out_table: Tensor | None = None,
@@ -69,6 +74,8 @@ def resolution_transition(
         deviation: what the noise is multiplied by.
         correlation: c, from 0 to 1/4.
         unsplit: the deviation of z where a token is not split; None for sqrt(1 - c).
+        pixelwise: whether children are pixels of their parent, and not copies of it; C is then a
+            multiple of 4.
         raster: cells in a row of the grid, for raster order; None for compact order.
         out: [B, n + 3 K, C], where to write; a new tensor by default.
         out_table: int32 [B, n + 3 K, 3], where to write the table of `out`; a new tensor by default.
@@ -99,17 +106,17 @@ def resolution_transition(
         raise ArgumentError(f"correlation: got {correlation!r}; accepted is a number from 0 to 1/4")
     pull = math.sqrt(1 - 4 * correlation) - 1
     unsplit = math.sqrt(1 - correlation) if unsplit is None else unsplit
-    numbers = (scale, deviation, pull, unsplit)
+    how = (scale, deviation, pull, unsplit, pixelwise, raster)
     if traced():
         out, out_table = _new(x, table, rows, out, out_table)
         torch.ops.fastdit.resolution_transition.default(
-            x, table, rows, noise, *numbers, raster, out, out_table, backend
+            x, table, rows, noise, *how, out, out_table, backend
         )
         return out, out_table
-    _check(x, table, rows, noise, *numbers, raster, out, out_table)
+    _check(x, table, rows, noise, *how, out, out_table)
     out, out_table = _new(x, table, rows, out, out_table)
     function = resolve("resolution_transition", x.device, x.dtype, backend)
-    function(x, table, rows, noise, *numbers, raster, out, out_table)
+    function(x, table, rows, noise, *how, out, out_table)
     return out, out_table
 
 
@@ -122,10 +129,12 @@ def _new(x, table, rows, out, out_table) -> tuple[Tensor, Tensor]:
 
 
 def _run(
-    x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table, backend=None
-) -> None:
+    x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out, out_table,
+    backend=None,
+) -> None:  # fmt: skip
     """What torch.ops calls once a trace runs."""
-    arguments = (x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table)
+    how = (scale, deviation, pull, unsplit, pixelwise, raster)
+    arguments = (x, table, rows, noise, *how, out, out_table)
     _check(*arguments)
     resolve("resolution_transition", x.device, x.dtype, backend)(*arguments)
 
@@ -133,7 +142,9 @@ def _run(
 define(SCHEMA, _run)
 
 
-def _check(x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, out_table) -> None:
+def _check(
+    x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out, out_table
+) -> None:
     """`out` and `out_table` are None where they are yet to be allocated."""
     batch, tokens, width = checks.state("x", x, any_stride=True)
     dtype, device = x.dtype, x.device
@@ -151,6 +162,10 @@ def _check(x, table, rows, noise, scale, deviation, pull, unsplit, raster, out, 
     for name, value in numbers.items():
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ArgumentError(f"{name}: got {value!r}; accepted is a finite number")
+    if pixelwise and width % 4:
+        raise ArgumentError(
+            f"pixelwise: got True with tokens of {width} elements; accepted with it are multiples of 4"
+        )
     if raster is not None:
         checks.integer("raster", raster, 1, max(size[1], 1))
     written = []
