@@ -769,9 +769,11 @@ class Session:
         autocast = torch.is_autocast_enabled(call.hidden_states.device.type)
         stage = run.resolution.index if run.resolution is not None else 0
         signature = (*call.signature, autocast, stage)
-        if branch.signature != signature or not _same_tensors(branch, call.embeddings):
-            branch.slots.clear()
+        same = branch.signature is not None and _same_tensors(branch, call.embeddings)
+        if not same:
             branch.prompts.clear()
+        if branch.signature != signature or not same:
+            branch.slots.clear()
             branch.keys.clear()
             branch.velocity = None
         branch.signature, branch.embeddings = signature, call.embeddings

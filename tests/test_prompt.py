@@ -55,6 +55,19 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     assert not is_installed(getattr(pipe.transformer, PROJECTIONS[name]))
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_the_prompt_outlives_a_change_of_resolution(name):
+    pipe = tiny_models.pipeline(name)
+    method = fastdit.RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
+    fastdit.patch(pipe, method, backend="reference")
+    size = {"steps": 7, "height": 16, "width": 24}
+    expected = generate(pipe, name, **size)
+    calls = counted(pipe, name)
+    fastdit.patch(pipe, method)
+    assert distance(generate(pipe, name, **size), expected) < 1e-4
+    assert len(calls) == (2 if name == "flux" else 1)
+
+
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
 def test_a_prompt_swapped_in_a_run_is_projected_anew(name):
     """As stock does, whether the tensor is another one or is written into."""
