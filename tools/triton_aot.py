@@ -48,6 +48,8 @@ class StatedDriver:
 
 def instances() -> dict[str, Callable[[int], None]]:
     """Name -> a call of a launcher, given the architecture."""
+    from triton_kernels.blend import blend, blend_backward
+    from triton_kernels.collapse import collapse
     from triton_kernels.gated_residual import gated_residual
     from triton_kernels.launch import launch_for
     from triton_kernels.norm_modulate import norm_modulate
@@ -138,16 +140,35 @@ def instances() -> dict[str, Callable[[int], None]]:
         table = new(batch, 1945, 3, dtype=torch.int32)
         return lambda architecture: patchify(field, table, tokens, draw=draw)
 
-    def transition(dtype: torch.dtype, before: int, split: int, raster: int | None):
+    def transition(
+        dtype: torch.dtype, before: int, split: int, pixelwise: bool, raster: int | None
+    ):
         after = before + 3 * split
         x, out = (new(batch, count, 64, dtype=dtype) for count in (before, after))
         table, out_table = (new(batch, count, 3, dtype=torch.int32) for count in (before, after))
         rows = new(batch, split, dtype=torch.int32)
         noise = new(batch, after, 64, dtype=torch.float32)
-        numbers = (0.2, 0.9, -0.1, 0.99, raster)
+        how = (0.2, 0.9, -0.1, 0.99, pixelwise, raster)
         return lambda architecture: resolution_transition(
-            x, table, rows, noise, *numbers, out, out_table
+            x, table, rows, noise, *how, out, out_table
         )
+
+    def mixture(width: int, dtype: torch.dtype, gated: bool):
+        t = new(batch, tokens, width, dtype=dtype)
+        r, gate = new(1, dtype=torch.float32), new(batch, width, dtype=dtype) if gated else None
+        return lambda architecture: blend(t, t, r, t if gated else None, gate, None, t)
+
+    def mixture_backward(width: int, dtype: torch.dtype, gated: bool):
+        t = new(batch, tokens, width, dtype=dtype)
+        r, gate = new(1, dtype=torch.float32), new(batch, width, dtype=dtype) if gated else None
+        return lambda architecture: blend_backward(t, t, t, r, gate, t, t, r)
+
+    def sums(width: int, count: int, dtype: torch.dtype, groups: int):
+        branches = [new(batch, tokens, width, dtype=dtype)] * count
+        weights = [new(batch, width, dtype=dtype)] * count
+        found = new(groups, batch, tokens, width, dtype=torch.float32)
+        members = [i % groups for i in range(count)]
+        return lambda architecture: collapse(branches, weights, members, False, found)
 
     def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, queries: int = tokens):
         q = new(batch, queries, heads, dim, dtype=dtype)
@@ -173,9 +194,16 @@ def instances() -> dict[str, Callable[[int], None]]:
         "patchify bf16 packed": patches(bf16, True, False),
         "patchify fp32 latents": patches(fp32, False, False),
         "patchify bf16 latents drawn": patches(bf16, False, True),
-        "resolution_transition bf16 compact": transition(bf16, 1024, 307, None),
-        "resolution_transition bf16 raster": transition(bf16, 1945, 717, 64),
-        "resolution_transition fp32 raster": transition(fp32, 1945, 717, 64),
+        "resolution_transition bf16 compact": transition(bf16, 1024, 307, False, None),
+        "resolution_transition bf16 compact pixels": transition(bf16, 1024, 307, True, None),
+        "resolution_transition bf16 raster pixels": transition(bf16, 1945, 717, True, 64),
+        "resolution_transition fp32 raster": transition(fp32, 1945, 717, False, 64),
+        "blend bf16 D1152 gated": mixture(1152, bf16, True),
+        "blend fp32 D1536": mixture(1536, fp32, False),
+        "blend_backward bf16 D1152 gated": mixture_backward(1152, bf16, True),
+        "blend_backward fp32 D1536": mixture_backward(1536, fp32, False),
+        "collapse bf16 D1152 k8 in 3": sums(1152, 8, bf16, 3),
+        "collapse fp32 D1152 k28 in 3": sums(1152, 28, fp32, 3),
         "token_select bf16 packed": select(bf16, False, "std"),
         "token_select fp16 latents age": select(fp16, True, "std", 5),
         "token_select fp32 latents l2norm": select(fp32, True, "l2norm"),
