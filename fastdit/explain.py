@@ -17,7 +17,9 @@ from fastdit.adapters.base import Size
 from fastdit.clock import predicted_levels
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
+from fastdit.install import is_installed
 from fastdit.modulation import ahead
+from fastdit.packed import linears_of
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.spec import ModelSpec
@@ -43,6 +45,7 @@ class Explanation:
         cache_bytes: Most bytes in caches at once.
         modulation_bytes: Bytes of the modulations made ahead for the next steps, beside the caches, where a step is one
             call and its timesteps are known.
+        packed_bytes: Most bytes of weights kept packed for few rows, beside the caches; 0 without `pack_weights`.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
         resampled: The row of a schedule of another number of steps that each step takes; else empty.
         collapse: Which reused outputs are kept as sums, or why none are; empty where the family has no such sums.
@@ -67,6 +70,7 @@ class Explanation:
     cache_bytes: int
     raster: str
     modulation_bytes: int = 0
+    packed_bytes: int = 0
     tokens_per_step: tuple[int, ...] = ()
     resampled: tuple[int, ...] = ()
     collapse: str = ""
@@ -96,6 +100,8 @@ class Explanation:
             lines.append(
                 f"  ahead     modulations of the next steps, {self.modulation_bytes / 2**20:.1f} MiB"
             )
+        if self.packed_bytes:
+            lines.append(f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB")
         if self.collapse:
             lines.append(f"  collapse  {self.collapse}")
         if self.tokens_per_step:
@@ -184,6 +190,9 @@ def explain_session(
         modulation_bytes=0
         if session.eager
         else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
+        packed_bytes=sum(
+            layer.weight.nbytes for layer in linears_of(session.blocks) if is_installed(layer)
+        ),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),

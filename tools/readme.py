@@ -231,7 +231,8 @@ def _ras(result: dict[str, Any]) -> list[str]:
             f"One sparse step of RAS: {result['what']}, depth {result['depth']} of {result['full_depth']}; "
             f"{_machine(result['machine'])}; medians of {result['pairs']} interleaved rounds, their range in "
             "brackets. Two rows are one image with guidance, four are two. The last column is over the same step of "
-            "the authors' code (microsoft/RAS, its way without CUDA). (`benchmarks/bench_ras.py`)"
+            "the authors' code (microsoft/RAS, its way without CUDA). More than all that the arithmetic promises is "
+            "realised where attention of few queries outruns torch's. (`benchmarks/bench_ras.py`)"
         ),
         "",
         (
@@ -260,10 +261,9 @@ def _ras(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"Fitted over the tokens computed, a step of {batch['rows']} rows without any would take "
             f"{packed['a_s'] / batch['dense_s']:.1%} of a dense one with packed weights: "
-            f"{packed['fixed_share']:.1%} is the arithmetic of the text, {packed['overhead_share']:.1%} more than that "
-            f"({packed['outside_share']:.1%} outside torch's matrix products and attention; the rest is that products "
-            f"of few rows run below the speed of those with many). With weights as they are it is "
-            f"{plain['overhead_share']:.1%} more."
+            f"{packed['fixed_share']:.1%} is the arithmetic of the text, {packed['overhead_share']:.1%} more than that. "
+            f"With weights as they are it is {plain['overhead_share']:.1%} more, since torch lays out all weights anew "
+            "for a product of few rows too."
         )
     return lines
 
