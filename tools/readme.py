@@ -262,8 +262,8 @@ def _ras(result: dict[str, Any]) -> list[str]:
             f"Fitted over the tokens computed, a step of {batch['rows']} rows without any would take "
             f"{packed['a_s'] / batch['dense_s']:.1%} of a dense one with packed weights: "
             f"{packed['fixed_share']:.1%} is the arithmetic of the text, {packed['overhead_share']:.1%} more than "
-            f"that. With weights as they are it is {plain['overhead_share']:.1%} more, since torch lays out all weights anew "
-            "for a product of few rows too."
+            f"that. With weights as they are it is {plain['overhead_share']:.1%} more, since torch lays out all "
+            "weights anew for a product of few rows too."
         )
     return lines
 
