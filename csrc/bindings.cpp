@@ -164,9 +164,9 @@ void check_split(const ResolutionTransition& p) {
 
 void resolution_transition(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                            py::handle table, int64_t split, py::handle rows, py::handle noise,
-                           float scale, float deviation, float pull, float unsplit, bool pixelwise, int64_t raster,
-                           py::handle out, py::handle out_table, int64_t /* stored: none */,
-                           int threads) {
+                           float scale, float deviation, float pull, float unsplit, bool pixelwise,
+                           int64_t raster, py::handle out, py::handle out_table,
+                           int64_t /* stored: none */, int threads) {
   ResolutionTransition p =
       resolution_transition_of(dtype, batch, tokens, width, x, table, split, rows, noise, scale,
                                deviation, pull, unsplit, pixelwise, raster, out, out_table);

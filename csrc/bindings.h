@@ -212,13 +212,10 @@ inline Patchify patchify_of(int dtype, const py::tuple& field, const py::tuple& 
   return p;
 }
 
-inline ResolutionTransition resolution_transition_of(int dtype, int64_t batch, int64_t tokens,
-                                                     int64_t width, py::handle x, py::handle table,
-                                                     int64_t split, py::handle rows,
-                                                     py::handle noise, float scale, float deviation,
-                                                     float pull, float unsplit, bool pixelwise,
-                                                     int64_t raster,
-                                                     py::handle out, py::handle out_table) {
+inline ResolutionTransition resolution_transition_of(
+    int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x, py::handle table,
+    int64_t split, py::handle rows, py::handle noise, float scale, float deviation, float pull,
+    float unsplit, bool pixelwise, int64_t raster, py::handle out, py::handle out_table) {
   ResolutionTransition p;
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};

@@ -53,8 +53,9 @@ void patchify(int dtype, const py::tuple& field, const py::tuple& tokens, py::ha
 
 void resolution_transition(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                            py::handle table, int64_t split, py::handle rows, py::handle noise,
-                           float scale, float deviation, float pull, float unsplit, bool pixelwise, int64_t raster,
-                           py::handle out, py::handle out_table, int device, uintptr_t stream) {
+                           float scale, float deviation, float pull, float unsplit, bool pixelwise,
+                           int64_t raster, py::handle out, py::handle out_table, int device,
+                           uintptr_t stream) {
   const ResolutionTransition p =
       resolution_transition_of(dtype, batch, tokens, width, x, table, split, rows, noise, scale,
                                deviation, pull, unsplit, pixelwise, raster, out, out_table);

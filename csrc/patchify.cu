@@ -1,6 +1,6 @@
 // A thread takes one element of one token: reads it and writes it, or draws it as large as the
-// token's level says. Elements are numbered with the column of a patch first and the channel last, so
-// that neighbours of a latent image are taken by neighbours; packed tokens are patches of one
+// token's level says. Elements are numbered with the column of a patch first and the channel last,
+// so that neighbours of a latent image are taken by neighbours; packed tokens are patches of one
 // pixel.
 #include "cuda_port.h"
 #include "launch.h"

@@ -1,7 +1,8 @@
 // A block takes one token. All of its threads search `rows` for it, with the same loads, and so
-// know where it goes; then a thread takes an element, and all four that share noise: the siblings of
-// a channel, or the pixels of the child that the element becomes. Their mean needs no other thread. x, the noise and the output are touched once. Nothing is counted beforehand and
-// no block waits for another, so compaction is one launch.
+// know where it goes; then a thread takes an element, and all four that share noise: the siblings
+// of a channel, or the pixels of the child that the element becomes. Their mean needs no other
+// thread. x, the noise and the output are touched once. Nothing is counted beforehand and no block
+// waits for another, so compaction is one launch.
 #include "cuda_port.h"
 #include "launch.h"
 #include "resolution_transition.h"

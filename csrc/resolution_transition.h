@@ -17,8 +17,8 @@ struct ResolutionTransition {
   int64_t split = 0;  // K
   float scale = 0;
   float deviation = 0;
-  float pull = 0;      // what the mean of four that share noise is multiplied by and added to each
-  float unsplit = 0;   // the deviation of the noise of others
+  float pull = 0;     // what the mean of four that share noise is multiplied by and added to each
+  float unsplit = 0;  // the deviation of the noise of others
   bool pixelwise = false;  // a child is four times a pixel of its parent, not its parent
   int64_t raster = 0;      // cells in a row; 0: compact order
   Dtype dtype = Dtype::kFloat32;

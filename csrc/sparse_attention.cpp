@@ -102,7 +102,8 @@ FD_INLINE void multiply(const float* left, int64_t left_stride, const float* rig
                         int64_t right_stride, int64_t n, Vec (&sums)[kRows][kCount]) {
   for (int64_t i = 0; i < n; ++i) {
     // The other loads wait for nothing; these come from the second cache.
-    for (int c = 0; c < kCount; ++c) __builtin_prefetch(right + (i + 4) * right_stride + c * kWidth);
+    for (int c = 0; c < kCount; ++c)
+      __builtin_prefetch(right + (i + 4) * right_stride + c * kWidth);
     Vec columns[kCount];
     for (int c = 0; c < kCount; ++c) columns[c] = load(right + i * right_stride + c * kWidth);
     for (int r = 0; r < kRows; ++r) {
@@ -187,7 +188,8 @@ FD_INLINE void one_tile(const SparseAttention& p, Scratch& s, int64_t row, int64
 #pragma GCC unroll 4
     for (int c = 0; c < kColumns; ++c) {
       const int64_t at = t * kTile + c * kWidth;
-      const Ints inside = numbered_lanes() < static_cast<int32_t>(count - at);  // others weigh nothing
+      const Ints inside =
+          numbered_lanes() < static_cast<int32_t>(count - at);  // others weigh nothing
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         const Vec score = chosen(inside, sums[r][c] * scale, lowest);

@@ -303,6 +303,11 @@ WRONG_TRANSITION = {
     "noise dtype": ({"noise": some(B, 5, 12).half()}, "noise", "torch.float32"),
     "correlation": ({"correlation": 0.3}, "correlation", "0 to 1/4"),
     "correlation below": ({"correlation": -0.1}, "correlation", "0 to 1/4"),
+    "pixels of a token": (
+        {"x": some(B, 2, 6), "noise": some(B, 5, 6), "pixelwise": True},
+        "pixelwise",
+        "of 4",
+    ),
     "correlation NaN": ({"correlation": float("nan")}, "correlation", "0 to 1/4"),
     "scale": ({"scale": float("inf")}, "scale", "finite"),
     "deviation": ({"deviation": None}, "deviation", "finite"),

@@ -141,20 +141,9 @@ class Compiled(Backend):
         )
 
     def resolution_transition(
-        self,
-        x,
-        table,
-        rows,
-        noise,
-        scale,
-        deviation,
-        pull,
-        unsplit,
-        pixelwise,
-        raster,
-        out,
+        self, x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out,
         out_table,
-    ):
+    ):  # fmt: skip
         self._module.resolution_transition(
             DTYPE_CODES[x.dtype],
             *x.shape,

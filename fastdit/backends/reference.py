@@ -368,20 +368,9 @@ class Reference(Backend):
         field.copy_(torch.where(owner.unsqueeze(-1) < 0, field, found))
 
     def resolution_transition(
-        self,
-        x,
-        table,
-        rows,
-        noise,
-        scale,
-        deviation,
-        pull,
-        unsplit,
-        pixelwise,
-        raster,
-        out,
+        self, x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out,
         out_table,
-    ):
+    ):  # fmt: skip
         _check_split(table, rows, raster, out.shape[1])
         source, places = split_tokens(table, rows)
         dtype = torch.promote_types(x.dtype, torch.float32)
