@@ -860,7 +860,7 @@ def opcheck_samples():
     given = transition()
     given = [given[name] for name in ("x", "table", "rows", "noise", "scale", "deviation")]
     written = (some(B, 5, 12, key=5), table(B, 5, 3))
-    yield "resolution_transition", (*given, -0.1, 1.0, None, *written, None)
+    yield "resolution_transition", (*given, -0.1, 1.0, False, None, *written, None)
     *stream, rows, cos, sin = prologue().values()
     affine = ("rms", some(DIM), None, None, None, 1e-6)
     yield "qkv_prologue", (*stream, rows, 0, 0, *affine, cos, sin, None)
