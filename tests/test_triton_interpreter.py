@@ -15,33 +15,41 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-FILES = (
-    "test_blend.py",
-    "test_collapse.py",
-    "test_gated_residual.py",
-    "test_norm_modulate.py",
-    "test_patchify.py",
-    "test_qkv_prologue.py",
-    "test_resolution_transition.py",
-    "test_sparse_attention.py",
-    "test_token_select.py",
-    "test_triton_kernels.py",
-    pytest.param("test_triton_faults.py", marks=pytest.mark.kernels),
-)
 # The op tests size their repeats for compiled kernels; test_triton_kernels.py has smaller ones.
 SELECTION = "triton and not triton-check_repeats"
+#: what takes more than half of a file's minutes; only `make kernels` runs it
+LONG = {
+    "test_qkv_prologue.py": "check_sizes or check_strides or check_optional_parts",
+    "test_token_select.py": "check_sizes or check_ties or check_one_side_of_a_tie",
+}
+FILES = (
+    *("test_blend.py", "test_collapse.py", "test_gated_residual.py", "test_norm_modulate.py"),
+    *("test_patchify.py", "test_resolution_transition.py", "test_sparse_attention.py"),
+    "test_triton_kernels.py",
+)
+RUNS = (
+    *((file, SELECTION) for file in FILES),
+    *((file, f"{SELECTION} and not ({checks})") for file, checks in LONG.items()),
+    *(
+        pytest.param(file, selection, marks=pytest.mark.kernels)
+        for file, selection in (
+            *((file, f"triton and ({checks})") for file, checks in LONG.items()),
+            ("test_triton_faults.py", SELECTION),
+        )
+    ),
+)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (triton==3.7.1)"
 )
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_in_the_interpreter(file, tmp_path):
+@pytest.mark.parametrize(("file", "selection"), RUNS)
+def test_kernels_in_the_interpreter(file, selection, tmp_path):
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     environment.pop("FASTDIT_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreter", "-k", SELECTION]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreter", "-k", selection]
     command += ["-o", f"cache_dir={tmp_path}", str(HERE / file)]
     # Not in the checkout: `python -m` would import the package from there.
     done = subprocess.run(
