@@ -14,7 +14,7 @@ from shapes import selected
 from tiling import CHANNELS, PATCH, WIDTH, draw, field_of, read, tiling
 
 
-@pytest.mark.parametrize("contender", ["fastdit", "gather"])
+@pytest.mark.parametrize("contender", ["fastdit", "eager"])
 @pytest.mark.parametrize("way", ["to tokens", "to latents"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", selected(), ids=lambda s: s.name)
@@ -26,9 +26,9 @@ def bench_patchify(measure, shape, dtype, way, contender):
     tokens = torch.randn(*table.shape[:2], WIDTH, dtype=dtype)
     functions = {
         ("to tokens", "fastdit"): lambda: ops.patchify(field, table, out=tokens),
-        ("to tokens", "gather"): lambda: read(latents, tiles),
+        ("to tokens", "eager"): lambda: read(latents, tiles),
         ("to latents", "fastdit"): lambda: ops.unpatchify(tokens, table, field),
-        ("to latents", "gather"): lambda: draw(tokens, tiles),
+        ("to latents", "eager"): lambda: draw(tokens, tiles),
     }
     moved = tokens.nbytes + (tokens if way == "to tokens" else latents).nbytes
     case = {"shape": shape.name, "size": size, "dtype": str(dtype), "way": way}

@@ -14,7 +14,7 @@ from shapes import selected
 from tiling import NUMBERS, WIDTH, finish, tiling
 
 
-@pytest.mark.parametrize("contender", ["fastdit", "fastdit allocating", "copies and sort"])
+@pytest.mark.parametrize("contender", ["fastdit", "fastdit allocating", "eager"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", selected(), ids=lambda s: s.name)
 def bench_resolution_transition(measure, shape, dtype, contender):
@@ -29,7 +29,7 @@ def bench_resolution_transition(measure, shape, dtype, contender):
     functions = {
         "fastdit": lambda: ops.resolution_transition(*given, **options, **written),
         "fastdit allocating": lambda: ops.resolution_transition(*given, **options),
-        "copies and sort": lambda: finish(x, noise, tiles),
+        "eager": lambda: finish(x, noise, tiles),
     }
     case = {"shape": shape.name, "size": list(out.shape), "dtype": str(dtype)}
     measure(functions[contender], x.nbytes + noise.nbytes + out.nbytes, case, contender)

@@ -18,7 +18,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
-OPS = ("gated_residual", "norm_modulate", "sparse_attention")
+OPS = (
+    "gated_residual",
+    "norm_modulate",
+    "patchify",
+    "resolution_transition",
+    "sparse_attention",
+)
 BEGIN = "<!-- begin: tables made by tools/readme.py from result files; do not edit -->"
 END = "<!-- end -->"
 
