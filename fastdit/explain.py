@@ -17,9 +17,7 @@ from fastdit.adapters.base import Size
 from fastdit.clock import predicted_levels
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
-from fastdit.install import is_installed
 from fastdit.modulation import ahead
-from fastdit.packed import linears_of
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.spec import ModelSpec
@@ -190,9 +188,7 @@ def explain_session(
         modulation_bytes=0
         if session.eager
         else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
-        packed_bytes=sum(
-            layer.weight.nbytes for layer in linears_of(session.blocks) if is_installed(layer)
-        ),
+        packed_bytes=sum(layer.weight.nbytes for layer in session.linears),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),

@@ -341,7 +341,8 @@ def patch(
     linears = []
     if pack_weights:
         check_packable(transformer, bound.backend)
-        linears = linears_of([block for _, block in blocks])
+        found = linears_of([block for _, block in blocks])
+        linears = [layer for layer in found if layer not in parts]
     for module in (
         *(block for _, block in blocks),
         *embedders,
@@ -363,6 +364,7 @@ def patch(
     for modules, link in ((prompts, PromptLink), (conditions, ConditionLink)):
         for module in modules:
             install(module, link(session))
+    session.linears = linears
     for module in linears:
         install(module, LinearLink(session), compiles=True)
     for index, name, module in wrapped:
@@ -483,7 +485,7 @@ def _remove(transformer: nn.Module) -> None:
         uninstall(module)
     for _, _, module in session.adapter.wrapped(transformer):
         uninstall(module)
-    for module in linears_of(session.blocks):
+    for module in session.linears:
         uninstall(module)
     _remove_hooks(transformer, session)
     transformer.__dict__.pop(_RESET, None)

@@ -119,6 +119,7 @@ class Session:
         adapter, spec, methods, ops: What runs, fixed when patching.
         blocks: The transformer's blocks of all kinds in running order.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
+        linears: Layers of the blocks whose weights are kept packed in a run.
         enabled: False inside ``with h.disabled()``.
         frames: What watches the image form, inside ``with h.watch()``; else None.
         run: The run in progress, or the last one (its caches already dropped), or None.
@@ -139,6 +140,7 @@ class Session:
         self.ops = ops
         self.blocks = list(blocks)
         self.eager = eager
+        self.linears: list[nn.Linear] = []
         self.enabled = True
         self.run: Run | None = None
         self.forward: Forward | None = None
@@ -162,6 +164,7 @@ class Session:
         memo[id(self)] = clone
         blocks = copy.deepcopy(self.blocks, memo)
         Session.__init__(clone, self.adapter, self.spec, self.methods, self.ops, blocks, self.eager)
+        clone.linears = copy.deepcopy(self.linears, memo)
         clone.enabled = self.enabled
         copied = memo.get(id(self.pipeline())) if self.pipeline is not None else None
         if copied is not None:  # the whole pipeline is being copied

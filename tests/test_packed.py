@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastdit
+import test_generic
 import tiny_models
 from contract import distance, same_bits
 from fastdit import packed
@@ -169,3 +170,24 @@ def test_what_would_come_to_nothing_is_refused(monkeypatch):
     with pytest.raises(BackendError, match="a torch with MKL"):
         fastdit.patch(model, pack_weights=True)
     assert not any(map(is_installed, (*model.modules(), *half.modules())))
+
+
+@torch.no_grad()
+def test_a_layer_that_is_a_component_itself_is_still_reused(few_rows):
+    """Of a family without an adapter, whose components are wrapped as they are."""
+    model = tiny_models.randomise(test_generic.aura_flow()).eval()
+    for block in (*model.joint_transformer_blocks, *model.single_transformer_blocks):
+        block.ff = nn.Linear(16, 16)
+    schedule = fastdit.Cached(fastdit.Schedule.every(2))
+    found = []
+    for pack_weights in (False, True):
+        with pytest.warns(UserWarning, match="has no adapter"):
+            handle = fastdit.patch(model, schedule, pack_weights=pack_weights)
+        with handle.run(range(STEPS)):
+            for step in range(STEPS):
+                found.append(model(**test_generic.inputs(step))[0])
+        assert handle.report().reuse_share == 0.5
+        handle.unpatch()
+    assert not any(map(is_installed, model.modules()))
+    for plain, packed_one in zip(found[:STEPS], found[STEPS:], strict=True):
+        assert distance(packed_one, plain) <= FORWARD
