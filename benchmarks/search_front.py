@@ -73,6 +73,7 @@ def settings_of(folder: Path) -> tuple[Work, Settings]:
         identity["race"],
         Operators(**identity["operators"]),
         even_steps=bool(identity["given"]),
+        surrogate=identity["surrogate"],
     )
     return Work(**work), settings
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from fastdit.spec import BlockKind, ModelSpec
 from search_fakes import COST, GENOME, HARM, STEPS, WORK, FakeWorkers
 
 SETTINGS = Settings(generations=6, population=10, race=2, operators=Operators(mutation_share=0.5))
+WITH_SURROGATE = replace(SETTINGS, generations=4, surrogate=3)
 FLUX = ModelSpec(
     "flux",
     (
@@ -54,11 +56,12 @@ def described(found) -> list:
     return [(c.key, c.values, c.vector.tolist()) for c in found.front]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A search that nobody disturbed, and how many measurements it took."""
+@pytest.fixture(scope="module", params=[SETTINGS, WITH_SURROGATE], ids=["plain", "surrogate"])
+def whole(request, tmp_path_factory):
+    """A search that nobody disturbed: its front, how many measurements it took, its settings."""
     workers = FakeWorkers()
-    return described(search(tmp_path_factory.mktemp("whole"), workers=workers)), len(workers.asked)
+    found = search(tmp_path_factory.mktemp("whole"), request.param, workers)
+    return described(found), len(workers.asked), request.param
 
 
 # ---- vectors
@@ -422,12 +425,12 @@ def test_search_beats_its_seeds(tmp_path):
     assert all(found.genome.reused(c.vector) > 0 for c in found.front)
 
 
-def killed_search(folder: Path, after: int) -> None:
+def killed_search(folder: Path, settings: Settings, after: int) -> None:
     """A search in a process of its own that is killed after so many measurements."""
     child = os.fork()
     if child == 0:
         try:
-            search(folder, workers=FakeWorkers(dies_after=after))
+            search(folder, settings, FakeWorkers(dies_after=after))
         finally:
             os._exit(1)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -435,29 +438,31 @@ def killed_search(folder: Path, after: int) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_killed_at_any_point_it_ends_with_the_same_front(tmp_path, whole):
-    expected, measurements = whole
+    expected, measurements, settings = whole
     points = np.random.default_rng(11).choice(measurements, 5, replace=False)
     for after in points.tolist():
         folder = tmp_path / str(after)
-        killed_search(folder, after)
+        killed_search(folder, settings, after)
         workers = FakeWorkers()
-        assert described(search(folder, workers=workers)) == expected
+        assert described(search(folder, settings, workers)) == expected
         assert len(workers.asked) == measurements - after  # nothing was measured twice
     folder = tmp_path / "again and again"
     for part in sorted(points.tolist())[:2]:
-        killed_search(folder, max(1, part // 4))
-    assert described(search(folder)) == expected
+        killed_search(folder, settings, max(1, part // 4))
+    assert described(search(folder, settings)) == expected
 
 
 def test_the_order_of_answers_does_not_matter(tmp_path, whole):
-    assert described(search(tmp_path, workers=FakeWorkers(backwards=True))) == whole[0]
+    expected, _, settings = whole
+    assert described(search(tmp_path, settings, FakeWorkers(backwards=True))) == expected
 
 
 def test_more_generations_continue_a_search(tmp_path, whole):
-    search(tmp_path, Settings(**{**vars(SETTINGS), "generations": 3}))
+    expected, measurements, settings = whole
+    search(tmp_path, replace(settings, generations=3))
     workers = FakeWorkers()
-    assert described(search(tmp_path, workers=workers)) == whole[0]
-    assert 0 < len(workers.asked) < whole[1]
+    assert described(search(tmp_path, settings, workers)) == expected
+    assert 0 < len(workers.asked) < measurements
 
 
 def test_measured_latency_is_resumed_from_the_ledger(tmp_path):
@@ -472,13 +477,13 @@ def test_measured_latency_is_resumed_from_the_ledger(tmp_path):
 # ---- the ledger
 
 
-def test_a_cut_last_line_is_dropped_wherever_it_is_cut(tmp_path, whole):
-    search(tmp_path)
+def test_a_cut_last_line_is_dropped_wherever_it_is_cut(tmp_path):
+    expected = described(search(tmp_path))
     content = (tmp_path / LEDGER).read_bytes()
     starts = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     for cut in (starts[0] - 5, starts[0] + 3, starts[40] - 1, starts[40] + 1, len(content) - 1):
         (tmp_path / LEDGER).write_bytes(content[:cut])
-        assert described(search(tmp_path)) == whole[0]
+        assert described(search(tmp_path)) == expected
         for line in (tmp_path / LEDGER).read_text().splitlines():
             json.loads(line)
 

@@ -205,6 +205,7 @@ def search(
     race: options.Race = 0,
     unit: options.Unit = "bit",
     even_steps: options.EvenSteps = False,
+    surrogate: options.Surrogate = 0,
     seed_schedule: options.Seeds = None,
     seed: options.SearchSeed = 0,
     image_seed: options.ImageSeed = 0,
@@ -244,7 +245,7 @@ def search(
         arguments=size,
     )
     costs, operators = tuple(cost or ("true-macs",)), Operators.of(unit, seed)
-    settings = Settings(generations, population, costs, race, operators, even_steps)
+    settings = Settings(generations, population, costs, race, operators, even_steps, surrogate)
     seeds = [_read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)
     view.run(Console(), out, factory, work, settings, seeds, workers, ray)

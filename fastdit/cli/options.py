@@ -139,6 +139,13 @@ EvenSteps = Annotated[
     bool,
     typer.Option("--even-steps", help="Begin with whole steps, evenly spread, beside the paper's."),
 ]
+Surrogate = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="Generations bred on predictions between two that are measured; 0, as in the paper: none.",
+    ),
+]
 SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the search.")]
 ImageSeed = Annotated[int, typer.Option(min=0, help="Of the first picture.")]
 SearchBatch = Annotated[int, typer.Option("--batch", min=1, help="Pictures per pipeline call.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
 from fastdit.search.quality import is_logarithmic
 from fastdit.search.seeds import default_population, evenly_spread_steps, first_population
+from fastdit.search.surrogate import propose
 from fastdit.search.workers import Workers
 
 LEDGER = "ledger.jsonl"
@@ -41,6 +42,8 @@ class Settings:
         race: Items of the race of a fresh candidate (see `archive.py`); 0 for none.
         operators: NSGA-II's settings.
         even_steps: Begin with whole steps, evenly spread, too: half of the population at most, of all costs.
+        surrogate: Generations bred on predictions between two that are measured (see `surrogate.py`); 0 measures what
+            NSGA-II breeds, as the paper does.
     """
 
     generations: int = 50
@@ -49,12 +52,12 @@ class Settings:
     race: int = 0
     operators: Operators = field(default_factory=Operators)
     even_steps: bool = False
+    surrogate: int = 0
 
     def __post_init__(self) -> None:
-        if self.generations < 0 or self.race < 0:
-            raise ArgumentError(
-                f"generations and race must not be negative, got {self.generations} and {self.race}"
-            )
+        for name in ("generations", "race", "surrogate"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.population is not None and self.population < 2:
             raise ArgumentError(f"population must be at least 2, got {self.population}")
         if not self.costs or len(set(self.costs)) < len(self.costs):
@@ -184,6 +187,9 @@ class _Loop:
         vectors = self.algorithm.ask()
         if not len(vectors):
             return False
+        if number and self.settings.surrogate:
+            vectors = self._proposed(vectors, number)
+            self.algorithm.exchange(vectors)
         front = self.archive.front()
 
         def progress(done: int, total: int) -> None:
@@ -211,6 +217,20 @@ class _Loop:
         self.done = number + 1
         self.watch(self._state(number, 0, 0, front))
         return True
+
+    def _proposed(self, children: np.ndarray, number: int) -> np.ndarray:
+        """What the surrogate would rather measure than these children."""
+        measured = [candidate for candidate in self.archive.seen.values() if candidate.reused]
+        operators = self.settings.operators
+        return propose(
+            self.archive.genome,
+            children,
+            np.stack([candidate.vector for candidate in measured]),
+            self._on_axes(measured),
+            self.reference,
+            replace(operators, seed=operators.seed + number),
+            self.settings.surrogate,
+        )
 
     def _on_axes(self, candidates: Sequence[Candidate]) -> np.ndarray:
         logarithmic = is_logarithmic(self.archive.work.quality)

@@ -112,6 +112,16 @@ class Nsga2:
             return np.zeros((0, self._problem.n_var), dtype=bool)
         return self._asked.get("X").astype(bool)
 
+    def exchange(self, vectors: np.ndarray) -> None:
+        """These are measured in place of what the last `ask` gave, bool [n, bits]."""
+        from pymoo.core.population import Population
+
+        self._asked = Population.new(X=vectors)
+
+    def survivors(self) -> np.ndarray:
+        """The population, bool [n, bits]."""
+        return self._algorithm.pop.get("X").astype(bool)
+
     def tell(self, values: np.ndarray, reused: np.ndarray) -> None:
         """What the vectors asked for are worth: objectives [n, objectives], cells reused [n]."""
         from pymoo.core.evaluator import Evaluator

@@ -1,0 +1,170 @@
+"""A surrogate: predicts what schedules are worth from those measured so far, so that children are bred on predictions.
+
+Not of the paper, which measures every child. What a schedule costs is linear in its bits; its loss follows how stale
+what it reuses is. Kernel ridge regressions learn both from the measurements (the mean of a Gaussian process), NSGA-II
+breeds some generations on what they predict, and of these children those are measured that together would enlarge the
+front's hypervolume most. A prediction only ever decides what is measured next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fastdit.search.front import hypervolume, non_dominated
+from fastdit.search.genome import Genome
+from fastdit.search.nsga2 import Nsga2, Operators
+
+LENGTH = 3.0  # of the kernel over staleness, in median distances between the schedules measured
+RIDGE = 1e-2  # how much of a prediction's variance is the measurement's noise
+BREADTH = 4  # members bred on predictions, for each that is measured
+DIGITS = 6  # of a prediction: far above what differs with a machine's order of sums
+
+
+class Surrogate:
+    """Predicts objectives, the loss first, from those of measured schedules.
+
+    Args:
+        rows: What was measured, bool [n, steps, cells].
+        values: Its objectives, [n, objectives].
+    """
+
+    def __init__(self, rows: np.ndarray, values: np.ndarray) -> None:
+        stale, trend = _staleness(rows), _trend(rows)
+        self._slope = np.linalg.lstsq(trend, values[:, 0], rcond=None)[0]
+        self._loss = _Ridge(_exponential(stale), stale, values[:, 0] - trend @ self._slope)
+        self._costs = [_Ridge(_linear, _computed(rows), column) for column in values.T[1:]]
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """[m, objectives] of bool [m, steps, cells]."""
+        computed = _computed(rows)
+        loss = _trend(rows) @ self._slope + self._loss(_staleness(rows))
+        columns = [loss, *(costs(computed) for costs in self._costs)]
+        return np.column_stack(columns).round(DIGITS)
+
+
+def propose(
+    genome: Genome,
+    children: np.ndarray,
+    measured: np.ndarray,
+    values: np.ndarray,
+    reference: tuple[float, ...],
+    operators: Operators,
+    generations: int,
+) -> np.ndarray:
+    """What to measure in place of `children`, bool [n, genome size]: as many, and none that was measured.
+
+    Args:
+        genome: The model's bit vectors.
+        children: What NSGA-II would measure; they fill up what is short of promising ones.
+        measured: bool [m, genome size], without the uncached run.
+        values: [m, objectives] of these, on the axes of the hypervolume.
+        reference: The hypervolume's corner.
+        operators: NSGA-II's; the seed should differ between calls.
+        generations: To be bred on predictions.
+    """
+    surrogate = Surrogate(_rows(genome, measured), values)
+    front = non_dominated(values)
+    algorithm = Nsga2(
+        np.concatenate([measured[front], children]),
+        BREADTH * len(children),
+        values.shape[1],
+        operators,
+        genome.cells,
+    )
+    for _ in range(generations + 1):
+        vectors = algorithm.ask()
+        if not len(vectors):
+            break
+        rows = _rows(genome, vectors)
+        algorithm.tell(surrogate(rows), (~rows).sum(axis=(1, 2)))
+    seen = {genome.key(vector) for vector in measured}
+    fresh: dict[str, np.ndarray] = {}
+    for vector in algorithm.survivors():
+        key = genome.key(vector)
+        if key not in seen and genome.reused(vector) >= operators.min_difference:
+            fresh.setdefault(key, vector)
+    if not fresh:
+        return children
+    bred = np.stack(list(fresh.values()))
+    chosen = _enlarging(surrogate(_rows(genome, bred)), values[front], reference, len(children))
+    return np.concatenate([bred[chosen], children[: len(children) - len(chosen)]])
+
+
+def _enlarging(
+    points: np.ndarray, front: np.ndarray, reference: tuple[float, ...], count: int
+) -> list[int]:
+    """Of the `points`, at most `count` that one after the other enlarge the front's hypervolume most."""
+    left, chosen = list(range(len(points))), []
+    while left and len(chosen) < count:
+        volumes = [hypervolume(np.vstack([front, points[index]]), reference) for index in left]
+        if max(volumes) <= hypervolume(front, reference):
+            break
+        chosen.append(left.pop(int(np.argmax(volumes))))
+        front = np.vstack([front, points[chosen[-1]]])
+    return chosen
+
+
+class _Ridge:
+    """Kernel ridge regression about the mean of the targets [n]."""
+
+    def __init__(
+        self,
+        kernel: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        inputs: np.ndarray,
+        targets: np.ndarray,
+    ) -> None:
+        self._kernel, self._inputs, self._mean = kernel, inputs, targets.mean()
+        matrix = kernel(inputs, inputs) + RIDGE * np.eye(len(inputs))
+        self._weights = np.linalg.solve(matrix, targets - self._mean)
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        return self._mean + self._kernel(inputs, self._inputs) @ self._weights
+
+
+def _rows(genome: Genome, vectors: np.ndarray) -> np.ndarray:
+    """[n, steps, cells] of vectors; step 0 computes."""
+    rows = vectors.reshape(len(vectors), genome.steps, len(genome.cells)).copy()
+    rows[:, 0] = True
+    return rows
+
+
+def _computed(rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(len(rows), -1) - 0.5
+
+
+def _staleness(rows: np.ndarray) -> np.ndarray:
+    """log(1 + steps since a cell was computed), [n, steps x cells]."""
+    ages = np.zeros(rows.shape)
+    for step in range(1, rows.shape[1]):
+        ages[:, step] = np.where(rows[:, step], 0, ages[:, step - 1] + 1)
+    return np.log1p(ages).reshape(len(rows), -1)
+
+
+def _trend(rows: np.ndarray) -> np.ndarray:
+    """What a loss follows at large, [n, 3]: how much is reused, and how stale it is."""
+    reused = (~rows).sum(axis=(1, 2)) + 1.0
+    stale = _staleness(rows).sum(axis=1) + 1.0
+    return np.column_stack([np.ones(len(rows)), np.log(reused), np.log(stale)])
+
+
+def _linear(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return one @ other.T
+
+
+def _exponential(inputs: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """exp(-distance / length), the length set by the distances between the inputs."""
+    distances = _distances(inputs, inputs)
+    apart = distances[distances > 1e-6]
+    length = LENGTH * (np.median(apart) if apart.size else 1.0)
+
+    def kernel(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.exp(-_distances(one, other) / length)
+
+    return kernel
+
+
+def _distances(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    squares = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1) - 2 * one @ other.T
+    return np.sqrt(np.maximum(squares, 0))
