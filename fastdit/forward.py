@@ -11,14 +11,16 @@ Adapters restate a block as `Forward` and `Residual` calls. Two ways of running 
   `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact
   algebra; only the rounding is (in our favour) another.
 
-Slots hold references to module outputs, copies only in a lower precision; nothing writes into a slot. A slot is freed
-after its last reuse, so before the step that computes it anew: outputs written straight into slots (``out=``) would
-spare neither a copy nor memory.
+Slots hold references to module outputs, copies only in a lower precision. A slot is freed after its last reuse, so
+before the step that computes it anew: outputs written straight into slots (``out=``) would spare neither a copy nor
+memory. Where a step computes some tokens, a slot has to outlive that: the first such step copies it, and the rows of
+this and later steps are written into the copy, which nobody else holds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +38,38 @@ Gate = Tensor | None
 
 #: what an empty plan says of every component
 ALWAYS: BlockActions = {}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A kept output of all tokens, [B, N, D], of which the active rows [B, K] are meant; the residual reads them there.
+
+    `index` [B K] are these rows in the samples laid end to end.
+    """
+
+    whole: Tensor
+    rows: Tensor
+    index: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.rows.shape, *self.whole.shape[2:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    def gathered(self) -> Tensor:
+        """A copy of the rows."""
+        return self.whole.flatten(0, 1).index_select(0, self.index).view(self.shape)
+
+    def renewed(self, fresh: Tensor, owned: bool) -> Tensor:
+        """All tokens with the rows replaced, in place where `whole` is `owned`: made by this, so contiguous."""
+        tokens, fresh = self.whole.flatten(0, 1), fresh.to(self.dtype).flatten(0, 1)
+        if not owned:
+            return tokens.index_copy(0, self.index, fresh).view(self.whole.shape)
+        tokens.index_copy_(0, self.index, fresh)
+        return self.whole
 
 
 class Tokens:
@@ -58,6 +92,7 @@ class Tokens:
         self.memory = memory
         self.ops = ops
         self._joint: dict[int, Tensor] = {}
+        self._index: dict[tuple[str, int], Tensor] = {}
 
     def joint_rows(self, text: int) -> Tensor | None:
         """Rows of [text, image] that are active: all text, [B, text + K]."""
@@ -68,33 +103,28 @@ class Tokens:
             self._joint[text] = torch.cat([first, text + self.rows], dim=1)
         return self._joint[text]
 
-    def gather(self, held: Any, layout: Sequence[str]) -> Any:
-        """The active rows of a component's kept output."""
+    def stored(self, held: Any, layout: Sequence[str]) -> Any:
+        """A component's kept output for this call's tokens."""
         if isinstance(held, (tuple, list)):
-            return tuple(self._take(h, part) for h, part in zip(held, layout, strict=False))
-        return self._take(held, layout[0])
+            return tuple(self._stored(h, part) for h, part in zip(held, layout, strict=False))
+        return self._stored(held, layout[0])
 
-    def scatter(self, held: Any, value: Any, layout: Sequence[str]) -> Any:
-        """A component's kept output with its active rows replaced."""
+    def renewed(self, held: Any, value: Any, layout: Sequence[str], owned: bool) -> Any:
+        """A component's kept output with its active rows replaced, in place where it is `owned`."""
         if isinstance(held, (tuple, list)):
-            return tuple(
-                self._put(h, v, part) for h, v, part in zip(held, value, layout, strict=False)
-            )
-        return self._put(held, value, layout[0])
+            parts = zip(self.stored(held, layout), value, strict=False)
+            return tuple(_renewed(part, fresh, owned) for part, fresh in parts)
+        return _renewed(self.stored(held, layout), value, owned)
 
-    def _index(self, held: Tensor, part: str) -> tuple[Tensor, Tensor] | None:
-        if part == "text":
-            return None
-        rows = self.rows if part == "image" else self.joint_rows(held.shape[1] - self.count)
-        return torch.arange(rows.shape[0], device=rows.device)[:, None], rows
-
-    def _take(self, held: Tensor | None, part: str) -> Tensor | None:
-        index = None if held is None else self._index(held, part)
-        return held if index is None else held[index]
-
-    def _put(self, held: Tensor | None, value: Tensor | None, part: str) -> Tensor | None:
-        index = None if held is None else self._index(held, part)
-        return value if index is None else held.index_put(index, value.to(held.dtype))
+    def _stored(self, held: Tensor | None, part: str) -> Tensor | Stored | None:
+        if held is None or part == "text":  # all text is active
+            return held
+        count = held.shape[1]
+        rows = self.rows if part == "image" else self.joint_rows(count - self.count)
+        if (part, count) not in self._index:
+            first = torch.arange(rows.shape[0], device=rows.device)[:, None] * count
+            self._index[part, count] = (first + rows).flatten()
+        return Stored(held, rows, self._index[part, count])
 
 
 class Forward:
@@ -115,6 +145,7 @@ class Forward:
         *,
         actions: Sequence[BlockActions] = (),
         slots: Slots | None = None,
+        owned: set[tuple[int, str]] | None = None,
         immediate: bool = True,
         defer: bool = False,
         family: dict[str, Any] | None = None,
@@ -129,6 +160,7 @@ class Forward:
         self.blocks = blocks
         self.actions = actions
         self.slots: Slots = {} if slots is None else slots
+        self._owned_slots = set() if owned is None else owned
         self.immediate = immediate
         self.defer = defer
         self.family = {} if family is None else family
@@ -167,6 +199,9 @@ class Forward:
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.
 
+        Where a call has some of the tokens, what comes from a slot is :class:`Stored`: residuals take it as it is,
+        anything else through :func:`gathered`.
+
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
         """
         flags = self._row.get(name, COMPUTE)
@@ -177,17 +212,37 @@ class Forward:
             value = compute()
             self.computed += 1
             if sparse and held is not None and flags & KEEP:
-                held = self.tokens.scatter(held, value, self._layouts[name])
+                held = self._renewed(key, held, value)
             else:
+                self._owned_slots.discard(key)
                 # The rows of a value that was never held whole cannot stand for it later.
                 held = None if sparse else self.packed(value)
         else:
-            value = self.unpacked(self.tokens.gather(held, self._layouts[name]) if sparse else held)
+            value = self.tokens.stored(held, self._layouts[name]) if sparse else held
+            if self._precision is not None:
+                value = self.unpacked(gathered(value))
         if flags & KEEP and held is not None:
             self.slots[key] = held
         else:
             self.slots.pop(key, None)
         return value
+
+    def _renewed(self, key: tuple[int, str], held: Any, value: Any) -> Any:
+        """What a slot held, with the active rows of a value; a copy the first time, from then on in place."""
+        parts = held if isinstance(held, (tuple, list)) else (held,)
+        locked = torch.is_grad_enabled() or (
+            not torch.is_inference_mode_enabled()
+            and any(part is not None and part.is_inference() for part in parts)
+        )
+        owned = key in self._owned_slots and not locked
+        (self._owned_slots.discard if locked else self._owned_slots.add)(key)
+        return self.tokens.renewed(held, value, self._layouts[key[1]], owned)
+
+    def parted(self, branch: Tensor | Stored, text: int) -> tuple[Tensor, Tensor | Stored]:
+        """The first `text` tokens of a joint output, all active, and the image's."""
+        if isinstance(branch, Tensor):
+            return branch[:, :text], branch[:, text:]
+        return branch.whole[:, :text], self.tokens.stored(branch.whole[:, text:], ("image",))
 
     def packed(self, value: Any) -> Any:
         """A value as slots keep it."""
@@ -255,14 +310,17 @@ class Residual:
         self._branch_first = branch_first
         self._waiting = forward._waiting.setdefault(stream, [])
 
-    def add(self, branch: Tensor, gate: Gate = None) -> None:
+    def add(self, branch: Tensor | Stored, gate: Gate = None) -> None:
         """Add ``gate * branch``, now or when the stream is next read."""
         forward = self._forward
         if forward.immediate or not self.suits(branch, gate):
+            branch = gathered(branch)
             branch = branch if gate is None else _rows(gate) * branch
             self._h = branch + self.read() if self._branch_first else self.read() + branch
-        else:
-            self._waiting.append((branch if branch.stride(-1) == 1 else branch.contiguous(), gate))
+            return
+        if isinstance(branch, Tensor) and branch.stride(-1) != 1:
+            branch = branch.contiguous()
+        self._waiting.append((branch, gate))
 
     def add_component(
         self, name: str, compute: Callable[[], Tensor], gate: Gate, shared: Tensor
@@ -277,7 +335,7 @@ class Residual:
         else:
             forward.sums.add(forward, self, name, compute, gate, shared)
 
-    def suits(self, branch: Tensor, gate: Gate) -> bool:
+    def suits(self, branch: Tensor | Stored, gate: Gate) -> bool:
         """Whether the ops take this branch of the stream."""
         return branch.shape == self._h.shape and self._suits(branch, gate)
 
@@ -294,7 +352,8 @@ class Residual:
             normed = normed if scale is None else normed * (1 + _rows(scale))
             return normed if shift is None else normed + _rows(shift)
         branch = gate = None
-        if len(self._waiting) == 1 and self._is_owned():
+        alone = self._waiting[0][0] if len(self._waiting) == 1 else None
+        if isinstance(alone, Tensor) and self._is_owned():
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
             self._h = forward._owned[self._stream] = self._h.contiguous()
@@ -324,14 +383,28 @@ class Residual:
 
     def read(self) -> Tensor:
         """The stream with everything added."""
-        for first in range(0, len(self._waiting), MAX_BRANCHES):
-            branches, gates = zip(*self._waiting[first : first + MAX_BRANCHES], strict=True)
-            self._h = self._forward.ops.gated_residual(
-                self._h, branches, gates, out=self._h if self._is_owned() else None
-            )
-            self._forward._owned[self._stream] = self._h
+        stored = [(b.whole, gate) for b, gate in self._waiting if isinstance(b, Stored)]
+        computed = [(b, gate) for b, gate in self._waiting if isinstance(b, Tensor)]
+        if stored:
+            rows = next(b.rows for b, _ in self._waiting if isinstance(b, Stored))
+        for first in range(0, len(stored), MAX_BRANCHES - 1):
+            fresh, computed = (
+                computed[:1],
+                computed[1:],
+            )  # the op takes one beside those read at rows
+            pairs = [*fresh, *stored[first : first + MAX_BRANCHES - 1]]
+            self._add_up(pairs, fresh=len(fresh) - 1, rows=rows)
+        for first in range(0, len(computed), MAX_BRANCHES):
+            self._add_up(computed[first : first + MAX_BRANCHES])
         self._waiting.clear()
         return self._h
+
+    def _add_up(self, pairs: Sequence[tuple[Tensor, Gate]], **at: Any) -> None:
+        branches, gates = zip(*pairs, strict=True)
+        self._h = self._forward.ops.gated_residual(
+            self._h, branches, gates, out=self._h if self._is_owned() else None, **at
+        )
+        self._forward._owned[self._stream] = self._h
 
     def clip_to_half(self) -> None:
         """Clip to fp16's finite range, as FLUX does after a block in that dtype."""
@@ -365,6 +438,17 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
     for stream, part in zip(streams, out.split(lengths, dim=1), strict=True):
         stream.normed(norm, scale, shift, out=part)
     return out
+
+
+def gathered(value: Any) -> Any:
+    """A component's output whose :class:`Stored` parts are copied out."""
+    if isinstance(value, tuple):
+        return tuple(gathered(part) for part in value)
+    return value.gathered() if isinstance(value, Stored) else value
+
+
+def _renewed(held: Any, fresh: Tensor | None, owned: bool) -> Tensor | None:
+    return held.renewed(fresh, owned) if isinstance(held, Stored) else fresh
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

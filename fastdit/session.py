@@ -55,6 +55,7 @@ class Branch:
     """The caches of one transformer call within a step (batched CFG has one, sequential CFG two)."""
 
     slots: Slots = field(default_factory=dict)
+    owned: set[tuple[int, str]] = field(default_factory=set)
     prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
     modulations: Modulations | None = None
     foresees: bool = True
@@ -368,6 +369,7 @@ class Session:
             self.blocks,
             actions=actions,
             slots=branch.slots,
+            owned=branch.owned,
             immediate=immediate,
             defer=defer,
             family=self.family,

@@ -16,6 +16,7 @@ import oracle
 import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
+from fastdit.forward import Stored
 from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens import TokenRun
 from ras_oracle import RowOracle, published, random_rows
@@ -184,6 +185,60 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
+    """Step 0 computes everything that step 5 reuses; steps 1 to 4 compute the chosen tokens anew."""
+    pipe = tiny_models.pipeline(name)
+    bits, names = oracle.random_bits(pipe.transformer, 6, seed=0, compute=1.0)
+    for layer in bits.values():
+        layer[5] = False
+    counts = {1: 16, 2: 20, 3: 12, 4: 8}
+    choose = random_rows(counts, TOKENS, 1)
+    cached = fastdit.Cached(fastdit.Schedule.from_bits(bits, names))
+    handle = fastdit.patch(pipe, Chosen(choose, counts), cached)
+    given, storages = [], []
+
+    def hook(module, args, output):
+        given.append((output, output.clone()))
+
+    def look(pipe, step, timestep, kwargs):
+        slots = handle._session.run.branches[0].slots if step < 5 else {}
+        storages.append({key: pointers(value) for key, value in slots.items()})
+        return kwargs
+
+    component = pipe.transformer.transformer_blocks[0].ff
+    component.register_forward_hook(hook)
+    generate(pipe, name, steps=6, callback_on_step_end=look)
+    assert all(storages[:5])
+    image = [(key, 0) for key in storages[0] if "context" not in key[1]]
+    for key, part in image:
+        first, *later = (at[key][part] for at in storages[:5])
+        assert first not in later  # the module's own output stays
+        assert len(set(later)) == 1
+    assert all(torch.equal(output, before) for output, before in given)
+
+
+@pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha"])
+def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeypatch):
+    pipe = tiny_models.pipeline(name)
+    bits, names = oracle.random_bits(pipe.transformer, 4, seed=0, compute=1.0)
+    for layer in bits.values():
+        layer[[1, 3]] = False
+    counts = {1: 16, 2: 20, 3: 12}
+    method = Chosen(random_rows(counts, TOKENS, 1), counts)
+    handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
+    monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
+    generate(pipe, name, steps=4)
+    records = handle._session.run.records
+    assert [records[step].computed for step in (1, 3)] == [0, 0]
+    assert records[2].computed > 0
+
+
+def pointers(value) -> list[int]:
+    parts = value if isinstance(value, tuple) else (value,)
+    return [part.data_ptr() for part in parts if part is not None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

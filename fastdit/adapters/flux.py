@@ -26,7 +26,7 @@ from fastdit.adapters.base import (
 )
 from fastdit.attention import Part, Rotation, attend, projections
 from fastdit.errors import ArgumentError
-from fastdit.forward import Forward, joint_normed
+from fastdit.forward import Forward, gathered, joint_normed
 from fastdit.layout import SIDE, Layout
 from fastdit.modulation import LayerInputs, repeated
 from fastdit.observe import private
@@ -127,8 +127,8 @@ def single_block(
         return fw.segments.linear(block.proj_mlp, u)
 
     if runs_out:
-        mlp = fw.component("single_proj_mlp", expand)
-        attention = fw.component("single_attn", attend_single)
+        mlp = gathered(fw.component("single_proj_mlp", expand))
+        attention = gathered(fw.component("single_attn", attend_single))
     else:  # the output is reused; refresh what a later step will read
         if fw.computes("single_proj_mlp"):
             fw.component("single_proj_mlp", expand)
@@ -138,8 +138,8 @@ def single_block(
         "single_proj_out",
         lambda: fw.segments.project(block.proj_out, attention, block.act_mlp, mlp),
     )
-    text.add(branch[:, :text_length], gate)
-    image.add(branch[:, text_length:], gate)
+    for stream, part in zip((text, image), fw.parted(branch, text_length), strict=True):
+        stream.add(part, gate)
     text.clip_to_half()
     image.clip_to_half()
     return text.leave(), image.leave()

@@ -28,7 +28,7 @@ from fastdit.adapters.base import (
     linear_macs,
 )
 from fastdit.attention import Part, Rotation, attend
-from fastdit.forward import Forward
+from fastdit.forward import Forward, gathered
 
 
 def lumina_block(
@@ -76,8 +76,8 @@ def lumina_block(
             **kwargs,
         )
 
-    attention = fw.component("attn1", attend) if runs_attn1 else None
-    cross = fw.component("attn2", attend_to_text) if runs_attn2 else None
+    attention = gathered(fw.component("attn1", attend)) if runs_attn1 else None
+    cross = gathered(fw.component("attn2", attend_to_text)) if runs_attn2 else None
     branch = fw.component(
         "to_out",
         lambda: fw.normed(
