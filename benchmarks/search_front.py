@@ -1,7 +1,7 @@
 """What a searched front is worth on prompts that the search never saw, and what ships of it.
 
-    fastdit search --out FOLDER --generations 24 --population 24 --race 2 --unit step
-    python benchmarks/search_front.py FOLDER [--prompts 16] [--workers 2] [--ship]
+    fastdit search --out FOLDER --population 24 --race 2 --unit step --surrogate 20
+    python benchmarks/search_front.py FOLDER [--beside PLAIN] [--prompts 16] [--workers 2] [--ship]
 
 Four sets of schedules of the embedded model stand beside each other: the front that the search found; its first
 population; as many random mutants of that as the search measured schedules, made by the search's own mutation without
@@ -17,6 +17,9 @@ that anybody would use, closer to the uncached picture than a tenth of that, are
 bootstrap intervals over the held-out pictures, the same draws for all sets. Two further areas are reported, labelled,
 with the loss itself for the logarithm: up to the same corner, and up to the loss of every(5), the coarsest grid of the
 paper's tables.
+
+How the area grew with the schedules measured, on the search's own pictures, is written down too; --beside names the
+folder of the same search made without --surrogate, finished or not.
 
 --ship writes `fastdit/presets/tiny`: of the searched front, by the search's own losses, the best schedules with at most
 1/3, 1/4 and 1/6 of the uncached multiply-accumulates, and the ledger's summary. These shares were chosen with an
@@ -41,7 +44,7 @@ from fastdit.search import Operators, Settings, Work, moves
 from fastdit.search.archive import Archive, Candidate
 from fastdit.search.baselines import UNCACHED, Baseline, measure_baselines
 from fastdit.search.evolve import LEDGER, Search, evolve
-from fastdit.search.front import corner, hypervolume, non_dominated, on_axes
+from fastdit.search.front import corner, growth, hypervolume, non_dominated, on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.plot import save_plot
@@ -86,8 +89,8 @@ def first_population(search: Search) -> list[Candidate]:
 
 def random_mutants(
     folder: Path, search: Search, identity: Mapping[str, Any], count: int
-) -> list[Candidate]:
-    """The front of as many schedules as the search measured: its seeds, and random mutants of random seeds."""
+) -> Archive:
+    """As many schedules as the search measured: its seeds, and random mutants of random seeds."""
     work, settings = settings_of(folder)
     (folder / "random").mkdir(exist_ok=True)
     if not (folder / "random" / LEDGER).exists():  # what is measured is measured
@@ -96,7 +99,7 @@ def random_mutants(
         closing(Processes(tiny.load_pipeline, work, count)) as workers,
         closing(Ledger(folder / "random" / LEDGER, identity)) as ledger,
     ):
-        return mutants_of(search, ledger, workers, work, settings).front()
+        return mutants_of(search, ledger, workers, work, settings)
 
 
 def mutants_of(
@@ -133,6 +136,24 @@ def mutation(
         vector ^= rng.random(vector.size) < operators.mutation_bits / vector.size
 
     return by_steps if operators.unit == "step" else by_bits
+
+
+def area_after(
+    schedules: Sequence[Candidate], seeds: int, uncached: Sequence[float]
+) -> list[tuple[int, float]]:
+    """(schedules measured, area of their front) after the `seeds` and after every batch; the search's own corner."""
+    outside = (np.inf,) * (1 + len(uncached))  # the uncached run's place
+    values = on_axes([c.values if c.reused else outside for c in schedules], uncached, True)
+    first = values[:seeds]
+    areas = growth(values, corner(first[np.isfinite(first[:, 0])]))
+    return [(count, float(areas[count - 1])) for count in range(seeds, len(areas) + 1, BATCH)]
+
+
+def area_by_generation(ledger: Path) -> list[tuple[int, float]]:
+    """The same of a search, as its ledger has it."""
+    with ledger.open(encoding="utf-8") as lines:
+        entries = [json.loads(line) for line in lines if line.startswith('{"generation"')]
+    return [(entry["fresh"], entry["hypervolume"]) for entry in entries]
 
 
 def compare(
@@ -198,7 +219,9 @@ def non_dominated_of(group: Sequence[Candidate]) -> list[Candidate]:
     return [complete[index] for index in non_dominated(np.array([c.values for c in complete]))]
 
 
-def study(folder: Path, prompts: int, count: int, control: bool = True) -> dict[str, Any]:
+def study(
+    folder: Path, prompts: int, count: int, control: bool = True, beside: Path | None = None
+) -> dict[str, Any]:
     """Everything, resumed from the ledgers of `folder`; without the `control`, no random mutants."""
     work, settings = settings_of(folder)
     factory = tiny.load_pipeline
@@ -207,7 +230,11 @@ def study(folder: Path, prompts: int, count: int, control: bool = True) -> dict[
         ledger.close()
     seeds = first_population(search)
     groups = {"searched front": list(search.front), "seeds": non_dominated_of(seeds)}
-    presets = pick(search.front, search.uncached[settings.costs[0]])
+    dense = tuple(search.uncached[name] for name in settings.costs)
+    presets = pick(search.front, dense[0])
+    areas_after = {"searched front": area_by_generation(folder / LEDGER)}
+    if beside is not None:
+        areas_after["without the surrogate"] = area_by_generation(beside / LEDGER)
 
     unseen = replace(work, prompts=held_out_prompts(prompts), seed=HELD_OUT_SEED)
     (folder / "heldout").mkdir(exist_ok=True)
@@ -230,11 +257,14 @@ def study(folder: Path, prompts: int, count: int, control: bool = True) -> dict[
         spread = archive.evaluate(np.stack(evenly_spread_steps(search.genome)), progress)
         baselines = measure_baselines(archive, progress)
         if control:
-            groups["random mutants"] = random_mutants(folder, search, ledger.identity, count)
+            mutants = random_mutants(folder, search, ledger.identity, count)
+            areas_after["random mutants"] = area_after(
+                list(mutants.seen.values()), search.generations[0]["fresh"], dense
+            )
+            groups["random mutants"] = mutants.front()
             draw(groups["random mutants"])
     sets = {name: [archive.seen[c.key] for c in group] for name, group in groups.items()}
     sets["evenly spread steps"] = non_dominated_of(spread)
-    dense = tuple(search.uncached[name] for name in settings.costs)
     worst_seed = np.array([c.values for c in worst])
     every_5 = max(b.values[0] for b in baselines if b.name == "every 5")
     ones = [1.0] * len(dense)
@@ -257,6 +287,8 @@ def study(folder: Path, prompts: int, count: int, control: bool = True) -> dict[
             "population": settings.population,
             "schedules": search.generations[-1]["fresh"],
             "generations": len(search.generations) - 1,
+            "surrogate": settings.surrogate,
+            "area after schedules": areas_after,
             "corner": {"worst seed": float(worst_seed[:, 0].max()), "every(5)": every_5},
             "areas": areas,
         },
@@ -308,6 +340,7 @@ def main() -> None:
     """Compare, write the result file and the picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="the result of `fastdit search`")
+    parser.add_argument("--beside", type=Path, help="the same search without the surrogate")
     parser.add_argument("--prompts", type=int, default=16, help="held out; an even number")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
@@ -320,7 +353,11 @@ def main() -> None:
     parser.add_argument("--ship", action="store_true", help="write fastdit/presets/tiny")
     arguments = parser.parse_args()
     found = study(
-        arguments.folder, arguments.prompts, arguments.workers, not arguments.without_control
+        arguments.folder,
+        arguments.prompts,
+        arguments.workers,
+        not arguments.without_control,
+        arguments.beside,
     )
     arguments.out.write_text(json.dumps(as_rows(found), indent=1) + "\n", encoding="utf-8")
     sets = {name: [c.values for c in group] for name, group in found["sets"].items()}

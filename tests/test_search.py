@@ -605,6 +605,21 @@ def test_random_mutants_are_as_many_as_the_search_measured(tmp_path):
     assert seeds < set(mutants.seen)
 
 
+def test_areas_grow_to_what_the_search_says(tmp_path):
+    settings = replace(SETTINGS, race=0)
+    found = search(tmp_path, settings)
+    said = search_front.area_by_generation(tmp_path / LEDGER)
+    assert said == [(g["fresh"], g["hypervolume"]) for g in found.generations]
+    seen, (first, _) = list(found.archive.seen.values()), said[0]
+    for count, area in said:
+        after = search_front.area_after(seen[:count], first, (250.0,))
+        assert after[0] == pytest.approx((first, said[0][1]))
+        if (count - first) % search_front.BATCH == 0:
+            assert after[-1] == pytest.approx((count, area))
+    counts = [count for count, _ in search_front.area_after(seen, first, (250.0,))]
+    assert counts == list(range(first, len(seen) + 1, search_front.BATCH))
+
+
 def test_the_control_mutates_as_the_search_does():
     rng = np.random.default_rng(9)
     by_bits = search_front.mutation(GENOME, Operators(mutation_bits=3.0))

@@ -60,6 +60,8 @@ def kernels() -> list[str]:
 
 
 LABELS = {
+    "searched front": "the search",
+    "without the surrogate": "the search without the surrogate",
     "seeds": "its seeds",
     "random mutants": "as many random mutants of them",
     "evenly spread steps": "every number of whole steps, evenly spread",
@@ -182,7 +184,8 @@ def _search(result: dict[str, Any]) -> list[str]:
         "",
         (
             f"Schedules searched on the model in the package: {result['generations']} generations of "
-            f"{result['population']} by whole steps, {result['schedules']} schedules judged by the distance to "
+            f"{result['population']} by whole steps, bred {result['surrogate']} generations ahead on a surrogate, "
+            f"{result['schedules']} schedules judged by the distance to "
             f"the unpatched picture on {result['search_pictures']} pictures; drawn again on "
             f"{result['pictures']} held-out prompts with other noise. "
             "Hypervolume is the area between a set and the corner of the plot, at the uncached cost and the worst "
@@ -202,6 +205,7 @@ def _search(result: dict[str, Any]) -> list[str]:
             low, high = gain["interval"]
             cells.append(f"{gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]")
         lines.append(f"| {LABELS[other]} | {' | '.join(cells)} |")
+    lines += _search_growth(result["area after schedules"])
     lines += [
         "",
         "The presets, beside the best grid of fixed intervals and the most plain steps that cost no more:",
@@ -222,6 +226,29 @@ def _search(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {name} | {preset['cost']:.0%} | {preset['loss']:.3f} | {' | '.join(rivals)} |"
         )
+    return lines
+
+
+def _search_growth(areas: dict[str, Any]) -> list[str]:
+    """Areas after so many schedules: of each the last count that does not exceed it; "-" beyond a set's end."""
+    last = max(count for count, _ in areas["searched front"])
+    counts = [count for count in (100, 200, 400, 800) if count < last] + [last]
+    lines = [
+        "",
+        "Hypervolume on the search's own pictures, after as many schedules measured:",
+        "",
+        f"| {' | '.join(['', *map(str, counts)])} |",
+        "|---" * (1 + len(counts)) + "|",
+    ]
+    for name, rows in areas.items():
+        end = rows[-1][0]
+        cells = [
+            f"{max(area for count, area in rows if count <= wanted):.3f}"
+            if wanted <= end + 24
+            else "-"
+            for wanted in counts
+        ]
+        lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
     return lines
 
 
