@@ -31,7 +31,8 @@ test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and
 	$(TIMED) gates $(MAKE) --no-print-directory lint
 	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m "not kernels" --durations=10
 	$(TIMED) "tests with the oldest diffusers" env FASTDIT_TEST_INSTALLED=1 \
-	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q $(PARALLEL) -m diffusers --durations=5
+	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q $(PARALLEL) \
+	    -m "diffusers and not slow" --durations=5
 
 # Some hundred compilations; what they prove changes only with the kernels and their checks.
 kernels: $(VENV)/.testable  ## plant every fault in the kernels and see it found; check all budgets

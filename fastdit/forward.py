@@ -3,13 +3,11 @@
 Adapters restate a block as `Forward` and `Residual` calls. Two ways of running it share that one text:
 
 * *immediate*: every gated residual is added at once and out of place, in diffusers' own order and with its roundings.
-  So
-  does the `reference` backend, and everything that needs autograd or runs under autocast.
+  So does the `reference` backend, and everything that needs autograd or runs under autocast.
 * *deferred*: a residual waits until somebody reads the stream, also across blocks. Then one `gated_residual` adds all
-  that
-  waited (a run of n reused components moves (n + 2) X bytes for the 5 n X of eager code; ECAD spec section 10), or
-  `norm_modulate` adds a single one on the way. Reused components do not read the hidden state, so this is exact
-  algebra; only the rounding is (in our favour) another.
+  that waited (a run of n reused components moves (n + 2) X bytes for the 5 n X of eager code), or `norm_modulate` adds
+  a single one on the way. Reused components do not read the hidden state, so this is exact algebra; only the rounding
+  is (in our favour) another.
 
 Slots hold references to module outputs, copies only in a lower precision. A slot is freed after its last reuse, so
 before the step that computes it anew: outputs written straight into slots (``out=``) would spare neither a copy nor

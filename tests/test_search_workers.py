@@ -28,8 +28,6 @@ from fastdit.search.ray_actors import RayActors
 from fastdit.search.workers import InProcess, Processes
 from saved_pipelines import save_sd3
 
-pytestmark = pytest.mark.diffusers
-
 PROMPTS = ("a red circle", "a blue square", "a small green cross")
 WORK = Work(PROMPTS, steps=3, batch=2)
 SETTINGS = Settings(generations=1, population=6, race=1)

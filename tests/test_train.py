@@ -588,6 +588,7 @@ made.ranks.wait()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """Each with half of the batch; lambda and gradients are those of the whole, to rounding."""
     with socket.socket() as probe:
