@@ -17,10 +17,11 @@ import pytest
 HERE = Path(__file__).parent
 # The op tests size their repeats for compiled kernels; test_triton_kernels.py has smaller ones.
 SELECTION = "triton and not triton-check_repeats"
-#: what takes more than half of a file's minutes; only `make kernels` runs it
+#: what takes most of a file's minutes; only `make kernels` runs it
 LONG = {
-    "test_qkv_prologue.py": "check_sizes or check_strides or check_optional_parts",
-    "test_token_select.py": "check_sizes or check_ties or check_one_side_of_a_tie",
+    "test_qkv_prologue.py": "check_sizes or check_strides or check_optional_parts or check_rows",
+    "test_token_select.py": "check_sizes or check_ties or check_one_side_of_a_tie or check_max_age "
+    "or check_every_token_is_kept",
 }
 FILES = (
     *("test_blend.py", "test_collapse.py", "test_gated_residual.py", "test_norm_modulate.py"),
