@@ -226,6 +226,7 @@ class _Loop:
             self.archive.genome,
             children,
             np.stack([candidate.vector for candidate in measured]),
+            self.archive.seen,
             self._on_axes(measured),
             self.reference,
             replace(operators, seed=operators.seed + number),

@@ -8,7 +8,7 @@ front's hypervolume most. A prediction only ever decides what is measured next.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import numpy as np
 
@@ -48,6 +48,7 @@ def propose(
     genome: Genome,
     children: np.ndarray,
     measured: np.ndarray,
+    seen: Container[str],
     values: np.ndarray,
     reference: tuple[float, ...],
     operators: Operators,
@@ -59,7 +60,8 @@ def propose(
         genome: The model's bit vectors.
         children: What NSGA-II would measure; they fill up what is short of promising ones.
         measured: bool [m, genome size], without the uncached run.
-        values: [m, objectives] of these, on the axes of the hypervolume.
+        seen: Keys of all that was measured.
+        values: [m, objectives] of `measured`, on the axes of the hypervolume.
         reference: The hypervolume's corner.
         operators: NSGA-II's; the seed should differ between calls.
         generations: To be bred on predictions.
@@ -79,7 +81,6 @@ def propose(
             break
         rows = _rows(genome, vectors)
         algorithm.tell(surrogate(rows), (~rows).sum(axis=(1, 2)))
-    seen = {genome.key(vector) for vector in measured}
     fresh: dict[str, np.ndarray] = {}
     for vector in algorithm.survivors():
         key = genome.key(vector)
