@@ -9,12 +9,14 @@ front's hypervolume most. A prediction only ever decides what is measured next.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import replace
 
 import numpy as np
 
 from fastdit.search.front import hypervolume, non_dominated
 from fastdit.search.genome import Genome
 from fastdit.search.nsga2 import Nsga2, Operators
+from fastdit.search.seeds import uncached
 
 LENGTH = 3.0  # of the kernel over staleness, in median distances between the schedules measured
 RIDGE = 1e-2  # how much of a prediction's variance is the measurement's noise
@@ -68,11 +70,12 @@ def propose(
     """
     surrogate = Surrogate(_rows(genome, measured), values)
     front = non_dominated(values)
+    # The uncached run is worth nothing by itself, but what reuses a little descends from it.
     algorithm = Nsga2(
-        np.concatenate([measured[front], children]),
+        np.concatenate([uncached(genome)[None], measured[front], children]),
         BREADTH * len(children),
         values.shape[1],
-        operators,
+        replace(operators, min_difference=0),
         genome.cells,
     )
     for _ in range(generations + 1):
