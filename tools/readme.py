@@ -199,12 +199,9 @@ def _search(result: dict[str, Any]) -> list[str]:
         "|---" * (1 + len(areas)) + "|",
     ]
     for other in next(iter(areas.values()))["gain"]:
-        cells = []
-        for area in areas.values():
-            gain = area["gain"][other]
-            low, high = gain["interval"]
-            cells.append(f"{gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]")
+        cells = [_gain(area["gain"][other]) for area in areas.values()]
         lines.append(f"| {LABELS[other]} | {' | '.join(cells)} |")
+    lines += _searches(result)
     lines += _search_growth(result["area after schedules"])
     lines += [
         "",
@@ -227,6 +224,34 @@ def _search(result: dict[str, Any]) -> list[str]:
             f"| {name} | {preset['cost']:.0%} | {preset['loss']:.3f} | {' | '.join(rivals)} |"
         )
     return lines
+
+
+def _searches(result: dict[str, Any]) -> list[str]:
+    """All searches that were compared on the same held-out pictures, and the last one on others, looked at once."""
+    rows = [(search, "") for search in _result("search-earlier-cpu.json")["searches"]]
+    rows += [(result, ""), (_result("search-further-cpu.json"), ", others")]
+    lines = [
+        "",
+        "All searches compared so far, in the logarithmic loss; the pictures of the last row were looked at once:",
+        "",
+        "| generations | on a surrogate | schedules | held-out pictures | over its seeds | over random mutants |",
+        "|---|---|---|---|---|---|",
+    ]
+    for search, other in rows:
+        gain = search["areas"]["logarithmic loss"]["gain"]
+        cells = [_gain(gain[name]) for name in ("seeds", "random mutants")]
+        ahead = f"{search['surrogate']} ahead" if search["surrogate"] else "no"
+        ahead += f", {search['note']}" if "note" in search else ""
+        lines.append(
+            f"| {search['generations']} | {ahead} | {search['schedules']} | {search['pictures']}{other} | "
+            f"{' | '.join(cells)} |"
+        )
+    return lines
+
+
+def _gain(gain: dict[str, Any]) -> str:
+    low, high = gain["interval"]
+    return f"{gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
 def _search_growth(areas: dict[str, Any]) -> list[str]:
