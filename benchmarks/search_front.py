@@ -145,12 +145,13 @@ def mutation(
 def area_after(
     schedules: Sequence[Candidate], seeds: int, uncached: Sequence[float]
 ) -> list[tuple[int, float]]:
-    """(schedules measured, area of their front) after the `seeds` and after every batch; the search's own corner."""
+    """(schedules measured, area of their front) after the `seeds`, every batch and all; the search's own corner."""
     outside = (np.inf,) * (1 + len(uncached))  # the uncached run's place
     values = on_axes([c.values if c.reused else outside for c in schedules], uncached, True)
     first = values[:seeds]
     areas = growth(values, corner(first[np.isfinite(first[:, 0])]))
-    return [(count, float(areas[count - 1])) for count in range(seeds, len(areas) + 1, BATCH)]
+    counts = [*range(seeds, len(areas), BATCH), len(areas)]
+    return [(count, float(areas[count - 1])) for count in counts]
 
 
 def area_by_generation(ledger: Path) -> list[tuple[int, float]]:

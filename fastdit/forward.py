@@ -316,8 +316,9 @@ class Residual:
             branch = branch if gate is None else _rows(gate) * branch
             self._h = branch + self.read() if self._branch_first else self.read() + branch
             return
-        if isinstance(branch, Tensor) and branch.stride(-1) != 1:
-            branch = branch.contiguous()
+        held = branch.whole if isinstance(branch, Stored) else branch
+        if held.stride(-1) != 1:
+            branch = gathered(branch).contiguous()
         self._waiting.append((branch, gate))
 
     def add_component(
@@ -386,10 +387,8 @@ class Residual:
         if stored:
             rows = next(b.rows for b, _ in self._waiting if isinstance(b, Stored))
         for first in range(0, len(stored), MAX_BRANCHES - 1):
-            fresh, computed = (
-                computed[:1],
-                computed[1:],
-            )  # the op takes one beside those read at rows
+            # Beside those read at rows, the op takes one that was computed.
+            fresh, computed = computed[:1], computed[1:]
             pairs = [*fresh, *stored[first : first + MAX_BRANCHES - 1]]
             self._add_up(pairs, fresh=len(fresh) - 1, rows=rows)
         for first in range(0, len(computed), MAX_BRANCHES):

@@ -55,7 +55,7 @@ class Branch:
     """The caches of one transformer call within a step (batched CFG has one, sequential CFG two)."""
 
     slots: Slots = field(default_factory=dict)
-    owned: set[tuple[int, str]] = field(default_factory=set)
+    owned: set[tuple[int, str]] = field(default_factory=set)  # slots that may be written into
     prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
     modulations: Modulations | None = None
     foresees: bool = True

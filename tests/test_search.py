@@ -613,11 +613,10 @@ def test_areas_grow_to_what_the_search_says(tmp_path):
     seen, (first, _) = list(found.archive.seen.values()), said[0]
     for count, area in said:
         after = search_front.area_after(seen[:count], first, (250.0,))
-        assert after[0] == pytest.approx((first, said[0][1]))
-        if (count - first) % search_front.BATCH == 0:
-            assert after[-1] == pytest.approx((count, area))
+        assert after[0] == pytest.approx(said[0])
+        assert after[-1] == pytest.approx((count, area))
     counts = [count for count, _ in search_front.area_after(seen, first, (250.0,))]
-    assert counts == list(range(first, len(seen) + 1, search_front.BATCH))
+    assert counts == [*range(first, len(seen), search_front.BATCH), len(seen)]
 
 
 def test_the_control_mutates_as_the_search_does():

@@ -268,9 +268,7 @@ def _search_growth(areas: dict[str, Any]) -> list[str]:
     for name, rows in areas.items():
         end = rows[-1][0]
         cells = [
-            f"{max(area for count, area in rows if count <= wanted):.3f}"
-            if wanted <= end + 24
-            else "-"
+            f"{max(area for count, area in rows if count <= wanted):.3f}" if wanted <= end else "-"
             for wanted in counts
         ]
         lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
