@@ -4,8 +4,10 @@
 
 Sections, in this order: ceilings (copy, matmul), tests (every kernel test on the device), ops (every
 op against eager, torch.compile and every backend), attention (of a few tokens over all, at the models' shapes),
-steps (whole steps of published models with random weights), sanitizer (a subset of the tests under
-compute-sanitizer). The file is written after each, so what was measured survives what fails.
+steps (whole steps of published models with random weights), runs (whole runs of their pipelines,
+with every method), pictures (the packaged model with every method, against the same on the CPU),
+sanitizer (a subset of the tests under compute-sanitizer). The file is written after each, so what
+was measured survives what fails.
 
 Without a GPU the same code runs shortened on the CPU, in a file marked `rehearsal`: its figures mean
 nothing.
@@ -35,15 +37,18 @@ from attention import SHARES, TINY_MODELS, torch_contenders
 from attention import inputs as attention_inputs
 from fastdit import Schedule
 from fastdit.ops import sparse_attention
+from fastdit.tiny import load_pipeline
 from machine import describe_machine
 from op_cases import backends, cases
 from real_models import MODELS, RealModel
+from real_runs import Runs, measure_runs
 from shapes import ALL, TINY
 from timing import race, sets_needed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_FILE = ROOT / "tests" / "test_gpu.py"
+RUNS = [m for m in reversed(MODELS) if m.name.startswith(("FLUX.1-dev", "SD3 medium", "PixArt"))]
 OP_SHAPES = ("pixart-512", "pixart-1024", "sd3-medium-1024", "sd3.5-large-1024", "flux-1024")
 
 
@@ -220,6 +225,60 @@ class Check:
             self._run.__exit__(None, None, None)
         return whole, host
 
+    def runs(self) -> dict[str, Any]:
+        """Whole runs of stock pipelines, unpatched and with every method in turns."""
+        found = {}
+        for real in RUNS:
+            if self.left() < 45:
+                found[real.name] = {"skipped": "the time is up"}
+                continue
+            print(f"  {real.name}", flush=True)
+            runs = Runs(real, self.device, self.dtype, self.rehearsal)
+            found[real.name] = measure_runs(runs, 1 if self.rehearsal else 2, self.left)
+            del runs
+            if not self.rehearsal:
+                torch.cuda.empty_cache()
+        return found
+
+    def pictures(self) -> dict[str, Any]:
+        """Latents of the packaged model, fp32: how far a device's are from the CPU's, relative L2.
+
+        `rounding` is the same between two ways on the device: the kernels, and plain torch.
+        """
+        rows = []
+        methods: dict[str, tuple[int, list[Any]]] = {
+            "unpatched": (28, []),
+            "dense": (28, [fastdit.Dense()]),
+            "every(2)": (28, [fastdit.Cached(Schedule.every(2))]),
+            "ECAD fast": (20, [fastdit.ECAD.preset("tiny", "fast")]),
+            "RAS 0.5": (28, [fastdit.RAS(ratio=0.5)]),
+            "RAS 0.5 + every(2)": (28, [fastdit.RAS(ratio=0.5), fastdit.Cached(Schedule.every(2))]),
+            "RALU sd3-2x": (20, [fastdit.RALU.preset("sd3-2x", selector="gradient")]),
+        }
+        pipes = [load_pipeline() for _ in range(2)]
+        pipes[1].to(self.device)
+
+        def drawn(pipe: Any, steps: int, chosen: list[Any], backend: str | None) -> torch.Tensor:
+            handle = fastdit.patch(pipe, *chosen, backend=backend) if chosen else None
+            latents = pipe(
+                ["a small red cross in the bottom right on a gray background"] * 2,
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+                output_type="latent",
+            ).images
+            if handle:
+                handle.unpatch()
+            return latents.double().cpu()
+
+        for name, (steps, chosen) in methods.items():
+            truth = drawn(pipes[0], steps, chosen, "reference")
+            kernels, plain = (drawn(pipes[1], steps, chosen, b) for b in (None, "reference"))
+            row = {"method": name, "to_cpu": float((kernels - truth).norm() / truth.norm())}
+            row["rounding"] = float((kernels - plain).norm() / truth.norm())
+            rows.append(row)
+            print(f"  {row}", flush=True)
+        return {"rows": rows}
+
     def sanitizer(self) -> dict[str, Any]:
         """The CUDA kernels' address, race and barrier checks."""
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -255,7 +314,16 @@ class Check:
         )
 
 
-SECTIONS = ("ceilings", "tests", "ops", "attention", "steps", "sanitizer")
+SECTIONS = (
+    "ceilings",
+    "tests",
+    "ops",
+    "attention",
+    "steps",
+    "runs",
+    "pictures",
+    "sanitizer",
+)
 
 
 def _finish(process: subprocess.Popen[str], seconds: float) -> str:

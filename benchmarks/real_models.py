@@ -28,6 +28,7 @@ class RealModel:
         batch: Rows of a step; two with classifier-free guidance.
         latent: Side of the latent.
         text: Tokens of text.
+        steps: Of a run.
         inputs: (model, batch, latent, text, factory) -> arguments without the timestep.
     """
 
@@ -38,6 +39,7 @@ class RealModel:
     batch: int
     latent: int
     text: int
+    steps: int
     inputs: Callable[..., Inputs] = field(repr=False)
 
     def build(self, device: torch.device, dtype: torch.dtype, rehearsal: bool) -> nn.Module:
@@ -114,6 +116,7 @@ MODELS = (
         1,
         128,
         512,
+        28,
         _flux,
     ),
     RealModel(
@@ -130,6 +133,7 @@ MODELS = (
         2,
         128,
         333,
+        28,
         _sd3,
     ),
     RealModel(
@@ -147,6 +151,7 @@ MODELS = (
         2,
         128,
         333,
+        28,
         _sd3,
     ),
     RealModel(
@@ -157,6 +162,7 @@ MODELS = (
         2,
         128,
         300,
+        20,
         _pixart,
     ),
     RealModel(
@@ -167,6 +173,7 @@ MODELS = (
         2,
         64,
         0,
+        50,
         _dit,
     ),
 )
