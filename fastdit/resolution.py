@@ -3,8 +3,9 @@
 A :class:`ResolutionRun` lives as long as a run. At the end of a stage it takes the latents that the scheduler made,
 splits tokens, gives them the noise of an earlier time, and draws the new state into the same latents.
 
-Each image has a random generator of its own, seeded from its initial latents. So the seed that a user gives decides all
-noise, and an image comes out the same alone and in a batch.
+Each image has a random generator of its own, seeded from its initial latents, and on the CPU, whose numbers no device
+changes. So the seed that a user gives decides all noise, and an image comes out the same alone, in a batch, and on
+another device.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class ResolutionRun:
         for image in latents:
             content = image.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
             digest = hashlib.blake2b(content, digest_size=7).digest()
-            generator = torch.Generator(latents.device)
-            self._generators.append(generator.manual_seed(int.from_bytes(digest, "little")))
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+            self._generators.append(generator)
 
     def settle(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
@@ -141,15 +142,14 @@ class ResolutionRun:
         full, parity = stage.layout == "full", self.method.mode == "parity"
         rows = self._all_coarse(batch) if full else self._chosen()
         count = before.tokens + 3 * rows.shape[1]
-        eps = [
-            torch.randn(count, width, generator=generator, device=x.device)
-            for generator in self._generators
-        ]
+        eps = torch.stack(
+            [torch.randn(count, width, generator=generator) for generator in self._generators]
+        )
         x, table = self.ops.resolution_transition(
             x,
             before.table_of(batch),
             rows,
-            torch.stack(eps),
+            eps.to(x.device),
             scale=stage.scale,
             deviation=stage.deviation,
             correlation=noise,

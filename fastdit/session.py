@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit import clock
+from fastdit import attention, clock
 from fastdit.adapters.base import Size
-from fastdit.attention import KeyValues
 from fastdit.conditions import Conditions
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
@@ -59,7 +58,7 @@ class Branch:
     prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
     modulations: Modulations | None = None
     foresees: bool = True
-    keys: dict[Any, KeyValues] = field(default_factory=dict)
+    keys: dict[Any, attention.KeyValues] = field(default_factory=dict)
     velocity: Tensor | None = None
     collapses: bool = False
     rotation: Any = None
@@ -374,7 +373,7 @@ class Session:
             defer=defer,
             family=self.family,
             compiled=self._compiled_call(transformer),
-            tokens=self._tokens_of(call, count, rows, captures, branch, immediate),
+            tokens=self._tokens_of(transformer, call, count, rows, captures, branch, immediate),
             layouts=self.adapter.layouts,
             precision=self._precision(call),
             modulations=None if immediate else self._foresee(transformer, run, call, args, kwargs),
@@ -392,6 +391,7 @@ class Session:
 
     def _tokens_of(
         self,
+        transformer: nn.Module,
         call: Any,
         count: int,
         rows: Tensor | None,
@@ -406,7 +406,26 @@ class Session:
             return Tokens(count, rows, branch.keys, branch, ops)
         if layout is not None and self.adapter.owns_attention(layout, call.hidden_states.shape[0]):
             return Tokens(count, None, None, branch, ops)
+        if ops is not None and self._fuses_attention(transformer, call):
+            return Tokens(count, None, None, branch, ops)
         return None
+
+    def _fuses_attention(self, transformer: nn.Module, call: Any) -> bool:
+        """Whether the adapter's own attention stands in for the stock one to spare its copies.
+
+        Not where somebody looks into it, changed it, compiled it, or tells it something.
+        """
+        adapter = self.adapter
+        return bool(
+            adapter.fused_attentions
+            and attention.fuses(call.hidden_states.device)
+            and not call.tells_attention
+            and self._compiled_call(transformer) is None
+            and all(
+                block._compiled_call_impl is None and adapter.has_stock_attention(block)
+                for block in self.blocks
+            )
+        )
 
     def _lay_out(self, transformer: nn.Module, run: Run, call: Any) -> Layout | None:
         """The layout of this call's tokens; None without a method that decides it."""

@@ -78,6 +78,12 @@ def test_what_a_gpu_would_measure_is_rehearsed(rehearsed, monkeypatch):
     assert len(result["steps"]["rows"]) == 5
     for row in result["steps"]["rows"]:
         assert "fastdit every(2), a reused step" in row["ms"]
+    for model in ("FLUX.1-dev 1024", "SD3 medium 1024", "PixArt-Sigma 1024"):
+        assert not result["runs"][model]["failed"]
+        methods = {row["method"] for row in result["runs"][model]["rows"]}
+        assert methods >= {"unpatched", "dense", "random 75 %", "RAS 0.25 + every(2)"}
+    for row in result["pictures"]["rows"]:
+        assert row["to_cpu"] < 1e-5, row
     monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "tools"))
     lines = importlib.import_module("readme").gpu(result)
     assert sum(line.startswith("| gated_residual") for line in lines) == 3

@@ -219,6 +219,7 @@ def instances() -> dict[str, Callable[[int], None]]:
         "sparse_attention bf16 32/8x72": attention(32, 8, 72, bf16),
         "sparse_attention bf16 24x128 64 queries": attention(24, 24, 128, bf16, 64),
         "sparse_attention bf16 24x128 1 query": attention(24, 24, 128, bf16, 1),
+        "sparse_attention bf16 8x256": attention(8, 8, 256, bf16),
         "sparse_attention fp32 24x128": attention(24, 24, 128, fp32),
     }
 

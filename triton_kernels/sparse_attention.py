@@ -157,8 +157,7 @@ def sparse_attention_kernel(
     at = row.to(tl.int64)
     q_main = columns(q, b, head, at, active, 0, MAIN, DIM)
     acc = tl.zeros([M, MAIN], tl.float32)
-    q_rest = None
-    acc_rest = None
+    q_rest, acc_rest = q_main, acc  # read by nobody; triton 3.6 cannot return a None
     if REST > 0:
         q_rest = columns(q, b, head, at, active, MAIN, REST, DIM)
         acc_rest = tl.zeros([M, REST], tl.float32)
@@ -257,7 +256,7 @@ def sparse_attention(
     keys, kv_heads = k.shape[1:3]
     if out.numel() == 0:
         return
-    launch = launch or faster_than_torch(q, k) or tile(queries, q.itemsize)
+    launch = launch or faster_than_torch(q, k) or tile(queries, q.itemsize, dim)
     tiles = batch * heads * triton.cdiv(queries, launch.rows)
     blocks = triton.cdiv(keys, launch.cols)
     whole, parts = shares or waves(tiles, blocks, slots(q.device, launch.warps))
@@ -316,14 +315,17 @@ def pieces(dim: int) -> tuple[int, int]:
 
 
 @functools.cache
-def tile(queries: int, itemsize: int) -> Launch:
+def tile(queries: int, itemsize: int, dim: int) -> Launch:
     """128 queries, as many as two groups of four warps multiply at a time, or fewer where there are.
 
-    In fp32, which does without matrix units, what the registers of a thread can hold.
+    Above d = 128 half as many of both, and less in flight: 96 KiB of shared memory, which all devices have. In fp32,
+    which does without matrix units, what the registers of a thread can hold.
     """
     if itemsize == 4:
         return Launch(16, 16, 4, 2)
-    rows = min(128, max(16, triton.next_power_of_2(queries)))
+    rows = min(128 if dim <= 128 else 64, max(16, triton.next_power_of_2(queries)))
+    if dim > 128:
+        return Launch(rows, 32, 4, 2)
     return Launch(rows, 64, 8 if rows == 128 else 4, 3)
 
 

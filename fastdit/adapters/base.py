@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.layout import SIDE, Layout
 from fastdit.modulation import LayerInputs
+from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
 
 
@@ -38,6 +39,7 @@ class Call:
         signature: Shapes and dtypes a cached value depends on.
         positions: Where the image tokens are, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
+        tells_attention: It passes arguments on to the attention processors.
     """
 
     hidden_states: Tensor
@@ -48,6 +50,7 @@ class Call:
     signature: tuple[Any, ...]
     skips_blocks: bool
     positions: Tensor | None = None
+    tells_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,7 @@ class Adapter:
             signature,
             bool(argument("skip_layers")),
             argument("img_ids"),
+            bool(argument("joint_attention_kwargs")),
         )
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
@@ -218,6 +222,20 @@ class Adapter:
                     f"{name} has the attention processor {type(processor).__name__}; a method that computes a part of "
                     f"the tokens stands in for {', '.join(sorted(self.processors))}"
                 )
+
+    #: the blocks' attentions that `fastdit.attention` does with fewer copies than the stock processor
+    fused_attentions: Sequence[str] = ()
+
+    def has_stock_attention(self, block: nn.Module) -> bool:
+        """Whether the block's `fused_attentions` are as diffusers made them, and nobody looks at them."""
+        found = (getattr(block, name, None) for name in self.fused_attentions)
+        return all(
+            type(attention.processor).__name__ in self.processors
+            and getattr(attention.processor, "_parallel_config", None) is None
+            and not observed(attention)
+            for attention in found
+            if attention is not None
+        )
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """Modules whose forward adds positions to the tokens, and so must know the rows."""

@@ -185,9 +185,10 @@ def _attend_single(fw: Forward, attn: nn.Module, u: Tensor, text: int, rotation:
 
 def _rotation(fw: Forward, given: Any) -> Any:
     """cos and sin of all positions. A call of a part of the tokens is given those of other positions."""
-    if fw.tokens.rows is None:
-        fw.tokens.memory.rotation = None if given is None else Rotation(*given)
-    return fw.tokens.memory.rotation
+    memory = fw.tokens.memory
+    if fw.tokens.rows is None and (memory.rotation is None or memory.rotation.cos is not given[0]):
+        memory.rotation = Rotation(*given)  # of the whole call: its blocks share the halves
+    return memory.rotation
 
 
 def _modulation(fw: Forward, norm: nn.Module, temb: Tensor) -> Tensor:
@@ -218,6 +219,7 @@ class Flux(Adapter):
         "single_proj_mlp": ("joint",),
         "single_proj_out": ("joint",),
     }
+    fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
     processors = frozenset(

@@ -167,6 +167,7 @@ class SD3(Adapter):
         "ff": ("image",),
         "ff_context": ("text",),
     }
+    fused_attentions = ("attn", "attn2")
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
     processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})

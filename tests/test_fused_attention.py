@@ -1,0 +1,167 @@
+"""Attention without concatenations, as on a GPU: equal results, and the stock one wherever it may be seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+
+import fastdit
+import tiny_models
+from contract import FORWARD_FP64, same_bits, within_contract
+from fastdit import Cached, Dense, Schedule
+from oracle import Oracle, random_bits
+
+pytestmark = pytest.mark.diffusers
+
+FAMILIES = [name for name in tiny_models.FAMILIES if name.startswith(("sd3", "flux"))]
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def fused(monkeypatch):
+    """Counts the calls of the adapters' own attention."""
+    calls = []
+    attend = fastdit.attention.attend
+
+    def counted(*args, **kwargs):
+        calls.append(args[1])
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr("fastdit.attention.fuses", lambda device: True)
+    for module in ("attention", "adapters.sd3", "adapters.flux"):
+        monkeypatch.setattr(f"fastdit.{module}.attend", counted)
+    return calls
+
+
+def attentions(model):
+    return [module for module in model.modules() if getattr(module, "processor", None) is not None]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 16), (3, 12, 8)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_dense_is_exact_in_fp64(family, shape, fused):
+    model = tiny_models.transformer(family, torch.float64)
+    batch, height, width = shape
+    inputs = tiny_models.call(family, batch, torch.float64, height, width)
+    stock = model(**inputs)[0]
+    fastdit.patch(model)
+    for _ in range(2):
+        within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
+    assert len(fused) == 2 * len(attentions(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_dense_errs_at_most_twice_as_much_as_stock(family, dtype):
+    model = tiny_models.transformer(family, dtype)
+    truth_model = tiny_models.transformer(family, dtype).double()
+    inputs = [tiny_models.call(family, 3, dtype, step=step) for step in range(4)]
+    truth = [
+        truth_model(**{k: v.double() if is_float(v) else v for k, v in given.items()})[0]
+        for given in inputs
+    ]
+    stock = [model(**given)[0] for given in inputs]
+    fastdit.patch(model)
+    actual = [model(**given)[0] for given in inputs]
+    within_contract(torch.cat(actual), torch.cat(stock), torch.cat(truth))
+
+
+def is_float(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_random_schedules_are_exact_in_fp64(family, seed, fused):
+    model = tiny_models.transformer(family, torch.float64)
+    bits, names = random_bits(model, STEPS, seed, compute=(0.2, 0.5, 0.8)[seed])
+    inputs = [tiny_models.call(family, 1 + seed, torch.float64, step=step) for step in range(STEPS)]
+    with Oracle(model, bits).installed():
+        expected = [model(**given)[0] for given in inputs]
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
+    with handle.run(range(STEPS)):
+        for given, truth in zip(inputs, expected, strict=True):
+            within_contract(model(**given)[0], truth, bound=FORWARD_FP64)
+    assert fused
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])  # stock diffusers cannot fuse attn2 of SD 3.5
+@torch.no_grad()
+def test_fused_projections(family, fused):
+    model = tiny_models.transformer(family, torch.float64)
+    inputs = tiny_models.call(family, 2, torch.float64)
+    stock = model(**inputs)[0]
+    model.fuse_qkv_projections()
+    fastdit.patch(model)
+    within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
+    assert fused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_a_hook_on_one_attention_sees_it(family, fused):
+    model = tiny_models.transformer(family)
+    seen = []
+    fastdit.patch(model)
+    hook = attentions(model)[1].register_forward_hook(lambda *_: seen.append(1))
+    model(**tiny_models.call(family, 2))
+    assert seen == [1]
+    assert not fused
+    hook.remove()
+    model(**tiny_models.call(family, 2))
+    assert seen == [1]
+    assert fused
+
+
+@torch.no_grad()
+def test_a_processor_of_ones_own_runs(fused):
+    class Mine(JointAttnProcessor2_0):
+        calls = 0
+
+        def __call__(self, *args, **kwargs):
+            Mine.calls += 1
+            return super().__call__(*args, **kwargs)
+
+    model = tiny_models.transformer("sd3")
+    fastdit.patch(model)
+    model.transformer_blocks[1].attn.processor = Mine()
+    model(**tiny_models.call("sd3", 2))
+    assert Mine.calls == 1
+    assert not fused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_is_told_to_processors_reaches_them(family, fused):
+    """Stock processors warn of arguments that they do not know; ours would not be told."""
+    model = tiny_models.transformer(family)
+    fastdit.patch(model)
+    model(**tiny_models.call(family, 2), joint_attention_kwargs={"unheard_of": 1})
+    assert not fused
+    model(**tiny_models.call(family, 2), joint_attention_kwargs={})
+    assert fused
+
+
+@torch.no_grad()
+def test_compiled_blocks_keep_their_attention(fused):
+    model = tiny_models.transformer("sd3")
+    fastdit.patch(model)
+    for block in model.transformer_blocks:
+        block.compile(backend="eager")
+    model(**tiny_models.call("sd3", 2))
+    assert not fused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_reference_backend_stays_stock(family, fused):
+    model = tiny_models.transformer(family)
+    inputs = tiny_models.call(family, 2)
+    stock = model(**inputs)[0]
+    fastdit.patch(model, Dense(), backend="reference")
+    same_bits(model(**inputs)[0], stock)
+    assert not fused
