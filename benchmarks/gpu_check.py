@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastdit
@@ -37,8 +38,10 @@ from attention import MODELS as ATTENTIONS
 from attention import SHARES, TINY_MODELS, torch_contenders
 from attention import inputs as attention_inputs
 from fastdit import Schedule
+from fastdit.adapters import find_adapter
 from fastdit.ops import sparse_attention
 from fastdit.tiny import load_pipeline
+from hooks import HookCache
 from machine import describe_machine
 from op_cases import backends, cases
 from real_models import MODELS, RealModel
@@ -95,7 +98,7 @@ class Check:
         chosen = "mirrored and check_empty" if self.rehearsal else "cuda or triton or repeat"
         cores = 1 if self.rehearsal else len(os.sched_getaffinity(0))
         process = self._pytest(chosen, parallel=("-v", "-n", str(cores), "--dist", "worksteal"))
-        output = _finish(process, self.left())
+        output = _finish(process, min(240.0, self.left()))
         outcomes = re.findall(r"(PASSED|FAILED|ERROR|SKIPPED) (\S+)", output)
         found: dict[str, Any] = {
             "passed": process.returncode == 0,
@@ -190,19 +193,27 @@ class Check:
         with handle.run(torch.linspace(999, 0, 2)):
             measured("fastdit dense")
         handle.unpatch()
-        for n, name in ((2, "fastdit every(2), a reused step"),):
-            handle = fastdit.patch(model, fastdit.Cached(Schedule.every(n)))
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
 
-            def reused(handle=handle) -> None:
-                handle.reset()
-                self._run = handle.run(torch.linspace(999, 0, 2))
-                self._run.__enter__()
-                model(**arguments)
-                handle.advance()
+        def reused() -> None:
+            handle.reset()
+            self._run = handle.run(torch.linspace(999, 0, 2))
+            self._run.__enter__()
+            model(**arguments)
+            handle.advance()
 
-            measured(name, reused)
-            handle.unpatch()
-        if not self.rehearsal:
+        measured("fastdit every(2), a reused step", reused)
+        handle.unpatch()
+        hooks = hooks_of(model)
+        for cache in hooks:
+            cache.start_step(0)
+        model(**arguments)
+        for cache in hooks:
+            cache.start_step(1)
+        measured("hooks, a reused step")
+        for cache in hooks:
+            cache.remove()
+        if not self.rehearsal and self.left() > 120:
             try:
                 model.compile_repeated_blocks(fullgraph=True)
                 measured("torch.compile of the blocks")
@@ -318,6 +329,28 @@ class Check:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+
+#: components that are not named as their modules
+MODULES = {
+    "full_attn": "attn",
+    "full_ff": "ff",
+    "full_ff_context": "ff_context",
+    "single_attn": "attn",
+    "single_proj_mlp": "proj_mlp",
+    "single_proj_out": "proj_out",
+}
+
+
+def hooks_of(model: torch.nn.Module) -> list[HookCache]:
+    """Plain hooks on all components of all blocks, for a step that computes and one that reuses all."""
+    found = []
+    for kind in find_adapter(model).spec(model).kinds:
+        names = tuple(MODULES.get(name, name) for name in kind.components)
+        bits = np.zeros((2, kind.count, len(names)), dtype=bool)
+        blocks = list(getattr(model, kind.name))
+        found.append(HookCache(blocks, names, Schedule.from_bits(bits, names)))
+    return found
 
 
 SECTIONS = (
