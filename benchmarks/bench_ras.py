@@ -48,8 +48,8 @@ LIBRARY = (
 STEPS = 4  # one dense, three sparse: the last is timed, by when weights are packed
 
 
-def build(depth: int, tokens: int, rows: int) -> tuple[nn.Module, dict[str, Any]]:
-    """A transformer of SD3-medium's width with its inputs."""
+def build(depth: int, tokens: int, rows: int, heads: int) -> tuple[nn.Module, dict[str, Any]]:
+    """A transformer of SD3-medium's form with its inputs; of its width with 24 heads."""
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
@@ -57,8 +57,8 @@ def build(depth: int, tokens: int, rows: int) -> tuple[nn.Module, dict[str, Any]
     model = SD3Transformer2DModel(
         sample_size=side,
         num_layers=depth,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
+        num_attention_heads=heads,
+        caption_projection_dim=64 * heads,
         pos_embed_max_size=192,
     )
     inputs = {
@@ -152,7 +152,7 @@ def macs(model: nn.Module, ratio: float, tokens: int, rows: int) -> tuple[int, i
 @torch.no_grad()
 def measure(rows: int, options: argparse.Namespace) -> dict[str, Any]:
     """Times of steps of so many rows, with weights packed and not, fitted."""
-    model, inputs = build(options.depth, options.tokens, rows)
+    model, inputs = build(options.depth, options.tokens, rows, options.heads)
     counted = {ratio: macs(model, ratio, options.tokens, rows) for ratio in RATIOS}
     peer = Peer(options.peer, model) if options.peer else None
     dense: list[float] = []
@@ -250,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ras-cpu.json"))
     parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--pairs", type=int, default=7)

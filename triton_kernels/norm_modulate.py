@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.exact import inverse_root, mean_of
 from triton_kernels.launch import Launch, arch, launch_for, programs
 from triton_kernels.operand import modulation, operand, pointers, stored_rows
 
@@ -85,9 +86,9 @@ def norm_modulate_kernel(
 
     if RMS:
         mean = tl.zeros([ROWS], tl.float32)
-        variance = tl.sum(acc, axis=1) * (1.0 / WIDTH)
+        variance = mean_of(tl.sum(acc, axis=1), WIDTH)
     else:
-        mean = tl.sum(acc, axis=1) * (1.0 / WIDTH)
+        mean = mean_of(tl.sum(acc, axis=1), WIDTH)
         acc = tl.zeros([ROWS, COLS], tl.float32)
         squares = tl.zeros([ROWS, COLS], tl.float32)
         for c in tl.static_range(CHUNKS):
@@ -95,10 +96,10 @@ def norm_modulate_kernel(
             deviation = tl.where((col < WIDTH)[None, :], values[c] - mean[:, None], 0.0)
             acc += deviation
             squares += deviation * deviation
-        rest = tl.sum(acc, axis=1) * (1.0 / WIDTH)
-        variance = tl.sum(squares, axis=1) * (1.0 / WIDTH) - rest * rest
+        rest = mean_of(tl.sum(acc, axis=1), WIDTH)
+        variance = mean_of(tl.sum(squares, axis=1), WIDTH) - rest * rest
         variance = tl.maximum(variance, 0.0)  # an all-equal row can end an ulp below zero
-    inverse = tl.rsqrt(variance + eps)
+    inverse = inverse_root(variance + eps)
 
     for c in tl.static_range(CHUNKS):
         col = c * COLS + tl.arange(0, COLS)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from triton_kernels.exact import inverse_root, mean_of
 from triton_kernels.launch import Launch, programs
 from triton_kernels.operand import operand, stored_rows
 
@@ -62,17 +63,17 @@ def some_heads(
         every = tl.zeros([HEADS, 1], tl.int32)
         y = value.to(tl.float32)
         if NORM == "rms":
-            y *= tl.rsqrt(tl.sum(y * y, axis=1) * (1.0 / DIM) + eps)[:, None]
+            y *= inverse_root(mean_of(tl.sum(y * y, axis=1), DIM) + eps)[:, None]
             if weight is not None:
                 at = weight + every + col[None, :]
                 y *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
         elif NORM == "layer":
-            mean = tl.sum(tl.sum(y, axis=1), axis=0) * (1.0 / (COUNT * DIM))
+            mean = mean_of(tl.sum(tl.sum(y, axis=1), axis=0), COUNT * DIM)
             deviation = tl.where(inside, y - mean, 0.0)
-            rest = tl.sum(tl.sum(deviation, axis=1), axis=0) * (1.0 / (COUNT * DIM))
+            rest = mean_of(tl.sum(tl.sum(deviation, axis=1), axis=0), COUNT * DIM)
             squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0)
-            variance = squares * (1.0 / (COUNT * DIM)) - rest * rest
-            y = (y - mean - rest) * tl.rsqrt(tl.maximum(variance, 0.0) + eps)
+            variance = mean_of(squares, COUNT * DIM) - rest * rest
+            y = (y - mean - rest) * inverse_root(tl.maximum(variance, 0.0) + eps)
             if weight is not None:
                 y *= tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32)
             if bias is not None:
