@@ -33,7 +33,7 @@ def models() -> list[str]:
     """What the README shows: whole models."""
     lines = []
     for path in sorted(RESULTS.glob("gpu-check-*.json")):
-        lines += gpu_runs(json.loads(path.read_text()))
+        lines += [*gpu_runs(json.loads(path.read_text())), ""]
     lines += _step(_result("step-cpu.json"))
     lines += _ecad(_result("ecad-cpu.json"))
     lines += _search(_result("search-cpu.json"))
@@ -532,7 +532,7 @@ def _op(result: dict[str, Any]) -> list[str]:
 def gpu_runs(result: dict[str, Any]) -> list[str]:
     """Whole runs on a GPU."""
     machine, lines, rounds = result["machine"], [], 0
-    for model, found in result.get("runs", {}).items():
+    for model, found in reversed(result.get("runs", {}).items()):  # the largest was run last
         if not isinstance(found, dict) or not found.get("rows"):
             continue
         rounds = found["rounds"]
