@@ -12,8 +12,6 @@ from contract import same_bits
 from fastdit.forward import Forward
 from fastdit.patch import find_adapter
 
-pytestmark = pytest.mark.diffusers
-
 FAMILIES = list(tiny_models.FAMILIES)
 
 

@@ -23,8 +23,6 @@ from fastdit.cli.grid import GAP, MARGIN, to_picture
 from fastdit.cli.loading import load_model
 from saved_pipelines import save_dit, save_sd3, save_unsupported
 
-pytestmark = pytest.mark.diffusers
-
 PROMPT = "a large red circle at the left"
 
 

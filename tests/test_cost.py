@@ -20,8 +20,6 @@ from fastdit.spec import BlockKind, ModelSpec
 from fastdit.statistics import statistics
 from oracle import random_bits
 
-pytestmark = pytest.mark.diffusers
-
 COMPONENTS = ("attn1", "attn2", "ff")
 
 

@@ -23,8 +23,6 @@ from fastdit.cli.loading import calls, default_prompts, load_model, messages_onc
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError, UnsupportedModelError
 from saved_pipelines import save_dit, save_sd3, save_unsupported
 
-pytestmark = pytest.mark.diffusers
-
 PROMPTS = ("a red circle", "a blue square")
 EVERY_2 = {"every(2)": fastdit.Cached(fastdit.Schedule.every(2))}
 

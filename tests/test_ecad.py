@@ -21,8 +21,6 @@ from fastdit.methods import ecad
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
-
 
 def made_for(steps, name="pixart-alpha", seed=0):
     bits, names = random_bits(tiny_models.FAMILIES[name].build(), steps, seed)

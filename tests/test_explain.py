@@ -16,8 +16,6 @@ from fastdit.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
-
 STEPS = 5
 FAMILIES = list(tiny_models.FAMILIES)
 

@@ -12,7 +12,6 @@ from fastdit import modulation
 from fastdit.install import is_installed
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
 STEPS = 6
 NAMES = ["sd3", "sd3.5", "flux", "flux-dev", "dit", "sd3-img2img", "flux-img2img"]
 

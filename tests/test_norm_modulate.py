@@ -206,7 +206,7 @@ def check_repeats(run: Runner) -> None:
         first = run.norm_modulate(x, scale, shift)
         threads = torch.get_num_threads()
         try:
-            for i in range(10):
+            for i in range(run.repeats(10)):
                 torch.set_num_threads(1 + i % 2)  # above 32768 elements the kernels do split
                 again = run.norm_modulate(x, misaligned(scale, i % 5), shift)
                 assert_equal(f"norm_modulate on {run.label}, repeat {i}", again, first)

@@ -20,7 +20,6 @@ from tiny_models import generate
 from tolerance import assert_close
 
 pytestmark = [
-    pytest.mark.diffusers,
     pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL"),
 ]
 STEPS = 8

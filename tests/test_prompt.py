@@ -11,7 +11,6 @@ from contract import FORWARD_FP64, distance, same_bits
 from fastdit.install import is_installed
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
 PROJECTIONS = {
     "sd3": "context_embedder",
     "flux": "context_embedder",

@@ -287,7 +287,7 @@ def check_repeats(run: Runner) -> None:
             first = s.run(run)
             threads = torch.get_num_threads()
             try:
-                for i in range(10):
+                for i in range(run.repeats(10)):
                     torch.set_num_threads(1 + i % 2)
                     _same(f"qkv_prologue on {run.label}, repeat {i}", s.run(run), first)
             finally:

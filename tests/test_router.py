@@ -245,7 +245,6 @@ def fitting(pipe, steps=4, value=None, seed=3, **more):
     return fastdit.Router(logits, names, spec.family, **more)
 
 
-@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["dit", "flux"])
 def test_logits_of_five_are_bit_equal_to_stock(name):
     pipe = tiny_models.pipeline(name)
@@ -254,7 +253,6 @@ def test_logits_of_five_are_bit_equal_to_stock(name):
     same_bits(tiny_models.generate(pipe, name), stock)
 
 
-@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["pixart-sigma", "flux"])
 def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
     from fastdit.search.genome import Genome
@@ -271,7 +269,6 @@ def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
     assert len({genome.vector(schedule).tobytes() for schedule in family} & set(seeds)) == 3
 
 
-@pytest.mark.diffusers
 @pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
 def test_a_router_runs_as_its_schedule(name, tmp_path):
     pipe = tiny_models.pipeline(name)
@@ -291,7 +288,6 @@ def test_a_router_runs_as_its_schedule(name, tmp_path):
     assert f"{explained.reuse_share:.2%} of all components" in str(explained)
 
 
-@pytest.mark.diffusers
 @pytest.mark.parametrize(
     ("conditions", "message"),
     [
@@ -313,7 +309,6 @@ def test_a_run_that_was_not_trained_for_is_refused_by_name(conditions, message):
     tiny_models.generate(pipe, "sd3")
 
 
-@pytest.mark.diffusers
 def test_another_model_is_refused_when_patching():
     pipe = tiny_models.pipeline("pixart-sigma")
     with pytest.raises(fastdit.ScheduleError, match="trained on a sd3 model"):
@@ -324,7 +319,6 @@ def test_another_model_is_refused_when_patching():
         fastdit.HarmoniCa(3)
 
 
-@pytest.mark.diffusers
 def test_another_number_of_steps_is_refused():
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, fastdit.HarmoniCa(fitting(pipe, steps=5)))

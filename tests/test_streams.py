@@ -18,8 +18,6 @@ from fastdit import Cached, Dense, Schedule, ops
 from fastdit.forward import Forward
 from oracle import Oracle, random_bits
 
-pytestmark = pytest.mark.diffusers
-
 STEPS = 4
 KINDS = ("transformer_blocks", "single_transformer_blocks", "layers")
 

@@ -17,8 +17,6 @@ from fastdit.collapse import find_sums, passes
 from oracle import Oracle
 from test_cached import as_double
 
-pytestmark = pytest.mark.diffusers
-
 PARTS = ("attn1", "attn2", "ff")
 KIND = "transformer_blocks"
 

@@ -365,7 +365,7 @@ def check_repeats(run: Runner) -> None:
         first = run.token_select(velocity, drops.clone(), 500, high=100)
         threads = torch.get_num_threads()
         try:
-            for i in range(10):
+            for i in range(run.repeats(10)):
                 torch.set_num_threads(1 + i % 2)
                 again = run.token_select(velocity, drops.clone(), 500, high=100)
                 for a, b in zip(again, first, strict=True):

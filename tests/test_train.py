@@ -30,8 +30,6 @@ from fastdit.train.pair import Pair
 from fastdit.train.student import COMPUTE, STOCK, Trainee
 from snapshot import snapshot
 
-pytestmark = pytest.mark.diffusers
-
 STEPS, GUIDANCE = 4, 4.0
 
 

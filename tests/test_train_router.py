@@ -9,8 +9,6 @@ import fastdit
 from fastdit.cli import commands
 from saved_pipelines import save_dit, save_sd3
 
-pytestmark = pytest.mark.diffusers
-
 QUICK = ("--steps", "3", "--epochs", "2", "--batch", "1", "--threads", "1")
 
 
