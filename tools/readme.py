@@ -205,7 +205,9 @@ def _search(result: dict[str, Any]) -> list[str]:
         cells = [_gain(area["gain"][other]) for area in areas.values()]
         lines.append(f"| {LABELS[other]} | {' | '.join(cells)} |")
     lines += _searches(result)
-    lines += _search_growth(result["area after schedules"])
+    for search in (*_result("search-earlier-cpu.json")["searches"], result):
+        if "area after schedules" in search:
+            lines += _search_growth(search)
     lines += [
         "",
         "The presets, beside the best grid of fixed intervals and the most plain steps that cost no more:",
@@ -230,15 +232,16 @@ def _search(result: dict[str, Any]) -> list[str]:
 
 
 def _searches(result: dict[str, Any]) -> list[str]:
-    """All searches that were compared on the same held-out pictures, and the last one on others, looked at once."""
-    rows = [(search, "") for search in _result("search-earlier-cpu.json")["searches"]]
+    """All searches that were compared on the same held-out pictures, and two on others, looked at once."""
+    earlier = _result("search-earlier-cpu.json")["searches"]
+    rows = [(search, ", others" if "others" in search else "") for search in earlier]
     rows += [(result, ""), (_result("search-further-cpu.json"), ", others")]
     lines = [
         "",
-        "All searches compared so far, in the logarithmic loss; the pictures of the last row were looked at once:",
+        "All searches compared so far, in the logarithmic loss; `others` are pictures that were looked at once:",
         "",
-        "| generations | on a surrogate | schedules | held-out pictures | over its seeds | over random mutants |",
-        "|---|---|---|---|---|---|",
+        "| generations | on a surrogate | schedules | judged on | held-out pictures | over its seeds | over mutants |",
+        "|---|---|---|---|---|---|---|",
     ]
     for search, other in rows:
         gain = search["areas"]["logarithmic loss"]["gain"]
@@ -246,7 +249,8 @@ def _searches(result: dict[str, Any]) -> list[str]:
         ahead = f"{search['surrogate']} ahead" if search["surrogate"] else "no"
         ahead += f", {search['note']}" if "note" in search else ""
         lines.append(
-            f"| {search['generations']} | {ahead} | {search['schedules']} | {search['pictures']}{other} | "
+            f"| {search['generations']} | {ahead} | {search['schedules']} | {search['search_pictures']} | "
+            f"{search['pictures']}{other} | "
             f"{' | '.join(cells)} |"
         )
     return lines
@@ -257,13 +261,14 @@ def _gain(gain: dict[str, Any]) -> str:
     return f"{gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
 
 
-def _search_growth(areas: dict[str, Any]) -> list[str]:
+def _search_growth(search: dict[str, Any]) -> list[str]:
     """Areas after so many schedules: of each the last count that does not exceed it; "-" beyond a set's end."""
+    areas = search["area after schedules"]
     last = max(count for count, _ in areas["searched front"])
     counts = [count for count in (100, 200, 400, 800) if count < last] + [last]
     lines = [
         "",
-        "Hypervolume on the search's own pictures, after as many schedules measured:",
+        f"Hypervolume on a search's own {search['search_pictures']} pictures, after as many schedules measured:",
         "",
         f"| {' | '.join(['', *map(str, counts)])} |",
         "|---" * (1 + len(counts)) + "|",
