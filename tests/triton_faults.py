@@ -160,7 +160,7 @@ FAULTS = {
         NORM, "acc += value * value", "acc += value", "check_sizes"
     ),
     "eps is left out": one(
-        NORM, "tl.rsqrt(variance + eps)", "tl.rsqrt(variance)", "check_constant_rows"
+        NORM, "inverse_root(variance + eps)", "inverse_root(variance)", "check_constant_rows"
     ),
     "the norm sees x before it is rounded": one(
         NORM, "value = value.to(tl.float32)\n        values",
@@ -173,8 +173,8 @@ FAULTS = {
         "check_one_rounding_of_norms",
     ),
     "rows of one tile share a mean": one(
-        NORM, "mean = tl.sum(acc, axis=1) * (1.0 / WIDTH)",
-        "mean = tl.zeros([ROWS], tl.float32) + tl.sum(tl.sum(acc, axis=1), axis=0) * (1.0 / WIDTH)",
+        NORM, "mean = mean_of(tl.sum(acc, axis=1), WIDTH)",
+        "mean = tl.zeros([ROWS], tl.float32) + mean_of(tl.sum(tl.sum(acc, axis=1), axis=0), WIDTH)",
         "check_special_values",
     ),
     # token_select: addresses
@@ -277,8 +277,8 @@ FAULTS = {
         "check_rows",
     ),
     "heads of one tile share a mean square": one(
-        PROLOGUE, "tl.rsqrt(tl.sum(y * y, axis=1) * (1.0 / DIM) + eps)[:, None]",
-        "tl.rsqrt(tl.sum(tl.sum(y * y, axis=1), axis=0) * (1.0 / (COUNT * DIM)) + eps)",
+        PROLOGUE, "inverse_root(mean_of(tl.sum(y * y, axis=1), DIM) + eps)[:, None]",
+        "inverse_root(mean_of(tl.sum(tl.sum(y * y, axis=1), axis=0), COUNT * DIM) + eps)",
         "check_special_values",
     ),
     "the norm is rounded before the rotation": one(
