@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # Before any import of transformers or diffusers: a test that would download fails instead.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Processes that tests start run side by side: more threads than cores would spin waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Interpreters that tests start do not import this checkout in place of the installed package.
 os.environ.setdefault("PYTHONSAFEPATH", "1")
 

@@ -325,7 +325,7 @@ def tile(queries: int, itemsize: int, dim: int) -> Launch:
         return Launch(16, 16, 4, 2)
     rows = min(128 if dim <= 128 else 64, max(16, triton.next_power_of_2(queries)))
     if dim > 128:
-        return Launch(rows, 32, 4, 2)
+        return Launch(rows, 32, 8 if rows == 64 else 4, 2)
     return Launch(rows, 64, 8 if rows == 128 else 4, 3)
 
 
