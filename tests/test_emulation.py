@@ -12,7 +12,10 @@ import torch
 from emulated import CSRC, FLAGS, unavailable
 
 PROBE = Path(__file__).with_name("emulation_probe.cu")
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(unavailable() is not None, reason=str(unavailable())),
+]
 
 
 def compiled(folder: Path, *defines: str, kernel: str = "probe"):

@@ -26,6 +26,8 @@ from fastdit.backends.reference import Reference, gather_rows, per_token, scatte
 from inputs import Runner, normal
 from tolerance import Mismatch, assert_close
 
+pytestmark = pytest.mark.kernels
+
 CORRECT = Reference()
 
 
