@@ -35,6 +35,7 @@ import fastdit
 from fastdit.resolution import ResolutionRun
 from machine import describe_machine
 from memory import keep_freed_memory
+from real_models import build_vae
 
 CHANNELS = 64  # of a token
 WARM_UP = 256  # pixels
@@ -70,7 +71,6 @@ FAMILIES = {
 def build(name: str, depth: int) -> Any:
     """A stock pipeline of the family's width."""
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         FluxPipeline,
         FluxTransformer2DModel,
@@ -79,17 +79,7 @@ def build(name: str, depth: int) -> Any:
     )
 
     torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = build_vae()
     texts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     if name == "flux":
         model = FluxTransformer2DModel(num_layers=depth // 2, num_single_layers=depth - depth // 2)
@@ -106,8 +96,7 @@ def build(name: str, depth: int) -> Any:
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = make(vae=vae, transformer=model, scheduler=scheduler, **texts)
     pipe.set_progress_bar_config(disable=True)
-    for part in (pipe.transformer, pipe.vae):
-        part.eval().requires_grad_(False)
+    pipe.transformer.eval().requires_grad_(False)
     return pipe
 
 

@@ -6,7 +6,7 @@ the block structure, and takes two blocks of each kind and few tokens: a rehears
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,24 @@ class RealModel:
         made = self.inputs(model, self.batch, latent, text, new)
         made.setdefault("timestep", torch.full((self.batch,), 500, device=weight.device))
         return made | {"return_dict": False}
+
+
+def build_vae(widths: Sequence[int] = (128, 256, 512, 512)) -> nn.Module:
+    """The autoencoder of SD3 and FLUX, random weights, fp32."""
+    import diffusers
+
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=tuple(widths),
+        layers_per_block=2,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    return vae.eval().requires_grad_(False)
 
 
 def _sd3(model, batch, latent, text, new) -> Inputs:

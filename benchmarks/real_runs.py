@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fastdit
 from fastdit import Schedule
 from fastdit.adapters import find_adapter
-from real_models import RealModel
+from real_models import RealModel, build_vae
 
 SIDE, REHEARSED_SIDE = 1024, 256  # pixels
 REHEARSED_STEPS = 6
@@ -44,19 +44,9 @@ def _pipeline(real: RealModel, transformer: nn.Module, rehearsal: bool) -> Any:
             scheduler=diffusers.DPMSolverMultistepScheduler(),
         )
     weight = next(transformer.parameters())
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4 if rehearsal else (128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = build_vae((32,) * 4) if rehearsal else build_vae()
     parts = {
-        "vae": vae.to(weight.device, weight.dtype).eval().requires_grad_(False),
+        "vae": vae.to(weight.device, weight.dtype),
         "transformer": transformer,
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     } | dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))

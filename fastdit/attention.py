@@ -1,7 +1,7 @@
 """Attention of active tokens over the keys and values of all: what RAS puts in place of a stock processor.
 
 Where all tokens are active it is the stock attention without its concatenations, and on a GPU takes its place for every
-method (`fuses`): three copies of image and text next to each other are 13 % of a step of SD3 medium on an H100.
+method (`fuses`).
 
 Keys and values live, normed and rotated, in one buffer per attention in the family's own token order. A dense step
 writes all of it, a sparse step the rows of its active tokens; the queries are those of the active tokens and of the
