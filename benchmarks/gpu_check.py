@@ -253,7 +253,8 @@ class Check:
     def pictures(self) -> dict[str, Any]:
         """Latents of the packaged model, fp32: how far a device's are from the CPU's, relative L2.
 
-        `rounding` is the same between two ways on the device: the kernels, and plain torch.
+        `rounding` is the same between two ways on the device, the kernels and plain torch; `graphs` between a replayed
+        run and an eager one.
         """
         rows = []
         methods: dict[str, tuple[int, list[Any]]] = {
@@ -268,14 +269,19 @@ class Check:
         pipes = [load_pipeline() for _ in range(2)]
         pipes[1].to(self.device)
 
-        def drawn(pipe: Any, steps: int, chosen: list[Any], backend: str | None) -> torch.Tensor:
-            handle = fastdit.patch(pipe, *chosen, backend=backend) if chosen else None
-            latents = pipe(
-                ["a small red cross in the bottom right on a gray background"] * 2,
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
-                output_type="latent",
-            ).images
+        def drawn(
+            pipe: Any, steps: int, chosen: list[Any], backend: str | None, graphs: bool = False
+        ) -> torch.Tensor:
+            handle = None
+            if chosen:
+                handle = fastdit.patch(pipe, *chosen, backend=backend, cuda_graphs=graphs)
+            for _ in range(3 if graphs else 1):
+                latents = pipe(
+                    ["a small red cross in the bottom right on a gray background"] * 2,
+                    num_inference_steps=steps,
+                    generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+                    output_type="latent",
+                ).images
             if handle:
                 handle.unpatch()
             return latents.double().cpu()
@@ -288,6 +294,9 @@ class Check:
             kernels, plain = (drawn(pipes[1], steps, chosen, b) for b in (None, "reference"))
             row = {"method": name, "to_cpu": float((kernels - truth).norm() / truth.norm())}
             row["rounding"] = float((kernels - plain).norm() / truth.norm())
+            if chosen and "RALU" not in name and not self.rehearsal:
+                replayed = drawn(pipes[1], steps, chosen, None, graphs=True)
+                row["graphs"] = float((replayed - kernels).norm() / truth.norm())
             rows.append(row)
             print(f"  {row}", flush=True)
         return {"rows": rows}

@@ -2,7 +2,8 @@
 
 Random weights (`real_models.py`), so the pictures mean nothing and the seconds everything. Prompts come as embeddings
 and latents go out: neither a text encoder nor the last decoding is timed. Methods take turns; a time is the median of
-the rounds after one that compiles and warms up.
+the rounds after one that compiles and warms up. With "graphs" in its name a method was patched in with `cuda_graphs`,
+and what is timed is a replay.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from real_models import RealModel, build_vae
 SIDE, REHEARSED_SIDE = 1024, 256  # pixels
 REHEARSED_STEPS = 6
 UNPATCHED = "unpatched"
+GRAPHS = ", graphs"
 RALU_PRESETS = {
     "FluxTransformer2DModel": ("flux-4x", "flux-7x"),
     "SD3Transformer2DModel": ("sd3-2x", "sd3-3x"),
@@ -118,7 +121,11 @@ def _methods(real: RealModel, steps: int) -> dict[str, tuple[int, Callable[[Any]
             ralu.run_steps,
             lambda pipe, ralu=ralu: [ralu, every(2)],
         )
-    return found
+    replayed = {
+        name + GRAPHS: found[name]
+        for name in ("dense", "every(2)", "random 75 %", "RAS 0.25", "RAS 0.25 + every(2)")
+    }
+    return found | (replayed if torch.cuda.is_available() else {})
 
 
 class Runs:
@@ -148,10 +155,13 @@ class Runs:
         generator = torch.Generator(self.pipe.transformer.device).manual_seed(0)
         return self.pipe(**self.prompt, num_inference_steps=steps, generator=generator).images
 
-    def seconds(self, steps: int, methods: list[Any] | None) -> tuple[float, float]:
-        """Of a run, until the device is done; and how many times less arithmetic it took than as many stock steps."""
-        handle = None if methods is None else fastdit.patch(self.pipe, *methods)
+    def seconds(self, steps: int, methods: list[Any] | None, graphs: bool = False) -> Timed:
+        """Time a run, until the device is done; with `graphs` the third, which is a replay."""
+        handle = None
+        if methods is not None:
+            handle = fastdit.patch(self.pipe, *methods, cuda_graphs=graphs)
         try:
+            earlier = [self.draw(steps) for _ in range(2 * graphs)]
             _wait(self.pipe.transformer.device)
             start = time.perf_counter()
             latents = self.draw(steps)
@@ -159,10 +169,27 @@ class Runs:
             seconds = time.perf_counter() - start
             if not latents.isfinite().all():
                 print("  the latents are not finite: these seconds are of no use", flush=True)
-            return seconds, handle.report().flop_speedup if handle else 1.0
+            found = Timed(seconds, handle.report().flop_speedup if handle else 1.0)
+            if graphs:
+                eager = earlier[0].double()
+                found.mode = handle.report().graphs
+                found.to_eager = float((latents.double() - eager).norm() / eager.norm())
+            return found
         finally:
             if handle:
                 handle.unpatch()
+
+
+@dataclass
+class Timed:
+    """A run's seconds; how many times less arithmetic it took than as many stock steps; of a replay also how far its
+    latents are from the eager run's, relative L2, and whether it was one.
+    """
+
+    seconds: float
+    flops: float
+    mode: str = ""
+    to_eager: float | None = None
 
 
 def _wait(device: torch.device) -> None:
@@ -180,27 +207,27 @@ def measure_runs(
     """
     arms = {UNPATCHED: (runs.steps, lambda pipe: None), **runs.methods}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    flops: dict[str, float] = {}
+    last: dict[str, Timed] = {}
     failed: dict[str, str] = {}
     for turn in range(warm_up + rounds):
         for name, (steps, method) in arms.items():
             if name in failed or left() < 0:
                 continue
             try:
-                spent, flops[name] = runs.seconds(steps, method(runs.pipe))
+                last[name] = runs.seconds(steps, method(runs.pipe), name.endswith(GRAPHS))
             except Exception as error:  # the others are worth having
                 failed[name] = traceback.format_exc()[-1500:]
                 print(f"  {name}: {type(error).__name__}: {error}", flush=True)
                 continue
             if turn >= warm_up:
-                seconds[name].append(spent)
+                seconds[name].append(last[name].seconds)
     usual = statistics.median(seconds[UNPATCHED])
     rows = []
     for name, (steps, _) in arms.items():
         if not seconds[name]:
             continue
         ratios = [a / b for a, b in zip(seconds[UNPATCHED], seconds[name], strict=False)]
-        predicted = flops[name] * runs.steps / steps
+        predicted = last[name].flops * runs.steps / steps
         rows.append(
             {
                 "method": name,
@@ -212,6 +239,11 @@ def measure_runs(
                 "realised": usual / statistics.median(seconds[name]) / predicted,
             }
         )
+        if name.endswith(GRAPHS):
+            rows[-1] |= {"mode": last[name].mode, "to_eager": last[name].to_eager}
+            print(
+                f"    {last[name].mode}, {last[name].to_eager:.1e} from the eager run", flush=True
+            )
         print(
             f"  {name:28} {steps:3} steps {rows[-1]['seconds']:7.3f} s, {rows[-1]['speedup']:5.2f}x, "
             f"arithmetic {predicted:5.2f}x, realised {rows[-1]['realised']:.3f}",

@@ -185,6 +185,10 @@ class Forward:
         self._planned += len(self._row)
         self.segments = segments_like(block._compiled_call_impl or self._compiled, block)
 
+    def take_counts(self, computed: int, reused: int) -> None:
+        """Stand for a call whose blocks were not visited."""
+        self.computed, self._planned = computed, computed + reused
+
     # ---- components
 
     def computes(self, component: str) -> bool:

@@ -21,9 +21,10 @@ from torch import nn
 from fastdit import clock, ops
 from fastdit.adapters import adapters, find_adapter
 from fastdit.drift import check_drift
-from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
+from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
 from fastdit.explain import Explanation, explain_session, run_speedup
 from fastdit.frames import Frames
+from fastdit.graphs import Graphs
 from fastdit.install import LINK, check_installable, install, uninstall
 from fastdit.measure import Measurement, measure
 from fastdit.methods.base import Method
@@ -271,7 +272,11 @@ class Handle:
 
 
 def patch(
-    target: Any, *methods: Method, backend: str | None = None, pack_weights: bool = False
+    target: Any,
+    *methods: Method,
+    backend: str | None = None,
+    pack_weights: bool = False,
+    cuda_graphs: bool = False,
 ) -> Handle:
     """Make a diffusers pipeline or transformer run on fastdit.
 
@@ -283,6 +288,9 @@ def patch(
             each op's device and dtype. A backend named here or there is never silently replaced.
         pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few rows, as RAS has
             them; see `packed.py`. For fp32 on a CPU whose torch has MKL.
+        cuda_graphs: Replay whole runs as CUDA graphs from the third of a kind on (size, batch, steps, settings); see
+            `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager, and
+            a warning says why.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -334,6 +342,10 @@ def patch(
     if sparse or resizing is not None:
         embedders = adapter.embedders(transformer)
     wrapped = adapter.wrapped(transformer)
+    if cuda_graphs and resizing is not None:
+        raise CompositionError(
+            f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
+        )
     eager = bound.backend == "reference"
     prompts = [] if eager else adapter.prompt_projections_of(transformer)
     conditions = [] if eager else adapter.condition_embeddings_of(transformer)
@@ -350,12 +362,14 @@ def patch(
         *conditions,
         *parts,
         *linears,
+        *[transformer] * cuda_graphs,
     ):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
 
-    session = Session(adapter, spec, methods, bound, [block for _, block in blocks], eager)
+    graphs = Graphs() if cuda_graphs else None
+    session = Session(adapter, spec, methods, bound, [block for _, block in blocks], eager, graphs)
     if pipeline is not None:
         session.pipeline = weakref.ref(pipeline)
     if LINK in transformer.__dict__:
@@ -364,6 +378,8 @@ def patch(
     for modules, link in ((prompts, PromptLink), (conditions, ConditionLink)):
         for module in modules:
             install(module, link(session))
+    if cuda_graphs:
+        install(transformer, session)
     session.linears = linears
     for module in linears:
         install(module, LinearLink(session), compiles=True)
@@ -474,6 +490,7 @@ def _remove(transformer: nn.Module) -> None:
     session = transformer.__dict__.pop(LINK, None)
     if session is None:
         return
+    uninstall(transformer)
     for _, block in session.adapter.blocks(transformer):
         uninstall(block)
     for module in session.adapter.embedders(transformer):

@@ -48,6 +48,7 @@ class Report:
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
         stages: Those that have ended, where a method changes the resolution.
         packed_bytes: What weights that were kept packed took beside the model's own.
+        graphs: With `cuda_graphs`: whether the run was "warming up", "captured", "replayed", or why it was eager.
     """
 
     methods: tuple[str, ...]
@@ -63,6 +64,7 @@ class Report:
     flop_speedup: float = 1.0
     stages: tuple[StageReport, ...] = ()
     packed_bytes: int = 0
+    graphs: str = ""
 
     @property
     def reuse_share(self) -> float:
@@ -145,12 +147,13 @@ class Report:
         packed = (
             f", packed weights {self.packed_bytes / 2**20:.1f} MiB" if self.packed_bytes else ""
         )
+        graphs = f", CUDA graphs: {self.graphs}" if self.graphs else ""
         return (
             f"fastdit {' + '.join(self.methods)}: {state}\n"
             f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
             f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%}), "
             f"{self.flop_speedup:.2f}x fewer multiply-accumulates\n"
-            f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}"
+            f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}{graphs}"
         )
 
 
@@ -184,6 +187,7 @@ def report_session(session: Any, flop_speedup: float) -> Report:
         flop_speedup,
         stages,
         run.packed_bytes if run is not None else 0,
+        str(run.trace or "") if run is not None else "",
     )
 
 

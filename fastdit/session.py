@@ -26,6 +26,7 @@ from fastdit.cost import Cost
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
+from fastdit.graphs import CaptureError, Graphs, Trace
 from fastdit.layout import Layout
 from fastdit.modulation import Modulations
 from fastdit.observe import observed, private
@@ -93,6 +94,7 @@ class Run:
     patch: int = 1
     latents: Sequence[int] = ()
     positions: Tensor | None = None
+    trace: Trace | str | None = None
     records: dict[int, StepRecord] = field(default_factory=dict)
     packed: PackedWeights = field(default_factory=PackedWeights)
     packed_bytes: int = 0
@@ -104,12 +106,22 @@ class Run:
 
 @dataclass(frozen=True)
 class _ActiveCall:
-    """The transformer call in progress: its caches, its rows (None: all tokens), its latents, its layout if any."""
+    """The transformer call in progress.
+
+    Attributes:
+        branch: Its caches.
+        rows: Of its tokens; None where all pass.
+        latents, layout: As given; the layout of the tokens if there is one.
+        trace: What captures or replays it.
+        prepare: Prepares the call, once more where it could not be captured.
+    """
 
     branch: Branch
     rows: Tensor | None
     latents: Tensor
     layout: Layout | None
+    trace: Trace | None
+    prepare: Callable[[], None]
 
 
 class Session:
@@ -122,6 +134,7 @@ class Session:
         linears: Layers of the blocks whose weights are kept packed in a run.
         enabled: False inside ``with h.disabled()``.
         frames: What watches the image form, inside ``with h.watch()``; else None.
+        graphs: What captures and replays whole runs; None where they stay eager.
         run: The run in progress, or the last one (its caches already dropped), or None.
     """
 
@@ -133,6 +146,7 @@ class Session:
         ops: Any,
         blocks: Sequence[nn.Module],
         eager: bool,
+        graphs: Graphs | None = None,
     ) -> None:
         self.adapter = adapter
         self.spec = spec
@@ -147,6 +161,7 @@ class Session:
         self.family: dict[str, Any] = {}
         self.pipeline: weakref.ref[Any] | None = None
         self.frames: Frames | None = None
+        self.graphs = graphs
         self._scheduler: weakref.ref[Any] | None = None
         self._tokens = 0
         self._plans: dict[Any, RunPlan] = {}
@@ -163,7 +178,10 @@ class Session:
         clone = Session.__new__(Session)
         memo[id(self)] = clone
         blocks = copy.deepcopy(self.blocks, memo)
-        Session.__init__(clone, self.adapter, self.spec, self.methods, self.ops, blocks, self.eager)
+        graphs = self.graphs and Graphs()
+        Session.__init__(
+            clone, self.adapter, self.spec, self.methods, self.ops, blocks, self.eager, graphs
+        )
         clone.linears = copy.deepcopy(self.linears, memo)
         clone.enabled = self.enabled
         copied = memo.get(id(self.pipeline())) if self.pipeline is not None else None
@@ -292,6 +310,8 @@ class Session:
         """Drop the caches; the run's record stays for the report."""
         if self.run is not None and not self.run.finished:
             self.run.finished = True
+            if isinstance(self.run.trace, Trace):
+                self.run.peak_bytes = self.run.trace.end(self.run.peak_bytes)
             self.run.seconds = time.perf_counter() - self.run.started
             self.run.branches.clear()
             self.run.outputs.clear()
@@ -350,18 +370,54 @@ class Session:
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(call.hidden_states.device.type)
         )
+        trace = self._trace(transformer, run, call, args, kwargs, immediate)
+        if trace is not None:
+            args, kwargs = self._enter(trace, run, call, args, kwargs)
+            call = self.adapter.call(transformer, args, kwargs)
+        self._prepare(transformer, run, call, args, kwargs, layout, immediate, trace)
+        run.call += 1
+        rows = self._active.rows
+        if layout is not None and layout.kind != "full":
+            return self.adapter.reduce_inputs(transformer, args, kwargs, layout, self.ops)
+        if trace is not None:
+            return args, kwargs
+        if rows is None:
+            return None
+        return self.adapter.gather_inputs(transformer, args, kwargs, rows)
+
+    def _prepare(
+        self,
+        transformer: nn.Module,
+        run: Run,
+        call: Any,
+        args: Any,
+        kwargs: Any,
+        layout: Layout | None,
+        immediate: bool,
+        trace: Trace | None,
+    ) -> None:
+        """Choose what a call computes and from what."""
+        again = functools.partial(
+            self._prepare, transformer, run, call, args, kwargs, layout, immediate, trace
+        )
         defer = not immediate and not call.skips_blocks
         branch = self._prepare_branch(run, call)
         rows, captures = self._choose_tokens(transformer, run, branch, call)
+        if rows is not None and trace is not None:
+            rows = trace.hold("rows", rows)
         collapses = defer and bool(run.plan.sums) and self.may_collapse()
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot
             branch.collapses = collapses
         self._check_cache_bytes(transformer, run, call, collapses)
-        self._active = _ActiveCall(branch, rows, call.hidden_states, layout)
         count = call.tokens if layout is None else layout.tokens
         self._tokens = count if rows is None else rows.shape[1]
-        run.call += 1
+        self._active = _ActiveCall(branch, rows, call.hidden_states, layout, trace, again)
+        ahead = None if immediate else self._foresee(transformer, run, call, args, kwargs)
+        if trace is not None and not trace.agrees((self._tokens, collapses, ahead is not None)):
+            run.branches.clear()
+            again()
+            return
         actions = run.plan.actions[run.step] if run.plan.actions else ()
         self.forward = Forward(
             self.ops,
@@ -376,18 +432,65 @@ class Session:
             tokens=self._tokens_of(transformer, call, count, rows, captures, branch, immediate),
             layouts=self.adapter.layouts,
             precision=self._precision(call),
-            modulations=None if immediate else self._foresee(transformer, run, call, args, kwargs),
+            modulations=ahead,
             sums=Sums(run.plan.sums[run.step], self.spec.shared_gates) if collapses else None,
         )
-        if layout is not None and layout.kind != "full":
-            return self.adapter.reduce_inputs(transformer, args, kwargs, layout, self.ops)
-        if rows is None:
-            return None
-        return self.adapter.gather_inputs(transformer, args, kwargs, rows)
 
-    def may_collapse(self) -> bool:
-        """Whether reused outputs may be kept as sums: nobody looks at the stream between blocks."""
-        return not self.eager and not any(map(observed, self.blocks))
+    def __call__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's rewritten forward, where runs are replayed."""
+        stock = type(transformer).forward
+        active, forward = self._active, self.forward
+        if forward is None or active is None or active.trace is None:
+            return stock(transformer, *args, **kwargs)
+
+        def compute() -> Any:
+            rows = self._active.rows
+            if rows is None:
+                return stock(transformer, *args, **kwargs)
+            given = self.adapter.gather_inputs(transformer, args, kwargs, rows)
+            return stock(transformer, *given[0], **given[1])
+
+        try:
+            return active.trace.run(compute, forward, transformer.device)
+        except CaptureError:
+            run = self.run
+            run.branches.clear()
+            self.family.clear()
+            run.call -= 1
+            active.prepare()
+            run.call += 1
+            return compute()
+
+    def _trace(
+        self, transformer: nn.Module, run: Run, call: Any, args: Any, kwargs: Any, immediate: bool
+    ) -> Trace | None:
+        """What captures or replays the run that this call belongs to; None where it is eager."""
+        if self.graphs is None:
+            return None
+        if run.trace is None:
+            run.trace = self._begin_trace(transformer, run, args, kwargs, immediate)
+        return run.trace if isinstance(run.trace, Trace) and run.trace.mode != "left" else None
+
+    def _begin_trace(
+        self, transformer: nn.Module, run: Run, args: Any, kwargs: Any, immediate: bool
+    ) -> Trace | str:
+        why = None
+        if immediate:
+            why = "since gradients, autocast or the reference backend are wanted"
+        elif run.steps is None:
+            why = "since nobody says how many steps it has"
+        elif self._plans.get((run.steps, ())) is not run.plan:
+            why = "since its schedule is mapped to other noise levels"
+        key = run.steps, run.first
+        return self.graphs.begin(self, transformer, key, args, kwargs, why)
+
+    def _enter(self, trace: Trace, run: Run, call: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments as graphs read them; the caches are dropped where the run leaves its recording."""
+        changing = call.hidden_states, call.timestep
+        args, kwargs = trace.enter((run.step, run.call), args, kwargs, changing, call.embeddings)
+        if trace.mode == "left":
+            run.branches.clear()
+        return args, kwargs
 
     def _tokens_of(
         self,
@@ -409,6 +512,10 @@ class Session:
         if ops is not None and self._fuses_attention(transformer, call):
             return Tokens(count, None, None, branch, ops)
         return None
+
+    def may_collapse(self) -> bool:
+        """Whether reused outputs may be kept as sums: nobody looks at the stream between blocks."""
+        return not self.eager and not any(map(observed, self.blocks))
 
     def _fuses_attention(self, transformer: nn.Module, call: Any) -> bool:
         """Whether the adapter's own attention stands in for the stock one to spare its copies.
@@ -639,7 +746,11 @@ class Session:
                 dtype = call.hidden_states.dtype
                 timesteps = self.adapter.given_timesteps(run.scheduler.timesteps, dtype)
             if timesteps is not None:
-                branch.modulations = Modulations(inputs, timesteps.to(timestep), batch)
+                table = timesteps.to(timestep)
+                trace = self._active.trace
+                if trace is not None:
+                    table = trace.hold(("timesteps", run.call), table)
+                branch.modulations = Modulations(inputs, table, batch)
         branch.foresees = (
             inputs is not None
             and branch.modulations is not None

@@ -231,6 +231,7 @@ class _Loop:
             self.reference,
             replace(operators, seed=operators.seed + number),
             self.settings.surrogate,
+            is_logarithmic(self.archive.work.quality),
         )
 
     def _on_axes(self, candidates: Sequence[Candidate]) -> np.ndarray:

@@ -1,9 +1,10 @@
 """A surrogate: predicts what schedules are worth from those measured so far, so that children are bred on predictions.
 
-Not of the paper, which measures every child. What a schedule costs is linear in its bits; its loss follows how stale
-what it reuses is. Kernel ridge regressions learn both from the measurements (the mean of a Gaussian process), NSGA-II
-breeds some generations on what they predict, and of these children those are measured that together would enlarge the
-front's hypervolume most. A prediction only ever decides what is measured next.
+Not of the paper, which measures every child. What a schedule costs is linear in its bits; a loss whose ratios matter is
+proportional to how much it reuses, times something that follows where that is and how stale. Kernel ridge regressions
+learn both from the measurements (the mean of a Gaussian process), NSGA-II breeds some generations on what they predict,
+and of these children those are measured that together would enlarge the front's hypervolume most. A prediction only
+ever decides what is measured next.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fastdit.search.genome import Genome
 from fastdit.search.nsga2 import Nsga2, Operators
 from fastdit.search.seeds import uncached
 
-LENGTH = 3.0  # of the kernel over staleness, in median distances between the schedules measured
+LENGTH = 1.0  # of the kernel over staleness, in median distances between the schedules measured
+MAGNITUDE = 0.3  # what its logarithm counts in such a distance, beside where it is
 RIDGE = 1e-2  # how much of a prediction's variance is the measurement's noise
 BREADTH = 4  # members bred on predictions, for each that is measured
 DIGITS = 6  # of a prediction: far above what differs with a machine's order of sums
@@ -30,18 +32,22 @@ class Surrogate:
     Args:
         rows: What was measured, bool [n, steps, cells].
         values: Its objectives, [n, objectives].
+        logarithmic: Whether the loss is given as its decimal logarithm.
     """
 
-    def __init__(self, rows: np.ndarray, values: np.ndarray) -> None:
-        stale, trend = _staleness(rows), _trend(rows)
-        self._slope = np.linalg.lstsq(trend, values[:, 0], rcond=None)[0]
-        self._loss = _Ridge(_exponential(stale), stale, values[:, 0] - trend @ self._slope)
+    def __init__(self, rows: np.ndarray, values: np.ndarray, logarithmic: bool = True) -> None:
+        where, trend = _where(rows), _trend(rows)
+        self._slope = np.array([0.0, 1.0, 0.0])  # as much loss as is reused
+        free = [0, 2] if logarithmic else [0, 1, 2]
+        rest = values[:, 0] - trend @ self._slope * logarithmic
+        self._slope[free] = np.linalg.lstsq(trend[:, free], rest, rcond=None)[0]
+        self._loss = _Ridge(_exponential(where), where, values[:, 0] - trend @ self._slope)
         self._costs = [_Ridge(_linear, _computed(rows), column) for column in values.T[1:]]
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         """[m, objectives] of bool [m, steps, cells]."""
         computed = _computed(rows)
-        loss = _trend(rows) @ self._slope + self._loss(_staleness(rows))
+        loss = _trend(rows) @ self._slope + self._loss(_where(rows))
         columns = [loss, *(costs(computed) for costs in self._costs)]
         return np.column_stack(columns).round(DIGITS)
 
@@ -55,6 +61,7 @@ def propose(
     reference: tuple[float, ...],
     operators: Operators,
     generations: int,
+    logarithmic: bool = True,
 ) -> np.ndarray:
     """What to measure in place of `children`, bool [n, genome size]: as many, and none that was measured.
 
@@ -67,8 +74,9 @@ def propose(
         reference: The hypervolume's corner.
         operators: NSGA-II's; the seed should differ between calls.
         generations: To be bred on predictions.
+        logarithmic: Whether the first of `values` is a logarithm.
     """
-    surrogate = Surrogate(_rows(genome, measured), values)
+    surrogate = Surrogate(_rows(genome, measured), values, logarithmic)
     front = non_dominated(values)
     # The uncached run is worth nothing by itself, but what reuses a little descends from it.
     algorithm = Nsga2(
@@ -146,11 +154,17 @@ def _staleness(rows: np.ndarray) -> np.ndarray:
     return np.log1p(ages).reshape(len(rows), -1)
 
 
+def _where(rows: np.ndarray) -> np.ndarray:
+    """The direction of the staleness, and its size: few stale cells are as far from few others as many from many."""
+    stale = _staleness(rows)
+    size = np.linalg.norm(stale, axis=1, keepdims=True) + 1e-9
+    return np.concatenate([stale / size, MAGNITUDE * np.log(size)], axis=1)
+
+
 def _trend(rows: np.ndarray) -> np.ndarray:
-    """What a loss follows at large, [n, 3]: how much is reused, and how stale it is."""
-    reused = (~rows).sum(axis=(1, 2)) + 1.0
-    stale = _staleness(rows).sum(axis=1) + 1.0
-    return np.column_stack([np.ones(len(rows)), np.log(reused), np.log(stale)])
+    """What a loss follows at large, [n, 3]: how much is reused, and how stale that is, as decimal logarithms."""
+    reused, stale = (~rows).sum(axis=(1, 2)) + 1.0, _staleness(rows).sum(axis=1) + 1.0
+    return np.column_stack([np.ones(len(rows)), np.log10(reused), np.log10(stale / reused)])
 
 
 def _linear(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,0 +1,405 @@
+"""Whole runs as CUDA graphs: one for each transformer call, replayed in the order of their capture.
+
+Where a step is short, a GPU waits for Python; a replay is one launch. What a static plan does at each step is known
+before the run, so every call of it is a graph of its own: which components run, where their outputs are kept, the
+modulations made ahead. The first run of a kind is eager and warms up what may not happen while capturing, the second is
+captured and replayed call by call, later ones are replayed.
+
+All graphs of a session share one memory pool. A slot lives there from the call that makes it to the last one that
+reads it, as in the run that was captured, and other calls' intermediates lie around it. That holds only in the same
+order from the first call on: a run that leaves it (a prompt swapped on the way) drops its caches and goes on eagerly.
+
+What comes from outside is copied to where the graphs read it: arguments, the rows of active tokens, timesteps. Weights
+are read where they lie, so a run whose weights or settings are elsewhere than before is another kind of run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastdit.observe import observed
+
+#: kinds of run that are kept: sizes, batches, numbers of steps
+KINDS = 8
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
+
+Replay = Callable[[], None]
+
+
+class CudaCapture:
+    """Captures what a function launches, on one stream, into one memory pool."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether it can capture there."""
+        return device.type == "cuda"
+
+    def __call__(self, compute: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:
+        """(what runs it, what `compute` returned, to be filled by a replay)."""
+        with torch.cuda.device(device):
+            if self._stream is None:
+                gc.collect()  # a graph that is destroyed meanwhile would break the capture
+                self._stream = torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    output = compute()
+                except BaseException:
+                    _abandon(graph)
+                    raise
+                graph.capture_end()
+            current.wait_stream(self._stream)
+        return graph.replay, output
+
+
+def _abandon(graph: torch.cuda.CUDAGraph) -> None:
+    """End a capture that failed, whatever the driver says of it."""
+    with contextlib.suppress(RuntimeError):
+        graph.capture_end()
+
+
+class Inputs:
+    """Where the graphs of one place in a step read its arguments, and what was last copied there."""
+
+    def __init__(self, leaves: Sequence[Any]) -> None:
+        with torch.inference_mode(False):  # written to in whatever mode a later run has
+            self.buffers = [
+                torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+            ]
+        self.forget()
+
+    def forget(self) -> None:
+        """A new run: whatever is given is copied."""
+        self._sources: list[tuple[Any, int]] = [(None, 0)] * len(self.buffers)
+
+    def fill(self, leaves: Sequence[Any], changing: Sequence[Any], kept: Sequence[Any]) -> bool:
+        """Copy what is new; whether one of `kept`, which caches depend on, is another than before in this run.
+
+        One of `changing` is always copied. A tensor that is the same object, unwritten since, is not, nor one of `kept`
+        in new memory that is equal, which waits for the device as it does without graphs.
+        """
+        renewed = False
+        for index, (buffer, leaf) in enumerate(zip(self.buffers, leaves, strict=True)):
+            if not isinstance(leaf, Tensor):
+                continue
+            version = -1 if leaf.is_inference() else leaf._version
+            source, before = self._sources[index]
+            if source is leaf and before == version and not _among(leaf, changing):
+                continue
+            self._sources[index] = leaf, version
+            if source is not None and _among(leaf, kept):
+                if torch.equal(buffer, leaf):
+                    continue
+                renewed = True
+            buffer.copy_(leaf)
+        return renewed
+
+
+@dataclass
+class RecordedCall:
+    """One transformer call of a recording.
+
+    Attributes:
+        place: (step, call within it).
+        given: What its arguments look like.
+        renewed: Whether it was given other embeddings than the step before.
+        state: What was decided about it outside its graph.
+        replay: Runs it.
+        sample: Where its output is then.
+        rebuild: Makes the transformer's output of a sample.
+        computed, reused: Components.
+    """
+
+    place: tuple[int, int]
+    given: Any
+    renewed: bool
+    state: Any = None
+    replay: Replay | None = None
+    sample: Tensor | None = None
+    rebuild: Callable[[Tensor], Any] | None = None
+    computed: int = 0
+    reused: int = 0
+
+
+@dataclass
+class Recording:
+    """One kind of run.
+
+    Attributes:
+        length: Calls of the run that warmed up; None before it.
+        ready: All of its calls are captured.
+        peak_bytes: Most bytes that caches held while it was captured.
+    """
+
+    length: int | None = None
+    calls: list[RecordedCall] = field(default_factory=list)
+    inputs: dict[Any, Inputs] = field(default_factory=dict)
+    held: dict[Any, Tensor] = field(default_factory=dict)
+    ready: bool = False
+    peak_bytes: int = 0
+
+
+class Graphs:
+    """The recordings of a session."""
+
+    def __init__(self) -> None:
+        self.capture = CudaCapture()
+        self.failure: str | None = None
+        self._recordings: OrderedDict[Any, Recording] = OrderedDict()
+        self._told: set[str] = set()
+
+    def begin(
+        self,
+        session: Any,
+        transformer: nn.Module,
+        key: Any,
+        args: Any,
+        kwargs: Any,
+        why: str | None = None,
+    ) -> Trace | str:
+        """Follow a run from its first call on; or why it is eager, beside a reason `why` that the session has.
+
+        Args:
+            key: What the run does, beside its arguments.
+        """
+        why = why or self.failure or _why_eager(session, transformer, self.capture, args, kwargs)
+        if why is not None:
+            if why not in self._told:
+                self._told.add(why)
+                warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
+            return why
+        key = key, described(args, kwargs), fingerprint(transformer)
+        recording = self._recordings.setdefault(key, Recording())
+        self._recordings.move_to_end(key)
+        while len(self._recordings) > KINDS:
+            self._recordings.popitem(last=False)
+        return Trace(self, recording)
+
+    def drop(self, recording: Recording) -> None:
+        """A run of this kind begins anew the next time."""
+        recording.calls.clear()
+        recording.inputs.clear()
+        recording.held.clear()
+        recording.length, recording.ready = None, False
+
+
+class Trace:
+    """One run that warms up, is captured, or is replayed.
+
+    Attributes:
+        mode: "warming up", "captured" or "replayed"; "left" once it has gone another way and runs eagerly.
+    """
+
+    def __init__(self, graphs: Graphs, recording: Recording) -> None:
+        self._graphs = graphs
+        self._recording = recording
+        self._count = 0
+        self._call: RecordedCall | None = None
+        self.mode = "warming up" if recording.length is None else "captured"
+        if recording.ready:
+            self.mode = "replayed"
+        for inputs in recording.inputs.values():
+            inputs.forget()
+
+    def __str__(self) -> str:
+        return self.mode
+
+    @property
+    def substitutes(self) -> bool:
+        """Whether the transformer is given tensors that stay where they are."""
+        return self.mode in ("captured", "replayed")
+
+    def enter(
+        self,
+        place: tuple[int, int],
+        args: Any,
+        kwargs: Any,
+        changing: Sequence[Any],
+        kept: Sequence[Any],
+    ) -> tuple[Any, Any]:
+        """The arguments of the call at `place`, copied to where graphs read them; `mode` may be "left" after it."""
+        self._count += 1
+        if not self.substitutes:
+            return args, kwargs
+        recording, given = self._recording, described(args, kwargs)
+        known = recording.calls[self._count - 1] if self._count <= len(recording.calls) else None
+        if self.mode == "replayed" and (
+            known is None or known.place != place or known.given != given
+        ):
+            self.leave()
+            return args, kwargs
+        leaves, spec = tree_flatten((args, kwargs))
+        inputs = recording.inputs.get((place[1], given))
+        if inputs is None:
+            inputs = recording.inputs[place[1], given] = Inputs(leaves)
+        renewed = inputs.fill(leaves, changing, kept)
+        if self.mode == "replayed":
+            if known.renewed != renewed:
+                self.leave()
+                return args, kwargs
+            self._call = known
+        else:
+            self._call = RecordedCall(place, given, renewed)
+        return tree_unflatten(inputs.buffers, spec)
+
+    def hold(self, name: Any, value: Tensor) -> Tensor:
+        """A tensor made outside of the graphs, copied to where they read it."""
+        if not self.substitutes:
+            return value
+        key = name, tuple(value.shape), value.dtype
+        held = self._recording.held
+        if key not in held:
+            with torch.inference_mode(False):
+                held[key] = torch.empty_like(value)
+        held[key].copy_(value)
+        return held[key]
+
+    def agrees(self, state: Any) -> bool:
+        """Whether what was decided about this call is what was captured; else the run is left."""
+        if self.mode == "captured":
+            self._call.state = state
+        elif self.mode == "replayed" and self._call.state != state:
+            self.leave()
+            return False
+        return True
+
+    def leave(self) -> None:
+        """The run goes another way than the one that was captured, or cannot be captured."""
+        self.mode = "left"
+        self._graphs.drop(self._recording)
+
+    def run(self, compute: Callable[[], Any], forward: Any, device: torch.device) -> Any:
+        """The transformer's output, of a graph where there is one.
+
+        Raises:
+            CaptureError: What `compute` does cannot be captured; its caches are as a failed call left them.
+        """
+        call = self._call
+        if self.mode == "captured":
+            try:
+                call.replay, output = self._graphs.capture(compute, device)
+            except Exception as error:
+                self._graphs.failure = f"a call could not be captured: {_first_line(error)}"
+                self.leave()
+                raise CaptureError from error
+            call.sample, call.rebuild = _parts(output)
+            call.computed, call.reused = forward.computed, forward.reused
+            self._recording.calls.append(call)
+        elif self.mode == "replayed":
+            forward.take_counts(call.computed, call.reused)
+        else:
+            return compute()
+        call.replay()
+        return call.rebuild(call.sample.clone())  # the next call may lie there
+
+    def end(self, peak_bytes: int) -> int:
+        """The run is over, or was broken off; the most bytes that its caches held."""
+        recording = self._recording
+        if self.mode == "warming up":
+            recording.length = self._count
+        elif self.mode == "captured":
+            recording.ready = len(recording.calls) == recording.length
+            recording.peak_bytes = peak_bytes
+            if not recording.ready:
+                self._graphs.drop(recording)
+        for inputs in recording.inputs.values():
+            inputs.forget()
+        return recording.peak_bytes if self.mode == "replayed" else peak_bytes
+
+
+class CaptureError(Exception):
+    """A call that cannot be captured; it is to be done again without."""
+
+
+def described(args: Any, kwargs: Any) -> Any:
+    """What decides which graph arguments are for: their structure, shapes, dtypes and constants."""
+    leaves, spec = tree_flatten((args, kwargs))
+    return (
+        repr(spec),
+        tuple(
+            (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+            for leaf in leaves
+        ),
+    )
+
+
+def fingerprint(transformer: nn.Module) -> int:
+    """Of where weights lie and how modules are set: what a graph holds fixed."""
+    found: list[Any] = []
+    for module in transformer.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        found += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        processor = getattr(module, "processor", None)
+        found += [*_settings(module), id(processor)]
+        if processor is not None:
+            found += _settings(processor)
+    return hash(tuple(found))
+
+
+def _settings(thing: Any) -> list[Any]:
+    """Its attributes that are plain values, or lists of them."""
+    values = getattr(thing, "__dict__", {}).values()
+    lists = (tuple(value) for value in values if isinstance(value, (list, tuple)))
+    return [value for value in values if isinstance(value, _CONSTANTS)] + [
+        value for value in lists if all(isinstance(part, _CONSTANTS) for part in value)
+    ]
+
+
+def _why_eager(
+    session: Any, transformer: nn.Module, capture: Any, args: Any, kwargs: Any
+) -> str | None:
+    """Why a run cannot be replayed; None where it can."""
+    device = transformer.device
+    if not capture.serves(device):
+        return f"since the transformer is on {device.type}"
+    for leaf in tree_flatten((args, kwargs))[0]:
+        if isinstance(leaf, Tensor):
+            if leaf.device != device:
+                return f"since it is given a tensor on {leaf.device.type}"
+        elif not isinstance(leaf, _CONSTANTS):
+            return f"since it is given a {type(leaf).__name__}"
+    hooks = (*transformer._forward_hooks.values(), *transformer._forward_pre_hooks.values())
+    if any(getattr(hook, "__self__", None) is not session for hook in hooks):
+        return "since somebody else's hooks are on the transformer"
+    for name, module in transformer.named_modules():
+        if hasattr(module, "base_layer"):
+            return f"since {name} carries an adapter whose scale may change"
+        if module is not transformer and observed(module):
+            return f"since hooks are on {name}"
+        if module._compiled_call_impl is not None:
+            return f"since {name or 'the transformer'} is compiled"
+    registry = transformer.__dict__.get("_diffusers_hook")
+    if "_old_forward" in transformer.__dict__ or (registry is not None and registry.hooks):
+        return "since offloading or caching hooks are on the transformer"
+    return None
+
+
+def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """An output's sample, and what makes such an output of another sample."""
+    if isinstance(output, tuple):
+        return output[0], lambda sample: (sample, *output[1:])
+    return output.sample, lambda sample: type(output)(sample=sample)
+
+
+def _among(tensor: Tensor, tensors: Sequence[Any]) -> bool:
+    return any(tensor is other for other in tensors)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
