@@ -1,8 +1,8 @@
 """What a searched front is worth on prompts that the search never saw, and what ships of it.
 
-    fastdit search --out FOLDER --generations 24 --population 24 --race 2 --unit step --surrogate 20
-    python benchmarks/search_front.py FOLDER [--beside PLAIN] [--prompts 16] [--workers 2] [--ship]
-    python benchmarks/search_front.py FOLDER --held-out 77 770000 --prompts 12 --out FILE
+    fastdit search --out FOLDER --generations 24 --population 24 --images-per-prompt 2 --race 2 --unit step \
+        --surrogate 20
+    python benchmarks/search_front.py FOLDER --held-out 79 790000 [--prompts 16] [--workers 2] [--ship]
 
 Four sets of schedules of the embedded model stand beside each other: the front that the search found; its first
 population; as many random mutants of that as the search measured schedules, made by the search's own mutation without
@@ -19,8 +19,9 @@ bootstrap intervals over the held-out pictures, the same draws for all sets. Two
 with the loss itself for the logarithm: up to the same corner, and up to the loss of every(5), the coarsest grid of the
 paper's tables.
 
-More than one search was compared on the default held-out pictures. --held-out takes the seeds of other prompts and
-other noise; `benchmarks/results/search-further-cpu.json` is of those above, looked at once.
+More than one search was compared on the default held-out pictures (`benchmarks/results/search-earlier-cpu.json`), and
+one on those of the seeds 78 and 780000; what they showed led to the next. --held-out takes the seeds of other prompts
+and other noise. Those above were chosen before the search was made whose front ships, and looked at once.
 
 How the area grew with the schedules measured, on the search's own pictures, is written down too; --beside names the
 folder of the same search made without --surrogate, finished or not.
@@ -294,6 +295,7 @@ def study(
         "found": {
             "machine": describe_machine(),
             "pictures": unseen.items,
+            "held_out": list(held_out),
             "search_pictures": work.items,
             "population": settings.population,
             "schedules": search.generations[-1]["fresh"],

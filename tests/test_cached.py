@@ -107,6 +107,7 @@ def test_bits_of_consumed_components_are_independent(family, kind, component, fr
         within_contract(actual, expected, bound=FORWARD_FP64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), [entry[:2] for entry in CONSUMING])
 def test_every_pattern_of_consumed_components(family, kind):
     """All 64 ways to set the three bits of a block in two later steps, followed by a step that consumes."""

@@ -120,6 +120,7 @@ def test_resets_by_number_of_steps(steps, resets):
     assert RAS(resets=(5,)).resets_for(steps) == (5,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"), [("sd3", 16), ("sd3.5", 16), ("flux-dev", 16), ("pixart-sigma", 16)]
 )

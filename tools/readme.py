@@ -190,7 +190,7 @@ def _search(result: dict[str, Any]) -> list[str]:
             f"{result['population']} by whole steps, bred {result['surrogate']} generations ahead on a surrogate, "
             f"{result['schedules']} schedules judged by the distance to "
             f"the unpatched picture on {result['search_pictures']} pictures; drawn again on "
-            f"{result['pictures']} held-out prompts with other noise. "
+            f"{result['pictures']} pictures of held-out prompts with other noise, looked at once. "
             "Hypervolume is the area between a set and the corner of the plot, at the uncached cost and the worst "
             "seed's distance; 95 % bootstrap intervals. The logarithm was decided on before the search was run; the "
             "other two readings are of the distance itself. (`benchmarks/search_front.py`)"
@@ -232,25 +232,22 @@ def _search(result: dict[str, Any]) -> list[str]:
 
 
 def _searches(result: dict[str, Any]) -> list[str]:
-    """All searches that were compared on the same held-out pictures, and two on others, looked at once."""
-    earlier = _result("search-earlier-cpu.json")["searches"]
-    rows = [(search, ", others" if "others" in search else "") for search in earlier]
-    rows += [(result, ""), (_result("search-further-cpu.json"), ", others")]
+    """All searches that were compared, those before on pictures that others were compared on where not said."""
     lines = [
         "",
-        "All searches compared so far, in the logarithmic loss; `others` are pictures that were looked at once:",
+        "All searches compared so far, in the logarithmic loss; `fresh` pictures were looked at once:",
         "",
         "| generations | on a surrogate | schedules | judged on | held-out pictures | over its seeds | over mutants |",
         "|---|---|---|---|---|---|---|",
     ]
-    for search, other in rows:
+    for search in (*_result("search-earlier-cpu.json")["searches"], result):
         gain = search["areas"]["logarithmic loss"]["gain"]
         cells = [_gain(gain[name]) for name in ("seeds", "random mutants")]
         ahead = f"{search['surrogate']} ahead" if search["surrogate"] else "no"
         ahead += f", {search['note']}" if "note" in search else ""
         lines.append(
             f"| {search['generations']} | {ahead} | {search['schedules']} | {search['search_pictures']} | "
-            f"{search['pictures']}{other} | "
+            f"{search['pictures']}{', fresh' if 'held_out' in search else ''} | "
             f"{' | '.join(cells)} |"
         )
     return lines
