@@ -370,7 +370,7 @@ class Session:
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(call.hidden_states.device.type)
         )
-        trace = self._trace(transformer, run, call, args, kwargs, immediate)
+        trace = self._trace(transformer, run, args, kwargs, immediate)
         if trace is not None:
             args, kwargs = self._enter(trace, run, call, args, kwargs)
             call = self.adapter.call(transformer, args, kwargs)
@@ -462,14 +462,20 @@ class Session:
             return compute()
 
     def _trace(
-        self, transformer: nn.Module, run: Run, call: Any, args: Any, kwargs: Any, immediate: bool
+        self, transformer: nn.Module, run: Run, args: Any, kwargs: Any, immediate: bool
     ) -> Trace | None:
         """What captures or replays the run that this call belongs to; None where it is eager."""
         if self.graphs is None:
             return None
         if run.trace is None:
             run.trace = self._begin_trace(transformer, run, args, kwargs, immediate)
-        return run.trace if isinstance(run.trace, Trace) and run.trace.mode != "left" else None
+        if not isinstance(run.trace, Trace) or run.trace.mode == "left":
+            return None
+        if immediate:
+            run.trace.leave()
+            run.branches.clear()
+            return None
+        return run.trace
 
     def _begin_trace(
         self, transformer: nn.Module, run: Run, args: Any, kwargs: Any, immediate: bool

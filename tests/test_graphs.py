@@ -277,32 +277,45 @@ def test_a_copied_pipeline_records_its_own_runs(replayed):
     assert handle.report().graphs == "replayed"
 
 
-def test_a_loop_written_by_hand(tapes):
-    model = tiny_models.transformer("sd3", torch.float32)
-    timesteps = torch.linspace(1000, 100, STEPS)
-
-    def loop(handle, seed):
-        latents = tiny_models.call("sd3", 2, torch.float32, step=seed)["hidden_states"]
-        given = {
-            k: v + 0.1 * seed
-            for k, v in tiny_models.call("sd3", 2, torch.float32).items()
-            if isinstance(v, torch.Tensor)
-        }
-        velocities = []
-        with torch.no_grad(), handle.run(timesteps):
-            for t in timesteps:
-                now = {"hidden_states": latents, "timestep": t.expand(2)}
+def loop(model, handle, seed, autocast_from=STEPS):
+    """The velocities of a run."""
+    timesteps, velocities = torch.linspace(1000, 100, STEPS), []
+    given = {
+        name: value + 0.1 * seed
+        for name, value in tiny_models.call("sd3", 2).items()
+        if isinstance(value, torch.Tensor)
+    }
+    latents = given["hidden_states"]
+    with torch.no_grad(), handle.run(timesteps):
+        for step, t in enumerate(timesteps):
+            now = {"hidden_states": latents, "timestep": t.expand(2)}
+            with torch.autocast("cpu", torch.bfloat16, enabled=step >= autocast_from):
                 velocities.append(model(**given | now).sample)
-                latents = latents - velocities[-1] / STEPS
-                handle.advance()
-        return velocities
+            latents = latents - velocities[-1] / STEPS
+            handle.advance()
+    return velocities
 
+
+def test_a_loop_written_by_hand(tapes):
+    model = tiny_models.transformer("sd3")
     bits = Schedule.from_bits(*random_bits(model, STEPS, 3))
-    eager = [loop(fastdit.patch(model, Cached(bits)), seed) for seed in range(4)]
+    eager = [loop(model, fastdit.patch(model, Cached(bits)), seed) for seed in range(4)]
     handle = fastdit.patch(model, Cached(bits), cuda_graphs=True)
     found = []
     for seed, mode in enumerate(MODES):
-        found.append(loop(handle, seed))
+        found.append(loop(model, handle, seed))
         assert handle.report().graphs == mode
     for seed in range(4):  # a later run does not write into what an earlier one gave
         same_bits(torch.stack(found[seed]), torch.stack(eager[seed]))
+
+
+def test_autocast_that_begins_inside_a_run_leaves_it(tapes):
+    model = tiny_models.transformer("sd3")
+    method = Cached(Schedule.every(2))
+    eager = loop(model, fastdit.patch(model, method), 0, autocast_from=3)
+    handle = fastdit.patch(model, method, cuda_graphs=True)
+    for _ in range(3):
+        loop(model, handle, 0)
+    found = loop(model, handle, 0, autocast_from=3)
+    assert handle.report().graphs == "left"
+    same_bits(torch.stack(found), torch.stack(eager))
