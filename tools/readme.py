@@ -120,8 +120,8 @@ def _step(result: dict[str, Any]) -> list[str]:
         "",
         (
             f"The floor is {traffic['floor_X']} X: {traffic['reused_components']} cached tensors, "
-            "the stream read once and written once. The rest of the call, mostly the projection of "
-            "the captions, was the same in both when this was measured; fastdit does it once a run since."
+            "the stream read once and written once. Of the rest of the call, fastdit projects the "
+            "captions once a run."
         ),
     ]
     return lines
