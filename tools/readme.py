@@ -265,7 +265,10 @@ def _search_growth(search: dict[str, Any]) -> list[str]:
     counts = [count for count in (100, 200, 400, 800) if count < last] + [last]
     lines = [
         "",
-        f"Hypervolume on a search's own {search['search_pictures']} pictures, after as many schedules measured:",
+        (
+            f"Hypervolume on the {search['search_pictures']} pictures of the search of {search['schedules']} "
+            "schedules, after as many of them:"
+        ),
         "",
         f"| {' | '.join(['', *map(str, counts)])} |",
         "|---" * (1 + len(counts)) + "|",
