@@ -121,7 +121,7 @@ def _step(result: dict[str, Any]) -> list[str]:
         (
             f"The floor is {traffic['floor_X']} X: {traffic['reused_components']} cached tensors, "
             "the stream read once and written once. Of the rest of the call, fastdit projects the "
-            "captions once a run."
+            "captions once a run, hooks at every step."
         ),
     ]
     return lines
