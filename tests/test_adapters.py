@@ -58,6 +58,7 @@ def test_fast_path_is_exact_in_fp64(family, shape):
             within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()

@@ -228,6 +228,7 @@ def test_features_keep_their_bits_on_reference(family, feature, order):
     assert_clean(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "feature", "order"),
     [(*case, ("before", "after")[index % 2]) for index, case in enumerate(CASES)],

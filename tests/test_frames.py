@@ -14,8 +14,6 @@ from fastdit.frames import estimate
 from fastdit.methods.ras import RAS
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
-
 
 @pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
 def test_the_last_frame_is_the_picture(name):

@@ -71,6 +71,7 @@ def test_a_dense_run_is_exact_in_fp64(name):
     within_contract(generate(pipe, name, height=24, width=8), stock)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_dense_run_errs_at_most_twice_as_much_as_stock(name, dtype):

@@ -563,6 +563,7 @@ def test_other_dtypes(name, dtype):
 # --- a pipeline's other features
 
 
+@pytest.mark.slow
 @pytest.mark.diffusers
 @pytest.mark.parametrize(
     "feature",
@@ -904,6 +905,7 @@ def test_schedules_that_fit_no_stage_are_named(make, error, message):
         start()
 
 
+@pytest.mark.slow
 @pytest.mark.diffusers
 @pytest.mark.parametrize("left_out", ["outputs", "tokens", "both"])
 @pytest.mark.parametrize("batch", [1, 3])

@@ -259,6 +259,7 @@ def pointers(value) -> list[int]:
     return [part.data_ptr() for part in parts if part is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_low_precision_obeys_the_rule(name, dtype, chosen):
@@ -435,6 +436,7 @@ def test_sizes_and_guidance(name, cfg, size, chosen):
     assert distance(generate(pipe, name, **arguments), expected) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.diffusers
 @pytest.mark.parametrize(
     "feature", ["LoRA", "accelerate offload", "group offload by block", "group offload by leaf"]

@@ -17,8 +17,6 @@ from oracle import random_bits
 from snapshot import scheduler_snapshot, snapshot
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
-
 EVERY_2 = Cached(Schedule.every(2))
 
 

@@ -15,8 +15,6 @@ from fastdit.patch import handle_of
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
-pytestmark = pytest.mark.diffusers
-
 NAMES = ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"]
 EVERY_2 = Cached(Schedule.every(2))
 
