@@ -178,13 +178,14 @@ class Graphs:
         Args:
             key: What the run does, beside its arguments.
         """
-        why = why or self.failure or _why_eager(session, transformer, self.capture, args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        why = why or self.failure or _why_eager(session, transformer, self.capture, leaves)
         if why is not None:
             if why not in self._told:
                 self._told.add(why)
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
-        key = key, described(args, kwargs), fingerprint(transformer)
+        key = key, described(leaves, spec), fingerprint(transformer)
         recording = self._recordings.setdefault(key, Recording())
         self._recordings.move_to_end(key)
         while len(self._recordings) > KINDS:
@@ -214,8 +215,6 @@ class Trace:
         self.mode = "warming up" if recording.length is None else "captured"
         if recording.ready:
             self.mode = "replayed"
-        for inputs in recording.inputs.values():
-            inputs.forget()
 
     def __str__(self) -> str:
         return self.mode
@@ -237,14 +236,14 @@ class Trace:
         self._count += 1
         if not self.substitutes:
             return args, kwargs
-        recording, given = self._recording, described(args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        recording, given = self._recording, described(leaves, spec)
         known = recording.calls[self._count - 1] if self._count <= len(recording.calls) else None
         if self.mode == "replayed" and (
             known is None or known.place != place or known.given != given
         ):
             self.leave()
             return args, kwargs
-        leaves, spec = tree_flatten((args, kwargs))
         inputs = recording.inputs.get((place[1], given))
         if inputs is None:
             inputs = recording.inputs[place[1], given] = Inputs(leaves)
@@ -327,9 +326,8 @@ class CaptureError(Exception):
     """A call that cannot be captured; it is to be done again without."""
 
 
-def described(args: Any, kwargs: Any) -> Any:
+def described(leaves: Sequence[Any], spec: Any) -> Any:
     """What decides which graph arguments are for: their structure, shapes, dtypes and constants."""
-    leaves, spec = tree_flatten((args, kwargs))
     return (
         repr(spec),
         tuple(
@@ -362,13 +360,13 @@ def _settings(thing: Any) -> list[Any]:
 
 
 def _why_eager(
-    session: Any, transformer: nn.Module, capture: Any, args: Any, kwargs: Any
+    session: Any, transformer: nn.Module, capture: Any, leaves: Sequence[Any]
 ) -> str | None:
     """Why a run cannot be replayed; None where it can."""
     device = transformer.device
     if not capture.serves(device):
         return f"since the transformer is on {device.type}"
-    for leaf in tree_flatten((args, kwargs))[0]:
+    for leaf in leaves:
         if isinstance(leaf, Tensor):
             if leaf.device != device:
                 return f"since it is given a tensor on {leaf.device.type}"

@@ -97,7 +97,7 @@ def replayed(tapes):
 
     def made(method="ras + cached", name="sd3", **kwargs):
         pipe = tiny_models.pipeline(name)
-        handle = fastdit.patch(pipe, *METHODS[method](pipe))
+        fastdit.patch(pipe, *METHODS[method](pipe))
         eager = {seed: draw(name, pipe, seed, **kwargs) for seed in range(3)}
         handle = fastdit.patch(pipe, *METHODS[method](pipe), cuda_graphs=True)
         for seed in range(2):
