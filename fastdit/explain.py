@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from fastdit.adapters.base import Size
-from fastdit.clock import predicted_levels
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
 from fastdit.modulation import ahead
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
+from fastdit.runtime.clock import predicted_levels
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28

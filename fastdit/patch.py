@@ -18,21 +18,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdit import clock, ops
+from fastdit import ops
 from fastdit.adapters import adapters, find_adapter
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
 from fastdit.explain import Explanation, explain_session, run_speedup
 from fastdit.frames import Frames
-from fastdit.graphs import Graphs
-from fastdit.install import LINK, check_installable, install, uninstall
 from fastdit.measure import Measurement, measure
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
 from fastdit.packed import check_packable, linears_of
 from fastdit.plan import check_composition
 from fastdit.report import Report, report_session
-from fastdit.session import Session
+from fastdit.runtime import clock
+from fastdit.runtime.graphs import Graphs
+from fastdit.runtime.install import LINK, check_installable, install, uninstall
+from fastdit.runtime.session import Session
 
 OPS = ("gated_residual", "norm_modulate")
 #: where a method computes a part of the tokens

@@ -60,7 +60,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """Stands for `fastdit.graphs.CudaCapture`.
+    """Stands for `fastdit.runtime.graphs.CudaCapture`.
 
     Attributes:
         tapes: All of them.

@@ -11,7 +11,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import Cached, Schedule
-from fastdit.install import LINK
+from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 

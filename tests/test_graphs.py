@@ -23,7 +23,7 @@ SPARSE = ("sd3", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina")
 def tapes(monkeypatch):
     """What captures in place of CUDA."""
     made = Tapes()
-    monkeypatch.setattr("fastdit.graphs.CudaCapture", lambda: made)
+    monkeypatch.setattr("fastdit.runtime.graphs.CudaCapture", lambda: made)
     return made
 
 

@@ -14,8 +14,8 @@ import tiny_models
 from contract import distance, same_bits
 from fastdit import packed
 from fastdit.errors import ArgumentError, BackendError
-from fastdit.install import is_installed
 from fastdit.packed import PackedWeights
+from fastdit.runtime.install import is_installed
 from tiny_models import generate
 from tolerance import assert_close
 

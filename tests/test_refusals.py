@@ -12,7 +12,7 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import Cached, Dense, Schedule
-from fastdit.install import LINK
+from fastdit.runtime.install import LINK
 from oracle import random_bits
 from snapshot import scheduler_snapshot, snapshot
 from tiny_models import generate

@@ -10,8 +10,8 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import Cached, Schedule
-from fastdit.install import LINK
 from fastdit.patch import handle_of
+from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 

@@ -21,7 +21,7 @@ from fastdit.adapters import find_adapter
 from fastdit.conditions import Conditions
 from fastdit.errors import ArgumentError
 from fastdit.forward import Forward, Slots
-from fastdit.install import LINK, check_installable, install, uninstall
+from fastdit.runtime.install import LINK, check_installable, install, uninstall
 
 #: what a step may weigh its components by: a row of weights, or one of these two
 COMPUTE, STOCK = "compute", "stock"

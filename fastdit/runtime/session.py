@@ -19,20 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit import attention, clock
+from fastdit import attention
 from fastdit.adapters.base import Size
 from fastdit.conditions import Conditions
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.forward import Forward, Slots, Tokens
 from fastdit.frames import Frames
-from fastdit.graphs import CaptureError, Graphs, Trace
 from fastdit.layout import Layout
 from fastdit.modulation import Modulations
 from fastdit.observe import observed, private
 from fastdit.packed import PackedWeights
 from fastdit.plan import RunPlan, plan_run
 from fastdit.resolution import ResolutionRun
+from fastdit.runtime import clock
+from fastdit.runtime.graphs import CaptureError, Graphs, Trace
 from fastdit.spec import ModelSpec
 from fastdit.sums import Sums
 from fastdit.tokens import TokenRun
