@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,9 +53,9 @@ def chosen(monkeypatch):
         if not isinstance(self.method, Chosen):
             real(self, step, velocity, delta)
             return
-        self.rows = self.method.choose(step, velocity, None)
-        if self.rows is not None:
-            self.history[step + 1] = self.rows
+        self.active = self.method.choose(step, velocity, None)
+        if self.active is not None:
+            self.history[step + 1] = self.active
 
     monkeypatch.setattr(TokenRun, "observe", observe)
 
@@ -67,7 +68,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._session.run.tokens.history
+    history = handle._patched.last_run().method("rows").history
     handle.unpatch()
     return latents, history
 
@@ -182,7 +183,7 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
     for backend in ("reference", None):
         handle = fastdit.patch(pipe, Chosen(choose, COUNTS), *methods, backend=backend)
         found = generate(pipe, name, batch=batch, steps=STEPS)
-        tokens = [record.tokens for record in handle._session.run.records.values()]
+        tokens = [record.tokens for record in handle._patched.last_run().records.values()]
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
@@ -205,7 +206,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
         given.append((output, output.clone()))
 
     def look(pipe, step, timestep, kwargs):
-        slots = handle._session.run.branches[0].slots if step < 5 else {}
+        slots = next(iter(handle._patched.last_run().branches.values())).slots if step < 5 else {}
         storages.append({key: pointers(value) for key, value in slots.items()})
         return kwargs
 
@@ -232,7 +233,7 @@ def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeyp
     handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
     monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
     generate(pipe, name, steps=4)
-    records = handle._session.run.records
+    records = handle._patched.last_run().records
     assert [records[step].computed for step in (1, 3)] == [0, 0]
     assert records[2].computed > 0
 
@@ -308,13 +309,13 @@ def test_after_a_reset_keys_are_those_of_a_dense_step(chosen):
     keys = pipe.transformer.transformer_blocks[1].attn.to_k
 
     def look(module, args, output):
-        run = handle._session.run
+        run = handle._patched.last_run()
         if run.step == 3:  # dense again
             seen["projected"] = output
 
     def compare(pipe, step, t, values):
         if step == 3:
-            branch = handle._session.run.branches[0]
+            branch = next(iter(handle._patched.last_run().branches.values()))
             held = branch.keys[1, "attn"].k[:, :TOKENS].flatten(2)
             assert torch.equal(held, seen["projected"])
             seen["compared"] = True
@@ -337,7 +338,9 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
 
         def poison(pipe, step, t, values, row=row):
             if step == 0:
-                handle._session.run.branches[0].keys[2, "attn"].k[:, row] = float("nan")
+                next(iter(handle._patched.last_run().branches.values())).keys[2, "attn"].k[
+                    :, row
+                ] = float("nan")
             return {}
 
         found = generate(pipe, "sd3", steps=2, callback_on_step_end=poison)
@@ -361,11 +364,11 @@ def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
     counts = {1: 16, 2: 16}
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
-    session, calls = handle._session, []
+    session, calls = handle._patched, []
     real = session.ops.qkv_prologue
 
     def spy(*args, **kwargs):
-        calls.append(session.run.step)
+        calls.append(session.last_run().step)
         real(*args, **kwargs)
 
     session.ops = dataclasses.replace(session.ops, qkv_prologue=spy)
@@ -413,7 +416,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._session.run.tokens.history
+    history = handle._patched.last_run().method("rows").history
     handle.unpatch()
     return found, history
 
@@ -469,7 +472,7 @@ def test_guidance_that_skips_layers_keeps_its_own_keys():
     found = generate(pipe, "sd3.5", **given)
     assert torch.isfinite(found).all()
     assert 0 < distance(found, stock) < 1
-    assert len(handle._session.run.records) == 8
+    assert len(handle._patched.last_run().records) == 8
 
 
 @pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
@@ -478,7 +481,7 @@ def test_image_to_image_starts_dense(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=10)  # strength 0.6 executes 6
-    tokens = [record.tokens for record in handle._session.run.records.values()]
+    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
     assert tokens == [32, 32, 16, 16, 16, 16]
 
 
@@ -499,11 +502,11 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._session.run.tokens.history
+    history = handle._patched.last_run().method("rows").history
     assert len(history) >= 4
     for at, rows in history.items():
         before, now = (
-            handle._session.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
+            handle._patched.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
         )
         inactive = torch.ones(TOKENS, dtype=torch.bool)
         inactive[rows[0].long()] = False
@@ -544,7 +547,7 @@ def test_an_aborted_run_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, "sd3", steps=6, callback_on_step_end=abort)
     same_bits(generate(pipe, "sd3", steps=6), expected)
-    assert handle._session.cache_bytes() == 0
+    assert handle._patched.cache_bytes() == 0
 
 
 def test_two_pipelines_in_turns_do_not_touch():
@@ -583,7 +586,7 @@ def test_guidance_switched_off_in_the_run():
         pipe, "sd3", steps=6, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=watched
     )
     assert torch.isfinite(found).all()
-    tokens = [record.tokens for record in handle._session.run.records.values()]
+    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
     assert tokens == [32, 16, 16, 32, 16, 16]
 
 
@@ -613,7 +616,7 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         for step in range(3):
             model(**tiny_models.call("sd3", step=step))
             handle.advance()
-    tokens = [record.tokens for record in handle._session.run.records.values()]
+    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
     assert tokens == [32, 16, 16]
 
 
@@ -629,11 +632,13 @@ def test_old_tokens_come_back():
 
 
 def test_a_nan_in_the_velocity_is_kept_active():
-    run = TokenRun(RAS(start=1, align=1), 4, 8, fastdit.ops.bind())
+    method = RAS(start=1, align=1)
+    run = TokenRun(method, SimpleNamespace(patched=SimpleNamespace(ops=fastdit.ops.bind())))
+    run.tokens, run.plan = 8, method.active(4, 8)
     velocity = torch.randn(1, 2, 4, 2, 2, 4)
     velocity[0, 1, 2, 0, 0, 0] = float("nan")
     run.observe(0, velocity, 1.0)
-    assert 6 in run.rows[0].tolist()
+    assert 6 in run.active[0].tolist()
 
 
 # --- bad input
@@ -670,7 +675,7 @@ def test_parity_refuses_several_images_at_its_first_step():
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=(), mode="parity"))
     with pytest.raises(ArgumentError, match=r'mode="parity" .* got a batch of 2'):
         generate(pipe, "sd3", batch=2, steps=5)
-    assert len(handle._session.run.records) == 1
+    assert len(handle._patched.last_run().records) == 1
     alone = generate(pipe, "sd3", steps=5)
     handle.reset()
     same_bits(generate(pipe, "sd3", steps=5), alone)
@@ -696,7 +701,7 @@ def test_a_run_too_short_is_refused_before_it_starts(method, words):
     handle = fastdit.patch(pipe, method)
     with pytest.raises(ScheduleError, match=words):
         generate(pipe, "sd3", steps=4)
-    assert handle._session.run is None
+    assert not handle._patched.live_runs()
     generate(pipe, "sd3", steps=12)
 
 

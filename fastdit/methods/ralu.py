@@ -25,33 +25,12 @@ from typing import Any
 from fastdit import stages
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method
+from fastdit.resolution import ResolutionRun
+from fastdit.stages import Stage
 
 SELECTORS = ("edges", "gradient", "variance")
 #: token layouts of the three stages
 LAYOUTS = ("coarse", "mixed", "full")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run.
-
-    Attributes:
-        layout: "coarse", "mixed" or "full".
-        first: Its first step, counted over the run.
-        sigmas: Noise levels, one more than it has steps.
-        scale, deviation: The state that enters it is scale * x + deviation * z; (1, 0) in the first.
-    """
-
-    layout: str
-    first: int
-    sigmas: tuple[float, ...]
-    scale: float = 1.0
-    deviation: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        """Transformer steps."""
-        return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
@@ -173,6 +152,10 @@ class RALU(Method):
         return stages.solve(asked.steps, asked.ends, base_shift)
 
     # ---- the plan
+
+    def begin(self, run: Any) -> ResolutionRun:
+        """The token layouts of one run."""
+        return ResolutionRun(self, run)
 
     @property
     def run_steps(self) -> int:

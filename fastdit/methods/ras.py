@@ -20,6 +20,7 @@ from typing import Any
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method
+from fastdit.tokens import TokenRun
 
 #: resets of the published runs, by number of steps
 PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}
@@ -123,6 +124,10 @@ class RAS(Method):
         if name not in PRESETS:
             raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return replace(PRESETS[name], **changes)
+
+    def begin(self, run: Any) -> TokenRun:
+        """The choice of tokens in one run."""
+        return TokenRun(self, run)
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that `start` or explicit resets do not fit.
