@@ -32,6 +32,7 @@ from fastdit.methods.dense import Dense
 from fastdit.packed import check_packable, linears_of
 from fastdit.plan import check_composition
 from fastdit.report import Report, report_session
+from fastdit.schedule import Every, Schedule
 from fastdit.session import Session
 
 OPS = ("gated_residual", "norm_modulate")
@@ -313,8 +314,9 @@ def patch(
     adapter = find_adapter(transformer, wraps=bool(methods) and reuses)
     for method in methods:
         if not isinstance(method, Method):
+            hint = ": give fastdit.Cached(it)" if isinstance(method, (Schedule, Every)) else ""
             raise ArgumentError(
-                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}"
+                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}{hint}"
             )
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)

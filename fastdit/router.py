@@ -192,7 +192,8 @@ class Router:
         """
         if self.family is not None and self.family != spec.family:
             raise ScheduleError(
-                f"the router was trained on a {self.family} model, this one is {spec.family}"
+                f"the router was trained on a {self.family} model, this one is {spec.family}; "
+                "dataclasses.replace(router, family=None) runs it all the same"
             )
         self.schedule().check(spec)
 

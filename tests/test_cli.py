@@ -107,10 +107,10 @@ def test_demo_runs_a_schedule_file(folder, schedule_file, tmp_path):
 
 def test_demo_draws_the_stages_of_a_run(folder, tmp_path):
     output = run(
-        *("demo", PROMPT, "--model", folder, "--ralu", "schnell", "--repeats", 1),
+        *("demo", PROMPT, "--model", folder, "--ralu", "sd35-turbo", "--repeats", 1),
         *("--steps", 2, "--out", tmp_path / "a.png"),
     )
-    assert "RALU schnell" in output
+    assert "RALU sd35-turbo" in output
     assert str(tmp_path / "a-stages.png") in output
     with Image.open(tmp_path / "a-stages.png") as picture:
         assert picture.width == 2 * MARGIN + 4 * 256 + 3 * GAP

@@ -68,6 +68,7 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
         "loss": identity["quality"],
+        "family": search.genome.spec.family,
         "model": identity["model"],
         "items": search.archive.work.items,
         "generations": len(search.generations) - 1,
