@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fastdit import files
 from fastdit.errors import ArgumentError
 from fastdit.schedule import Schedule
 from fastdit.search.baselines import measure_baselines
@@ -53,6 +54,7 @@ def ecad(
         >>> found = fastdit.search.ecad(fastdit.tiny.load_pipeline, "search", work)
     """
     require_pymoo()
+    files.check_folder(out, "out")
     settings = settings or Settings()
     given = [s if isinstance(s, Schedule) else Schedule.load(s) for s in seeds]
     factory = pipe_or_factory
