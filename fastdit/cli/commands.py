@@ -41,9 +41,9 @@ class Commands(TyperGroup):
         except BrokenPipeError:
             raise  # typer's own business: whoever read the output has enough
         except (FastDiTError, OSError) as error:
-            line = " ".join(str(error).split())
-            # What it quotes may be a file's, and a terminal obeys some characters.
-            line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+            from fastdit.cli.console import printable
+
+            line = printable(" ".join(str(error).split()))
             Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
             raise typer.Exit(REFUSED) from None
         except KeyboardInterrupt:
