@@ -20,9 +20,11 @@ from fastdit.modulation import ahead
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.runtime.clock import predicted_levels
+from fastdit.schedule import MAX_COUNT
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28
+MAX_SIZE = 1 << 16  # of batch, height and width
 SHADES = "·░▒▓█"
 
 
@@ -128,11 +130,16 @@ def explain_patched(
     if steps is None:
         fixed = (method.run_steps for method in patched.methods)
         steps = next((n for n in fixed if n is not None), _default_steps(pipeline))
-    for name, value in (("batch", batch), ("steps", steps), ("height", height), ("width", width)):
+    for name, value, most in (
+        ("batch", batch, MAX_SIZE),
+        ("steps", steps, MAX_COUNT),
+        ("height", height, MAX_SIZE),
+        ("width", width, MAX_SIZE),
+    ):
         if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
+            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most
         ):
-            raise ArgumentError(f"{name} must be a positive int, got {value!r}")
+            raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
     image = adapter.tokens(transformer, (1, 1, *_latent_size(transformer, pipeline, height, width)))
     text = adapter.text_tokens_of(pipeline) if text_tokens is None else text_tokens
     size = Size(image, text)

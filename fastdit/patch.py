@@ -29,6 +29,7 @@ from fastdit.runtime.attach import Places, attach, remove
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
+from fastdit.schedule import Every, Schedule
 
 OPS = ("gated_residual", "norm_modulate")
 #: where a method computes a part of the tokens
@@ -80,8 +81,9 @@ def patch(
     adapter = find_adapter(transformer, wraps=bool(methods) and reuses)
     for method in methods:
         if not isinstance(method, Method):
+            hint = ": give fastdit.Cached(it)" if isinstance(method, (Schedule, Every)) else ""
             raise ArgumentError(
-                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}"
+                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}{hint}"
             )
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)

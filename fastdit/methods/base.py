@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fastdit.conditions import Conditions
+from fastdit.errors import ScheduleError
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
 
@@ -100,12 +101,14 @@ class Method:
         max_cache_bytes: Most bytes that caches may hold at once; None for no bound.
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
+        family: The model family that a preset's settings are for; None for settings that fit any.
     """
 
     name: str = ""
     writes: frozenset[str] = frozenset()
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
+    family: str | None = None
 
     @property
     def run_steps(self) -> int | None:
@@ -121,7 +124,16 @@ class Method:
         return None
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a model it cannot run on; called when patching, before anything changes."""
+        """Refuse a model it cannot run on; called when patching, before anything changes.
+
+        Raises:
+            ScheduleError: Naming what differs.
+        """
+        if self.family not in (None, spec.family):
+            raise ScheduleError(
+                f"this {self.name} has settings for {self.family} models, the model is of the {spec.family} family; "
+                "dataclasses.replace(method, family=None) runs them all the same"
+            )
 
     def begin(self, run: Any) -> MethodRun | None:
         """What the method keeps and decides in `run`; None for one whose schedule says everything."""
