@@ -7,7 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import AuraFlowTransformer2DModel, SanaTransformer2DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    CogView4Transformer2DModel,
+    EasyAnimateTransformer3DModel,
+    SanaTransformer2DModel,
+)
 
 import fastdit
 import oracle
@@ -65,6 +70,36 @@ MODELS = {
 }
 
 
+def cogview4():
+    """Its blocks call one `ff` on the image and on the text."""
+    return CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        text_embed_dim=12,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+
+
+def easy_animate():
+    """So does its last, single-stream block; the others have an `ff` for each."""
+    return EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=12,
+    )
+
+
 def inputs(step, batch=2):
     draw = torch.Generator().manual_seed(step)
     condition = torch.Generator().manual_seed(7)
@@ -108,6 +143,38 @@ def test_wrapped_components_equal_a_plain_cache(case):
         model(**calls[0])
     handle.unpatch()
     assert snapshot(model) == before
+
+
+def call_of(build, step, text):
+    """The arguments of `cogview4` or `easy_animate`, 16 image tokens."""
+    given = inputs(step, batch=1)
+    given["encoder_hidden_states"] = torch.randn(
+        1, text, 12, generator=torch.Generator().manual_seed(7)
+    )
+    if build is easy_animate:
+        return given | {"hidden_states": given["hidden_states"].unsqueeze(2)}
+    sizes = {"original_size": 8.0, "target_size": 8.0, "crop_coords": 0.0}
+    return given | {name: torch.full((1, 2), value) for name, value in sizes.items()}
+
+
+@pytest.mark.parametrize("text", [5, 16], ids=["other-length", "equal-lengths"])
+@pytest.mark.parametrize("build", [cogview4, easy_animate])
+def test_each_call_of_a_module_in_a_block_has_a_slot(build, text, monkeypatch):
+    """CogView4, GLM-Image and EasyAnimate call one feed-forward on both streams."""
+    model = tiny_models.randomise(build())
+    parts = {"transformer_blocks": {name: name for name in ("attn1", "ff")}}
+    monkeypatch.setitem(oracle.MODULES, type(model).__name__, parts)
+    bits, names = oracle.random_bits(model, STEPS, 3)
+    calls = [call_of(build, step, text) for step in range(STEPS)]
+    with torch.no_grad(), Oracle(model, bits).installed() as plain:
+        expected = [model(**given)[0] for given in calls]
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, ECAD(Schedule.from_bits(bits, names)))
+    with torch.no_grad(), handle.run(range(STEPS)):
+        for given, wanted in zip(calls, expected, strict=True):
+            same_bits(model(**given)[0], wanted)
+    assert plain.reused > 0
+    assert (handle.report().computed, handle.report().reused) == (plain.computed, plain.reused)
 
 
 def test_reused_modules_do_not_run_also_in_a_copy(case):
