@@ -209,3 +209,15 @@ def test_what_needs_an_adapter_is_refused(case):
         with pytest.raises(UnsupportedModelError, match=name):
             fastdit.patch(model, *methods)
     assert snapshot(model) == before
+
+
+def test_modules_in_two_places_are_refused(case):
+    """Their outputs would share a slot, or be asked for under the wrong block's name."""
+    model, bits, schedule = case
+    blocks = getattr(model, next(iter(bits)))
+    blocks[1].ff = blocks[0].ff
+    with pytest.raises(UnsupportedModelError, match="ff of block 1 is the same module as ff of"):
+        fastdit.patch(model, ECAD(schedule))
+    blocks[1] = blocks[0]
+    with pytest.raises(UnsupportedModelError, match=r"blocks\[1\] is the same module as .*\[0\]"):
+        fastdit.patch(model, ECAD(schedule))

@@ -114,9 +114,11 @@ class Adapter:
             UnsupportedModelError: A block is of another class than expected, or lacks what its forward needs.
         """
         kinds = []
+        places: dict[nn.Module, str] = {}
         for name, block_class in self.kinds.items():
             blocks = list(getattr(transformer, name, ()))
             for index, block in enumerate(blocks):
+                place_once(places, block, f"{name}[{index}]")
                 if not any(cls.__name__ == block_class for cls in type(block).__mro__):
                     raise UnsupportedModelError(
                         f"{name}[{index}] must be a {block_class}, got {type(block).__name__}"
@@ -490,6 +492,19 @@ class Adapter:
     ) -> dict[str, Any]:
         """Keyword arguments for one block on a few random tokens; ``random(*shape)`` draws in the model's dtype."""
         raise NotImplementedError
+
+
+def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> None:
+    """Note where a module is.
+
+    Raises:
+        UnsupportedModelError: It is in another place too, so that its outputs could not be told apart.
+    """
+    if module in places:
+        raise UnsupportedModelError(
+            f"{place} is the same module as {places[module]}; each place must have a module of its own"
+        )
+    places[module] = place
 
 
 def place_of(

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs
+from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs, place_once
 from fastdit.forward import Forward
+from fastdit.spec import ModelSpec
 
 #: attributes of a block that are components, by diffusers' habits
 COMPONENTS = ("attn", "attn1", "attn2", "ff", "ff_context", "ffn", "feed_forward", "mlp")
@@ -61,6 +62,14 @@ class Generic(Adapter):
         self.kinds = {name: type(getattr(transformer, name)[0]).__name__ for name in lists}
         self.components = lists
         self.forwards: Mapping[str, Callable[..., Any]] = dict.fromkeys(lists, stock_block)
+
+    def spec(self, transformer: nn.Module) -> ModelSpec:
+        """A component that several blocks share could not tell which of them calls it."""
+        found = super().spec(transformer)
+        places: dict[nn.Module, str] = {}
+        for index, component, module in self.wrapped(transformer):
+            place_once(places, module, f"{component} of block {index}")
+        return found
 
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
         """Blocks of one list may differ."""
