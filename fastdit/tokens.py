@@ -90,9 +90,9 @@ class TokenRun:
         if self._drops is None:
             count = -(self._steps + 1)
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
-        moved = velocity[0] * torch.as_tensor(delta).to(velocity)
+        moved = torch.as_tensor(delta) * velocity[0]  # by the sigmas' own difference, not rounded first
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
-        metric = channels.mean((-2, -1)).flatten()
+        metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)
         order = torch.sort(metric).indices
         low = self.tokens - coming.keep - coming.high

@@ -16,6 +16,7 @@ import oracle
 import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
+from fastdit.adapters import find_adapter
 from fastdit.forward import Stored
 from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens import TokenRun
@@ -160,6 +161,25 @@ def test_parity_is_the_published_rule_over_a_whole_run(name, size, settings, lin
         for step, rows in history.items():
             assert rows.tolist() == truth.history[step].tolist(), step
         assert distance(latents, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("metric", ["std", "l2norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_parity_rounds_as_published(dtype, metric):
+    """Each mean of the metric rounds to the model's dtype, which makes ties; the step of the sigmas does not."""
+    steps, size = 28, 32
+    choose = published(0.5, steps, 4, (12, 20), 0.3, metric)
+    method = RAS(mode="parity", high_ratio=0.3, metric=metric)
+    run = TokenRun(method, steps, (size // 2) ** 2, fastdit.ops.bind("reference"))
+    draw = torch.Generator().manual_seed(0)
+    sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
+    patches = find_adapter(tiny_models.transformer("sd3")).patches
+    for step in range(steps):
+        velocity = torch.randn(1, 16, size, size, generator=draw, dtype=torch.float64).to(dtype)
+        run.observe(step, patches(velocity, 2), sigmas[step + 1] - sigmas[step])
+        expected = choose(step, velocity, sigmas)
+        assert (run.rows is None) == (expected is None)
+        assert expected is None or run.rows.tolist() == expected.tolist(), step
 
 
 # --- what is computed
