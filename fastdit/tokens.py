@@ -59,7 +59,8 @@ class TokenRun:
                 'draw them one by one, or use mode="fixed"'
             )
         coming = self.at(step + 1)
-        if coming is None:
+        if coming is None:  # every token is active there
+            self._age = None
             return
         if parity:
             self.rows = self._choose_as_published(velocity, delta, coming)
@@ -71,7 +72,9 @@ class TokenRun:
         method, batch = self.method, velocity.shape[0]
         if self._drops is None or self._drops.shape[0] != batch:
             self._drops = torch.zeros(batch, self.tokens, dtype=torch.int32, device=velocity.device)
-            self._age = torch.zeros_like(self._drops) if method.max_age else None
+            self._age = None
+        if method.max_age and self._age is None:
+            self._age = torch.zeros_like(self._drops)
         rows, _ = self._ops.token_select(
             velocity,
             self._drops,
@@ -90,7 +93,9 @@ class TokenRun:
         if self._drops is None:
             count = -(self._steps + 1)
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
-        moved = torch.as_tensor(delta) * velocity[0]  # by the sigmas' own difference, not rounded first
+        moved = (
+            torch.as_tensor(delta) * velocity[0]
+        )  # by the sigmas' own difference, not rounded first
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
         metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)

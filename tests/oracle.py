@@ -128,7 +128,11 @@ class Oracle:
         def cached(*args: Any, **kwargs: Any) -> Any:
             step, branch = divmod(self._calls, self._calls_per_step)
             cell = (kind, block, position)
-            key = (*cell, branch, self._uses[cell])  # a block may call one module on several streams
+            key = (
+                *cell,
+                branch,
+                self._uses[cell],
+            )  # a block may call one module on several streams
             self._uses[cell] += 1
             if self._bits[kind][self._first + step, block, position] or key not in self._slots:
                 self._slots[key] = forward(*args, **kwargs)

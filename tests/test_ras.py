@@ -182,6 +182,23 @@ def test_parity_rounds_as_published(dtype, metric):
         assert expected is None or run.rows.tolist() == expected.tolist(), step
 
 
+def test_a_dense_step_resets_the_ages():
+    """Tokens 0 to 3 have the small metric and are dropped, but for every third step."""
+    method = RAS(start=2, resets=(6,), align=1, max_age=2, starvation=0.0, high_ratio=0.0)
+    run = TokenRun(method, 12, 8, fastdit.ops.bind("reference"))
+    pattern = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    velocity = pattern * torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1, 1).expand(-1, -1, 1, 2, 2, 4)
+    chosen = {}
+    for step in range(11):
+        run.observe(step, velocity, 1.0)
+        chosen[step + 1] = None if run.rows is None else run.rows[0].tolist()
+    small, large = [0, 1, 2, 3], [4, 5, 6, 7]
+    since_dense = [large, large, small, large]
+    assert [chosen[step] for step in range(2, 6)] == since_dense
+    assert chosen[6] is None
+    assert [chosen[step] for step in range(7, 11)] == since_dense
+
+
 # --- what is computed
 
 
@@ -206,6 +223,29 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("queries", [None, TOKENS], ids=["by key", "by query and key"])
+def test_pixart_attention_mask(queries, backend):
+    """Given the same latents at each step, those that are left out change nothing."""
+    model = tiny_models.transformer("pixart-sigma", torch.float64)
+    given = tiny_models.call("pixart-sigma", 2, torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    if queries is None:
+        mask = torch.randint(2, (2, TOKENS), generator=draw)
+    else:
+        mask = 9 * torch.randn(2, queries, TOKENS, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(**given, attention_mask=mask)[0]
+        assert distance(model(**given)[0], expected) > 0.01
+        handle = fastdit.patch(model, RAS(start=1, resets=(), align=1), backend=backend)
+        with handle.run(range(3)):
+            for _ in range(3):
+                assert distance(model(**given, attention_mask=mask)[0], expected) <= 1e-9
+                handle.advance()
+    assert max(handle.report().tokens_per_step[1:]) < TOKENS
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

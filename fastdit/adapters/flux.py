@@ -208,6 +208,7 @@ class Flux(Adapter):
     }
     consumers = {SINGLE: {"single_attn": "single_proj_out", "single_proj_mlp": "single_proj_out"}}
     forwards = {DOUBLE: double_block, SINGLE: single_block}
+    embeddings_arguments = ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids")
     text_tokens = 512
     uses_cfg = False
     shifts_latents = True
