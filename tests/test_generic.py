@@ -12,13 +12,16 @@ from diffusers import (
     CogView4Transformer2DModel,
     EasyAnimateTransformer3DModel,
     SanaTransformer2DModel,
+    WanTransformer3DModel,
 )
+from diffusers.configuration_utils import FrozenDict
 
 import fastdit
 import oracle
 import tiny_models
 from contract import same_bits
 from fastdit import ECAD, RAS, Schedule, UnsupportedModelError
+from fastdit.adapters.generic import Generic
 from fastdit.patch import handle_of
 from oracle import Oracle
 from snapshot import snapshot
@@ -199,6 +202,67 @@ def test_reused_modules_do_not_run_also_in_a_copy(case):
         assert len(ran) == first > 0
     fastdit.unpatch(twin)
     fastdit.unpatch(model)
+
+
+def wan(patch_size):
+    return WanTransformer3DModel(
+        patch_size=patch_size,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+
+
+@pytest.mark.parametrize("patch_size", [(1, 2, 2), [1, 2, 2], (1, 4, 2)])
+def test_patches_with_a_side_for_each_axis(patch_size, monkeypatch):
+    """Wan and others; a config read from a file has a list."""
+    model = tiny_models.randomise(wan(patch_size))
+    parts = {"blocks": {name: name for name in ("attn1", "attn2", "ffn")}}
+    monkeypatch.setitem(oracle.MODULES, type(model).__name__, parts)
+    bits, names = oracle.random_bits(model, STEPS, 3)
+    draw = torch.Generator().manual_seed(0)
+    calls = [
+        inputs(step) | {"hidden_states": torch.randn(2, 4, 3, 8, 8, generator=draw)}
+        for step in range(STEPS)
+    ]
+    with torch.no_grad(), Oracle(model, bits).installed():
+        expected = [model(**given)[0] for given in calls]
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, ECAD(Schedule.from_bits(bits, names)))
+    with torch.no_grad(), handle.run(range(STEPS)):
+        for given, wanted in zip(calls, expected, strict=True):
+            same_bits(model(**given)[0], wanted)
+    frame = 64 // (patch_size[1] * patch_size[2])
+    assert handle.report().tokens_per_step == (3 * frame,) * STEPS
+    assert handle.explain(height=64, width=64, steps=STEPS).image_tokens == frame
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "tokens"),
+    [
+        ({"patch_size": None}, (1, 4, 8, 6), 48),
+        ({}, (1, 4, 8, 6), 48),
+        ({"patch_size": 2}, (2, 4, 8, 6), 12),
+        ({"patch_size": 2, "in_channels": 8}, (1, 4, 8, 6), 12),
+        ({"patch_size": [2, 1]}, (1, 4, 8, 6), 24),
+        ({"patch_size": 2, "patch_size_t": 4, "in_channels": 4}, (1, 4, 8, 8, 6), 24),
+        ({"patch_size": 2, "patch_size_t": None, "in_channels": 4}, (1, 3, 4, 8, 6), 36),
+        ({"patch_size": (1, 2, 2)}, (1, 16, 3, 8, 6), 36),
+        ({"patch_size": 1}, (2, 77, 64), 77),
+    ],
+)
+def test_tokens_of_any_patch_size(config, shape, tokens):
+    model = sana()
+    model._internal_dict = FrozenDict(config)
+    assert Generic(model).tokens(model, shape) == tokens
+    assert isinstance(Generic(model).patch(model), int)
 
 
 def test_what_needs_an_adapter_is_refused(case):

@@ -8,6 +8,7 @@ layers are counted, over the image tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,14 @@ def block_lists(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
             if names:
                 found[name] = names
     return found
+
+
+def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
+    """Frames, rows and columns of a patch, which a model's config has as one number, as several, or not at all."""
+    side = getattr(transformer.config, "patch_size", None) or 1
+    frames = getattr(transformer.config, "patch_size_t", None) or 1
+    sides = (side, side) if isinstance(side, int) else side
+    return (frames, *sides)[-3:]
 
 
 def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -89,11 +98,18 @@ class Generic(Adapter):
         return []
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
-        """By the patch size, where there is one and the latents are images; packed latents are tokens."""
-        if len(latent_shape) == 3:
-            return latent_shape[1]
-        patch = getattr(transformer.config, "patch_size", None) or 1
-        return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
+        """Of images [B, C, H, W] and videos, [B, C, F, H, W] or [B, F, C, H, W]; packed latents are tokens."""
+        _, *sizes = latent_shape
+        if len(sizes) == 2:
+            return sizes[0]
+        channels = getattr(transformer.config, "in_channels", None)
+        del sizes[len(sizes) == 4 and sizes[0] != channels == sizes[1]]
+        sides = reversed(patch_sides(transformer))
+        return math.prod(size // side for size, side in zip(reversed(sizes), sides, strict=False))
+
+    def patch(self, transformer: nn.Module) -> int:
+        """Side of a patch, across."""
+        return patch_sides(transformer)[2]
 
     def width(self, transformer: nn.Module) -> int:
         """The outputs of a block's last linear layer."""
