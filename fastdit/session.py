@@ -625,7 +625,8 @@ class Session:
             first = run.tokens_from = (
                 run.resolution.stage.first if run.resolution else run.first or 0
             )
-            run.tokens = TokenRun(method, run.steps - first, call.tokens, self.ops)
+            count = self.adapter.moved_tokens(call)
+            run.tokens = TokenRun(method, run.steps - first, count, self.ops)
             self._plan_rows(run, first)
         tokens, step = run.tokens, run.step - run.tokens_from
         rows = tokens.rows if tokens.at(step) is not None else None
