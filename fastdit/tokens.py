@@ -49,9 +49,15 @@ class TokenRun:
             delta: Difference of the sigmas over this step; only parity looks at it.
 
         Raises:
-            ArgumentError: Parity with several images; the run ends with its first step.
+            ArgumentError: Parity with several images, or a velocity of other tokens; the run ends with its first step.
         """
         self.rows = None
+        found = velocity.shape[1] * velocity.shape[2]
+        if found != self.tokens:
+            raise ArgumentError(
+                f"{self.method.name} chooses among the {self.tokens} tokens of the picture by their velocity; "
+                f"got that of {found} (a reference image has none)"
+            )
         parity = self.method.mode == "parity"
         if parity and len(velocity) > 1:
             raise ArgumentError(

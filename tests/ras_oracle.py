@@ -149,8 +149,8 @@ class RowOracle:
 
     def _on_latents(self, mask: Tensor, velocity: Tensor) -> Tensor:
         """[B, N] as a mask over latents of this shape."""
-        if self.flux:
-            return mask[..., None]
+        if self.flux:  # Kontext's reference tokens have no velocity
+            return mask[:, : velocity.shape[1], None]
         side = self.model.config.patch_size
         grid = mask.unflatten(1, (velocity.shape[-2] // side, -1))
         return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]

@@ -197,6 +197,10 @@ class Adapter:
         patch = transformer.config.patch_size
         return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
 
+    def moved_tokens(self, call: Call) -> int:
+        """How many of a call's image tokens, the first ones, have a velocity that the scheduler is given."""
+        return call.tokens
+
     def width(self, transformer: nn.Module) -> int:
         """Channels of a token in the residual stream."""
         return transformer.inner_dim
