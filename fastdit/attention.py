@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.observe import observed
@@ -92,6 +93,7 @@ def attend(
     rotation: Rotation | None = None,
     processor: Any = None,
     scale: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of the parts' queries, one after the other, over all `length` keys.
 
@@ -102,6 +104,7 @@ def attend(
         rotation: Of all rows, or None.
         scale: Of the products; None for 1 / sqrt(d).
         processor: The stock processor, whose attention backend is used if the user has set one.
+        mask: Added to the products, [B, 1 or sum n, length]; or None.
 
     Returns:
         [B, sum n, heads * d].
@@ -118,7 +121,7 @@ def attend(
     if query is None:
         query = _prologue_as_stock(parts, held, head_dim, rotation)
     k, v = held.k.to(query.dtype), held.v.to(query.dtype)
-    out = _attention(tokens.ops, query, k, v, processor, scale)
+    out = _attention(tokens.ops, query, k, v, processor, scale, mask)
     return out.flatten(2).to(query.dtype)
 
 
@@ -238,14 +241,31 @@ def _write(store: Tensor, part: Part, values: Tensor) -> None:
 
 
 def _attention(
-    ops: Any, query: Tensor, key: Tensor, value: Tensor, processor: Any, scale: float | None
+    ops: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    processor: Any,
+    scale: float | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    """[B, Q, H, d] over [B, S, G, d], on the attention backend the user chose for the processor, else by the op."""
+    """[B, Q, H, d] over [B, S, G, d], on the attention backend the user chose for the processor, else by the op.
+
+    A mask is for torch's own attention.
+    """
     backend = getattr(processor, "_attention_backend", None)
+    mask = None if mask is None else mask.unsqueeze(1)
     if backend is not None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        return dispatch_attention_fn(query, key, value, scale=scale, backend=backend)
+        return dispatch_attention_fn(
+            query, key, value, attn_mask=mask, scale=scale, backend=backend
+        )
+    if mask is not None:
+        heads_first = (t.transpose(1, 2) for t in (query, key, value))
+        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(
+            1, 2
+        )
     run = (
         functools.partial(sparse_attention, backend="reference")
         if ops is None
@@ -254,9 +274,15 @@ def _attention(
     return run(query, key, value, scale=scale)
 
 
-def self_attention(fw: Any, attention: nn.Module, x: Tensor) -> Tensor:
-    """A self-attention module of the active image tokens over all: x [B, K, D] -> [B, K, D]."""
-    part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, fw.tokens.rows)
+def self_attention(fw: Any, attention: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A self-attention module of the active image tokens over all: x [B, K, D] -> [B, K, D].
+
+    `mask` [B, 1 or N, N] is added to the products.
+    """
+    rows = fw.tokens.rows
+    part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, rows)
+    if mask is not None and mask.shape[1] > 1 and rows is not None:
+        mask = mask.take_along_dim(rows[..., None], dim=1)
     out = attend(
         fw.tokens,
         (fw.index, attention),
@@ -264,6 +290,7 @@ def self_attention(fw: Any, attention: nn.Module, x: Tensor) -> Tensor:
         fw.tokens.count,
         attention.heads,
         processor=attention.processor,
+        mask=mask,
     )
     return attention.to_out[1](attention.to_out[0](out)) / getattr(
         attention, "rescale_output_factor", 1.0

@@ -3,8 +3,8 @@
 An adapter restates block forwards, so a diffusers release that changes one would be answered with wrong pictures. For
 each block class present the guard compares the argument names with the adapter's, then runs one block both ways on a
 few random tokens and demands equal bits. It draws from a generator of its own, runs the innermost forward, and leaves
-out the second half where weights are not at hand (meta device, offloading hooks) or somebody's hook would see the
-random tokens.
+out the second half where weights are not at hand (meta device, offloading hooks) or somebody's hook or attention
+processor would see the random tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_drift(adapter: Any, transformer: nn.Module) -> None:
     Raises:
         DriftError: Arguments or results differ; names block class and diffusers version.
     """
-    seen = set()
+    seen, compared = set(), set()
     for kind, block in adapter.blocks(transformer) if adapter.restates else ():
         variant = (
             type(block),
@@ -39,8 +39,9 @@ def check_drift(adapter: Any, transformer: nn.Module) -> None:
         if variant not in seen:
             seen.add(variant)
             _check_arguments(adapter, kind, block)
-            if _may_run(block):
-                _check_result(adapter, transformer, kind, block)
+        if variant not in compared and _may_run(adapter, block):
+            compared.add(variant)
+            _check_result(adapter, transformer, kind, block)
 
 
 def _check_arguments(adapter: Any, kind: str, block: nn.Module) -> None:
@@ -79,12 +80,15 @@ def _tensors(output: Any) -> list[Tensor]:
     return [t for t in (output if isinstance(output, tuple) else (output,)) if t is not None]
 
 
-def _may_run(block: nn.Module) -> bool:
-    hooked = any(
-        observed(m) or "_hf_hook" in m.__dict__ or "_diffusers_hook" in m.__dict__
+def _may_run(adapter: Any, block: nn.Module) -> bool:
+    theirs = any(
+        observed(m)
+        or "_hf_hook" in m.__dict__
+        or "_diffusers_hook" in m.__dict__
+        or not adapter.has_stock_processor(m)
         for m in block.modules()
     )
-    return not hooked and all(p.device.type != "meta" for p in block.parameters())
+    return not theirs and all(p.device.type != "meta" for p in block.parameters())
 
 
 @contextmanager

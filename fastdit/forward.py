@@ -31,7 +31,9 @@ from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
 from fastdit.segments import EAGER, segments_like
 from fastdit.sums import Sums
 
-Slots = dict[tuple[int, str], Any]
+#: of a component's output; the name alone, or with the number of a further call of it in the same block
+Key = tuple[int, str] | tuple[int, str, int]
+Slots = dict[Key, Any]
 Gate = Tensor | None
 
 #: what an empty plan says of every component
@@ -143,7 +145,7 @@ class Forward:
         *,
         actions: Sequence[BlockActions] = (),
         slots: Slots | None = None,
-        owned: set[tuple[int, str]] | None = None,
+        owned: set[Key] | None = None,
         immediate: bool = True,
         defer: bool = False,
         family: dict[str, Any] | None = None,
@@ -174,6 +176,7 @@ class Forward:
         self._compiled = compiled
         self._planned = 0
         self._row: BlockActions = ALWAYS
+        self._asked: dict[str, int] = {}
         self._waiting: dict[str, list[tuple[Tensor, Gate]]] = {}
         self._owned: dict[str, Tensor] = {}
 
@@ -183,6 +186,7 @@ class Forward:
         self.index = index
         self._row = self.actions[index] if self.actions else ALWAYS
         self._planned += len(self._row)
+        self._asked = {}
         self.segments = segments_like(block._compiled_call_impl or self._compiled, block)
 
     def take_counts(self, computed: int, reused: int) -> None:
@@ -195,8 +199,13 @@ class Forward:
         """Whether the component's module runs in this call, so that its input is worth preparing."""
         flags = self._row.get(component, COMPUTE)
         return bool(flags & COMPUTE) or bool(
-            flags & REUSE and (self.index, component) not in self.slots
+            flags & REUSE and self._key(component) not in self.slots
         )
+
+    def _key(self, component: str) -> Key:
+        """The slot of the component's next call; some blocks call one module on several streams."""
+        again = self._asked.get(component, 0)
+        return (self.index, component, again) if again else (self.index, component)
 
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.
@@ -207,7 +216,9 @@ class Forward:
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
         """
         flags = self._row.get(name, COMPUTE)
-        key = (self.index, name)
+        key = self._key(name)
+        self._asked[name] = again = self._asked.get(name, 0) + 1
+        self._planned += again > 1 and name in self._row
         sparse = self.tokens is not None and self.tokens.rows is not None
         value = held = self.slots.get(key)
         if value is None or flags & COMPUTE:
@@ -229,7 +240,7 @@ class Forward:
             self.slots.pop(key, None)
         return value
 
-    def _renewed(self, key: tuple[int, str], held: Any, value: Any) -> Any:
+    def _renewed(self, key: Key, held: Any, value: Any) -> Any:
         """What a slot held, with the active rows of a value; a copy the first time, from then on in place."""
         parts = held if isinstance(held, (tuple, list)) else (held,)
         locked = torch.is_grad_enabled() or (

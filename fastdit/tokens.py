@@ -47,7 +47,7 @@ class TokenRun(MethodRun):
                 f"{self.method.name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
             )
         if not self.tokens:
-            self._begin(arguments.tokens)
+            self._begin(run.patched.adapter.moved_tokens(arguments))
         planned = self.at(run.step - self.first) is not None
         batch, rows = arguments.hidden_states.shape[0], self.active
         if not planned or rows is None or call.branch.velocity is None or batch % rows.shape[0]:
@@ -117,9 +117,15 @@ class TokenRun(MethodRun):
             delta: Difference of the sigmas over this step; only parity looks at it.
 
         Raises:
-            ArgumentError: Parity with several images; the run ends with its first step.
+            ArgumentError: Parity with several images, or a velocity of other tokens; the run ends with its first step.
         """
         self.active = None
+        found = velocity.shape[1] * velocity.shape[2]
+        if found != self.tokens:
+            raise ArgumentError(
+                f"{self.method.name} chooses among the {self.tokens} tokens of the picture by their velocity; "
+                f"got that of {found} (a reference image has none)"
+            )
         parity = self.method.mode == "parity"
         if parity and len(velocity) > 1:
             raise ArgumentError(
@@ -127,7 +133,8 @@ class TokenRun(MethodRun):
                 'draw them one by one, or use mode="fixed"'
             )
         coming = self.at(step + 1)
-        if coming is None:
+        if coming is None:  # every token is active there
+            self._age = None
             return
         if parity:
             self.active = self._choose_as_published(velocity, delta, coming)
@@ -139,7 +146,9 @@ class TokenRun(MethodRun):
         method, batch = self.method, velocity.shape[0]
         if self._drops is None or self._drops.shape[0] != batch:
             self._drops = torch.zeros(batch, self.tokens, dtype=torch.int32, device=velocity.device)
-            self._age = torch.zeros_like(self._drops) if method.max_age else None
+            self._age = None
+        if method.max_age and self._age is None:
+            self._age = torch.zeros_like(self._drops)
         rows, _ = self.run.patched.ops.token_select(
             velocity,
             self._drops,
@@ -158,9 +167,11 @@ class TokenRun(MethodRun):
         if self._drops is None:
             count = -(self._steps + 1)
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
-        moved = velocity[0] * torch.as_tensor(delta).to(velocity)
+        moved = (
+            torch.as_tensor(delta) * velocity[0]
+        )  # the sigmas' own difference, not rounded first
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
-        metric = channels.mean((-2, -1)).flatten()
+        metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)
         order = torch.sort(metric).indices
         low = self.tokens - coming.keep - coming.high

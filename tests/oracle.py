@@ -10,6 +10,7 @@ linear layer, before the GELU; an empty slot computes.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -88,6 +89,7 @@ class Oracle:
         self._first = first
         self._calls = -1
         self._slots: dict[Any, Any] = {}
+        self._uses: Counter[Any] = Counter()
         self.computed = 0
         self.reused = 0
 
@@ -120,11 +122,18 @@ class Oracle:
 
     def _count(self, module: nn.Module, args: Any) -> None:
         self._calls += 1
+        self._uses.clear()
 
     def _wrap(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
         def cached(*args: Any, **kwargs: Any) -> Any:
             step, branch = divmod(self._calls, self._calls_per_step)
-            key = (kind, block, position, branch)
+            cell = (kind, block, position)
+            key = (
+                *cell,
+                branch,
+                self._uses[cell],
+            )  # a block may call one module on several streams
+            self._uses[cell] += 1
             if self._bits[kind][self._first + step, block, position] or key not in self._slots:
                 self._slots[key] = forward(*args, **kwargs)
                 self.computed += 1

@@ -229,6 +229,12 @@ class FluxCalls:
         given, unit = self.given, 1.0 if layout == "full" else 0.5
         ids = torch.tensor([[0.0, y * unit, x * unit] for _, y, x, _ in tokens])
         x = torch.stack([content.flatten() for *_, content in tokens])[None]
+        if "condition" in given:  # of Fill and Control, [C, H, W]
+            extra = [
+                given["condition"][:, P * y : P * (y + size) : size, P * x : P * (x + size) : size]
+                for size, y, x, _ in tokens
+            ]
+            x = torch.cat([x, torch.stack([content.flatten() for content in extra])[None]], dim=2)
 
         def call(prompt: Tensor, pooled: Tensor) -> Tensor:
             return self.model(

@@ -149,8 +149,8 @@ class RowOracle:
 
     def _on_latents(self, mask: Tensor, velocity: Tensor) -> Tensor:
         """[B, N] as a mask over latents of this shape."""
-        if self.flux:
-            return mask[..., None]
+        if self.flux:  # Kontext's reference tokens have no velocity
+            return mask[:, : velocity.shape[1], None]
         side = self.model.config.patch_size
         grid = mask.unflatten(1, (velocity.shape[-2] // side, -1))
         return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
@@ -373,13 +373,12 @@ def published(
         return 0 if step < start or step in resets else count
 
     def choose(step: int, velocity: Tensor, sigmas: Tensor) -> Tensor | None:
-        if packed:
-            field = velocity[0].unflatten(-1, (-1, patch * patch)).permute(1, 0, 2)
-        else:
-            c, h, w = velocity[0].shape
-            field = velocity[0].view(c, h // patch, patch, w // patch, patch)
-            field = field.permute(0, 1, 3, 2, 4).reshape(c, -1, patch * patch)
-        tokens = field.shape[1]
+        if packed:  # [N, C p p] as [C, N, 1, p, p]
+            field = velocity[0].unflatten(-1, (-1, patch, patch)).transpose(0, 1).unsqueeze(2)
+        else:  # [C, gh, gw, p, p]
+            rows = velocity[0].unflatten(-1, (-1, patch)).unflatten(1, (-1, patch))
+            field = rows.transpose(2, 3)
+        tokens = field.shape[1] * field.shape[2]
         if "drops" not in state:
             state["drops"] = torch.full((tokens,), -float(steps + 1))
         if step + 1 >= steps:
@@ -388,9 +387,9 @@ def published(
         low, high = int(count * (1 - high_ratio)), int(count * high_ratio)
         if step + 1 < start or step + 1 in resets or low + high == 0:
             return None
-        moved = field * (sigmas[step + 1] - sigmas[step]).to(field)
+        moved = (sigmas[step + 1] - sigmas[step]) * field
         per_pixel = moved.std(0) if metric == "std" else moved.norm(dim=0)
-        score = per_pixel.mean(-1)
+        score = per_pixel.mean(-1).mean(-1).flatten()
         score = (score * torch.exp(0.1 * state["drops"])).to(score.dtype)
         order = torch.sort(score).indices
         state["drops"][order[:low]] += 1

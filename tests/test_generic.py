@@ -7,13 +7,21 @@ import copy
 import numpy as np
 import pytest
 import torch
-from diffusers import AuraFlowTransformer2DModel, SanaTransformer2DModel
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    CogView4Transformer2DModel,
+    EasyAnimateTransformer3DModel,
+    SanaTransformer2DModel,
+    WanTransformer3DModel,
+)
+from diffusers.configuration_utils import FrozenDict
 
 import fastdit
 import oracle
 import tiny_models
 from contract import same_bits
 from fastdit import ECAD, RAS, Schedule, UnsupportedModelError
+from fastdit.adapters.generic import Generic
 from fastdit.patch import handle_of
 from oracle import Oracle
 from snapshot import snapshot
@@ -65,6 +73,36 @@ MODELS = {
 }
 
 
+def cogview4():
+    """Its blocks call one `ff` on the image and on the text."""
+    return CogView4Transformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=4,
+        num_attention_heads=4,
+        text_embed_dim=12,
+        time_embed_dim=8,
+        condition_dim=4,
+    )
+
+
+def easy_animate():
+    """So does its last, single-stream block; the others have an `ff` for each."""
+    return EasyAnimateTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_layers=2,
+        mmdit_layers=1,
+        time_embed_dim=8,
+        text_embed_dim=12,
+    )
+
+
 def inputs(step, batch=2):
     draw = torch.Generator().manual_seed(step)
     condition = torch.Generator().manual_seed(7)
@@ -110,6 +148,38 @@ def test_wrapped_components_equal_a_plain_cache(case):
     assert snapshot(model) == before
 
 
+def call_of(build, step, text):
+    """The arguments of `cogview4` or `easy_animate`, 16 image tokens."""
+    given = inputs(step, batch=1)
+    given["encoder_hidden_states"] = torch.randn(
+        1, text, 12, generator=torch.Generator().manual_seed(7)
+    )
+    if build is easy_animate:
+        return given | {"hidden_states": given["hidden_states"].unsqueeze(2)}
+    sizes = {"original_size": 8.0, "target_size": 8.0, "crop_coords": 0.0}
+    return given | {name: torch.full((1, 2), value) for name, value in sizes.items()}
+
+
+@pytest.mark.parametrize("text", [5, 16], ids=["other-length", "equal-lengths"])
+@pytest.mark.parametrize("build", [cogview4, easy_animate])
+def test_each_call_of_a_module_in_a_block_has_a_slot(build, text, monkeypatch):
+    """CogView4, GLM-Image and EasyAnimate call one feed-forward on both streams."""
+    model = tiny_models.randomise(build())
+    parts = {"transformer_blocks": {name: name for name in ("attn1", "ff")}}
+    monkeypatch.setitem(oracle.MODULES, type(model).__name__, parts)
+    bits, names = oracle.random_bits(model, STEPS, 3)
+    calls = [call_of(build, step, text) for step in range(STEPS)]
+    with torch.no_grad(), Oracle(model, bits).installed() as plain:
+        expected = [model(**given)[0] for given in calls]
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, ECAD(Schedule.from_bits(bits, names)))
+    with torch.no_grad(), handle.run(range(STEPS)):
+        for given, wanted in zip(calls, expected, strict=True):
+            same_bits(model(**given)[0], wanted)
+    assert plain.reused > 0
+    assert (handle.report().computed, handle.report().reused) == (plain.computed, plain.reused)
+
+
 def test_reused_modules_do_not_run_also_in_a_copy(case):
     model, bits, _ = case
     names = {kind: tuple(oracle.MODULES[type(model).__name__][kind]) for kind in bits}
@@ -134,6 +204,67 @@ def test_reused_modules_do_not_run_also_in_a_copy(case):
     fastdit.unpatch(model)
 
 
+def wan(patch_size):
+    return WanTransformer3DModel(
+        patch_size=patch_size,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=12,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        cross_attn_norm=True,
+        rope_max_seq_len=32,
+    )
+
+
+@pytest.mark.parametrize("patch_size", [(1, 2, 2), [1, 2, 2], (1, 4, 2)])
+def test_patches_with_a_side_for_each_axis(patch_size, monkeypatch):
+    """Wan and others; a config read from a file has a list."""
+    model = tiny_models.randomise(wan(patch_size))
+    parts = {"blocks": {name: name for name in ("attn1", "attn2", "ffn")}}
+    monkeypatch.setitem(oracle.MODULES, type(model).__name__, parts)
+    bits, names = oracle.random_bits(model, STEPS, 3)
+    draw = torch.Generator().manual_seed(0)
+    calls = [
+        inputs(step) | {"hidden_states": torch.randn(2, 4, 3, 8, 8, generator=draw)}
+        for step in range(STEPS)
+    ]
+    with torch.no_grad(), Oracle(model, bits).installed():
+        expected = [model(**given)[0] for given in calls]
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, ECAD(Schedule.from_bits(bits, names)))
+    with torch.no_grad(), handle.run(range(STEPS)):
+        for given, wanted in zip(calls, expected, strict=True):
+            same_bits(model(**given)[0], wanted)
+    frame = 64 // (patch_size[1] * patch_size[2])
+    assert handle.report().tokens_per_step == (3 * frame,) * STEPS
+    assert handle.explain(height=64, width=64, steps=STEPS).image_tokens == frame
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "tokens"),
+    [
+        ({"patch_size": None}, (1, 4, 8, 6), 48),
+        ({}, (1, 4, 8, 6), 48),
+        ({"patch_size": 2}, (2, 4, 8, 6), 12),
+        ({"patch_size": 2, "in_channels": 8}, (1, 4, 8, 6), 12),
+        ({"patch_size": [2, 1]}, (1, 4, 8, 6), 24),
+        ({"patch_size": 2, "patch_size_t": 4, "in_channels": 4}, (1, 4, 8, 8, 6), 24),
+        ({"patch_size": 2, "patch_size_t": None, "in_channels": 4}, (1, 3, 4, 8, 6), 36),
+        ({"patch_size": (1, 2, 2)}, (1, 16, 3, 8, 6), 36),
+        ({"patch_size": 1}, (2, 77, 64), 77),
+    ],
+)
+def test_tokens_of_any_patch_size(config, shape, tokens):
+    model = sana()
+    model._internal_dict = FrozenDict(config)
+    assert Generic(model).tokens(model, shape) == tokens
+    assert isinstance(Generic(model).patch(model), int)
+
+
 def test_what_needs_an_adapter_is_refused(case):
     model, _, schedule = case
     before = snapshot(model)
@@ -142,3 +273,15 @@ def test_what_needs_an_adapter_is_refused(case):
         with pytest.raises(UnsupportedModelError, match=name):
             fastdit.patch(model, *methods)
     assert snapshot(model) == before
+
+
+def test_modules_in_two_places_are_refused(case):
+    """Their outputs would share a slot, or be asked for under the wrong block's name."""
+    model, bits, schedule = case
+    blocks = getattr(model, next(iter(bits)))
+    blocks[1].ff = blocks[0].ff
+    with pytest.raises(UnsupportedModelError, match="ff of block 1 is the same module as ff of"):
+        fastdit.patch(model, ECAD(schedule))
+    blocks[1] = blocks[0]
+    with pytest.raises(UnsupportedModelError, match=r"blocks\[1\] is the same module as .*\[0\]"):
+        fastdit.patch(model, ECAD(schedule))

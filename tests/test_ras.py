@@ -17,6 +17,7 @@ import oracle
 import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
+from fastdit.adapters import find_adapter
 from fastdit.forward import Stored
 from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens import TokenRun
@@ -163,6 +164,42 @@ def test_parity_is_the_published_rule_over_a_whole_run(name, size, settings, lin
         assert distance(latents, expected) <= 1e-9
 
 
+@pytest.mark.parametrize("metric", ["std", "l2norm"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_parity_rounds_as_published(dtype, metric):
+    """Each mean of the metric rounds to the model's dtype, which makes ties; the step of the sigmas does not."""
+    steps, size = 28, 32
+    choose = published(0.5, steps, 4, (12, 20), 0.3, metric)
+    method = RAS(mode="parity", high_ratio=0.3, metric=metric)
+    run = TokenRun(method, steps, (size // 2) ** 2, fastdit.ops.bind("reference"))
+    draw = torch.Generator().manual_seed(0)
+    sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
+    patches = find_adapter(tiny_models.transformer("sd3")).patches
+    for step in range(steps):
+        velocity = torch.randn(1, 16, size, size, generator=draw, dtype=torch.float64).to(dtype)
+        run.observe(step, patches(velocity, 2), sigmas[step + 1] - sigmas[step])
+        expected = choose(step, velocity, sigmas)
+        assert (run.rows is None) == (expected is None)
+        assert expected is None or run.rows.tolist() == expected.tolist(), step
+
+
+def test_a_dense_step_resets_the_ages():
+    """Tokens 0 to 3 have the small metric and are dropped, but for every third step."""
+    method = RAS(start=2, resets=(6,), align=1, max_age=2, starvation=0.0, high_ratio=0.0)
+    run = TokenRun(method, 12, 8, fastdit.ops.bind("reference"))
+    pattern = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    velocity = pattern * torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1, 1).expand(-1, -1, 1, 2, 2, 4)
+    chosen = {}
+    for step in range(11):
+        run.observe(step, velocity, 1.0)
+        chosen[step + 1] = None if run.rows is None else run.rows[0].tolist()
+    small, large = [0, 1, 2, 3], [4, 5, 6, 7]
+    since_dense = [large, large, small, large]
+    assert [chosen[step] for step in range(2, 6)] == since_dense
+    assert chosen[6] is None
+    assert [chosen[step] for step in range(7, 11)] == since_dense
+
+
 # --- what is computed
 
 
@@ -187,6 +224,29 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("queries", [None, TOKENS], ids=["by key", "by query and key"])
+def test_pixart_attention_mask(queries, backend):
+    """Given the same latents at each step, those that are left out change nothing."""
+    model = tiny_models.transformer("pixart-sigma", torch.float64)
+    given = tiny_models.call("pixart-sigma", 2, torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    if queries is None:
+        mask = torch.randint(2, (2, TOKENS), generator=draw)
+    else:
+        mask = 9 * torch.randn(2, queries, TOKENS, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(**given, attention_mask=mask)[0]
+        assert distance(model(**given)[0], expected) > 0.01
+        handle = fastdit.patch(model, RAS(start=1, resets=(), align=1), backend=backend)
+        with handle.run(range(3)):
+            for _ in range(3):
+                assert distance(model(**given, attention_mask=mask)[0], expected) <= 1e-9
+                handle.advance()
+    assert max(handle.report().tokens_per_step[1:]) < TOKENS
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

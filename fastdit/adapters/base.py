@@ -77,7 +77,7 @@ class Adapter:
         text_tokens: Usual number of text tokens, for predictions.
         layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
             A family without layouts cannot run a part of its tokens.
-        processors: Names of the attention processors that the family's own attention stands in for.
+        processors: Names of diffusers' attention processors that the family's own attention stands in for.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
         shifts_latents: Whether the pipelines add the VAE's shift before they decode.
         restates: Whether it restates block forwards, which the drift guard then checks.
@@ -114,9 +114,11 @@ class Adapter:
             UnsupportedModelError: A block is of another class than expected, or lacks what its forward needs.
         """
         kinds = []
+        places: dict[nn.Module, str] = {}
         for name, block_class in self.kinds.items():
             blocks = list(getattr(transformer, name, ()))
             for index, block in enumerate(blocks):
+                place_once(places, block, f"{name}[{index}]")
                 if not any(cls.__name__ == block_class for cls in type(block).__mro__):
                     raise UnsupportedModelError(
                         f"{name}[{index}] must be a {block_class}, got {type(block).__name__}"
@@ -195,6 +197,10 @@ class Adapter:
         patch = transformer.config.patch_size
         return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
 
+    def moved_tokens(self, call: Call) -> int:
+        """How many of a call's image tokens, the first ones, have a velocity that the scheduler is given."""
+        return call.tokens
+
     def width(self, transformer: nn.Module) -> int:
         """Channels of a token in the residual stream."""
         return transformer.inner_dim
@@ -216,12 +222,17 @@ class Adapter:
                 f"{type(transformer).__name__} cannot compute a part of its tokens: its adapter has no layouts"
             )
         for name, module in transformer.named_modules():
-            processor = getattr(module, "processor", None)
-            if processor is not None and type(processor).__name__ not in self.processors:
+            if not self.has_stock_processor(module):
                 raise UnsupportedModelError(
-                    f"{name} has the attention processor {type(processor).__name__}; a method that computes a part of "
-                    f"the tokens stands in for {', '.join(sorted(self.processors))}"
+                    f"{name} has the attention processor {type(module.processor).__qualname__}; a method that computes "
+                    f"a part of the tokens stands in for diffusers' {', '.join(sorted(self.processors))}"
                 )
+
+    def has_stock_processor(self, module: nn.Module) -> bool:
+        """Whether the module has no attention processor, or one of `processors`."""
+        processor = type(getattr(module, "processor", None))
+        ours = processor.__name__ in self.processors
+        return processor is type(None) or (ours and processor.__module__.startswith("diffusers."))
 
     #: the blocks' attentions that `fastdit.attention` does with fewer copies than the stock processor
     fused_attentions: Sequence[str] = ()
@@ -230,7 +241,7 @@ class Adapter:
         """Whether the block's `fused_attentions` are as diffusers made them, and nobody looks at them."""
         found = (getattr(block, name, None) for name in self.fused_attentions)
         return all(
-            type(attention.processor).__name__ in self.processors
+            self.has_stock_processor(attention)
             and getattr(attention.processor, "_parallel_config", None) is None
             and not observed(attention)
             for attention in found
@@ -490,6 +501,19 @@ class Adapter:
     ) -> dict[str, Any]:
         """Keyword arguments for one block on a few random tokens; ``random(*shape)`` draws in the model's dtype."""
         raise NotImplementedError
+
+
+def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> None:
+    """Note where a module is.
+
+    Raises:
+        UnsupportedModelError: It is in another place too, so that its outputs could not be told apart.
+    """
+    if module in places:
+        raise UnsupportedModelError(
+            f"{place} is the same module as {places[module]}; each place must have a module of its own"
+        )
+    places[module] = place
 
 
 def place_of(

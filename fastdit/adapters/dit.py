@@ -84,6 +84,7 @@ class DiT(Adapter):
     components = {"transformer_blocks": ("attn1", "ff")}
     forwards = {"transformer_blocks": basic_block}
     embeddings_arguments = ("class_labels",)
+    processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})
     text_tokens = 0
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:

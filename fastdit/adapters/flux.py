@@ -191,6 +191,12 @@ def _rotation(fw: Forward, given: Any) -> Any:
     return memory.rotation
 
 
+def _of_picture(positions: Tensor) -> Tensor:
+    """The positions of the picture itself, which come first: the first number of a reference image's is another."""
+    positions = positions[0] if positions.ndim == 3 else positions
+    return positions[: int((positions[:, 0] == positions[0, 0]).cumprod(0).sum())]
+
+
 def _modulation(fw: Forward, norm: nn.Module, temb: Tensor) -> Tensor:
     """The layer's linear(silu(temb)) [B, k D]."""
     return fw.modulation(norm, lambda emb: fw.segments.linear(norm.linear, norm.silu(emb)), temb)
@@ -208,6 +214,7 @@ class Flux(Adapter):
     }
     consumers = {SINGLE: {"single_attn": "single_proj_out", "single_proj_mlp": "single_proj_out"}}
     forwards = {DOUBLE: double_block, SINGLE: single_block}
+    embeddings_arguments = ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids")
     text_tokens = 512
     uses_cfg = False
     shifts_latents = True
@@ -246,11 +253,16 @@ class Flux(Adapter):
         """The pipeline packs 2 x 2 latent pixels."""
         return 2
 
+    def moved_tokens(self, call: Call) -> int:
+        """Those of the picture, without the reference images that Kontext puts behind it; waits for the device."""
+        return call.tokens if call.positions is None else len(_of_picture(call.positions))
+
     def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
         """Read off the positions, so it waits for the device; other than a grid of them is one row."""
         tokens, rows = latents[1], 1
         if positions is not None:
-            rows = int(positions.reshape(-1, positions.shape[-1])[:, 1].max()) + 1
+            own = _of_picture(positions)
+            tokens, rows = len(own), int(own[:, 1].max()) + 1
         return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
 
     def latent_image(self, latents: Tensor, grid: tuple[int, int], vae: Any) -> Tensor:
@@ -321,7 +333,7 @@ class Flux(Adapter):
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
         """[B, n, 4 C] drawn at full size, [B, N, 4 C]."""
-        full = sample.new_empty(sample.shape[0], *latents.shape[1:])
+        full = sample.new_empty(sample.shape[0], latents.shape[1], sample.shape[2])
         layout.write(sample, self.field(full, layout.cells), ops)
         return full
 

@@ -8,13 +8,15 @@ layers are counted, over the image tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs
+from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs, place_once
 from fastdit.forward import Forward
+from fastdit.spec import ModelSpec
 
 #: attributes of a block that are components, by diffusers' habits
 COMPONENTS = ("attn", "attn1", "attn2", "ff", "ff_context", "ffn", "feed_forward", "mlp")
@@ -33,6 +35,14 @@ def block_lists(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
             if names:
                 found[name] = names
     return found
+
+
+def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
+    """Frames, rows and columns of a patch, which a model's config has as one number, as several, or not at all."""
+    side = getattr(transformer.config, "patch_size", None) or 1
+    frames = getattr(transformer.config, "patch_size_t", None) or 1
+    sides = (side, side) if isinstance(side, int) else side
+    return (frames, *sides)[-3:]
 
 
 def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -62,6 +72,14 @@ class Generic(Adapter):
         self.components = lists
         self.forwards: Mapping[str, Callable[..., Any]] = dict.fromkeys(lists, stock_block)
 
+    def spec(self, transformer: nn.Module) -> ModelSpec:
+        """A component that several blocks share could not tell which of them calls it."""
+        found = super().spec(transformer)
+        places: dict[nn.Module, str] = {}
+        for index, component, module in self.wrapped(transformer):
+            place_once(places, module, f"{component} of block {index}")
+        return found
+
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
         """Blocks of one list may differ."""
         return getattr(block, component, None) is not None
@@ -80,11 +98,18 @@ class Generic(Adapter):
         return []
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
-        """By the patch size, where there is one and the latents are images; packed latents are tokens."""
-        if len(latent_shape) == 3:
-            return latent_shape[1]
-        patch = getattr(transformer.config, "patch_size", None) or 1
-        return (latent_shape[-2] // patch) * (latent_shape[-1] // patch)
+        """Of images [B, C, H, W] and videos, [B, C, F, H, W] or [B, F, C, H, W]; packed latents are tokens."""
+        _, *sizes = latent_shape
+        if len(sizes) == 2:
+            return sizes[0]
+        channels = getattr(transformer.config, "in_channels", None)
+        del sizes[len(sizes) == 4 and sizes[0] != channels == sizes[1]]
+        sides = reversed(patch_sides(transformer))
+        return math.prod(size // side for size, side in zip(reversed(sizes), sides, strict=False))
+
+    def patch(self, transformer: nn.Module) -> int:
+        """Side of a patch, across."""
+        return patch_sides(transformer)[2]
 
     def width(self, transformer: nn.Module) -> int:
         """The outputs of a block's last linear layer."""

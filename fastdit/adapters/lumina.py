@@ -134,7 +134,8 @@ class Lumina(Adapter):
     consumers = {"layers": {"attn1": "to_out", "attn2": "to_out"}}
     groups = {"layers": {"attn": ("attn1", "attn2", "to_out"), "ff": ("feed_forward",)}}
     forwards = {"layers": lumina_block}
-    embeddings_arguments = ("encoder_hidden_states", "encoder_mask")
+    # The angles too: below the pipeline's `scaling_watershed` they are others, of which no key was made.
+    embeddings_arguments = ("encoder_hidden_states", "encoder_mask", "image_rotary_emb")
     text_tokens = 256  # at most; the pipeline pads a prompt to the next multiple of 8 only
     timesteps_rise = True
     layouts = {

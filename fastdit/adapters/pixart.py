@@ -50,7 +50,9 @@ def basic_block(
                 **kwargs,
             )
             if fw.tokens is None
-            else self_attention(fw, block.attn1, image.normed(block.norm1, scale, shift))
+            else self_attention(
+                fw, block.attn1, image.normed(block.norm1, scale, shift), attention_mask
+            )
         ),
         gate,
         shared,
@@ -124,6 +126,7 @@ class PixArt(Adapter):
     components = {"transformer_blocks": ("attn1", "attn2", "ff")}
     shared_gates = {"transformer_blocks": {"attn1": 1, "attn2": 0, "ff": 2}}
     forwards = {"transformer_blocks": basic_block}
+    embeddings_arguments = ("encoder_hidden_states", "encoder_attention_mask")
     text_tokens = 120
     layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}
     prompt_projections = ("caption_projection",)
