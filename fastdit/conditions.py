@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastdit.errors import ScheduleError
@@ -44,6 +44,14 @@ class Conditions:
             image_tokens,
             **guidance_of(given),
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The fields as files keep them: without what only distilled models have, where it is not known."""
+        found = asdict(self)
+        if self.true_guidance is None:
+            del found["true_guidance"]
+        return found
 
     def check(self, run: Conditions, method: str) -> None:
         """Refuse another run than these conditions say.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any
@@ -52,6 +52,7 @@ _CONDITIONS = {
     "timesteps": (list, NoneType),
     "image_tokens": (int, NoneType),
     "guidance": (int, float, NoneType),
+    "true_guidance": (int, float, NoneType),
 }
 
 
@@ -237,7 +238,7 @@ class Router:
             "version": VERSION,
             "components": {kind: list(names) for kind, names in self.components.items()},
             "family": self.family,
-            "conditions": asdict(self.conditions),
+            "conditions": self.conditions.facts,
             "tau": self.tau,
             "provenance": dict(self.provenance),
         }
@@ -283,8 +284,9 @@ class Router:
                 f"version must be {VERSION}, got {facts.get('version')!r}; a newer fastdit may read it"
             )
         expect(facts, "metadata", _FACTS)
-        expect(facts["conditions"], "conditions", _CONDITIONS)
-        timesteps = facts["conditions"]["timesteps"]
+        conditions = {"true_guidance": None} | facts["conditions"]
+        expect(conditions, "conditions", _CONDITIONS)
+        timesteps = conditions["timesteps"]
         if timesteps is not None:
             if not all(type(time) in (int, float) for time in timesteps):
                 raise ScheduleError("conditions.timesteps must be numbers")
@@ -293,7 +295,7 @@ class Router:
             {name.removeprefix(_TENSOR): tensor for name, tensor in tensors.items()},
             facts["components"],
             facts["family"],
-            Conditions(**{**facts["conditions"], "timesteps": timesteps}),
+            Conditions(**{**conditions, "timesteps": timesteps}),
             facts["tau"],
             facts["provenance"],
         )

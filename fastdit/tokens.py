@@ -47,7 +47,7 @@ class TokenRun(MethodRun):
                 f"{self.method.name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
             )
         if not self.tokens:
-            self._begin(run.patched.adapter.moved_tokens(arguments))
+            self.lay_out(run.patched.adapter.moved_tokens(arguments))
         planned = self.at(run.step - self.first) is not None
         batch, rows = arguments.hidden_states.shape[0], self.active
         if not planned or rows is None or call.branch.velocity is None or batch % rows.shape[0]:
@@ -98,7 +98,7 @@ class TokenRun(MethodRun):
     def _acts(self, call: Any) -> bool:
         return call.layout is None or call.layout.kind == "full"
 
-    def _begin(self, tokens: int) -> None:
+    def lay_out(self, tokens: int) -> None:
         """Lay out the plan, now that the number of tokens is known."""
         run = self.run
         resolution = run.method("resolution")

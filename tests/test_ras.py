@@ -61,6 +61,16 @@ def chosen(monkeypatch):
     monkeypatch.setattr(TokenRun, "observe", observe)
 
 
+def token_run(method, steps, tokens, backend=None):
+    """The choice of tokens in a run without a model."""
+    patched = SimpleNamespace(ops=fastdit.ops.bind(backend))
+    run = SimpleNamespace(patched=patched, steps=steps, first=0)
+    run.method = run.plan_partial = lambda _: None
+    made = TokenRun(method, run)
+    made.lay_out(tokens)
+    return made
+
+
 def calls_per_step(name: str) -> int:
     return 2 if name.startswith("flux") else 1  # FLUX guides by two calls
 
@@ -171,7 +181,7 @@ def test_parity_rounds_as_published(dtype, metric):
     steps, size = 28, 32
     choose = published(0.5, steps, 4, (12, 20), 0.3, metric)
     method = RAS(mode="parity", high_ratio=0.3, metric=metric)
-    run = TokenRun(method, steps, (size // 2) ** 2, fastdit.ops.bind("reference"))
+    run = token_run(method, steps, (size // 2) ** 2, "reference")
     draw = torch.Generator().manual_seed(0)
     sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
     patches = find_adapter(tiny_models.transformer("sd3")).patches
@@ -179,20 +189,20 @@ def test_parity_rounds_as_published(dtype, metric):
         velocity = torch.randn(1, 16, size, size, generator=draw, dtype=torch.float64).to(dtype)
         run.observe(step, patches(velocity, 2), sigmas[step + 1] - sigmas[step])
         expected = choose(step, velocity, sigmas)
-        assert (run.rows is None) == (expected is None)
-        assert expected is None or run.rows.tolist() == expected.tolist(), step
+        assert (run.active is None) == (expected is None)
+        assert expected is None or run.active.tolist() == expected.tolist(), step
 
 
 def test_a_dense_step_resets_the_ages():
     """Tokens 0 to 3 have the small metric and are dropped, but for every third step."""
     method = RAS(start=2, resets=(6,), align=1, max_age=2, starvation=0.0, high_ratio=0.0)
-    run = TokenRun(method, 12, 8, fastdit.ops.bind("reference"))
+    run = token_run(method, 12, 8, "reference")
     pattern = torch.randn(4, generator=torch.Generator().manual_seed(0))
     velocity = pattern * torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1, 1).expand(-1, -1, 1, 2, 2, 4)
     chosen = {}
     for step in range(11):
         run.observe(step, velocity, 1.0)
-        chosen[step + 1] = None if run.rows is None else run.rows[0].tolist()
+        chosen[step + 1] = None if run.active is None else run.active[0].tolist()
     small, large = [0, 1, 2, 3], [4, 5, 6, 7]
     since_dense = [large, large, small, large]
     assert [chosen[step] for step in range(2, 6)] == since_dense
@@ -692,9 +702,7 @@ def test_old_tokens_come_back():
 
 
 def test_a_nan_in_the_velocity_is_kept_active():
-    method = RAS(start=1, align=1)
-    run = TokenRun(method, SimpleNamespace(patched=SimpleNamespace(ops=fastdit.ops.bind())))
-    run.tokens, run.plan = 8, method.active(4, 8)
+    run = token_run(RAS(start=1, align=1), 4, 8)
     velocity = torch.randn(1, 2, 4, 2, 2, 4)
     velocity[0, 1, 2, 0, 0, 0] = float("nan")
     run.observe(0, velocity, 1.0)

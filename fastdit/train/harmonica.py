@@ -378,7 +378,7 @@ class HarmoniCa:
 
     def _facts(self) -> str:
         facts = {"epoch": self.epoch, "settings": asdict(self.settings)}
-        facts["conditions"] = asdict(self.conditions)
+        facts["conditions"] = self.conditions.facts
         return json.dumps(facts, sort_keys=True)
 
     def _resume(self) -> None:
