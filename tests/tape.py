@@ -74,9 +74,6 @@ class Tapes:
         self.fails: int | None = None
         self._written: set[int] = set()
 
-    def serves(self, device: torch.device) -> bool:
-        return True
-
     def __call__(
         self, compute: Callable[[], Any], device: torch.device
     ) -> tuple[Callable[[], None], Any]:

@@ -329,7 +329,7 @@ class Call:
             return stock(self.transformer, *given[0], **given[1])
 
         try:
-            return self.trace.run(compute, self.forward, self.transformer.device)
+            return self.trace.run(compute, self.forward, self.arguments.hidden_states.device)
         except CaptureError:
             self.run.drop_caches()
             self.prepare()
