@@ -242,7 +242,7 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> float:
     dense = count.macs(RunPlan(len(steps), None, ()))
     tokens = [run.records[step].tokens for step in steps]
     lengths = [run.image_tokens] * len(steps)
-    resolution = run.method("resolution")
+    resolution = run.resolution
     if resolution is not None:
         lengths = resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
     spent = sum(

@@ -93,7 +93,7 @@ class Handle:
             ArgumentError: The last run had no stages.
         """
         run = self._patched.last_run()
-        stages = None if run is None else run.method("resolution")
+        stages = None if run is None else run.resolution
         if stages is None or not stages.records:
             raise ArgumentError("stage_pictures needs a run in stages; the last one had none")
         return stages.pictures()

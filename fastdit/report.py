@@ -192,7 +192,7 @@ def report_run(patched: Any, run: Any, flop_speedup: float) -> Report:
 
 def _stages(run: Any) -> tuple[StageReport, ...]:
     """The stages that have ended; waits for the device."""
-    resolution = None if run is None else run.method("resolution")
+    resolution = None if run is None else run.resolution
     if resolution is None:
         return ()
     return tuple(
@@ -209,7 +209,7 @@ def _stages(run: Any) -> tuple[StageReport, ...]:
 
 def _active(adapter: Any, run: Any) -> dict[int, np.ndarray]:
     """Step -> mask of the tokens it computed; waits for the device once."""
-    tokens = None if run is None else run.method("rows")
+    tokens = None if run is None else run.tokens
     if tokens is None or not tokens.tokens:
         return {}
     grid = adapter.grid(run.latents, run.positions, run.patch)

@@ -101,7 +101,7 @@ class TokenRun(MethodRun):
     def lay_out(self, tokens: int) -> None:
         """Lay out the plan, now that the number of tokens is known."""
         run = self.run
-        resolution = run.method("resolution")
+        resolution = run.resolution
         self.first = resolution.stage.first if resolution is not None else run.first or 0
         self.tokens, self._steps = tokens, run.steps - self.first
         self.plan = self.method.active(self._steps, tokens)

@@ -65,7 +65,7 @@ def token_run(method, steps, tokens, backend=None):
     """The choice of tokens in a run without a model."""
     patched = SimpleNamespace(ops=fastdit.ops.bind(backend))
     run = SimpleNamespace(patched=patched, steps=steps, first=0)
-    run.method = run.plan_partial = lambda _: None
+    run.resolution, run.plan_partial = None, lambda _: None
     made = TokenRun(method, run)
     made.lay_out(tokens)
     return made
@@ -79,7 +79,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._patched.last_run().method("rows").history
+    history = handle._patched.last_run().tokens.history
     handle.unpatch()
     return latents, history
 
@@ -486,7 +486,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._patched.last_run().method("rows").history
+    history = handle._patched.last_run().tokens.history
     handle.unpatch()
     return found, history
 
@@ -572,7 +572,7 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._patched.last_run().method("rows").history
+    history = handle._patched.last_run().tokens.history
     assert len(history) >= 4
     for at, rows in history.items():
         before, now = (

@@ -44,6 +44,7 @@ class Call:
         "_args",
         "_kwargs",
         "_place",
+        "_smaller",
         "arguments",
         "branch",
         "forward",
@@ -88,7 +89,8 @@ class Call:
         run.latents, run.positions = arguments.hidden_states.shape, arguments.positions
         for method in run.methods:
             self.layout = method.layout(self) or self.layout
-        if self._is_smaller:
+        self._smaller = self.layout is not None and self.layout.kind != "full"
+        if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
         self.immediate = (
             patched.eager
@@ -101,7 +103,7 @@ class Call:
             self.arguments = adapter.call(transformer, args, kwargs)
         self._args, self._kwargs = args, kwargs
         self.prepare()
-        if self._is_smaller:
+        if self._smaller:
             return adapter.reduce_inputs(transformer, args, kwargs, self.layout, patched.ops)
         if self.trace is not None:
             return args, kwargs
@@ -127,7 +129,8 @@ class Call:
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot
             branch.collapses = collapses
-        self._check_cache_bytes(collapses)
+        if patched.max_cache_bytes is not None:
+            self._check_cache_bytes(collapses)
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
         ahead = None if immediate else self._foresee()
@@ -155,10 +158,6 @@ class Call:
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
 
-    @property
-    def _is_smaller(self) -> bool:
-        return self.layout is not None and self.layout.kind != "full"
-
     def _branch(self) -> Branch:
         """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
         run, arguments = self.run, self.arguments
@@ -166,8 +165,7 @@ class Call:
         if branch is None:
             branch = run.branches[self._place] = Branch()
         autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
-        resolution = run.method("resolution")
-        stage = resolution.index if resolution is not None else 0
+        stage = run.resolution.index if run.resolution is not None else 0
         signature = (*arguments.signature, autocast, stage)
         unchanged = branch.signature is not None and same(
             branch.embeddings, branch.versions, arguments.embeddings
@@ -254,12 +252,9 @@ class Call:
         """Refuse a run whose caches will not fit, at its first call of each branch."""
         run, arguments = self.run, self.arguments
         patched = run.patched
-        most = min(
-            (m.max_cache_bytes for m in patched.methods if m.max_cache_bytes is not None),
-            default=None,
-        )
+        most = patched.max_cache_bytes
         branches = len(run.branches)
-        if most is None or run.bytes_checked == (branches, arguments.signature):
+        if run.bytes_checked == (branches, arguments.signature):
             return
         run.bytes_checked = (branches, arguments.signature)
         dtype = arguments.hidden_states.dtype
@@ -269,7 +264,7 @@ class Call:
         count = Cost(patched.adapter, self.transformer, patched.spec, size, rows, dtype.itemsize)
         plan = run.plan if collapses else replace(run.plan, sums=())
         needed = count.cache_bytes(plan, kept[0].itemsize)
-        needed += 0 if run.method("rows") is None else count.key_bytes()
+        needed += 0 if run.tokens is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
         if needed > most:
             raise ArgumentError(
@@ -345,7 +340,7 @@ class Call:
             shape = self.arguments.hidden_states.shape
             return adapter.embed(module, shape, self.rows, *args, **kwargs)
         if self.layout is not None:
-            memory = self.run.method("resolution").memory
+            memory = self.run.resolution.memory
             return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
         return type(module).forward(module, *args, **kwargs)
 
@@ -385,7 +380,7 @@ class Call:
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
         given = sample = output[0] if isinstance(output, tuple) else output.sample
-        if self._is_smaller:
+        if self._smaller:
             sample = run.patched.adapter.expand_output(
                 sample, self.layout, self.arguments.hidden_states, run.patched.ops
             )

@@ -265,7 +265,10 @@ def _clocked(base: type) -> type:
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runs = [one.run for one in self.__dict__.get(LINK, ()) if one.run is not None]
+        runs = []
+        for one in self.__dict__.get(LINK, ()):
+            if one.run is not None:
+                runs.append(one.run)
         if not runs:
             return base.step(self, *args, **kwargs)
         velocity, timestep, sample = (

@@ -54,6 +54,8 @@ class Patched:
         linears: Layers of the blocks whose weights are kept packed in a run.
         graphs: What captures and replays whole runs; None where they stay eager.
         pipeline: The pipeline that was patched: a weak reference, or what gives None.
+        acts: Whether a method leaves anything out.
+        max_cache_bytes: The least that a method allows caches to hold; None for no bound.
         here: The call in progress in this thread.
     """
 
@@ -78,6 +80,11 @@ class Patched:
         self.linears = tuple(linears)
         self.graphs = graphs
         self.pipeline: Callable[[], Any] = _nobody if pipeline is None else weakref.ref(pipeline)
+        self.acts = any(method.writes for method in self.methods)
+        bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)
+        self.max_cache_bytes: int | None = min(bounds, default=None)
+        dtypes = (m.cache_dtype for m in self.methods if m.cache_dtype is not None)
+        self._cache_dtype: str | None = next(dtypes, None)
         self.here = _Here()
         self._lock = threading.RLock()
         self._plans: OrderedDict[Any, RunPlan] = OrderedDict()
@@ -183,7 +190,7 @@ class Patched:
             clock.replace_sigmas(scheduler, resolution.run_sigmas, in_use)
             levels = levels.with_sigmas(resolution.run_sigmas)
         run = Run(self, steps, self.plan(planned, levels=levels), scheduler, levels, by_hand)
-        run.methods = [made for made in (m.begin(run) for m in self.methods) if made is not None]
+        run.take(made for made in (m.begin(run) for m in self.methods) if made is not None)
         if pipeline is not None:
             run.pipeline = weakref.ref(pipeline)
         if seat.watch is not None and seat.watch.begin(run):
@@ -391,7 +398,8 @@ class Patched:
         run, site = self._run_of(arguments.timestep)
         if run is None:
             return None
-        self._refuse_checkpointing(transformer)
+        if self.acts and torch.is_grad_enabled():
+            self._refuse_checkpointing(transformer)
         place = run.place(site, arguments.timestep)
         try:
             if not run.image_tokens:
@@ -525,8 +533,7 @@ class Patched:
 
     def _refuse_checkpointing(self, transformer: nn.Module) -> None:
         """Gradient checkpointing runs blocks again in the backward pass, when the caches have moved on."""
-        acts = any(method.writes for method in self.methods)
-        if acts and torch.is_grad_enabled() and getattr(transformer, "gradient_checkpointing", 0):
+        if getattr(transformer, "gradient_checkpointing", False):
             raise ArgumentError(
                 "a schedule cannot run under gradient checkpointing, which recomputes blocks in the backward pass; "
                 "call disable_gradient_checkpointing() on the transformer, or run under torch.no_grad()"
@@ -540,10 +547,9 @@ class Patched:
 
     def precision(self, arguments: Any) -> tuple[torch.dtype, torch.dtype] | None:
         """(dtype of slots, dtype of the streams) where a method keeps less than the model computes in."""
-        name = next((m.cache_dtype for m in self.methods if m.cache_dtype is not None), None)
-        if name is None:
+        if self._cache_dtype is None:
             return None
-        slots, streams = getattr(torch, name), arguments.hidden_states.dtype
+        slots, streams = getattr(torch, self._cache_dtype), arguments.hidden_states.dtype
         return (slots, streams) if slots.itemsize < streams.itemsize else None
 
     def compiled_call(self, transformer: nn.Module, run: Run) -> Any:

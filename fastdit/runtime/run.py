@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,7 @@ class Run:
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
+        tokens, resolution: Those of them that choose the tokens, and their sizes; or None.
         timesteps: As given to `handle.run`, where that is a tensor.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
@@ -103,7 +104,9 @@ class Run:
         self.led = scheduler is not None
         self.step = 0
         self.first: int | None = None
-        self.methods: list[MethodRun] = []
+        self.methods: tuple[MethodRun, ...] = ()
+        self.tokens: Any = None
+        self.resolution: Any = None
         self.timesteps: Tensor | None = None
         self.pipeline: Callable[[], Any] = _nobody
         self.guidance: dict[str, Any] = {}
@@ -141,9 +144,14 @@ class Run:
         """The scheduler that tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
 
-    def method(self, field_: str) -> Any:
-        """What the method keeps that decides a field of the plan; None if no method does."""
-        return next((m for m in self.methods if field_ in m.method.writes), None)
+    def take(self, methods: Iterable[MethodRun]) -> None:
+        """Begin with what the methods keep."""
+        self.methods = tuple(methods)
+        for made in self.methods:
+            if "rows" in made.method.writes:
+                self.tokens = made
+            if "resolution" in made.method.writes:
+                self.resolution = made
 
     # ---- where it stands
 
@@ -198,10 +206,9 @@ class Run:
         before = self._timestep
         if timestep is before or value_of(timestep) == value_of(before):
             return
-        leads = self.method("resolution")
-        if leads is not None:
+        if self.resolution is not None:
             raise ScheduleError(
-                f"{leads.method.name} leads the scheduler, but the pipeline does not step it: it went from timestep "
+                f"{self.resolution.method.name} leads the scheduler, but the pipeline does not step it: it went from timestep "
                 f"{value_of(before):g} to {value_of(timestep):g} by itself"
             )
         self._by_timestep = True
