@@ -25,6 +25,7 @@ from fastdit.packed import check_packable, linears_of
 from fastdit.plan import check_composition
 from fastdit.report import Report
 from fastdit.runtime import clock
+from fastdit.runtime.arrivals import refuse_other_caches
 from fastdit.runtime.attach import Places, attach, remove
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
@@ -95,6 +96,9 @@ def patch(
     check_composition(methods)
     for method in methods:
         method.check(spec)
+    if any(method.writes for method in methods):
+        names = " + ".join(method.name for method in methods)
+        refuse_other_caches(transformer, [b for _, b in adapter.blocks(transformer)], names)
     bound = ops.bind(backend)
     sparse = any("rows" in method.writes for method in methods)
     resizing = next((method for method in methods if "resolution" in method.writes), None)

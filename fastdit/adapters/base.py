@@ -39,7 +39,7 @@ class Call:
         signature: Shapes and dtypes a cached value depends on.
         positions: Where the image tokens are, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
-        tells_attention: It passes arguments on to the attention processors.
+        tells_attention: Names of the arguments that it passes on to the attention processors.
     """
 
     hidden_states: Tensor
@@ -50,7 +50,7 @@ class Call:
     signature: tuple[Any, ...]
     skips_blocks: bool
     positions: Tensor | None = None
-    tells_attention: bool = False
+    tells_attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Adapter:
             signature,
             bool(argument("skip_layers")),
             argument("img_ids"),
-            bool(argument("joint_attention_kwargs")),
+            _told(argument),
         )
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
@@ -445,6 +445,9 @@ class Adapter:
         positions = positions.repeat(tokens.shape[0] // positions.shape[0], 1, 1)
         return (tokens + positions).to(tokens.dtype)
 
+    #: whether tokens of two sizes may need the family's own attention, see :meth:`owns_attention`
+    replaces_attention = False
+
     def owns_attention(self, layout: Layout, batch: int) -> bool:
         """Whether the stock attention cannot run a layout."""
         return False
@@ -514,6 +517,13 @@ def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> N
             f"{place} is the same module as {places[module]}; each place must have a module of its own"
         )
     places[module] = place
+
+
+def _told(argument: Callable[[str], Any]) -> tuple[str, ...]:
+    """Names of what a call tells attention processors; the scale of LoRA layers is none of theirs."""
+    names = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
+    given = (argument(name) or () for name in names)
+    return tuple(name for one in given for name in one if name != "scale")
 
 
 def place_of(

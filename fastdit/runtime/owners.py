@@ -29,6 +29,8 @@ from fastdit.runtime.install import LINK
 _number = itertools.count().__next__
 #: where a pipeline keeps the models whose patches follow it
 _TRANSFORMERS = ("transformer", "transformer_2")
+#: what lies between a call of a module and its hooks
+_MACHINERY = ("torch.", "fastdit.runtime.", "accelerate.", "diffusers.hooks.")
 #: a name that no code can have
 _TOKEN = "\0fastdit"
 
@@ -119,6 +121,14 @@ def setting(scheduler: Any, depth: int = 2) -> PipelineCall | None:
                 return _call_of(pipeline, frame)
         frame = frame.f_back
     return None
+
+
+def caller(depth: int = 1) -> Any:
+    """Where in the user's own code a module is called, for what runs in its hooks."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_MACHINERY):
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code, frame.f_lasti)
 
 
 def is_inside(transformer: nn.Module) -> bool:

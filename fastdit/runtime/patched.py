@@ -27,6 +27,11 @@ from fastdit.forward import Forward
 from fastdit.observe import observed
 from fastdit.plan import RunPlan, plan_run
 from fastdit.runtime import clock, owners, pipelines
+from fastdit.runtime.arrivals import (
+    refuse_other_attention,
+    refuse_other_caches,
+    refuse_replaced_blocks,
+)
 from fastdit.runtime.call import Call
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.owners import PipelineCall, Place, Seat
@@ -81,6 +86,10 @@ class Patched:
         self.graphs = graphs
         self.pipeline: Callable[[], Any] = _nobody if pipeline is None else weakref.ref(pipeline)
         self.acts = any(method.writes for method in self.methods)
+        # A family that runs two token sizes by its own attention may do so for one image of several.
+        self._stands_in = self._writer("rows") is not None or (
+            self._writer("resolution") is not None and adapter.replaces_attention
+        )
         bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)
         self.max_cache_bytes: int | None = min(bounds, default=None)
         dtypes = (m.cache_dtype for m in self.methods if m.cache_dtype is not None)
@@ -450,7 +459,8 @@ class Patched:
                 run.guidance = guidance_of(frame.f_locals)
             site = frame.f_code, frame.f_lasti
         else:
-            run, site = self._own_run(seat, timestep), None
+            run = self._own_run(seat, timestep)
+            site = owners.caller(2) if run is not None and run.led else None
         return run, site
 
     def _note(self, run: Run | None) -> None:
@@ -511,14 +521,12 @@ class Patched:
 
     def _check_first_call(self, transformer: nn.Module, run: Run, arguments: Any) -> None:
         """Refuse a run that a method was not made for, or that something which came after `patch` would spoil."""
-        for index, ((kind, block), known) in enumerate(
-            zip(self.adapter.blocks(transformer), self.blocks, strict=False)
-        ):
-            if block is not known:
-                raise FastDiTError(
-                    f"block {index} of the transformer (in {kind}) was replaced after patching; "
-                    "call fastdit.patch again"
-                )
+        refuse_replaced_blocks(self, transformer)
+        if self.acts:
+            names = " + ".join(method.name for method in self.methods)
+            refuse_other_caches(transformer, self.blocks, names)
+        if self._stands_in:
+            refuse_other_attention(self, arguments.tells_attention)
         wanted = {m.name: m.made_for for m in self.methods if m.made_for is not None}
         # Only where somebody asks: the timesteps may have to come from a GPU.
         found = (

@@ -134,6 +134,7 @@ class Run:
         # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
         self._scheduler = _nobody if scheduler is None else weakref.ref(scheduler)
         self._by_timestep = scheduler is None
+        self._doubts = False
         self._timestep: Any = None  # of the calls of this step, as a tensor or as a number
         self._sites: dict[Any, int] = {}
         self._usual: dict[Any, int] | None = None
@@ -202,16 +203,29 @@ class Run:
         return now < before if self.patched.adapter.timesteps_rise else now > before
 
     def _cross_check(self, timestep: Any) -> None:
-        """A call more than there usually are in a step: another timestep means that nobody tells the steps."""
+        """A call more than there usually are in a step: with another timestep it is none of this step.
+
+        Then what came before was a call before the loop, and its caches are of no use; or, if that happens again before
+        the scheduler says that a step is done, nobody tells the steps but the timestep.
+        """
         before = self._timestep
         if timestep is before or value_of(timestep) == value_of(before):
             return
         if self.resolution is not None:
             raise ScheduleError(
-                f"{self.resolution.method.name} leads the scheduler, but the pipeline does not step it: it went from timestep "
-                f"{value_of(before):g} to {value_of(timestep):g} by itself"
+                f"{self.resolution.method.name} leads the scheduler, but the pipeline does not step it: it went from "
+                f"timestep {value_of(before):g} to {value_of(timestep):g} by itself"
             )
+        if not self._doubts:
+            self._doubts = True
+            if isinstance(self.trace, Trace):
+                self.trace.leave()
+            self.drop_caches()
+            self._sites.clear()
+            self._timestep = timestep
+            return
         self._by_timestep = True
+        self.step += 1
         self.follow(timestep)
 
     def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None:
@@ -231,6 +245,7 @@ class Run:
         """A step is done, says the scheduler or the user."""
         if not self.live:
             return
+        self._doubts = False
         self._next_step(step)
         if self.steps is not None and self.step >= self.steps:
             self.end()
