@@ -189,8 +189,18 @@ class Adapter:
             signature,
             bool(argument("skip_layers")),
             argument("img_ids"),
-            _told(argument),
+            self._told(argument),
         )
+
+    #: what calls pass on towards attention processors that is no message to them: the scale is LoRA layers'
+    own_attention_arguments: frozenset[str] = frozenset({"scale"})
+
+    def _told(self, argument: Callable[[str], Any]) -> tuple[str, ...]:
+        found: tuple[str, ...] = ()
+        for kind in ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs"):
+            if given := argument(kind):
+                found += tuple(name for name in given if name not in self.own_attention_arguments)
+        return found
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
         """Image tokens of latents of this shape; [B, C, H, W] unless a family packs them."""
@@ -517,13 +527,6 @@ def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> N
             f"{place} is the same module as {places[module]}; each place must have a module of its own"
         )
     places[module] = place
-
-
-def _told(argument: Callable[[str], Any]) -> tuple[str, ...]:
-    """Names of what a call tells attention processors; the scale of LoRA layers is none of theirs."""
-    names = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
-    given = (argument(name) or () for name in names)
-    return tuple(name for one in given for name in one if name != "scale")
 
 
 def place_of(
