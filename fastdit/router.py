@@ -267,11 +267,7 @@ class Router:
                     raise ScheduleError(f"tensors must be float32, {wrong} are not")
                 tensors = {name: file.get_tensor(name) for name in names}
             return cls._from_file(facts, tensors)
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-        ) as error:  # also a FastDiTError of the content
+        except (SafetensorError, OSError, ValueError) as error:  # the last from the content, too
             raise ScheduleError(f"{path}: not a router file: {error}") from error
 
     @classmethod
