@@ -268,11 +268,7 @@ class Router:
                     raise ScheduleError(f"tensors must be float32, {wrong} are not")
                 tensors = {name: file.get_tensor(name) for name in names}
             return cls._from_file(facts, tensors)
-        except (
-            SafetensorError,
-            OSError,
-            ValueError,
-        ) as error:  # also a FastDiTError of the content
+        except (SafetensorError, OSError, ValueError) as error:  # the last from the content, too
             raise ScheduleError(f"{path}: not a router file: {error}") from error
 
     @classmethod
@@ -358,11 +354,16 @@ def check_tau(tau: Any) -> float:
 def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
     """[T, N] by ascending i, through torch's reader of plain tensors."""
     import argparse
+    import zipfile
 
     import torch
 
     try:
         files.check_regular(path, MAX_FILE_BYTES)
+        if zipfile.is_zipfile(path):  # what it holds may be packed to a thousandth of its size
+            with zipfile.ZipFile(path) as packed:
+                if sum(part.file_size for part in packed.infolist()) > MAX_FILE_BYTES:
+                    raise ScheduleError(f"it unpacks to more than {MAX_FILE_BYTES} bytes")
         # Both projects store their command line beside the tensors, a class without behaviour.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)

@@ -6,6 +6,7 @@ Runs the commands in this process on saved pipelines of random weights; see `sav
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,18 @@ def test_python_dash_m():
     assert "Traceback" not in done.stderr
 
 
+def test_a_name_of_a_file_that_is_no_text(schedule_file, tmp_path):
+    odd = bytes(tmp_path) + b"/\xff.json"
+    Path(os.fsdecode(odd)).write_bytes(schedule_file.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdit", "schedule", "convert", odd, odd],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"schedule: " in done.stdout
+
+
 def test_importing_the_command_line_is_light():
     code = (
         "import sys, fastdit; before = set(sys.modules); import fastdit.cli; "
@@ -362,6 +375,8 @@ def test_what_a_terminal_would_obey_is_spelt_out(tmp_path):
         ("search", "--steps", 10**6),
         ("search", "--population", 10**9),
         ("search", "--images-per-prompt", 10**9),
+        ("search", "--seed", 2**63),
+        ("search", "--image-seed", 2**63),
         ("train-router", "--threads", 10**6),
         ("train-router", "--steps", 10**6),
         ("train-router", "--batch", 10**9),

@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -341,6 +342,20 @@ def test_entries_of_a_checkpoint_that_are_no_rows(tmp_path, rows):
     torch.save({"0.prob": rows}, tmp_path / "router.pt")
     with pytest.raises(ScheduleError, match="not a router checkpoint"):
         Router.from_checkpoint(tmp_path / "router.pt")
+
+
+def test_a_checkpoint_that_unpacks_to_much_more(tmp_path, monkeypatch):
+    torch.save({"0.prob": torch.zeros(1 << 16)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for part in plain.infolist():
+            packed.writestr(part.filename, plain.read(part))
+    assert Router.from_checkpoint(tmp_path / "packed.pt").steps == 1
+    monkeypatch.setattr("fastdit.router.MAX_FILE_BYTES", 1 << 16)
+    with pytest.raises(ScheduleError, match="unpacks to more than 65536 bytes"):
+        Router.from_checkpoint(tmp_path / "packed.pt")
 
 
 # ---- what is written, and what is no damage

@@ -568,6 +568,14 @@ def test_what_is_no_ledger_is_refused(tmp_path):
             Ledger(path, {})
 
 
+def test_a_refused_ledger_stays_as_it_is(tmp_path):
+    path = tmp_path / LEDGER
+    path.write_bytes(b"notes of mine\nand the last line")
+    with pytest.raises(SearchError, match="line 1 is damaged"):
+        Ledger(path, {})
+    assert path.read_bytes() == b"notes of mine\nand the last line"
+
+
 def test_a_loss_that_is_not_finite_is_not_written(tmp_path):
     with closing(Ledger(tmp_path / LEDGER, {})) as ledger:
         for value in (math.nan, math.inf):

@@ -396,6 +396,12 @@ def backends() -> None:
 
 def main() -> None:
     """The console script `fastdit`."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # the name of a file may be no text, or not of this locale
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

@@ -173,8 +173,8 @@ Surrogate = Annotated[
         help="Generations bred on predictions between two that are measured; 0, as in the paper: none.",
     ),
 ]
-SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the search.")]
-ImageSeed = Annotated[int, typer.Option(min=0, help="Of the first picture.")]
+SearchSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the search.")]
+ImageSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the first picture.")]
 SearchBatch = Annotated[
     int, typer.Option("--batch", min=1, max=MAX_SIZE, help="Pictures per pipeline call.")
 ]

@@ -112,17 +112,7 @@ class Ledger:
         content = self._file.read()
         whole = content.rfind(b"\n") + 1
         self.dropped_bytes = len(content) - whole
-        if self.dropped_bytes:
-            self._file.truncate(whole)
-            warnings.warn(
-                f"{self.path}: its last line was cut off and is dropped, {self.dropped_bytes} bytes: what it held is "
-                "measured again",
-                stacklevel=4,
-            )
         lines = content[:whole].split(b"\n")[:-1]
-        if not lines:
-            self._write({"format": FORMAT, "version": VERSION, "identity": self.identity})
-            return
         for number, line in enumerate(lines, 1):
             try:
                 body, sealed = _opened(line)
@@ -135,6 +125,15 @@ class Ledger:
                     self._take(entry)
             except ValueError as error:
                 raise SearchError(f"{self.path}, line {number} is damaged: {error}") from error
+        if self.dropped_bytes:
+            self._file.truncate(whole)
+            warnings.warn(
+                f"{self.path}: its last line was cut off and is dropped, {self.dropped_bytes} bytes: what it held is "
+                "measured again",
+                stacklevel=4,
+            )
+        if not lines:
+            self._write({"format": FORMAT, "version": VERSION, "identity": self.identity})
 
     def _check_header(self, entry: Any) -> None:
         expect(entry, "the header", {"format": str, "version": int, "identity": dict})
@@ -165,7 +164,7 @@ class Ledger:
         self._file.write(body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body))
         self._file.flush()
         if "format" not in entry:
-            self._take(entry)
+            self._take(json.loads(body))
 
     def _take(self, entry: Any) -> None:
         if isinstance(entry, dict) and "generation" in entry:

@@ -191,6 +191,9 @@ class HarmoniCa:
             )
         self.prompts = list(prompts)
         self.arguments = dict(arguments or {})
+        for name, value in self.arguments.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ArgumentError(f"arguments must be finite, got {name}={value}")
         if folder is not None:
             files.check_folder(folder, "folder")
         self.folder = None if folder is None else Path(folder)
