@@ -165,12 +165,13 @@ class Handle:
         """Say that a step of `run` is done, instead of letting the timestep argument tell.
 
         Args:
-            velocity: What the step was done with, guidance applied, shaped as the transformer gives it: RAS chooses the
-                tokens of the next step by it. Without it the mean of the step's outputs stands in, which is another
-                choice than a pipeline's.
+            velocity: What the step was done with, guidance applied, as a pipeline gives it to its scheduler: RAS
+                chooses the tokens of the next step by it. Without it the mean of the step's outputs stands in, which
+                is another choice than a pipeline's.
 
         Raises:
-            ArgumentError: No run is in progress here, or `velocity` has another shape than the transformer's output.
+            ArgumentError: No run is in progress here, or `velocity` is no tensor of as many dimensions as the latents,
+                or of other tokens.
         """
         self._patched.advance(velocity)
 

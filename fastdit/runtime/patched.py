@@ -359,8 +359,14 @@ class Patched:
                 "advance() needs a run in progress: use it inside `with h.run(timesteps)`"
             )
         run = seat.hands[-1] if seat.hands else seat.run
-        if run is not None and not run.led:
-            run.advance(velocity)
+        if run is None or run.led:
+            return
+        if velocity is not None and getattr(velocity, "ndim", None) != len(run.latents):
+            got = getattr(velocity, "shape", type(velocity).__name__)
+            raise ArgumentError(
+                f"velocity must be a tensor shaped like the latents {tuple(run.latents)}, got {got}"
+            )
+        run.advance(velocity)
 
     def reset(self) -> None:
         """End the runs of this thread's or task's own loops."""
