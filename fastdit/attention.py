@@ -232,7 +232,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _write(store: Tensor, part: Part, values: Tensor) -> None:
-    """store[b, offset + rows] = values [B, n, G, d]."""
+    """store[b, offset + rows] = values [B, n, G, d], which a norm may have made wider, under autocast."""
+    values = values.to(store.dtype)
     if part.rows is None:
         store[:, part.offset : part.offset + values.shape[1]] = values
     else:
