@@ -18,6 +18,7 @@ from fastdit.clock import predicted_levels
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
 from fastdit.modulation import ahead
+from fastdit.packed import packs
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.spec import ModelSpec
@@ -188,7 +189,7 @@ def explain_session(
         modulation_bytes=0
         if session.eager
         else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
-        packed_bytes=sum(layer.weight.nbytes for layer in session.linears),
+        packed_bytes=sum(layer.weight.nbytes for layer in session.linears if packs(layer.weight)),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
