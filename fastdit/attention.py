@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastdit.backends.base import attention as torch_attention
 from fastdit.observe import observed
-from fastdit.ops.sparse_attention import sparse_attention
+from fastdit.ops.qkv_prologue import HEAD_DIMS as PROLOGUE_HEAD_DIMS
+from fastdit.ops.sparse_attention import HEAD_DIMS, sparse_attention
 
 
 def fuses(device: torch.device) -> bool:
@@ -129,12 +130,15 @@ def _prologue(
     ops: Any, parts: Sequence[Part], held: KeyValues, heads: int, rotation: Rotation | None
 ) -> Tensor | None:
     """Queries [B, sum n, H, d] by the op, keys and values written; None where the op does not stand for the modules."""
-    affine = [None if ops is None else _affine(part, held.k.shape[-1]) for part in parts]
+    head_dim = held.k.shape[-1]
+    if ops is None or head_dim not in PROLOGUE_HEAD_DIMS:
+        return None
+    affine = [_affine(part, head_dim) for part in parts]
     if any(given is None for given in affine) or parts[0].q.dtype is not held.k.dtype:
         return None
     q = parts[0].q
     total = sum(part.q.shape[1] for part in parts)
-    query = q.new_empty(q.shape[0], total, heads, held.k.shape[-1])
+    query = q.new_empty(q.shape[0], total, heads, head_dim)
     cos, sin = (None, None) if rotation is None else rotation.halves
     first = 0
     for part, given in zip(parts, affine, strict=True):
@@ -232,7 +236,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _write(store: Tensor, part: Part, values: Tensor) -> None:
-    """store[b, offset + rows] = values [B, n, G, d]."""
+    """store[b, offset + rows] = values [B, n, G, d], which a norm may have made wider, under autocast."""
+    values = values.to(store.dtype)
     if part.rows is None:
         store[:, part.offset : part.offset + values.shape[1]] = values
     else:
@@ -251,7 +256,7 @@ def _attention(
 ) -> Tensor:
     """[B, Q, H, d] over [B, S, G, d], on the attention backend the user chose for the processor, else by the op.
 
-    A mask is for torch's own attention.
+    Torch's own runs with a mask, and for heads that the op does not take.
     """
     backend = getattr(processor, "_attention_backend", None)
     mask = None if mask is None else mask.unsqueeze(1)
@@ -261,11 +266,8 @@ def _attention(
         return dispatch_attention_fn(
             query, key, value, attn_mask=mask, scale=scale, backend=backend
         )
-    if mask is not None:
-        heads_first = (t.transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale).transpose(
-            1, 2
-        )
+    if mask is not None or query.shape[-1] not in HEAD_DIMS:
+        return torch_attention(query, key, value, scale, mask)
     run = (
         functools.partial(sparse_attention, backend="reference")
         if ops is None

@@ -17,6 +17,7 @@ from fastdit.adapters.base import Size
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
 from fastdit.modulation import ahead
+from fastdit.packed import packs
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
 from fastdit.runtime.clock import predicted_levels
@@ -195,7 +196,7 @@ def explain_patched(
         modulation_bytes=0
         if patched.eager
         else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
-        packed_bytes=sum(layer.weight.nbytes for layer in patched.linears),
+        packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),

@@ -17,6 +17,7 @@ this and later steps are written into the copy, which nobody else holds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,7 @@ class Forward:
         self.sums = sums
         self._layouts = {} if layouts is None else layouts
         self._precision = precision
-        self._compiled = compiled
+        self._compiled = self._block_compiled = compiled
         self._planned = 0
         self._row: BlockActions = ALWAYS
         self._asked: dict[str, int] = {}
@@ -187,7 +188,8 @@ class Forward:
         self._row = self.actions[index] if self.actions else ALWAYS
         self._planned += len(self._row)
         self._asked = {}
-        self.segments = segments_like(block._compiled_call_impl or self._compiled, block)
+        self._block_compiled = block._compiled_call_impl or self._compiled
+        self.segments = segments_like(self._block_compiled, block)
 
     def take_counts(self, computed: int, reused: int) -> None:
         """Stand for a call whose blocks were not visited."""
@@ -222,7 +224,7 @@ class Forward:
         sparse = self.tokens is not None and self.tokens.rows is not None
         value = held = self.slots.get(key)
         if value is None or flags & COMPUTE:
-            value = compute()
+            value = self._compiled_as(name, compute)
             self.computed += 1
             if sparse and held is not None and flags & KEEP:
                 held = self._renewed(key, held, value)
@@ -239,6 +241,17 @@ class Forward:
         else:
             self.slots.pop(key, None)
         return value
+
+    def _compiled_as(self, use: str, compute: Callable[..., Any], *given: Any) -> Any:
+        """``compute(*given)``, its segments with code of their own for this use."""
+        if self._block_compiled is None:
+            return compute(*given)
+        before = self.segments
+        self.segments = segments_like(self._block_compiled, self.blocks[self.index], use)
+        try:
+            return compute(*given)
+        finally:
+            self.segments = before
 
     def _renewed(self, key: Key, held: Any, value: Any) -> Any:
         """What a slot held, with the active rows of a value; a copy the first time, from then on in place."""
@@ -267,9 +280,13 @@ class Forward:
 
     def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
         """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""
+        use = ""
+        if self._block_compiled is not None:
+            children = self.blocks[self.index]._modules.items()
+            use = next((name for name, child in children if child is norm), use)
         if self.modulations is None or not private(norm.linear):
-            return compute(*given)
-        return self.modulations.of(norm, compute)
+            return self._compiled_as(use, compute, *given)
+        return self.modulations.of(norm, functools.partial(self._compiled_as, use, compute))
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""

@@ -8,6 +8,7 @@ where it is asked to, and multiplies as it does without.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class PackedWeights:
         if not LEAST_ROWS <= rows <= MOST_ROWS or not _serves(module, x):
             return type(module).forward(module, x)
         weight = module.weight
-        call = (rows, weight.data_ptr(), -1 if weight.is_inference() else weight._version)
+        call = rows, weight.data_ptr(), weight._version
         held = self._held.setdefault(module, _Held())
         if call not in (held.packed_for, held.last):
             held.last = call
@@ -76,7 +77,7 @@ def check_packable(transformer: nn.Module, backend: str | None) -> None:
 
     Raises:
         BackendError: This torch was built without MKL.
-        ArgumentError: The weights are not fp32 on the CPU, or `backend` is the one that changes nothing.
+        ArgumentError: No linear layer has a plain fp32 weight on the CPU, or `backend` is the one that changes nothing.
     """
     if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkl, "_mkl_linear"):
         raise BackendError("pack_weights needs a torch with MKL, which this one was built without")
@@ -85,20 +86,44 @@ def check_packable(transformer: nn.Module, backend: str | None) -> None:
             'pack_weights: got True with backend "reference", which runs every layer as torch does; '
             "accepted is another backend, or False"
         )
-    found = {(p.device.type, str(p.dtype).removeprefix("torch.")) for p in transformer.parameters()}
-    if ("cpu", "float32") not in found:
-        given = ", ".join(f"{dtype} on {device}" for device, dtype in sorted(found))
+    weights = [layer.weight for layer in linears_of([transformer])]
+    if not any(map(packs, weights)):
+        given = ", ".join(sorted({_described(weight) for weight in weights}))
         raise ArgumentError(
-            f"pack_weights: got True for weights in {given}; accepted are weights in float32 on cpu"
+            f"pack_weights: got True for linear weights in {given or 'layers of another class'}; accepted are weights "
+            "in float32 on cpu, as torch's own dense Parameter, made outside of inference mode"
         )
 
 
-def _serves(module: nn.Linear, x: Tensor) -> bool:
-    weight = module.weight
+def _described(weight: Tensor) -> str:
+    dtype, kind = str(weight.dtype).removeprefix("torch."), type(weight).__name__
+    mode = ", inference" if weight.is_inference() else ""
+    return f"{dtype} on {weight.device.type} ({kind}{mode})"
+
+
+def packs(weight: Any) -> bool:
+    """Whether it is laid out like MKL's: not quantised, sparse, or made by a parametrization at each call.
+
+    Nor an inference tensor, whose writes nobody counts.
+    """
     return (
-        x.dtype is weight.dtype is torch.float32
-        and x.device.type == weight.device.type == "cpu"
+        type(weight) is nn.Parameter
+        and weight.layout is torch.strided
+        and weight.dtype is torch.float32
+        and weight.device.type == "cpu"
+        and not weight.is_inference()
         and weight.is_contiguous()
+    )
+
+
+def _serves(module: nn.Linear, x: Tensor) -> bool:
+    bias = module.bias
+    return (
+        packs(module.weight)
+        and (bias is None or (type(bias) is nn.Parameter and bias.dtype is torch.float32))
+        and type(x) is Tensor
+        and x.dtype is torch.float32
+        and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )

@@ -3,9 +3,9 @@
 The rewritten block forwards stay eager: they read the step and the slots, which a compiler would turn into one graph
 per step and run into its recompilation limit. When the user has compiled a block (`compile_repeated_blocks`) or the
 whole transformer, these calls are compiled instead, with the user's own settings. They hold no Python state, so their
-number of graphs does not depend on the schedule. The compiler's limit counts per code object, so each form of block
-gets code of its
-own: other models and other forms in the process do not use it up.
+number of graphs does not depend on the schedule. The compiler's limit counts per code object, so each use of a call in
+each form of block gets code of its own: an image's feed-forward and a text's, other models and other forms in the
+process do not use it up.
 """
 
 from __future__ import annotations
@@ -81,11 +81,11 @@ EAGER = Segments(lambda function: function)
 _COMPILED: weakref.WeakKeyDictionary[Callable, dict[Any, Segments]] = weakref.WeakKeyDictionary()
 
 
-def segments_like(compiled: Callable | None, block: nn.Module) -> Segments:
-    """The segments of `block` under `compiled`, the compiled call that `Module.compile` leaves; None if eager."""
+def segments_like(compiled: Callable | None, block: nn.Module, use: str = "") -> Segments:
+    """The segments of a use in `block` under `compiled`, what `Module.compile` leaves as its call; None if eager."""
     if compiled is None:
         return EAGER
-    form = (type(block), *sorted(block._modules))
+    form = (use, type(block), *sorted(block._modules))
     forms = _COMPILED.setdefault(compiled, {})
     if form not in forms:
         # A torch.compile context wraps any function; it is the only bearer of the settings (backend, mode, dynamic).
@@ -97,7 +97,7 @@ def segments_like(compiled: Callable | None, block: nn.Module) -> Segments:
 
 @functools.cache
 def _with_own_code(function: Callable, form: tuple[Any, ...]) -> Callable:
-    """A copy of `function` for blocks of a form; graphs are kept, and counted, per code object."""
+    """A copy of `function` for a use in blocks of a form; graphs are kept, and counted, per code object."""
     return types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
     )

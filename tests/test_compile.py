@@ -194,6 +194,17 @@ def test_only_blocks_of_one_form_share_code():
     assert codes[0] is not codes[2]  # the last one, without text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_size_needs_one_graph_of_each_call(family):
+    """diffusers' own tests allow no recompilation: texts are shorter than images, and an attention is not another."""
+    model = compile_blocks(tiny_models.transformer(family), backend="eager", fullgraph=True)
+    wanted = run(tiny_models.transformer(family), family)
+    handle = fastdit.patch(model, backend="reference")
+    with torch._dynamo.config.patch(recompile_limit=1), handle.run(range(STEPS)):
+        for actual, value in zip(run(model, family), wanted, strict=True):
+            same_bits(actual, value)
+
+
 def test_other_models_sizes_and_batches_stay_within_the_limit():
     """Attention comes in many forms, and the compiler's limit is 8 graphs per code object."""
     for family in ("sd3.5", "flux"):

@@ -123,6 +123,80 @@ def test_a_run_with_packed_weights_is_the_run_without(name, few_rows):
     same_bits(stock, generate(pipe, name, steps=STEPS))
 
 
+class Quantised(torch.Tensor):
+    """A weight that says it is fp32 and holds int8, as torchao's does."""
+
+    @staticmethod
+    def __new__(cls, whole, step):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=torch.float32)
+
+    def __init__(self, whole, step):
+        self.whole, self.step = whole, step
+
+    @classmethod
+    def of(cls, weight):
+        step = weight.abs().max() / 127
+        return nn.Parameter(cls((weight / step).round().to(torch.int8), step), requires_grad=False)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].whole, args[0].step)
+        plain = [arg.whole * arg.step if isinstance(arg, cls) else arg for arg in args]
+        return func(*plain, **(kwargs or {}))
+
+
+class Doubled(nn.Module):
+    """Makes a weight anew at each access."""
+
+    def forward(self, weight):
+        return 2 * weight
+
+
+@torch.inference_mode()
+def made_in_inference_mode(layer):
+    layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+
+
+ODD_WEIGHTS = {
+    "quantised": lambda layer: setattr(layer, "weight", Quantised.of(layer.weight)),
+    "parametrized": lambda layer: nn.utils.parametrize.register_parametrization(
+        layer, "weight", Doubled()
+    ),
+    "made in inference mode": made_in_inference_mode,
+}
+
+
+@pytest.mark.parametrize("kind", ODD_WEIGHTS)
+@torch.no_grad()
+def test_weights_that_are_no_plain_parameter_go_as_torch_does(kind, few_rows):
+    layer, weights, x = nn.Linear(32, 32), PackedWeights(), torch.randn(80, 32)
+    ODD_WEIGHTS[kind](layer)
+    for _ in range(3):
+        same_bits(weights.linear(layer, x), layer(x))
+    assert weights.nbytes == 0
+    model = tiny_models.transformer("sd3")
+    linears = packed.linears_of([model])
+    for one in linears[1:]:
+        ODD_WEIGHTS[kind](one)
+    handle = fastdit.patch(model, pack_weights=True)
+    assert handle.explain(steps=STEPS).packed_bytes <= linears[0].weight.nbytes
+    handle.unpatch()
+    ODD_WEIGHTS[kind](linears[0])
+    with pytest.raises(ArgumentError, match=r"pack_weights: got True .* own dense Parameter"):
+        fastdit.patch(model, pack_weights=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@torch.no_grad()
+def test_sparse_weights_go_as_torch_does():
+    layer, weights, x = nn.Linear(32, 32, bias=False), PackedWeights(), torch.randn(80, 32)
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    for _ in range(3):
+        same_bits(weights.linear(layer, x), layer(x))
+    assert weights.nbytes == 0
+
+
 def test_weights_written_between_runs_are_seen(few_rows):
     """As when a LoRA is fused: `data` is written, which no version of the weight tells."""
     pipe = tiny_models.pipeline("sd3")
@@ -163,7 +237,9 @@ def test_what_would_come_to_nothing_is_refused(monkeypatch):
     with pytest.raises(ArgumentError, match='pack_weights: got True with backend "reference"'):
         fastdit.patch(model, backend="reference", pack_weights=True)
     half = tiny_models.transformer("sd3").to(torch.bfloat16)
-    with pytest.raises(ArgumentError, match="bfloat16 on cpu; accepted are weights in float32"):
+    with pytest.raises(
+        ArgumentError, match=r"bfloat16 on cpu \(Parameter\); accepted are weights in float32"
+    ):
         fastdit.patch(half, pack_weights=True)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     with pytest.raises(BackendError, match="a torch with MKL"):

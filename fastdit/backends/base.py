@@ -16,11 +16,14 @@ from torch import Tensor
 METRICS = ("std", "l2norm")  # of token_select
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """[B, Q, H, d] over [B, S, G, d], by torch."""
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None
+) -> Tensor:
+    """[B, Q, H, d] over [B, S, G, d], by torch; `mask` [B, 1 or H, 1 or Q, S] is added to the products."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return F.scaled_dot_product_attention(q, k, v, scale=scale, **grouped).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
+    return out.transpose(1, 2)
 
 
 class Backend:
