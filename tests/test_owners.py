@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import copy
 import functools
+import gc
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -768,3 +770,54 @@ def test_a_patch_that_is_broken_off_leaves_nothing():
     assert LINK in pipe.transformer.__dict__
     fastdit.unpatch(pipe)
     assert everything([pipe]) == before
+
+
+# ---- what is kept
+
+
+def test_an_ended_run_keeps_neither_pipeline_nor_scheduler():
+    pipe, handle, _ = patched("sd3")
+    request = copied(pipe)
+    draw(request, "sd3")
+    gone = [weakref.ref(request), weakref.ref(request.scheduler)]
+    del request
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    assert handle.report().steps == 4
+
+
+def test_loops_that_tasks_give_up_go_with_them():
+    pipe, _, state = bare("sd3", "cached")
+
+    async def loop(seed):
+        for given in loop_inputs("sd3", seed)[:2]:
+            outputs(pipe.transformer, [given])
+            await asyncio.sleep(0)
+
+    async def main():
+        await asyncio.gather(*map(loop, range(5)))
+
+    asyncio.run(main())
+    gc.collect()
+    assert len(state.live_runs()) <= 1  # the last, which the report is about
+
+
+def test_runs_may_be_counted_while_others_begin():
+    """Another thread begins a run between any two lines of the count."""
+    _, handle, state = bare("sd3", "cached")
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as other:
+        stack.enter_context(handle.run(range(4)))
+
+        def trace(frame, event, argument):
+            other.submit(lambda: stack.enter_context(handle.run(range(4)))).result()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            assert state.cache_bytes() == 0
+        finally:
+            sys.settrace(before)
+        assert len(state.live_runs()) > 2
+        other.submit(stack.close).result()
+    assert idle(state)

@@ -82,7 +82,8 @@ class Patched:
         self._lock = threading.RLock()
         self._plans: OrderedDict[Any, RunPlan] = OrderedDict()
         self._seats: weakref.WeakKeyDictionary[Place, Seat] = weakref.WeakKeyDictionary()
-        self._live: weakref.WeakSet[Run] = weakref.WeakSet()
+        # By id: a set of weak references cannot be read while another thread begins a run.
+        self._live: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
         self._by_hand = 0
         self._last: Run | None = None
         self._unclaimed: Callable[[], Run | None] = _nobody
@@ -188,7 +189,7 @@ class Patched:
             run.pipeline = weakref.ref(pipeline)
         if seat.watch is not None and seat.watch.begin(run):
             run.frames = seat.watch
-        self._live.add(run)
+        self._live[id(run)] = run
         return run
 
     def _writer(self, field: str) -> Any:
@@ -234,10 +235,11 @@ class Patched:
         run = follower.run
         if run is None or not run.live or run.owner is owner:
             return
-        if isinstance(run.owner, PipelineCall):
-            busy = run.owner.live
+        before = run.owner
+        if isinstance(before, PipelineCall):
+            busy = before.live
         else:  # a loop that was given up here, or where nothing runs any more, is in nobody's way
-            busy = run.first is not None and not run.owner.gone and not run.owner.is_here()
+            busy = run.first is not None and not _gone(before) and not before.is_here()
         if busy:
             raise ScheduleError(
                 f"this {type(scheduler).__name__} leads a run that is in progress, and one scheduler cannot lead two; "
@@ -278,7 +280,7 @@ class Patched:
 
     def forget(self, run: Run) -> None:
         """A run has ended."""
-        self._live.discard(run)
+        self._live.pop(id(run), None)
         if run.records:
             self._note(run)
         if run.follower is not None and run.follower.run is run:
@@ -290,7 +292,7 @@ class Patched:
 
     def live_runs(self) -> list[Run]:
         """The runs in progress, of all threads; loops that were given up count until their thread goes on."""
-        return list(self._live)
+        return [run for found in self._live.valuerefs() if (run := found()) is not None]
 
     def refuse_while_running(self, verb: str) -> None:
         """Refuse to take the patch away from under a run.
@@ -494,7 +496,7 @@ class Patched:
     def _adopted(self, seat: Seat) -> Run | None:
         """A run whose timesteps were set elsewhere, by what has ended since: an earlier cell of a notebook."""
         run = self._unclaimed()
-        if run is None or not run.live or run.first is not None or not run.owner.gone:
+        if run is None or not run.live or run.first is not None or not _gone(run.owner):
             return None
         seat.run, run.owner = run, owners.here()
         return run
@@ -556,6 +558,10 @@ class Patched:
 
 
 _NEW = object()
+
+
+def _gone(place: Place | None) -> bool:
+    return place is None or place.gone
 
 
 def _nobody() -> None:
