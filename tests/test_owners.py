@@ -699,13 +699,13 @@ def everything(pipes):
     ]
 
 
-def interrupted(work, at):
-    """Whether `work` was broken off before its line number `at` in fastdit."""
+def interrupted(work, at, part="/fastdit/"):
+    """Whether `work` was broken off before its line number `at` in a `part` of fastdit."""
     seen = 0
 
     def trace(frame, event, argument):
         nonlocal seen
-        if "/fastdit/runtime/" not in frame.f_code.co_filename:
+        if part not in frame.f_code.co_filename:
             return None
         if event == "line":
             seen += 1
@@ -751,7 +751,7 @@ def test_unpatch_can_be_repeated_after_it_was_broken_off():
         state = pipes[0].transformer.__dict__[LINK]
         for one in pipes[1:]:
             state.follow(one)
-        broken = interrupted(lambda: fastdit.unpatch(pipes[0]), at)
+        broken = interrupted(lambda: fastdit.unpatch(pipes[0]), at, "/runtime/")
         fastdit.unpatch(pipes[0])
         assert everything(pipes) == before, at
         if not broken:
@@ -763,7 +763,9 @@ def test_a_patch_that_is_broken_off_leaves_nothing():
     generate(pipe, "sd3", steps=1)
     before = everything([pipe])
     for at in range(1, 10_000, 23):
-        broken = interrupted(lambda: fastdit.patch(pipe, SPARSE, backend="reference"), at)
+        broken = interrupted(
+            lambda: fastdit.patch(pipe, SPARSE, backend="reference"), at, "/runtime/"
+        )
         if not broken:
             break
         assert everything([pipe]) == before, at
@@ -821,3 +823,27 @@ def test_runs_may_be_counted_while_others_begin():
         assert len(state.live_runs()) > 2
         other.submit(stack.close).result()
     assert idle(state)
+
+
+# ---- `with`, broken off
+
+
+def test_run_and_disabled_leave_nothing_where_they_break_off_as_they_begin():
+    """What comes later here is neither stock nor of a run that is over."""
+    pipe, handle, state = bare("sd3", "cached")
+    for enter in (lambda: handle.run(range(4)), handle.disabled):
+        for at in range(1, 1000):
+            entered = []
+
+            def work(enter=enter, entered=entered):
+                with enter():
+                    entered.append(True)
+
+            interrupted(work, at)
+            if entered:
+                break
+            found = outputs(pipe.transformer, loop_inputs("sd3", 0))
+            list(map(same_bits, found, serial_loops("sd3", "cached")[0]))
+            handle.reset()
+            assert idle(state)
+        assert at > 3

@@ -29,7 +29,7 @@ from fastdit.plan import RunPlan, plan_run
 from fastdit.runtime import clock, owners, pipelines
 from fastdit.runtime.call import Call
 from fastdit.runtime.graphs import Graphs
-from fastdit.runtime.owners import PipelineCall, Place, Seat
+from fastdit.runtime.owners import Hand, PipelineCall, Place, Seat
 from fastdit.runtime.run import OPEN_STEPS, Run
 from fastdit.spec import ModelSpec
 
@@ -84,7 +84,7 @@ class Patched:
         self._seats: weakref.WeakKeyDictionary[Place, Seat] = weakref.WeakKeyDictionary()
         # By id: a set of weak references cannot be read while another thread begins a run.
         self._live: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
-        self._by_hand = 0
+        self._hands: set[Hand] = set()
         self._last: Run | None = None
         self._unclaimed: Callable[[], Run | None] = _nobody
         self._followed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -320,20 +320,20 @@ class Patched:
                 found = self._seats.setdefault(place, Seat())
         return found
 
-    def begin_by_hand(self, steps: int) -> tuple[Seat, Run | None]:
-        """Begin a run that the user leads here; the seat that :meth:`end_by_hand` wants back."""
-        seat = self.seat()
-        run = self.start(steps, by_hand=True)
-        seat.take(run)
-        self._by_hand += 1
-        return seat, run
+    def begin_by_hand(self, seat: Seat, hand: Hand, steps: int) -> Run | None:
+        """Begin a run that the user leads here."""
+        hand.run = self.start(steps, by_hand=True)
+        self._hands.add(hand)
+        seat.hands.append(hand)
+        return hand.run
 
-    def end_by_hand(self, seat: Seat, run: Run | None) -> None:
-        """End such a run."""
-        self._by_hand -= 1
-        seat.drop(run)
-        if run is not None:
-            run.end()
+    def end_by_hand(self, seat: Seat, hand: Hand) -> None:
+        """End such a run, also one that was broken off while it began."""
+        if hand in seat.hands:
+            seat.hands.remove(hand)
+        self._hands.discard(hand)
+        if hand.run is not None:
+            hand.run.end()
 
     def advance(self, velocity: Tensor | None) -> None:
         """A step of the loop here is done, says the user; one that a scheduler leads hears the scheduler."""
@@ -344,14 +344,14 @@ class Patched:
             raise ArgumentError(
                 "advance() needs a run in progress: use it inside `with h.run(timesteps)`"
             )
-        run = seat.hands[-1] if seat.hands else seat.run
+        run = seat.hands[-1].run if seat.hands else seat.run
         if run is not None and not run.led:
             run.advance(velocity)
 
     def reset(self) -> None:
         """End the runs of this thread's or task's own loops."""
         seat = self.seat()
-        for run in (*seat.hands, seat.run):
+        for run in (*(hand.run for hand in seat.hands), seat.run):
             if run is not None:
                 run.end()
         if self._last is seat.last:
@@ -433,9 +433,9 @@ class Patched:
     def _run_of(self, timestep: Any) -> tuple[Run | None, Any]:
         """The run that a transformer call belongs to, and where in its pipeline's code it is made; None runs stock."""
         call, frame = owners.calling(self, 3)
-        seat = self.seat() if call is None or self._by_hand else None
+        seat = self.seat() if call is None or self._hands else None
         if call is not None and not (
-            seat is not None and seat.hands and seat.births[-1] > call.born
+            seat is not None and seat.hands and seat.hands[-1].born > call.born
         ):
             run = call.runs.get(self, _NEW)
             if run is _NEW or (run is not None and not run.live):
@@ -477,7 +477,7 @@ class Patched:
     def _own_run(self, seat: Seat, timestep: Any) -> Run | None:
         """The run of a loop without a pipeline. Without a scheduler the timestep tells, which waits for a GPU."""
         if seat.hands:
-            run = None if seat.disabled else seat.hands[-1]
+            run = None if seat.disabled else seat.hands[-1].run
             if run is not None:
                 run.check_open()
             return run
