@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 
 import fastdit
 import tiny_models
@@ -425,6 +425,34 @@ def test_one_scheduler_in_two_runs_is_refused_and_the_first_goes_on():
 
     same_bits(draw(pipe, "sd3", callback_on_step_end=again), serial("sd3")[0])
     assert len(refused) == 3 * 4
+    same_bits(draw(pipe, "sd3", seed=1), serial("sd3")[1])
+    assert idle(state)
+
+
+class Slow(FlowMatchEulerDiscreteScheduler):
+    """Lets others in while it sets its timesteps."""
+
+    def set_timesteps(self, *args, **kwargs):
+        meanwhile = self.__dict__.pop("meanwhile", None)
+        if meanwhile is not None:
+            meanwhile()
+        super().set_timesteps(*args, **kwargs)
+
+
+def test_one_scheduler_is_refused_to_two_that_set_it_at_once():
+    pipe, _, state = patched("sd3")
+    pipe.scheduler = Slow.from_config(pipe.scheduler.config)
+    draw(pipe, "sd3")
+    refused = []
+
+    def other():
+        with pytest.raises(ScheduleError, match="from_pipe") as caught:
+            generate(pipe, "sd3", steps=5)
+        refused.append(caught.value)
+
+    pipe.scheduler.meanwhile = lambda: together([other])
+    same_bits(draw(pipe, "sd3"), serial("sd3")[0])
+    assert len(refused) == 1
     same_bits(draw(pipe, "sd3", seed=1), serial("sd3")[1])
     assert idle(state)
 

@@ -220,27 +220,29 @@ class Patched:
                     self._plans.popitem(last=False)
         return plan
 
-    def may_start(self, follower: clock.Follower, scheduler: Any) -> PipelineCall | Place | None:
-        """Who sets the timesteps of a scheduler; None if it is a pipeline of another model.
+    def claim(self, follower: clock.Follower, scheduler: Any) -> PipelineCall | Place:
+        """Who sets the timesteps of a scheduler, and is the only one to do so until they are set.
 
         Raises:
-            ScheduleError: The scheduler leads somebody else's run.
+            ScheduleError: The scheduler leads somebody else's run, or is about to.
         """
-        call = owners.setting(scheduler, 3)
-        owner = call or owners.here()
-        self._refuse_busy(follower, owner, scheduler)
-        return owner if call is None or owners.holds(call.pipeline, self) else None
+        owner = owners.setting(scheduler, 3) or owners.here()
+        with self._lock:
+            self._refuse_busy(follower, owner, scheduler)
+            follower.setter = owner
+        return owner
 
     def _refuse_busy(self, follower: clock.Follower, owner: Any, scheduler: Any) -> None:
         run = follower.run
-        if run is None or not run.live or run.owner is owner:
-            return
-        before = run.owner
+        before = None if run is None or not run.live else run.owner
+        if before is owner:
+            before = None
         if isinstance(before, PipelineCall):
             busy = before.live
         else:  # a loop that was given up here, or where nothing runs any more, is in nobody's way
-            busy = run.first is not None and not _gone(before) and not before.is_here()
-        if busy:
+            busy = before is not None and run.first is not None
+            busy = busy and not before.gone and not before.is_here()
+        if busy or follower.setter not in (None, owner):
             raise ScheduleError(
                 f"this {type(scheduler).__name__} leads a run that is in progress, and one scheduler cannot lead two; "
                 "give each pipeline its own: Pipeline.from_pipe(pipe, "
@@ -250,12 +252,12 @@ class Patched:
     def start_led(
         self, follower: clock.Follower, owner: Any, scheduler: Any, levels: clock.Levels
     ) -> None:
-        """A scheduler has set its timesteps: `owner` begins a run that it leads."""
-        if owner is None:
+        """A scheduler has set its timesteps: `owner` begins a run that it leads, if it runs this model."""
+        call = owner if isinstance(owner, PipelineCall) else None
+        if call is not None and not owners.holds(call.pipeline, self):
             return
         if follower.run is not None:
             follower.run.end()
-        call = owner if isinstance(owner, PipelineCall) else None
         if call is not None and call.runs.get(self) is not None:
             call.runs[self].end()
         run = self.start(
@@ -459,10 +461,11 @@ class Patched:
         self.follow(pipeline)
         if first and timesteps is not None and len(timesteps):
             follower = clock.follower_of(scheduler, self)
-            self._refuse_busy(follower, call, scheduler)
             levels = clock.Levels(scheduler, {"sigmas": frame.f_locals.get("sigmas")})
-            run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
-            self._lead(follower, run, call)
+            with self._lock:
+                self._refuse_busy(follower, call, scheduler)
+                run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
+                self._lead(follower, run, call)
         else:
             run = self.start(self._made_steps(), pipeline=pipeline)
             if run is not None:
