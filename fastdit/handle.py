@@ -17,6 +17,7 @@ from fastdit.measure import Measurement, measure
 from fastdit.report import Report, report_run
 from fastdit.runtime.attach import remove
 from fastdit.runtime.install import LINK
+from fastdit.runtime.owners import Hand
 from fastdit.runtime.patched import Patched
 
 
@@ -104,12 +105,12 @@ class Handle:
 
         A call of the transformer without a pipeline is stock inside the `with` whenever its loop began.
         """
-        seat = self._patched.seat()
-        seat.disabled += 1
+        seat, mark = self._patched.seat(), object()
         try:
+            seat.disabled.add(mark)
             yield
         finally:
-            seat.disabled -= 1
+            seat.disabled.discard(mark)
 
     @contextmanager
     def watch(self) -> Iterator[Frames]:
@@ -153,13 +154,14 @@ class Handle:
         """
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
-        seat, run = self._patched.begin_by_hand(len(timesteps))
-        if run is not None and isinstance(timesteps, torch.Tensor):
-            run.timesteps = timesteps
+        seat, hand = self._patched.seat(), Hand()
         try:
+            run = self._patched.begin_by_hand(seat, hand, len(timesteps))
+            if run is not None and isinstance(timesteps, torch.Tensor):
+                run.timesteps = timesteps
             yield self
         finally:
-            self._patched.end_by_hand(seat, run)
+            self._patched.end_by_hand(seat, hand)
 
     def advance(self, velocity: torch.Tensor | None = None) -> None:
         """Say that a step of `run` is done, instead of letting the timestep argument tell.

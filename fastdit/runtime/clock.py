@@ -27,13 +27,20 @@ LINK = "_fastdit"
 
 
 class Follower:
-    """A patched model that follows a scheduler, and its run that the scheduler leads now."""
+    """A patched model that follows a scheduler.
 
-    __slots__ = ("patched", "run")
+    Attributes:
+        patched: Weak reference to it.
+        run: Its run that the scheduler leads now.
+        setter: Who is setting the scheduler's timesteps, and is about to begin another.
+    """
+
+    __slots__ = ("patched", "run", "setter")
 
     def __init__(self, patched: Any) -> None:
         self.patched = weakref.ref(patched)
         self.run: Any = None
+        self.setter: Any = None
 
 
 class Levels:
@@ -253,14 +260,22 @@ def _clocked(base: type) -> type:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         followers = [(one, one.patched()) for one in self.__dict__.get(LINK, ())]
-        owners = [patched and patched.may_start(one, self) for one, patched in followers]
-        result = base.set_timesteps(self, *args, **kwargs)
-        if followers:
+        if not followers:
+            return base.set_timesteps(self, *args, **kwargs)
+        owners: list[Any] = []
+        try:
+            for one, patched in followers:
+                owners.append(patched and patched.claim(one, self))
+            result = base.set_timesteps(self, *args, **kwargs)
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
             for (one, patched), owner in zip(followers, owners, strict=True):
                 if patched is not None:
                     patched.start_led(one, owner, self, Levels(self, arguments))
+        finally:
+            for (one, _), owner in zip(followers, owners, strict=False):
+                if one.setter is owner:
+                    one.setter = None
         return result
 
     @functools.wraps(base.step)

@@ -246,36 +246,37 @@ def _current_task() -> Any:
         return None
 
 
+class Hand:
+    """A `with handle.run(...)` that is open.
+
+    Attributes:
+        run: What it leads; None where it was begun while disabled.
+        born: Its place in the order in which calls and loops began.
+    """
+
+    __slots__ = ("born", "run")
+
+    def __init__(self) -> None:
+        self.run: Any = None
+        self.born = _number()
+
+
 class Seat:
     """What goes on with one patched model in one :class:`Place`, outside of pipelines.
 
     Attributes:
         run: The run of a loop that is led by a scheduler, or followed by timestep.
-        hands: The runs of `with handle.run(...)`, the innermost last; None where it was begun while disabled.
-        births: When these began.
-        disabled: How many `with handle.disabled()` are open.
+        hands: The `with handle.run(...)` that are open, the innermost last.
+        disabled: The `with handle.disabled()` that are open.
         watch: What collects frames of the runs that begin, inside `with handle.watch()`.
         last: The run that made the last call here.
     """
 
-    __slots__ = ("births", "disabled", "hands", "last", "run", "watch")
+    __slots__ = ("disabled", "hands", "last", "run", "watch")
 
     def __init__(self) -> None:
         self.run: Any = None
-        self.hands: list[Any] = []
-        self.births: list[int] = []
-        self.disabled = 0
+        self.hands: list[Hand] = []
+        self.disabled: set[Any] = set()
         self.watch: Any = None
         self.last: Any = None
-
-    def take(self, run: Any) -> None:
-        """Begin a run by hand."""
-        self.hands.append(run)
-        self.births.append(_number())
-
-    def drop(self, run: Any) -> None:
-        """End the innermost one, which is `run`."""
-        for index in reversed(range(len(self.hands))):
-            if self.hands[index] is run:
-                del self.hands[index], self.births[index]
-                return

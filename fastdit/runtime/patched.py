@@ -34,7 +34,7 @@ from fastdit.runtime.arrivals import (
 )
 from fastdit.runtime.call import Call
 from fastdit.runtime.graphs import Graphs
-from fastdit.runtime.owners import PipelineCall, Place, Seat
+from fastdit.runtime.owners import Hand, PipelineCall, Place, Seat
 from fastdit.runtime.run import OPEN_STEPS, Run
 from fastdit.spec import ModelSpec
 
@@ -98,8 +98,9 @@ class Patched:
         self._lock = threading.RLock()
         self._plans: OrderedDict[Any, RunPlan] = OrderedDict()
         self._seats: weakref.WeakKeyDictionary[Place, Seat] = weakref.WeakKeyDictionary()
-        self._live: weakref.WeakSet[Run] = weakref.WeakSet()
-        self._by_hand = 0
+        # By id: a set of weak references cannot be read while another thread begins a run.
+        self._live: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
+        self._hands: set[Hand] = set()
         self._last: Run | None = None
         self._unclaimed: Callable[[], Run | None] = _nobody
         self._followed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -204,7 +205,7 @@ class Patched:
             run.pipeline = weakref.ref(pipeline)
         if seat.watch is not None and seat.watch.begin(run):
             run.frames = seat.watch
-        self._live.add(run)
+        self._live[id(run)] = run
         return run
 
     def _writer(self, field: str) -> Any:
@@ -235,26 +236,29 @@ class Patched:
                     self._plans.popitem(last=False)
         return plan
 
-    def may_start(self, follower: clock.Follower, scheduler: Any) -> PipelineCall | Place | None:
-        """Who sets the timesteps of a scheduler; None if it is a pipeline of another model.
+    def claim(self, follower: clock.Follower, scheduler: Any) -> PipelineCall | Place:
+        """Who sets the timesteps of a scheduler, and is the only one to do so until they are set.
 
         Raises:
-            ScheduleError: The scheduler leads somebody else's run.
+            ScheduleError: The scheduler leads somebody else's run, or is about to.
         """
-        call = owners.setting(scheduler, 3)
-        owner = call or owners.here()
-        self._refuse_busy(follower, owner, scheduler)
-        return owner if call is None or owners.holds(call.pipeline, self) else None
+        owner = owners.setting(scheduler, 3) or owners.here()
+        with self._lock:
+            self._refuse_busy(follower, owner, scheduler)
+            follower.setter = owner
+        return owner
 
     def _refuse_busy(self, follower: clock.Follower, owner: Any, scheduler: Any) -> None:
         run = follower.run
-        if run is None or not run.live or run.owner is owner:
-            return
-        if isinstance(run.owner, PipelineCall):
-            busy = run.owner.live
+        before = None if run is None or not run.live else run.owner
+        if before is owner:
+            before = None
+        if isinstance(before, PipelineCall):
+            busy = before.live
         else:  # a loop that was given up here, or where nothing runs any more, is in nobody's way
-            busy = run.first is not None and not run.owner.gone and not run.owner.is_here()
-        if busy:
+            busy = before is not None and run.first is not None
+            busy = busy and not before.gone and not before.is_here()
+        if busy or follower.setter not in (None, owner):
             raise ScheduleError(
                 f"this {type(scheduler).__name__} leads a run that is in progress, and one scheduler cannot lead two; "
                 "give each pipeline its own: Pipeline.from_pipe(pipe, "
@@ -264,12 +268,12 @@ class Patched:
     def start_led(
         self, follower: clock.Follower, owner: Any, scheduler: Any, levels: clock.Levels
     ) -> None:
-        """A scheduler has set its timesteps: `owner` begins a run that it leads."""
-        if owner is None:
+        """A scheduler has set its timesteps: `owner` begins a run that it leads, if it runs this model."""
+        call = owner if isinstance(owner, PipelineCall) else None
+        if call is not None and not owners.holds(call.pipeline, self):
             return
         if follower.run is not None:
             follower.run.end()
-        call = owner if isinstance(owner, PipelineCall) else None
         if call is not None and call.runs.get(self) is not None:
             call.runs[self].end()
         run = self.start(
@@ -294,7 +298,7 @@ class Patched:
 
     def forget(self, run: Run) -> None:
         """A run has ended."""
-        self._live.discard(run)
+        self._live.pop(id(run), None)
         if run.records:
             self._note(run)
         if run.follower is not None and run.follower.run is run:
@@ -306,7 +310,7 @@ class Patched:
 
     def live_runs(self) -> list[Run]:
         """The runs in progress, of all threads; loops that were given up count until their thread goes on."""
-        return list(self._live)
+        return [run for found in self._live.valuerefs() if (run := found()) is not None]
 
     def refuse_while_running(self, verb: str) -> None:
         """Refuse to take the patch away from under a run.
@@ -334,20 +338,20 @@ class Patched:
                 found = self._seats.setdefault(place, Seat())
         return found
 
-    def begin_by_hand(self, steps: int) -> tuple[Seat, Run | None]:
-        """Begin a run that the user leads here; the seat that :meth:`end_by_hand` wants back."""
-        seat = self.seat()
-        run = self.start(steps, by_hand=True)
-        seat.take(run)
-        self._by_hand += 1
-        return seat, run
+    def begin_by_hand(self, seat: Seat, hand: Hand, steps: int) -> Run | None:
+        """Begin a run that the user leads here."""
+        hand.run = self.start(steps, by_hand=True)
+        self._hands.add(hand)
+        seat.hands.append(hand)
+        return hand.run
 
-    def end_by_hand(self, seat: Seat, run: Run | None) -> None:
-        """End such a run."""
-        self._by_hand -= 1
-        seat.drop(run)
-        if run is not None:
-            run.end()
+    def end_by_hand(self, seat: Seat, hand: Hand) -> None:
+        """End such a run, also one that was broken off while it began."""
+        if hand in seat.hands:
+            seat.hands.remove(hand)
+        self._hands.discard(hand)
+        if hand.run is not None:
+            hand.run.end()
 
     def advance(self, velocity: Tensor | None) -> None:
         """A step of the loop here is done, says the user; one that a scheduler leads hears the scheduler."""
@@ -358,7 +362,7 @@ class Patched:
             raise ArgumentError(
                 "advance() needs a run in progress: use it inside `with h.run(timesteps)`"
             )
-        run = seat.hands[-1] if seat.hands else seat.run
+        run = seat.hands[-1].run if seat.hands else seat.run
         if run is None or run.led:
             return
         if velocity is not None and getattr(velocity, "ndim", None) != len(run.latents):
@@ -371,7 +375,7 @@ class Patched:
     def reset(self) -> None:
         """End the runs of this thread's or task's own loops."""
         seat = self.seat()
-        for run in (*seat.hands, seat.run):
+        for run in (*(hand.run for hand in seat.hands), seat.run):
             if run is not None:
                 run.end()
         if self._last is seat.last:
@@ -454,9 +458,9 @@ class Patched:
     def _run_of(self, timestep: Any) -> tuple[Run | None, Any]:
         """The run that a transformer call belongs to, and where in its pipeline's code it is made; None runs stock."""
         call, frame = owners.calling(self, 3)
-        seat = self.seat() if call is None or self._by_hand else None
+        seat = self.seat() if call is None or self._hands else None
         if call is not None and not (
-            seat is not None and seat.hands and seat.births[-1] > call.born
+            seat is not None and seat.hands and seat.hands[-1].born > call.born
         ):
             run = call.runs.get(self, _NEW)
             if run is _NEW or (run is not None and not run.live):
@@ -481,10 +485,11 @@ class Patched:
         self.follow(pipeline)
         if first and timesteps is not None and len(timesteps):
             follower = clock.follower_of(scheduler, self)
-            self._refuse_busy(follower, call, scheduler)
             levels = clock.Levels(scheduler, {"sigmas": frame.f_locals.get("sigmas")})
-            run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
-            self._lead(follower, run, call)
+            with self._lock:
+                self._refuse_busy(follower, call, scheduler)
+                run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
+                self._lead(follower, run, call)
         else:
             run = self.start(self._made_steps(), pipeline=pipeline)
             if run is not None:
@@ -499,7 +504,7 @@ class Patched:
     def _own_run(self, seat: Seat, timestep: Any) -> Run | None:
         """The run of a loop without a pipeline. Without a scheduler the timestep tells, which waits for a GPU."""
         if seat.hands:
-            run = None if seat.disabled else seat.hands[-1]
+            run = None if seat.disabled else seat.hands[-1].run
             if run is not None:
                 run.check_open()
             return run
@@ -518,7 +523,7 @@ class Patched:
     def _adopted(self, seat: Seat) -> Run | None:
         """A run whose timesteps were set elsewhere, by what has ended since: an earlier cell of a notebook."""
         run = self._unclaimed()
-        if run is None or not run.live or run.first is not None or not run.owner.gone:
+        if run is None or not run.live or run.first is not None or not _gone(run.owner):
             return None
         seat.run, run.owner = run, owners.here()
         return run
@@ -576,6 +581,10 @@ class Patched:
 
 
 _NEW = object()
+
+
+def _gone(place: Place | None) -> bool:
+    return place is None or place.gone
 
 
 def _nobody() -> None:

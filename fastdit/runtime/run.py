@@ -82,7 +82,8 @@ class Run:
         timesteps: As given to `handle.run`, where that is a tensor.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
-        owner: The call of a pipeline, or the thread or task, that it belongs to; see `owners.py`.
+        owner: The call of a pipeline, or the thread or task, that it belongs to; None once that is gone. See
+            `owners.py`.
         follower: What the scheduler that leads it knows of it.
         live: False once it has ended.
     """
@@ -110,7 +111,6 @@ class Run:
         self.timesteps: Tensor | None = None
         self.pipeline: Callable[[], Any] = _nobody
         self.guidance: dict[str, Any] = {}
-        self.owner: Any = None
         self.follower: Any = None
         self.live = True
         self._ended = False
@@ -133,6 +133,8 @@ class Run:
         self.seconds = 0.0
         # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
         self._scheduler = _nobody if scheduler is None else weakref.ref(scheduler)
+        # A thread or task keeps its runs, and the report the last run of a pipeline: neither is to be kept by them.
+        self._owner: Callable[[], Any] = _nobody
         self._by_timestep = scheduler is None
         self._doubts = False
         self._timestep: Any = None  # of the calls of this step, as a tensor or as a number
@@ -144,6 +146,14 @@ class Run:
     def scheduler(self) -> Any:
         """The scheduler that tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
+
+    @property
+    def owner(self) -> Any:
+        return self._owner()
+
+    @owner.setter
+    def owner(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
 
     def take(self, methods: Iterable[MethodRun]) -> None:
         """Begin with what the methods keep."""
@@ -295,7 +305,7 @@ class Run:
         """Bytes held by slots now; storages counted once."""
         storages = {}
         for branch in list(self.branches.values()):
-            kept = [(keys.k, keys.v) for keys in branch.keys.values()]
+            kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
             made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
             for value in (*made, *kept):
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
