@@ -200,14 +200,12 @@ class Forward:
     def computes(self, component: str) -> bool:
         """Whether the component's module runs in this call, so that its input is worth preparing."""
         flags = self._row.get(component, COMPUTE)
-        return bool(flags & COMPUTE) or bool(
-            flags & REUSE and self._key(component) not in self.slots
+        if flags & COMPUTE or not flags & REUSE:
+            return bool(flags & COMPUTE)
+        again = self._asked.get(component)
+        return ((self.index, component, again) if again else (self.index, component)) not in (
+            self.slots
         )
-
-    def _key(self, component: str) -> Key:
-        """The slot of the component's next call; some blocks call one module on several streams."""
-        again = self._asked.get(component, 0)
-        return (self.index, component, again) if again else (self.index, component)
 
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.
@@ -218,13 +216,16 @@ class Forward:
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
         """
         flags = self._row.get(name, COMPUTE)
-        key = self._key(name)
-        self._asked[name] = again = self._asked.get(name, 0) + 1
-        self._planned += again > 1 and name in self._row
+        # The slot of the component's next call: some blocks call one module on several streams.
+        again = self._asked.get(name, 0)
+        key = (self.index, name, again) if again else (self.index, name)
+        self._asked[name] = again + 1
+        self._planned += again > 0 and name in self._row
         sparse = self.tokens is not None and self.tokens.rows is not None
         value = held = self.slots.get(key)
         if value is None or flags & COMPUTE:
-            value = self._compiled_as(name, compute)
+            compiles = self._block_compiled is not None
+            value = self._compiled_as(name, compute) if compiles else compute()
             self.computed += 1
             if sparse and held is not None and flags & KEEP:
                 held = self._renewed(key, held, value)
@@ -244,8 +245,6 @@ class Forward:
 
     def _compiled_as(self, use: str, compute: Callable[..., Any], *given: Any) -> Any:
         """``compute(*given)``, its segments with code of their own for this use."""
-        if self._block_compiled is None:
-            return compute(*given)
         before = self.segments
         self.segments = segments_like(self._block_compiled, self.blocks[self.index], use)
         try:
@@ -280,13 +279,13 @@ class Forward:
 
     def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
         """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""
-        use = ""
         if self._block_compiled is not None:
             children = self.blocks[self.index]._modules.items()
-            use = next((name for name, child in children if child is norm), use)
+            use = next((name for name, child in children if child is norm), "")
+            compute = functools.partial(self._compiled_as, use, compute)
         if self.modulations is None or not private(norm.linear):
-            return self._compiled_as(use, compute, *given)
-        return self.modulations.of(norm, functools.partial(self._compiled_as, use, compute))
+            return compute(*given)
+        return self.modulations.of(norm, compute)
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""

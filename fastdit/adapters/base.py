@@ -25,6 +25,9 @@ from fastdit.modulation import LayerInputs
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
 
+#: arguments of transformers that go on to attention processors
+_ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
+
 
 @dataclass(frozen=True)
 class Call:
@@ -169,38 +172,35 @@ class Adapter:
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Call:
         """Read a transformer call's arguments."""
-        names = forward_arguments(type(transformer))
-
-        def argument(name: str) -> Any:
-            return argument_of(transformer, args, kwargs, name)
-
-        latents = argument("hidden_states")
-        conditions = (argument(name) for name in self.embeddings_arguments if name in names)
-        embeddings = tuple(value for value in conditions if value is not None)
-        tokens = self.tokens(transformer, latents.shape)
-        tensors = (latents, *embeddings)
-        signature = tuple((tuple(t.shape), t.dtype, t.device) for t in tensors)
+        given = arguments_of(transformer, args, kwargs)
+        latents = given["hidden_states"]
+        embeddings, signature, text = [], [(tuple(latents.shape), latents.dtype, latents.device)], 0
+        for name in self.embeddings_arguments:
+            value = given.get(name)
+            if value is not None:
+                embeddings.append(value)
+                signature.append((tuple(value.shape), value.dtype, value.device))
+                if value.ndim == 3 and not text:
+                    text = value.shape[1]
+        told = []
+        for kind in _ATTENTION_ARGUMENTS:
+            for name in given.get(kind) or ():
+                if name not in self.own_attention_arguments:
+                    told.append(name)
         return Call(
             latents,
-            argument("timestep"),
-            embeddings,
-            tokens,
-            next((value.shape[1] for value in embeddings if value.ndim == 3), 0),
-            signature,
-            bool(argument("skip_layers")),
-            argument("img_ids"),
-            self._told(argument),
+            given.get("timestep"),
+            tuple(embeddings),
+            self.tokens(transformer, latents.shape),
+            text,
+            tuple(signature),
+            bool(given.get("skip_layers")),
+            given.get("img_ids"),
+            tuple(told),
         )
 
     #: what calls pass on towards attention processors that is no message to them: the scale is LoRA layers'
     own_attention_arguments: frozenset[str] = frozenset({"scale"})
-
-    def _told(self, argument: Callable[[str], Any]) -> tuple[str, ...]:
-        found: tuple[str, ...] = ()
-        for kind in ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs"):
-            if given := argument(kind):
-                found += tuple(name for name in given if name not in self.own_attention_arguments)
-        return found
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
         """Image tokens of latents of this shape; [B, C, H, W] unless a family packs them."""
@@ -540,12 +540,24 @@ def place_of(
     return (args, position) if position < len(args) else (None, None)
 
 
+def arguments_of(
+    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call of the transformer by name, as far as they were given."""
+    if not args:
+        return kwargs
+    return {**dict(zip(forward_arguments(type(transformer)), args, strict=False)), **kwargs}
+
+
 def argument_of(
     transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
 ) -> Any:
     """An argument of a call of the transformer; None if it was not given."""
-    owner, key = place_of(transformer, args, kwargs, name)
-    return None if owner is None else owner[key]
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = forward_arguments(type(transformer))
+    position = names.index(name) if name in names else len(args)
+    return args[position] if position < len(args) else None
 
 
 def batch_index(rows: Tensor) -> Tensor:
