@@ -18,6 +18,7 @@ from fastdit.adapters.base import Adapter, Size, attention_macs, linear_macs
 from fastdit.attention import self_attention
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
+from fastdit.versions import version
 
 
 def basic_block(
@@ -106,8 +107,15 @@ class Tables:
         self._stacked: Tensor | None = None
 
     def stack(self, index: int, table: Tensor) -> Tensor | None:
-        """Note block `index`'s table; the stack, or None until every block has been seen as it is now."""
-        mark = (table.data_ptr(), 0 if table.is_inference() else table._version)
+        """Note block `index`'s table; the stack, or None until every block has been seen as it is now.
+
+        Of inference tensors, whose writes nobody counts, there is none.
+        """
+        written = version(table)
+        if written is None:
+            self._seen[index] = None
+            return None
+        mark = table.data_ptr(), written
         if self._seen[index] != mark:
             self._seen[index] = mark
             self._tables[index] = table.detach().clone()
