@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdit.versions import Seen
+from fastdit.versions import same, versions
 
 #: rows of one product, at most: no more than are free beside reading the weights
 ROWS = 64
@@ -51,7 +51,7 @@ class Modulations:
         self._source = inputs
         self._timesteps = timesteps
         self._batch = batch
-        self._seen = Seen(inputs.tensors)
+        self._versions = versions(inputs.tensors)
         self._first = self._count = self._row = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
@@ -65,14 +65,16 @@ class Modulations:
         `look` compares the timestep's value, which waits for a GPU; the tensors are compared by identity, and whether
         they were written to.
         """
-        same = (
+        given, held = inputs.tensors, self._source.tensors
+        foreseen = (
             step < len(self._timesteps)
             and batch == self._batch
             and timestep.dtype is self._timesteps.dtype
-            and self._seen.are(inputs.tensors)
-            and self._seen.unwritten()
+            and len(given) == len(held)
+            and all(a is b for a, b in zip(given, held, strict=True))
+            and same(held, self._versions, given)
         )
-        if not same or (look and not bool((timestep == self._timesteps[step]).all())):
+        if not foreseen or (look and not bool((timestep == self._timesteps[step]).all())):
             return False
         if not self._first <= step < self._first + self._count:
             self._first, self._count = step, max(1, ROWS // self._batch)

@@ -1,7 +1,7 @@
-"""Whether tensors still hold what they held.
+"""Whether tensors are what they were: the same objects, unwritten since, or equal ones.
 
-Torch counts the writes to a tensor, but not to one made under `torch.inference_mode`. Of such a tensor a copy is kept
-and compared, which waits for its device; of others nothing is read.
+Torch counts the writes to a tensor, but not to one made under `torch.inference_mode`: of such a one a copy is kept and
+compared, which waits for its device. Of others that are the same objects nothing is read.
 """
 
 from __future__ import annotations
@@ -11,58 +11,34 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def version(tensor: Tensor) -> int | None:
-    """Counts the writes to a tensor; None where nobody counts them."""
-    return None if tensor.is_inference() else tensor._version
+#: what tells a write to a tensor: the count of them, or what the tensor held
+Version = int | Tensor
 
 
-class Seen:
-    """Some tensors as they are now.
+def versions(tensors: Sequence[Tensor]) -> tuple[Version, ...]:
+    """What :func:`same` needs to know of tensors as they are now."""
+    return tuple(t.clone() if t.is_inference() else t._version for t in tensors)
 
-    Example:
-        >>> seen = Seen([prompt])
-        >>> seen.unwritten()  # before what was made of `prompt` is used again
+
+def same(held: Sequence[Tensor], before: Sequence[Version], tensors: Sequence[Tensor]) -> bool:
+    """Whether `tensors` are the `held` ones, whose versions were `before`; or, in new memory, equal ones.
+
+    A pipeline passes the same tensors at every step; only hand-written loops that build them anew have them compared.
     """
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._note(tensors)
-
-    def _note(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tuple(tensors)
-        self._versions = tuple(map(version, self._tensors))
-        self._copies = tuple(t.clone() if t.is_inference() else t for t in self._tensors)
-
-    def are(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the same objects, whatever they hold."""
-        return len(tensors) == len(self._tensors) and all(
-            a is b for a, b in zip(tensors, self._tensors, strict=True)
-        )
-
-    def unwritten(self) -> bool:
-        """Whether the tensors hold what they held."""
-        return self.equal(self._tensors)
-
-    def equal(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these hold what the tensors held: the same ones, unwritten since, or equal ones.
-
-        Waits for a device, once, for those in other memory and for inference tensors. Equal ones take the places of
-        the tensors, so that a caller who goes on with them is not compared again.
-        """
-        if len(tensors) != len(self._tensors) or self._versions != tuple(
-            map(version, self._tensors)
-        ):
+    if len(held) != len(tensors):
+        return False
+    pairs = []
+    for old, mark, new in zip(held, before, tensors, strict=True):
+        if isinstance(mark, Tensor):
+            pairs.append((mark, new))
+        elif old._version != mark:
             return False
-        pairs = [pair for pair in zip(self._copies, tensors, strict=True) if pair[0] is not pair[1]]
-        if not all(_alike(*pair) for pair in pairs) or not _equal(pairs):
-            return False
-        if not self.are(tensors):
-            self._note(tensors)
-        return True
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype is b.dtype and a.device == b.device
+        elif old is not new:
+            pairs.append((old, new))
+    alike = all(
+        a.shape == b.shape and a.dtype is b.dtype and a.device == b.device for a, b in pairs
+    )
+    return alike and _equal(pairs)
 
 
 def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:

@@ -18,7 +18,6 @@ from fastdit.adapters.base import Adapter, Size, attention_macs, linear_macs
 from fastdit.attention import self_attention
 from fastdit.errors import UnsupportedModelError
 from fastdit.forward import Forward
-from fastdit.versions import version
 
 
 def basic_block(
@@ -111,11 +110,10 @@ class Tables:
 
         Of inference tensors, whose writes nobody counts, there is none.
         """
-        written = version(table)
-        if written is None:
+        if table.is_inference():
             self._seen[index] = None
             return None
-        mark = table.data_ptr(), written
+        mark = table.data_ptr(), table._version
         if self._seen[index] != mark:
             self._seen[index] = mark
             self._tables[index] = table.detach().clone()
