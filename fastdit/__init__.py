@@ -19,36 +19,29 @@ from fastdit.errors import (
     UnsupportedModelError,
 )
 from fastdit.explain import Explanation
-from fastdit.methods.cached import Cached
-from fastdit.methods.dense import Dense
-from fastdit.methods.ecad import ECAD
-from fastdit.methods.harmonica import HarmoniCa
-from fastdit.methods.per_stage import PerStage
-from fastdit.methods.ralu import RALU
-from fastdit.methods.ras import RAS, Linear
-from fastdit.patch import Handle, explain, patch, report, unpatch
+from fastdit.handle import Handle
+from fastdit.methods import methods as _methods
+from fastdit.methods.ras import Linear
+from fastdit.patch import explain, patch, report, unpatch
 from fastdit.report import Report
 from fastdit.router import Router
 from fastdit.schedule import Schedule
 
 __version__ = "0.1.0"
 
+# Dense, Cached, RAS and the others: a file in `methods/` is all that a method needs.
+_exported = {method.__name__: method for method in _methods().values()}
+globals().update(_exported)
+
 __all__ = [
-    "ECAD",
-    "RALU",
-    "RAS",
     "ArgumentError",
     "BackendError",
-    "Cached",
     "CompositionError",
-    "Dense",
     "DriftError",
     "Explanation",
     "FastDiTError",
     "Handle",
-    "HarmoniCa",
     "Linear",
-    "PerStage",
     "Report",
     "Router",
     "Schedule",
@@ -59,4 +52,5 @@ __all__ = [
     "patch",
     "report",
     "unpatch",
+    *_exported,
 ]

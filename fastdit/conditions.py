@@ -6,8 +6,8 @@ Plain data, compared field by field; a field that nobody can tell is None and fi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fastdit.errors import ScheduleError
@@ -25,24 +25,33 @@ class Conditions:
         timesteps: Those of the run, in the order in which they are visited.
         image_tokens: Image tokens of a batch row, which stands for the resolution.
         guidance: Guidance scale, as the pipeline calls it.
+        true_guidance: Scale of the classifier-free guidance of a distilled model, which has both; 1 where it is off.
     """
 
     scheduler: str | None = None
     timesteps: tuple[float, ...] | None = None
     image_tokens: int | None = None
     guidance: float | None = None
+    true_guidance: float | None = None
 
     @classmethod
-    def of(cls, scheduler: Any, image_tokens: int | None, pipeline: Any) -> Conditions:
-        """Read them off a run's scheduler and pipeline; either may be None."""
+    def of(cls, scheduler: Any, image_tokens: int | None, given: Mapping[str, Any]) -> Conditions:
+        """Read them off a run's scheduler, which may be None, and what its pipeline's call was `given`."""
         timesteps = getattr(scheduler, "timesteps", None)
-        guidance = getattr(pipeline, "guidance_scale", None)
         return cls(
             None if scheduler is None else type(scheduler).__name__,
             None if timesteps is None else tuple(float(t) for t in timesteps.tolist()),
             image_tokens,
-            float(guidance) if isinstance(guidance, (int, float)) else None,
+            **guidance_of(given),
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The fields as files keep them: without what only distilled models have, where it is not known."""
+        found = asdict(self)
+        if self.true_guidance is None:
+            del found["true_guidance"]
+        return found
 
     def check(self, run: Conditions, method: str) -> None:
         """Refuse another run than these conditions say.
@@ -59,6 +68,20 @@ class Conditions:
             raise ScheduleError(
                 f"{method} does not fit this run: {'; '.join(found)}. strict=False runs it all the same"
             )
+
+
+def guidance_of(given: Mapping[str, Any]) -> dict[str, float | None]:
+    """The fields of :class:`Conditions` that are guidance, of a pipeline call's arguments or variables."""
+    scale, true = (_number(given.get(name)) for name in ("guidance_scale", "true_cfg_scale"))
+    if true is not None:
+        negative = ("negative_prompt", "negative_prompt_embeds")
+        applies = given.get("do_true_cfg", any(given.get(name) is not None for name in negative))
+        true = true if applies and true > 1 else 1.0
+    return {"guidance": scale, "true_guidance": true}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _same(wanted: Any, given: Any) -> bool:

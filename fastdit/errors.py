@@ -4,9 +4,27 @@ Every message names the argument, what was given, what is accepted, and where it
 :class:`FastDiTError`, and each also from the builtin a caller would expect, so `except ValueError` keeps working.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+MAX_MESSAGE = 800
+
 
 class FastDiTError(Exception):
-    """Base of every error fastdit raises on purpose."""
+    """Base of every error fastdit raises on purpose.
+
+    What a message quotes may come from a file, so one of more than MAX_MESSAGE characters loses its middle.
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*map(_shortened, arguments))
+
+
+def _shortened(argument: Any) -> Any:
+    if not isinstance(argument, str) or len(argument) <= MAX_MESSAGE:
+        return argument
+    return f"{argument[: MAX_MESSAGE - 205]} ... {argument[-200:]}"
 
 
 class ArgumentError(FastDiTError, ValueError):

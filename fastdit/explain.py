@@ -14,16 +14,18 @@ import torch
 from torch import nn
 
 from fastdit.adapters.base import Size
-from fastdit.clock import predicted_levels
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
 from fastdit.modulation import ahead
 from fastdit.packed import packs
 from fastdit.plan import COMPUTE, RunPlan, plan_run
 from fastdit.report import ranges
+from fastdit.runtime.clock import predicted_levels
+from fastdit.schedule import MAX_COUNT
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28
+MAX_SIZE = 1 << 16  # of batch, height and width
 SHADES = "·░▒▓█"
 
 
@@ -113,8 +115,8 @@ class Explanation:
         )
 
 
-def explain_session(
-    session: Any,
+def explain_patched(
+    patched: Any,
     transformer: nn.Module,
     pipeline: Any | None,
     height: int | None,
@@ -125,43 +127,48 @@ def explain_session(
     text_tokens: int | None,
 ) -> Explanation:
     """See :meth:`fastdit.patch.Handle.explain`."""
-    adapter, spec = session.adapter, session.spec
+    adapter, spec = patched.adapter, patched.spec
     if steps is None:
-        fixed = (method.run_steps for method in session.methods)
+        fixed = (method.run_steps for method in patched.methods)
         steps = next((n for n in fixed if n is not None), _default_steps(pipeline))
-    for name, value in (("batch", batch), ("steps", steps), ("height", height), ("width", width)):
+    for name, value, most in (
+        ("batch", batch, MAX_SIZE),
+        ("steps", steps, MAX_COUNT),
+        ("height", height, MAX_SIZE),
+        ("width", width, MAX_SIZE),
+    ):
         if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
+            isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most
         ):
-            raise ArgumentError(f"{name} must be a positive int, got {value!r}")
+            raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
     image = adapter.tokens(transformer, (1, 1, *_latent_size(transformer, pipeline, height, width)))
     text = adapter.text_tokens_of(pipeline) if text_tokens is None else text_tokens
     size = Size(image, text)
     rows = batch * (2 if (adapter.uses_cfg if cfg is None else cfg) else 1)
     weight = next(p for p in transformer.parameters() if p.is_floating_point())
-    lengths, active = _tokens_per_step(session.methods, steps, image, text)
+    lengths, active = _tokens_per_step(patched.methods, steps, image, text)
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
     levels = None if pipeline is None else predicted_levels(pipeline.scheduler, steps, image)
-    for method in session.methods:
+    for method in patched.methods:
         if "resolution" in method.writes:
             levels = levels.with_sigmas(method.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
-    plan = plan_run(session.methods, spec, steps, partial, levels, session.may_collapse())
+    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse())
     count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     stages = [
         (count.at(length), plan.part(first, last), tokens[first:last])
         for length, first, last in _runs(lengths)
     ]
-    written = {field for method in session.methods for field in method.writes}
+    written = {field for method in patched.methods for field in method.writes}
     return Explanation(
         family=adapter.family,
         model=type(transformer).__name__,
         blocks={kind.name: (kind.count, kind.components) for kind in spec.kinds},
-        methods=tuple(method.name for method in session.methods),
+        methods=tuple(method.name for method in patched.methods),
         backends={
-            op: session.ops.backend_for(op, weight.device, transformer.dtype)
+            op: patched.ops.backend_for(op, weight.device, transformer.dtype)
             for op in (
                 "gated_residual",
                 "norm_modulate",
@@ -178,34 +185,34 @@ def explain_session(
         image_tokens=image,
         text_tokens=text,
         reuse_share=count.reuse_share(plan),
-        macs=sum(part.macs(steps, tokens, not session.eager) for part, steps, tokens in stages),
+        macs=sum(part.macs(steps, tokens, not patched.eager) for part, steps, tokens in stages),
         linear_macs=count.linear_macs(plan.reuse, steps),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        cache_bytes=max(_slot_bytes(session, part, steps) for part, steps, _ in stages)
+        cache_bytes=max(_slot_bytes(patched, part, steps) for part, steps, _ in stages)
         + (count.key_bytes() if any(active) else 0)
-        + (0 if session.eager else count.prompt_bytes()),
+        + (0 if patched.eager else count.prompt_bytes()),
         modulation_bytes=0
-        if session.eager
+        if patched.eager
         else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
-        packed_bytes=sum(layer.weight.nbytes for layer in session.linears if packs(layer.weight)),
+        packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
-        collapse=_collapse(session, plan, bool(partial)),
+        collapse=_collapse(patched, plan, bool(partial)),
     )
 
 
-def _collapse(session: Any, plan: RunPlan, partial: bool) -> str:
+def _collapse(patched: Any, plan: RunPlan, partial: bool) -> str:
     """What becomes of runs of reused outputs in a model whose gates allow sums; empty for others."""
-    if plan.reuse is None or not session.spec.shared_gates:
+    if plan.reuse is None or not patched.spec.shared_gates:
         return ""
-    if session.eager:
+    if patched.eager:
         return "off on the reference backend"
     if partial:
         return "off: steps compute a part of the tokens"
-    if not session.may_collapse():
+    if not patched.may_collapse():
         return "off: hooks look at blocks"
     lengths = sorted(len(s.cells) for step in plan.sums for s in set(step.made.values()))
     if not lengths:
@@ -214,33 +221,33 @@ def _collapse(session: Any, plan: RunPlan, partial: bool) -> str:
     return f"{len(lengths)} times {between} outputs are kept as 3 sums"
 
 
-def _slot_bytes(session: Any, count: Cost, plan: RunPlan) -> int:
+def _slot_bytes(patched: Any, count: Cost, plan: RunPlan) -> int:
     """Most bytes of slots; a lower precision makes them smaller."""
-    names = [method.cache_dtype for method in session.methods if method.cache_dtype is not None]
+    names = [method.cache_dtype for method in patched.methods if method.cache_dtype is not None]
     itemsize = min([count.itemsize, *(getattr(torch, name).itemsize for name in names)])
     return count.cache_bytes(plan, itemsize)
 
 
-def run_speedup(session: Any, transformer: nn.Module) -> float:
+def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> float:
     """Multiply-accumulates of the last run as the stock model would do them, over those that it did.
 
     Both branches of guidance and all images of a batch follow one plan, so their number cancels out.
     """
-    run = session.run
     if run is None or not run.records:
         return 1.0
     steps = sorted(run.records)
     actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
     plan = RunPlan(len(steps), run.plan.reuse, actions)
     size = Size(run.image_tokens, run.text_tokens)
-    count = Cost(session.adapter, transformer, session.spec, size, 1, 1)
+    count = Cost(patched.adapter, transformer, patched.spec, size, 1, 1)
     dense = count.macs(RunPlan(len(steps), None, ()))
     tokens = [run.records[step].tokens for step in steps]
     lengths = [run.image_tokens] * len(steps)
-    if run.resolution is not None:
-        lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
+    resolution = run.resolution
+    if resolution is not None:
+        lengths = resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
     spent = sum(
-        count.at(length).macs(plan.part(first, last), tokens[first:last], not session.eager)
+        count.at(length).macs(plan.part(first, last), tokens[first:last], not patched.eager)
         for length, first, last in _runs(lengths)
     )
     return dense / spent

@@ -6,6 +6,8 @@ the straight line from the sample along the model's output ends. It is decoded o
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,16 @@ class Frames:
         self._adapter = adapter
         self._pipeline = pipeline
         self.grid: tuple[int, int] = (0, 0)
+        self._run: Callable[[], Any] = lambda: None
 
-    def start(self) -> None:
-        """Forget an earlier run."""
+    def begin(self, run: Any) -> bool:
+        """Forget an earlier run and watch this one; not one that begins inside a run that is watched."""
+        before = self._run()
+        if before is not None and before.live and before.first is not None:
+            return False
+        self._run = weakref.ref(run)
         self.latents.clear()
+        return True
 
     def add(self, scheduler: Any, velocity: Tensor, timestep: Any, sample: Tensor) -> None:
         """Keep the estimate of the step that `scheduler` is about to do."""

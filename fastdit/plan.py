@@ -118,6 +118,15 @@ def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequenc
     return sums if any(step.made for step in sums) else ()
 
 
+def everywhere(spec: ModelSpec, flags: int) -> list[dict[str, int]]:
+    """The same flags for each component that there is, per block of all kinds in running order."""
+    return [
+        {name: flags for name in kind.components if (block, name) not in kind.absent}
+        for kind in spec.kinds
+        for block in range(kind.count)
+    ]
+
+
 def lower(
     schedule: Schedule,
     spec: ModelSpec,

@@ -1,4 +1,4 @@
-"""What a run did, from the session's record."""
+"""What a run did, from its own record."""
 
 from __future__ import annotations
 
@@ -157,14 +157,13 @@ class Report:
         )
 
 
-def report_session(session: Any, flop_speedup: float) -> Report:
-    """The report of a session's last run; warns when a method did nothing."""
-    names = tuple(method.name for method in session.methods)
-    run = session.run
+def report_run(patched: Any, run: Any, flop_speedup: float) -> Report:
+    """The report of a run, or of none; warns when a method did nothing."""
+    names = tuple(method.name for method in patched.methods)
     records = [] if run is None else [run.records[step] for step in sorted(run.records)]
     reused = sum(record.reused for record in records)
-    acts = any(method.writes for method in session.methods)
-    active = _active(session.adapter, run)
+    acts = any(method.writes for method in patched.methods)
+    active = _active(patched.adapter, run)
     stages = _stages(run)
     live = reused > 0 or bool(active) or any(s.coarse.any() for s in stages) or not acts
     if records and not live:
@@ -193,7 +192,8 @@ def report_session(session: Any, flop_speedup: float) -> Report:
 
 def _stages(run: Any) -> tuple[StageReport, ...]:
     """The stages that have ended; waits for the device."""
-    if run is None or run.resolution is None:
+    resolution = None if run is None else run.resolution
+    if resolution is None:
         return ()
     return tuple(
         StageReport(
@@ -203,21 +203,22 @@ def _stages(run: Any) -> tuple[StageReport, ...]:
             (record.stage.sigmas[0], record.stage.sigmas[-1]),
             record.layout.levels().bool().cpu().numpy(),
         )
-        for record in run.resolution.records
+        for record in resolution.records
     )
 
 
 def _active(adapter: Any, run: Any) -> dict[int, np.ndarray]:
     """Step -> mask of the tokens it computed; waits for the device once."""
-    if run is None or run.tokens is None:
+    tokens = None if run is None else run.tokens
+    if tokens is None or not tokens.tokens:
         return {}
     grid = adapter.grid(run.latents, run.positions, run.patch)
     found = {}
-    for step, rows in run.tokens.history.items():
-        if run.tokens_from + step in run.records:
-            mask = np.zeros((rows.shape[0], run.tokens.tokens), dtype=bool)
+    for step, rows in tokens.history.items():
+        if tokens.first + step in run.records:
+            mask = np.zeros((rows.shape[0], tokens.tokens), dtype=bool)
             np.put_along_axis(mask, rows.cpu().numpy().astype(np.int64), True, axis=1)
-            found[run.tokens_from + step] = mask.reshape(rows.shape[0], *grid)
+            found[tokens.first + step] = mask.reshape(rows.shape[0], *grid)
     return found
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from fastdit import selection
 from fastdit.edges import top_rows
+from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.layout import SIDE, Layout
-from fastdit.methods.ralu import RALU, Stage
+from fastdit.methods.base import MethodRun, Step
+from fastdit.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -40,34 +42,78 @@ class StageRecord:
     estimate: Tensor
 
 
-@dataclass
-class ResolutionRun:
+class ResolutionRun(MethodRun):
     """The layouts of one run.
 
     Attributes:
-        method: Who decides.
-        adapter: Of the model, which knows its latents.
-        ops: The ops to use.
-        pipeline: Decodes a picture for its edges.
         index: The stage.
-        layout: Its tokens; None before the run's first call.
+        stages: All of them.
+        now: The layout of the stage's tokens; None before the run's first call.
         records: The stages that have ended.
         memory: Free space of the adapter that lives as long as the stage: tables of positions.
     """
 
-    method: RALU
-    adapter: Any
-    ops: Any
-    pipeline: Any
-    index: int = 0
-    layout: Layout | None = None
-    records: list[StageRecord] = field(default_factory=list)
-    memory: dict[Any, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.stages = self.method.stages()
+    def __init__(self, method: Any, run: Any) -> None:
+        super().__init__(method, run)
+        self.index = 0
+        self.stages = method.stages()
+        self.now: Layout | None = None
+        self.records: list[StageRecord] = []
+        self.memory: dict[Any, Any] = {}
+        self.adapter, self.ops = run.patched.adapter, run.patched.ops
         self._generators: list[torch.Generator] = []
         self._text = 0
+
+    # ---- hooks
+
+    def layout(self, call: Any) -> Layout:
+        """The layout of this call's tokens, made at the first."""
+        name, run = self.method.name, self.run
+        if torch.is_grad_enabled():
+            raise ArgumentError(
+                f"{name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
+            )
+        if run.first:
+            raise ScheduleError(
+                f"{name} starts from noise, but this run begins at step {run.first} of {run.steps}"
+            )
+        if self.now is None:
+            arguments = call.arguments
+            cells = self.adapter.cells(arguments, run.patch)
+            if any(side % 2 for side in cells):
+                scale = run.patch * getattr(run.pipeline(), "vae_scale_factor", 8)
+                raise ArgumentError(
+                    f"height and width must be multiples of {2 * scale} for {name}, "
+                    f"got {cells[0] * scale} x {cells[1] * scale}"
+                )
+            text = arguments.embeddings[0].shape[1]
+            self.begin(cells, text, arguments.hidden_states.device)
+        return self.now
+
+    def begin_step(self, scheduler: Any, sample: Tensor) -> None:
+        """The initial latents seed the noise; a stage's last step leads to where it ends."""
+        run = self.run
+        if run.step == run.first:
+            self.seed(sample)
+        arrival = self.arrival(run.step)
+        if arrival is not None:
+            scheduler.sigmas[run.step + 1] = arrival
+
+    def end_step(self, step: Step) -> None:
+        """What the scheduler made becomes, at the end of a stage, the state that the next one begins with."""
+        run = self.run
+        if run.step == run.first:
+            self.settle(step.latents)
+        if self.arrival(run.step) is not None:
+            self.finish(step.velocity, step.latents)
+            step.scheduler.sigmas[run.step + 1] = self.departure
+
+    def end(self) -> None:
+        """Only the records stay."""
+        self.memory.clear()
+        self._generators.clear()
+
+    # ---- stages
 
     @property
     def stage(self) -> Stage:
@@ -80,7 +126,7 @@ class ResolutionRun:
         if self.method.steps[1]:
             self.method.split_count(cells[0] * cells[1] // 4, text)  # refuse now what it refuses
         level = 0 if self.stage.layout == "full" else 1
-        self.layout = Layout.uniform(cells, level, device)
+        self.now = Layout.uniform(cells, level, device)
 
     def seed(self, latents: Tensor) -> None:
         """Make a generator for each of the initial latents [B, ...]."""
@@ -93,9 +139,9 @@ class ResolutionRun:
 
     def settle(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
-        if self.layout.kind != "full":
+        if self.now.kind != "full":
             state = self._field(latents)
-            self.layout.write(self.layout.read(state, self.ops), state, self.ops)
+            self.now.write(self.now.read(state, self.ops), state, self.ops)
 
     def arrival(self, step: int) -> float | None:
         """The noise level at which a step ends its stage, None for other steps."""
@@ -105,16 +151,16 @@ class ResolutionRun:
     def finish(self, velocity: Tensor, latents: Tensor) -> None:
         """End the stage: `latents`, where the scheduler says `velocity` led, become those of the next stage, if any."""
         state = self._field(latents)
-        x = self.layout.read(state, self.ops)
-        v = self.layout.read(self._field(velocity), self.ops)
+        x = self.now.read(state, self.ops)
+        v = self.now.read(self._field(velocity), self.ops)
         exact = torch.promote_types(x.dtype, torch.float32)
         clean = x.to(exact) - self.stage.sigmas[-1] * v.to(exact)
-        self.records.append(StageRecord(self.stage, self.layout, self._picture(clean)))
+        self.records.append(StageRecord(self.stage, self.now, self._picture(clean)))
         if self.index + 1 < len(self.stages):
             self.index += 1
             self.memory.clear()
             x = self._transition(x)
-            self.layout.write(x, state, self.ops)
+            self.now.write(x, state, self.ops)
 
     @property
     def departure(self) -> float:
@@ -128,7 +174,9 @@ class ResolutionRun:
         found = []
         for record in self.records:
             estimate = record.estimate
-            decoded = torch.cat([selection.decode(self.pipeline, one) for one in estimate.split(1)])
+            decoded = torch.cat(
+                [selection.decode(self._pipeline(), one) for one in estimate.split(1)]
+            )
             side = 2 if record.layout.kind == "coarse" else 1
             decoded = decoded.repeat_interleave(side, -1).repeat_interleave(side, -2)
             levels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -137,7 +185,7 @@ class ResolutionRun:
 
     def _transition(self, x: Tensor) -> Tensor:
         """The state of the stage that begins, and its layout, from that of the one before."""
-        stage, before, noise = self.stage, self.layout, self.method.noise
+        stage, before, noise = self.stage, self.now, self.method.noise
         batch, _, width = x.shape
         full, parity = stage.layout == "full", self.method.mode == "parity"
         rows = self._all_coarse(batch) if full else self._chosen()
@@ -158,35 +206,39 @@ class ResolutionRun:
             raster=before.cells[1] if full else None,
         )
         coarse = before.coarse - rows.shape[1]
-        self.layout = (
+        self.now = (
             Layout.uniform(before.cells, 0, x.device)
             if full
             else Layout(before.cells, table, coarse)
         )
         return x
 
+    def _pipeline(self) -> Any:
+        """What decodes."""
+        return self.run.pipeline() or self.run.patched.pipeline()
+
     def _all_coarse(self, batch: int) -> Tensor:
-        return torch.arange(self.layout.coarse, device=self.layout.table.device).expand(batch, -1)
+        return torch.arange(self.now.coarse, device=self.now.table.device).expand(batch, -1)
 
     def _chosen(self) -> Tensor:
-        method, cells = self.method, tuple(side // 2 for side in self.layout.cells)
+        method, cells = self.method, tuple(side // 2 for side in self.now.cells)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
-        energy = selection.energy(method.selector, clean, cells, self.pipeline, clipped)
-        return top_rows(energy, method.split_count(self.layout.tokens, self._text))
+        energy = selection.energy(method.selector, clean, cells, self._pipeline(), clipped)
+        return top_rows(energy, method.split_count(self.now.tokens, self._text))
 
     def _picture(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
-        height, width = self.layout.cells
-        if self.layout.kind == "coarse":
+        height, width = self.now.cells
+        if self.now.kind == "coarse":
             height, width = height // 2, width // 2
             grid = tokens.unflatten(1, (height, width)).unflatten(3, (-1, SIDE, SIDE))
         else:
             cells = tokens.new_empty(
                 tokens.shape[0], height, width, SIDE, SIDE, tokens.shape[2] // SIDE**2
             )
-            self.layout.write(tokens, cells, self.ops)
+            self.now.write(tokens, cells, self.ops)
             grid = cells.permute(0, 1, 2, 5, 3, 4)
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _field(self, latents: Tensor) -> Tensor:
-        return self.adapter.field(latents, self.layout.cells)
+        return self.adapter.field(latents, self.now.cells)

@@ -12,16 +12,24 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import numpy as np
 
+from fastdit import files
 from fastdit.conditions import Conditions
-from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
-from fastdit.schedule import DEFAULT_KIND, MAX_FILE_BYTES, Schedule
+from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.schedule import (
+    DEFAULT_KIND,
+    MAX_BITS,
+    MAX_FILE_BYTES,
+    Schedule,
+    check_names,
+    expect,
+)
 from fastdit.spec import ModelSpec
 
 FORMAT = "fastdit.router"
@@ -30,6 +38,22 @@ VERSION = 1
 LIMIT = 5.0
 TAU = 0.1
 _TENSOR = "logits."
+_FACTS = {
+    "format": str,
+    "version": int,
+    "components": dict,
+    "family": (str, NoneType),
+    "conditions": dict,
+    "tau": (int, float),
+    "provenance": dict,
+}
+_CONDITIONS = {
+    "scheduler": (str, NoneType),
+    "timesteps": (list, NoneType),
+    "image_tokens": (int, NoneType),
+    "guidance": (int, float, NoneType),
+    "true_guidance": (int, float, NoneType),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,26 +84,32 @@ class Router:
                 f"logits has block kinds {sorted(self.logits)}, components has {sorted(self.components)}; "
                 "they must be the same and not empty"
             )
-        logits = {}
+        logits, names = {}, {}
         for kind, given in self.logits.items():
-            array = np.array(given, dtype=np.float32)
-            if array.ndim != 3 or 0 in array.shape or np.isnan(array).any():
+            names[kind] = check_names(kind, self.components[kind])
+            try:
+                array = np.array(given, dtype=np.float32)
+            except (TypeError, ValueError) as error:
+                raise ScheduleError(f"logits of {kind!r} must be numbers: {error}") from error
+            if array.ndim != 3 or 0 in array.shape or not (array > -np.inf).all():
                 raise ScheduleError(
-                    f"logits of {kind!r} must be numbers of shape [steps, blocks, components], got {array.shape}"
+                    f"logits of {kind!r} must be numbers of shape [steps, blocks, components], inf where the model "
+                    f"has no such component, got {array.shape}"
                 )
-            if array.shape[2] != len(self.components[kind]):
+            if array.shape[2] != len(names[kind]):
                 raise ScheduleError(
                     f"logits of {kind!r} are for {array.shape[2]} components, "
-                    f"named are {list(self.components[kind])}"
+                    f"named are {list(names[kind])}"
                 )
             array.setflags(write=False)
             logits[kind] = array
+        if not any(np.isfinite(array).any() for array in logits.values()):
+            raise ScheduleError("logits must be finite for at least one component, all are inf")
         steps = {kind: len(array) for kind, array in logits.items()}
         if len(set(steps.values())) > 1:
             raise ScheduleError(
                 f"logits must have the same number of steps for every block kind, got {steps}"
             )
-        names = {kind: tuple(self.components[kind]) for kind in logits}
         object.__setattr__(self, "logits", MappingProxyType(logits))
         object.__setattr__(self, "components", MappingProxyType(names))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
@@ -192,7 +222,8 @@ class Router:
         """
         if self.family is not None and self.family != spec.family:
             raise ScheduleError(
-                f"the router was trained on a {self.family} model, this one is {spec.family}"
+                f"the router was trained on a {self.family} model, this one is {spec.family}; "
+                "dataclasses.replace(router, family=None) runs it all the same"
             )
         self.schedule().check(spec)
 
@@ -200,14 +231,14 @@ class Router:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a router file."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         facts = {
             "format": FORMAT,
             "version": VERSION,
             "components": {kind: list(names) for kind, names in self.components.items()},
             "family": self.family,
-            "conditions": asdict(self.conditions),
+            "conditions": self.conditions.facts,
             "tau": self.tau,
             "provenance": dict(self.provenance),
         }
@@ -216,7 +247,8 @@ class Router:
             header = json.dumps(facts, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
-        save_file(tensors, os.fspath(path), metadata={"fastdit": header})
+        # Not `save_file`, whose files nobody but their owner may read.
+        Path(path).write_bytes(save(tensors, metadata={"fastdit": header}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
@@ -228,13 +260,15 @@ class Router:
         from safetensors import SafetensorError, safe_open
 
         try:
-            if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
-                raise ScheduleError(f"{size} bytes, a router has at most {MAX_FILE_BYTES}")
+            files.check_regular(path, MAX_FILE_BYTES)
             with safe_open(os.fspath(path), framework="numpy") as file:
-                facts = json.loads((file.metadata() or {}).get("fastdit", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                facts = files.parse((file.metadata() or {}).get("fastdit", "null"))
+                names = list(file.keys())
+                if wrong := [n for n in names if file.get_slice(n).get_dtype() != "F32"]:
+                    raise ScheduleError(f"tensors must be float32, {wrong} are not")
+                tensors = {name: file.get_tensor(name) for name in names}
             return cls._from_file(facts, tensors)
-        except (FastDiTError, SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError) as error:  # the last from the content, too
             raise ScheduleError(f"{path}: not a router file: {error}") from error
 
     @classmethod
@@ -245,16 +279,19 @@ class Router:
             raise ScheduleError(
                 f"version must be {VERSION}, got {facts.get('version')!r}; a newer fastdit may read it"
             )
-        if wrong := [name for name, t in tensors.items() if t.dtype != np.float32]:
-            raise ScheduleError(f"tensors must be float32, {wrong} are not")
-        given = dict(facts["conditions"])
-        if given.get("timesteps") is not None:
-            given["timesteps"] = tuple(map(float, given["timesteps"]))
+        expect(facts, "metadata", _FACTS)
+        conditions = {"true_guidance": None} | facts["conditions"]
+        expect(conditions, "conditions", _CONDITIONS)
+        timesteps = conditions["timesteps"]
+        if timesteps is not None:
+            if not all(type(time) in (int, float) for time in timesteps):
+                raise ScheduleError("conditions.timesteps must be numbers")
+            timesteps = tuple(map(float, timesteps))
         return cls(
             {name.removeprefix(_TENSOR): tensor for name, tensor in tensors.items()},
-            {kind: tuple(names) for kind, names in facts["components"].items()},
+            facts["components"],
             facts["family"],
-            Conditions(**given),
+            Conditions(**{**conditions, "timesteps": timesteps}),
             facts["tau"],
             facts["provenance"],
         )
@@ -281,6 +318,7 @@ class Router:
         Raises:
             ScheduleError: The file cannot be read safely, or holds something else.
         """
+        components = check_names(DEFAULT_KIND, components)
         rows = _checkpoint_rows(path)
         blocks, rest = divmod(rows.shape[1], len(components))
         if rest:
@@ -295,7 +333,7 @@ class Router:
         logits = rows.reshape(len(rows), blocks, len(components))
         return cls(
             {DEFAULT_KIND: logits},
-            {DEFAULT_KIND: tuple(components)},
+            {DEFAULT_KIND: components},
             family,
             conditions or Conditions(),
             provenance={"imported": Path(path).name},
@@ -316,10 +354,16 @@ def check_tau(tau: Any) -> float:
 def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
     """[T, N] by ascending i, through torch's reader of plain tensors."""
     import argparse
+    import zipfile
 
     import torch
 
     try:
+        files.check_regular(path, MAX_FILE_BYTES)
+        if zipfile.is_zipfile(path):  # what it holds may be packed to a thousandth of its size
+            with zipfile.ZipFile(path) as packed:
+                if sum(part.file_size for part in packed.infolist()) > MAX_FILE_BYTES:
+                    raise ScheduleError(f"it unpacks to more than {MAX_FILE_BYTES} bytes")
         # Both projects store their command line beside the tensors, a class without behaviour.
         with torch.serialization.safe_globals([argparse.Namespace]):
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -327,7 +371,14 @@ def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
         names = [f"{i}.prob" for i in range(len(found))]
         if not names or set(found) != set(names):
             raise ScheduleError(f"entries must be '0.prob' to '{len(found) - 1}.prob'")
-        return np.stack([found[name].detach().to(torch.float32).numpy() for name in names])
+        rows = [found[name].detach() for name in names]
+        # A view of one stored number may have any size.
+        if any(row.ndim != 1 for row in rows) or sum(map(len, rows)) > MAX_BITS:
+            raise ScheduleError(
+                f"entries must be vectors of together at most {MAX_BITS} numbers, got shapes "
+                f"{sorted({tuple(row.shape) for row in rows})}"
+            )
+        return np.stack([row.to(torch.float32).numpy() for row in rows])
     # What torch raises of a file that is none depends on its first bytes.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdit import ecad_file
+from fastdit import ecad_file, files
 from fastdit.errors import ScheduleError
 from fastdit.spec import BlockKind, ModelSpec
 
@@ -33,8 +33,8 @@ VERSION = 1
 DEFAULT_KIND = "transformer_blocks"
 MAX_FILE_BYTES = 64 << 20
 MAX_COUNT = 1 << 14
+MAX_KINDS = 64
 MAX_BITS = 1 << 26
-MAX_MESSAGE = 500
 
 
 class Bindable(Protocol):
@@ -245,18 +245,8 @@ class Schedule:
             ScheduleError: The file cannot be read, or is not a valid schedule; names the file and what is wrong.
         """
         try:
-            size = os.path.getsize(path)
-            if size > MAX_FILE_BYTES:
-                raise ScheduleError(
-                    f"{path}: {size} bytes, a schedule has at most {MAX_FILE_BYTES}"
-                )
-            text = Path(path).read_text(encoding="utf-8")
-        except ScheduleError:
-            raise
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # also bytes that are no text, and paths that are none
+            text = files.read_text(path, MAX_FILE_BYTES)
+        except (OSError, ValueError) as error:  # also bytes that are no text
             raise ScheduleError(f"{path}: not a readable schedule file: {error}") from error
         try:
             return cls.from_json(text)
@@ -266,16 +256,13 @@ class Schedule:
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Parse JSON text of :meth:`to_json` or of ECAD's layout. Raises ScheduleError on anything else."""
+        if not isinstance(text, str):
+            raise ScheduleError(f"text must be a str, got {type(text).__name__}")
         try:
-            return cls._from_document(
-                json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
-            )
-        except ScheduleError as error:
-            raise ScheduleError(_clipped(str(error))) from error
-        except (ValueError, RecursionError, TypeError) as error:
-            raise ScheduleError(
-                f"not valid JSON: {type(error).__name__}: {_clipped(str(error))}"
-            ) from error
+            document = files.parse(text.removeprefix("\ufeff"))
+        except ValueError as error:
+            raise ScheduleError(f"not valid JSON: {error}") from error
+        return cls._from_document(document)
 
     @classmethod
     def _from_document(cls, document: Any) -> Schedule:
@@ -347,7 +334,12 @@ def _ungrouped(layer: Layer, kind: BlockKind) -> Layer:
     return _layer(kind.name, bits, tuple(name for name, _ in parts))
 
 
-def _layer(kind: str, bits: Any, components: Any) -> Layer:
+def check_names(kind: Any, components: Any) -> tuple[str, ...]:
+    """The component names of a block kind.
+
+    Raises:
+        ScheduleError: They, or the kind, are no names: distinct strings of characters that can be printed.
+    """
     if isinstance(components, str) or not isinstance(components, Sequence):
         raise ScheduleError(
             f"components of {kind!r} must be a sequence of names, got {components!r}"
@@ -355,12 +347,18 @@ def _layer(kind: str, bits: Any, components: Any) -> Layer:
     names = tuple(components)
     if (
         not names
-        or not all(isinstance(name, str) and name for name in names)
+        or not all(isinstance(name, str) and name and name.isprintable() for name in (kind, *names))
         or len(set(names)) < len(names)
     ):
         raise ScheduleError(
-            f"components of {kind!r} must be distinct non-empty strings, got {names!r}"
+            f"components of {kind!r} must be distinct non-empty strings of printable characters, and so must the "
+            f"block kind, got {names!r}"
         )
+    return names
+
+
+def _layer(kind: str, bits: Any, components: Any) -> Layer:
+    names = check_names(kind, components)
     try:
         array = np.asarray(bits)
     except (TypeError, ValueError) as error:
@@ -383,11 +381,6 @@ def _layer(kind: str, bits: Any, components: Any) -> Layer:
     return Layer(names, array)
 
 
-def _clipped(message: str) -> str:
-    """What a file says may be long."""
-    return message if len(message) <= MAX_MESSAGE else message[: MAX_MESSAGE - 3] + "..."
-
-
 def _dumps(document: Mapping[str, Any]) -> str:
     try:
         return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
@@ -399,28 +392,24 @@ def _canonical(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ScheduleError("a JSON object has the same key twice")
-    return result
+def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Refuse what is no object with exactly these fields of these types.
 
-
-def _no_constants(name: str) -> None:
-    raise ScheduleError(f"{name} is not a JSON value")
-
-
-def _expect(document: Any, where: str, fields: Mapping[str, type]) -> None:
+    Raises:
+        ScheduleError: Naming the place and the field.
+    """
     if not isinstance(document, dict):
         raise ScheduleError(f"{where} must be an object, got {type(document).__name__}")
     if set(document) != set(fields):
         raise ScheduleError(
             f"{where} must have exactly the fields {sorted(fields)}, got {sorted(document)}"
         )
-    for name, kind in fields.items():
-        if type(document[name]) is not kind:
+    for name, kinds in fields.items():
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if type(document[name]) not in kinds:
             raise ScheduleError(
-                f"{where}.{name} must be {kind.__name__}, got {type(document[name]).__name__}"
+                f"{where}.{name} must be {' or '.join(kind.__name__ for kind in kinds)}, "
+                f"got {type(document[name]).__name__}"
             )
 
 
@@ -441,15 +430,19 @@ def _parse(document: Any) -> Schedule:
     }
     if isinstance(document, dict) and document.get("format", FORMAT) != FORMAT:
         raise ScheduleError(f"format must be {FORMAT!r}, got {document['format']!r}")
-    _expect(document, "schedule", header)
+    expect(document, "schedule", header)
     if document["version"] != VERSION:
         raise ScheduleError(
             f"version must be {VERSION}, got {document['version']}; a newer fastdit may read it"
         )
     steps = _count(document["steps"], "steps")
+    if len(document["blocks"]) > MAX_KINDS:
+        raise ScheduleError(
+            f"blocks may have at most {MAX_KINDS} block kinds, got {len(document['blocks'])}"
+        )
     bits, components = {}, {}
     for kind, entry in document["blocks"].items():
-        _expect(entry, f"blocks.{kind}", {"count": int, "components": list, "bits": list})
+        expect(entry, f"blocks.{kind}", {"count": int, "components": list, "bits": list})
         count = _count(entry["count"], f"blocks.{kind}.count")
         width = count * _count(len(entry["components"]), f"number of blocks.{kind}.components")
         if steps * width > MAX_BITS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +19,29 @@ import numpy as np
 START_SHIFT, START_Z = 3.0, 2.0
 SHIFT_BOUNDS, Z_BOUNDS = (0.5, 10.0), (2.0, 100.0)
 POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run.
+
+    Attributes:
+        layout: "coarse", "mixed" or "full".
+        first: Its first step, counted over the run.
+        sigmas: Noise levels, one more than it has steps.
+        scale, deviation: The state that enters it is scale * x + deviation * z; (1, 0) in the first.
+    """
+
+    layout: str
+    first: int
+    sigmas: tuple[float, ...]
+    scale: float = 1.0
+    deviation: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Transformer steps."""
+        return len(self.sigmas) - 1
 
 
 def sigma_grid(start: float, end: float, shift: float, steps: int) -> list[float]:

@@ -12,34 +12,102 @@ import torch
 from torch import Tensor
 
 from fastdit.errors import ArgumentError
-from fastdit.methods.ras import RAS, ActiveTokens
+from fastdit.methods.base import MethodRun, Step
 
 
-class TokenRun:
+class TokenRun(MethodRun):
     """The active tokens of one run.
 
     Attributes:
-        method: Who decides.
-        tokens: Image tokens, N.
-        plan: What each step computes, counted from the run's first executed step; None where it is dense.
-        rows: [B, K] active tokens of the step that comes, or None before a dense one.
-        history: Step -> its rows, for the report.
+        first: The run's step from which steps count here: its first executed one, or the full resolution's.
+        tokens: Image tokens, N; 0 before the first call that has them.
+        plan: What each step computes, counted from `first`; None where it is dense.
+        active: [B, K] tokens of the step that comes, or None before a dense one.
+        history: Step -> its tokens, for the report.
     """
 
-    def __init__(self, method: RAS, steps: int, tokens: int, ops: Any) -> None:
-        self.method = method
-        self.tokens = tokens
-        self.plan = method.active(steps, tokens)
-        self.rows: Tensor | None = None
+    def __init__(self, method: Any, run: Any) -> None:
+        super().__init__(method, run)
+        self.first = 0
+        self.tokens = 0
+        self.plan: list[Any] = []
+        self.active: Tensor | None = None
         self.history: dict[int, Tensor] = {}
-        self._steps = steps
-        self._ops = ops
+        self._steps = 0
         self._drops: Tensor | None = None
         self._age: Tensor | None = None
 
-    def at(self, step: int) -> ActiveTokens | None:
+    def rows(self, call: Any) -> Tensor | None:
+        """The active tokens; None for all, also where a CFG branch is seen for the first time."""
+        if not self._acts(call):
+            return None
+        arguments, run = call.arguments, self.run
+        if torch.is_grad_enabled() and arguments.hidden_states.requires_grad:
+            raise ArgumentError(
+                f"{self.method.name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
+            )
+        if not self.tokens:
+            self.lay_out(run.patched.adapter.moved_tokens(arguments))
+        planned = self.at(run.step - self.first) is not None
+        batch, rows = arguments.hidden_states.shape[0], self.active
+        if not planned or rows is None or call.branch.velocity is None or batch % rows.shape[0]:
+            return None
+        return rows.repeat(batch // rows.shape[0], 1).long()
+
+    def keeps_keys(self, call: Any) -> bool:
+        """Whether this step or the next has fewer tokens; with a schedule, which may reuse an attention, all do."""
+        if not self._acts(call):
+            return False
+        coming = self.at(self.run.step - self.first + 1)
+        return call.rows is not None or coming is not None or bool(self.run.plan.actions)
+
+    def output(self, call: Any, sample: Tensor) -> Tensor:
+        """The velocities of all tokens: those that were left out keep theirs."""
+        if not self._acts(call):
+            return sample
+        branch, run = call.branch, self.run
+        if call.rows is None:
+            branch.velocity, given = (
+                sample.clone(),
+                sample,
+            )  # the caller may write into what it gets
+        else:
+            branch.velocity = run.patched.adapter.scatter_output(
+                sample, call.rows, branch.velocity, run.patch
+            )
+            given = branch.velocity.clone()
+        if run.scheduler is None:
+            run.outputs.append(branch.velocity)
+        return given
+
+    def end_step(self, step: Step) -> None:
+        """Choose the active tokens of the next step."""
+        if self.tokens and step.velocity is not None:
+            run = self.run
+            patches = run.patched.adapter.patches(step.velocity, run.patch)
+            self.observe(run.step - self.first, patches, step.delta)
+
+    def end(self) -> None:
+        """Only the history stays."""
+        self.active = self._drops = self._age = None
+
+    def at(self, step: int) -> Any:
         """The plan of a step; dense beyond its end."""
         return self.plan[step] if step < len(self.plan) else None
+
+    def _acts(self, call: Any) -> bool:
+        return call.layout is None or call.layout.kind == "full"
+
+    def lay_out(self, tokens: int) -> None:
+        """Lay out the plan, now that the number of tokens is known."""
+        run = self.run
+        resolution = run.resolution
+        self.first = resolution.stage.first if resolution is not None else run.first or 0
+        self.tokens, self._steps = tokens, run.steps - self.first
+        self.plan = self.method.active(self._steps, tokens)
+        # A component that computes some rows does not replace what the others hold.
+        dense = (None,) * self.first
+        run.plan_partial(tuple(step is not None for step in (*dense, *self.plan)))
 
     def observe(self, step: int, velocity: Tensor, delta: Any) -> None:
         """Choose the active tokens of the step after `step`.
@@ -51,7 +119,7 @@ class TokenRun:
         Raises:
             ArgumentError: Parity with several images, or a velocity of other tokens; the run ends with its first step.
         """
-        self.rows = None
+        self.active = None
         found = velocity.shape[1] * velocity.shape[2]
         if found != self.tokens:
             raise ArgumentError(
@@ -69,19 +137,19 @@ class TokenRun:
             self._age = None
             return
         if parity:
-            self.rows = self._choose_as_published(velocity, delta, coming)
+            self.active = self._choose_as_published(velocity, delta, coming)
         else:
-            self.rows = self._choose(velocity, coming)
-        self.history[step + 1] = self.rows
+            self.active = self._choose(velocity, coming)
+        self.history[step + 1] = self.active
 
-    def _choose(self, velocity: Tensor, coming: ActiveTokens) -> Tensor:
+    def _choose(self, velocity: Tensor, coming: Any) -> Tensor:
         method, batch = self.method, velocity.shape[0]
         if self._drops is None or self._drops.shape[0] != batch:
             self._drops = torch.zeros(batch, self.tokens, dtype=torch.int32, device=velocity.device)
             self._age = None
         if method.max_age and self._age is None:
             self._age = torch.zeros_like(self._drops)
-        rows, _ = self._ops.token_select(
+        rows, _ = self.run.patched.ops.token_select(
             velocity,
             self._drops,
             coming.keep,
@@ -93,7 +161,7 @@ class TokenRun:
         )
         return rows
 
-    def _choose_as_published(self, velocity: Tensor, delta: Any, coming: ActiveTokens) -> Tensor:
+    def _choose_as_published(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor:
         """The published rule, roundings included: metric in the model's dtype, ties as torch.sort leaves them."""
         method = self.method
         if self._drops is None:
@@ -101,7 +169,7 @@ class TokenRun:
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
         moved = (
             torch.as_tensor(delta) * velocity[0]
-        )  # by the sigmas' own difference, not rounded first
+        )  # the sigmas' own difference, not rounded first
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
         metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)

@@ -60,7 +60,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """Stands for `fastdit.graphs.CudaCapture`.
+    """Stands for `fastdit.runtime.graphs.CudaCapture`.
 
     Attributes:
         tapes: All of them.
@@ -73,9 +73,6 @@ class Tapes:
         self.outside: dict[int, Tensor] = {}
         self.fails: int | None = None
         self._written: set[int] = set()
-
-    def serves(self, device: torch.device) -> bool:
-        return True
 
     def __call__(
         self, compute: Callable[[], Any], device: torch.device

@@ -11,7 +11,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import Cached, Schedule
-from fastdit.install import LINK
+from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
@@ -281,7 +281,11 @@ def test_nothing_writes_into_a_slot(family):
     session = model.__dict__[LINK]
     with torch.no_grad(), handle.run(range(4)):
         model(**tiny_models.call(family, 2, step=0))
-        kept = [t for slot in session.run.branches[0].slots.values() for t in tensors(slot)]
+        kept = [
+            t
+            for slot in next(iter(session.last_run().branches.values())).slots.values()
+            for t in tensors(slot)
+        ]
         before = [tensor.clone() for tensor in kept]
         for step in range(1, 4):
             model(**tiny_models.call(family, 2, step=step))

@@ -6,6 +6,7 @@ Runs the commands in this process on saved pipelines of random weights; see `sav
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_demo_writes_the_grid_and_prints_the_table(folder, tmp_path):
     assert arms == ["unpatched", "fewer steps", "every(2)", "fewer steps", "every(3)"], output
     assert all(len(line) <= 80 for line in lines if not line.startswith("pictures:"))
     assert "PSNR (in dB)" in output
+    assert "medians of 2 interleaved calls each" in output.replace("\n", " ")
     assert "whole pipeline calls" in output.replace("\n", " ")
     assert str(out) in output
     with Image.open(out) as picture:
@@ -107,10 +109,12 @@ def test_demo_runs_a_schedule_file(folder, schedule_file, tmp_path):
 
 def test_demo_draws_the_stages_of_a_run(folder, tmp_path):
     output = run(
-        *("demo", PROMPT, "--model", folder, "--ralu", "schnell", "--repeats", 1),
+        *("demo", PROMPT, "--model", folder, "--ralu", "sd35-turbo", "--repeats", 1),
         *("--steps", 2, "--out", tmp_path / "a.png"),
     )
-    assert "RALU schnell" in output
+    assert "RALU sd35-turbo" in output
+    assert "one call each" in output
+    assert "medians" not in output
     assert str(tmp_path / "a-stages.png") in output
     with Image.open(tmp_path / "a-stages.png") as picture:
         assert picture.width == 2 * MARGIN + 4 * 256 + 3 * GAP
@@ -205,6 +209,18 @@ def test_python_dash_m():
     assert "Traceback" not in done.stderr
 
 
+def test_a_name_of_a_file_that_is_no_text(schedule_file, tmp_path):
+    odd = bytes(tmp_path) + b"/\xff.json"
+    Path(os.fsdecode(odd)).write_bytes(schedule_file.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "fastdit", "schedule", "convert", odd, odd],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"schedule: " in done.stdout
+
+
 def test_importing_the_command_line_is_light():
     code = (
         "import sys, fastdit; before = set(sys.modules); import fastdit.cli; "
@@ -290,6 +306,97 @@ def test_outputs_that_cannot_be_written(folder, schedule_file, tmp_path):
     (tmp_path / "folder.png").mkdir()
     assert "--out" in refused(*arguments, tmp_path / "folder.png")
     assert "--png" in refused("schedule", "show", schedule_file, "--png", tmp_path / "a.txt")
+
+
+def test_folders_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    search = ("search", "--model", folder, "--prompts", tmp_path / "file", "--out")
+    train = ("train-router", "--model", folder, "--checkpoints")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert "--out must be a folder" in refused(*search, out)
+        assert "--checkpoints must be a folder" in refused(*train, out)
+
+
+def test_a_disk_that_fails_ends_in_one_line(schedule_file, tmp_path, monkeypatch):
+    from fastdit.cli import raster
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "a.png")
+
+    monkeypatch.setattr(raster, "save_raster", full)
+    output = run("schedule", "show", schedule_file, "--png", tmp_path / "a.png", code=2)
+    assert output.splitlines()[-1].startswith("error: [Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "9" * 5000])
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_an_environment_that_makes_no_sense(folder, tmp_path, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    arguments = ("train-router", "--model", folder, "--out", tmp_path / "a.safetensors")
+    assert f"environment variable {name} must be a whole number" in refused(*arguments)
+    if name == "WORLD_SIZE":
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a circle")
+        arguments = ("search", "--model", folder, "--prompts", prompts, "--out", tmp_path / "found")
+        assert f"environment variable {name}" in refused(*arguments)
+
+
+def test_processes_that_cannot_meet(folder, tmp_path, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = ("train-router", "--model", folder, "--out", tmp_path / "a.safetensors")
+    assert "the processes of the launch could not meet" in refused(*arguments)
+
+
+def test_what_a_terminal_would_obey_is_spelt_out(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"format": "\x1b[2J\x07\udcff"}))
+    message = refused("schedule", "show", tmp_path / "a.json")
+    assert "\x1b" not in message
+    assert "x1b[2J" in message
+    given = {"\x1b[2J\udcff": "\x1b[31m\udcff"}
+    fastdit.Schedule.from_bits([[[1]]], ["ff"], given).save(tmp_path / "b.json")
+    output = run("schedule", "show", tmp_path / "b.json")
+    assert "\x1b" not in output
+    assert "x1b[31m" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("demo", "--threads", 10**6),
+        ("demo", "--steps", 10**6),
+        ("explain", "--steps", 10**6),
+        ("explain", "--height", 10**9),
+        ("explain", "--batch", 10**9),
+        ("search", "--threads", 10**6),
+        ("search", "--workers", 10**6),
+        ("search", "--steps", 10**6),
+        ("search", "--population", 10**9),
+        ("search", "--images-per-prompt", 10**9),
+        ("search", "--seed", 2**63),
+        ("search", "--image-seed", 2**63),
+        ("train-router", "--threads", 10**6),
+        ("train-router", "--steps", 10**6),
+        ("train-router", "--batch", 10**9),
+        *(
+            ("train-router", option, value)
+            for option in ("--guidance", "--target", "--tau", "--beta", "--lr", "--spread")
+            for value in ("nan", "inf")
+        ),
+        *(("train-router", "--target", value) for value in (0, 1)),
+        *(("train-router", "--tau", value) for value in (-0.1, 1)),
+        *(("train-router", option, -1) for option in ("--beta", "--lr", "--spread")),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused_before_the_work(
+    folder, tmp_path, command, option, value
+):
+    out = ("--out", tmp_path / "found") if command == "search" else ()
+    output = run(command, "--model", folder, *out, option, value, code=2)
+    assert f"Invalid value for '{option}'" in output
+    assert not (tmp_path / "found").exists()
 
 
 def test_a_size_the_pipeline_refuses(folder, tmp_path):

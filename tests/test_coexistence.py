@@ -19,8 +19,8 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Schedule
-from fastdit.install import LINK, is_installed
 from fastdit.patch import handle_of
+from fastdit.runtime.install import LINK, is_installed
 from oracle import Oracle, random_bits
 from snapshot import snapshot
 

@@ -209,7 +209,7 @@ def test_resolve_steps(pipeline):
     every = [fastdit.Cached(fastdit.Schedule.every(2))]
     assert resolve_steps(pipeline, every, None) == 28
     assert resolve_steps(pipeline, every, 3) == 3
-    spec = fastdit.patch(pipeline)._session.spec
+    spec = fastdit.patch(pipeline)._patched.spec
     fastdit.unpatch(pipeline)
     fixed = [fastdit.Cached(fastdit.Schedule.every(2).bind(spec, 5))]
     assert resolve_steps(pipeline, fixed, None) == 5

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastdit
 import tiny_models
 from fastdit import Cached, Dense, Schedule
-from fastdit.install import LINK
+from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 

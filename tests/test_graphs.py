@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ SPARSE = ("sd3", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina")
 def tapes(monkeypatch):
     """What captures in place of CUDA."""
     made = Tapes()
-    monkeypatch.setattr("fastdit.graphs.CudaCapture", lambda: made)
+    members = {"__new__": lambda cls: made, "serves": staticmethod(lambda device: True)}
+    monkeypatch.setattr("fastdit.runtime.graphs.CudaCapture", type("Stand", (), members))
     return made
 
 
@@ -275,6 +277,63 @@ def test_a_copied_pipeline_records_its_own_runs(replayed):
         assert fastdit.report(other).graphs == mode
     same_bits(draw("sd3", pipe, 2), eager[2])
     assert handle.report().graphs == "replayed"
+
+
+def sibling_of(pipe):
+    """Another pipeline over the same transformer, with a scheduler of its own."""
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    made = type(pipe)(**{**pipe.components, "scheduler": scheduler})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_recording_serves_one_run_at_a_time(method, replayed):
+    """A run inside a run of its kind is eager, whatever the outer one does with the recording; and so the other way."""
+    pipe, handle, eager = replayed(method)
+    other, modes = sibling_of(pipe), []
+
+    def nested(pipe, step, timestep, given):
+        if step == 2:
+            inner.append(draw("sd3", other, 1))
+            modes.append(handle.report().graphs)
+        return {}
+
+    for seed in range(3):
+        inner = []
+        same_bits(draw("sd3", pipe, seed, callback_on_step_end=nested), eager[seed])
+        assert handle.report().graphs == "replayed"
+        same_bits(inner[0], eager[1])
+    assert modes == ["since another run of its kind is in progress"] * 3
+    same_bits(draw("sd3", other, 2), eager[2])
+    assert handle.report().graphs == "replayed"
+
+
+def test_runs_of_two_kinds_are_replayed_at_once(replayed):
+    pipe, handle, eager = replayed()
+    other, modes = sibling_of(pipe), []
+    wide = {"height": 16, "width": 8, "batch": 2}
+    expected = draw("sd3", reference_of(pipe), 1, **wide)
+
+    def nested(pipe, step, timestep, given):
+        if step == 2:
+            same_bits(draw("sd3", other, 1, **wide), expected)
+            modes.append(handle.report().graphs)
+        return {}
+
+    for seed in range(3):
+        same_bits(draw("sd3", pipe, seed, callback_on_step_end=nested), eager[seed])
+        assert handle.report().graphs == "replayed"
+    assert modes == MODES[:3]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_threads_with_graphs_have_the_bits_of_eager_runs(workers, replayed):
+    pipe, _, eager = replayed()
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(lambda s: draw("sd3", sibling_of(pipe), s), i % 3) for i in range(12)]
+    for i, job in enumerate(jobs):
+        same_bits(job.result(), eager[i % 3])
 
 
 def loop(model, handle, seed, autocast_from=STEPS):

@@ -9,7 +9,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance
 from fastdit import modulation
-from fastdit.install import is_installed
+from fastdit.runtime.install import is_installed
 from tiny_models import generate
 
 STEPS = 6

@@ -14,8 +14,8 @@ import tiny_models
 from contract import distance, same_bits
 from fastdit import packed
 from fastdit.errors import ArgumentError, BackendError
-from fastdit.install import is_installed
 from fastdit.packed import PackedWeights
+from fastdit.runtime.install import is_installed
 from tiny_models import generate
 from tolerance import assert_close
 
@@ -115,7 +115,7 @@ def test_a_run_with_packed_weights_is_the_run_without(name, few_rows):
     report = handle.report()
     assert 0 < report.packed_bytes <= handle.explain(steps=STEPS).packed_bytes
     assert "packed weights" in str(report)
-    assert handle._session.run.packed.nbytes == 0  # nothing outlives the run
+    assert handle._patched.last_run().packed.nbytes == 0  # nothing outlives the run
     with handle.disabled():
         stock = generate(pipe, name, steps=STEPS)
     handle.unpatch()

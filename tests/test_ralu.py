@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,6 +260,12 @@ class Pictures:
         return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 3, 5, 1)
 
 
+def stages_of(method, pipeline=None):
+    """The stages of a run without a model."""
+    patched = SimpleNamespace(adapter=Pictures(), ops=bind())
+    return ResolutionRun(method, SimpleNamespace(patched=patched, pipeline=lambda: pipeline or 1))
+
+
 @pytest.mark.parametrize("mode", ["fixed", "parity"])
 def test_noise_is_white_after_each_transition(mode):
     """From data 0, the state must be the next time's noise: variance (1 - s)^2 and no correlation of any pixels.
@@ -266,25 +273,25 @@ def test_noise_is_white_after_each_transition(mode):
     With the published unit variance, tokens that were not split have (1 - s)^2 (1 + c).
     """
     method = dataclasses.replace(SHORT, noise=0.2, mode=mode, split=0.5)
-    run = ResolutionRun(method, Pictures(), bind(), None)
+    run = stages_of(method)
     cells, channels, batch = (4, 4), 4096, 2
     run.begin(cells, 0, torch.device("cpu"))
     latents = torch.randn(batch, channels, 8, 8)
     run.seed(latents)
     for index in (1, 2):
-        before = run.layout
+        before = run.now
         end = method.stages()[index - 1].sigmas[-1]
         tokens = torch.randn(batch, before.tokens, channels * 4) * end
-        run.layout.write(tokens, run._field(latents), run.ops)
+        run.now.write(tokens, run._field(latents), run.ops)
         run.finish(torch.zeros_like(latents), latents)
         assert run.index == index
-        found = run.layout.read(run._field(latents), run.ops)
+        found = run.now.read(run._field(latents), run.ops)
         pixels = found.unflatten(2, (channels, 4)).transpose(2, 3).flatten(1, 2)
         covariance = torch.stack([image @ image.T / channels for image in pixels])
         variance = method.stages()[index].deviation ** 2
-        extra = torch.zeros(batch, run.layout.tokens)
+        extra = torch.zeros(batch, run.now.tokens)
         if mode == "parity":  # what was coarse and stayed so, and then what was fine
-            kept = run.layout.table[..., 0] == 1
+            kept = run.now.table[..., 0] == 1
             if index == 2:
                 fine = before.table[:, before.coarse :].long()
                 kept = torch.zeros(batch, 4, 4, dtype=torch.bool)
@@ -301,7 +308,7 @@ def test_noise_is_white_after_each_transition(mode):
 def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     """Without noise the transition leaves the picture as it is, or copies tokens of 2 x 2 pixels as published."""
     method = dataclasses.replace(SHORT, noise=0.2, mode=mode, split=0.5)
-    run = ResolutionRun(method, Pictures(), bind(), None)
+    run = stages_of(method)
     run.begin((4, 4), 0, torch.device("cpu"))
     small = torch.randn(2, 3, 4, 4)
     latents = small.repeat_interleave(2, 2).repeat_interleave(2, 3)
@@ -318,7 +325,7 @@ def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     for index in (1, 2):
         run.finish(torch.zeros_like(latents), latents)
         expected = method.stages()[index].scale * expected
-        fine = run.layout.levels()[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3) == 0
+        fine = run.now.levels()[:, None].repeat_interleave(2, 2).repeat_interleave(2, 3) == 0
         torch.testing.assert_close(
             latents[fine.expand_as(latents)], expected[fine.expand_as(latents)]
         )
@@ -332,17 +339,17 @@ def test_edges_below_mid_grey_are_seen_or_clipped(mode, monkeypatch):
     picture[:, :, 40:56, 36:44] = -0.05
     monkeypatch.setattr("fastdit.selection.decode", lambda pipeline, latents: picture)
     method = dataclasses.replace(SHORT, selector="edges", mode=mode, split=0.25)
-    run = ResolutionRun(method, Pictures(), bind(), object())
+    run = stages_of(method, object())
     run.begin((4, 4), 0, torch.device("cpu"))
     latents = torch.randn(1, 3, 8, 8)
     run.seed(latents)
     run.finish(torch.zeros_like(latents), latents)
-    fine = (run.layout.levels()[0, ::2, ::2] == 0).flatten().tolist()
+    fine = (run.now.levels()[0, ::2, ::2] == 0).flatten().tolist()
     assert fine == [mode == "parity", False, False, mode == "fixed"]
 
 
 def test_seeds_follow_each_image():
-    run = ResolutionRun(SHORT, Pictures(), bind(), None)
+    run = stages_of(SHORT)
 
     def draws(latents):
         run.seed(latents)
@@ -625,7 +632,7 @@ def test_compiled_blocks_run_the_stages():
     wanted = generate(pipe, "flux", **given)
     torch._dynamo.reset()
     counter = CompileCounter()
-    for block in handle_of(pipe.transformer)._session.blocks:
+    for block in handle_of(pipe.transformer)._patched.blocks:
         block.compile(backend=counter)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         same_bits(generate(pipe, "flux", **given), wanted)
@@ -647,7 +654,7 @@ def test_another_number_of_steps_is_refused_by_set_timesteps(name):
         pipe.scheduler.set_timesteps(8)
     with pytest.raises(ScheduleError, match="num_inference_steps=7"):
         generate(pipe, name, steps=8, **SIZE)
-    assert handle._session.run is None
+    assert not handle._patched.live_runs()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -657,7 +664,7 @@ def test_sizes_that_do_not_halve_are_refused(name):
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ArgumentError, match="height and width must be multiples of 4 for RALU"):
         generate(pipe, name, steps=7, height=16, width=22)
-    assert handle._session.run is None
+    assert not handle._patched.live_runs()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -686,15 +693,22 @@ def test_a_run_that_does_not_start_from_noise_is_refused(name):
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ScheduleError, match="RALU starts from noise, but this run begins at step"):
         generate(pipe, name, steps=7, **SIZE)
-    assert handle._session.run is None
+    assert not handle._patched.live_runs()
 
 
-def test_a_scheduler_put_in_later_is_refused():
-    pipe = tiny_models.pipeline("sd3")
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_scheduler_put_in_later_is_led_too(name):
+    """Also in the very call in which it is met, when the pipeline has taken its timesteps."""
+    pipe = tiny_models.pipeline(name)
     fastdit.patch(pipe, SHORT)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
-    with pytest.raises(ScheduleError, match="the scheduler was replaced after patching"):
-        generate(pipe, "sd3", steps=7, **SIZE)
+    expected = generate(pipe, name, steps=7, **SIZE)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    for _ in range(2):
+        same_bits(generate(pipe, name, steps=7, **SIZE), expected)
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    if name == "sd3":  # FLUX's pipeline itself refuses it
+        with pytest.raises(UnsupportedModelError, match="got FlowMatchHeunDiscreteScheduler"):
+            generate(pipe, name, steps=4, **SIZE)
 
 
 def test_a_call_outside_of_a_run_is_refused():
@@ -738,7 +752,7 @@ def test_a_controlnet_is_refused():
             timestep=torch.ones(1),
             block_controlnet_hidden_states=[torch.randn(1, 96, 32)],
         )
-    assert handle._session.run is None
+    assert not handle._patched.live_runs()
 
 
 def test_gradients_are_refused():
@@ -780,7 +794,7 @@ def test_caches_drop_where_the_tokens_change(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT, Cached(Schedule.every(7)))
     found = generate(pipe, name, steps=7, batch=2, **SIZE)
-    records = handle._session.run.records
+    records = handle._patched.last_run().records
     computing = [step for step, record in records.items() if record.computed]
     assert computing == [0, 2, 4]
     assert handle.explain(steps=7, **SIZE).reuse_share == pytest.approx(4 / 7)
@@ -854,7 +868,7 @@ def test_a_stage_takes_rows_by_its_own_noise_levels():
             said = handle.explain(steps=7, **SIZE).resampled
         with pytest.warns(UserWarning, match="schedule of 20 steps"):
             generate(pipe, "sd3", steps=7, **SIZE)
-        assert handle._session.run.plan.reuse.rows == said
+        assert handle._patched.last_run().plan.reuse.rows == said
         found.append(said)
     assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
     sigmas = FlowMatchEulerDiscreteScheduler()
@@ -937,7 +951,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     handle = fastdit.patch(pipe, method, *methods)
     found = as_picture(name, pipe(**given).images)
     if left_out != "outputs":
-        history = handle._session.run.tokens.history
+        history = handle._patched.last_run().tokens.history
         assert list(history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():
@@ -1003,13 +1017,13 @@ def test_explain_counts_the_tokens_of_each_stage():
     assert said.tokens_per_step == tuple(SHORT.tokens(96, 5))
     # The arithmetic of each stage is that of the stock model on so many tokens, but for the prompt's projection, which
     # is done once in each of three stages.
-    adapter, model = handle._session.adapter, pipe.transformer
+    adapter, model = handle._patched.adapter, pipe.transformer
     total = (3 - 7) * adapter.prompt_macs(model, fastdit.adapters.base.Size(96, 5))
     for tokens in SHORT.tokens(96, 5):
         size = fastdit.adapters.base.Size(tokens, 5)
         total += adapter.overhead_macs(model, size) + sum(
             adapter.macs(model, kind.name, getattr(model, kind.name)[block], part, size)
-            for kind, block, part in handle._session.spec.components()
+            for kind, block, part in handle._patched.spec.components()
         )
     assert said.macs == total
     with pytest.raises(ScheduleError, match="the run has 9"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,11 +54,21 @@ def chosen(monkeypatch):
         if not isinstance(self.method, Chosen):
             real(self, step, velocity, delta)
             return
-        self.rows = self.method.choose(step, velocity, None)
-        if self.rows is not None:
-            self.history[step + 1] = self.rows
+        self.active = self.method.choose(step, velocity, None)
+        if self.active is not None:
+            self.history[step + 1] = self.active
 
     monkeypatch.setattr(TokenRun, "observe", observe)
+
+
+def token_run(method, steps, tokens, backend=None):
+    """The choice of tokens in a run without a model."""
+    patched = SimpleNamespace(ops=fastdit.ops.bind(backend))
+    run = SimpleNamespace(patched=patched, steps=steps, first=0)
+    run.resolution, run.plan_partial = None, lambda _: None
+    made = TokenRun(method, run)
+    made.lay_out(tokens)
+    return made
 
 
 def calls_per_step(name: str) -> int:
@@ -68,7 +79,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._session.run.tokens.history
+    history = handle._patched.last_run().tokens.history
     handle.unpatch()
     return latents, history
 
@@ -170,7 +181,7 @@ def test_parity_rounds_as_published(dtype, metric):
     steps, size = 28, 32
     choose = published(0.5, steps, 4, (12, 20), 0.3, metric)
     method = RAS(mode="parity", high_ratio=0.3, metric=metric)
-    run = TokenRun(method, steps, (size // 2) ** 2, fastdit.ops.bind("reference"))
+    run = token_run(method, steps, (size // 2) ** 2, "reference")
     draw = torch.Generator().manual_seed(0)
     sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
     patches = find_adapter(tiny_models.transformer("sd3")).patches
@@ -178,20 +189,20 @@ def test_parity_rounds_as_published(dtype, metric):
         velocity = torch.randn(1, 16, size, size, generator=draw, dtype=torch.float64).to(dtype)
         run.observe(step, patches(velocity, 2), sigmas[step + 1] - sigmas[step])
         expected = choose(step, velocity, sigmas)
-        assert (run.rows is None) == (expected is None)
-        assert expected is None or run.rows.tolist() == expected.tolist(), step
+        assert (run.active is None) == (expected is None)
+        assert expected is None or run.active.tolist() == expected.tolist(), step
 
 
 def test_a_dense_step_resets_the_ages():
     """Tokens 0 to 3 have the small metric and are dropped, but for every third step."""
     method = RAS(start=2, resets=(6,), align=1, max_age=2, starvation=0.0, high_ratio=0.0)
-    run = TokenRun(method, 12, 8, fastdit.ops.bind("reference"))
+    run = token_run(method, 12, 8, "reference")
     pattern = torch.randn(4, generator=torch.Generator().manual_seed(0))
     velocity = pattern * torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1, 1).expand(-1, -1, 1, 2, 2, 4)
     chosen = {}
     for step in range(11):
         run.observe(step, velocity, 1.0)
-        chosen[step + 1] = None if run.rows is None else run.rows[0].tolist()
+        chosen[step + 1] = None if run.active is None else run.active[0].tolist()
     small, large = [0, 1, 2, 3], [4, 5, 6, 7]
     since_dense = [large, large, small, large]
     assert [chosen[step] for step in range(2, 6)] == since_dense
@@ -219,7 +230,7 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
     for backend in ("reference", None):
         handle = fastdit.patch(pipe, Chosen(choose, COUNTS), *methods, backend=backend)
         found = generate(pipe, name, batch=batch, steps=STEPS)
-        tokens = [record.tokens for record in handle._session.run.records.values()]
+        tokens = [record.tokens for record in handle._patched.last_run().records.values()]
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
@@ -265,7 +276,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
         given.append((output, output.clone()))
 
     def look(pipe, step, timestep, kwargs):
-        slots = handle._session.run.branches[0].slots if step < 5 else {}
+        slots = next(iter(handle._patched.last_run().branches.values())).slots if step < 5 else {}
         storages.append({key: pointers(value) for key, value in slots.items()})
         return kwargs
 
@@ -292,7 +303,7 @@ def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeyp
     handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
     monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
     generate(pipe, name, steps=4)
-    records = handle._session.run.records
+    records = handle._patched.last_run().records
     assert [records[step].computed for step in (1, 3)] == [0, 0]
     assert records[2].computed > 0
 
@@ -368,13 +379,13 @@ def test_after_a_reset_keys_are_those_of_a_dense_step(chosen):
     keys = pipe.transformer.transformer_blocks[1].attn.to_k
 
     def look(module, args, output):
-        run = handle._session.run
+        run = handle._patched.last_run()
         if run.step == 3:  # dense again
             seen["projected"] = output
 
     def compare(pipe, step, t, values):
         if step == 3:
-            branch = handle._session.run.branches[0]
+            branch = next(iter(handle._patched.last_run().branches.values()))
             held = branch.keys[1, "attn"].k[:, :TOKENS].flatten(2)
             assert torch.equal(held, seen["projected"])
             seen["compared"] = True
@@ -397,7 +408,9 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
 
         def poison(pipe, step, t, values, row=row):
             if step == 0:
-                handle._session.run.branches[0].keys[2, "attn"].k[:, row] = float("nan")
+                next(iter(handle._patched.last_run().branches.values())).keys[2, "attn"].k[
+                    :, row
+                ] = float("nan")
             return {}
 
         found = generate(pipe, "sd3", steps=2, callback_on_step_end=poison)
@@ -421,11 +434,11 @@ def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
     counts = {1: 16, 2: 16}
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
-    session, calls = handle._session, []
+    session, calls = handle._patched, []
     real = session.ops.qkv_prologue
 
     def spy(*args, **kwargs):
-        calls.append(session.run.step)
+        calls.append(session.last_run().step)
         real(*args, **kwargs)
 
     session.ops = dataclasses.replace(session.ops, qkv_prologue=spy)
@@ -473,7 +486,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._session.run.tokens.history
+    history = handle._patched.last_run().tokens.history
     handle.unpatch()
     return found, history
 
@@ -529,7 +542,7 @@ def test_guidance_that_skips_layers_keeps_its_own_keys():
     found = generate(pipe, "sd3.5", **given)
     assert torch.isfinite(found).all()
     assert 0 < distance(found, stock) < 1
-    assert len(handle._session.run.records) == 8
+    assert len(handle._patched.last_run().records) == 8
 
 
 @pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
@@ -538,7 +551,7 @@ def test_image_to_image_starts_dense(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=10)  # strength 0.6 executes 6
-    tokens = [record.tokens for record in handle._session.run.records.values()]
+    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
     assert tokens == [32, 32, 16, 16, 16, 16]
 
 
@@ -559,11 +572,11 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._session.run.tokens.history
+    history = handle._patched.last_run().tokens.history
     assert len(history) >= 4
     for at, rows in history.items():
         before, now = (
-            handle._session.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
+            handle._patched.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
         )
         inactive = torch.ones(TOKENS, dtype=torch.bool)
         inactive[rows[0].long()] = False
@@ -604,7 +617,7 @@ def test_an_aborted_run_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, "sd3", steps=6, callback_on_step_end=abort)
     same_bits(generate(pipe, "sd3", steps=6), expected)
-    assert handle._session.cache_bytes() == 0
+    assert handle._patched.cache_bytes() == 0
 
 
 def test_two_pipelines_in_turns_do_not_touch():
@@ -643,7 +656,7 @@ def test_guidance_switched_off_in_the_run():
         pipe, "sd3", steps=6, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=watched
     )
     assert torch.isfinite(found).all()
-    tokens = [record.tokens for record in handle._session.run.records.values()]
+    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
     assert tokens == [32, 16, 16, 32, 16, 16]
 
 
@@ -673,7 +686,7 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         for step in range(3):
             model(**tiny_models.call("sd3", step=step))
             handle.advance()
-    tokens = [record.tokens for record in handle._session.run.records.values()]
+    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
     assert tokens == [32, 16, 16]
 
 
@@ -689,11 +702,11 @@ def test_old_tokens_come_back():
 
 
 def test_a_nan_in_the_velocity_is_kept_active():
-    run = TokenRun(RAS(start=1, align=1), 4, 8, fastdit.ops.bind())
+    run = token_run(RAS(start=1, align=1), 4, 8)
     velocity = torch.randn(1, 2, 4, 2, 2, 4)
     velocity[0, 1, 2, 0, 0, 0] = float("nan")
     run.observe(0, velocity, 1.0)
-    assert 6 in run.rows[0].tolist()
+    assert 6 in run.active[0].tolist()
 
 
 # --- bad input
@@ -730,7 +743,7 @@ def test_parity_refuses_several_images_at_its_first_step():
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=(), mode="parity"))
     with pytest.raises(ArgumentError, match=r'mode="parity" .* got a batch of 2'):
         generate(pipe, "sd3", batch=2, steps=5)
-    assert len(handle._session.run.records) == 1
+    assert len(handle._patched.last_run().records) == 1
     alone = generate(pipe, "sd3", steps=5)
     handle.reset()
     same_bits(generate(pipe, "sd3", steps=5), alone)
@@ -756,7 +769,7 @@ def test_a_run_too_short_is_refused_before_it_starts(method, words):
     handle = fastdit.patch(pipe, method)
     with pytest.raises(ScheduleError, match=words):
         generate(pipe, "sd3", steps=4)
-    assert handle._session.run is None
+    assert not handle._patched.live_runs()
     generate(pipe, "sd3", steps=12)
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import zlib
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -477,13 +478,131 @@ def test_measured_latency_is_resumed_from_the_ledger(tmp_path):
 # ---- the ledger
 
 
+def sealed(body: bytes) -> bytes:
+    """A line with its checksum."""
+    return body[:-1] + b',"crc":"%08x"}' % zlib.crc32(body)
+
+
+def unsealed(ledger: bytes) -> bytes:
+    """A ledger as version 1 wrote it."""
+    lines = [line[:-18] + b"}" for line in ledger.splitlines()]
+    lines[0] = lines[0].replace(b'"version":2', b'"version":1')
+    return b"".join(line + b"\n" for line in lines)
+
+
+def test_a_ledger_without_checksums_is_continued(tmp_path):
+    workers = FakeWorkers()
+    expected = described(search(tmp_path, workers=workers))
+    path = tmp_path / LEDGER
+    old = unsealed(path.read_bytes()).splitlines(keepends=True)
+    path.write_bytes(b"".join(old[:60]))
+    again = FakeWorkers()
+    assert described(search(tmp_path, workers=again)) == expected
+    assert 0 < len(again.asked) < len(workers.asked)
+    assert path.read_bytes().startswith(b"".join(old[:60]))
+    assert b'"crc":' in path.read_bytes().splitlines()[-1]
+    assert described(search(tmp_path, workers=FakeWorkers())) == expected
+
+
+def test_a_changed_byte_is_refused_by_line(tmp_path):
+    search(tmp_path)
+    path = tmp_path / LEDGER
+    content = path.read_bytes()
+    header = content.index(b"\n")
+    identity = json.loads(content[:header])["identity"]
+    random = np.random.default_rng(0)
+    places = [*range(header - 30, header + 40), *random.integers(0, len(content) - 1, 300)]
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(
+            SearchError, match=rf"line {content.count(10, 0, place) + 1} is damaged"
+        ):
+            Ledger(path, identity)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"key":"a","first":0,"last":1,"losses":[NaN]}',
+        b'{"key":"a","first":0,"last":1,"losses":[Infinity]}',
+        b'{"key":"a","first":0,"last":1,"losses":[1e999]}',
+        b'{"key":"a","first":0,"last":1,"losses":[true]}',
+        b'{"key":"a","first":0,"last":1,"losses":["1"]}',
+        b'{"key":"a","first":0,"last":1,"losses":{"0":1}}',
+        b'{"key":"a","first":0,"last":1e400,"losses":[1]}',
+        b'{"key":"a","first":0,"last":1,"losses":[' + b"9" * 5000 + b"]}",
+        b'{"key":3,"costs":{}}',
+        b'{"key":"a","costs":{"macs":NaN}}',
+        b'{"key":"a","costs":{"macs":[]}}',
+        b'{"key":"a","costs":[]}',
+        b'{"generation":1e999,"candidates":""}',
+        b'{"generation":1}',
+        b"[" * 100_000 + b"}",
+        b'{"key":' * 100_000 + b"}",
+    ],
+    ids=lambda body: body[:60].decode(),
+)
+def test_a_line_that_says_something_else_is_refused(tmp_path, body):
+    path = tmp_path / LEDGER
+    with closing(Ledger(path, {})):
+        whole = path.read_bytes()
+    for ledger in (whole + sealed(body), unsealed(whole) + body):
+        path.write_bytes(ledger + b"\n")
+        with pytest.raises(SearchError, match="line 2 is damaged") as caught:
+            Ledger(path, {})
+        assert len(str(caught.value)) <= 800
+
+
+def test_what_is_no_ledger_is_refused(tmp_path):
+    for identity in ("[]", "null", '"a"'):
+        path = tmp_path / "other"
+        body = f'{{"format":"fastdit.search-ledger","version":2,"identity":{identity}}}'
+        path.write_bytes(sealed(body.encode()) + b"\n")
+        with pytest.raises(SearchError, match="identity"):
+            Ledger(path, {})
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero", tmp_path / "missing" / LEDGER):
+        with pytest.raises(SearchError, match="cannot be opened"):
+            Ledger(path, {})
+
+
+def test_a_refused_ledger_stays_as_it_is(tmp_path):
+    path = tmp_path / LEDGER
+    path.write_bytes(b"notes of mine\nand the last line")
+    with pytest.raises(SearchError, match="line 1 is damaged"):
+        Ledger(path, {})
+    assert path.read_bytes() == b"notes of mine\nand the last line"
+
+
+def test_a_loss_that_is_not_finite_is_not_written(tmp_path):
+    with closing(Ledger(tmp_path / LEDGER, {})) as ledger:
+        for value in (math.nan, math.inf):
+            with pytest.raises(SearchError, match="must be finite"):
+                ledger.add_losses("a", 0, 1, [value])
+    assert len((tmp_path / LEDGER).read_bytes().splitlines()) == 1
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        workers = FakeWorkers()
+        with pytest.raises(ArgumentError, match="out must be a folder"):
+            ecad(lambda: None, out, WORK, SETTINGS, workers=workers)
+        assert not workers.asked
+    with pytest.raises(ArgumentError, match=r"out .* cannot be made"):
+        ecad(lambda: None, tmp_path / ("a" * 300), WORK, SETTINGS, workers=FakeWorkers())
+
+
 def test_a_cut_last_line_is_dropped_wherever_it_is_cut(tmp_path):
     expected = described(search(tmp_path))
     content = (tmp_path / LEDGER).read_bytes()
     starts = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
     for cut in (starts[0] - 5, starts[0] + 3, starts[40] - 1, starts[40] + 1, len(content) - 1):
         (tmp_path / LEDGER).write_bytes(content[:cut])
-        assert described(search(tmp_path)) == expected
+        with pytest.warns(UserWarning, match="last line was cut off"):
+            assert described(search(tmp_path)) == expected
         for line in (tmp_path / LEDGER).read_text().splitlines():
             json.loads(line)
 
@@ -531,7 +650,8 @@ def test_a_replay_that_draws_other_candidates_is_refused(tmp_path):
     lines = path.read_text().splitlines()
     index = next(i for i, line in enumerate(lines) if '"generation":2' in line)
     entry = {**json.loads(lines[index]), "candidates": "0" * 16}
-    lines[index] = json.dumps(entry)
+    del entry["crc"]
+    lines[index] = sealed(json.dumps(entry).encode()).decode()
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(SearchError, match="generation 2 has other candidates"):
         search(tmp_path)

@@ -317,3 +317,13 @@ def test_command(folder, tmp_path):
     refused = runner.invoke(commands.app, [str(a) for a in [*arguments, "--unit", "block"]])
     assert refused.exit_code == 2
     assert "unit must be one of bit, step" in refused.output
+
+
+def test_more_threads_or_workers_than_a_machine_has_are_refused(folder, tmp_path):
+    with pytest.raises(ArgumentError, match="threads must be at most 1024"):
+        Work(("a",), threads=10**6)
+    for seed in (-1, 2**63, 1.5):
+        with pytest.raises(ArgumentError, match="seed must be"):
+            Work(("a",), seed=seed)
+    with pytest.raises(ArgumentError, match="workers must be from 1 to 1024"):
+        ecad(functools.partial(load_pipeline, folder, "float32"), tmp_path, WORK, workers=10**6)

@@ -10,8 +10,8 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import Cached, Schedule
-from fastdit.install import LINK
 from fastdit.patch import handle_of
+from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
@@ -49,7 +49,7 @@ def test_caches_are_gone_before_the_autoencoder_decodes(name):
     assert held == [0]
     assert max(during) > 0
     assert session.cache_bytes() == 0
-    assert session.forward is None
+    assert session.here.call is None
 
 
 @pytest.mark.parametrize("where", ["callback", "transformer", "block"])
@@ -58,7 +58,7 @@ def test_an_aborted_run_leaves_no_state(where):
     expected = generate(pipe, "sd3", seed=2)
 
     def fail(*args, **kwargs):
-        if session.run.step == 1:
+        if session.last_run().step == 1:
             raise Stop
 
     options, hook = {}, None
@@ -70,25 +70,27 @@ def test_an_aborted_run_leaves_no_state(where):
         hook = pipe.transformer.transformer_blocks[1].norm1.linear.register_forward_hook(fail)
     with pytest.raises(Stop):
         generate(pipe, "sd3", seed=1, **options)
-    assert session.forward is None
+    assert session.here.call is None
     if hook is not None:
         hook.remove()
     same_bits(generate(pipe, "sd3", seed=2), expected)
     assert session.cache_bytes() == 0
 
 
-def test_an_aborted_run_is_dropped_by_reset():
+def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
     pipe, session = patched("sd3")
+    held = []
 
     def fail(pipe, step, timestep, tensors):
+        held.append(session.cache_bytes())
         raise Stop
 
-    with pytest.raises(Stop):
+    with pytest.raises(Stop) as kept:
         generate(pipe, "sd3", callback_on_step_end=fail)
-    assert session.cache_bytes() > 0
-    handle_of(pipe).reset()
+    assert held[0] > 0
     assert session.cache_bytes() == 0
-    assert session.run is None
+    assert not session.live_runs()
+    assert kept.value is not None
 
 
 def test_an_interrupted_run_ends_with_the_pipeline_call():
@@ -228,7 +230,7 @@ def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
     fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)))
     generate(pipe, name, steps=5, cfg=False)  # strength 0.6: steps 2, 3 and 4
     session = pipe.transformer.__dict__[LINK]
-    records = session.run.records
+    records = session.last_run().records
     assert sorted(records) == [2, 3, 4]
     computed = [records[step].computed for step in (2, 3, 4)]
     assert computed == [computed[0], computed[0], 0]
@@ -264,10 +266,10 @@ def test_a_loop_with_advance_needs_no_timesteps(loop):
     handle, model, inputs, _ = loop
     same = [{**given, "timestep": inputs[0]["timestep"]} for given in inputs]
     fastdit.unpatch(model)
-    bits = {kind: layer.bits for kind, layer in handle._session.methods[0].source.layers.items()}
+    bits = {kind: layer.bits for kind, layer in handle._patched.methods[0].source.layers.items()}
     with Oracle(model, bits).installed():
         expected = [model(**given)[0] for given in same]
-    handle = fastdit.patch(model, handle._session.methods[0], backend="reference")
+    handle = fastdit.patch(model, handle._patched.methods[0], backend="reference")
     for _ in range(2):
         with handle.run(range(5)):
             for given, wanted in zip(same, expected, strict=True):

@@ -561,6 +561,19 @@ def test_a_killed_training_goes_on_to_the_same_logits(tmp_path, at):
     assert longer.epoch == 5
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_guidance_scale_must_be_finite(value):
+    pipe = tiny_models.pipeline("dit")
+    with pytest.raises(fastdit.ArgumentError, match="guidance_scale"):
+        HarmoniCa(pipe, steps=3, prompts=[3], arguments={"guidance_scale": value})
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(fastdit.ArgumentError, match="folder must be a folder"):
+        training(folder=tmp_path / "file")
+
+
 def test_a_folder_with_another_training_is_refused(tmp_path):
     training(folder=tmp_path).fit()
     with pytest.raises(fastdit.ArgumentError, match="other beta, seed"):

@@ -39,7 +39,7 @@ class Call:
         signature: Shapes and dtypes a cached value depends on.
         positions: Where the image tokens are, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
-        tells_attention: It passes arguments on to the attention processors.
+        tells_attention: Names of the arguments that it passes on to the attention processors.
     """
 
     hidden_states: Tensor
@@ -50,7 +50,7 @@ class Call:
     signature: tuple[Any, ...]
     skips_blocks: bool
     positions: Tensor | None = None
-    tells_attention: bool = False
+    tells_attention: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,18 @@ class Adapter:
             signature,
             bool(argument("skip_layers")),
             argument("img_ids"),
-            bool(argument("joint_attention_kwargs")),
+            self._told(argument),
         )
+
+    #: what calls pass on towards attention processors that is no message to them: the scale is LoRA layers'
+    own_attention_arguments: frozenset[str] = frozenset({"scale"})
+
+    def _told(self, argument: Callable[[str], Any]) -> tuple[str, ...]:
+        found: tuple[str, ...] = ()
+        for kind in ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs"):
+            if given := argument(kind):
+                found += tuple(name for name in given if name not in self.own_attention_arguments)
+        return found
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
         """Image tokens of latents of this shape; [B, C, H, W] unless a family packs them."""
@@ -444,6 +454,9 @@ class Adapter:
         positions = memory["positions"]
         positions = positions.repeat(tokens.shape[0] // positions.shape[0], 1, 1)
         return (tokens + positions).to(tokens.dtype)
+
+    #: whether tokens of two sizes may need the family's own attention, see :meth:`owns_attention`
+    replaces_attention = False
 
     def owns_attention(self, layout: Layout, batch: int) -> bool:
         """Whether the stock attention cannot run a layout."""

@@ -360,6 +360,8 @@ class Flux(Adapter):
                     memory[key] = tuple(t[0] for t in memory[key])
         return memory[key]
 
+    replaces_attention = True
+
     def owns_attention(self, layout: Layout, batch: int) -> bool:
         """The stock one has one rotation for all images."""
         return layout.table.shape[0] > 1

@@ -145,6 +145,7 @@ class Lumina(Adapter):
         "feed_forward": ("image",),
     }
     processors = frozenset({"LuminaAttnProcessor2_0"})
+    own_attention_arguments = frozenset({"scale", "base_sequence_length"})
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """The patch embedding also hands out the rotary angles."""

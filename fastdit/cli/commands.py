@@ -1,8 +1,8 @@
 """The command line: `fastdit demo`, `explain`, `search`, `schedule`, `train-router`, `backends`.
 
-Reads arguments, calls the library, prints. Errors the library raises on purpose end as one red line
-and exit code 2, Ctrl-C as exit code 130. What is heavy (torch, diffusers, drawing) is imported by
-the command that needs it.
+Reads arguments, calls the library, prints. Errors the library raises on purpose, and those of files
+and disks, end as one red line and exit code 2, Ctrl-C as exit code 130. What is heavy (torch,
+diffusers, drawing) is imported by the command that needs it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from fastdit.cli import options
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
+from fastdit.files import check_folder
 
 if TYPE_CHECKING:
     from fastdit.cli.demo import Settings
@@ -37,8 +38,12 @@ class Commands(TyperGroup):
         """Run the command; see the module's description."""
         try:
             return super().invoke(ctx)
-        except FastDiTError as error:
-            line = " ".join(str(error).split())
+        except BrokenPipeError:
+            raise  # typer's own business: whoever read the output has enough
+        except (FastDiTError, OSError) as error:
+            from fastdit.cli.console import printable
+
+            line = printable(" ".join(str(error).split()))
             Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
             raise typer.Exit(REFUSED) from None
         except KeyboardInterrupt:
@@ -231,6 +236,7 @@ def search(
     from fastdit.search.nsga2 import require_pymoo
 
     require_pymoo()
+    check_folder(out, "--out")
     size = {name: value for name, value in (("height", height), ("width", width)) if value}
     work = Work(
         view.prompts_of(prompts, embedded=model is None),
@@ -330,6 +336,8 @@ def train_router(
     --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
     _check_output(out, "--out", ".safetensors")
+    if checkpoints is not None:
+        check_folder(checkpoints, "--checkpoints")
     import torch
 
     if threads is not None:
@@ -388,6 +396,12 @@ def backends() -> None:
 
 def main() -> None:
     """The console script `fastdit`."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # the name of a file may be no text, or not of this locale
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:

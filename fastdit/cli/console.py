@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from fastdit.schedule import Schedule
 
 MEANING = (
-    "Seconds are those of whole pipeline calls (text encoding, all steps, decoding): medians of "
-    "{calls} interleaved calls {each}. Speed-up is the median over the interleaved pairs with the "
-    "unpatched model. PSNR (in dB) and relative L2 are distances to the unpatched picture of the "
-    "same seed, in floating point over [0, 1]."
+    "Seconds are those of whole pipeline calls (text encoding, all steps, decoding): {timed}. "
+    "PSNR (in dB) and relative L2 are distances to the unpatched picture of the same seed, in "
+    "floating point over [0, 1]."
 )
 
 
@@ -61,8 +60,13 @@ def facts(lines: Sequence[Fact]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for line in lines:
-        table.add_row(line.name, Text(line.value))
+        table.add_row(Text(printable(line.name)), Text(printable(line.value)))
     return table
+
+
+def printable(text: str) -> str:
+    """Text of a file with the characters spelt out that a terminal would obey, or cannot show."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # ---- demo
@@ -106,11 +110,20 @@ def _unsteadiness(comparison: Comparison) -> float:
 
 def _meaning(comparison: Comparison, judged: bool) -> str:
     calls = comparison.settings.repeats * len(comparison.prompts)
-    text = MEANING.format(calls=calls, each="each")
+    text = MEANING.format(timed=_timed(calls, "each"))
     text += " Compute is the share of the transformer's multiply-accumulates."
     if judged:
         text += " Right: how many of the objects named have their shape and colour."
     return text
+
+
+def _timed(calls: int, each: str) -> str:
+    if calls == 1:
+        return f"one call {each}. Speed-up is over the unpatched model's call beside it"
+    return (
+        f"medians of {calls} interleaved calls {each}. Speed-up is the median over the interleaved "
+        "pairs with the unpatched model"
+    )
 
 
 def comparison_picture(comparison: Comparison, model: Model, where: str) -> Image.Image:
@@ -128,7 +141,7 @@ def comparison_picture(comparison: Comparison, model: Model, where: str) -> Imag
         rows.append(Row(prompt, tuple(tiles)))
     height, width = comparison.cells[0][0].image.shape[:2]
     title = f"fastdit demo: {model.name}, {width} x {height}, {where}, seed {settings.seed}"
-    footer = MEANING.format(calls=settings.repeats, each="per picture")
+    footer = MEANING.format(timed=_timed(settings.repeats, "per picture"))
     return draw_grid(title, headers, rows, footer)
 
 

@@ -1,7 +1,8 @@
 """What the commands run on: a diffusers pipeline from the package or from a folder, and the calls
 that draw a prompt.
 
-Folders are read from the disk alone: nothing is downloaded and no code of the folder is executed.
+Folders are read from the disk alone: nothing is downloaded and no code of the folder is executed
+(`saved.py`); weights are safetensors.
 What a pipeline is asked for follows from its own `__call__` signature; this file knows no model
 family.
 """
@@ -9,7 +10,6 @@ family.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from fastdit.errors import ArgumentError, UnsupportedModelError
+from fastdit.saved import INDEX, index_of
 
-INDEX = "model_index.json"
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS = (
     "a small red fox sitting in fresh snow, photograph",
@@ -92,12 +92,19 @@ def _read(folder: Path | None, dtype: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        # A part saved as absent (SD3 without T5) has to be named again as absent.
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        absent = {name: None for name, part in index.items() if part == [None, None]}
+        index = index_of(folder)
+    except ArgumentError as error:
+        raise ArgumentError(f"--model {error}") from error
+    # A part saved as absent (SD3 without T5) has to be named again as absent.
+    absent = {name: None for name, part in index.items() if part == [None, None]}
+    try:
         with _quiet():
             return DiffusionPipeline.from_pretrained(
-                str(folder), torch_dtype=dtype, local_files_only=True, **absent
+                str(folder),
+                torch_dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                **absent,
             )
     # What a damaged folder raises depends on the part and on the library that reads it.
     except Exception as error:

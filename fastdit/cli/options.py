@@ -5,10 +5,32 @@ Declarations only; what they mean is in `cli.py`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fastdit.launch import MAX_WORKERS
+from fastdit.schedule import MAX_COUNT
+
+MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn
+
+
+def _real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | None], float | None]:
+    """A check for what typer's own bounds cannot say: they are closed, and let NaN through."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not (math.isfinite(value) and holds(value)):
+            raise typer.BadParameter(f"{value} is not {accepted}.")
+        return value
+
+    return check
+
+
+_finite = _real("a finite number", lambda x: True)
+_at_least_0 = _real("a finite number of at least 0", lambda x: x >= 0)
 
 Prompts = Annotated[
     list[str] | None,
@@ -46,12 +68,13 @@ Ralu = Annotated[
     ),
 ]
 Steps = Annotated[
-    int | None, typer.Option(min=1, help="Steps; the schedule's, else the pipeline's default.")
+    int | None,
+    typer.Option(min=1, max=MAX_COUNT, help="Steps; the schedule's, else the pipeline's default."),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of every picture.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls per picture.")]
-Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images per run.")]
+Pixels = Annotated[int | None, typer.Option(min=1, max=MAX_SIZE, help="Pixels.")]
+Batch = Annotated[int, typer.Option(min=1, max=MAX_SIZE, help="Images per run.")]
 Guidance = Annotated[
     bool | None,
     typer.Option(
@@ -71,7 +94,8 @@ Dtype = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads; torch's default if left out.")
+    int | None,
+    typer.Option(min=1, max=MAX_WORKERS, help="CPU threads; torch's default if left out."),
 ]
 Picture = Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Where the pictures go.")]
 ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule file.")]
@@ -80,7 +104,8 @@ Raster = Annotated[
     typer.Option("--png", metavar="FILE.png", help="Draw every block, step and component here."),
 ]
 Side = Annotated[
-    int, typer.Option("--pixels", min=16, help="Side of the image whose cost is counted.")
+    int,
+    typer.Option("--pixels", min=16, max=MAX_SIZE, help="Side of the image whose cost is counted."),
 ]
 NewFile = Annotated[Path, typer.Argument(metavar="OUT", help="Where the schedule goes.")]
 Layout = Annotated[str, typer.Option(metavar="NAME", help="ecad or fastdit.")]
@@ -99,11 +124,13 @@ PromptFile = Annotated[
         help="One prompt a line; scenes of its training for the embedded model if left out.",
     ),
 ]
-SearchSteps = Annotated[int, typer.Option("--steps", min=2, help="Inference steps.")]
+SearchSteps = Annotated[int, typer.Option("--steps", min=2, max=MAX_COUNT, help="Inference steps.")]
 Generations = Annotated[int, typer.Option(min=0, help="Generations after the seeds.")]
 Population = Annotated[
     int | None,
-    typer.Option(min=2, help="Schedules per generation. [dim]default: the paper's[/dim]"),
+    typer.Option(
+        min=2, max=MAX_SIZE, help="Schedules per generation. [dim]default: the paper's[/dim]"
+    ),
 ]
 Costs = Annotated[
     list[str] | None,
@@ -118,7 +145,7 @@ QualityPath = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Weights of clip or image-reward; nothing is downloaded."),
 ]
-ImagesPerPrompt = Annotated[int, typer.Option(min=1, help="Pictures per prompt.")]
+ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MAX_SIZE, help="Pictures per prompt.")]
 Race = Annotated[
     int, typer.Option(min=0, help="Judge on so many pictures first, and stop with losers; 0: all.")
 ]
@@ -146,15 +173,22 @@ Surrogate = Annotated[
         help="Generations bred on predictions between two that are measured; 0, as in the paper: none.",
     ),
 ]
-SearchSeed = Annotated[int, typer.Option("--seed", min=0, help="Of the search.")]
-ImageSeed = Annotated[int, typer.Option(min=0, help="Of the first picture.")]
-SearchBatch = Annotated[int, typer.Option("--batch", min=1, help="Pictures per pipeline call.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes that draw; the result is the same.")]
+SearchSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the search.")]
+ImageSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the first picture.")]
+SearchBatch = Annotated[
+    int, typer.Option("--batch", min=1, max=MAX_SIZE, help="Pictures per pipeline call.")
+]
+Workers = Annotated[
+    int,
+    typer.Option(min=1, max=MAX_WORKERS, help="Processes that draw; the result is the same."),
+]
 Ray = Annotated[
     str | None,
     typer.Option(metavar="ADDRESS", help="Draw on this Ray cluster, or on a 'local' one."),
 ]
-WorkerThreads = Annotated[int, typer.Option("--threads", min=1, help="CPU threads per worker.")]
+WorkerThreads = Annotated[
+    int, typer.Option("--threads", min=1, max=MAX_WORKERS, help="CPU threads per worker.")
+]
 
 # ---- train-router
 
@@ -167,14 +201,21 @@ Checkpoints = Annotated[
         "--checkpoints", metavar="FOLDER", help="Save here, and go on with what is found here."
     ),
 ]
-RouterSteps = Annotated[int, typer.Option("--steps", min=2, help="Steps of the sampler.")]
+RouterSteps = Annotated[
+    int, typer.Option("--steps", min=2, max=MAX_COUNT, help="Steps of the sampler.")
+]
 Epochs = Annotated[int, typer.Option(min=1, help="Trajectories.")]
-TrainingBatch = Annotated[int, typer.Option(min=1, help="Images of a trajectory, all processes.")]
-Beta = Annotated[float, typer.Option(min=0, help="Weight of the compute penalty.")]
+TrainingBatch = Annotated[
+    int, typer.Option(min=1, max=MAX_SIZE, help="Images of a trajectory, all processes.")
+]
+Beta = Annotated[
+    float, typer.Option(callback=_at_least_0, help="Weight of the compute penalty, at least 0.")
+]
 Target = Annotated[
     float | None,
     typer.Option(
-        min=0, max=1, help="Share of the arithmetic to spare; beta is steered to it, not fixed."
+        callback=_real("a number in (0, 1)", lambda x: 0 < x < 1),
+        help="Share of the arithmetic to spare, in (0, 1); beta is steered to it, not fixed.",
     ),
 ]
 Pairs = Annotated[
@@ -189,7 +230,10 @@ Scheduler = Annotated[
         metavar="CLASS", help="A scheduler of diffusers to train for, in place of the pipeline's."
     ),
 ]
-Rate = Annotated[float, typer.Option("--lr", min=0, help="How far a logit moves in a trajectory.")]
+Rate = Annotated[
+    float,
+    typer.Option("--lr", callback=_at_least_0, help="How far a logit moves in a trajectory."),
+]
 LambdaForm = Annotated[
     str,
     typer.Option(metavar="NAME", help="released, published, sensitivity, or none for lambda = 1."),
@@ -198,14 +242,23 @@ LambdaEvery = Annotated[int, typer.Option(min=1, help="Trajectories between two 
 Raw = Annotated[
     bool, typer.Option("--raw", help="Do not divide lambda by its mean, as the published code.")
 ]
-Tau = Annotated[float, typer.Option(min=0, max=1, help="Components above it compute.")]
+Tau = Annotated[
+    float,
+    typer.Option(
+        callback=_real("a number in [0, 1)", lambda x: 0 <= x < 1),
+        help="Components above it compute; in [0, 1).",
+    ),
+]
 Keep = Annotated[
     str, typer.Option(metavar="NAME", help="What slots are renewed with: fresh or blended.")
 ]
-Spread = Annotated[float, typer.Option(min=0, help="Deviation of the first logits.")]
+Spread = Annotated[float, typer.Option(callback=_at_least_0, help="Deviation of the first logits.")]
 Checkpointing = Annotated[
     bool, typer.Option("--checkpointing", help="Spare memory: run blocks again going backward.")
 ]
 GuidanceScale = Annotated[
-    float | None, typer.Option("--guidance", help="Guidance scale; the pipeline's if left out.")
+    float | None,
+    typer.Option(
+        "--guidance", callback=_finite, help="Guidance scale; the pipeline's if left out."
+    ),
 ]

@@ -17,7 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastdit import files
 from fastdit.errors import ArgumentError
+from fastdit.schedule import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from fastdit.schedule import Schedule
@@ -40,7 +42,7 @@ def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
         ]
         return tuple(prompt for pair in zip(*kinds, strict=True) for prompt in pair)
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(file, MAX_FILE_BYTES).splitlines()
     except (OSError, ValueError) as error:
         raise ArgumentError(f"--prompts {file} cannot be read: {error}") from error
     found = tuple(line.strip() for line in lines if line.strip())

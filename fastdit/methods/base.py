@@ -1,25 +1,95 @@
 """What a method is: a frozen config that says, before a run, which fields of the plan it fills and with what.
 
-A method knows block kinds and component names (a :class:`~fastdit.spec.ModelSpec`), never a model family, a backend or
-a tensor. Adding one is adding a file here that exposes ``METHOD``.
+A method knows block kinds and component names (a :class:`~fastdit.spec.ModelSpec`), never a model family or a
+backend. What it keeps and decides while a run goes on is its :class:`MethodRun`, made by :meth:`Method.begin`. Adding a
+method is adding a file here that exposes ``METHOD``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from fastdit.conditions import Conditions
+from fastdit.errors import ScheduleError
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 
 class NoiseLevels(Protocol):
-    """The noise levels of runs of any number of steps, see :class:`fastdit.clock.Levels`."""
+    """The noise levels of runs of any number of steps, see :class:`fastdit.runtime.clock.Levels`."""
 
     def of(self, steps: int) -> list[float]: ...
 
     def with_own(self, own: Sequence[float]) -> NoiseLevels: ...
+
+
+@dataclass
+class Step:
+    """A step that is done, as the scheduler or the user tells it.
+
+    Attributes:
+        velocity: What the scheduler was given, guidance applied; None where nobody says.
+        delta: Difference of the sigmas over the step.
+        latents: What the scheduler returns; writing into them changes the next step.
+        scheduler: Who tells it; None for the user.
+    """
+
+    velocity: Tensor | None = None
+    delta: Any = 1.0
+    latents: Tensor | None = None
+    scheduler: Any = None
+
+
+class MethodRun:
+    """What a method keeps, and decides, during one run; each run has its own. By itself it decides nothing.
+
+    Hooks are called in the order in which they stand here, for each transformer call and then for each step. A call is
+    a :class:`fastdit.runtime.call.Call`.
+
+    Args:
+        method: The method.
+        run: The :class:`fastdit.runtime.run.Run` that begins.
+    """
+
+    def __init__(self, method: Any, run: Any) -> None:
+        self.method = method
+        self.run = run
+
+    def layout(self, call: Any) -> Any:
+        """The :class:`~fastdit.layout.Layout` of the call's tokens; None for the model's own."""
+        return None
+
+    def rows(self, call: Any) -> Tensor | None:
+        """The image tokens [B, K] that pass in this call; None for all."""
+        return None
+
+    def keeps_keys(self, call: Any) -> bool:
+        """Whether the keys and values of this call will be read by calls of fewer tokens."""
+        return False
+
+    def actions(self, call: Any, planned: Sequence[Any]) -> Sequence[Any]:
+        """What each block does in this call: flags of `plan.py` by component, or nothing where everything computes.
+
+        A cache that decides while it runs gives other ones than `planned`; what it never gives KEEP is not kept.
+        """
+        return planned
+
+    def output(self, call: Any, sample: Tensor) -> Tensor:
+        """What the transformer gives in place of `sample`: a forecast, or the sample itself."""
+        return sample
+
+    def begin_step(self, scheduler: Any, sample: Tensor) -> None:
+        """The scheduler is about to step from `sample`."""
+
+    def end_step(self, step: Step) -> None:
+        """A step is done; what is chosen here is for the next."""
+
+    def end(self) -> None:
+        """The run is over, or was broken off: free what only it needs."""
 
 
 class Method:
@@ -31,12 +101,14 @@ class Method:
         max_cache_bytes: Most bytes that caches may hold at once; None for no bound.
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
+        family: The model family that a preset's settings are for; None for settings that fit any.
     """
 
     name: str = ""
     writes: frozenset[str] = frozenset()
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
+    family: str | None = None
 
     @property
     def run_steps(self) -> int | None:
@@ -52,7 +124,20 @@ class Method:
         return None
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a model it cannot run on; called when patching, before anything changes."""
+        """Refuse a model it cannot run on; called when patching, before anything changes.
+
+        Raises:
+            ScheduleError: Naming what differs.
+        """
+        if self.family not in (None, spec.family):
+            raise ScheduleError(
+                f"this {self.name} has settings for {self.family} models, the model is of the {spec.family} family; "
+                "dataclasses.replace(method, family=None) runs them all the same"
+            )
+
+    def begin(self, run: Any) -> MethodRun | None:
+        """What the method keeps and decides in `run`; None for one whose schedule says everything."""
+        return None
 
     def schedule(
         self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None

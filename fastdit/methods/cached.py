@@ -63,6 +63,7 @@ class Cached(Method):
 
     def check(self, spec: ModelSpec) -> None:
         """The schedule must have the model's block kinds, counts and components."""
+        super().check(spec)
         self.source.check(spec)
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:

@@ -32,6 +32,7 @@ class ECAD(Cached):
         source: A :class:`~fastdit.Schedule`, or the path of a schedule file, of this package's layout or of ECAD's.
         resample: What to do in a run of another number of steps: None refuses it; "sigma" gives each step the row of
             the schedule's step whose noise level is nearest, with a warning that names the rows.
+        family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.ECAD("ours_fast.json"))
@@ -39,6 +40,7 @@ class ECAD(Cached):
     """
 
     resample: str | None = None
+    family: str | None = None
 
     name = "ECAD"
 
@@ -58,7 +60,8 @@ class ECAD(Cached):
         if (model, name) not in files:
             known = ", ".join(f"{m}/{n}" for m, n in sorted(files)) or "none"
             raise ArgumentError(f"no preset {name!r} of {model!r}; there are: {known}")
-        return cls(files[model, name], **arguments)
+        source = Schedule.load(files[model, name])
+        return cls(source, **{"family": source.provenance.get("family"), **arguments})
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
         """The schedule bound to the model, its rows mapped to the run's noise levels where that was asked for.

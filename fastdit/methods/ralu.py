@@ -25,33 +25,12 @@ from typing import Any
 from fastdit import stages
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method
+from fastdit.resolution import ResolutionRun
+from fastdit.stages import Stage
 
 SELECTORS = ("edges", "gradient", "variance")
 #: token layouts of the three stages
 LAYOUTS = ("coarse", "mixed", "full")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stage of a run.
-
-    Attributes:
-        layout: "coarse", "mixed" or "full".
-        first: Its first step, counted over the run.
-        sigmas: Noise levels, one more than it has steps.
-        scale, deviation: The state that enters it is scale * x + deviation * z; (1, 0) in the first.
-    """
-
-    layout: str
-    first: int
-    sigmas: tuple[float, ...]
-    scale: float = 1.0
-    deviation: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        """Transformer steps."""
-        return len(self.sigmas) - 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +49,7 @@ class RALU(Method):
         align: The tokens of the mixed stage, text included, are made a multiple of this; 1 leaves `split` as it is.
             128 suits GPUs.
         base_shift: The shift the model was made for; used where shifts and noise are solved.
+        family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.RALU.preset("flux-5x"))
@@ -85,6 +65,7 @@ class RALU(Method):
     mode: str = "fixed"
     align: int = 1
     base_shift: float = 3.0
+    family: str | None = None
 
     name = "RALU"
     writes = frozenset({"resolution"})
@@ -151,6 +132,7 @@ class RALU(Method):
 
         "flux-4x", "flux-5x" and "flux-7x" for FLUX.1-dev; "sd3-2x" and "sd3-3x" for SD3-medium; "schnell" and
         "sd35-turbo", whose shifts and noise were never published and are solved as the others were.
+        They run on that model's family only; `family=None` lets them run on any.
         """
         if name not in PRESETS:
             raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -173,6 +155,10 @@ class RALU(Method):
         return stages.solve(asked.steps, asked.ends, base_shift)
 
     # ---- the plan
+
+    def begin(self, run: Any) -> ResolutionRun:
+        """The token layouts of one run."""
+        return ResolutionRun(self, run)
 
     @property
     def run_steps(self) -> int:
@@ -254,22 +240,24 @@ def _number(name: str, value: Any, accepted: str, holds: Any) -> None:
         raise ArgumentError(f"{name} must be {accepted}, got {value!r}")
 
 
-def _published(*settings: Any, **more: Any) -> RALU:
+def _published(family: str, *settings: Any, **more: Any) -> RALU:
     steps, ends, shifts, noise, split = settings
-    return RALU(steps, ends, shifts, noise, split, **more)
+    return RALU(steps, ends, shifts, noise, split, family=family, **more)
 
 
 _FLUX, _DEEP = (0.3, 0.45, 1.0), (0.2, 0.3, 1.0)
 
 PRESETS = {
-    "flux-4x": _published((5, 6, 7), _FLUX, (5.019, 2.589, 2.226), 0.02506, 0.3),
-    "flux-5x": _published((4, 5, 6), _FLUX, (5.12, 2.64, 2.25), 0.0177, 0.2),
+    "flux-4x": _published("flux", (5, 6, 7), _FLUX, (5.019, 2.589, 2.226), 0.02506, 0.3),
+    "flux-5x": _published("flux", (4, 5, 6), _FLUX, (5.12, 2.64, 2.25), 0.0177, 0.2),
     # The paper's text says 0.2; its code and its count of operations say 0.1.
-    "flux-7x": _published((2, 3, 5), _DEEP, (8.141, 2.856, 2.193), 6.261**-2, 0.1),
-    "sd3-2x": _published((5, 6, 9), _DEEP, (6.21, 2.23, 1.97), 0.0586, 0.3),
-    "sd3-3x": _published((3, 3, 6), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, 0.2),
-    "schnell": _published((1, 1, 2), _FLUX, (1.008, 0.568, 0.864), 0.25, 0.3, base_shift=1.0),
-    "sd35-turbo": _published((1, 1, 2), _FLUX, (4.603, 2.277, 2.612), 38.5**-2, 0.3),
+    "flux-7x": _published("flux", (2, 3, 5), _DEEP, (8.141, 2.856, 2.193), 6.261**-2, 0.1),
+    "sd3-2x": _published("sd3", (5, 6, 9), _DEEP, (6.21, 2.23, 1.97), 0.0586, 0.3),
+    "sd3-3x": _published("sd3", (3, 3, 6), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, 0.2),
+    "schnell": _published(
+        "flux", (1, 1, 2), _FLUX, (1.008, 0.568, 0.864), 0.25, 0.3, base_shift=1.0
+    ),
+    "sd35-turbo": _published("sd3", (1, 1, 2), _FLUX, (4.603, 2.277, 2.612), 38.5**-2, 0.3),
 }
 
 METHOD = RALU

@@ -20,6 +20,7 @@ from typing import Any
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method
+from fastdit.tokens import TokenRun
 
 #: resets of the published runs, by number of steps
 PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}
@@ -69,6 +70,7 @@ class RAS(Method):
         mode: "fixed" or "parity". The published rule knows one image, so parity refuses more.
         align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
         max_age: A token that was inactive for so many steps is active at the next; None for no bound. In "fixed" only.
+        family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.RAS(ratio=0.5))
@@ -85,6 +87,7 @@ class RAS(Method):
     mode: str = "fixed"
     align: int = 64
     max_age: int | None = None
+    family: str | None = None
 
     name = "RAS"
     writes = frozenset({"rows"})
@@ -118,11 +121,16 @@ class RAS(Method):
     def preset(cls, name: str, **changes: Any) -> RAS:
         """The published settings of a model, "sd3", "lumina-next" or "flux"; `changes` are other arguments.
 
+        They run on that model's family only; `family=None` lets them run on any.
         FLUX was never published by RAS's authors: its settings are SD3's with the code's default `high_ratio`.
         """
         if name not in PRESETS:
             raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return replace(PRESETS[name], **changes)
+
+    def begin(self, run: Any) -> TokenRun:
+        """The choice of tokens in one run."""
+        return TokenRun(self, run)
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that `start` or explicit resets do not fit.
@@ -196,9 +204,9 @@ def _whole(name: str, value: Any) -> None:
 
 
 PRESETS = {
-    "sd3": RAS(high_ratio=0.3),
-    "lumina-next": RAS(schedule=Linear(256, 4)),
-    "flux": RAS(),
+    "sd3": RAS(high_ratio=0.3, family="sd3"),
+    "lumina-next": RAS(schedule=Linear(256, 4), family="lumina"),
+    "flux": RAS(family="flux"),
 }
 
 METHOD = RAS

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdit import launch
 from fastdit.errors import ArgumentError
 from fastdit.search import cost
 from fastdit.search.genome import Genome
@@ -62,6 +63,14 @@ class Work:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"{name} must be a positive int, got {value!r}")
+        if (
+            isinstance(self.seed, bool)
+            or not isinstance(self.seed, int)
+            or not 0 <= self.seed < 2**63
+        ):
+            raise ArgumentError(f"seed must be an int from 0 to {2**63 - 1}, got {self.seed!r}")
+        if self.threads > launch.MAX_WORKERS:
+            raise ArgumentError(f"threads must be at most {launch.MAX_WORKERS}, got {self.threads}")
 
     @property
     def items(self) -> int:

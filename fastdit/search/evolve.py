@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdit import files
 from fastdit.errors import ArgumentError
 from fastdit.schedule import Schedule
 from fastdit.search import cost
@@ -152,7 +153,7 @@ def evolve(
         chosen = np.linspace(0, len(even) - 1, min(len(even), population // 2)).round().astype(int)
         seeds = [*seeds, *(genome.schedule(even[index]) for index in chosen)]
     first = first_population(genome, population, seeds, settings.operators.seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder, "out")
     ledger = Ledger(folder / LEDGER, identity(work, settings, seeds, facts))
     try:
         archive = Archive(genome, work, settings.costs, settings.race, ledger, workers)

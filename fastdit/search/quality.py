@@ -96,7 +96,9 @@ class Clip:
                 folder, local_files_only=True, use_safetensors=True
             ).eval()
             self._pictures = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-            self._words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._words = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ArgumentError(f"quality 'clip': {folder} could not be loaded: {error}") from error
 

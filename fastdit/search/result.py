@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastdit import __version__
+from fastdit import __version__, files
 from fastdit.cli.raster import save_raster
 from fastdit.errors import ScheduleError
 from fastdit.schedule import Schedule
@@ -37,7 +37,7 @@ def write_result(
     """Write all but the ledger, which is there already; what an earlier search left is replaced."""
     schedules = folder / FRONT
     for path in (schedules, schedules / ECAD_LAYOUT):
-        path.mkdir(exist_ok=True)
+        files.make_folder(path, "out")
         for old in (*path.glob("*.json"), *path.glob("*.png")):
             old.unlink()
     names = [f"{index + 1:02d}" for index in range(len(search.front))]
@@ -68,6 +68,7 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
         "loss": identity["quality"],
+        "family": search.genome.spec.family,
         "model": identity["model"],
         "items": search.archive.work.items,
         "generations": len(search.generations) - 1,

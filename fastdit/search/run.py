@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from fastdit import files, launch
 from fastdit.errors import ArgumentError
 from fastdit.schedule import Schedule
 from fastdit.search.baselines import measure_baselines
@@ -53,6 +54,7 @@ def ecad(
         >>> found = fastdit.search.ecad(fastdit.tiny.load_pipeline, "search", work)
     """
     require_pymoo()
+    files.check_folder(out, "out")
     settings = settings or Settings()
     given = [s if isinstance(s, Schedule) else Schedule.load(s) for s in seeds]
     factory = pipe_or_factory
@@ -67,8 +69,8 @@ def ecad(
 
     if not isinstance(workers, int):
         return _run(Path(out), work, settings, given, workers, watch)
-    if workers < 1:
-        raise ArgumentError(f"workers must be at least 1, got {workers}")
+    if not 1 <= workers <= launch.MAX_WORKERS:
+        raise ArgumentError(f"workers must be from 1 to {launch.MAX_WORKERS}, got {workers}")
     made = InProcess(factory, work) if workers == 1 else Processes(factory, work, workers)
     with closing(made):
         return _run(Path(out), work, settings, given, made, watch)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fastdit import launch
 from fastdit.errors import FastDiTError, SearchError
 from fastdit.search.evaluator import Evaluator, Task, Work
 from fastdit.search.workers import Measured
@@ -21,7 +22,7 @@ PATIENCE = datetime.timedelta(days=7)  # ranks wait while the first one thinks
 
 def launched() -> bool:
     """Whether torchrun started this process beside others."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+    return "TORCHELASTIC_RUN_ID" in os.environ and launch.number("WORLD_SIZE", 1) > 1
 
 
 class Ranks:
@@ -35,7 +36,7 @@ class Ranks:
     def __init__(self, factory: Callable[[], Any], work: Work) -> None:
         import torch.distributed as dist
 
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        launch.join("gloo", timeout=PATIENCE)
         self._dist, self.rank, self._world = dist, dist.get_rank(), dist.get_world_size()
         self._evaluator = Evaluator(factory, work)
 

@@ -62,6 +62,8 @@ def load_pipeline(
     ------
     FileNotFoundError
         If ``folder`` holds no saved pipeline.
+    ArgumentError
+        If loading ``folder`` would run code of it.
     """
     import torch
     import transformers

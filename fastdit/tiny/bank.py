@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from fastdit import files
+from fastdit.errors import ArgumentError
 
 from . import scenes
+from .checkpoint import MAX_FILE_BYTES
 from .scenes import Scene, SceneObject
 
 if TYPE_CHECKING:
@@ -92,23 +97,38 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     """Write ``bank.safetensors`` and ``bank.json`` into ``folder``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({str(s): t for s, t in bank.latents.items()}, str(folder / "bank.safetensors"))
+    # Not `save_file`, whose files nobody but their owner may read.
+    latents = save({str(size): tensor for size, tensor in bank.latents.items()})
+    (folder / "bank.safetensors").write_bytes(latents)
     listed = {str(size): [asdict(scene) for scene in some] for size, some in bank.scenes.items()}
     (folder / "bank.json").write_text(json.dumps(listed))
 
 
 def load_bank(folder: str | Path) -> Bank | None:
-    """Read what :func:`save_bank` wrote, or return ``None``."""
+    """Read what :func:`save_bank` wrote, or return ``None``.
+
+    Raises
+    ------
+    ArgumentError
+        If there is something that cannot be read.
+    """
     folder = Path(folder)
     if not (folder / "bank.json").exists():
         return None
-    listed = json.loads((folder / "bank.json").read_text())
-    chosen = {
-        int(size): [
-            Scene(tuple(SceneObject(**item) for item in scene["objects"]), scene["background"])
-            for scene in some
-        ]
-        for size, some in listed.items()
-    }
-    latents = load_file(str(folder / "bank.safetensors"))
-    return Bank({int(size): t for size, t in latents.items()}, chosen)
+    try:
+        listed = files.parse(files.read_text(folder / "bank.json", MAX_FILE_BYTES))
+        chosen = {
+            int(size): [
+                Scene(tuple(SceneObject(**item) for item in scene["objects"]), scene["background"])
+                for scene in some
+            ]
+            for size, some in listed.items()
+        }
+        files.check_regular(folder / "bank.safetensors", MAX_FILE_BYTES)
+        latents = load_file(str(folder / "bank.safetensors"))
+        return Bank({int(size): t for size, t in latents.items()}, chosen)
+    # A list where an object belongs, a scene without its background, and so on.
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise ArgumentError(
+            f"{folder} holds no bank that can be read: {type(error).__name__}: {error}"
+        ) from error

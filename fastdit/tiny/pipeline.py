@@ -19,6 +19,8 @@ import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 
+from fastdit.saved import index_of
+
 ASSETS = Path(__file__).parent / "assets"
 GUIDANCE_SCALE = 2.5  # chosen by score on held-out prompts
 
@@ -113,6 +115,7 @@ def load_pipeline(
     folder = ASSETS if folder is None else Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"folder must hold a model_index.json, got {str(folder)!r}")
+    index_of(folder)
     with _quiet_loading():
         pipeline = TinySD3Pipeline.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True

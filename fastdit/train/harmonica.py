@@ -28,10 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdit import files
 from fastdit.cost import Cost
 from fastdit.errors import ArgumentError
 from fastdit.forward import Forward, Slots
 from fastdit.router import LIMIT, TAU, Router, check_tau
+from fastdit.schedule import MAX_FILE_BYTES, expect
 from fastdit.train import proxy
 from fastdit.train.pair import Pair
 from fastdit.train.ranks import Ranks
@@ -189,6 +191,11 @@ class HarmoniCa:
             )
         self.prompts = list(prompts)
         self.arguments = dict(arguments or {})
+        for name, value in self.arguments.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ArgumentError(f"arguments must be finite, got {name}={value}")
+        if folder is not None:
+            files.check_folder(folder, "folder")
         self.folder = None if folder is None else Path(folder)
         self.save_every = _whole("save_every", save_every)
         self.report = report
@@ -202,7 +209,7 @@ class HarmoniCa:
         """Train to the last epoch, from the last checkpoint if there is one.
 
         Raises:
-            ArgumentError: The folder holds a training with other settings.
+            ArgumentError: The folder holds a training with other settings, or a damaged one.
         """
         self._resume()
         while self.epoch < self.settings.epochs:
@@ -353,37 +360,53 @@ class HarmoniCa:
     def _save(self) -> None:
         """One safetensors file with JSON facts in its header, replaced only when it is complete."""
         if self.ranks.rank == 0:
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            tensors = {"weights": self.weights, "generator": self._generator.get_state()}
-            tensors["beta"] = torch.tensor(self.beta, dtype=torch.float64)
-            for step, row in enumerate(self.rows):
-                tensors[f"logits.{step}"] = row.detach()
-                for name, value in self.optimizer.state.get(row, {}).items():
-                    tensors[f"optimizer.{name}.{step}"] = value
-            plain = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(plain, str(self.folder / f"{STATE}.new"), {"fastdit": self._facts()})
-            os.replace(self.folder / f"{STATE}.new", self.folder / STATE)
+            plain = {name: t.cpu().contiguous().clone() for name, t in self._tensors().items()}
+            files.make_folder(self.folder, "folder")
+            new = self.folder / f"{STATE}.new"
+            # Not `save_file`, whose files nobody but their owner may read.
+            new.write_bytes(save(plain, {"fastdit": self._facts()}))
+            os.replace(new, self.folder / STATE)
         self.ranks.wait()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"weights": self.weights, "generator": self._generator.get_state()}
+        tensors["beta"] = torch.tensor(self.beta, dtype=torch.float64)
+        for step, row in enumerate(self.rows):
+            tensors[f"logits.{step}"] = row.detach()
+            for name, value in self.optimizer.state.get(row, {}).items():
+                tensors[f"optimizer.{name}.{step}"] = value
+        return tensors
 
     def _facts(self) -> str:
         facts = {"epoch": self.epoch, "settings": asdict(self.settings)}
-        facts["conditions"] = asdict(self.conditions)
+        facts["conditions"] = self.conditions.facts
         return json.dumps(facts, sort_keys=True)
 
     def _resume(self) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         if self.folder is None or not (path := self.folder / STATE).exists():
             return
-        with safe_open(str(path), framework="pt") as file:
-            facts = json.loads(file.metadata()["fastdit"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        try:
+            files.check_regular(path, MAX_FILE_BYTES)
+            with safe_open(str(path), framework="pt") as file:
+                facts = files.parse((file.metadata() or {}).get("fastdit", "null"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            expect(facts, "its metadata", {"epoch": int, "settings": dict, "conditions": dict})
+            self._check_same(facts)
+            self._take(facts["epoch"], tensors)
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise ArgumentError(
+                f"folder {str(self.folder)!r} holds no {STATE} to go on from: {error}"
+            ) from error
+
+    def _check_same(self, facts: dict[str, Any]) -> None:
         now = json.loads(self._facts())
         # More epochs than last time are a longer training, not another one.
         for found in (facts, now):
-            found["settings"].pop("epochs")
+            found["settings"].pop("epochs", None)
         if different := [
             name
             for part in ("settings", "conditions")
@@ -391,20 +414,38 @@ class HarmoniCa:
             if now[part][name] != facts[part].get(name)
         ]:
             raise ArgumentError(
-                f"folder {str(self.folder)!r} holds a training with other {', '.join(different)}: "
-                "give these again, or another folder"
+                f"it is of a training with other {', '.join(different)}: give these again, or another folder"
             )
-        self.epoch = facts["epoch"]
-        self.weights = tensors.pop("weights")
-        self.beta = float(tensors.pop("beta"))
-        self._generator.set_state(tensors.pop("generator"))
+
+    def _take(self, epoch: int, tensors: dict[str, Tensor]) -> None:
+        """Go on from what a file says, once all of it is seen to be what a training leaves."""
+        wanted = {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        for step, row in enumerate(self.rows):
+            if row.requires_grad:
+                moments = {"step": torch.zeros(()), "exp_avg": row, "exp_avg_sq": row}
+                wanted |= {f"optimizer.{key}.{step}": like for key, like in moments.items()}
+        if epoch < 1:
+            raise ValueError(f"its epoch must be at least 1, got {epoch}")
+        if wrong := sorted(set(tensors) ^ set(wanted)):
+            raise ValueError(f"it must have exactly the tensors of a training, not so are {wrong}")
+        for name, like in wanted.items():
+            found = tensors[name]
+            if found.shape != like.shape or found.dtype != like.dtype or not found.isfinite().all():
+                raise ValueError(
+                    f"{name} must be finite, {like.dtype} of shape {tuple(like.shape)}, "
+                    f"got {found.dtype} of shape {tuple(found.shape)}"
+                )
+        self._generator.set_state(tensors["generator"])
+        self.epoch, self.weights = epoch, tensors["weights"]
+        self.beta = float(tensors["beta"])
         with torch.no_grad():
             for step, row in enumerate(self.rows):
-                row.copy_(tensors.pop(f"logits.{step}"))
-        for name, value in tensors.items():
-            _, key, step = name.split(".")
-            place = "cpu" if key == "step" else self._device
-            self.optimizer.state[self.rows[int(step)]][key] = value.to(place)
+                row.copy_(tensors[f"logits.{step}"])
+        for name in wanted:
+            if name.startswith("optimizer."):
+                _, key, step = name.split(".")
+                place = "cpu" if key == "step" else self._device
+                self.optimizer.state[self.rows[int(step)]][key] = tensors[name].to(place)
 
     def _progress(self, losses: Tensor, weighted: Tensor, seconds: float) -> Progress:
         router = self.router()

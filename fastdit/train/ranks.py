@@ -13,6 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastdit import launch
+from fastdit.errors import ArgumentError
+
 
 class Ranks:
     """This process among its peers.
@@ -22,9 +25,9 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        several = launch.number("WORLD_SIZE", 1) > 1
         if several and dist.is_available() and not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            launch.join("nccl" if torch.cuda.is_available() else "gloo")
         self._together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self._together else 0
         self.count = dist.get_world_size() if self._together else 1
@@ -49,6 +52,15 @@ class Ranks:
 
 
 def take_device() -> None:
-    """Make the GPU that the launcher gave this process the one that "cuda" means."""
+    """Make the GPU that the launcher gave this process the one that "cuda" means.
+
+    Raises:
+        ArgumentError: There is no such GPU.
+    """
+    index = launch.number("LOCAL_RANK", 0)
     if torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if index >= (count := torch.cuda.device_count()):
+            raise ArgumentError(
+                f"the environment variable LOCAL_RANK must be below the {count} GPUs there are, got {index}"
+            )
+        torch.cuda.set_device(index)

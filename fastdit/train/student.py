@@ -9,6 +9,7 @@ r fresh + (1 - r) slot (HarmoniCa, arXiv 2410.01723; spec section 5).
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from fastdit.adapters import find_adapter
 from fastdit.conditions import Conditions
 from fastdit.errors import ArgumentError
 from fastdit.forward import Forward, Slots
-from fastdit.install import LINK, check_installable, install, uninstall
+from fastdit.runtime.install import LINK, check_installable, install, uninstall
 
 #: what a step may weigh its components by: a row of weights, or one of these two
 COMPUTE, STOCK = "compute", "stock"
@@ -176,6 +177,8 @@ class Trainee:
     def look(self, arguments: Mapping[str, Any]) -> tuple[Conditions, int]:
         """What a run is like and its number of text tokens, learned from a run's first transformer call."""
         found = []
+        accepted = inspect.signature(self.pipeline.__call__).parameters
+        given = {name: one.default for name, one in accepted.items()} | dict(arguments)
 
         class Look:
             def call(self, step: int, branch: int, forward: Any) -> Tensor:
@@ -183,8 +186,8 @@ class Trainee:
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.adapter.call(module, args, kwargs)
-            pipeline = self.pipeline
-            found[:] = [Conditions.of(pipeline.scheduler, call.tokens, pipeline), call.text]
+            conditions = Conditions.of(self.pipeline.scheduler, call.tokens, given)
+            found[:] = [conditions, call.text]
 
         handle = self.transformer.register_forward_pre_hook(note, with_kwargs=True)
         try:

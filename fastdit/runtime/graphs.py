@@ -5,9 +5,11 @@ before the run, so every call of it is a graph of its own: which components run,
 modulations made ahead. The first run of a kind is eager and warms up what may not happen while capturing, the second is
 captured and replayed call by call, later ones are replayed.
 
-All graphs of a session share one memory pool. A slot lives there from the call that makes it to the last one that
+The graphs of one kind of run share a memory pool. A slot lives there from the call that makes it to the last one that
 reads it, as in the run that was captured, and other calls' intermediates lie around it. That holds only in the same
 order from the first call on: a run that leaves it (a prompt swapped on the way) drops its caches and goes on eagerly.
+It holds for one run at a time, too: a recording is leased, and another run of its kind meanwhile is eager. Kinds have
+pools of their own, so that runs of two of them may go on at once.
 
 What comes from outside is copied to where the graphs read it: arguments, the rows of active tokens, timesteps. Weights
 are read where they lie, so a run whose weights or settings are elsewhere than before is another kind of run.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -35,6 +38,9 @@ _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
 Replay = Callable[[], None]
 
+#: two captures at once would each see the other's allocations
+_capturing = threading.Lock()
+
 
 class CudaCapture:
     """Captures what a function launches, on one stream, into one memory pool."""
@@ -43,13 +49,14 @@ class CudaCapture:
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
-    def serves(self, device: torch.device) -> bool:
+    @staticmethod
+    def serves(device: torch.device) -> bool:
         """Whether it can capture there."""
         return device.type == "cuda"
 
     def __call__(self, compute: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:
         """(what runs it, what `compute` returned, to be filled by a replay)."""
-        with torch.cuda.device(device):
+        with _capturing, torch.cuda.device(device):
             if self._stream is None:
                 gc.collect()  # a graph that is destroyed meanwhile would break the capture
                 self._stream = torch.cuda.Stream()
@@ -142,11 +149,15 @@ class Recording:
     """One kind of run.
 
     Attributes:
+        capture: What captures its calls, into a pool of its own.
+        lease: The one run that may warm it up, capture or replay it now.
         length: Calls of the run that warmed up; None before it.
         ready: All of its calls are captured.
         peak_bytes: Most bytes that caches held while it was captured.
     """
 
+    capture: Any
+    lease: Trace | None = None
     length: int | None = None
     calls: list[RecordedCall] = field(default_factory=list)
     inputs: dict[Any, Inputs] = field(default_factory=dict)
@@ -156,41 +167,47 @@ class Recording:
 
 
 class Graphs:
-    """The recordings of a session."""
+    """The recordings of a patched model."""
 
     def __init__(self) -> None:
-        self.capture = CudaCapture()
         self.failure: str | None = None
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
         self._told: set[str] = set()
+        self._lock = threading.Lock()
 
     def begin(
         self,
-        session: Any,
+        patched: Any,
         transformer: nn.Module,
         key: Any,
         args: Any,
         kwargs: Any,
         why: str | None = None,
     ) -> Trace | str:
-        """Follow a run from its first call on; or why it is eager, beside a reason `why` that the session has.
+        """Follow a run from its first call on; or why it is eager, beside a reason `why` that the caller has.
 
         Args:
             key: What the run does, beside its arguments.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        why = why or self.failure or _why_eager(session, transformer, self.capture, leaves)
+        why = why or self.failure or _why_eager(patched, transformer, leaves)
         if why is not None:
             if why not in self._told:
                 self._told.add(why)
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
         key = key, described(leaves, spec), fingerprint(transformer)
-        recording = self._recordings.setdefault(key, Recording())
-        self._recordings.move_to_end(key)
-        while len(self._recordings) > KINDS:
-            self._recordings.popitem(last=False)
-        return Trace(self, recording)
+        with self._lock:
+            recording = self._recordings.get(key)
+            if recording is None:
+                recording = self._recordings[key] = Recording(CudaCapture())
+            self._recordings.move_to_end(key)
+            while len(self._recordings) > KINDS:
+                self._recordings.popitem(last=False)
+            if recording.lease is not None:
+                return "since another run of its kind is in progress"
+            recording.lease = Trace(self, recording)
+            return recording.lease
 
     def drop(self, recording: Recording) -> None:
         """A run of this kind begins anew the next time."""
@@ -282,6 +299,7 @@ class Trace:
         """The run goes another way than the one that was captured, or cannot be captured."""
         self.mode = "left"
         self._graphs.drop(self._recording)
+        self._recording.lease = None
 
     def run(self, compute: Callable[[], Any], forward: Any, device: torch.device) -> Any:
         """The transformer's output, of a graph where there is one.
@@ -292,7 +310,7 @@ class Trace:
         call = self._call
         if self.mode == "captured":
             try:
-                call.replay, output = self._graphs.capture(compute, device)
+                call.replay, output = self._recording.capture(compute, device)
             except Exception as error:
                 self._graphs.failure = f"a call could not be captured: {_first_line(error)}"
                 self.leave()
@@ -310,6 +328,8 @@ class Trace:
     def end(self, peak_bytes: int) -> int:
         """The run is over, or was broken off; the most bytes that its caches held."""
         recording = self._recording
+        if recording.lease is not self:
+            return peak_bytes
         if self.mode == "warming up":
             recording.length = self._count
         elif self.mode == "captured":
@@ -319,6 +339,7 @@ class Trace:
                 self._graphs.drop(recording)
         for inputs in recording.inputs.values():
             inputs.forget()
+        recording.lease = None
         return recording.peak_bytes if self.mode == "replayed" else peak_bytes
 
 
@@ -359,12 +380,10 @@ def _settings(thing: Any) -> list[Any]:
     ]
 
 
-def _why_eager(
-    session: Any, transformer: nn.Module, capture: Any, leaves: Sequence[Any]
-) -> str | None:
+def _why_eager(patched: Any, transformer: nn.Module, leaves: Sequence[Any]) -> str | None:
     """Why a run cannot be replayed; None where it can."""
     device = transformer.device
-    if not capture.serves(device):
+    if not CudaCapture.serves(device):
         return f"since the transformer is on {device.type}"
     for leaf in leaves:
         if isinstance(leaf, Tensor):
@@ -373,7 +392,7 @@ def _why_eager(
         elif not isinstance(leaf, _CONSTANTS):
             return f"since it is given a {type(leaf).__name__}"
     hooks = (*transformer._forward_hooks.values(), *transformer._forward_pre_hooks.values())
-    if any(getattr(hook, "__self__", None) is not session for hook in hooks):
+    if any(getattr(hook, "__self__", None) is not patched for hook in hooks):
         return "since somebody else's hooks are on the transformer"
     for name, module in transformer.named_modules():
         if hasattr(module, "base_layer"):

@@ -1,6 +1,7 @@
 """The clock of a run, read off the scheduler: `set_timesteps` starts a run, `step` ends a step.
 
-A listener may replace the noise levels when a run starts, and write into the latents that a step returns.
+A scheduler leads one run of each patched model that follows it. A run may replace the noise levels when it starts, and
+write into the latents that a step returns.
 
 The scheduler instance's class is swapped for a cached dynamic subclass of the same name whose two methods keep their
 signatures (pipelines inspect them). isinstance, save_pretrained and from_config keep working; a copy, a pickle, and
@@ -12,25 +13,34 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from fastdit.errors import ScheduleError, UnsupportedModelError
+from fastdit.methods.base import Step
 
 LINK = "_fastdit"
 
 
-class Listener(Protocol):
-    """Who wants to know."""
+class Follower:
+    """A patched model that follows a scheduler.
 
-    def start_run(self, steps: int, scheduler: Any, levels: Levels) -> None: ...
+    Attributes:
+        patched: Weak reference to it.
+        run: Its run that the scheduler leads now.
+        setter: Who is setting the scheduler's timesteps, and is about to begin another.
+    """
 
-    def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None: ...
+    __slots__ = ("patched", "run", "setter")
 
-    def end_step(self, scheduler: Any, velocity: Any, delta: Any, latents: Any) -> None: ...
+    def __init__(self, patched: Any) -> None:
+        self.patched = weakref.ref(patched)
+        self.run: Any = None
+        self.setter: Any = None
 
 
 class Levels:
@@ -60,6 +70,24 @@ class Levels:
         """The same with those of a flow-matching run, given as sigmas."""
         unit = self._scheduler.config.num_train_timesteps
         return self.with_own([sigma * unit for sigma in sigmas])
+
+    def check_default(self, method: str) -> None:
+        """Refuse levels of the caller's own where `method` has its own.
+
+        Raises:
+            ScheduleError: Naming the argument. The evenly spaced sigmas that pipelines give by themselves are fine.
+        """
+        for name in _CUSTOM:
+            given = self._arguments.get(name)
+            if given is None:
+                continue
+            even = np.linspace(1.0, 1 / len(given), len(given))
+            if name == "sigmas" and np.allclose(np.asarray(given, dtype=float), even):
+                continue
+            raise ScheduleError(
+                f"{name} cannot be given to a run whose noise levels {method} decides; leave it out, or run without "
+                f"{method}"
+            )
 
     def of(self, steps: int) -> list[float]:
         """The level of each step of a run of `steps` steps with otherwise the same arguments; waits for the device.
@@ -120,29 +148,50 @@ def _resized(levels: Sequence[float], steps: int) -> list[float]:
     return np.interp(places, np.arange(len(ends)), ends).tolist()
 
 
-def attach(scheduler: Any, listener: Listener) -> None:
-    """Report the scheduler's runs and steps to `listener`. A second call replaces the listener.
+def attach(scheduler: Any, patched: Any) -> Follower:
+    """Let the scheduler lead the runs of `patched`, beside those of other models that follow it.
 
     Raises:
         UnsupportedModelError: See :func:`check_scheduler`.
     """
     check_scheduler(scheduler)
-    scheduler.__dict__[LINK] = listener
+    followers = scheduler.__dict__.setdefault(LINK, [])
+    found = follower_of(scheduler, patched)
+    if found is None:
+        found = Follower(patched)
+        followers.append(found)
     if not is_attached(scheduler):
         scheduler.__class__ = _clocked(type(scheduler))
+    return found
+
+
+def follower_of(scheduler: Any, patched: Any) -> Follower | None:
+    """How `patched` follows the scheduler; None if it does not."""
+    followers = getattr(scheduler, "__dict__", {}).get(LINK, ())
+    return next((one for one in followers if one.patched() is patched), None)
 
 
 def check_scheduler(scheduler: Any) -> None:
     """Refuse an object that cannot be a clock.
 
     Raises:
-        UnsupportedModelError: The object has no `set_timesteps` or `step`.
+        UnsupportedModelError: Its class has no `set_timesteps` or `step` of its own, or none of which another can be
+            made: what hands calls on to a scheduler inside is not one.
     """
+    cls = type(scheduler)
     for method in ("set_timesteps", "step"):
-        if not callable(getattr(scheduler, method, None)):
+        if not callable(getattr(cls, method, None)):
+            delegates = callable(getattr(scheduler, method, None))
+            why = f", whose {method} is not of its class" if delegates else f" without {method}"
             raise UnsupportedModelError(
-                f"scheduler must have set_timesteps and step, got {type(scheduler).__name__} without {method}"
+                f"scheduler must have set_timesteps and step, got {cls.__name__}{why}"
             )
+    if not hasattr(scheduler, "__dict__") or any(
+        base.__dict__.get("__slots__") for base in cls.__mro__
+    ):
+        raise UnsupportedModelError(
+            f"scheduler must be an ordinary object, got {cls.__name__}, whose class has __slots__"
+        )
 
 
 def check_flow(scheduler: Any) -> None:
@@ -163,52 +212,90 @@ def check_flow(scheduler: Any) -> None:
             )
 
 
-def replace_sigmas(scheduler: Any, sigmas: Sequence[float]) -> None:
-    """Give a flow-matching scheduler other noise levels than its `set_timesteps` chose; 0 follows the last."""
+def replace_sigmas(scheduler: Any, sigmas: Sequence[float], in_use: bool = False) -> None:
+    """Give a flow-matching scheduler other noise levels than its `set_timesteps` chose; 0 follows the last.
+
+    Args:
+        in_use: A pipeline has taken the timesteps already: they are written in place.
+
+    Raises:
+        ScheduleError: Those in use begin at another level, which may have been acted on.
+    """
     old = scheduler.sigmas
     levels = torch.tensor([*sigmas, 0.0], dtype=old.dtype, device=old.device)
-    timesteps = levels[:-1] * scheduler.config.num_train_timesteps
+    timesteps = (levels[:-1] * scheduler.config.num_train_timesteps).to(scheduler.timesteps)
+    if in_use:
+        if len(scheduler.timesteps) != len(timesteps) or not torch.allclose(
+            scheduler.timesteps[:1], timesteps[:1]
+        ):
+            raise ScheduleError(
+                f"the pipeline has begun a run of {len(scheduler.timesteps)} steps from timestep "
+                f"{float(scheduler.timesteps[0]):g}, which cannot become one of {len(timesteps)} from "
+                f"{float(timesteps[0]):g}; call fastdit.patch on this pipeline"
+            )
+        scheduler.timesteps.copy_(timesteps)
+    else:
+        scheduler.timesteps = timesteps
     scheduler.sigmas = levels
-    scheduler.timesteps = timesteps.to(scheduler.timesteps)
 
 
-def detach(scheduler: Any) -> None:
-    """Undo :func:`attach`. Does nothing on a scheduler that has no clock."""
+def detach(scheduler: Any, patched: Any) -> None:
+    """Undo :func:`attach`; with its last follower the scheduler is as it was."""
+    followers = scheduler.__dict__.get(LINK, [])
+    followers[:] = [one for one in followers if one.patched() not in (None, patched)]
+    if followers:
+        return
     if is_attached(scheduler):
         scheduler.__class__ = type(scheduler).__mro__[1]
     scheduler.__dict__.pop(LINK, None)
 
 
-def is_attached(scheduler: Any, listener: Listener | None = None) -> bool:
-    """Whether the scheduler reports, and to `listener` if one is given."""
-    clocked = "_fastdit_clocked" in type(scheduler).__dict__
-    return clocked and (listener is None or scheduler.__dict__.get(LINK) is listener)
+def is_attached(scheduler: Any) -> bool:
+    """Whether the scheduler leads runs."""
+    return "_fastdit_clocked" in type(scheduler).__dict__
 
 
 @functools.cache
 def _clocked(base: type) -> type:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = base.set_timesteps(self, *args, **kwargs)
-        if LINK in self.__dict__:
+        followers = [(one, one.patched()) for one in self.__dict__.get(LINK, ())]
+        if not followers:
+            return base.set_timesteps(self, *args, **kwargs)
+        owners: list[Any] = []
+        try:
+            for one, patched in followers:
+                owners.append(patched and patched.claim(one, self))
+            result = base.set_timesteps(self, *args, **kwargs)
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
-            self.__dict__[LINK].start_run(len(self.timesteps), self, Levels(self, arguments))
+            for (one, patched), owner in zip(followers, owners, strict=True):
+                if patched is not None:
+                    patched.start_led(one, owner, self, Levels(self, arguments))
+        finally:
+            for (one, _), owner in zip(followers, owners, strict=False):
+                if one.setter is owner:
+                    one.setter = None
         return result
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if LINK not in self.__dict__:
+        runs = []
+        for one in self.__dict__.get(LINK, ()):
+            if one.run is not None:
+                runs.append(one.run)
+        if not runs:
             return base.step(self, *args, **kwargs)
         velocity, timestep, sample = (
             args[place] if place < len(args) else kwargs.get(name)
             for place, name in enumerate(("model_output", "timestep", "sample"))
         )
-        self.__dict__[LINK].begin_step(self, velocity, timestep, sample)
+        for run in runs:
+            run.begin_step(self, velocity, timestep, sample)
         delta = _sigma_step(self)
         result = base.step(self, *args, **kwargs)
-        if LINK in self.__dict__:
-            self.__dict__[LINK].end_step(self, velocity, delta, result[0])
+        for run in runs:
+            run.end_step(Step(velocity, delta, result[0], self))
         return result
 
     def reduce_ex(self: Any, protocol: int) -> Any:

@@ -1,0 +1,198 @@
+"""What `patch` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastdit.errors import ArgumentError
+from fastdit.explain import Explanation, explain_patched, run_speedup
+from fastdit.frames import Frames
+from fastdit.measure import Measurement, measure
+from fastdit.report import Report, report_run
+from fastdit.runtime.attach import remove
+from fastdit.runtime.install import LINK
+from fastdit.runtime.owners import Hand
+from fastdit.runtime.patched import Patched
+
+
+class Handle:
+    """What `patch` returns: look at, pause, and remove a patch."""
+
+    def __init__(self, patched: Patched, transformer: nn.Module, pipeline: Any | None) -> None:
+        self._patched = patched
+        self._transformer = transformer
+        self._pipeline = pipeline
+
+    def explain(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch: int = 1,
+        steps: int | None = None,
+        cfg: bool | None = None,
+        text_tokens: int | None = None,
+    ) -> Explanation:
+        """Predict what a run will do: backends, plan, FLOPs, bytes and cache size.
+
+        Args:
+            height, width: Image size in pixels; the pipeline's default if left out.
+            batch: Images per run.
+            steps: Transformer steps; the schedule's, else the pipeline's default.
+            cfg: Whether classifier-free guidance doubles the rows; by default what is usual for the family.
+            text_tokens: Text length; the family's usual one if left out.
+
+        Raises:
+            ScheduleError: A schedule does not fit `steps`.
+            ArgumentError: A size is not positive.
+        """
+        return explain_patched(
+            self._patched,
+            self._transformer,
+            self._pipeline,
+            height,
+            width,
+            batch,
+            steps,
+            cfg,
+            text_tokens,
+        )
+
+    def report(self) -> Report:
+        """What the last run of this thread or task did, or else the last of all.
+
+        Warns when a method that should reuse something reused nothing.
+        """
+        patched = self._patched
+        run = patched.last_run()
+        return report_run(patched, run, run_speedup(patched, run, self._transformer))
+
+    def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
+        """Wall seconds of `run()` on this machine, patched and stock in turns.
+
+        Args:
+            run: Does the work, such as ``lambda: pipe("a red circle")``.
+            repeats: Timed turns after a warm-up.
+
+        Raises:
+            ArgumentError: `repeats` is not a positive int.
+        """
+        return measure(run, self.disabled, self._transformer.device, repeats)
+
+    def stage_pictures(self) -> np.ndarray:
+        """What the picture was going to be at the end of each stage of the last run, decoded by the pipeline's VAE.
+
+        Returns:
+            uint8 [stages, B, H, W, 3]; half-size ones are drawn twice as large.
+
+        Raises:
+            ArgumentError: The last run had no stages.
+        """
+        run = self._patched.last_run()
+        stages = None if run is None else run.resolution
+        if stages is None or not stages.records:
+            raise ArgumentError("stage_pictures needs a run in stages; the last one had none")
+        return stages.pictures()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Run the stock model inside the `with`: the runs that this thread or task begins there.
+
+        A call of the transformer without a pipeline is stock inside the `with` whenever its loop began.
+        """
+        seat, mark = self._patched.seat(), object()
+        try:
+            seat.disabled.add(mark)
+            yield
+        finally:
+            seat.disabled.discard(mark)
+
+    @contextmanager
+    def watch(self) -> Iterator[Frames]:
+        """Keep what each step takes the clean image to be, for pictures of the image as it forms.
+
+        Of the last run that this thread or task begins inside the `with`.
+
+        Example:
+            >>> with handle.watch() as frames:
+            ...     image = pipe("a red circle").images[0]
+            >>> video = handle.report().token_map(frames.pictures())
+
+        Raises:
+            ArgumentError: The handle is of a bare transformer, so nothing can decode.
+        """
+        for part in ("vae", "image_processor"):
+            if not hasattr(self._pipeline, part):
+                raise ArgumentError(
+                    f"watch() needs a patched pipeline with a {part} to decode with"
+                )
+        seat = self._patched.seat()
+        before, seat.watch = seat.watch, Frames(self._patched.adapter, self._pipeline)
+        try:
+            yield seat.watch
+        finally:
+            seat.watch = before
+
+    @contextmanager
+    def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:
+        """One run of a hand-written loop over `timesteps`, where no scheduler tells the steps.
+
+        A new value of the transformer's timestep argument is a new step; that read waits for a GPU. Call `advance()`
+        after each step to spare it.
+
+        Example:
+            >>> with h.run(timesteps):
+            ...     for t in timesteps:
+            ...         velocity = transformer(latents, timestep=t, ...)
+            ...         latents = update(latents, velocity)
+            ...         h.advance()
+        """
+        if len(timesteps) < 1:
+            raise ArgumentError("timesteps must hold at least one value, got none")
+        seat, hand = self._patched.seat(), Hand()
+        try:
+            run = self._patched.begin_by_hand(seat, hand, len(timesteps))
+            if run is not None and isinstance(timesteps, torch.Tensor):
+                run.timesteps = timesteps
+            yield self
+        finally:
+            self._patched.end_by_hand(seat, hand)
+
+    def advance(self, velocity: torch.Tensor | None = None) -> None:
+        """Say that a step of `run` is done, instead of letting the timestep argument tell.
+
+        Args:
+            velocity: What the step was done with, guidance applied, as a pipeline gives it to its scheduler: RAS
+                chooses the tokens of the next step by it. Without it the mean of the step's outputs stands in, which
+                is another choice than a pipeline's.
+
+        Raises:
+            ArgumentError: No run is in progress here, or `velocity` is no tensor of as many dimensions as the latents,
+                or of other tokens.
+        """
+        self._patched.advance(velocity)
+
+    def reset(self) -> None:
+        """Drop the caches of this thread's or task's own loops and forget where they stand.
+
+        E.g. after an aborted loop over a bare transformer. A pipeline's run ends with its call, however that ends.
+        """
+        self._patched.reset()
+
+    def unpatch(self) -> None:
+        """Remove the patch; the model is as it was before. A later patch of the same model is not affected.
+
+        Raises:
+            FastDiTError: A run is in progress.
+        """
+        if self._transformer.__dict__.get(LINK) is self._patched:
+            remove(self._transformer)
+
+    def __repr__(self) -> str:
+        methods = ", ".join(method.name for method in self._patched.methods)
+        return f"<fastdit {methods} on {type(self._transformer).__name__}>"

@@ -1,0 +1,85 @@
+"""What came to a model after it was patched: looked for at each run's first call, and refused by name where a method
+would leave it out or be spoilt by it.
+
+Hooks, LoRA and schedulers are honoured elsewhere; what is refused here needs another `fastdit.patch`, or to go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
+
+
+def refuse_replaced_blocks(patched: Any, transformer: nn.Module) -> None:
+    """The blocks must be those that were patched.
+
+    Raises:
+        FastDiTError: Naming the first that is another.
+    """
+    now = patched.adapter.blocks(transformer)
+    if len(now) != len(patched.blocks):
+        raise FastDiTError(
+            f"the transformer has {len(now)} blocks, it had {len(patched.blocks)} when it was patched; "
+            "call fastdit.patch again"
+        )
+    for index, ((kind, block), known) in enumerate(zip(now, patched.blocks, strict=True)):
+        if block is not known:
+            raise FastDiTError(
+                f"block {index} of the transformer, in {kind}, was replaced after patching; call fastdit.patch again"
+            )
+
+
+def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
+    """Where fastdit's own attention stands in for diffusers' processors, these must be the stock ones.
+
+    Args:
+        told: Names of arguments that the call passes on to processors.
+
+    Raises:
+        UnsupportedModelError: Naming the processor.
+        ArgumentError: Naming the arguments.
+    """
+    names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
+    for index, block in enumerate(patched.blocks):
+        for name, module in block._modules.items():
+            if module is not None and not patched.adapter.has_stock_processor(module):
+                raise UnsupportedModelError(
+                    f"{name} of block {index} has the attention processor {type(module.processor).__qualname__}, "
+                    f"which {names} would leave out; remove it, or run inside `with handle.disabled()`"
+                )
+    if told:
+        raise ArgumentError(
+            f"attention arguments {', '.join(told)} are for attention processors, in whose place {names} computes; "
+            "leave them out, or run inside `with handle.disabled()`"
+        )
+
+
+def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], methods: str) -> None:
+    """diffusers' own caches (`enable_cache`) skip calls that a plan of `methods` counts on, or add to it unseen.
+
+    Raises:
+        UnsupportedModelError: Naming the hook and where it is.
+    """
+    for where, module in _hooked(transformer, blocks):
+        for hook in module.__dict__["_diffusers_hook"].hooks.values():
+            if getattr(hook, "_is_stateful", False):
+                raise UnsupportedModelError(
+                    f"{where} carries diffusers' {type(hook).__name__}, another cache, which does not compose with "
+                    f"{methods}; call disable_cache() on the transformer, or patch it without methods"
+                )
+
+
+def _hooked(transformer: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that caches are attached to and that have a hook of diffusers."""
+    if "_diffusers_hook" in transformer.__dict__:
+        yield "the transformer", transformer
+    for index, block in enumerate(blocks):
+        if "_diffusers_hook" in block.__dict__:
+            yield f"block {index}", block
+        for name, part in block._modules.items():
+            if part is not None and "_diffusers_hook" in part.__dict__:
+                yield f"{name} of block {index}", part

@@ -1,0 +1,106 @@
+"""Put a patch into a transformer and its pipeline, and take it out again, also half of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastdit.runtime.install import LINK, install, uninstall
+from fastdit.runtime.links import (
+    BlockLink,
+    ComponentLink,
+    ConditionLink,
+    EmbedLink,
+    LinearLink,
+    PromptLink,
+)
+from fastdit.runtime.patched import Patched
+
+
+@dataclass(frozen=True)
+class Places:
+    """The modules whose forwards are rewritten.
+
+    Attributes:
+        blocks: (kind, block) in running order.
+        embedders, prompts, conditions: See the adapter's members of these names.
+        linears: Layers whose weights are kept packed.
+        wrapped: (block, component, module) of components that are wrapped as they are.
+    """
+
+    blocks: Sequence[tuple[str, nn.Module]]
+    embedders: Sequence[nn.Module] = ()
+    prompts: Sequence[nn.Module] = ()
+    conditions: Sequence[nn.Module] = ()
+    linears: Sequence[nn.Linear] = ()
+    wrapped: Sequence[tuple[int, str, nn.Module]] = ()
+
+    def modules(self) -> list[nn.Module]:
+        """All of them."""
+        found = [block for _, block in self.blocks] + [module for *_, module in self.wrapped]
+        return [*found, *self.embedders, *self.prompts, *self.conditions, *self.linears]
+
+
+def attach(patched: Patched, transformer: nn.Module, pipeline: Any, places: Places) -> None:
+    """Put `patched` in; if that breaks off, nothing of it stays."""
+    try:
+        transformer.__dict__[LINK] = patched
+        for index, (kind, block) in enumerate(places.blocks):
+            install(block, BlockLink(patched, kind, index))
+        for link, modules in (
+            (EmbedLink, places.embedders),
+            (PromptLink, places.prompts),
+            (ConditionLink, places.conditions),
+        ):
+            for module in modules:
+                install(module, link(patched))
+        for module in places.linears:
+            install(module, LinearLink(patched), compiles=True)
+        for index, name, module in places.wrapped:
+            install(module, ComponentLink(patched, index, name))
+        if patched.graphs is not None:
+            install(transformer, patched)
+        transformer.register_forward_pre_hook(patched.forward_pre_hook, with_kwargs=True)
+        transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)
+        if pipeline is not None:
+            patched.follow(pipeline)
+    except BaseException:
+        remove(transformer)
+        raise
+
+
+def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
+    """Take the patch out, if there is one. The link to it goes last, so that what was broken off can be repeated.
+
+    Raises:
+        FastDiTError: A run is in progress.
+    """
+    patched = transformer.__dict__.get(LINK)
+    if patched is None:
+        return
+    patched.refuse_while_running(verb)
+    parts = {id(module): module for module in (*transformer.modules(), *patched.blocks)}
+    del parts[id(transformer)]
+    for module in parts.values():
+        uninstall(module)
+    _remove_hooks(transformer, patched)
+    patched.unfollow()
+    patched.end()
+    uninstall(transformer)
+
+
+def _remove_hooks(transformer: nn.Module, patched: Patched) -> None:
+    for names in (
+        ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+        ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    ):
+        hooks = getattr(transformer, names[0])
+        for key in [
+            key for key, hook in hooks.items() if getattr(hook, "__self__", None) is patched
+        ]:
+            # The hook itself last: an interrupted removal finds it again.
+            for name in reversed(names):
+                getattr(transformer, name).pop(key, None)

@@ -1,0 +1,397 @@
+"""One call of the transformer: what it computes, on which tokens, from which caches.
+
+A :class:`Call` is made before the transformer's forward and gone after it. The rewritten forwards of blocks and other
+modules find it by thread, so calls of other threads, and calls inside a call, have their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit import attention
+from fastdit.adapters.base import Size
+from fastdit.cost import Cost
+from fastdit.errors import ArgumentError
+from fastdit.forward import Forward, Tokens
+from fastdit.modulation import Modulations
+from fastdit.observe import private
+from fastdit.runtime.graphs import CaptureError, Trace
+from fastdit.runtime.run import Branch, Run, StepRecord
+from fastdit.sums import Sums
+from fastdit.versions import same, versions
+
+
+class Call:
+    """One call of the transformer of a run.
+
+    Attributes:
+        run, transformer, outer: Its run and model, and the call in this thread that it interrupts, or None.
+        arguments: What the adapter reads off the call.
+        branch: Its caches.
+        layout: Of its tokens, where a method decides it.
+        rows: Of its image tokens [B, K] that pass; None where all do.
+        forward: What its blocks ask; None before it is prepared, and in a call that runs stock.
+        tokens: How many image tokens pass.
+        immediate: Every residual is added at once, as diffusers does; see `forward.py`.
+    """
+
+    __slots__ = (
+        "_args",
+        "_kwargs",
+        "_place",
+        "_smaller",
+        "arguments",
+        "branch",
+        "forward",
+        "immediate",
+        "layout",
+        "outer",
+        "rows",
+        "run",
+        "tokens",
+        "trace",
+        "transformer",
+    )
+
+    def __init__(self, outer: Call | None) -> None:
+        self.outer = outer
+        self.run: Run | None = None
+        self.forward: Forward | None = None
+
+    # ---- before the transformer's forward
+
+    def begin(
+        self,
+        run: Run,
+        place: Any,
+        transformer: nn.Module,
+        arguments: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Choose what this call at `place` of `run` computes.
+
+        Returns:
+            The arguments of a call of the active tokens alone; None where all tokens pass.
+        """
+        patched = run.patched
+        adapter = patched.adapter
+        self.run, self.transformer, self.arguments = run, transformer, arguments
+        self._place = place
+        self.trace: Trace | None = None
+        self.rows = self.layout = None
+        run.patch = adapter.patch(transformer)
+        run.latents, run.positions = arguments.hidden_states.shape, arguments.positions
+        for method in run.methods:
+            self.layout = method.layout(self) or self.layout
+        self._smaller = self.layout is not None and self.layout.kind != "full"
+        if self._smaller:
+            adapter.refuse_residuals(transformer, args, kwargs)
+        self.immediate = (
+            patched.eager
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled(arguments.hidden_states.device.type)
+        )
+        self.trace = self._follow_trace(args, kwargs) if patched.graphs is not None else None
+        if self.trace is not None:
+            args, kwargs = self._enter(args, kwargs)
+            self.arguments = adapter.call(transformer, args, kwargs)
+        self._args, self._kwargs = args, kwargs
+        self.prepare()
+        if self._smaller:
+            return adapter.reduce_inputs(transformer, args, kwargs, self.layout, patched.ops)
+        if self.trace is not None:
+            return args, kwargs
+        if self.rows is None:
+            return None
+        return adapter.gather_inputs(transformer, args, kwargs, self.rows)
+
+    def prepare(self) -> None:
+        """Choose what the blocks compute, and from what; once more where the call could not be captured."""
+        run, arguments, trace = self.run, self.arguments, self.trace
+        patched = run.patched
+        immediate = self.immediate
+        defer = not immediate and not arguments.skips_blocks
+        branch = self.branch = self._branch()
+        self.rows, keeps = None, False
+        for method in run.methods:
+            rows = method.rows(self)
+            self.rows = self.rows if rows is None else rows
+            keeps = method.keeps_keys(self) or keeps
+        if self.rows is not None and trace is not None:
+            self.rows = trace.hold("rows", self.rows)
+        collapses = defer and bool(run.plan.sums) and patched.may_collapse()
+        if collapses is not branch.collapses:
+            branch.slots.clear()  # an output may be older in a sum than in its own slot
+            branch.collapses = collapses
+        if patched.max_cache_bytes is not None:
+            self._check_cache_bytes(collapses)
+        count = arguments.tokens if self.layout is None else self.layout.tokens
+        self.tokens = count if self.rows is None else self.rows.shape[1]
+        ahead = None if immediate else self._foresee()
+        if trace is not None and not trace.agrees((self.tokens, collapses, ahead is not None)):
+            run.drop_caches()
+            self.prepare()
+            return
+        actions = run.plan.actions[run.step] if run.plan.actions else ()
+        for method in run.methods:
+            actions = method.actions(self, actions)
+        self.forward = Forward(
+            patched.ops,
+            patched.blocks,
+            actions=actions,
+            slots=branch.slots,
+            owned=branch.owned,
+            immediate=immediate,
+            defer=defer,
+            family=run.family,
+            compiled=patched.compiled_call(self.transformer, run),
+            tokens=self._tokens(count, keeps),
+            layouts=patched.adapter.layouts,
+            precision=patched.precision(arguments),
+            modulations=ahead,
+            sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
+        )
+
+    def _branch(self) -> Branch:
+        """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
+        run, arguments = self.run, self.arguments
+        branch = run.branches.get(self._place)
+        if branch is None:
+            branch = run.branches[self._place] = Branch()
+        autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
+        stage = run.resolution.index if run.resolution is not None else 0
+        signature = (*arguments.signature, autocast, stage)
+        unchanged = branch.signature is not None and same(
+            branch.embeddings, branch.versions, arguments.embeddings
+        )
+        if not unchanged:
+            branch.prompts.clear()
+        if branch.signature != signature or not unchanged:
+            branch.slots.clear()
+            branch.keys.clear()
+            branch.velocity = None
+        branch.signature, branch.embeddings = signature, arguments.embeddings
+        branch.versions = versions(arguments.embeddings)
+        return branch
+
+    def _tokens(self, count: int, keeps: bool) -> Tokens | None:
+        """What the adapter's own attention needs; None where the stock one runs."""
+        patched, branch = self.run.patched, self.branch
+        ops = None if self.immediate else patched.ops
+        if keeps:
+            return Tokens(count, self.rows, branch.keys, branch, ops)
+        owns = self.layout is not None and patched.adapter.owns_attention(
+            self.layout, self.arguments.hidden_states.shape[0]
+        )
+        if owns or (ops is not None and self._fuses_attention()):
+            return Tokens(count, None, None, branch, ops)
+        return None
+
+    def _fuses_attention(self) -> bool:
+        """Whether the adapter's own attention stands in for the stock one to spare its copies.
+
+        Not where somebody looks into it, changed it, compiled it, or tells it something.
+        """
+        patched = self.run.patched
+        adapter = patched.adapter
+        return bool(
+            adapter.fused_attentions
+            and attention.fuses(self.arguments.hidden_states.device)
+            and not self.arguments.tells_attention
+            and patched.compiled_call(self.transformer, self.run) is None
+            and all(
+                block._compiled_call_impl is None and adapter.has_stock_attention(block)
+                for block in patched.blocks
+            )
+        )
+
+    def _foresee(self) -> Modulations | None:
+        """The modulations of the steps to come; None where it is not known what the model will be given.
+
+        The first call of a branch compares the timestep it is given with the one foreseen, later ones only where that
+        does not wait for a device. Once a run has gone another way, its steps make their own.
+        """
+        run, arguments, branch = self.run, self.arguments, self.branch
+        adapter = run.patched.adapter
+        if not branch.foresees:
+            return None
+        batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
+        inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
+        first = branch.modulations is None
+        if not isinstance(timestep, Tensor):
+            inputs = None
+        if first and inputs is not None:
+            timesteps = run.timesteps
+            if run.scheduler is not None:
+                timesteps = adapter.given_timesteps(
+                    run.scheduler.timesteps, arguments.hidden_states.dtype
+                )
+            if timesteps is not None:
+                table = timesteps.to(timestep)
+                if self.trace is not None:
+                    table = self.trace.hold(("timesteps", run.calls), table)
+                branch.modulations = Modulations(inputs, table, batch)
+        branch.foresees = (
+            inputs is not None
+            and branch.modulations is not None
+            and branch.modulations.begin(
+                run.step, timestep, inputs, batch, first or timestep.device.type == "cpu"
+            )
+        )
+        if not branch.foresees:
+            branch.modulations = None
+        return branch.modulations
+
+    def _check_cache_bytes(self, collapses: bool) -> None:
+        """Refuse a run whose caches will not fit, at its first call of each branch."""
+        run, arguments = self.run, self.arguments
+        patched = run.patched
+        most = patched.max_cache_bytes
+        branches = len(run.branches)
+        if run.bytes_checked == (branches, arguments.signature):
+            return
+        run.bytes_checked = (branches, arguments.signature)
+        dtype = arguments.hidden_states.dtype
+        kept = patched.precision(arguments) or (dtype,)
+        rows = arguments.hidden_states.shape[0] * branches
+        size = Size(arguments.tokens, arguments.text)
+        count = Cost(patched.adapter, self.transformer, patched.spec, size, rows, dtype.itemsize)
+        plan = run.plan if collapses else replace(run.plan, sums=())
+        needed = count.cache_bytes(plan, kept[0].itemsize)
+        needed += 0 if run.tokens is None else count.key_bytes()
+        needed += 0 if patched.eager else count.prompt_bytes()
+        if needed > most:
+            raise ArgumentError(
+                f"the caches of this run need {needed} bytes ({arguments.tokens} image and {arguments.text} text "
+                f"tokens in {rows} rows), max_cache_bytes is {most}; allow as many, keep them in a lower precision "
+                "(cache_dtype), or draw fewer or smaller images at once"
+            )
+
+    # ---- replayed runs
+
+    def _follow_trace(self, args: Any, kwargs: Any) -> Trace | None:
+        """What captures or replays the run that this call belongs to; None where it is eager."""
+        run = self.run
+        if run.trace is None:
+            run.trace = self._begin_trace(args, kwargs)
+        if not isinstance(run.trace, Trace) or run.trace.mode == "left":
+            return None
+        if self.immediate:
+            run.trace.leave()
+            run.drop_caches()
+            return None
+        return run.trace
+
+    def _begin_trace(self, args: Any, kwargs: Any) -> Trace | str:
+        run = self.run
+        why = None
+        if self.immediate:
+            why = "since gradients, autocast or the reference backend are wanted"
+        elif run.steps is None:
+            why = "since nobody says how many steps it has"
+        elif run.plan.reuse is not None and run.plan.reuse.rows:
+            why = "since its schedule is mapped to other noise levels"
+        key = run.steps, run.first
+        return run.patched.graphs.begin(run.patched, self.transformer, key, args, kwargs, why)
+
+    def _enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments as graphs read them; the caches are dropped where the run leaves its recording."""
+        run, arguments = self.run, self.arguments
+        changing = arguments.hidden_states, arguments.timestep
+        place = run.step, run.calls - 1
+        args, kwargs = self.trace.enter(place, args, kwargs, changing, arguments.embeddings)
+        if self.trace.mode == "left":
+            run.drop_caches()
+        return args, kwargs
+
+    def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The transformer's forward, of a graph where there is one."""
+        stock = type(self.transformer).forward
+        if self.trace is None:
+            return stock(self.transformer, *args, **kwargs)
+
+        def compute() -> Any:
+            if self.rows is None:
+                return stock(self.transformer, *args, **kwargs)
+            adapter = self.run.patched.adapter
+            given = adapter.gather_inputs(self.transformer, args, kwargs, self.rows)
+            return stock(self.transformer, *given[0], **given[1])
+
+        try:
+            return self.trace.run(compute, self.forward, self.arguments.hidden_states.device)
+        except CaptureError:
+            self.run.drop_caches()
+            self.prepare()
+            self.run.patched.here.forward = self.forward
+            return compute()
+
+    # ---- what modules ask
+
+    def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of a module that embeds patches and adds their positions."""
+        adapter = self.run.patched.adapter
+        if self.rows is not None:
+            shape = self.arguments.hidden_states.shape
+            return adapter.embed(module, shape, self.rows, *args, **kwargs)
+        if self.layout is not None:
+            memory = self.run.resolution.memory
+            return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
+        return type(module).forward(module, *args, **kwargs)
+
+    def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The output of a module that depends on the prompt alone: computed once a run, exactly.
+
+        A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
+        """
+        if self.forward.immediate or not private(module):
+            return type(module).forward(module, *args, **kwargs)
+        kept = self.branch.prompts
+        if module not in kept:
+            kept[module] = type(module).forward(module, *args, **kwargs)
+        return kept[module]
+
+    # ---- after the transformer's forward
+
+    def finish(self, output: Any) -> Any:
+        """Note what was done, and give the velocities of all tokens.
+
+        Returns:
+            The output in place of the transformer's; None to leave that.
+
+        Raises:
+            RuntimeError: A residual was left waiting: an adapter's last block did not settle its streams.
+        """
+        run, forward = self.run, self.forward
+        if not forward.settled:
+            raise RuntimeError(
+                f"a residual was left waiting: the last block of the {run.patched.adapter.family} adapter did not "
+                "settle its streams"
+            )
+        record = run.records.setdefault(run.step, StepRecord())
+        record.tokens = self.tokens
+        record.computed += forward.computed
+        record.reused += forward.reused
+        if forward.computed:
+            run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
+        given = sample = output[0] if isinstance(output, tuple) else output.sample
+        if self._smaller:
+            sample = run.patched.adapter.expand_output(
+                sample, self.layout, self.arguments.hidden_states, run.patched.ops
+            )
+        for method in run.methods:
+            sample = method.output(self, sample)
+        return None if sample is given else _replaced(output, sample)
+
+
+def _replaced(output: Any, sample: Tensor) -> Any:
+    """The transformer's output with another sample."""
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    output.sample = sample
+    return output

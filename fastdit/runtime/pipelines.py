@@ -1,0 +1,93 @@
+"""Enclose a pipeline: its calls tell where they begin and end, and an interrupted one frees caches before it decodes.
+
+The instance's class is swapped for a cached dynamic subclass of the same name, as the scheduler's is (`clock.py`). A
+copy, a pickle, and whatever is made of the class (`from_pipe`) is an ordinary pipeline.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from fastdit.runtime import owners
+
+LINK = "_fastdit"
+
+
+def enclose(pipeline: Any, patched: Any) -> None:
+    """Let the pipeline tell of its calls, for `patched`. A second time does nothing."""
+    followers = pipeline.__dict__.setdefault(LINK, [])
+    if not any(follower is patched for follower in followers):
+        followers.append(patched)
+    if "_fastdit_enclosed" not in type(pipeline).__dict__:
+        object.__setattr__(pipeline, "__class__", _enclosed(type(pipeline)))
+    decoder = _decoder(pipeline)
+    if decoder is not None and before_decoding not in decoder._forward_pre_hooks.values():
+        decoder.register_forward_pre_hook(before_decoding)
+
+
+def release(pipeline: Any, patched: Any) -> None:
+    """Undo :func:`enclose`; with its last follower the pipeline is as it was."""
+    followers = pipeline.__dict__.get(LINK, [])
+    followers[:] = [follower for follower in followers if follower is not patched]
+    if followers:
+        return
+    decoder = _decoder(pipeline)
+    if decoder is not None:
+        hooks = decoder._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is before_decoding]:
+            del hooks[key]
+    if "_fastdit_enclosed" in type(pipeline).__dict__:
+        object.__setattr__(pipeline, "__class__", type(pipeline).__mro__[1])
+    pipeline.__dict__.pop(LINK, None)
+
+
+def before_decoding(decoder: nn.Module, args: Any) -> None:
+    """An interrupted run needs its caches no more when its pipeline decodes; a preview in a callback does."""
+    for call in reversed(owners.calls()):
+        if _decoder(call.pipeline) is decoder:
+            if getattr(call.pipeline, "_interrupt", False):
+                for run in call.runs.values():
+                    if run is not None:
+                        run.drop_caches()
+            return
+
+
+def _decoder(pipeline: Any) -> nn.Module | None:
+    found = getattr(getattr(pipeline, "vae", None), "decoder", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+@functools.cache
+def _enclosed(base: type) -> type:
+    @functools.wraps(base.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        call = None
+        try:
+            call = owners.PipelineCall(self)
+            return base.__call__(self, *args, **kwargs)
+        finally:
+            if call is not None:
+                call.end()
+
+    @functools.wraps(base.__init__)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "__class__", base)
+        base.__init__(self, *args, **kwargs)
+
+    def reduce_ex(self: Any, protocol: int) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name != LINK}
+        return base.__new__, (base,), state
+
+    members = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce_ex,
+        "_fastdit_enclosed": True,
+        "__call__": __call__,
+        "__init__": __init__,
+    }
+    return type(base.__name__, (base,), members)

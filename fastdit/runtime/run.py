@@ -1,0 +1,351 @@
+"""A run: one pass of one pipeline, or of one hand-written loop, over its timesteps.
+
+Everything that a pass makes lives in its :class:`Run`, and goes when it ends: caches, packed weights, what methods
+keep, the place in a recording of graphs. Of an ended run only what the report tells is left.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.attention import KeyValues
+from fastdit.errors import ScheduleError
+from fastdit.forward import Slots
+from fastdit.methods.base import MethodRun, Step
+from fastdit.modulation import Modulations
+from fastdit.packed import PackedWeights
+from fastdit.plan import RunPlan
+from fastdit.runtime.clock import Levels
+from fastdit.runtime.graphs import Trace
+
+#: steps planned for when nobody says how many there will be: the training timesteps of every supported family
+OPEN_STEPS = 1000
+
+
+@dataclass
+class StepRecord:
+    """What one step did: tokens through the blocks, components computed and reused, summed over its calls."""
+
+    tokens: int = 0
+    computed: int = 0
+    reused: int = 0
+
+
+@dataclass
+class Branch:
+    """The caches of one CFG branch: of the transformer calls at one place within the steps of a run."""
+
+    slots: Slots = field(default_factory=dict)
+    owned: set[tuple[int, str]] = field(default_factory=set)  # slots that may be written into
+    prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
+    modulations: Modulations | None = None
+    foresees: bool = True
+    keys: dict[Any, KeyValues] = field(default_factory=dict)
+    velocity: Tensor | None = None
+    collapses: bool = False
+    rotation: Any = None
+    signature: tuple[Any, ...] | None = None
+    embeddings: tuple[Tensor, ...] = ()
+    versions: tuple[Any, ...] = ()
+
+    def clear(self) -> None:
+        """Free everything, also for whoever still holds on to the branch."""
+        self.slots.clear()
+        self.owned.clear()
+        self.prompts.clear()
+        self.keys.clear()
+        self.modulations = self.velocity = self.rotation = self.signature = None
+        self.foresees = True
+        self.embeddings = self.versions = ()
+
+
+class Run:
+    """One pass over the timesteps.
+
+    Attributes:
+        patched: The model that runs.
+        steps: How many there are; None where nobody says.
+        plan: What each step computes.
+        levels: The noise levels, where a scheduler has them.
+        by_hand: Begun by `with handle.run(...)`.
+        led: Its steps are told by a scheduler.
+        step, first: The step in progress and the first executed one, as indices of the scheduler.
+        methods: What the methods keep and decide in this run, in the order in which they were given.
+        tokens, resolution: Those of them that choose the tokens, and their sizes; or None.
+        timesteps: As given to `handle.run`, where that is a tensor.
+        pipeline: Weak reference to the pipeline that runs, or what gives None.
+        guidance: Names of guidance scales -> what the pipeline's call was given.
+        owner: The call of a pipeline, or the thread or task, that it belongs to; None once that is gone. See
+            `owners.py`.
+        follower: What the scheduler that leads it knows of it.
+        live: False once it has ended.
+    """
+
+    def __init__(
+        self,
+        patched: Any,
+        steps: int | None,
+        plan: RunPlan,
+        scheduler: Any = None,
+        levels: Levels | None = None,
+        by_hand: bool = False,
+    ) -> None:
+        self.patched = patched
+        self.steps = steps
+        self.plan = plan
+        self.levels = levels
+        self.by_hand = by_hand
+        self.led = scheduler is not None
+        self.step = 0
+        self.first: int | None = None
+        self.methods: tuple[MethodRun, ...] = ()
+        self.tokens: Any = None
+        self.resolution: Any = None
+        self.timesteps: Tensor | None = None
+        self.pipeline: Callable[[], Any] = _nobody
+        self.guidance: dict[str, Any] = {}
+        self.follower: Any = None
+        self.live = True
+        self._ended = False
+        # What calls leave behind for each other.
+        self.branches: dict[Any, Branch] = {}
+        self.family: dict[str, Any] = {}
+        self.packed = PackedWeights()
+        self.frames: Any = None
+        self.trace: Trace | str | None = None
+        self.outputs: list[Tensor] = []
+        self.bytes_checked: Any = None
+        self.image_tokens = self.text_tokens = 0
+        self.patch: Any = 1
+        self.latents: Sequence[int] = ()
+        self.positions: Tensor | None = None
+        # What the report tells.
+        self.records: dict[int, StepRecord] = {}
+        self.packed_bytes = self.peak_bytes = 0
+        self.started = time.perf_counter()
+        self.seconds = 0.0
+        # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
+        self._scheduler = _nobody if scheduler is None else weakref.ref(scheduler)
+        # A thread or task keeps its runs, and the report the last run of a pipeline: neither is to be kept by them.
+        self._owner: Callable[[], Any] = _nobody
+        self._by_timestep = scheduler is None
+        self._doubts = False
+        self._timestep: Any = None  # of the calls of this step, as a tensor or as a number
+        self._sites: dict[Any, int] = {}
+        self._usual: dict[Any, int] | None = None
+        self.calls = 0  # of this step, so far
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler that tells the steps; None where there is none, or it is gone."""
+        return self._scheduler()
+
+    @property
+    def owner(self) -> Any:
+        return self._owner()
+
+    @owner.setter
+    def owner(self, owner: Any) -> None:
+        self._owner = weakref.ref(owner)
+
+    def take(self, methods: Iterable[MethodRun]) -> None:
+        """Begin with what the methods keep."""
+        self.methods = tuple(methods)
+        for made in self.methods:
+            if "rows" in made.method.writes:
+                self.tokens = made
+            if "resolution" in made.method.writes:
+                self.resolution = made
+
+    # ---- where it stands
+
+    def place(self, site: Any, timestep: Any) -> Any:
+        """The branch that a call at `site` in the pipeline's code belongs to; the step is brought up to date.
+
+        A pipeline calls its transformer at the same places, and there as often, in every step. So one that calls more
+        often either has several conditions or never tells its scheduler that a step is done: then the timestep tells.
+
+        Raises:
+            ScheduleError: There are more steps than were announced, or a method needs the scheduler to tell them.
+        """
+        if self.first is None and self.led:
+            # Image-to-image enters the schedule late; rows of a plan are scheduler indices.
+            self.step = self.first = getattr(self.scheduler, "_begin_index", None) or 0
+        count = self._sites.get(site, 0)
+        if self._by_timestep:
+            if self.follow(timestep):
+                count = 0
+        elif self.led and count and (self._usual is None or count >= self._usual.get(site, 0)):
+            self._cross_check(timestep)
+            count = self._sites.get(site, 0)
+        elif not count:
+            self._timestep = timestep
+        if self.step >= (self.steps or OPEN_STEPS):
+            raise ScheduleError(one_call_too_many(self.steps or OPEN_STEPS))
+        self.first = self.first or 0
+        self._sites[site] = count + 1
+        if self._usual is not None and count >= self._usual.get(site, 0):
+            self._usual[site] = count + 1
+        self.calls += 1
+        return site, count
+
+    def follow(self, timestep: Any) -> bool:
+        """Take another timestep for another step; whether it is one. Reads the value, so it waits for a GPU."""
+        value = value_of(timestep)
+        another = self._timestep is not None and value != value_of(self._timestep)
+        if another:
+            self._next_step(Step())
+        self._timestep = value
+        return another
+
+    def rises(self, timestep: Any) -> bool:
+        """Whether a call is noisier than the one before, so that it belongs to another run."""
+        if self._timestep is None:
+            return False
+        before, now = value_of(self._timestep), value_of(timestep)
+        return now < before if self.patched.adapter.timesteps_rise else now > before
+
+    def _cross_check(self, timestep: Any) -> None:
+        """A call more than there usually are in a step: with another timestep it is none of this step.
+
+        Then what came before was a call before the loop, and its caches are of no use; or, if that happens again before
+        the scheduler says that a step is done, nobody tells the steps but the timestep.
+        """
+        before = self._timestep
+        if timestep is before or value_of(timestep) == value_of(before):
+            return
+        if self.resolution is not None:
+            raise ScheduleError(
+                f"{self.resolution.method.name} leads the scheduler, but the pipeline does not step it: it went from "
+                f"timestep {value_of(before):g} to {value_of(timestep):g} by itself"
+            )
+        if not self._doubts:
+            self._doubts = True
+            if isinstance(self.trace, Trace):
+                self.trace.leave()
+            self.drop_caches()
+            self._sites.clear()
+            self._timestep = timestep
+            return
+        self._by_timestep = True
+        self.step += 1
+        self.follow(timestep)
+
+    def begin_step(self, scheduler: Any, velocity: Any, timestep: Any, sample: Any) -> None:
+        """The scheduler is about to do a step with what the model gave it."""
+        if not self.live:
+            return
+        if self.frames is not None:
+            if not self.frames.latents:
+                self.frames.grid = self.patched.adapter.grid(
+                    self.latents, self.positions, self.patch
+                )
+            self.frames.add(scheduler, velocity, timestep, sample)
+        for method in self.methods:
+            method.begin_step(scheduler, sample)
+
+    def end_step(self, step: Step) -> None:
+        """A step is done, says the scheduler or the user."""
+        if not self.live:
+            return
+        self._doubts = False
+        self._next_step(step)
+        if self.steps is not None and self.step >= self.steps:
+            self.end()
+
+    def _next_step(self, step: Step) -> None:
+        if self.first is not None:
+            if step.velocity is None and self.outputs:
+                step.velocity = torch.stack(self.outputs).mean(0)
+            for method in self.methods:
+                method.end_step(step)
+        self.outputs.clear()
+        if self._usual is None and self._sites:
+            self._usual = dict(self._sites)
+        self._sites.clear()
+        self._timestep = None
+        self.step += 1
+        self.calls = 0
+
+    def advance(self, velocity: Tensor | None) -> None:
+        """The user says that a step is done."""
+        self._by_timestep = False
+        self.end_step(Step(velocity=velocity))
+
+    # ---- what it holds
+
+    def check_open(self) -> None:
+        """Refuse a call after the last step of a run that the user leads."""
+        if not self.live:
+            raise ScheduleError(one_call_too_many(self.steps))
+
+    def plan_partial(self, partial: tuple[bool, ...]) -> None:
+        """Lower a schedule anew for steps of which some compute a part of the tokens only."""
+        if self.plan.reuse is not None:
+            self.plan = self.patched.plan(self.steps, partial, self.levels)
+
+    def drop_caches(self) -> None:
+        """Free all caches; a run that goes on computes what it misses."""
+        for branch in self.branches.values():
+            branch.clear()
+        self.branches.clear()
+        self.family.clear()
+        self.outputs.clear()
+        self.packed_bytes = max(self.packed_bytes, self.packed.nbytes)
+        self.packed.clear()
+
+    def cache_bytes(self) -> int:
+        """Bytes held by slots now; storages counted once."""
+        storages = {}
+        for branch in list(self.branches.values()):
+            kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
+            made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
+            for value in (*made, *kept):
+                for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                    if isinstance(tensor, Tensor):
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def end(self) -> None:
+        """The run is over, or was broken off: only what the report tells stays. What was broken off here is made up."""
+        if self._ended:
+            return
+        if self.live:
+            self.seconds = time.perf_counter() - self.started
+        self.live = False
+        if isinstance(self.trace, Trace):
+            self.peak_bytes = self.trace.end(self.peak_bytes)
+        self.drop_caches()
+        for method in self.methods:
+            method.end()
+        self.timesteps = self._timestep = None
+        self.levels = None  # they hold the scheduler
+        self.patched.forget(self)
+        self._ended = True
+
+
+def value_of(timestep: Any) -> float:
+    """A timestep argument as a number; waits for a GPU."""
+    if isinstance(timestep, Tensor):
+        return float(timestep.reshape(-1)[0])
+    return float(timestep or 0)
+
+
+def one_call_too_many(steps: int) -> str:
+    """The message for a call after the last step."""
+    return (
+        f"the transformer was called for step {steps + 1} of a run of {steps} steps; "
+        "call reset() on the handle before another run"
+    )
+
+
+def _nobody() -> None:
+    """In place of a weak reference to nothing."""

@@ -1,0 +1,156 @@
+"""A method is one file: a token rule, an adaptive cache and a forecaster put beside the others run and are exported."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fastdit
+
+TOKEN_RULE = '''
+"""Every other token, by turns."""
+import torch
+from dataclasses import dataclass
+from fastdit.methods.ras import RAS
+from fastdit.tokens import TokenRun
+
+class TurnsRun(TokenRun):
+    def _choose(self, velocity, coming):
+        first = (torch.arange(coming.keep) * 2 + self.run.step % 2).to(torch.int32)
+        return first.expand(len(velocity), -1).contiguous()
+
+@dataclass(frozen=True)
+class Turns(RAS):
+    name = "Turns"
+    def begin(self, run):
+        return TurnsRun(self, run)
+
+METHOD = Turns
+'''
+
+ADAPTIVE = '''
+"""Reuse everything while the latents have changed by less than a share since the last step that computed."""
+from dataclasses import dataclass
+from fastdit.methods.base import Method, MethodRun
+from fastdit.plan import COMPUTE, KEEP, REUSE, everywhere
+
+class ThresholdRun(MethodRun):
+    def __init__(self, method, run):
+        super().__init__(method, run)
+        self.seen = None
+        self.chosen = []
+
+    def actions(self, call, planned):
+        latents = call.arguments.hidden_states
+        near = self.seen is not None and (latents - self.seen).norm() < self.method.share * latents.norm()
+        if not near:
+            self.seen = latents.clone()
+        self.chosen.append(near)
+        flags = (REUSE if near else COMPUTE) | KEEP
+        return everywhere(self.run.patched.spec, flags)
+
+@dataclass(frozen=True)
+class Threshold(Method):
+    share: float = 0.5
+    name = "Threshold"
+    writes = frozenset({"reuse"})
+    def begin(self, run):
+        return ThresholdRun(self, run)
+
+METHOD = Threshold
+'''
+
+FORECAST = '''
+"""Every other step is the straight line through the last two outputs, by the noise levels."""
+from dataclasses import dataclass
+from fastdit.methods.base import Method, MethodRun
+from fastdit.plan import COMPUTE, KEEP, REUSE, everywhere
+
+class LineRun(MethodRun):
+    def __init__(self, method, run):
+        super().__init__(method, run)
+        self.nodes = []
+
+    def forecasts(self):
+        return len(self.nodes) == 2 and self.run.step % 2 == 1
+
+    def actions(self, call, planned):
+        flags = (REUSE if self.forecasts() else COMPUTE) | KEEP
+        return everywhere(self.run.patched.spec, flags)
+
+    def output(self, call, sample):
+        sigma = float(self.run.scheduler.sigmas[self.run.step])
+        if not self.forecasts():
+            self.nodes = [*self.nodes[-1:], (sigma, sample.clone())]
+            return sample
+        (s0, v0), (s1, v1) = self.nodes
+        return v1 + (v1 - v0) * ((sigma - s1) / (s1 - s0))
+
+@dataclass(frozen=True)
+class Line(Method):
+    name = "Line"
+    writes = frozenset({"reuse"})
+    def begin(self, run):
+        return LineRun(self, run)
+
+METHOD = Line
+'''
+
+USE = """
+import torch, fastdit, tiny_models
+assert {"Turns", "Threshold", "Line"} <= set(fastdit.__all__), fastdit.__all__
+
+def draw(*methods):
+    pipe = tiny_models.pipeline("sd3", torch.float64)
+    handle = fastdit.patch(pipe, *methods, backend="reference")
+    return tiny_models.generate(pipe, "sd3", steps=6), handle.report(), handle
+
+stock, _, _ = draw()
+found, report, _ = draw(fastdit.Turns(start=1, align=1, resets=()))
+assert report.tokens_per_step == (32, 16, 16, 16, 16, 16), report
+for step, mask in report.active.items():
+    assert mask.reshape(1, -1)[0, (step - 1) % 2 :: 2].all()
+assert not torch.equal(found, stock)
+
+found, report, handle = draw(fastdit.Threshold())
+reused = handle._patched.last_run().methods[0].chosen
+assert any(reused) and not all(reused), reused
+assert report.reused == sum(reused) * report.computed // (6 - sum(reused))
+same, report, _ = draw(fastdit.Threshold(share=0.0))
+assert torch.equal(same, stock) and report.reused == 0
+
+# The forecast against a plain loop over the stock pipeline's own scheduler.
+found, report, _ = draw(fastdit.Line())
+pipe = tiny_models.pipeline("sd3", torch.float64)
+nodes, step = [], 0
+def plain(module, args, kwargs, output):
+    global step
+    sigma = float(pipe.scheduler.sigmas[step])
+    if len(nodes) >= 2 and step % 2 == 1:
+        (s0, v0), (s1, v1) = nodes[-2:]
+        output[0].copy_(v1 + (v1 - v0) * ((sigma - s1) / (s1 - s0)))
+    else:
+        nodes.append((sigma, output[0].clone()))
+    step += 1
+pipe.transformer.register_forward_hook(plain, with_kwargs=True)
+expected = tiny_models.generate(pipe, "sd3", steps=6)
+assert torch.equal(found, expected)
+assert report.reused > 0
+print("all three ran")
+"""
+
+
+def test_three_new_files_are_three_new_methods(tmp_path):
+    package = Path(fastdit.__file__).parent
+    shutil.copytree(package, tmp_path / "fastdit", ignore=shutil.ignore_patterns("assets"))
+    for name, text in (("turns", TOKEN_RULE), ("threshold", ADAPTIVE), ("line", FORECAST)):
+        (tmp_path / "fastdit" / "methods" / f"{name}.py").write_text(text)
+    use = tmp_path / "use.py"
+    use.write_text(
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(Path(__file__).parent)!r}]\n{USE}"
+    )
+    done = subprocess.run([sys.executable, str(use)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all three ran" in done.stdout
