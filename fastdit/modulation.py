@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastdit.versions import same, versions
+
 #: rows of one product, at most: no more than are free beside reading the weights
 ROWS = 64
 
@@ -49,7 +51,7 @@ class Modulations:
         self._source = inputs
         self._timesteps = timesteps
         self._batch = batch
-        self._versions = _versions(inputs.tensors)
+        self._versions = versions(inputs.tensors)
         self._first = self._count = self._row = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
@@ -60,18 +62,19 @@ class Modulations:
     ) -> bool:
         """Go to a step; False where the model is given something else there than was foreseen.
 
-        `look` compares the timestep's value, which waits for a GPU; the tensors are compared by identity.
+        `look` compares the timestep's value, which waits for a GPU; the tensors are compared by identity, and whether
+        they were written to.
         """
         given, held = inputs.tensors, self._source.tensors
-        same = (
+        foreseen = (
             step < len(self._timesteps)
             and batch == self._batch
             and timestep.dtype is self._timesteps.dtype
             and len(given) == len(held)
             and all(a is b for a, b in zip(given, held, strict=True))
-            and _versions(given) == self._versions
+            and same(held, self._versions, given)
         )
-        if not same or (look and not bool((timestep == self._timesteps[step]).all())):
+        if not foreseen or (look and not bool((timestep == self._timesteps[step]).all())):
             return False
         if not self._first <= step < self._first + self._count:
             self._first, self._count = step, max(1, ROWS // self._batch)
@@ -106,7 +109,3 @@ class Modulations:
 def repeated(tensor: Tensor, rows: int, batch: int) -> Tensor:
     """[B or 1, ...] as [n B, ...], the batch again for each step."""
     return tensor.expand(batch, *tensor.shape[1:]).repeat(rows // batch, *[1] * (tensor.ndim - 1))
-
-
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(-1 if t.is_inference() else t._version for t in tensors)

@@ -1,30 +1,52 @@
-"""Whether tensors are what they were: the same objects, unwritten since, or equal ones."""
+"""Whether tensors are what they were: the same objects, unwritten since, or equal ones.
+
+Torch counts the writes to a tensor, but not to one made under `torch.inference_mode`: of such a one a copy is kept and
+compared, which waits for its device. Of others that are the same objects nothing is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def version(tensor: Tensor) -> int:
-    """Counts the writes to a tensor; inference tensors do not."""
-    return -1 if tensor.is_inference() else tensor._version
+#: what tells a write to a tensor: the count of them, or what the tensor held
+Version = int | Tensor
 
 
-def versions(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The version of each."""
-    return tuple(map(version, tensors))
+def versions(tensors: Sequence[Tensor]) -> tuple[Version, ...]:
+    """What :func:`same` needs to know of tensors as they are now."""
+    return tuple(t.clone() if t.is_inference() else t._version for t in tensors)
 
 
-def same(held: Sequence[Tensor], before: Sequence[Any], tensors: Sequence[Tensor]) -> bool:
+def same(held: Sequence[Tensor], before: Sequence[Version], tensors: Sequence[Tensor]) -> bool:
     """Whether `tensors` are the `held` ones, whose versions were `before`; or, in new memory, equal ones.
 
     A pipeline passes the same tensors at every step; only hand-written loops that build them anew have them compared.
     """
-    return len(held) == len(tensors) and all(
-        version(old) == mark and (old is new or torch.equal(old, new))
-        for old, mark, new in zip(held, before, tensors, strict=True)
+    if len(held) != len(tensors):
+        return False
+    pairs = []
+    for old, mark, new in zip(held, before, tensors, strict=True):
+        if isinstance(mark, Tensor):
+            pairs.append((mark, new))
+        elif old._version != mark:
+            return False
+        elif old is not new:
+            pairs.append((old, new))
+    alike = all(
+        a.shape == b.shape and a.dtype is b.dtype and a.device == b.device for a, b in pairs
     )
+    return alike and _equal(pairs)
+
+
+def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the tensors of each pair hold the same; waits once for each device."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for a, b in pairs:
+        if a.device.type != "cpu":
+            found.setdefault(a.device, []).append((a == b).all())
+        elif not torch.equal(a, b):
+            return False
+    return all(bool(torch.stack(masks).all()) for masks in found.values())

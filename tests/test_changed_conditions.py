@@ -18,6 +18,7 @@ from fastdit import RAS, Cached, Schedule
 pytestmark = pytest.mark.diffusers
 
 STEPS, CHANGE = 6, 3
+MODES = {"no grad": torch.no_grad, "inference mode": torch.inference_mode}
 METHODS = {
     "cached": lambda: Cached(Schedule.every(STEPS)),
     "ras": lambda: RAS(start=1, resets=(), align=1),
@@ -54,3 +55,24 @@ def test_what_a_changed_condition_made_is_not_reused(family, method, backend):
         for record in handle._patched.last_run().records.values()
     ]
     assert spared == [step not in (0, CHANGE) for step in range(STEPS)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["sd3", "flux", "pixart-sigma", "lumina"])
+def test_a_prompt_written_in_a_run_is_seen(family, method, mode):
+    """As by a callback; nobody counts the writes to tensors made in inference mode."""
+    stock, model = (tiny_models.transformer(family, torch.float64) for _ in range(2))
+    with MODES[mode]():
+        given = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in tiny_models.call(family, 2, torch.float64).items()
+        }
+        handle = fastdit.patch(model, METHODS[method]())
+        with handle.run(range(STEPS)):
+            for step in range(STEPS):
+                if step == CHANGE:
+                    given["encoder_hidden_states"].mul_(-1)
+                assert distance(model(**given)[0], stock(**given)[0]) <= 1e-6
+                handle.advance()
+    assert handle.report().reused > 0 or min(handle.report().tokens_per_step) < 32

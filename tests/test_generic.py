@@ -164,11 +164,20 @@ def call_of(build, step, text):
 @pytest.mark.parametrize("build", [cogview4, easy_animate])
 def test_each_call_of_a_module_in_a_block_has_a_slot(build, text, monkeypatch):
     """CogView4, GLM-Image and EasyAnimate call one feed-forward on both streams."""
-    model = tiny_models.randomise(build())
-    parts = {"transformer_blocks": {name: name for name in ("attn1", "ff")}}
-    monkeypatch.setitem(oracle.MODULES, type(model).__name__, parts)
-    bits, names = oracle.random_bits(model, STEPS, 3)
     calls = [call_of(build, step, text) for step in range(STEPS)]
+    plain, report = run_beside_a_plain_cache(
+        build(), {"transformer_blocks": ("attn1", "ff")}, calls, monkeypatch
+    )
+    assert plain.reused > 0
+    assert (report.computed, report.reused) == (plain.computed, plain.reused)
+
+
+def run_beside_a_plain_cache(model, parts, calls, monkeypatch):
+    """The oracle and the report after runs of equal bits under a random schedule."""
+    tiny_models.randomise(model)
+    modules = {kind: {name: name for name in names} for kind, names in parts.items()}
+    monkeypatch.setitem(oracle.MODULES, type(model).__name__, modules)
+    bits, names = oracle.random_bits(model, STEPS, 3)
     with torch.no_grad(), Oracle(model, bits).installed() as plain:
         expected = [model(**given)[0] for given in calls]
     with pytest.warns(UserWarning, match="has no adapter"):
@@ -176,8 +185,7 @@ def test_each_call_of_a_module_in_a_block_has_a_slot(build, text, monkeypatch):
     with torch.no_grad(), handle.run(range(STEPS)):
         for given, wanted in zip(calls, expected, strict=True):
             same_bits(model(**given)[0], wanted)
-    assert plain.reused > 0
-    assert (handle.report().computed, handle.report().reused) == (plain.computed, plain.reused)
+    return plain, handle.report()
 
 
 def test_reused_modules_do_not_run_also_in_a_copy(case):
@@ -223,25 +231,18 @@ def wan(patch_size):
 @pytest.mark.parametrize("patch_size", [(1, 2, 2), [1, 2, 2], (1, 4, 2)])
 def test_patches_with_a_side_for_each_axis(patch_size, monkeypatch):
     """Wan and others; a config read from a file has a list."""
-    model = tiny_models.randomise(wan(patch_size))
-    parts = {"blocks": {name: name for name in ("attn1", "attn2", "ffn")}}
-    monkeypatch.setitem(oracle.MODULES, type(model).__name__, parts)
-    bits, names = oracle.random_bits(model, STEPS, 3)
     draw = torch.Generator().manual_seed(0)
     calls = [
         inputs(step) | {"hidden_states": torch.randn(2, 4, 3, 8, 8, generator=draw)}
         for step in range(STEPS)
     ]
-    with torch.no_grad(), Oracle(model, bits).installed():
-        expected = [model(**given)[0] for given in calls]
-    with pytest.warns(UserWarning, match="has no adapter"):
-        handle = fastdit.patch(model, ECAD(Schedule.from_bits(bits, names)))
-    with torch.no_grad(), handle.run(range(STEPS)):
-        for given, wanted in zip(calls, expected, strict=True):
-            same_bits(model(**given)[0], wanted)
+    model = wan(patch_size)
+    _, report = run_beside_a_plain_cache(
+        model, {"blocks": ("attn1", "attn2", "ffn")}, calls, monkeypatch
+    )
     frame = 64 // (patch_size[1] * patch_size[2])
-    assert handle.report().tokens_per_step == (3 * frame,) * STEPS
-    assert handle.explain(height=64, width=64, steps=STEPS).image_tokens == frame
+    assert report.tokens_per_step == (3 * frame,) * STEPS
+    assert fastdit.explain(model, height=64, width=64, steps=STEPS).image_tokens == frame
 
 
 @pytest.mark.parametrize(

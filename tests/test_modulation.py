@@ -166,3 +166,32 @@ def test_an_adapter_whose_scale_changes(target):
     fastdit.patch(pipe)
     found = generate(pipe, "sd3", steps=STEPS, callback_on_step_end=fade)
     assert distance(found, expected) <= FORWARD_FP64
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_pooled_prompt_written_in_a_run_is_seen(name, mode):
+    """By a callback; nobody counts the writes to tensors made in inference mode."""
+
+    def write(pipe, step, timestep, given):
+        if step == 2:
+            given["pooled_prompt_embeds"].mul_(-1)
+        return given
+
+    def drawn():
+        pipe._callback_tensor_inputs = ["latents", "pooled_prompt_embeds"]
+        return generate(
+            pipe,
+            name,
+            steps=STEPS,
+            cfg=False,
+            callback_on_step_end=write,
+            callback_on_step_end_tensor_inputs=["pooled_prompt_embeds"],
+        )
+
+    with mode():
+        pipe = tiny_models.pipeline(name, torch.float64)
+        plain, expected = generate(pipe, name, steps=STEPS, cfg=False), drawn()
+        assert distance(plain, expected) > 1e-3
+        fastdit.patch(pipe)
+        assert distance(drawn(), expected) <= 1e-12

@@ -106,8 +106,14 @@ class Tables:
         self._stacked: Tensor | None = None
 
     def stack(self, index: int, table: Tensor) -> Tensor | None:
-        """Note block `index`'s table; the stack, or None until every block has been seen as it is now."""
-        mark = (table.data_ptr(), 0 if table.is_inference() else table._version)
+        """Note block `index`'s table; the stack, or None until every block has been seen as it is now.
+
+        Of inference tensors, whose writes nobody counts, there is none.
+        """
+        if table.is_inference():
+            self._seen[index] = None
+            return None
+        mark = table.data_ptr(), table._version
         if self._seen[index] != mark:
             self._seen[index] = mark
             self._tables[index] = table.detach().clone()
