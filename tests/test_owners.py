@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import sys
@@ -164,8 +165,9 @@ def together(jobs, barrier=None):
 
 
 def idle(state):
-    """Nothing of a run is left."""
-    return not state.live_runs() and state.cache_bytes() == 0 and state.here.call is None
+    """Nothing of a run is left; of a call that had none when it was broken off there may be an empty shell."""
+    call = state.here.call
+    return not state.live_runs() and state.cache_bytes() == 0 and (call is None or call.run is None)
 
 
 # ---- pipelines in threads
@@ -391,6 +393,50 @@ class Caller:
                 velocity = self.transformer(**now)[0]
                 latents = scheduler.step(velocity, t, latents).prev_sample
         return latents
+
+
+@dataclasses.dataclass
+class Unhashable(Caller):
+    """Equal to others of the same parts."""
+
+    transformer: object
+    scheduler: object
+    before: bool = False
+
+
+class Slotted(Caller):
+    __slots__ = ()
+
+    def __call__(self, seed):
+        return Caller.__call__(self, seed)
+
+
+class Bare:
+    """Without a dictionary, and nothing can refer to it weakly."""
+
+    __slots__ = ("before", "scheduler", "transformer")
+    __init__ = Caller.__init__
+    __call__ = Caller.__call__
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pipe: Unhashable(pipe.transformer, pipe.scheduler),
+        lambda pipe: Slotted(pipe, False),
+        lambda pipe: Bare(pipe, False),
+    ],
+    ids=["dataclass", "empty slots", "slots"],
+)
+def test_pipelines_of_somebodys_own(make):
+    expected = [Caller(patched("sd3", "ras")[0], False)(seed) for seed in range(2)]
+    pipe, _, state = patched("sd3", "ras")
+    caller = make(copied(pipe))
+    for seed in range(2):
+        same_bits(caller(seed), expected[seed])
+        assert idle(state)
+    fastdit.unpatch(pipe)
+    assert "step" not in vars(type(caller.scheduler)) or "_fastdit" not in vars(caller.scheduler)
 
 
 @pytest.mark.parametrize("method", ["cached", "ras+cached"])
@@ -710,6 +756,21 @@ def test_a_run_ends_with_any_exception(where, kind, first, kept):
     same_bits(draw(target, "sd3", "ras+cached", 2), serial("sd3", "ras+cached")[2])
 
 
+@pytest.mark.parametrize("part", ["pipelines.py", "owners.py"])
+def test_a_call_that_is_broken_off_in_what_ends_it(part):
+    pipe, _, state = patched("sd3", "ras+cached")
+    draw(pipe, "sd3", "ras+cached")
+    requests = copied(pipe)
+    draw(requests, "sd3", "ras+cached")
+    for at in range(1, 10_000, 1 if part == "pipelines.py" else 97):
+        broken = interrupted(lambda: draw(requests, "sd3", "ras+cached"), at, part)
+        assert idle(state), at
+        if not broken:
+            break
+    assert at > 3
+    same_bits(draw(pipe, "sd3", "ras+cached", 1), serial("sd3", "ras+cached")[1])
+
+
 # ---- patch and unpatch, broken off
 
 
@@ -770,6 +831,35 @@ def test_unpatch_leaves_siblings_as_they_were():
     assert everything(pipes) != before
     fastdit.unpatch(pipes[1])
     assert everything(pipes) == before
+
+
+def test_the_hook_on_a_decoder_goes_with_the_last_pipeline_that_has_it():
+    pipes = [tiny_models.pipeline("sd3", seed=seed) for seed in range(2)]
+    pipes[1].vae = pipes[0].vae
+    before = everything(pipes)
+    for pipe in pipes:
+        fastdit.patch(pipe, EVERY_2, backend="reference")
+    fastdit.unpatch(pipes[0])
+    state, held = pipes[1].transformer.__dict__[LINK], []
+    hook = pipes[1].vae.decoder.conv_in.register_forward_pre_hook(
+        lambda *_: held.append(state.cache_bytes())
+    )
+    draw(pipes[1], "sd3", output_type="np", callback_on_step_end=interrupt_after(2))
+    assert held == [0]
+    hook.remove()
+    fastdit.unpatch(pipes[1])
+    assert [one[1] for one in everything(pipes)] == [one[1] for one in before]
+
+
+def test_unpatch_takes_the_hook_off_a_copied_and_off_a_replaced_decoder():
+    pipe, _, _ = patched("sd3")
+    copies = copy.deepcopy(pipe)
+    fastdit.unpatch(copies)
+    first, pipe.vae = pipe.vae, tiny_models.vae()
+    draw(pipe, "sd3")
+    fastdit.unpatch(pipe)
+    for vae in (copies.vae, first, pipe.vae):
+        assert not vae.decoder._forward_pre_hooks
 
 
 def test_unpatch_can_be_repeated_after_it_was_broken_off():
