@@ -449,6 +449,68 @@ def test_a_call_before_the_loop_is_a_branch_of_its_own(method):
     assert idle(state)
 
 
+@pytest.mark.parametrize("method", ["cached", "ras+cached"])
+def test_a_call_before_a_loop_that_a_scheduler_leads(method):
+    one, other = patched("sd3", method)[0], patched("sd3", method)[0]
+    expected = led_loop(one, one.scheduler, 0)
+    same_bits(led_loop(other, other.scheduler, 0, before=True), expected)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "pixart-sigma", "lumina"])
+def test_noise_levels_of_a_stranger_are_those_of_a_known_pipeline(name):
+    """A schedule of another number of steps is mapped by noise level, also where levels depend on the size."""
+    options = {"use_dynamic_shifting": True} if name == "flux-dev" else {}
+    scheduler = tiny_models.PIPELINES[name].scheduler(**options)
+    pipe = tiny_models.pipeline(name, scheduler=scheduler)
+    bits = random_bits(pipe.transformer, 6, 0)
+    fastdit.patch(pipe, ECAD(Schedule.from_bits(*bits), resample="sigma"), backend="reference")
+    with pytest.warns(UserWarning, match="by noise level"):
+        expected = draw(pipe, name)
+    stranger = copied(pipe)
+    with pytest.warns(UserWarning, match="by noise level"):
+        same_bits(draw(stranger, name), expected)
+
+
+def test_advance_leads_as_a_pipeline_does():
+    """A hand-written loop with guidance that says what it steps with computes the tokens that a pipeline would."""
+    pipe, handle, state = patched("sd3", "ras")
+    arguments = tiny_models.arguments("sd3", steps=4)
+    latents = torch.randn(
+        1, 4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    scheduler = own_scheduler(pipe)
+    scheduler.set_timesteps(4)
+
+    def both(name):
+        return torch.cat([arguments[f"negative_{name}"], arguments[name]])
+
+    with torch.no_grad(), handle.run(scheduler.timesteps):
+        for t in scheduler.timesteps:
+            velocity = pipe.transformer(
+                hidden_states=torch.cat([latents] * 2),
+                timestep=t.expand(2),
+                encoder_hidden_states=both("prompt_embeds"),
+                pooled_projections=both("pooled_prompt_embeds"),
+                return_dict=False,
+            )[0]
+            without, given = velocity.chunk(2)
+            velocity = without + 4.0 * (given - without)
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+            handle.advance(velocity)
+    same_bits(latents, serial("sd3", "ras")[0])
+    assert idle(state)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (1, 4, 8, 8), (4,)])
+def test_advance_refuses_a_velocity_of_another_size(shape):
+    pipe, handle, _ = bare("sd3", "ras")
+    inputs = loop_inputs("sd3", 0)
+    with handle.run(range(4)):
+        outputs(pipe.transformer, inputs[:1])
+        with pytest.raises(fastdit.ArgumentError, match="velocity must be shaped"):
+            handle.advance(torch.zeros(shape))
+
+
 # ---- what is refused
 
 
