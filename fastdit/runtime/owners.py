@@ -29,6 +29,8 @@ from fastdit.runtime.install import LINK
 _number = itertools.count().__next__
 #: where a pipeline keeps the models whose patches follow it
 _TRANSFORMERS = ("transformer", "transformer_2")
+#: modules whose frames lie between a call of a module and its hooks
+_OUTSIDE = ("torch.", "fastdit.runtime.", "diffusers.hooks.", "accelerate.hooks")
 #: a name that no code can have
 _TOKEN = "\0fastdit"
 
@@ -123,6 +125,14 @@ def setting(scheduler: Any, depth: int = 2) -> PipelineCall | None:
                 return _call_of(pipeline, frame)
         frame = frame.f_back
     return None
+
+
+def site(depth: int = 2) -> tuple[Any, int] | None:
+    """Where in somebody's code a module is called."""
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_OUTSIDE):
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code, frame.f_lasti)
 
 
 def is_inside(transformer: nn.Module) -> bool:

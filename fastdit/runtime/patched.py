@@ -463,7 +463,9 @@ class Patched:
                 run.guidance = guidance_of(frame.f_locals)
             site = frame.f_code, frame.f_lasti
         else:
-            run, site = self._own_run(seat, timestep), None
+            run = self._own_run(seat, timestep)
+            # Without a scheduler that counts the steps, two calls in a loop may just as well be two steps.
+            site = owners.site(3) if run is not None and run.led else None
         return run, site
 
     def _note(self, run: Run | None) -> None:
@@ -478,7 +480,7 @@ class Patched:
         self.follow(pipeline)
         if first and timesteps is not None and len(timesteps):
             follower = clock.follower_of(scheduler, self)
-            levels = clock.Levels(scheduler, {"sigmas": frame.f_locals.get("sigmas")})
+            levels = clock.found_levels(scheduler, frame.f_locals)
             with self._lock:
                 self._refuse_busy(follower, call, scheduler)
                 run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
