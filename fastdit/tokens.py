@@ -84,8 +84,26 @@ class TokenRun(MethodRun):
         """Choose the active tokens of the next step."""
         if self.tokens and step.velocity is not None:
             run = self.run
-            patches = run.patched.adapter.patches(step.velocity, run.patch)
+            patches = self._patches(step.velocity)
             self.observe(run.step - self.first, patches, step.delta)
+
+    def _patches(self, velocity: Tensor) -> Tensor:
+        """A velocity in patches.
+
+        Raises:
+            ArgumentError: It is of another size than the image.
+        """
+        run = self.run
+        try:
+            patches = run.patched.adapter.patches(velocity, run.patch)
+        except (RuntimeError, IndexError):
+            patches = None
+        if patches is None or patches.shape[1] * patches.shape[2] != self.tokens:
+            raise ArgumentError(
+                f"velocity must be shaped as the transformer's output for inputs of {tuple(run.latents)}, got "
+                f"{tuple(velocity.shape)}"
+            )
+        return patches
 
     def end(self) -> None:
         """Only the history stays."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 import sys
@@ -164,8 +165,9 @@ def together(jobs, barrier=None):
 
 
 def idle(state):
-    """Nothing of a run is left."""
-    return not state.live_runs() and state.cache_bytes() == 0 and state.here.call is None
+    """Nothing of a run is left; of a call that had none when it was broken off there may be an empty shell."""
+    call = state.here.call
+    return not state.live_runs() and state.cache_bytes() == 0 and (call is None or call.run is None)
 
 
 # ---- pipelines in threads
@@ -393,6 +395,50 @@ class Caller:
         return latents
 
 
+@dataclasses.dataclass
+class Unhashable(Caller):
+    """Equal to others of the same parts."""
+
+    transformer: object
+    scheduler: object
+    before: bool = False
+
+
+class Slotted(Caller):
+    __slots__ = ()
+
+    def __call__(self, seed):
+        return Caller.__call__(self, seed)
+
+
+class Bare:
+    """Without a dictionary, and nothing can refer to it weakly."""
+
+    __slots__ = ("before", "scheduler", "transformer")
+    __init__ = Caller.__init__
+    __call__ = Caller.__call__
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda pipe: Unhashable(pipe.transformer, pipe.scheduler),
+        lambda pipe: Slotted(pipe, False),
+        lambda pipe: Bare(pipe, False),
+    ],
+    ids=["dataclass", "empty slots", "slots"],
+)
+def test_pipelines_of_somebodys_own(make):
+    expected = [Caller(patched("sd3", "ras")[0], False)(seed) for seed in range(2)]
+    pipe, _, state = patched("sd3", "ras")
+    caller = make(copied(pipe))
+    for seed in range(2):
+        same_bits(caller(seed), expected[seed])
+        assert idle(state)
+    fastdit.unpatch(pipe)
+    assert "step" not in vars(type(caller.scheduler)) or "_fastdit" not in vars(caller.scheduler)
+
+
 @pytest.mark.parametrize("method", ["cached", "ras+cached"])
 def test_a_call_before_the_loop_is_a_branch_of_its_own(method):
     expected = Caller(patched("sd3", method)[0], False)(0)
@@ -401,6 +447,68 @@ def test_a_call_before_the_loop_is_a_branch_of_its_own(method):
     for _ in range(2):
         same_bits(caller(0), expected)
     assert idle(state)
+
+
+@pytest.mark.parametrize("method", ["cached", "ras+cached"])
+def test_a_call_before_a_loop_that_a_scheduler_leads(method):
+    one, other = patched("sd3", method)[0], patched("sd3", method)[0]
+    expected = led_loop(one, one.scheduler, 0)
+    same_bits(led_loop(other, other.scheduler, 0, before=True), expected)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "pixart-sigma", "lumina"])
+def test_noise_levels_of_a_stranger_are_those_of_a_known_pipeline(name):
+    """A schedule of another number of steps is mapped by noise level, also where levels depend on the size."""
+    options = {"use_dynamic_shifting": True} if name == "flux-dev" else {}
+    scheduler = tiny_models.PIPELINES[name].scheduler(**options)
+    pipe = tiny_models.pipeline(name, scheduler=scheduler)
+    bits = random_bits(pipe.transformer, 6, 0)
+    fastdit.patch(pipe, ECAD(Schedule.from_bits(*bits), resample="sigma"), backend="reference")
+    with pytest.warns(UserWarning, match="by noise level"):
+        expected = draw(pipe, name)
+    stranger = copied(pipe)
+    with pytest.warns(UserWarning, match="by noise level"):
+        same_bits(draw(stranger, name), expected)
+
+
+def test_advance_leads_as_a_pipeline_does():
+    """A hand-written loop with guidance that says what it steps with computes the tokens that a pipeline would."""
+    pipe, handle, state = patched("sd3", "ras")
+    arguments = tiny_models.arguments("sd3", steps=4)
+    latents = torch.randn(
+        1, 4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
+    scheduler = own_scheduler(pipe)
+    scheduler.set_timesteps(4)
+
+    def both(name):
+        return torch.cat([arguments[f"negative_{name}"], arguments[name]])
+
+    with torch.no_grad(), handle.run(scheduler.timesteps):
+        for t in scheduler.timesteps:
+            velocity = pipe.transformer(
+                hidden_states=torch.cat([latents] * 2),
+                timestep=t.expand(2),
+                encoder_hidden_states=both("prompt_embeds"),
+                pooled_projections=both("pooled_prompt_embeds"),
+                return_dict=False,
+            )[0]
+            without, given = velocity.chunk(2)
+            velocity = without + 4.0 * (given - without)
+            latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+            handle.advance(velocity)
+    same_bits(latents, serial("sd3", "ras")[0])
+    assert idle(state)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 7), (1, 4, 8, 8), (4,)])
+def test_advance_refuses_a_velocity_of_another_size(shape):
+    pipe, handle, _ = bare("sd3", "ras")
+    inputs = loop_inputs("sd3", 0)
+    with handle.run(range(4)):
+        outputs(pipe.transformer, inputs[:1])
+        with pytest.raises(fastdit.ArgumentError, match="velocity must be shaped"):
+            handle.advance(torch.zeros(shape))
 
 
 # ---- what is refused
@@ -710,6 +818,21 @@ def test_a_run_ends_with_any_exception(where, kind, first, kept):
     same_bits(draw(target, "sd3", "ras+cached", 2), serial("sd3", "ras+cached")[2])
 
 
+@pytest.mark.parametrize("part", ["pipelines.py", "owners.py"])
+def test_a_call_that_is_broken_off_in_what_ends_it(part):
+    pipe, _, state = patched("sd3", "ras+cached")
+    draw(pipe, "sd3", "ras+cached")
+    requests = copied(pipe)
+    draw(requests, "sd3", "ras+cached")
+    for at in range(1, 10_000, 1 if part == "pipelines.py" else 97):
+        broken = interrupted(lambda: draw(requests, "sd3", "ras+cached"), at, part)
+        assert idle(state), at
+        if not broken:
+            break
+    assert at > 3
+    same_bits(draw(pipe, "sd3", "ras+cached", 1), serial("sd3", "ras+cached")[1])
+
+
 # ---- patch and unpatch, broken off
 
 
@@ -770,6 +893,35 @@ def test_unpatch_leaves_siblings_as_they_were():
     assert everything(pipes) != before
     fastdit.unpatch(pipes[1])
     assert everything(pipes) == before
+
+
+def test_the_hook_on_a_decoder_goes_with_the_last_pipeline_that_has_it():
+    pipes = [tiny_models.pipeline("sd3", seed=seed) for seed in range(2)]
+    pipes[1].vae = pipes[0].vae
+    before = everything(pipes)
+    for pipe in pipes:
+        fastdit.patch(pipe, EVERY_2, backend="reference")
+    fastdit.unpatch(pipes[0])
+    state, held = pipes[1].transformer.__dict__[LINK], []
+    hook = pipes[1].vae.decoder.conv_in.register_forward_pre_hook(
+        lambda *_: held.append(state.cache_bytes())
+    )
+    draw(pipes[1], "sd3", output_type="np", callback_on_step_end=interrupt_after(2))
+    assert held == [0]
+    hook.remove()
+    fastdit.unpatch(pipes[1])
+    assert [one[1] for one in everything(pipes)] == [one[1] for one in before]
+
+
+def test_unpatch_takes_the_hook_off_a_copied_and_off_a_replaced_decoder():
+    pipe, _, _ = patched("sd3")
+    copies = copy.deepcopy(pipe)
+    fastdit.unpatch(copies)
+    first, pipe.vae = pipe.vae, tiny_models.vae()
+    draw(pipe, "sd3")
+    fastdit.unpatch(pipe)
+    for vae in (copies.vae, first, pipe.vae):
+        assert not vae.decoder._forward_pre_hooks
 
 
 def test_unpatch_can_be_repeated_after_it_was_broken_off():

@@ -119,6 +119,13 @@ class Levels:
         return levels
 
 
+def found_levels(scheduler: Any, given: Mapping[str, Any]) -> Levels:
+    """The levels of a run whose timesteps were set unseen, with the arguments that its pipeline has names for."""
+    accepted = inspect.signature(scheduler.set_timesteps).parameters
+    names = [name for name in ("sigmas", "mu") if name in accepted and _given(given, name)]
+    return Levels(scheduler, {name: given[name] for name in names})
+
+
 def predicted_levels(scheduler: Any, steps: int, tokens: int) -> Levels:
     """The levels before a run sets them, for pictures of `tokens` image tokens, as diffusers' pipelines set them."""
     accepted = inspect.signature(scheduler.set_timesteps).parameters

@@ -56,17 +56,21 @@ class PipelineCall:
         self.born = _number()
         self.live = True
         self._stack = _thread.calls
+
+    def begin(self) -> None:
+        """It is under way in this thread."""
         self._stack.append(self)
 
     def end(self) -> None:
-        """It has returned, or was broken off: so are its runs."""
+        """It has returned, or was broken off: so are its runs. What was broken off here is made up."""
         self.live = False
         if self in self._stack:
             self._stack.remove(self)
-        for run in list(self.runs.values()):
+        while self.runs:
+            patched, run = next(iter(self.runs.items()))
             if run is not None:
                 run.end()
-        self.runs.clear()
+            self.runs.pop(patched, None)
 
 
 class _Thread(threading.local):
@@ -181,6 +185,7 @@ def _call_of(pipeline: Any, frame: FrameType) -> PipelineCall:
                 call.frame = id(own)
             return call
     call = PipelineCall(pipeline, id(own))
+    call.begin()
     token = _Token()
     own.f_locals[_TOKEN] = token
     weakref.finalize(token, call.end).atexit = False

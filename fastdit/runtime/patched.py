@@ -103,8 +103,9 @@ class Patched:
         self._hands: set[Hand] = set()
         self._last: Run | None = None
         self._unclaimed: Callable[[], Run | None] = _nobody
-        self._followed: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._enclosed: weakref.WeakSet[Any] = weakref.WeakSet()
+        # By id: somebody's own pipeline may not be hashable.
+        self._followed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._enclosed: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
         # patch; wrapped here and not in the class, since torch's compiler takes long to import.
         self.forward_pre_hook = types.MethodType(_uncompiled(Patched.before_forward), self)
@@ -114,6 +115,7 @@ class Patched:
         """A copied model gets a patch of its own: the same methods, the copied blocks, no run."""
         clone = Patched.__new__(Patched)
         memo[id(self)] = clone
+        pipeline = memo.get(id(self.pipeline()))  # where the whole pipeline is being copied
         clone.__init__(
             self.adapter,
             self.spec,
@@ -123,8 +125,12 @@ class Patched:
             self.eager,
             copy.deepcopy(self.linears, memo),
             self.graphs and Graphs(),
-            memo.get(id(self.pipeline())),  # where the whole pipeline is being copied
+            pipeline,
         )
+        if (
+            pipeline is not None
+        ):  # the copy's class is stock again, but the hook on its decoder was copied
+            clone._enclosed[id(pipeline)] = pipeline
         return clone
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -138,19 +144,21 @@ class Patched:
     def follow(self, pipeline: Any) -> None:
         """Let a pipeline tell of its calls, and its scheduler of its steps."""
         with self._lock:
-            self._enclosed.add(pipeline)
-            pipelines.enclose(pipeline, self)
+            if pipelines.can_enclose(pipeline):
+                self._enclosed[id(pipeline)] = pipeline
+                pipelines.enclose(pipeline, self)
             scheduler = getattr(pipeline, "scheduler", None)
             if scheduler is not None:
-                self._followed.add(scheduler)
+                clock.check_scheduler(scheduler)
+                self._followed[id(scheduler)] = scheduler
                 clock.attach(scheduler, self)
 
     def unfollow(self) -> None:
         """Leave all pipelines and schedulers as they were."""
         with self._lock:
-            for scheduler in list(self._followed):
+            for scheduler in list(self._followed.values()):
                 clock.detach(scheduler, self)
-            for pipeline in list(self._enclosed):
+            for pipeline in list(self._enclosed.values()):
                 pipelines.release(pipeline, self)
             self._followed.clear()
             self._enclosed.clear()
@@ -201,11 +209,10 @@ class Patched:
             levels = levels.with_sigmas(resolution.run_sigmas)
         run = Run(self, steps, self.plan(planned, levels=levels), scheduler, levels, by_hand)
         run.take(made for made in (m.begin(run) for m in self.methods) if made is not None)
-        if pipeline is not None:
+        if pipeline is not None and pipelines.can_enclose(pipeline):
             run.pipeline = weakref.ref(pipeline)
         if seat.watch is not None and seat.watch.begin(run):
             run.frames = seat.watch
-        self._live[id(run)] = run
         return run
 
     def _writer(self, field: str) -> Any:
@@ -276,11 +283,12 @@ class Patched:
             follower.run.end()
         if call is not None and call.runs.get(self) is not None:
             call.runs[self].end()
+        if call is not None:
+            self.follow(call.pipeline)
         run = self.start(
             len(scheduler.timesteps), scheduler, levels, pipeline=call and call.pipeline
         )
         if call is not None:
-            self.follow(call.pipeline)
             call.runs[self] = run
         else:
             seat = self.seat()
@@ -289,12 +297,19 @@ class Patched:
             seat.run = run
             if run is not None:
                 self._unclaimed = weakref.ref(run)
-        self._lead(follower, run, owner)
+        self._enlist(run, owner, follower)
 
-    def _lead(self, follower: clock.Follower, run: Run | None, owner: Any) -> None:
-        follower.run = run
+    def _enlist(
+        self, run: Run | None, owner: Any = None, follower: clock.Follower | None = None
+    ) -> None:
+        """Count a run among the live ones. What ends it knows it already, lest an interrupt comes between."""
+        if follower is not None:
+            follower.run = run
         if run is not None:
-            run.owner, run.follower = owner, follower
+            run.follower = follower
+            if owner is not None:
+                run.owner = owner
+            self._live[id(run)] = run
 
     def forget(self, run: Run) -> None:
         """A run has ended."""
@@ -343,6 +358,7 @@ class Patched:
         hand.run = self.start(steps, by_hand=True)
         self._hands.add(hand)
         seat.hands.append(hand)
+        self._enlist(hand.run)
         return hand.run
 
     def end_by_hand(self, seat: Seat, hand: Hand) -> None:
@@ -415,6 +431,7 @@ class Patched:
         here.forward = None
         arguments = self.adapter.call(transformer, args, kwargs)
         run, site = self._run_of(arguments.timestep)
+        call.run = run  # from now on what ends the run takes the call away, where an interrupt passes by the hook below
         if run is None:
             return None
         if self.acts and torch.is_grad_enabled():
@@ -470,6 +487,7 @@ class Patched:
             site = frame.f_code, frame.f_lasti
         else:
             run = self._own_run(seat, timestep)
+            # Without a scheduler that counts the steps, two calls in a loop may just as well be two steps.
             site = owners.caller(2) if run is not None and run.led else None
         return run, site
 
@@ -485,16 +503,15 @@ class Patched:
         self.follow(pipeline)
         if first and timesteps is not None and len(timesteps):
             follower = clock.follower_of(scheduler, self)
-            levels = clock.Levels(scheduler, {"sigmas": frame.f_locals.get("sigmas")})
+            levels = clock.found_levels(scheduler, frame.f_locals)
             with self._lock:
                 self._refuse_busy(follower, call, scheduler)
                 run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
-                self._lead(follower, run, call)
+                call.runs[self] = run
+                self._enlist(run, call, follower)
         else:
-            run = self.start(self._made_steps(), pipeline=pipeline)
-            if run is not None:
-                run.owner = call
-        call.runs[self] = run
+            run = call.runs[self] = self.start(self._made_steps(), pipeline=pipeline)
+            self._enlist(run, call)
         return run
 
     def _made_steps(self) -> int | None:
@@ -517,7 +534,7 @@ class Patched:
             if run is not None:
                 run.end()
             run = seat.run = self.start(self._made_steps())
-            run.owner = owners.here()
+            self._enlist(run, owners.here())
         return run
 
     def _adopted(self, seat: Seat) -> Run | None:

@@ -7,6 +7,8 @@ copy, a pickle, and whatever is made of the class (`from_pipe`) is an ordinary p
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
 from typing import Any
 
 from torch import nn
@@ -14,6 +16,22 @@ from torch import nn
 from fastdit.runtime import owners
 
 LINK = "_fastdit"
+
+_lock = threading.RLock()
+#: decoder that is hooked -> the enclosed pipelines that decode by it, by id: request-scoped ones share it
+_decoders: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int, Any]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def can_enclose(pipeline: Any) -> bool:
+    """Whether the pipeline is an ordinary object: somebody's own may have slots, and is then followed from within."""
+    cls = type(pipeline)
+    return bool(
+        cls.__weakrefoffset__
+        and cls.__dictoffset__
+        and not any(base.__dict__.get("__slots__") for base in cls.__mro__)
+    )
 
 
 def enclose(pipeline: Any, patched: Any) -> None:
@@ -24,8 +42,11 @@ def enclose(pipeline: Any, patched: Any) -> None:
     if "_fastdit_enclosed" not in type(pipeline).__dict__:
         object.__setattr__(pipeline, "__class__", _enclosed(type(pipeline)))
     decoder = _decoder(pipeline)
-    if decoder is not None and before_decoding not in decoder._forward_pre_hooks.values():
-        decoder.register_forward_pre_hook(before_decoding)
+    if decoder is not None:
+        with _lock:
+            _decoders.setdefault(decoder, weakref.WeakValueDictionary())[id(pipeline)] = pipeline
+            if before_decoding not in decoder._forward_pre_hooks.values():
+                decoder.register_forward_pre_hook(before_decoding)
 
 
 def release(pipeline: Any, patched: Any) -> None:
@@ -34,14 +55,25 @@ def release(pipeline: Any, patched: Any) -> None:
     followers[:] = [follower for follower in followers if follower is not patched]
     if followers:
         return
-    decoder = _decoder(pipeline)
-    if decoder is not None:
-        hooks = decoder._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is before_decoding]:
-            del hooks[key]
+    _unhook(pipeline)
     if "_fastdit_enclosed" in type(pipeline).__dict__:
         object.__setattr__(pipeline, "__class__", type(pipeline).__mro__[1])
     pipeline.__dict__.pop(LINK, None)
+
+
+def _unhook(pipeline: Any) -> None:
+    """Take the hooks off the decoders that no other pipeline has, also off one that it had before, or as a copy."""
+    with _lock:
+        own = _decoder(pipeline)
+        for decoder in {own, *(found() for found in _decoders.keyrefs())} - {None}:
+            users = _decoders.get(decoder, {})
+            if users.pop(id(pipeline), None) is None and decoder is not own:
+                continue
+            if not any(True for _ in users.values()):
+                hooks = decoder._forward_pre_hooks
+                for key in [key for key, hook in hooks.items() if hook is before_decoding]:
+                    del hooks[key]
+                _decoders.pop(decoder, None)
 
 
 def before_decoding(decoder: nn.Module, args: Any) -> None:
@@ -64,13 +96,15 @@ def _decoder(pipeline: Any) -> nn.Module | None:
 def _enclosed(base: type) -> type:
     @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = None
+        call = owners.PipelineCall(self)
         try:
-            call = owners.PipelineCall(self)
-            return base.__call__(self, *args, **kwargs)
-        finally:
-            if call is not None:
+            try:
+                call.begin()
+                return base.__call__(self, *args, **kwargs)
+            finally:
                 call.end()
+        finally:
+            call.end()  # does something only where the first was interrupted
 
     @functools.wraps(base.__init__)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
