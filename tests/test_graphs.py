@@ -378,3 +378,37 @@ def test_autocast_that_begins_inside_a_run_leaves_it(tapes):
     found = loop(model, handle, 0, autocast_from=3)
     assert handle.report().graphs == "left"
     same_bits(torch.stack(found), torch.stack(eager))
+
+
+@pytest.mark.parametrize("way", ["between runs", "inside a run"])
+def test_a_prompt_written_in_place_under_inference_mode_is_copied(way, replayed):
+    """Torch counts no writes to such tensors."""
+    pipe, _, _ = replayed("cached")
+    given = tiny_models.arguments("sd3", steps=STEPS, seed=2)
+    names = [name for name in given if name.endswith("embeds")]
+
+    def draw_twice(pipe):
+        with torch.inference_mode():
+            prompt = {name: given[name].clone() for name in names}
+            found = []
+            for scale in (1.0, 0.5):
+                for tensor in prompt.values():
+                    tensor.mul_(scale)
+
+                def write(pipe, step, timestep, tensors):
+                    if way == "inside a run" and step == 2:
+                        tensors["prompt_embeds"].mul_(0.5)
+                    return tensors
+
+                noise = torch.Generator().manual_seed(2)
+                options = {
+                    "callback_on_step_end": write,
+                    "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+                }
+                found.append(pipe(**given | prompt | options | {"generator": noise}).images.clone())
+        return found
+
+    expected = draw_twice(reference_of(pipe))
+    found = draw_twice(pipe)
+    for mine, wanted in zip(found, expected, strict=True):
+        close(mine, wanted)

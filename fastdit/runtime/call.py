@@ -176,8 +176,11 @@ class Call:
             branch.slots.clear()
             branch.keys.clear()
             branch.velocity = None
-        branch.signature, branch.embeddings = signature, arguments.embeddings
-        branch.versions = versions(arguments.embeddings)
+        branch.signature = signature
+        # Of inference tensors the versions are copies, which need no renewal while they are equal.
+        if not unchanged or not torch.is_inference_mode_enabled():
+            branch.embeddings = arguments.embeddings
+            branch.versions = versions(arguments.embeddings)
         return branch
 
     def _tokens(self, count: int, keeps: bool) -> Tokens | None:

@@ -107,7 +107,8 @@ class Inputs:
                 continue
             version = -1 if leaf.is_inference() else leaf._version
             source, before = self._sources[index]
-            if source is leaf and before == version and not _among(leaf, changing):
+            unwritten = source is leaf and before == version and not leaf.is_inference()
+            if unwritten and not _among(leaf, changing):
                 continue
             self._sources[index] = leaf, version
             if source is not None and _among(leaf, kept):
