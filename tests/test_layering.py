@@ -1,7 +1,7 @@
 """The layers of the library, held by reading import statements (nothing is imported to do so).
 
-patch -> adapters, methods -> session -> ops -> backends -> kernels: a layer knows those below it
-and none above. Also: what has an op has its tests and benchmarks, under the same file name.
+patch -> runtime -> adapters, methods -> ops -> backends -> kernels: a layer knows those below it and
+none above. Also: what has an op has its tests and benchmarks, under the same file name.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ FORBIDDEN = {
         "fastdit.ops",
         "fastdit.adapters",
         "fastdit.methods",
-        "fastdit.runtime.session",
+        "fastdit.runtime",
         "fastdit.patch",
     ),
     "fastdit/ops": (
         "fastdit.adapters",
         "fastdit.methods",
-        "fastdit.runtime.session",
+        "fastdit.runtime",
         "fastdit.patch",
     ),
-    "fastdit/methods": ("fastdit.adapters", "fastdit.backends", "fastdit.ops", "fastdit.patch"),
-    "fastdit/adapters": ("fastdit.methods", "fastdit.backends", "fastdit.patch"),
+    "fastdit/methods": (
+        "fastdit.adapters",
+        "fastdit.backends",
+        "fastdit.ops",
+        "fastdit.runtime",
+        "fastdit.patch",
+    ),
+    "fastdit/adapters": ("fastdit.methods", "fastdit.backends", "fastdit.runtime", "fastdit.patch"),
+    "fastdit/runtime": ("fastdit.backends", "fastdit.patch", "fastdit.handle"),
     "triton_kernels": ("fastdit",),
 }
 
