@@ -1,0 +1,95 @@
+"""What tools/peer_tests.py makes of an outcome: the rules, on outcomes made up here."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+PASSED = {"outcome": "passed", "outputs": [[1, 2, 0.5, -0.5]]}
+SKIPPED = {"outcome": "skipped"}
+
+
+def failed(**changes: Any) -> dict[str, Any]:
+    result = {"outcome": "failed", "refusal": False, "assertion": True, "numbers": False}
+    return result | {"name": "test_one", "outputs": []} | changes
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    return importlib.import_module("peer_tests")
+
+
+@pytest.mark.parametrize(
+    ("result", "dense", "lossy"),
+    [
+        (PASSED, "pass", "pass"),
+        (failed(), "fault", "fault"),
+        (failed(refusal=True, assertion=False), "fault", "refused"),
+        (failed(numbers=True), "fault", "numbers"),
+        (failed(numbers=True, assertion=False), "fault", "fault"),
+        (failed(name="test_faster_cache_state"), "fault", "counts"),
+        (SKIPPED, "fault", "fault"),
+        (None, "fault", "fault"),
+        (PASSED | {"outputs": [[1, 2, 0.5, -0.4]]}, "fault", "pass"),
+    ],
+)
+def test_verdicts(tool, result, dense, lossy):
+    assert tool.verdict("dense", PASSED, result) == dense
+    assert tool.verdict("ras", PASSED, result) == lossy
+
+
+def test_what_does_not_pass_stock_proves_nothing(tool):
+    assert tool.verdict("dense", failed(), failed()) == "stock fails"
+    assert tool.verdict("dense", SKIPPED, PASSED) == "skipped"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ([[1, 2, 0.5, -0.5]], None),
+        ([[1, 2, 0.5, -0.5000001]], None),
+        ([], "0 outputs instead of 1"),
+        ([[1, 1, 0.5]], "another shape"),
+        ([[1, 2, 0.5, float("nan")]], "other NaNs"),
+        ([[1, 2, 0.5, -0.3]], "0.2 from stock"),
+    ],
+)
+def test_outputs_are_compared(tool, outputs, said):
+    found = tool.apart(PASSED, PASSED | {"outputs": outputs})
+    assert found is None if said is None else said in found
+
+
+def test_a_broken_run_is_a_fault(tool):
+    _, faults = tool.compare("dit", "dense", {"a::test_one": PASSED}, {})
+    assert any("missing" in fault for fault in faults)
+    assert any("nothing was patched" in fault for fault in faults)
+
+
+def test_numbers_of_a_stock_model_are_found(tool, monkeypatch):
+    monkeypatch.setenv("PEER_MODE", "stock")
+    monkeypatch.setenv("PEER_TARGET", "models")
+    plugin = importlib.import_module("peer_plugin")
+
+    def with_numbers():
+        expected = [0.25, -0.5, 0.75]
+        assert expected
+
+    def without():
+        for scale in (0.5, 1.0):
+            assert scale, [1, 2, 3]
+
+    assert plugin.holds_numbers(with_numbers)
+    assert not plugin.holds_numbers(without)
+
+
+def test_the_stand_in_hub_is_a_cache(tool, tmp_path, monkeypatch):
+    hub = importlib.import_module("peer_hub")
+    hub.write_hub(tmp_path)
+    for repository in (hub.CLIP, hub.T5, hub.GEMMA, *hub.ENCODERS):
+        snapshot = tmp_path / ("models--" + repository.replace("/", "--")) / "snapshots"
+        assert (snapshot / hub.REVISION / "tokenizer_config.json").is_file()

@@ -1,0 +1,250 @@
+"""Run diffusers' own tests on patched pipelines and models, and compare with what they say of stock ones.
+
+    python tools/peer_tests.py [--diffusers FOLDER_OR_URL] [--modes MODE...] [--suites SUITE...] [--keep MODE...]
+
+A test that passes stock must pass with Dense. With a method that changes pictures it must pass, or
+
+* fail with an error that fastdit raises on purpose ("refused"), or
+* compare with numbers that a stock model computed once ("numbers"), or
+* count the calls of what the method leaves out ("counts"; `COUNTERS` has them by name).
+
+Anything else is a fault, and the exit status says whether there is one. What a test compares among the patched
+pipeline's own pictures (batch with single, saved with loaded, tuple with dict) must hold with every method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from peer_hub import write_hub
+
+TOOLS = Path(__file__).resolve().parent
+FOLDER = TOOLS.parent / ".venv" / "peers"
+URL = "https://github.com/huggingface/diffusers"
+STOCK, EXACT = "stock", "dense"
+MODES = (STOCK, EXACT, "every2", "ras")
+
+_PIPELINES = "tests/pipelines"
+_MODELS = "tests/models/transformers"
+#: suite -> what is patched in it, and its files
+SUITES = {
+    "flux": ("pipelines", [f"{_PIPELINES}/flux"]),
+    "sd3": ("pipelines", [f"{_PIPELINES}/stable_diffusion_3"]),
+    "pixart": ("pipelines", [f"{_PIPELINES}/pixart_alpha", f"{_PIPELINES}/pixart_sigma"]),
+    "dit": ("pipelines", [f"{_PIPELINES}/dit"]),
+    "lumina": ("pipelines", [f"{_PIPELINES}/lumina"]),
+    "pag": (
+        "pipelines",
+        [
+            f"{_PIPELINES}/pag/test_pag_pixart_sigma.py",
+            f"{_PIPELINES}/pag/test_pag_sd3.py",
+            f"{_PIPELINES}/pag/test_pag_sd3_img2img.py",
+        ],
+    ),
+    "controlnet": ("pipelines", [f"{_PIPELINES}/controlnet_flux", f"{_PIPELINES}/controlnet_sd3"]),
+    "lora": (
+        "pipelines",
+        ["tests/lora/test_lora_layers_flux.py", "tests/lora/test_lora_layers_sd3.py"],
+    ),
+    "models": (
+        "models",
+        [
+            f"{_MODELS}/test_models_dit_transformer2d.py",
+            f"{_MODELS}/test_models_pixart_transformer2d.py",
+            f"{_MODELS}/test_models_transformer_flux.py",
+            f"{_MODELS}/test_models_transformer_lumina.py",
+            f"{_MODELS}/test_models_transformer_sd3.py",
+        ],
+    ),
+}
+#: markers of tests that need packages or devices which are not here, or whole checkpoints
+LEFT_OUT = (
+    "compile",
+    "context_parallel",
+    "nightly",
+    "quantization",
+    "single_file",
+    "slow",
+    "tensor_parallel",
+)
+#: tests that count how often the hooks of diffusers' caches ran, in blocks that a lossy method leaves out
+COUNTERS = (
+    "test_faster_cache_state",
+    "test_pyramid_attention_broadcast_layers",
+)
+#: how far an output may be from stock with Dense, against the largest element
+CLOSE = 1e-3
+Results = dict[str, dict[str, Any]]
+
+
+def verdict(mode: str, stock: dict[str, Any], result: dict[str, Any] | None) -> str:
+    """What a test's outcome in `mode` means: "stock fails", "pass", "refused", "numbers", "counts" or "fault"."""
+    if stock["outcome"] != "passed":
+        return "stock fails" if stock["outcome"] == "failed" else "skipped"
+    if result is not None and result["outcome"] == "passed":
+        return "fault" if mode == EXACT and apart(stock, result) is not None else "pass"
+    if mode == EXACT or result is None or result["outcome"] != "failed":
+        return "fault"
+    if result["refusal"]:
+        return "refused"
+    if result["assertion"] and result["numbers"]:
+        return "numbers"
+    if result["assertion"] and result["name"] in COUNTERS:
+        return "counts"
+    return "fault"
+
+
+def apart(stock: dict[str, Any], result: dict[str, Any]) -> str | None:
+    """How the outputs of two runs of a test differ, or None where they are close."""
+    pairs = [stock["outputs"], result["outputs"]]
+    if len(pairs[0]) != len(pairs[1]):
+        return f"{len(pairs[1])} outputs instead of {len(pairs[0])}"
+    for index, (a, b) in enumerate(zip(*pairs, strict=True)):
+        scale = max(1.0, *(abs(x) for x in a if x == x)) if a else 1.0
+        if len(a) != len(b) or any((x != x) != (y != y) for x, y in zip(a, b, strict=True)):
+            return f"output {index} has another shape, or other NaNs"
+        distance = max((abs(x - y) for x, y in zip(a, b, strict=True) if x == x), default=0.0)
+        if distance > CLOSE * scale:
+            return f"output {index} is {distance:.2g} from stock"
+    return None
+
+
+def fetch(source: str, tag: str, folder: Path) -> None:
+    """Put the `tests` folder of diffusers into `folder`: without its source, so that the installed one is tested."""
+    if Path(source).is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(Path(source) / "tests", folder / "tests")
+    elif not (folder / ".git").exists() or _git(folder, "describe", "--tags") != tag:
+        shutil.rmtree(folder, ignore_errors=True)
+        options = ["--quiet", "--depth=1", "--filter=blob:none", "--sparse", f"--branch={tag}"]
+        _git(None, "-c", "advice.detachedHead=false", "clone", *options, source, str(folder))
+        _git(folder, "sparse-checkout", "set", "tests")
+    # Without a file of its own, pytest takes the settings of a folder above.
+    (folder / "pytest.ini").write_text("[pytest]\n")
+
+
+def _git(folder: Path | None, *command: str) -> str:
+    where = [] if folder is None else ["-C", str(folder)]
+    done = subprocess.run(["git", *where, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+def run_suite(suite: str, mode: str, folder: Path, out: Path, arguments: list[str]) -> Results:
+    """Run one suite in one mode in a process of its own, and return what its plugin recorded."""
+    target, paths = SUITES[suite]
+    result = out / f"{suite}.{mode}.json"
+    result.unlink(missing_ok=True)
+    here = [path for path in paths if (folder / path).exists()]
+    command = [sys.executable, "-m", "pytest", "-p", "peer_plugin", "-p", "no:cacheprovider", "-q"]
+    command += ["-m", f"not ({' or '.join(LEFT_OUT)})", "--timeout=300", *arguments, *here]
+    environment = os.environ | {
+        "HF_HUB_CACHE": str(out / "hub"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PEER_MODE": mode,
+        "PEER_RESULT": str(result),
+        "PEER_TARGET": target,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TOOLS), os.environ.get("PYTHONPATH")])),
+    }
+    with (out / f"{suite}.{mode}.log").open("w") as log:
+        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=False)
+    return load(suite, mode, out)
+
+
+def load(suite: str, mode: str, out: Path) -> Results:
+    """What a run of a suite left; nothing where it broke down."""
+    path = out / f"{suite}.{mode}.json"
+    results: Results = json.loads(path.read_text()) if path.exists() else {}
+    for name, result in results.items():
+        result["name"] = name.split("::")[-1].split("[")[0]
+    return results
+
+
+def compare(suite: str, mode: str, stock: Results, results: Results) -> tuple[str, list[str]]:
+    """A line of the table, and the faults."""
+    verdicts = {name: verdict(mode, was, results.get(name)) for name, was in stock.items()}
+    counts = Counter(verdicts.values())
+    patched = sum(result.get("patched", 0) for result in results.values())
+    columns = ("pass", "refused", "numbers", "counts", "fault")
+    line = f"{suite:12}{mode:8}" + "".join(f"{counts[column]:9}" for column in columns)
+    faults = []
+    for name in (name for name, word in verdicts.items() if word == "fault"):
+        result = results.get(name, {"outcome": "missing"})
+        why = f"{result.get('error', result['outcome'])}: {result.get('message', '')}"
+        if result["outcome"] == "passed":
+            why = str(apart(stock[name], result))
+        faults.append(f"{mode}: {name}\n    {why}")
+    if not patched:
+        faults.append(f"{mode}: nothing was patched in {suite}")
+    return line + f"{patched:9}", faults
+
+
+def refusals(results: Results) -> Counter[str]:
+    """What fastdit said where it refused."""
+    return Counter(
+        f"{result['error']}: {result['message'][:120]}"
+        for result in results.values()
+        if result.get("refusal")
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="diffusers' own tests, stock and patched")
+    parser.add_argument("--diffusers", default=URL, help="a checkout of diffusers, or a git URL")
+    parser.add_argument("--tag", default=f"v{metadata.version('diffusers')}", help="of the URL")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--out", type=Path, default=FOLDER, help="where tests and results lie")
+    parser.add_argument(
+        "--keep", nargs="*", choices=MODES, default=[], help="modes whose old results will do"
+    )
+    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="for pytest")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    folder = out / "diffusers"
+    out.mkdir(parents=True, exist_ok=True)
+    fetch(options.diffusers, options.tag, folder)
+    write_hub(out / "hub")
+
+    faults: list[str] = []
+    said: Counter[str] = Counter()
+    columns = ("pass", "refused", "numbers", "counts", "fault", "patched")
+    print(f"{'suite':12}{'mode':8}" + "".join(f"{column:>9}" for column in columns), flush=True)
+    for suite in options.suites:
+        stock: Results = {}
+        for mode in (STOCK, *(mode for mode in options.modes if mode != STOCK)):
+            start = time.monotonic()
+            results = load(suite, mode, out) if mode in options.keep else {}
+            results = results or run_suite(suite, mode, folder, out, options.arguments)
+            if mode == STOCK:
+                stock = results
+                counts = Counter(result["outcome"] for result in stock.values())
+                line = f"{suite:12}{mode:8}{counts['passed']:9}"
+                line += f"  ({counts['failed']} fail, {counts['skipped']} skipped)"
+                faults += [] if counts["passed"] else [f"stock: nothing passes in {suite}"]
+            else:
+                line, found = compare(suite, mode, stock, results)
+                faults += found
+                said += refusals(results)
+            print(f"{line}   {time.monotonic() - start:.0f} s", flush=True)
+    for title, lines in (
+        ("refused", [f"{count:4} {text}" for text, count in said.most_common()]),
+        ("faults", faults),
+    ):
+        print(f"\n{title}: {len(lines)}", *lines, sep="\n  ")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
