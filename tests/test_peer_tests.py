@@ -9,13 +9,19 @@ from typing import Any
 import pytest
 
 TOOLS = Path(__file__).parents[1] / "tools"
-PASSED = {"outcome": "passed", "outputs": [[1, 2, 0.5, -0.5]]}
+
+
+def output(*samples: float, half: bool = False, shape: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+    return {"samples": list(samples), "half": half, "shape": list(shape)}
+
+
+PASSED = {"outcome": "passed", "outputs": [output(0.5, -0.5)]}
 SKIPPED = {"outcome": "skipped"}
 
 
 def failed(**changes: Any) -> dict[str, Any]:
     result = {"outcome": "failed", "refusal": False, "assertion": True, "numbers": False}
-    return result | {"name": "test_one", "outputs": []} | changes
+    return result | {"name": "test_one", "error": "ValueError", "outputs": []} | changes
 
 
 @pytest.fixture
@@ -35,7 +41,7 @@ def tool(monkeypatch):
         (failed(name="test_faster_cache_state"), "fault", "counts"),
         (SKIPPED, "fault", "fault"),
         (None, "fault", "fault"),
-        (PASSED | {"outputs": [[1, 2, 0.5, -0.4]]}, "fault", "pass"),
+        (PASSED | {"outputs": [output(0.5, -0.4)]}, "fault", "pass"),
     ],
 )
 def test_verdicts(tool, result, dense, lossy):
@@ -44,19 +50,28 @@ def test_verdicts(tool, result, dense, lossy):
 
 
 def test_what_does_not_pass_stock_proves_nothing(tool):
-    assert tool.verdict("dense", failed(), failed()) == "stock fails"
-    assert tool.verdict("dense", SKIPPED, PASSED) == "skipped"
+    for mode in ("dense", "ras"):
+        assert tool.verdict(mode, SKIPPED, PASSED) == "unproved"
+        assert tool.verdict(mode, failed(), failed()) == "unproved"
+    assert tool.verdict("ras", failed(), PASSED) == "unproved"
+
+
+def test_what_fails_stock_fails_in_the_same_way_with_dense(tool):
+    assert tool.verdict("dense", failed(), failed(error="TypeError")) == "fault"
+    assert tool.verdict("dense", failed(), failed(outputs=[output(1.0)])) == "fault"
+    assert tool.verdict("dense", failed(), PASSED) == "fault"
 
 
 @pytest.mark.parametrize(
     ("outputs", "said"),
     [
-        ([[1, 2, 0.5, -0.5]], None),
-        ([[1, 2, 0.5, -0.5000001]], None),
+        ([output(0.5, -0.5)], None),
+        ([output(0.5, -0.5000001)], None),
+        ([output(0.5, -0.45, half=True)], None),
         ([], "0 outputs instead of 1"),
-        ([[1, 1, 0.5]], "another shape"),
-        ([[1, 2, 0.5, float("nan")]], "other NaNs"),
-        ([[1, 2, 0.5, -0.3]], "0.2 from stock"),
+        ([output(0.5, -0.5, shape=(2, 1))], "inf"),
+        ([output(0.5, float("nan"))], "inf"),
+        ([output(0.5, -0.3)], "0.2 from stock"),
     ],
 )
 def test_outputs_are_compared(tool, outputs, said):

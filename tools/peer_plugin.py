@@ -166,7 +166,7 @@ def _watch_pipeline(cls: type) -> None:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(self, *args, **kwargs)
         if type(self) is cls:
-            _keep(output)
+            _keep(output, getattr(self, "transformer", None))
         return output
 
     cls.__init__, cls.__call__ = __init__, __call__
@@ -192,24 +192,24 @@ def _watch_model(cls: type) -> None:
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(self, *args, **kwargs)
-        _keep(output)
+        _keep(output, self)
         return output
 
-    cls.__init__, cls.from_pretrained, cls.__call__ = (
-        __init__,
-        classmethod(from_pretrained),
-        __call__,
-    )
+    cls.__init__, cls.__call__ = __init__, __call__
+    cls.from_pretrained = classmethod(from_pretrained)
 
 
-def _keep(output: Any) -> None:
+def _keep(output: Any, model: Any) -> None:
     """Keep a few evenly spread elements of what a pipeline or a model returned."""
     while isinstance(output, (list, tuple, dict)) and len(output):
         output = output[0] if isinstance(output, (list, tuple)) else next(iter(output.values()))
     if isinstance(output, torch.Tensor):
         if output.device.type == "meta":
             return
-        output = output.detach().float().cpu().numpy()
-    flat = np.asarray(output, dtype=np.float32).ravel()
+        output = output.detach().double().cpu().numpy()
+    flat = np.asarray(output, dtype=np.float64).ravel()
     picked = flat[np.linspace(0, flat.size - 1, SAMPLES).astype(int)] if flat.size else flat
-    _record.setdefault("outputs", []).append([*np.shape(output), *picked.tolist()])
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    half = any(p.is_floating_point() and p.element_size() < 4 for p in parameters)
+    kept = {"shape": np.shape(output), "half": half, "samples": picked.tolist()}
+    _record.setdefault("outputs", []).append(kept)
