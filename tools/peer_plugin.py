@@ -74,7 +74,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     global _record
-    _record = {"numbers": holds_numbers(item.function), "patched": 0, "outputs": []}
+    _record = {"patched": 0, "outputs": []}
     item.user_properties.append(("peer", _record))
     torch.manual_seed(0)
     np.random.seed(0)
@@ -89,6 +89,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         error = call.excinfo.value
         _record["error"] = type(error).__name__
         _record["assertion"] = isinstance(error, AssertionError)
+        frames = [entry for entry in call.excinfo.traceback if "tests" in Path(entry.path).parts]
+        _record["numbers"] = any(holds_numbers(entry.frame.code.raw) for entry in frames)
         _record["refusal"] = is_refusal(error)
         _record["message"] = " ".join(str(error).split())[:300]
         _record["traceback"] = str(report.longrepr)[-4000:]
@@ -101,6 +103,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.failed or (report.skipped and result["outcome"] == "passed"):
         result["outcome"] = report.outcome
     result.update(dict(report.user_properties).get("peer", {}))
+    if report.skipped and isinstance(report.longrepr, tuple):
+        result["message"] = str(report.longrepr[-1])
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -109,8 +113,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def holds_numbers(function: Any) -> bool:
-    """Whether a test has a list of three floats or more: what a stock model computed once, on its author's machine."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    """Whether a function has a list of three floats or more, as what a stock model computed once."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):  # code that was compiled from no file, or a part of a line
+        return False
     lists = [node for node in ast.walk(tree) if isinstance(node, (ast.List, ast.Tuple))]
     return any(sum(map(_is_float, node.elts)) >= 3 for node in lists)
 

@@ -5,7 +5,7 @@
 A test that passes stock must pass with Dense. With a method that changes pictures it must pass, or
 
 * fail with an error that fastdit raises on purpose ("refused"), or
-* compare with numbers that a stock model computed once ("numbers"), or
+* fail where numbers are compared that a stock model computed once ("numbers"), or
 * count the calls of what the method leaves out ("counts"; `COUNTERS` has them by name).
 
 Anything else is a fault, and the exit status says whether there is one. What a test compares among the patched
@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,8 @@ def main() -> int:
 
     faults: list[str] = []
     said: Counter[str] = Counter()
+    fastdit = find_spec("fastdit")
+    print(f"diffusers {metadata.version('diffusers')}, fastdit of {fastdit and fastdit.origin}")
     total = {mode: [0] * (len(COLUMNS) + 2) for mode in options.modes if mode != STOCK}
     _print_row("suite", "mode", [*COLUMNS, "changed", "patched"])
     for suite in options.suites:
