@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import fastdit
+import fastdit.ops
 
 TOOLS = Path(__file__).parents[1] / "tools"
 
@@ -28,6 +32,14 @@ def failed(**changes: Any) -> dict[str, Any]:
 def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     return importlib.import_module("peer_tests")
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    monkeypatch.setenv("PEER_MODE", "ras")
+    monkeypatch.setenv("PEER_TARGET", "models")
+    return importlib.import_module("peer_plugin")
 
 
 @pytest.mark.parametrize(
@@ -85,11 +97,7 @@ def test_a_broken_run_is_a_fault(tool):
     assert any("nothing was patched" in fault for fault in faults)
 
 
-def test_numbers_of_a_stock_model_are_found(tool, monkeypatch):
-    monkeypatch.setenv("PEER_MODE", "stock")
-    monkeypatch.setenv("PEER_TARGET", "models")
-    plugin = importlib.import_module("peer_plugin")
-
+def test_numbers_of_a_stock_model_are_found(plugin):
     def with_numbers():
         expected = [0.25, -0.5, 0.75]
         assert expected
@@ -98,8 +106,32 @@ def test_numbers_of_a_stock_model_are_found(tool, monkeypatch):
         for scale in (0.5, 1.0):
             assert scale, [1, 2, 3]
 
-    assert plugin.holds_numbers(with_numbers)
-    assert not plugin.holds_numbers(without)
+    assert plugin.holds_numbers(with_numbers.__code__)
+    assert not plugin.holds_numbers(without.__code__)
+    assert not plugin.holds_numbers(compile("[0.25, -0.5, 0.75]", "no file", "eval"))
+
+
+def test_what_an_op_says_of_its_arguments_is_no_refusal(plugin):
+    def raised(call, *arguments, cause=None):
+        try:
+            try:
+                call(*arguments)
+            except Exception as error:
+                if cause is None:
+                    raise
+                raise cause from error
+        except Exception as error:
+            return error
+
+    refusal = raised(fastdit.RAS, 2.0)
+    assert isinstance(refusal, fastdit.ArgumentError)
+    assert plugin.is_refusal(refusal)
+    assert plugin.is_refusal(raised(fastdit.RAS, 2.0, cause=RuntimeError()))
+    assert not plugin.is_refusal(raised(int, "one"))
+    x = torch.zeros(1, 2, 4)
+    complaint = raised(fastdit.ops.gated_residual, x, x.double(), x)
+    assert isinstance(complaint, fastdit.ArgumentError)
+    assert not plugin.is_refusal(complaint)
 
 
 def test_the_stand_in_hub_is_a_cache(tool, tmp_path, monkeypatch):

@@ -125,12 +125,24 @@ def holds_numbers(function: Any) -> bool:
 
 
 def is_refusal(error: BaseException | None) -> bool:
-    """Whether fastdit raised this, or what it was raised from."""
+    """Whether fastdit refused, here or in what this was raised from. What an op says of its arguments is no refusal:
+    whoever called it should have refused, in words that its user knows."""
     if MODE == "stock" or error is None:
         return False
     import fastdit
 
+    if isinstance(error, fastdit.ArgumentError):
+        module = _raised_in(error)
+        return not module.startswith(("fastdit.ops", "fastdit.backends"))
     return isinstance(error, fastdit.FastDiTError) or is_refusal(error.__cause__)
+
+
+def _raised_in(error: BaseException) -> str:
+    """The module that raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
 
 
 def _is_float(node: ast.expr) -> bool:
