@@ -44,7 +44,7 @@ kernels: $(VENV)/.testable  ## plant every fault in the kernels and see it found
 
 # Half an hour or more, and it reads another project's repository: not part of what CI runs.
 peer-tests: $(VENV)/.testable $(PEERS)/.installed  ## run diffusers' own tests, stock and patched (DIFFUSERS=..., PEER="...")
-	$(TIMED) "peer tests" env PYTHONPATH=$(CURDIR)/$(PEERS)/packages:$$PYTHONPATH \
+	$(TIMED) "peer tests" env PYTHONPATH=$(CURDIR)/$(PEERS)/packages$${PYTHONPATH:+:$$PYTHONPATH} \
 	    $(VENV)/bin/python tools/peer_tests.py --diffusers $(DIFFUSERS) $(PEER) \
 	    -- $(PARALLEL)
 

@@ -104,18 +104,18 @@ def verdict(mode: str, stock: dict[str, Any], result: dict[str, Any] | None) -> 
         return ("pass" if proved else "unproved") if same else "fault"
     if result["outcome"] == "passed" or not proved:
         return "pass" if proved else "unproved"
-    if result["refusal"]:
+    if result.get("refusal"):
         return "refused"
-    if result["assertion"] and result["numbers"]:
+    if result.get("assertion") and result["numbers"]:
         return "numbers"
-    if result["assertion"] and result["name"] in COUNTERS:
+    if result.get("assertion") and result["name"] in COUNTERS:
         return "counts"
     return "fault"
 
 
 def apart(stock: dict[str, Any], result: dict[str, Any]) -> str | None:
     """How the outputs of two runs of a test differ, or None where they are close."""
-    ours, theirs = result["outputs"], stock["outputs"]
+    ours, theirs = result.get("outputs", []), stock.get("outputs", [])
     if len(ours) != len(theirs):
         return f"{len(ours)} outputs instead of {len(theirs)}"
     for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
