@@ -89,6 +89,8 @@ COUNTERS = (
 CLOSE, HALF = 1e-5, 0.1
 COLUMNS = ("pass", "refused", "numbers", "counts", "fault")
 Results = dict[str, dict[str, Any]]
+#: what is wrong -> the tests
+Faults = dict[str, list[str]]
 
 
 def verdict(mode: str, stock: dict[str, Any], result: dict[str, Any] | None) -> str:
@@ -188,8 +190,8 @@ def load(suite: str, mode: str, out: Path) -> Results:
     return results
 
 
-def compare(suite: str, mode: str, stock: Results, results: Results) -> tuple[list[int], list[str]]:
-    """A row of the table, and the faults."""
+def compare(suite: str, mode: str, stock: Results, results: Results) -> tuple[list[int], Faults]:
+    """A row of the table, and what is wrong with which tests."""
     verdicts = {name: verdict(mode, was, results.get(name)) for name, was in stock.items()}
     counts = Counter(verdicts.values())
     patched = sum(result.get("patched", 0) for result in results.values())
@@ -197,15 +199,15 @@ def compare(suite: str, mode: str, stock: Results, results: Results) -> tuple[li
     changed = sum(
         result["outcome"] == "passed" and apart(was, result) is not None for was, result in common
     )
-    faults = []
+    faults: Faults = {}
     for name in (name for name, word in verdicts.items() if word == "fault"):
         result = results.get(name, {"outcome": "missing"})
         why = f"{result.get('error', result['outcome'])}: {result.get('message', '')}"
         if mode == EXACT and result["outcome"] == stock[name]["outcome"]:
             why = f"{why}; {apart(stock[name], result)}"
-        faults.append(f"{mode}: {name}\n    {why}")
+        faults.setdefault(f"{mode}: {why}", []).append(name)
     if not patched and not counts["refused"]:
-        faults.append(f"{mode}: nothing was patched in {suite}")
+        faults[f"{mode}: nothing was patched"] = [suite]
     return [*(counts[column] for column in COLUMNS), changed, patched], faults
 
 
@@ -240,7 +242,7 @@ def main() -> int:
     fetch(options.diffusers, options.tag, folder)
     write_hub(out / "hub")
 
-    faults: list[str] = []
+    faults: Faults = {}
     said: Counter[str] = Counter()
     fastdit = find_spec("fastdit")
     print(f"diffusers {metadata.version('diffusers')}, fastdit of {fastdit and fastdit.origin}")
@@ -257,21 +259,19 @@ def main() -> int:
                 counts = Counter(result["outcome"] for result in stock.values())
                 row = [counts["passed"]]
                 end = f"  {counts['failed']} fail, {counts['skipped']} are skipped"
-                faults += [] if row[0] else [f"stock: nothing passes in {suite}"]
+                found = {} if row[0] else {"stock: nothing passes": [suite]}
             else:
                 row, found = compare(suite, mode, stock, results)
                 total[mode] = [sum(pair) for pair in zip(total[mode], row, strict=True)]
-                faults += found
                 said += refusals(results)
                 end = ""
+            for why, names in found.items():
+                faults.setdefault(why, []).extend(names)
             _print_row(suite, mode, row, f"{end}  {time.monotonic() - start:.0f} s")
     for mode, row in total.items():
         _print_row("all", mode, row)
-    for title, lines in (
-        ("refused", [f"{count:4} {text}" for text, count in said.most_common()]),
-        ("faults", faults),
-    ):
-        print(f"\n{title}: {len(lines)}", *lines, sep="\n  ")
+    print("\nrefused:", *(f"{count:4} {text}" for text, count in said.most_common()), sep="\n  ")
+    print("\nfaults:", *("\n    ".join([why, *names]) for why, names in faults.items()), sep="\n  ")
     return bool(faults)
 
 
