@@ -5,8 +5,12 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 PINNED := env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt
 OLDEST := $(VENV)/oldest
+PEERS := $(VENV)/peers
 TIMED := tools/timed
 DEMO ?=
+# Where diffusers' tests come from: a checkout, or a git URL (then the tag of the installed version).
+DIFFUSERS ?= https://github.com/huggingface/diffusers
+PEER ?=
 # Long tests wait for processes of their own, so two workers halve the time on two cores.
 PARALLEL := -n 2 --dist worksteal
 
@@ -17,10 +21,10 @@ TORCH := $(shell grep '^torch==' constraints/tested.txt)
 SOURCES := setup.py pyproject.toml CMakeLists.txt README.md LICENSE tools/_backend.py \
     $(shell find csrc fastdit triton_kernels -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: help build demo test kernels lint format bench gpu-check clean
+.PHONY: help build demo test kernels peer-tests lint format bench gpu-check clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 build: $(VENV)/.built  ## install the package into .venv
 
@@ -37,6 +41,12 @@ test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and
 # Some hundred compilations; what they prove changes only with the kernels and their checks.
 kernels: $(VENV)/.testable  ## plant every fault in the kernels and see it found; check all budgets
 	$(TIMED) kernels env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m kernels
+
+# Half an hour or more, and it reads another project's repository: not part of what CI runs.
+peer-tests: $(VENV)/.testable $(PEERS)/.installed  ## run diffusers' own tests, stock and patched (DIFFUSERS=..., PEER="...")
+	$(TIMED) "peer tests" env PYTHONPATH=$(CURDIR)/$(PEERS)/packages$${PYTHONPATH:+:$$PYTHONPATH} \
+	    $(VENV)/bin/python tools/peer_tests.py --diffusers $(DIFFUSERS) $(PEER) \
+	    -- $(PARALLEL)
 
 lint: $(VENV)/.testable  ## check formatting and style
 	$(VENV)/bin/ruff format --check .
@@ -79,4 +89,10 @@ $(OLDEST)/.installed: $(VENV)/.torch constraints/oldest.txt
 	@rm -rf $(OLDEST)
 	$(TIMED) "install the oldest diffusers" $(PIP) install -q --no-deps --target $(OLDEST) \
 	    -r constraints/oldest.txt
+	@touch $@
+
+$(PEERS)/.installed: $(VENV)/.torch constraints/peers.txt
+	@rm -rf $(PEERS)/packages
+	$(TIMED) "install what diffusers' tests import" $(PIP) install -q --no-deps \
+	    --target $(PEERS)/packages -r constraints/peers.txt
 	@touch $@
