@@ -565,6 +565,26 @@ def test_one_scheduler_is_refused_to_two_that_set_it_at_once():
     assert idle(state)
 
 
+@pytest.mark.parametrize("method", ["cached", "ras", "ralu"])
+def test_a_model_that_is_patched_in_the_midst_of_a_stock_run(method):
+    """The rest of the run counts from where it stands; noise levels can no longer be replaced, which is refused."""
+    pipe = tiny_models.pipeline("sd3")
+
+    def callback(pipe, step, timestep, tensors):
+        if step == 1:
+            fastdit.patch(pipe, *METHODS[method](pipe), backend="reference")
+        return tensors
+
+    if method == "ralu":
+        with pytest.raises(ScheduleError, match="at step 2 of its run"):
+            draw(pipe, "sd3", method, callback_on_step_end=callback)
+    else:
+        draw(pipe, "sd3", method, callback_on_step_end=callback)
+        state = pipe.transformer.__dict__[LINK]
+        assert sorted(state.last_run().records) == [2, 3]
+    same_bits(draw(pipe, "sd3", method, 1), serial("sd3", method)[1])
+
+
 def test_patch_and_unpatch_are_refused_while_a_run_is_live():
     pipe, handle, _ = patched("sd3")
     verbs = {
@@ -1012,7 +1032,7 @@ def test_run_and_disabled_leave_nothing_where_they_break_off_as_they_begin():
     """What comes later here is neither stock nor of a run that is over."""
     pipe, handle, state = bare("sd3", "cached")
     for enter in (lambda: handle.run(range(4)), handle.disabled):
-        for at in range(1, 1000):
+        for at in range(1, 1000, 3):
             entered = []
 
             def work(enter=enter, entered=entered):

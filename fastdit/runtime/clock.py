@@ -228,6 +228,11 @@ def replace_sigmas(scheduler: Any, sigmas: Sequence[float], in_use: bool = False
     Raises:
         ScheduleError: Those in use begin at another level, which may have been acted on.
     """
+    if in_use and scheduler.step_index:
+        raise ScheduleError(
+            f"the pipeline is at step {scheduler.step_index} of its run, too late for other noise levels; "
+            "call fastdit.patch before the run"
+        )
     old = scheduler.sigmas
     levels = torch.tensor([*sigmas, 0.0], dtype=old.dtype, device=old.device)
     timesteps = (levels[:-1] * scheduler.config.num_train_timesteps).to(scheduler.timesteps)

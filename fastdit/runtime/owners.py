@@ -185,10 +185,10 @@ def _call_of(pipeline: Any, frame: FrameType) -> PipelineCall:
                 call.frame = id(own)
             return call
     call = PipelineCall(pipeline, id(own))
-    call.begin()
     token = _Token()
-    own.f_locals[_TOKEN] = token
     weakref.finalize(token, call.end).atexit = False
+    own.f_locals[_TOKEN] = token
+    call.begin()  # last: whatever breaks off before, the token ends it
     return call
 
 

@@ -176,8 +176,13 @@ class Run:
             ScheduleError: There are more steps than were announced, or a method needs the scheduler to tell them.
         """
         if self.first is None and self.led:
-            # Image-to-image enters the schedule late; rows of a plan are scheduler indices.
-            self.step = self.first = getattr(self.scheduler, "_begin_index", None) or 0
+            # Image-to-image enters the schedule late, a model that was patched in mid-run later still; rows of a plan
+            # are scheduler indices.
+            scheduler = self.scheduler
+            begun = getattr(scheduler, "step_index", None) or getattr(
+                scheduler, "_begin_index", None
+            )
+            self.step = self.first = begun or 0
         count = self._sites.get(site, 0)
         if self._by_timestep:
             if self.follow(timestep):
