@@ -67,6 +67,9 @@ def _reproducible():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    left = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert left, "the test left gradients switched off"
 
 
 def pytest_collection_modifyitems(items):

@@ -327,11 +327,14 @@ def test_interleaved_loops_of_tasks_in_one_thread(name, method, said):
 
     async def loop(seed):
         found = []
-        with handle.run(range(4)) if said else contextlib.nullcontext(), torch.no_grad():
+        with handle.run(range(4)) if said else contextlib.nullcontext():
             for step, given in enumerate(loop_inputs(name, seed)):
                 if step == 1 and seed < 2:
                     child = asyncio.create_task(loop(seed + 1))
-                found.append(pipe.transformer(**given)[0])
+                with (
+                    torch.no_grad()
+                ):  # the thread's mode, which other tasks would leave as they found it
+                    found.append(pipe.transformer(**given)[0])
                 await asyncio.sleep(0)
         return [found, *(await child if seed < 2 else ())]
 
