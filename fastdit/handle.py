@@ -172,8 +172,7 @@ class Handle:
                 is another choice than a pipeline's.
 
         Raises:
-            ArgumentError: No run is in progress here, or `velocity` is no tensor of as many dimensions as the latents,
-                or of other tokens.
+            ArgumentError: No run is in progress here, or `velocity` is no tensor, or of another size than the picture.
         """
         self._patched.advance(velocity)
 

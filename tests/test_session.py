@@ -93,6 +93,26 @@ def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
     assert kept.value is not None
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+def test_caches_of_an_interrupted_run_are_gone_before_the_autoencoder_decodes(name):
+    pipe, session = patched(name)
+    held = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda *args, **kwargs: (
+        held.append(session.cache_bytes()) or decode(*args, **kwargs)
+    )
+
+    def interrupt(pipe, step, timestep, tensors):
+        held.append(session.cache_bytes())
+        pipe._interrupt = step == 2
+        return tensors
+
+    given = {"steps": 5, "callback_on_step_end": interrupt, "output_type": "np"}
+    generate(pipe, name, **given)
+    assert held[0] > 0
+    assert held[2:] == [held[2], 0]
+
+
 def test_an_interrupted_run_ends_with_the_pipeline_call():
     pipe, session = patched("sd3")
     expected = generate(pipe, "sd3", seed=2)

@@ -32,15 +32,25 @@ class Follower:
     Attributes:
         patched: Weak reference to it.
         run: Its run that the scheduler leads now.
-        setter: Who is setting the scheduler's timesteps, and is about to begin another.
     """
 
-    __slots__ = ("patched", "run", "setter")
+    __slots__ = ("_claim", "patched", "run")
 
     def __init__(self, patched: Any) -> None:
         self.patched = weakref.ref(patched)
         self.run: Any = None
-        self.setter: Any = None
+        self._claim: dict[str, Any] = {}
+
+    def claim(self, owner: Any) -> Any:
+        """Who alone may begin a run now: `owner`, or who claimed that before. One step of a dict, so no lock is needed,
+        which an interrupt could leave behind locked.
+        """
+        return self._claim.setdefault("by", owner)
+
+    def unclaim(self, owner: Any) -> None:
+        """Let others begin runs again, if `owner` claimed it."""
+        if self._claim.get("by") is owner:
+            self._claim.pop("by", None)
 
 
 class Levels:
@@ -286,8 +296,7 @@ def _clocked(base: type) -> type:
                     patched.start_led(one, owner, self, Levels(self, arguments))
         finally:
             for (one, _), owner in zip(followers, owners, strict=False):
-                if one.setter is owner:
-                    one.setter = None
+                one.unclaim(owner)
         return result
 
     @functools.wraps(base.step)

@@ -21,7 +21,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections import OrderedDict
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,20 +151,53 @@ class Recording:
 
     Attributes:
         capture: What captures its calls, into a pool of its own.
-        lease: The one run that may warm it up, capture or replay it now.
         length: Calls of the run that warmed up; None before it.
         ready: All of its calls are captured.
         peak_bytes: Most bytes that caches held while it was captured.
     """
 
     capture: Any
-    lease: Trace | None = None
     length: int | None = None
     calls: list[RecordedCall] = field(default_factory=list)
     inputs: dict[Any, Inputs] = field(default_factory=dict)
     held: dict[Any, Tensor] = field(default_factory=dict)
     ready: bool = False
     peak_bytes: int = 0
+    _lease: dict[str, weakref.ref[Trace]] = field(default_factory=dict)
+
+    def lease(self, trace: Trace) -> bool:
+        """Give it to the one run that may warm it up, capture or replay it; False where another has it."""
+        mine = weakref.ref(trace)
+        found = self._lease.setdefault("to", mine)
+        if found() is None:  # a loop was given up in its midst
+            self.clear()
+            self._lease.pop("to", None)
+            found = self._lease.setdefault("to", mine)
+        trace.mode = self.mode
+        return found() is trace
+
+    def is_leased_to(self, trace: Trace) -> bool:
+        """Whether it is this run that has it."""
+        found = self._lease.get("to")
+        return found is not None and found() is trace
+
+    def give_back(self) -> None:
+        """The run needs it no more."""
+        self._lease.pop("to", None)
+
+    @property
+    def mode(self) -> str:
+        """What the next run of this kind does."""
+        if self.ready:
+            return "replayed"
+        return "warming up" if self.length is None else "captured"
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.calls.clear()
+        self.inputs.clear()
+        self.held.clear()
+        self.length, self.ready = None, False
 
 
 class Graphs:
@@ -172,9 +205,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self.failure: str | None = None
-        self._recordings: OrderedDict[Any, Recording] = OrderedDict()
+        self._recordings: dict[Any, Recording] = {}
         self._told: set[str] = set()
-        self._lock = threading.Lock()
 
     def begin(
         self,
@@ -198,24 +230,12 @@ class Graphs:
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
         key = key, described(leaves, spec), fingerprint(transformer)
-        with self._lock:
-            recording = self._recordings.get(key)
-            if recording is None:
-                recording = self._recordings[key] = Recording(CudaCapture())
-            self._recordings.move_to_end(key)
-            while len(self._recordings) > KINDS:
-                self._recordings.popitem(last=False)
-            if recording.lease is not None:
-                return "since another run of its kind is in progress"
-            recording.lease = Trace(self, recording)
-            return recording.lease
-
-    def drop(self, recording: Recording) -> None:
-        """A run of this kind begins anew the next time."""
-        recording.calls.clear()
-        recording.inputs.clear()
-        recording.held.clear()
-        recording.length, recording.ready = None, False
+        recording = self._recordings.pop(key, None) or Recording(CudaCapture())
+        recording = self._recordings.setdefault(key, recording)  # the last used is the last
+        for other in list(self._recordings)[:-KINDS]:
+            self._recordings.pop(other, None)
+        trace = Trace(self, recording)
+        return trace if recording.lease(trace) else "since another run of its kind is in progress"
 
 
 class Trace:
@@ -230,9 +250,7 @@ class Trace:
         self._recording = recording
         self._count = 0
         self._call: RecordedCall | None = None
-        self.mode = "warming up" if recording.length is None else "captured"
-        if recording.ready:
-            self.mode = "replayed"
+        self.mode = recording.mode
 
     def __str__(self) -> str:
         return self.mode
@@ -299,8 +317,8 @@ class Trace:
     def leave(self) -> None:
         """The run goes another way than the one that was captured, or cannot be captured."""
         self.mode = "left"
-        self._graphs.drop(self._recording)
-        self._recording.lease = None
+        self._recording.clear()
+        self._recording.give_back()
 
     def run(self, compute: Callable[[], Any], forward: Any, device: torch.device) -> Any:
         """The transformer's output, of a graph where there is one.
@@ -329,7 +347,7 @@ class Trace:
     def end(self, peak_bytes: int) -> int:
         """The run is over, or was broken off; the most bytes that its caches held."""
         recording = self._recording
-        if recording.lease is not self:
+        if not recording.is_leased_to(self):
             return peak_bytes
         if self.mode == "warming up":
             recording.length = self._count
@@ -337,10 +355,10 @@ class Trace:
             recording.ready = len(recording.calls) == recording.length
             recording.peak_bytes = peak_bytes
             if not recording.ready:
-                self._graphs.drop(recording)
+                recording.clear()
         for inputs in recording.inputs.values():
             inputs.forget()
-        recording.lease = None
+        recording.give_back()
         return recording.peak_bytes if self.mode == "replayed" else peak_bytes
 
 

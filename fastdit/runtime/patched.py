@@ -2,7 +2,8 @@
 
 It is told of three things: a scheduler sets its timesteps (`clock.py`), the transformer is called (native hooks), and
 the user begins a run by hand. It finds whose that is (`owners.py`) and hands it to the run concerned; of its own it
-keeps only which runs there are.
+keeps only which runs there are. It has no locks, which an interrupt could leave behind locked: what several threads may
+do at once is one step of a dict, or may be done twice.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import functools
 import threading
 import types
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import FrameType
@@ -95,8 +95,7 @@ class Patched:
         dtypes = (m.cache_dtype for m in self.methods if m.cache_dtype is not None)
         self._cache_dtype: str | None = next(dtypes, None)
         self.here = _Here()
-        self._lock = threading.RLock()
-        self._plans: OrderedDict[Any, RunPlan] = OrderedDict()
+        self._plans: dict[Any, RunPlan] = {}
         self._seats: weakref.WeakKeyDictionary[Place, Seat] = weakref.WeakKeyDictionary()
         # By id: a set of weak references cannot be read while another thread begins a run.
         self._live: weakref.WeakValueDictionary[int, Run] = weakref.WeakValueDictionary()
@@ -127,9 +126,7 @@ class Patched:
             self.graphs and Graphs(),
             pipeline,
         )
-        if (
-            pipeline is not None
-        ):  # the copy's class is stock again, but the hook on its decoder was copied
+        if pipeline is not None:  # an ordinary one again, but for the copied hook on its decoder
             clone._enclosed[id(pipeline)] = pipeline
         return clone
 
@@ -143,25 +140,23 @@ class Patched:
 
     def follow(self, pipeline: Any) -> None:
         """Let a pipeline tell of its calls, and its scheduler of its steps."""
-        with self._lock:
-            if pipelines.can_enclose(pipeline):
-                self._enclosed[id(pipeline)] = pipeline
-                pipelines.enclose(pipeline, self)
-            scheduler = getattr(pipeline, "scheduler", None)
-            if scheduler is not None:
-                clock.check_scheduler(scheduler)
-                self._followed[id(scheduler)] = scheduler
-                clock.attach(scheduler, self)
+        if pipelines.can_enclose(pipeline):
+            self._enclosed[id(pipeline)] = pipeline
+            pipelines.enclose(pipeline, self)
+        scheduler = getattr(pipeline, "scheduler", None)
+        if scheduler is not None:
+            clock.check_scheduler(scheduler)
+            self._followed[id(scheduler)] = scheduler
+            clock.attach(scheduler, self)
 
     def unfollow(self) -> None:
         """Leave all pipelines and schedulers as they were."""
-        with self._lock:
-            for scheduler in list(self._followed.values()):
-                clock.detach(scheduler, self)
-            for pipeline in list(self._enclosed.values()):
-                pipelines.release(pipeline, self)
-            self._followed.clear()
-            self._enclosed.clear()
+        for scheduler in list(self._followed.values()):
+            clock.detach(scheduler, self)
+        for pipeline in list(self._enclosed.values()):
+            pipelines.release(pipeline, self)
+        self._followed.clear()
+        self._enclosed.clear()
 
     # ---- runs
 
@@ -231,16 +226,14 @@ class Patched:
     ) -> RunPlan:
         """The plan of a run. One that was mapped to other noise levels is made anew for each run."""
         key = steps, partial
-        with self._lock:
-            if key in self._plans:
-                self._plans.move_to_end(key)
-                return self._plans[key]
+        plan = self._plans.get(key)
+        if plan is not None:
+            return plan
         plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager)
         if plan.reuse is None or not plan.reuse.rows:
-            with self._lock:
-                self._plans[key] = plan
-                while len(self._plans) > PLANS:
-                    self._plans.popitem(last=False)
+            if len(self._plans) >= PLANS:
+                self._plans = {}
+            self._plans[key] = plan
         return plan
 
     def claim(self, follower: clock.Follower, scheduler: Any) -> PipelineCall | Place:
@@ -250,22 +243,20 @@ class Patched:
             ScheduleError: The scheduler leads somebody else's run, or is about to.
         """
         owner = owners.setting(scheduler, 3) or owners.here()
-        with self._lock:
-            self._refuse_busy(follower, owner, scheduler)
-            follower.setter = owner
+        self._claim(follower, owner, scheduler)
         return owner
 
-    def _refuse_busy(self, follower: clock.Follower, owner: Any, scheduler: Any) -> None:
+    def _claim(self, follower: clock.Follower, owner: Any, scheduler: Any) -> None:
+        before = follower.claim(owner)
+        while before is not owner and _is_over(before):  # it was interrupted
+            follower.unclaim(before)
+            before = follower.claim(owner)
         run = follower.run
-        before = None if run is None or not run.live else run.owner
-        if before is owner:
-            before = None
-        if isinstance(before, PipelineCall):
-            busy = before.live
-        else:  # a loop that was given up here, or where nothing runs any more, is in nobody's way
-            busy = before is not None and run.first is not None
-            busy = busy and not before.gone and not before.is_here()
-        if busy or follower.setter not in (None, owner):
+        leads = None if run is None or not run.live else run.owner
+        # A loop that has not begun, or was given up here or where nothing runs any more, is in nobody's way.
+        begun = isinstance(leads, PipelineCall) or (leads is not None and run.first is not None)
+        if before is not owner or (begun and leads is not owner and not _is_over(leads)):
+            follower.unclaim(owner)
             raise ScheduleError(
                 f"this {type(scheduler).__name__} leads a run that is in progress, and one scheduler cannot lead two; "
                 "give each pipeline its own: Pipeline.from_pipe(pipe, "
@@ -349,8 +340,7 @@ class Patched:
         place = owners.here()
         found = self._seats.get(place)
         if found is None:
-            with self._lock:
-                found = self._seats.setdefault(place, Seat())
+            found = self._seats[place] = Seat()
         return found
 
     def begin_by_hand(self, seat: Seat, hand: Hand, steps: int) -> Run | None:
@@ -381,11 +371,8 @@ class Patched:
         run = seat.hands[-1].run if seat.hands else seat.run
         if run is None or run.led:
             return
-        if velocity is not None and getattr(velocity, "ndim", None) != len(run.latents):
-            got = getattr(velocity, "shape", type(velocity).__name__)
-            raise ArgumentError(
-                f"velocity must be a tensor shaped like the latents {tuple(run.latents)}, got {got}"
-            )
+        if velocity is not None and not isinstance(velocity, Tensor):
+            raise ArgumentError(f"velocity must be a tensor or None, got {velocity!r}")
         run.advance(velocity)
 
     def reset(self) -> None:
@@ -504,11 +491,13 @@ class Patched:
         if first and timesteps is not None and len(timesteps):
             follower = clock.follower_of(scheduler, self)
             levels = clock.found_levels(scheduler, frame.f_locals)
-            with self._lock:
-                self._refuse_busy(follower, call, scheduler)
+            try:
+                self._claim(follower, call, scheduler)
                 run = self.start(len(timesteps), scheduler, levels, in_use=True, pipeline=pipeline)
                 call.runs[self] = run
                 self._enlist(run, call, follower)
+            finally:
+                follower.unclaim(call)
         else:
             run = call.runs[self] = self.start(self._made_steps(), pipeline=pipeline)
             self._enlist(run, call)
@@ -602,6 +591,13 @@ _NEW = object()
 
 def _gone(place: Place | None) -> bool:
     return place is None or place.gone
+
+
+def _is_over(owner: Any) -> bool:
+    """Whether an owner of runs is at it no more, or is the caller's own place, where a loop was given up."""
+    if isinstance(owner, PipelineCall):
+        return not owner.live
+    return owner is None or owner.gone or owner.is_here()
 
 
 def _nobody() -> None:

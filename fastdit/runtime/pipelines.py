@@ -7,7 +7,6 @@ copy, a pickle, and whatever is made of the class (`from_pipe`) is an ordinary p
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
 from typing import Any
 
@@ -17,7 +16,6 @@ from fastdit.runtime import owners
 
 LINK = "_fastdit"
 
-_lock = threading.RLock()
 #: decoder that is hooked -> the enclosed pipelines that decode by it, by id: request-scoped ones share it
 _decoders: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int, Any]] = (
     weakref.WeakKeyDictionary()
@@ -39,14 +37,14 @@ def enclose(pipeline: Any, patched: Any) -> None:
     followers = pipeline.__dict__.setdefault(LINK, [])
     if not any(follower is patched for follower in followers):
         followers.append(patched)
-    if "_fastdit_enclosed" not in type(pipeline).__dict__:
-        object.__setattr__(pipeline, "__class__", _enclosed(type(pipeline)))
+    cls = type(pipeline)  # read once: another thread may be at the same
+    if "_fastdit_enclosed" not in cls.__dict__:
+        object.__setattr__(pipeline, "__class__", _enclosed(cls))
     decoder = _decoder(pipeline)
     if decoder is not None:
-        with _lock:
-            _decoders.setdefault(decoder, weakref.WeakValueDictionary())[id(pipeline)] = pipeline
-            if before_decoding not in decoder._forward_pre_hooks.values():
-                decoder.register_forward_pre_hook(before_decoding)
+        _decoders.setdefault(decoder, weakref.WeakValueDictionary())[id(pipeline)] = pipeline
+        if before_decoding not in list(decoder._forward_pre_hooks.values()):
+            decoder.register_forward_pre_hook(before_decoding)
 
 
 def release(pipeline: Any, patched: Any) -> None:
@@ -63,17 +61,36 @@ def release(pipeline: Any, patched: Any) -> None:
 
 def _unhook(pipeline: Any) -> None:
     """Take the hooks off the decoders that no other pipeline has, also off one that it had before, or as a copy."""
-    with _lock:
-        own = _decoder(pipeline)
-        for decoder in {own, *(found() for found in _decoders.keyrefs())} - {None}:
-            users = _decoders.get(decoder, {})
-            if users.pop(id(pipeline), None) is None and decoder is not own:
-                continue
-            if not any(True for _ in users.values()):
-                hooks = decoder._forward_pre_hooks
-                for key in [key for key, hook in hooks.items() if hook is before_decoding]:
-                    del hooks[key]
-                _decoders.pop(decoder, None)
+    own = _decoder(pipeline)
+    for decoder in {own, *(found() for found in _decoders.keyrefs())} - {None}:
+        users = _decoders.get(decoder, {})
+        if users.pop(id(pipeline), None) is None and decoder is not own:
+            continue
+        if not any(True for _ in users.values()):
+            hooks = decoder._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is before_decoding]:
+                del hooks[key]
+            _decoders.pop(decoder, None)
+
+
+class _Interrupt:
+    """A pipeline's `_interrupt`: once a callback has set it, the run needs its caches no more."""
+
+    def __get__(self, pipeline: Any, owner: type) -> Any:
+        if pipeline is None or "_interrupt" not in pipeline.__dict__:
+            raise AttributeError("_interrupt")
+        return pipeline.__dict__["_interrupt"]
+
+    def __set__(self, pipeline: Any, value: Any) -> None:
+        pipeline.__dict__["_interrupt"] = value
+        if value:  # where another thread sets it, the caches go when the pipeline decodes
+            _drop_caches(next((c for c in owners.calls() if c.pipeline is pipeline), None))
+
+
+def _drop_caches(call: owners.PipelineCall | None) -> None:
+    for run in () if call is None else call.runs.values():
+        if run is not None:
+            run.drop_caches()
 
 
 def before_decoding(decoder: nn.Module, args: Any) -> None:
@@ -81,9 +98,7 @@ def before_decoding(decoder: nn.Module, args: Any) -> None:
     for call in reversed(owners.calls()):
         if _decoder(call.pipeline) is decoder:
             if getattr(call.pipeline, "_interrupt", False):
-                for run in call.runs.values():
-                    if run is not None:
-                        run.drop_caches()
+                _drop_caches(call)
             return
 
 
@@ -121,6 +136,7 @@ def _enclosed(base: type) -> type:
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce_ex,
         "_fastdit_enclosed": True,
+        "_interrupt": _Interrupt(),
         "__call__": __call__,
         "__init__": __init__,
     }
