@@ -1,9 +1,10 @@
 """Write what the README and the documents say of results, adapters and methods, so that no figure in them is typed.
 
-    python tools/readme.py [--check]
+    PYTHONPATH=. python tools/readme.py [--check]
 
 Everything between a begin marker, which names its section, and the next end marker is replaced. With --check nothing is
-written, and the exit status tells whether the files are what results and code say.
+written, and the exit status tells whether the files are what results and code say. The code is the fastdit that is
+imported.
 """
 
 from __future__ import annotations
@@ -110,9 +111,9 @@ def claim() -> list[str]:
     )
     return [
         (
-            f"On {machine['gpu']}, bf16, {model} draws {gains['dense']:.1f} times as fast as stock diffusers with nothing "
-            f"skipped, and {min(skipping):.1f} to {max(skipping):.1f} times as fast with tokens, components or resolution "
-            f"left out. The least of all measured is {least:.2f}, {where}."
+            f"On {machine['gpu']}, bf16, {model} draws {gains['dense']:.1f} times as fast as stock diffusers with "
+            f"nothing skipped, and {min(skipping):.1f} to {max(skipping):.1f} times as fast with tokens, components or "
+            f"resolution left out. The least of all measured is {least:.2f}, {where}."
         )
     ]
 
@@ -160,9 +161,9 @@ def best() -> list[str]:
         if not lines:
             lines = [
                 (
-                    f"{machine['gpu']}, bf16, 1024 x 1024, one picture, random weights of the published sizes, medians of "
-                    f"{found['rounds']} rounds; speed-up over stock diffusers at its usual steps. Of each model the best "
-                    "row of each way to skip work, and the worst of all."
+                    f"{machine['gpu']}, bf16, 1024 x 1024, one picture, random weights of the published sizes, medians "
+                    f"of {found['rounds']} rounds; speed-up over stock diffusers at its usual steps. Of each model the "
+                    "best row of each way to skip work, and the worst of all."
                 ),
                 "",
                 *GPU_HEAD,
