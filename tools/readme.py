@@ -560,7 +560,7 @@ def _ras(result: dict[str, Any]) -> list[str]:
         ),
         "",
         (
-            "| rows | tokens computed | dense | weights | fastdit | speed-up | arithmetic saved | realised | "
+            "| rows | tokens computed | dense, ms | weights | fastdit, ms | speed-up | arithmetic saved | realised | "
             "over microsoft/RAS |"
         ),
         "|---|---|---|---|---|---|---|---|---|",
@@ -575,8 +575,8 @@ def _ras(result: dict[str, Any]) -> list[str]:
                     found = peer[weights]
                     over = f"{found['speedup']:.2f}x {_range(found['speedup_range'])}"
                 lines.append(
-                    f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} ms | {weights} | "
-                    f"{1e3 * row['seconds']:.0f} ms | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
+                    f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} | {weights} | "
+                    f"{1e3 * row['seconds']:.0f} | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
                     f"{row['flop_speedup']:.2f}x | {row['realised']:.0%} | {over} |"
                 )
     lines.append("")
