@@ -6,6 +6,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 PINNED := env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt
 OLDEST := $(VENV)/oldest
 PEERS := $(VENV)/peers
+DOCS := $(VENV)/docs
 TIMED := tools/timed
 DEMO ?=
 # Where diffusers' tests come from: a checkout, or a git URL (then the tag of the installed version).
@@ -21,7 +22,7 @@ TORCH := $(shell grep '^torch==' constraints/tested.txt)
 SOURCES := setup.py pyproject.toml CMakeLists.txt README.md LICENSE tools/_backend.py \
     $(shell find csrc fastdit triton_kernels -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: help build demo test kernels peer-tests lint format bench gpu-check clean
+.PHONY: help build demo test docs kernels peer-tests lint format bench gpu-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,11 +33,15 @@ demo: $(VENV)/.built  ## install, then run the demo (DEMO="..." adds options)
 	$(VENV)/bin/fastdit demo $(DEMO)
 
 test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and all tests
-	$(TIMED) gates $(MAKE) --no-print-directory lint
+	$(TIMED) gates $(MAKE) --no-print-directory lint docs
 	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m "not kernels" --durations=10
 	$(TIMED) "tests with the oldest diffusers" env FASTDIT_TEST_INSTALLED=1 \
 	    PYTHONPATH=$(CURDIR)/$(OLDEST) $(VENV)/bin/pytest -q $(PARALLEL) \
 	    -m "diffusers and not slow" --durations=5
+
+# The theme tells of its successor where the variable is unset; --strict makes every warning an error.
+docs: $(DOCS)/.installed  ## build the documents into build/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
 
 # Some hundred compilations; what they prove changes only with the kernels and their checks.
 kernels: $(VENV)/.testable  ## plant every fault in the kernels and see it found; check all budgets
@@ -89,6 +94,13 @@ $(OLDEST)/.installed: $(VENV)/.torch constraints/oldest.txt
 	@rm -rf $(OLDEST)
 	$(TIMED) "install the oldest diffusers" $(PIP) install -q --no-deps --target $(OLDEST) \
 	    -r constraints/oldest.txt
+	@touch $@
+
+# A venv of its own, without torch, so that the documents can be built alone.
+$(DOCS)/.installed: constraints/docs.txt
+	@rm -rf $(DOCS)
+	$(PYTHON) -m venv $(DOCS)
+	$(TIMED) "install mkdocs" $(DOCS)/bin/pip --disable-pip-version-check install -q --no-deps -r constraints/docs.txt
 	@touch $@
 
 $(PEERS)/.installed: $(VENV)/.torch constraints/peers.txt

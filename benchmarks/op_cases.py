@@ -1,6 +1,6 @@
 """What is measured of every op: shapes, forms, the bytes that must move, and who competes.
 
-An op joins by a function here: `gpu_check.py`, `roofline.py` and the table in the README follow.
+An op joins by a function here: `gpu_check.py`, `roofline.py` and the tables in docs/kernels.md follow.
 """
 
 from __future__ import annotations

@@ -1,19 +1,27 @@
-"""Write the tables of the README and of docs/kernels.md from the result files, so that no figure in them is typed.
+"""Write what the README and the documents say of results, adapters and methods, so that no figure in them is typed.
 
-    python tools/readme.py [--check]
+    PYTHONPATH=. python tools/readme.py [--check]
 
-Everything between the two markers is replaced: whole models in the README, single ops in docs/kernels.md. With
---check nothing is written, and the exit status tells whether the files are what the results say.
+Everything between a begin marker, which names its section, and the next end marker is replaced. With --check nothing is
+written, and the exit status tells whether the files are what results and code say. The code is the fastdit that is
+imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
+import inspect
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import fastdit
+from fastdit.adapters import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -25,30 +33,242 @@ OPS = (
     "resolution_transition",
     "sparse_attention",
 )
-BEGIN = "<!-- begin: tables made by tools/readme.py from result files; do not edit -->"
-END = "<!-- end -->"
+#: what stands between a begin marker and an end marker is written here
+SECTION = re.compile(
+    r"(<!-- begin (\w+): written by tools/readme\.py, do not edit -->\n).*?(<!-- end -->)",
+    re.DOTALL,
+)
+
+#: how people call the families of models; a family that is not here is called what its adapter calls it
+FAMILIES = {
+    "sd3": "Stable Diffusion 3, 3.5",
+    "flux": "FLUX.1",
+    "pixart": "PixArt-alpha, -Sigma",
+    "dit": "DiT",
+    "lumina": "Lumina-Next",
+}
 
 
-def models() -> list[str]:
-    """What the README shows: whole models."""
-    lines = []
-    for path in sorted(RESULTS.glob("gpu-check-*.json")):
+def results() -> list[str]:
+    """What docs/results.md shows: whole models."""
+    lines = ["## Whole runs on a GPU"]
+    for path in _gpu_files():
         lines += [*gpu_runs(json.loads(path.read_text())), ""]
-    lines += _step(_result("step-cpu.json"))
-    lines += _ecad(_result("ecad-cpu.json"))
-    lines += _search(_result("search-cpu.json"))
-    lines += _ras(_result("ras-cpu.json"))
+    lines += ["", "## Whole runs on a CPU", "", *_step(_result("step-cpu.json"))]
+    lines += ["", "## Schedules like the published ones", *_ecad(_result("ecad-cpu.json"))]
+    lines += ["", "## Searched schedules", *_search(_result("search-cpu.json"))]
+    lines += ["", "## Sparse steps on a CPU", *_ras(_result("ras-cpu.json"))]
     for path in RESULTS.glob("ralu-cpu.json"):
-        lines += _ralu(json.loads(path.read_text()))
+        lines += [
+            "",
+            "## Runs in stages on a CPU",
+            *_ralu(json.loads(path.read_text())),
+        ]
     for path in sorted(RESULTS.glob("quality-*.json")):
-        lines += _quality(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
+        lines += ["", f"## Quality of {found['study'].upper()}", *_quality(found)]
     for path in sorted(RESULTS.glob("router-*.json")):
-        lines += _routers(json.loads(path.read_text()), path.stem)
+        found = json.loads(path.read_text())
+        lines += [
+            "",
+            f"## Routers for {_sampler(found)}'s sampler",
+            *_routers(found, path.stem),
+        ]
     for path in RESULTS.glob("hybrid-cpu.json"):
-        lines += _hybrid(json.loads(path.read_text()))
+        lines += [
+            "",
+            "## A search that begins with a router",
+            *_hybrid(json.loads(path.read_text())),
+        ]
     for path in RESULTS.glob("train-cpu.json"):
-        lines += _training(json.loads(path.read_text()))
-    return lines + _tiny(json.loads(TINY.read_text()))
+        lines += ["", "## Training a router", *_training(json.loads(path.read_text()))]
+    return [*lines, "", "## The model in the package", *_tiny(json.loads(TINY.read_text()))]
+
+
+def _gpu_files() -> list[Path]:
+    return sorted(RESULTS.glob("gpu-check-*.json"))
+
+
+def _gpu_models() -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
+    """(machine, model, runs) of every model that was run on a GPU, the largest first."""
+    for path in _gpu_files():
+        result = json.loads(path.read_text())
+        for model, found in reversed(result.get("runs", {}).items()):  # the largest was run last
+            if isinstance(found, dict) and found.get("rows"):
+                yield result["machine"], model, found
+
+
+def claim() -> list[str]:
+    """The README's first figures: the largest model's, and the least gain of all."""
+    machine, model, found = next(_gpu_models())
+    gains = {row["method"]: row["speedup"] for row in found["rows"]}
+    skipping = [gain for name, gain in gains.items() if name not in ("unpatched", "dense")]
+    least, where = min(
+        (row["speedup"], f"`{row['method']}` on {other}")
+        for _, other, runs in _gpu_models()
+        for row in runs["rows"]
+        if row["method"] != "unpatched"
+    )
+    return [
+        (
+            f"On one {machine['gpu']}, in bf16 at 1024 x 1024 with random weights, {model.removesuffix(' 1024')} draws "
+            f"{gains['dense']:.1f} times as fast as stock diffusers with nothing skipped, and {min(skipping):.1f} to "
+            f"{max(skipping):.1f} times as fast with tokens, components or "
+            f"resolution left out. The least of all measured is {least:.2f}, {where}."
+        )
+    ]
+
+
+def support() -> list[str]:
+    """Which family runs which method, as the adapters say."""
+    lines = [
+        "| family | transformer | components that can be reused | Dense | Cached, ECAD, HarmoniCa | RAS | RALU |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    known = {adapter.family: adapter for adapter in adapters().values()}
+    for family in (*FAMILIES, *sorted(set(known) - set(FAMILIES))):
+        adapter = known[family]
+        names = dict.fromkeys(name for kind in adapter.components.values() for name in kind)
+        can = ("yes", "yes", _yes(adapter.layouts), _yes(adapter.changes_resolution))
+        classes = ", ".join(f"`{name}`" for name in adapter.model_classes)
+        lines.append(
+            f"| {FAMILIES.get(family, family)} | {classes} | {', '.join(names)} | {' | '.join(can)} |"
+        )
+    return [
+        *lines,
+        (
+            "| any other | blocks of attention and feed-forward modules | those modules, wrapped as they are | no | "
+            "Cached, ECAD | no | no |"
+        ),
+    ]
+
+
+def _yes(able: Any) -> str:
+    return "yes" if able else "no"
+
+
+def best() -> list[str]:
+    """The best row of each way to skip work, and the worst row of all, of each model that was run on a GPU."""
+    lines: list[str] = []
+    for machine, model, found in _gpu_models():
+        rows = [row for row in found["rows"] if row["method"] != "unpatched"]
+        chosen = [row["method"] for row in found["rows"][:1]]
+        chosen.append(min(rows, key=lambda row: row["speedup"])["method"])
+        for way in ("dense", "every", "random", "RAS", "RALU", "+"):
+            fitting = [row for row in rows if _way(row["method"]) == way]
+            chosen += [
+                row["method"] for row in sorted(fitting, key=lambda row: row["speedup"])[-1:]
+            ]
+        if not lines:
+            lines = [
+                (
+                    f"{machine['gpu']}, bf16, 1024 x 1024, one picture, random weights of the published sizes, medians "
+                    f"of {found['rounds']} rounds; speed-up over stock diffusers at its usual steps. Of each model the "
+                    "best row of each way to skip work, and the worst of all."
+                ),
+                "",
+                *GPU_HEAD,
+            ]
+        lines += [_gpu_row(model, row) for row in found["rows"] if row["method"] in chosen]
+    return lines
+
+
+def _way(method: str) -> str:
+    """What a row of a GPU's table skips; "+" where two methods are composed."""
+    if "+" in method:
+        return "+"
+    return next(
+        way for way in ("unpatched", "dense", "every", "random", "RAS", "RALU") if way in method
+    )
+
+
+GPU_HEAD = (
+    "| model | | steps | seconds | speed-up [range] | of the arithmetic | realised |",
+    "|---|---|---|---|---|---|---|",
+)
+
+
+def _gpu_row(model: str, row: dict[str, Any]) -> str:
+    return (
+        f"| {model} | {row['method']} | {row['steps']} | {row['seconds']:.2f} | {row['speedup']:.2f}x "
+        f"{_range(row['speedup_range'])} | {row['flop_speedup']:.2f}x | {row['realised']:.0%} |"
+    )
+
+
+def measured(*ways: str, including: str = "") -> list[str]:
+    """The rows of a method in the tables of a GPU."""
+    lines: list[str] = []
+    for machine, model, found in _gpu_models():
+        if not lines:
+            lines = [
+                f"Whole runs on {machine['gpu']}, as in [the results](../results.md#whole-runs-on-a-gpu):",
+                "",
+                *GPU_HEAD,
+            ]
+        lines += [
+            _gpu_row(model, row)
+            for row in found["rows"]
+            if _way(row["method"]) in ways and including in row["method"]
+        ]
+    return lines
+
+
+def searched() -> list[str]:
+    """What the presets and the last search came to."""
+    return [*_presets(_result("search-cpu.json")), *_gains(_result("search-cpu.json"))]
+
+
+def beside_fewer_steps(study: str) -> list[str]:
+    """A method less plain steps in the same time or arithmetic."""
+    result = _result(f"quality-{study}.json")
+    return [
+        (
+            f"On the model in the package, {result['images']} held-out prompts, 95 % bootstrap intervals; what each "
+            f"column means is said in [the results](../results.md#quality-of-{study}):"
+        ),
+        "",
+        *_differences(result),
+    ]
+
+
+def routed() -> list[str]:
+    """Routers less the intervals that cost as much."""
+    lines: list[str] = []
+    for path in sorted(RESULTS.glob("router-*.json")):
+        result = json.loads(path.read_text())
+        lines += [
+            "",
+            (
+                f"On the model in the package, {result['steps']} steps of {_sampler(result)}'s sampler, held-out "
+                "prompts, 95 % bootstrap intervals:"
+            ),
+            "",
+            *_router_differences(result),
+        ]
+    return lines
+
+
+def arguments(name: str) -> list[str]:
+    """The arguments of a method, from its docstring."""
+    method = getattr(fastdit, name)
+    text = inspect.getdoc(method) or ""
+    (listed,) = re.findall(r"\n(?:Attributes|Args):\n(.*?)\n\n", text + "\n\n", re.DOTALL)
+    said = re.findall(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", listed, re.MULTILINE)
+    defaults = {field.name: field.default for field in dataclasses.fields(method)}
+    lines = ["| argument | default | meaning |", "|---|---|---|"]
+    for argument, meaning in said:
+        default = defaults[argument]
+        shown = "" if default is dataclasses.MISSING else f"`{default!r}`"
+        if isinstance(default, str):
+            shown = f'`"{default}"`'
+        lines.append(f"| `{argument}` | {shown} | {_plain(meaning)} |")
+    return lines
+
+
+def _plain(text: str) -> str:
+    """A docstring's text as Markdown on one line."""
+    text = re.sub(r":class:`~?([\w.]+)`", r"`\1`", " ".join(text.split()))
+    return text.replace("``", "`").replace("|", "\\|")
 
 
 def kernels() -> list[str]:
@@ -70,8 +290,35 @@ LABELS = {
     "evenly spread steps": "every number of whole steps, evenly spread",
 }
 
-#: file -> what makes its tables
-FILES = {ROOT / "README.md": models, ROOT / "docs" / "kernels.md": kernels}
+METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
+    "dense": {"measured": functools.partial(measured, "dense")},
+    "cached": {
+        "arguments": functools.partial(arguments, "Cached"),
+        "measured": functools.partial(measured, "every", "random"),
+    },
+    "ecad": {"arguments": functools.partial(arguments, "ECAD"), "measured": searched},
+    "harmonica": {"arguments": functools.partial(arguments, "HarmoniCa"), "measured": routed},
+    "ras": {
+        "arguments": functools.partial(arguments, "RAS"),
+        "measured": functools.partial(measured, "RAS", "+", including="RAS"),
+        "quality": functools.partial(beside_fewer_steps, "ras"),
+    },
+    "ralu": {
+        "arguments": functools.partial(arguments, "RALU"),
+        "measured": functools.partial(measured, "RALU", "+", including="RALU"),
+        "quality": functools.partial(beside_fewer_steps, "ralu"),
+    },
+    "per_stage": {"arguments": functools.partial(arguments, "PerStage")},
+}
+
+#: file -> section -> what writes it
+FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
+    ROOT / "README.md": {"claim": claim, "support": support, "measured": best},
+    ROOT / "docs" / "index.md": {"claim": claim, "support": support},
+    ROOT / "docs" / "results.md": {"tables": results},
+    ROOT / "docs" / "kernels.md": {"tables": kernels},
+    **{ROOT / "docs" / "methods" / f"{name}.md": made for name, made in METHOD_PAGES.items()},
+}
 
 
 def _result(name: str) -> dict[str, Any]:
@@ -182,7 +429,6 @@ def _ecad(result: dict[str, Any]) -> list[str]:
 
 def _search(result: dict[str, Any]) -> list[str]:
     """The tables of `search_front.py`."""
-    areas = result["areas"]
     lines = [
         "",
         (
@@ -196,7 +442,21 @@ def _search(result: dict[str, Any]) -> list[str]:
             "other two readings are of the distance itself. (`benchmarks/search_front.py`)"
         ),
         "",
-        "![distance over arithmetic](docs/search.png)",
+        "![distance over arithmetic](search.png)",
+        "",
+        *_gains(result)[1:],
+    ]
+    lines += _searches(result)
+    for search in (*_result("search-earlier-cpu.json")["searches"], result):
+        if "area after schedules" in search:
+            lines += _search_growth(search)
+    return [*lines, "", *_presets(result)]
+
+
+def _gains(result: dict[str, Any]) -> list[str]:
+    """How much more the searched front covers than others, in each reading of the loss."""
+    areas = result["areas"]
+    lines = [
         "",
         f"| hypervolume of the searched front over that of | {' | '.join(areas)} |",
         "|---" * (1 + len(areas)) + "|",
@@ -204,12 +464,12 @@ def _search(result: dict[str, Any]) -> list[str]:
     for other in next(iter(areas.values()))["gain"]:
         cells = [_gain(area["gain"][other]) for area in areas.values()]
         lines.append(f"| {LABELS[other]} | {' | '.join(cells)} |")
-    lines += _searches(result)
-    for search in (*_result("search-earlier-cpu.json")["searches"], result):
-        if "area after schedules" in search:
-            lines += _search_growth(search)
-    lines += [
-        "",
+    return lines
+
+
+def _presets(result: dict[str, Any]) -> list[str]:
+    """The presets beside what needs no search."""
+    lines = [
         "The presets, beside the best grid of fixed intervals and the most plain steps that cost no more:",
         "",
         "| preset | arithmetic | distance to unpatched | fixed intervals | plain steps |",
@@ -300,7 +560,7 @@ def _ras(result: dict[str, Any]) -> list[str]:
         ),
         "",
         (
-            "| rows | tokens computed | dense | weights | fastdit | speed-up | arithmetic saved | realised | "
+            "| rows | tokens computed | dense, ms | weights | fastdit, ms | speed-up | arithmetic saved | realised | "
             "over microsoft/RAS |"
         ),
         "|---|---|---|---|---|---|---|---|---|",
@@ -315,8 +575,8 @@ def _ras(result: dict[str, Any]) -> list[str]:
                     found = peer[weights]
                     over = f"{found['speedup']:.2f}x {_range(found['speedup_range'])}"
                 lines.append(
-                    f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} ms | {weights} | "
-                    f"{1e3 * row['seconds']:.0f} ms | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
+                    f"| {batch['rows']} | {row['active']} | {1e3 * batch['dense_s']:.0f} | {weights} | "
+                    f"{1e3 * row['seconds']:.0f} | {row['speedup']:.2f}x {_range(row['speedup_range'])} | "
                     f"{row['flop_speedup']:.2f}x | {row['realised']:.0%} | {over} |"
                 )
     lines.append("")
@@ -391,7 +651,7 @@ def _quality(result: dict[str, Any]) -> list[str]:
             "relative distance to the unpatched picture; share of the objects that the prompt names."
         ),
         "",
-        f"![quality over arithmetic](docs/quality-{result['study']}.png)",
+        f"![quality over arithmetic](quality-{result['study']}.png)",
         "",
         "| | seconds | arithmetic | Fréchet distance | distance to unpatched | prompt score |",
         "|---|---|---|---|---|---|",
@@ -402,22 +662,24 @@ def _quality(result: dict[str, Any]) -> list[str]:
             f"| {row['arm']} | {seconds} | {row['arithmetic']:.0%} | {_interval(row['frechet'])} | "
             f"{_interval(row['distance'])} | {_interval(row['score'])} |"
         )
-    lines += [
-        "",
+    return [*lines, "", *_differences(result)]
+
+
+def _differences(result: dict[str, Any]) -> list[str]:
+    return [
         "| difference | in the same | Fréchet distance | distance to unpatched | prompt score |",
         "|---|---|---|---|---|",
+        *(
+            f"| {row['arm']} less {row['beside']} | {row['same']} | {_interval(row['frechet'], '+')} | "
+            f"{_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
+            for row in result["differences"]
+        ),
     ]
-    lines += [
-        f"| {row['arm']} less {row['beside']} | {row['same']} | {_interval(row['frechet'], '+')} | "
-        f"{_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
-        for row in result["differences"]
-    ]
-    return lines
 
 
 def _routers(result: dict[str, Any], stem: str) -> list[str]:
     """The tables of `router_study.py`."""
-    sampler = result["scheduler"].removeprefix("FlowMatch").removesuffix("DiscreteScheduler")
+    sampler = _sampler(result)
     lines = [
         "",
         (
@@ -427,7 +689,7 @@ def _routers(result: dict[str, Any], stem: str) -> list[str]:
             "`correctors` is no router but the first call and Heun's corrections (`benchmarks/router_study.py`)."
         ),
         "",
-        f"![distance and score over arithmetic](docs/router-{sampler.lower()}.png)",
+        f"![distance and score over arithmetic](router-{sampler.lower()}.png)",
         "",
         "| | prompts | arithmetic | distance to unpatched | prompt score |",
         "|---|---|---|---|---|",
@@ -437,11 +699,23 @@ def _routers(result: dict[str, Any], stem: str) -> list[str]:
         f"{_interval(row['score'])} |"
         for row in result["rows"]
     ]
-    lines += ["", "| difference | distance to unpatched | prompt score |", "|---|---|---|"]
-    return lines + [
-        f"| {row['arm']} less {row['beside']} | {_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
-        for row in result["differences"]
+    return [*lines, "", *_router_differences(result)]
+
+
+def _router_differences(result: dict[str, Any]) -> list[str]:
+    return [
+        "| difference | distance to unpatched | prompt score |",
+        "|---|---|---|",
+        *(
+            f"| {row['arm']} less {row['beside']} | {_interval(row['distance'], '+')} | "
+            f"{_interval(row['score'], '+')} |"
+            for row in result["differences"]
+        ),
     ]
+
+
+def _sampler(result: dict[str, Any]) -> str:
+    return result["scheduler"].removeprefix("FlowMatch").removesuffix("DiscreteScheduler")
 
 
 def _hybrid(result: dict[str, Any]) -> list[str]:
@@ -456,7 +730,7 @@ def _hybrid(result: dict[str, Any]) -> list[str]:
             f"of each of {len(result['curves']['hand-made seeds'])} searches (`benchmarks/search_hybrid.py`)."
         ),
         "",
-        "![hypervolume over schedules measured](docs/hybrid.png)",
+        "![hypervolume over schedules measured](hybrid.png)",
         "",
         "| | after the seeds | at the end |",
         "|---|---|---|",
@@ -638,20 +912,37 @@ def _machine(machine: dict[str, Any]) -> str:
     return f"{place}, torch {machine['torch']}"
 
 
+def written(path: Path) -> str:
+    """The text that a file should have.
+
+    Raises:
+        ValueError: It has other sections than `FILES` names.
+    """
+    text = path.read_text()
+    sections = FILES[path]
+    if (found := [name for _, name, _ in SECTION.findall(text)]) != [*sections]:
+        raise ValueError(f"{path} has the sections {found}, expected {[*sections]}")
+
+    def made(match: re.Match[str]) -> str:
+        lines = "\n".join(sections[match[2]]()).strip()
+        return f"{match[1]}\n{lines}\n\n{match[3]}"
+
+    return SECTION.sub(made, text)
+
+
 def main() -> int:
     """Write or check the files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     check = parser.parse_args().check
     stale = False
-    for path, tables in FILES.items():
-        text = path.read_text()
-        head, rest = text.split(BEGIN)
-        lines = "\n".join(tables()).strip()
-        made = f"{head}{BEGIN}\n\n{lines}\n\n{END}{rest.split(END)[1]}"
-        stale |= made != text
+    for path in FILES:
+        text = written(path)
+        if text != path.read_text():
+            stale = True
+            print(f"{path.relative_to(ROOT)} is not what results and code say", file=sys.stderr)
         if not check:
-            path.write_text(made)
+            path.write_text(text)
     return int(check and stale)
 
 

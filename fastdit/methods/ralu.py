@@ -40,8 +40,8 @@ class RALU(Method):
     Attributes:
         steps: Steps of the three stages; `num_inference_steps` must be their sum. A stage of 0 steps is left out.
         ends: Times at which they end, rising to 1; 0 is noise and 1 is data.
-        shifts: Timestep shifts h of the stages, and
-        noise: the constant c in (0, 1/4] of the noise added between them. Leave out both to have them solved.
+        shifts: Timestep shifts h of the stages; leave out these and `noise` to have both solved.
+        noise: The constant c in (0, 1/4] of the noise added between them.
         split: Share r in [0, 1] of the coarse tokens that are split early.
         selector: What splits a token early: "edges" of the decoded half-size picture, "gradient" or "variance" of its
             latents. Edges need the pipeline's VAE once in a run; under offload it moves in for that.

@@ -1,0 +1,96 @@
+"""The README and the documents say what results and code say, and their examples run."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+import fastdit
+from fastdit import tiny
+from fastdit.methods import methods
+
+ROOT = Path(__file__).parents[1]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = (README, *sorted(DOCS.rglob("*.md")))
+EXAMPLES = {
+    str(page.relative_to(ROOT)): found
+    for page in PAGES
+    if (found := re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE))
+}
+
+
+@pytest.fixture
+def readme(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("readme")
+
+
+def test_what_is_written_is_what_results_and_code_say(readme):
+    stale = [path.name for path in readme.FILES if readme.written(path) != path.read_text()]
+    assert not stale, f"run PYTHONPATH=. python tools/readme.py: {stale}"
+
+
+def test_the_readme_is_short_enough_to_read():
+    assert README.stat().st_size <= 12 * 1024
+
+
+def test_every_method_has_a_page_and_a_line():
+    for module, method in methods().items():
+        assert (DOCS / "methods" / f"{module}.md").read_text().startswith(f"# {method.__name__}\n")
+        assert f"[`{method.__name__}`](docs/methods/{module}.md)" in README.read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    """mkdocs checks the anchors, but not the README's links."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" not in target and not target.startswith("#"):
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def templates() -> list[str]:
+    """Every string of the package, with an ellipsis where something is put in."""
+
+    def text(node: ast.expr) -> str:
+        if isinstance(node, ast.Constant):
+            return node.value if isinstance(node.value, str) else ""
+        if isinstance(node, ast.JoinedStr):
+            return "".join(text(part) for part in node.values)
+        return "…"
+
+    return [
+        text(node)
+        for path in Path(fastdit.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Constant, ast.JoinedStr))
+    ]
+
+
+def test_messages_in_troubleshooting_are_those_of_the_source():
+    messages = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(messages) > 50
+    said = templates()
+    unknown = [message for message in messages if not any(begins(message, found) for found in said)]
+    assert not unknown
+
+
+def begins(message: str, template: str) -> bool:
+    """Whether a template begins with a message, or with its end of what is put in."""
+    return template.startswith(message.removesuffix("…")) and len(message) > 3
+
+
+@pytest.mark.parametrize("page", EXAMPLES)
+def test_examples_run(page, tmp_path, monkeypatch):
+    """In the order in which they stand, each on a fresh patch."""
+    monkeypatch.chdir(tmp_path)
+    names = {"fastdit": fastdit}
+    for example in EXAMPLES[page]:
+        names["pipe"] = tiny.load_pipeline()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            exec(compile(example, page, "exec"), names)
