@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 import fastdit
-from fastdit.resolution import ResolutionRun
+from fastdit.tokens.resolution import ResolutionRun
 from machine import describe_machine
 from memory import keep_freed_memory
 from real_models import build_vae

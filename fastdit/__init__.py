@@ -9,6 +9,8 @@
 and removes the patch. diffusers itself is imported only where a pipeline is.
 """
 
+from fastdit.account.explain import Explanation
+from fastdit.account.report import Report
 from fastdit.errors import (
     ArgumentError,
     BackendError,
@@ -18,14 +20,12 @@ from fastdit.errors import (
     ScheduleError,
     UnsupportedModelError,
 )
-from fastdit.explain import Explanation
 from fastdit.handle import Handle
 from fastdit.methods import methods as _methods
 from fastdit.methods.ras import Linear
 from fastdit.patch import explain, patch, report, unpatch
-from fastdit.report import Report
-from fastdit.router import Router
-from fastdit.schedule import Schedule
+from fastdit.schedules.router import Router
+from fastdit.schedules.schedule import Schedule
 
 __version__ = "0.1.0"
 

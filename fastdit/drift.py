@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit.blocks.forward import Forward
 from fastdit.errors import DriftError
-from fastdit.forward import Forward
 from fastdit.observe import observed
 
 

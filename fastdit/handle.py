@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastdit.account.explain import Explanation, explain_patched, run_speedup
+from fastdit.account.frames import Frames
+from fastdit.account.measure import Measurement, measure
+from fastdit.account.report import Report, report_run
 from fastdit.errors import ArgumentError
-from fastdit.explain import Explanation, explain_patched, run_speedup
-from fastdit.frames import Frames
-from fastdit.measure import Measurement, measure
-from fastdit.report import Report, report_run
 from fastdit.runtime.attach import remove
 from fastdit.runtime.install import LINK
 from fastdit.runtime.owners import Hand

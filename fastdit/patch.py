@@ -14,23 +14,23 @@ from typing import Any
 from torch import nn
 
 from fastdit import ops
+from fastdit.account.explain import Explanation
+from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
+from fastdit.blocks.packed import check_packable, linears_of
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
-from fastdit.explain import Explanation
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
-from fastdit.packed import check_packable, linears_of
-from fastdit.plan import check_composition
-from fastdit.report import Report
 from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
 from fastdit.runtime.attach import Places, attach, remove
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
-from fastdit.schedule import Every, Schedule
+from fastdit.schedules.plan import check_composition
+from fastdit.schedules.schedule import Every, Schedule
 
 OPS = ("gated_residual", "norm_modulate")
 #: where a method computes a part of the tokens
@@ -55,7 +55,7 @@ def patch(
             serves
             each op's device and dtype. A backend named here or there is never silently replaced.
         pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few rows, as RAS has
-            them; see `packed.py`. For fp32 on a CPU whose torch has MKL.
+            them; see `blocks/packed.py`. For fp32 on a CPU whose torch has MKL.
         cuda_graphs: Replay whole runs as CUDA graphs from the third of a kind on (size, batch, steps, settings); see
             `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager, and
             a warning says why.

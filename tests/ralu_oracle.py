@@ -3,8 +3,8 @@
 What else leaves work out, a schedule of reused outputs or sparse steps at full size, is restated by `oracle.py` and
 `ras_oracle.py`, begun anew in each stage.
 
-Only what says where the detail is comes from the library (`fastdit/edges.py`, which has its own tests), and the numbers
-of the stages, which are compared with the published ones elsewhere.
+Only what says where the detail is comes from the library (`fastdit/tokens/edges.py`, which has its own tests), and the
+numbers of the stages, which are compared with the published ones elsewhere.
 """
 
 from __future__ import annotations

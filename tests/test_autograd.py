@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 import fastdit
 import tiny_models
 from contract import same_bits
-from fastdit.forward import Forward
+from fastdit.blocks.forward import Forward
 from fastdit.patch import find_adapter
 
 FAMILIES = list(tiny_models.FAMILIES)

@@ -14,8 +14,8 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import Cached, Schedule
+from fastdit.blocks.segments import segments_like
 from fastdit.patch import handle_of
-from fastdit.segments import segments_like
 from oracle import Oracle, random_bits
 
 pytestmark = [

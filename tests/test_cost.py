@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import fastdit
 import tiny_models
 from fastdit import ECAD, ArgumentError, Schedule
+from fastdit.account.cost import Cost
 from fastdit.cli import commands
-from fastdit.cost import Cost
-from fastdit.plan import RunPlan, lower
+from fastdit.schedules.plan import RunPlan, lower
+from fastdit.schedules.statistics import statistics
 from fastdit.spec import BlockKind, ModelSpec
-from fastdit.statistics import statistics
 from oracle import random_bits
 
 COMPONENTS = ("attn1", "attn2", "ff")

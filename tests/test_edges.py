@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastdit import edges
 from fastdit.errors import ArgumentError
+from fastdit.tokens import edges
 from inputs import generator
 
 

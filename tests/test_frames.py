@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
 import fastdit
 import tiny_models
 from fastdit import ArgumentError
-from fastdit.frames import estimate
+from fastdit.account.frames import estimate
 from fastdit.methods.ras import RAS
 from tiny_models import generate
 

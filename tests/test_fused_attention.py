@@ -22,13 +22,13 @@ STEPS = 5
 def fused(monkeypatch):
     """Counts the calls of the adapters' own attention."""
     calls = []
-    attend = fastdit.attention.attend
+    attend = fastdit.blocks.attention.attend
 
     def counted(*args, **kwargs):
         calls.append(args[1])
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr("fastdit.attention.fuses", lambda device: True)
+    monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: True)
     for module in ("attention", "adapters.sd3", "adapters.flux"):
         monkeypatch.setattr(f"fastdit.{module}.attend", counted)
     return calls

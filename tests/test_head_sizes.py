@@ -49,7 +49,7 @@ CASES = [
 def test_any_head_size_is_served(family, size, fused, monkeypatch):
     """Where all tokens are active too, as on a GPU."""
     assert size not in HEAD_DIMS
-    monkeypatch.setattr("fastdit.attention.fuses", lambda device: fused)
+    monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: fused)
     model, given = with_heads_of(family, size)
     with torch.no_grad():
         expected = model(**given)[0]

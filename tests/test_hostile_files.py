@@ -27,12 +27,12 @@ from safetensors.torch import load as load_tensors
 import fastdit
 import tiny_models
 from fastdit.cli.search import prompts_of
-from fastdit.conditions import Conditions
 from fastdit.errors import MAX_MESSAGE, ArgumentError, ScheduleError, SearchError
 from fastdit.files import parse
-from fastdit.router import Router
 from fastdit.saved import INDEX, index_of
-from fastdit.schedule import Schedule
+from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.router import Router
+from fastdit.schedules.schedule import Schedule
 from fastdit.search.ledger import Ledger
 from fastdit.tiny import checkpoint
 from fastdit.tiny.bank import load_bank
@@ -353,7 +353,7 @@ def test_a_checkpoint_that_unpacks_to_much_more(tmp_path, monkeypatch):
         for part in plain.infolist():
             packed.writestr(part.filename, plain.read(part))
     assert Router.from_checkpoint(tmp_path / "packed.pt").steps == 1
-    monkeypatch.setattr("fastdit.router.MAX_FILE_BYTES", 1 << 16)
+    monkeypatch.setattr("fastdit.schedules.router.MAX_FILE_BYTES", 1 << 16)
     with pytest.raises(ScheduleError, match="unpacks to more than 65536 bytes"):
         Router.from_checkpoint(tmp_path / "packed.pt")
 

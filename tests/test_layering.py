@@ -7,11 +7,15 @@ none above. Also: what has an op has its tests and benchmarks, under the same fi
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import structure  # noqa: E402
+
 PACKAGE = ROOT / "fastdit"
 
 # A folder, and what no file in it may import.
@@ -38,6 +42,16 @@ FORBIDDEN = {
     ),
     "fastdit/adapters": ("fastdit.methods", "fastdit.backends", "fastdit.runtime", "fastdit.patch"),
     "fastdit/runtime": ("fastdit.backends", "fastdit.patch", "fastdit.handle"),
+    "fastdit/schedules": (
+        "fastdit.adapters",
+        "fastdit.methods",
+        "fastdit.ops",
+        "fastdit.runtime",
+        "fastdit.patch",
+    ),
+    "fastdit/blocks": ("fastdit.adapters", "fastdit.methods", "fastdit.runtime", "fastdit.patch"),
+    "fastdit/tokens": ("fastdit.adapters", "fastdit.backends", "fastdit.runtime", "fastdit.patch"),
+    "fastdit/account": ("fastdit.methods", "fastdit.backends", "fastdit.patch", "fastdit.handle"),
     "triton_kernels": ("fastdit",),
 }
 
@@ -114,6 +128,13 @@ def test_the_library_does_not_use_its_tools():
         if reaches(name, f"fastdit.{tool}")
     ]
     assert not wrong, wrong
+
+
+def test_the_tree_is_flat_and_without_circles():
+    """Counted by `tools/structure.py`, imports inside functions included."""
+    found = structure.measure()
+    assert not found.circles, found.circles
+    assert len(found.flat) <= 14, found.flat
 
 
 def test_diffusers_is_not_imported_with_the_library():

@@ -14,7 +14,7 @@ TOKEN_RULE = '''
 import torch
 from dataclasses import dataclass
 from fastdit.methods.ras import RAS
-from fastdit.tokens import TokenRun
+from fastdit.tokens.active import TokenRun
 
 class TurnsRun(TokenRun):
     def _choose(self, velocity, coming):
@@ -34,7 +34,7 @@ ADAPTIVE = '''
 """Reuse everything while the latents have changed by less than a share since the last step that computed."""
 from dataclasses import dataclass
 from fastdit.methods.base import Method, MethodRun
-from fastdit.plan import COMPUTE, KEEP, REUSE, everywhere
+from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, everywhere
 
 class ThresholdRun(MethodRun):
     def __init__(self, method, run):
@@ -66,7 +66,7 @@ FORECAST = '''
 """Every other step is the straight line through the last two outputs, by the noise levels."""
 from dataclasses import dataclass
 from fastdit.methods.base import Method, MethodRun
-from fastdit.plan import COMPUTE, KEEP, REUSE, everywhere
+from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, everywhere
 
 class LineRun(MethodRun):
     def __init__(self, method, run):

@@ -8,7 +8,7 @@ import torch
 import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance
-from fastdit import modulation
+from fastdit.blocks import modulation
 from fastdit.runtime.install import is_installed
 from tiny_models import generate
 

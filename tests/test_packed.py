@@ -12,9 +12,9 @@ import fastdit
 import test_generic
 import tiny_models
 from contract import distance, same_bits
-from fastdit import packed
+from fastdit.blocks import packed
+from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ArgumentError, BackendError
-from fastdit.packed import PackedWeights
 from fastdit.runtime.install import is_installed
 from tiny_models import generate
 from tolerance import assert_close

@@ -32,11 +32,11 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.adapters import base
-from fastdit.layout import Layout
 from fastdit.ops import bind
 from fastdit.patch import handle_of
-from fastdit.resolution import ResolutionRun
-from fastdit.stages import mismatch
+from fastdit.tokens.layout import Layout
+from fastdit.tokens.resolution import ResolutionRun
+from fastdit.tokens.stages import mismatch
 from snapshot import snapshot
 from test_coexistence import FEATURES
 from tiny_models import LATENT, arguments, generate
@@ -337,7 +337,7 @@ def test_edges_below_mid_grey_are_seen_or_clipped(mode, monkeypatch):
     """A strong edge in the dark, in the last token: the published code clips it away before it looks."""
     picture = torch.full((1, 3, 64, 64), -1.0)
     picture[:, :, 40:56, 36:44] = -0.05
-    monkeypatch.setattr("fastdit.selection.decode", lambda pipeline, latents: picture)
+    monkeypatch.setattr("fastdit.tokens.selection.decode", lambda pipeline, latents: picture)
     method = dataclasses.replace(SHORT, selector="edges", mode=mode, split=0.25)
     run = stages_of(method, object())
     run.begin((4, 4), 0, torch.device("cpu"))

@@ -18,9 +18,9 @@ import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.forward import Stored
+from fastdit.blocks.forward import Stored
 from fastdit.methods.ras import ActiveTokens
-from fastdit.tokens import TokenRun
+from fastdit.tokens.active import TokenRun
 from ras_oracle import RowOracle, published, random_rows
 from snapshot import snapshot
 from test_coexistence import FEATURES

@@ -18,8 +18,8 @@ import fastdit
 import fastdit.tiny
 import tiny_models
 from contract import same_bits
-from fastdit.conditions import Conditions
 from fastdit.methods import harmonica
+from fastdit.schedules.conditions import Conditions
 
 KIND = "transformer_blocks"
 NAMES = {KIND: ("attn1", "ff")}

@@ -21,7 +21,7 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import RALU, RAS, ArgumentError, Cached, Dense, HarmoniCa, Router, Schedule
-from fastdit.conditions import Conditions
+from fastdit.schedules.conditions import Conditions
 from oracle import random_bits
 from snapshot import scheduler_snapshot, snapshot
 from tiny_models import generate

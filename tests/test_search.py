@@ -19,7 +19,7 @@ from pymoo.core.population import Population
 
 import search_front
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, moves, seeds
 from fastdit.search.archive import Archive, Candidate
 from fastdit.search.evolve import LEDGER, evolve

@@ -15,7 +15,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Dense, Schedule, ops
-from fastdit.forward import Forward
+from fastdit.blocks.forward import Forward
 from oracle import Oracle, random_bits
 
 STEPS = 4

@@ -13,7 +13,7 @@ import tiny_models
 from bench_ecad import reachable_bytes
 from contract import FORWARD_FP64, distance, within_contract
 from fastdit import ECAD, RAS, ArgumentError, Cached, Schedule
-from fastdit.collapse import find_sums, passes
+from fastdit.schedules.collapse import find_sums, passes
 from oracle import Oracle
 from test_cached import as_double
 

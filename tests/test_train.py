@@ -23,7 +23,7 @@ import fastdit
 import harmonica_oracle
 import tiny_models
 from contract import same_bits
-from fastdit.cost import Cost
+from fastdit.account.cost import Cost
 from fastdit.train import HarmoniCa, proxy
 from fastdit.train.ddim import ListedDDIM
 from fastdit.train.pair import Pair

@@ -1,8 +1,8 @@
 """What an adapter is: everything fastdit knows about one model family, and nothing else.
 
-An adapter restates the forward of each of its block classes once, as calls on a :class:`~fastdit.forward.Forward`. It
-finds models by class name along the MRO, so diffusers is not imported here. Adding a family is adding a file to this
-folder that exposes ``ADAPTER``.
+An adapter restates the forward of each of its block classes once, as calls on a
+:class:`~fastdit.blocks.forward.Forward`. It finds models by class name along the MRO, so diffusers is not imported
+here. Adding a family is adding a file to this folder that exposes ``ADAPTER``.
 
 The counts behind `explain` live here too, since only the family knows them: multiply-accumulates and slot sizes per
 component, per row of the batch.
@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit.blocks.modulation import LayerInputs
 from fastdit.errors import ArgumentError, UnsupportedModelError
-from fastdit.layout import SIDE, Layout
-from fastdit.modulation import LayerInputs
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
+from fastdit.tokens.layout import SIDE, Layout
 
 #: arguments of transformers that go on to attention processors
 _ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
@@ -244,7 +244,7 @@ class Adapter:
         ours = processor.__name__ in self.processors
         return processor is type(None) or (ours and processor.__module__.startswith("diffusers."))
 
-    #: the blocks' attentions that `fastdit.attention` does with fewer copies than the stock processor
+    #: the blocks' attentions that `fastdit.blocks.attention` does with fewer copies than the stock processor
     fused_attentions: Sequence[str] = ()
 
     def has_stock_attention(self, block: nn.Module) -> bool:

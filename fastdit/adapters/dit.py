@@ -20,9 +20,9 @@ from fastdit.adapters.base import (
     chunk_gates,
     linear_macs,
 )
+from fastdit.blocks.forward import Forward
+from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import UnsupportedModelError
-from fastdit.forward import Forward
-from fastdit.modulation import LayerInputs, repeated
 
 
 def basic_block(

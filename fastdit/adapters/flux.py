@@ -24,12 +24,12 @@ from fastdit.adapters.base import (
     linear_macs,
     place_of,
 )
-from fastdit.attention import Part, Rotation, attend, projections
+from fastdit.blocks.attention import Part, Rotation, attend, projections
+from fastdit.blocks.forward import Forward, gathered, joint_normed
+from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError
-from fastdit.forward import Forward, gathered, joint_normed
-from fastdit.layout import SIDE, Layout
-from fastdit.modulation import LayerInputs, repeated
 from fastdit.observe import private
+from fastdit.tokens.layout import SIDE, Layout
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs, place_once
-from fastdit.forward import Forward
+from fastdit.blocks.forward import Forward
 from fastdit.spec import ModelSpec
 
 #: attributes of a block that are components, by diffusers' habits

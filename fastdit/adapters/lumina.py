@@ -27,8 +27,8 @@ from fastdit.adapters.base import (
     chunk_gates,
     linear_macs,
 )
-from fastdit.attention import Part, Rotation, attend
-from fastdit.forward import Forward, gathered
+from fastdit.blocks.attention import Part, Rotation, attend
+from fastdit.blocks.forward import Forward, gathered
 
 
 def lumina_block(

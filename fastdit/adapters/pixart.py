@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, attention_macs, linear_macs
-from fastdit.attention import self_attention
+from fastdit.blocks.attention import self_attention
+from fastdit.blocks.forward import Forward
 from fastdit.errors import UnsupportedModelError
-from fastdit.forward import Forward
 
 
 def basic_block(

@@ -21,9 +21,9 @@ from fastdit.adapters.base import (
     chunk_gates,
     linear_macs,
 )
-from fastdit.attention import Part, attend, projections, self_attention
-from fastdit.forward import Forward
-from fastdit.modulation import LayerInputs, repeated
+from fastdit.blocks.attention import Part, attend, projections, self_attention
+from fastdit.blocks.forward import Forward
+from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.observe import private
 
 COMPONENTS = ("attn", "attn2", "ff", "ff_context")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastdit.cli.demo import Settings
     from fastdit.cli.loading import Model
     from fastdit.methods.base import Method
-    from fastdit.schedule import Schedule
+    from fastdit.schedules.schedule import Schedule
 
 REFUSED, INTERRUPTED = 2, 130
 
@@ -432,7 +432,7 @@ def _ralu(presets: Sequence[str]) -> dict[str, Method]:
 
 
 def _read_schedule(path: Path, argument: str) -> Schedule:
-    from fastdit.schedule import Schedule
+    from fastdit.schedules.schedule import Schedule
 
     try:
         return Schedule.load(path)

@@ -23,11 +23,11 @@ from rich.text import Text
 if TYPE_CHECKING:
     from PIL import Image
 
+    from fastdit.account.cost import Cost
+    from fastdit.account.explain import Explanation
     from fastdit.cli.demo import Arm, Cell, Comparison, Progress, Stage
     from fastdit.cli.loading import Model
-    from fastdit.cost import Cost
-    from fastdit.explain import Explanation
-    from fastdit.schedule import Schedule
+    from fastdit.schedules.schedule import Schedule
 
 MEANING = (
     "Seconds are those of whole pipeline calls (text encoding, all steps, decoding): {timed}. "
@@ -246,8 +246,8 @@ def schedule_facts(schedule: Schedule, name: str) -> RenderableType:
 
 def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> RenderableType:
     """What a schedule's bits say, and its cost on a model named with it."""
-    from fastdit.plan import RunPlan, lower
-    from fastdit.statistics import statistics
+    from fastdit.schedules.plan import RunPlan, lower
+    from fastdit.schedules.statistics import statistics
 
     found = statistics(schedule, cost[1].spec if cost is not None else None)
     eager, each, runs = found.traffic
@@ -295,10 +295,10 @@ def _named(counts: Mapping[str, int]) -> str:
 
 def schedule_raster(schedule: Schedule) -> Text:
     """Share of the blocks that compute, at each step and component, as text."""
-    from fastdit.explain import raster
+    from fastdit.account.explain import raster
     from fastdit.methods.cached import Cached
-    from fastdit.plan import plan_run
-    from fastdit.schedule import Schedule
+    from fastdit.schedules.plan import plan_run
+    from fastdit.schedules.schedule import Schedule
     from fastdit.spec import BlockKind, ModelSpec
 
     parts = []

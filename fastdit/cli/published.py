@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastdit.cost import Cost
-    from fastdit.schedule import Schedule
+    from fastdit.account.cost import Cost
+    from fastdit.schedules.schedule import Schedule
 
 #: PixArt's models for 1024 pixels and more embed the image size
 LARGE = 1024
@@ -20,7 +20,7 @@ def published_cost(schedule: Schedule, pixels: int) -> tuple[str, Cost] | None:
     import torch
     from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel
 
-    from fastdit.cost import Cost
+    from fastdit.account.cost import Cost
 
     shape = {kind: layer.bits.shape[1] for kind, layer in schedule.layers.items()}
     tokens = (pixels // 16) ** 2

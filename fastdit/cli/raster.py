@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 
 COLORS = ListedColormap(["#e8eaed", "#1f6feb"])  # reused, computed
 CELL = 0.09  # inches

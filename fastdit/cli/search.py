@@ -19,10 +19,10 @@ from rich.text import Text
 
 from fastdit import files
 from fastdit.errors import ArgumentError
-from fastdit.schedule import MAX_FILE_BYTES
+from fastdit.schedules.schedule import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
-    from fastdit.schedule import Schedule
+    from fastdit.schedules.schedule import Schedule
     from fastdit.search import Search, Settings, State, Work, Workers
     from fastdit.search.archive import Candidate
 

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastdit.conditions import Conditions
 from fastdit.errors import ScheduleError
-from fastdit.schedule import Schedule
+from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 
@@ -60,7 +60,7 @@ class MethodRun:
         self.run = run
 
     def layout(self, call: Any) -> Any:
-        """The :class:`~fastdit.layout.Layout` of the call's tokens; None for the model's own."""
+        """The :class:`~fastdit.tokens.layout.Layout` of the call's tokens; None for the model's own."""
         return None
 
     def rows(self, call: Any) -> Tensor | None:
@@ -72,7 +72,7 @@ class MethodRun:
         return False
 
     def actions(self, call: Any, planned: Sequence[Any]) -> Sequence[Any]:
-        """What each block does in this call: flags of `plan.py` by component, or nothing where everything computes.
+        """What each block does in this call: flags of `schedules/plan.py` by component; nothing where all compute.
 
         A cache that decides while it runs gives other ones than `planned`; what it never gives KEEP is not kept.
         """

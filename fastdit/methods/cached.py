@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
-from fastdit.schedule import Every, Schedule
+from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
 CACHE_DTYPES = ("bfloat16", "float16")

@@ -17,7 +17,7 @@ import numpy as np
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import NoiseLevels
 from fastdit.methods.cached import Cached
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 #: a folder per model, in it a schedule file per preset

@@ -10,12 +10,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fastdit.conditions import Conditions
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
 from fastdit.methods.ecad import PRESETS
-from fastdit.router import TAU, Router, check_tau
-from fastdit.schedule import Schedule
+from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.router import TAU, Router, check_tau
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 PRESET = "router.safetensors"

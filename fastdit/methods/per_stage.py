@@ -13,7 +13,7 @@ import numpy as np
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 

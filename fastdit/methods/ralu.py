@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastdit import stages
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method
-from fastdit.resolution import ResolutionRun
-from fastdit.stages import Stage
+from fastdit.tokens import stages
+from fastdit.tokens.resolution import ResolutionRun
+from fastdit.tokens.stages import Stage
 
 SELECTORS = ("edges", "gradient", "variance")
 #: token layouts of the three stages

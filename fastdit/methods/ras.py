@@ -20,7 +20,7 @@ from typing import Any
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method
-from fastdit.tokens import TokenRun
+from fastdit.tokens.active import TokenRun
 
 #: resets of the published runs, by number of steps
 PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}

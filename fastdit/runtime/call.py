@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit import attention
+from fastdit.account.cost import Cost
 from fastdit.adapters.base import Size
-from fastdit.cost import Cost
+from fastdit.blocks import attention
+from fastdit.blocks.forward import Forward, Tokens
+from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
-from fastdit.forward import Forward, Tokens
-from fastdit.modulation import Modulations
 from fastdit.observe import private
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
-from fastdit.sums import Sums
 from fastdit.versions import same, versions
 
 
@@ -37,7 +37,7 @@ class Call:
         rows: Of its image tokens [B, K] that pass; None where all do.
         forward: What its blocks ask; None before it is prepared, and in a call that runs stock.
         tokens: How many image tokens pass.
-        immediate: Every residual is added at once, as diffusers does; see `forward.py`.
+        immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
 
     __slots__ = (

@@ -21,11 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.conditions import Conditions, guidance_of
+from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
-from fastdit.forward import Forward
 from fastdit.observe import observed
-from fastdit.plan import RunPlan, plan_run
 from fastdit.runtime import clock, owners, pipelines
 from fastdit.runtime.arrivals import (
     refuse_other_attention,
@@ -36,6 +34,8 @@ from fastdit.runtime.call import Call
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.owners import Hand, PipelineCall, Place, Seat
 from fastdit.runtime.run import OPEN_STEPS, Run
+from fastdit.schedules.conditions import Conditions, guidance_of
+from fastdit.schedules.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
 
 #: plans that are kept: numbers of steps, and which of them compute a part of the tokens

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.attention import KeyValues
+from fastdit.blocks.attention import KeyValues
+from fastdit.blocks.forward import Slots
+from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
-from fastdit.forward import Slots
 from fastdit.methods.base import MethodRun, Step
-from fastdit.modulation import Modulations
-from fastdit.packed import PackedWeights
-from fastdit.plan import RunPlan
 from fastdit.runtime.clock import Levels
 from fastdit.runtime.graphs import Trace
+from fastdit.schedules.plan import RunPlan
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000

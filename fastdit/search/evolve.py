@@ -16,7 +16,7 @@ import numpy as np
 
 from fastdit import files
 from fastdit.errors import ArgumentError
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.search import cost
 from fastdit.search.archive import Archive, Candidate
 from fastdit.search.evaluator import Work, genome_of

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastdit.errors import ScheduleError
-from fastdit.plan import COMPUTE, REUSE, lower
-from fastdit.schedule import Schedule
+from fastdit.schedules.plan import COMPUTE, REUSE, lower
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 

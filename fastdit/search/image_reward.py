@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fastdit.errors import ArgumentError
-from fastdit.search.quality import eight_bits, require_files
+from fastdit.search.local_models import eight_bits, require_files
 
 CHECKPOINT, VOCABULARY = "ImageReward.pt", "vocab.txt"
 MEAN, SPREAD = 0.16717362830052426, 1.0333394966054072  # of the released scores

@@ -19,6 +19,7 @@ import numpy as np
 
 from fastdit.cli.distance import relative_l2
 from fastdit.errors import ArgumentError
+from fastdit.search.local_models import eight_bits, require_files
 
 
 class Quality(Protocol):
@@ -141,19 +142,6 @@ def is_logarithmic(quality: str | Quality) -> bool:
     """Whether the ratios of a judge's losses matter rather than their differences."""
     judge = QUALITIES.get(quality) if isinstance(quality, str) else quality
     return bool(getattr(judge, "logarithmic", False))
-
-
-def require_files(folder: Path, quality: str, names: Sequence[str]) -> None:
-    """Refuse a folder without these files."""
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        what = f"has no {', '.join(missing)}" if folder.is_dir() else "is not a folder"
-        raise ArgumentError(f"quality {quality!r}: {folder} {what}; nothing is downloaded")
-
-
-def eight_bits(image: np.ndarray) -> np.ndarray:
-    """[H, W, 3] in [0, 1] as bytes."""
-    return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
 def _image_reward(folder: Path) -> Quality:

@@ -20,7 +20,7 @@ from typing import Any
 from fastdit import __version__, files
 from fastdit.cli.raster import save_raster
 from fastdit.errors import ScheduleError
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.search.archive import Candidate
 from fastdit.search.baselines import UNCACHED, Baseline
 from fastdit.search.evolve import LEDGER, Search

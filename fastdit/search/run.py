@@ -10,7 +10,7 @@ from typing import Any
 
 from fastdit import files, launch
 from fastdit.errors import ArgumentError
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.search.baselines import measure_baselines
 from fastdit.search.evaluator import Work
 from fastdit.search.evolve import Search, Settings, State, Watch, evolve

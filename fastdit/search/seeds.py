@@ -18,7 +18,7 @@ from itertools import zip_longest
 import numpy as np
 
 from fastdit.errors import ArgumentError
-from fastdit.schedule import Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.search.genome import Genome
 
 PERIODS = (2, 3, 4, 5, 7, 10, 20)

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor
 
 from fastdit import files
-from fastdit.cost import Cost
+from fastdit.account.cost import Cost
+from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
-from fastdit.forward import Forward, Slots
-from fastdit.router import LIMIT, TAU, Router, check_tau
-from fastdit.schedule import MAX_FILE_BYTES, expect
+from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
+from fastdit.schedules.schedule import MAX_FILE_BYTES, expect
 from fastdit.train import proxy
 from fastdit.train.pair import Pair
 from fastdit.train.ranks import Ranks

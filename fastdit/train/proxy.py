@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.forward import Forward, Slots
+from fastdit.blocks.forward import Forward, Slots
 from fastdit.train.student import COMPUTE, STOCK, Row, Trainee, squares
 
 FORMS = ("released", "published", "sensitivity")

@@ -19,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastdit import ops
 from fastdit.adapters import find_adapter
-from fastdit.conditions import Conditions
+from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
-from fastdit.forward import Forward, Slots
 from fastdit.runtime.install import LINK, check_installable, install, uninstall
+from fastdit.schedules.conditions import Conditions
 
 #: what a step may weigh its components by: a row of weights, or one of these two
 COMPUTE, STOCK = "compute", "stock"

@@ -15,9 +15,9 @@ from torch import nn
 
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
-from fastdit.collapse import StepSums, passes
-from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan
-from fastdit.schedule import Schedule
+from fastdit.schedules.collapse import StepSums, passes
+from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, RunPlan
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 

@@ -5,7 +5,7 @@ A file holds ``cache_schedule`` and, if it likes, ``config`` and ``metrics``. Th
 computes, false reuses. False at step 0 is published and means true (ECAD spec section 4). Released files that
 name a function of the authors' code for a component (their TGATE baselines) are refused: reading executes nothing.
 
-:mod:`fastdit.schedule` calls this where it meets such a document; what is checked here is the layout alone.
+:mod:`fastdit.schedules.schedule` calls this where it meets such a document; what is checked here is the layout alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastdit.errors import ScheduleError
 
 if TYPE_CHECKING:
-    from fastdit.schedule import Schedule
+    from fastdit.schedules.schedule import Schedule
 
 ROOT = "cache_schedule"
 #: block kind -> (prefix of its blocks' keys, field with their number)

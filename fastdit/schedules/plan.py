@@ -20,9 +20,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdit.collapse import StepSums, find_sums
 from fastdit.errors import CompositionError
-from fastdit.schedule import Schedule
+from fastdit.schedules.collapse import StepSums, find_sums
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
 
 COMPUTE, REUSE, KEEP = 1, 2, 4

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdit import selection
-from fastdit.edges import top_rows
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.layout import SIDE, Layout
 from fastdit.methods.base import MethodRun, Step
-from fastdit.stages import Stage
+from fastdit.tokens import selection
+from fastdit.tokens.edges import top_rows
+from fastdit.tokens.layout import SIDE, Layout
+from fastdit.tokens.stages import Stage
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit import edges
+from fastdit.tokens import edges
 
 
 def energy(
     selector: str, latents: Tensor, cells: tuple[int, int], pipeline: Any, clipped: bool
 ) -> Tensor:
-    """fp32 [B, n], the detail in each token of clean latents [B, C, H, W]; see `edges.py`.
+    """fp32 [B, n], the detail in each token of clean latents [B, C, H, W]; see `tokens/edges.py`.
 
     Args:
         selector: "edges", of the decoded picture, or "gradient" or "variance", of the latents.

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from fastdit import files
-from fastdit.conditions import Conditions
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.schedule import (
+from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.schedule import (
     DEFAULT_KIND,
     MAX_BITS,
     MAX_FILE_BYTES,

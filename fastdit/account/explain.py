@@ -1,6 +1,6 @@
 """What a patched model will do, before it does it: backends, plan, FLOPs, bytes and cache size.
 
-Nothing runs: see `cost.py` for what is counted.
+Nothing runs: see `account/cost.py` for what is counted.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdit.account.cost import Cost
+from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
-from fastdit.cost import Cost
+from fastdit.blocks.modulation import ahead
+from fastdit.blocks.packed import packs
 from fastdit.errors import ArgumentError
-from fastdit.modulation import ahead
-from fastdit.packed import packs
-from fastdit.plan import COMPUTE, RunPlan, plan_run
-from fastdit.report import ranges
 from fastdit.runtime.clock import predicted_levels
-from fastdit.schedule import MAX_COUNT
+from fastdit.schedules.plan import COMPUTE, RunPlan, plan_run
+from fastdit.schedules.schedule import MAX_COUNT
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28

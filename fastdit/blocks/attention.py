@@ -8,7 +8,7 @@ writes all of it, a sparse step the rows of its active tokens; the queries are t
 text. Nothing is concatenated along the keys, and no key is gathered.
 
 Two ways run: norms as modules, rotation and writes as torch operations, in diffusers' own order and with its
-roundings, wherever residuals are added at once (see `forward.py`); else one `qkv_prologue` for each stream.
+roundings, wherever residuals are added at once (see `blocks/forward.py`); else one `qkv_prologue` for each stream.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def attend(
     """Attention of the parts' queries, one after the other, over all `length` keys.
 
     Args:
-        tokens: The call's :class:`~fastdit.forward.Tokens`; the keys and values of attention `key` are made here when
-            all tokens pass.
+        tokens: The call's :class:`~fastdit.blocks.forward.Tokens`; the keys and values of attention `key` are made here
+            when all tokens pass.
         parts: The streams, in the order of the joint sequence.
         rotation: Of all rows, or None.
         scale: Of the products; None for 1 / sqrt(d).

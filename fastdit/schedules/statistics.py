@@ -1,7 +1,7 @@
 """What a schedule's bits say about themselves: the figures by which the ECAD paper's schedules are described.
 
 Step 0 always computes here, whatever a file says. Everything follows from the bits, and for the dead work from which
-component reads which (a :class:`~fastdit.spec.ModelSpec`); costs, which need a model, are `cost.py`'s.
+component reads which (a :class:`~fastdit.spec.ModelSpec`); costs, which need a model, are `account/cost.py`'s.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdit.plan import COMPUTE, lower
-from fastdit.schedule import Layer, Schedule
+from fastdit.schedules.plan import COMPUTE, lower
+from fastdit.schedules.schedule import Layer, Schedule
 from fastdit.spec import BlockKind, ModelSpec
 
 

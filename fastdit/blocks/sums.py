@@ -1,4 +1,4 @@
-"""Making and using the sums of `collapse.py` within one transformer call.
+"""Making and using the sums of `schedules/collapse.py` within one transformer call.
 
 While outputs pass on the way to the stream they are also added up, in fp32, a chunk at a time; what has been added up
 leaves its slot. The sums are kept in a slot too, so whatever empties slots empties them; then the components compute,
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdit.collapse import CHUNK, StepSums, Sum
+from fastdit.schedules.collapse import CHUNK, StepSums, Sum
 
 
 @dataclass

@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.modulation import Modulations
+from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.segments import EAGER, segments_like
+from fastdit.blocks.sums import Sums
 from fastdit.observe import observed, private
 from fastdit.ops.gated_residual import MAX_BRANCHES
-from fastdit.plan import COMPUTE, KEEP, REUSE, BlockActions
-from fastdit.segments import EAGER, segments_like
-from fastdit.sums import Sums
+from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, BlockActions
 
 #: of a component's output; the name alone, or with the number of a further call of it in the same block
 Key = tuple[int, str] | tuple[int, str, int]

@@ -6,8 +6,8 @@ to reuse yet, so False there means True and is stored as True.
 
 The file is JSON, written for people and diffs: one string of 0 and 1 per step and block kind, in [block][component]
 order, with a version, free provenance and a SHA-256 over the content. The layout of ECAD's released files is read too,
-and written if asked (`ecad_file.py`). Reading executes nothing; a file that is malformed, truncated, altered or made
-for something else is refused with a :class:`~fastdit.errors.ScheduleError`.
+and written if asked (`schedules/ecad_file.py`). Reading executes nothing; a file that is malformed, truncated, altered
+or made for something else is refused with a :class:`~fastdit.errors.ScheduleError`.
 This file knows neither models nor runs: :meth:`Schedule.bind` only compares names and counts.
 """
 
@@ -24,8 +24,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fastdit import ecad_file, files
+from fastdit import files
 from fastdit.errors import ScheduleError
+from fastdit.schedules import ecad_file
 from fastdit.spec import BlockKind, ModelSpec
 
 FORMAT = "fastdit.schedule"

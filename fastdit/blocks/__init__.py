@@ -1,0 +1,1 @@
+"""What one transformer call does inside its blocks: residuals, slots, attention, modulations."""

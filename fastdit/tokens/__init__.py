@@ -1,0 +1,1 @@
+"""Which tokens pass a call, and of which size."""
