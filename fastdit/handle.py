@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastdit.account.explain import Explanation, explain_patched, run_speedup
-from fastdit.account.frames import Frames
 from fastdit.account.measure import Measurement, measure
+from fastdit.account.previews import Previews
 from fastdit.account.report import Report, report_run
 from fastdit.errors import ArgumentError
 from fastdit.runtime.attach import remove
@@ -113,7 +113,7 @@ class Handle:
             seat.disabled.discard(mark)
 
     @contextmanager
-    def watch(self) -> Iterator[Frames]:
+    def watch(self) -> Iterator[Previews]:
         """Keep what each step takes the clean image to be, for pictures of the image as it forms.
 
         Of the last run that this thread or task begins inside the `with`.
@@ -132,7 +132,7 @@ class Handle:
                     f"watch() needs a patched pipeline with a {part} to decode with"
                 )
         seat = self._patched.seat()
-        before, seat.watch = seat.watch, Frames(self._patched.adapter, self._pipeline)
+        before, seat.watch = seat.watch, Previews(self._patched.adapter, self._pipeline)
         try:
             yield seat.watch
         finally:

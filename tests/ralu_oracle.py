@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit import RALU, edges
+from fastdit import RALU
+from fastdit.tokens import edges
 from oracle import Bits, Oracle
 from ras_oracle import RowOracle
 

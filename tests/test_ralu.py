@@ -178,7 +178,7 @@ def test_how_many_tokens_are_split(split, align, text, count):
         ({"noise": None}, "shifts and noise belong together"),
         ({"split": 1.5}, "split must be in"),
         ({"selector": "canny"}, "selector must be one of edges, gradient, variance"),
-        ({"mode": "exact"}, 'mode must be "fixed" or "parity"'),
+        ({"mode": "exact"}, 'mode must be "corrected" or "parity"'),
         ({"align": 0}, "align must be a whole number"),
         ({"base_shift": -1.0}, "base_shift must be above 0"),
     ],
@@ -266,7 +266,7 @@ def stages_of(method, pipeline=None):
     return ResolutionRun(method, SimpleNamespace(patched=patched, pipeline=lambda: pipeline or 1))
 
 
-@pytest.mark.parametrize("mode", ["fixed", "parity"])
+@pytest.mark.parametrize("mode", ["corrected", "parity"])
 def test_noise_is_white_after_each_transition(mode):
     """From data 0, the state must be the next time's noise: variance (1 - s)^2 and no correlation of any pixels.
 
@@ -304,7 +304,7 @@ def test_noise_is_white_after_each_transition(mode):
         torch.testing.assert_close(covariance, expected, rtol=0, atol=0.11 * variance)
 
 
-@pytest.mark.parametrize("mode", ["fixed", "parity"])
+@pytest.mark.parametrize("mode", ["corrected", "parity"])
 def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     """Without noise the transition leaves the picture as it is, or copies tokens of 2 x 2 pixels as published."""
     method = dataclasses.replace(SHORT, noise=0.2, mode=mode, split=0.5)
@@ -315,7 +315,7 @@ def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     run.seed(latents)
     monkeypatch.setattr(torch, "randn", lambda *size, **_: torch.zeros(size))
     expected = {  # of a token [a b; c d], one row of pixels below the other
-        "fixed": small.repeat_interleave(2, 2).repeat_interleave(2, 3),
+        "corrected": small.repeat_interleave(2, 2).repeat_interleave(2, 3),
         "parity": small.unflatten(2, (2, 2))
         .unflatten(4, (2, 2))
         .repeat(1, 1, 1, 2, 1, 2)
@@ -332,7 +332,7 @@ def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     assert fine.all()
 
 
-@pytest.mark.parametrize("mode", ["fixed", "parity"])
+@pytest.mark.parametrize("mode", ["corrected", "parity"])
 def test_edges_below_mid_grey_are_seen_or_clipped(mode, monkeypatch):
     """A strong edge in the dark, in the last token: the published code clips it away before it looks."""
     picture = torch.full((1, 3, 64, 64), -1.0)
@@ -345,7 +345,7 @@ def test_edges_below_mid_grey_are_seen_or_clipped(mode, monkeypatch):
     run.seed(latents)
     run.finish(torch.zeros_like(latents), latents)
     fine = (run.now.levels()[0, ::2, ::2] == 0).flatten().tolist()
-    assert fine == [mode == "parity", False, False, mode == "fixed"]
+    assert fine == [mode == "parity", False, False, mode == "corrected"]
 
 
 def test_seeds_follow_each_image():
@@ -936,7 +936,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
         bits, names = oracle.random_bits(pipe.transformer, steps, seed=batch, compute=0.5)
         methods.append(Cached(Schedule.from_bits(bits, names)))
     if left_out != "outputs":
-        mode = "parity" if batch == 1 else "fixed"
+        mode = "parity" if batch == 1 else "corrected"
         methods.append(RAS(0.5, start=start, resets=(4,), align=1, high_ratio=0.3, mode=mode))
         rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name == "flux")
 

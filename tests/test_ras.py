@@ -724,7 +724,7 @@ def test_a_nan_in_the_velocity_is_kept_active():
         ({"high_ratio": -0.1}, "high_ratio must be a number in [0, 1]"),
         ({"starvation": -1}, "starvation"),
         ({"metric": "variance"}, 'metric must be "std" or "l2norm"'),
-        ({"mode": "fast"}, 'mode must be "fixed" or "parity"'),
+        ({"mode": "fast"}, 'mode must be "corrected" or "parity"'),
         ({"resets": 12}, "resets must be a sequence"),
         ({"resets": (0,)}, "resets"),
         ({"schedule": 256}, "schedule must be None or Linear"),
@@ -868,3 +868,9 @@ def test_the_report_counts_and_draws_tokens(name):
         generate(pipe, name)
     with pytest.raises(ArgumentError, match="sparse step"):
         handle.report().token_map()
+
+
+@pytest.mark.parametrize("method", [RAS, fastdit.RALU])
+def test_the_old_word_for_the_corrected_mode_is_taken(method):
+    with pytest.warns(DeprecationWarning, match='is called "corrected" now'):
+        assert method(mode="fixed") == method()

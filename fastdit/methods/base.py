@@ -7,13 +7,14 @@ method is adding a file here that exposes ``METHOD``.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from fastdit.errors import ScheduleError
+from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
@@ -90,6 +91,19 @@ class MethodRun:
 
     def end(self) -> None:
         """The run is over, or was broken off: free what only it needs."""
+
+
+def check_mode(method: Any) -> None:
+    """Refuse a `mode` other than "corrected" or "parity"; the old word "fixed" is taken for the first, and said so.
+
+    Raises:
+        ArgumentError: Naming what was given.
+    """
+    if method.mode == "fixed":
+        warnings.warn('mode="fixed" is called "corrected" now', DeprecationWarning, stacklevel=4)
+        object.__setattr__(method, "mode", "corrected")
+    if method.mode not in ("corrected", "parity"):
+        raise ArgumentError(f'mode must be "corrected" or "parity", got {method.mode!r}')
 
 
 class Method:

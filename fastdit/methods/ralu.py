@@ -8,7 +8,7 @@ from which the next stage sets out on a grid of its own.
 
 Two modes. `"parity"` follows the published implementation: a token that is split is copied four times, which tiles its
 2 x 2 latent pixels over 4 x 4; noise has unit variance also on the tokens that are not split; edges are those of a
-picture whose darker half is clipped. `"fixed"` draws each latent pixel twice as large, as the paper's nearest
+picture whose darker half is clipped. `"corrected"` draws each latent pixel twice as large, as the paper's nearest
 neighbours are, gives those tokens the variance the equations ask for, and looks at the whole range. The noise that
 four copies or four pixels share is cancelled in either. Random numbers are drawn for every image from its own initial
 latents, never from a global generator.
@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method
+from fastdit.methods.base import Method, check_mode
 from fastdit.tokens import stages
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import Stage
@@ -45,7 +45,7 @@ class RALU(Method):
         split: Share r in [0, 1] of the coarse tokens that are split early.
         selector: What splits a token early: "edges" of the decoded half-size picture, "gradient" or "variance" of its
             latents. Edges need the pipeline's VAE once in a run; under offload it moves in for that.
-        mode: "fixed" or "parity".
+        mode: "corrected" or "parity".
         align: The tokens of the mixed stage, text included, are made a multiple of this; 1 leaves `split` as it is.
             128 suits GPUs.
         base_shift: The shift the model was made for; used where shifts and noise are solved.
@@ -62,7 +62,7 @@ class RALU(Method):
     noise: float | None = None
     split: float = 0.3
     selector: str = "edges"
-    mode: str = "fixed"
+    mode: str = "corrected"
     align: int = 1
     base_shift: float = 3.0
     family: str | None = None
@@ -78,8 +78,7 @@ class RALU(Method):
             raise ArgumentError(
                 f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}"
             )
-        if self.mode not in ("fixed", "parity"):
-            raise ArgumentError(f'mode must be "fixed" or "parity", got {self.mode!r}')
+        check_mode(self)
         if not _is_whole(self.align) or self.align < 1:
             raise ArgumentError(f"align must be a whole number of at least 1, got {self.align!r}")
         if (self.shifts is None) != (self.noise is None):

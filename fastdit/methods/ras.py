@@ -6,9 +6,9 @@ step. Which tokens are active is decided by the velocity of the step before: per
 latent channels (eq. 1).
 
 Two modes. `"parity"` follows the published implementation: its lists of dropped tokens, metric in the model's dtype,
-drop counters that start at -(S + 1) and make a dropped token's metric larger, unstable ties. `"fixed"` differs where
-that is a defect: fp32 metric, stable ties, and dropped tokens are the less likely to be dropped again, at both ends of
-the order.
+drop counters that start at -(S + 1) and make a dropped token's metric larger, unstable ties. `"corrected"` differs
+where that is a defect: fp32 metric, stable ties, and dropped tokens are the less likely to be dropped again, at both
+ends of the order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method
+from fastdit.methods.base import Method, check_mode
 from fastdit.tokens.active import TokenRun
 
 #: resets of the published runs, by number of steps
@@ -67,9 +67,9 @@ class RAS(Method):
             largest, as the paper's text says.
         starvation: k in exp(k D), D the times a token was dropped.
         schedule: None for the same number of tokens at all steps, or `Linear`.
-        mode: "fixed" or "parity". The published rule knows one image, so parity refuses more.
+        mode: "corrected" or "parity". The published rule knows one image, so parity refuses more.
         align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
-        max_age: A token that was inactive for so many steps is active at the next; None for no bound. In "fixed" only.
+        max_age: A token that was inactive for so many steps is active at the next; None for no bound. Not in "parity".
         family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
@@ -84,7 +84,7 @@ class RAS(Method):
     high_ratio: float = 1.0
     starvation: float = 0.1
     schedule: Linear | None = None
-    mode: str = "fixed"
+    mode: str = "corrected"
     align: int = 64
     max_age: int | None = None
     family: str | None = None
@@ -102,8 +102,7 @@ class RAS(Method):
             _whole("max_age", self.max_age)
         if self.metric not in ("std", "l2norm"):
             raise ArgumentError(f'metric must be "std" or "l2norm", got {self.metric!r}')
-        if self.mode not in ("fixed", "parity"):
-            raise ArgumentError(f'mode must be "fixed" or "parity", got {self.mode!r}')
+        check_mode(self)
         if self.schedule is not None and not isinstance(self.schedule, Linear):
             raise ArgumentError(
                 f"schedule must be None or Linear(step, every), got {self.schedule!r}"

@@ -273,7 +273,7 @@ class Seat:
         run: The run of a loop that is led by a scheduler, or followed by timestep.
         hands: The `with handle.run(...)` that are open, the innermost last.
         disabled: The `with handle.disabled()` that are open.
-        watch: What collects frames of the runs that begin, inside `with handle.watch()`.
+        watch: What collects previews of the runs that begin, inside `with handle.watch()`.
         last: The run that made the last call here.
     """
 

@@ -207,7 +207,7 @@ class Patched:
         if pipeline is not None and pipelines.can_enclose(pipeline):
             run.pipeline = weakref.ref(pipeline)
         if seat.watch is not None and seat.watch.begin(run):
-            run.frames = seat.watch
+            run.previews = seat.watch
         return run
 
     def _writer(self, field: str) -> Any:

@@ -118,7 +118,7 @@ class Run:
         self.branches: dict[Any, Branch] = {}
         self.family: dict[str, Any] = {}
         self.packed = PackedWeights()
-        self.frames: Any = None
+        self.previews: Any = None
         self.trace: Trace | str | None = None
         self.outputs: list[Tensor] = []
         self.bytes_checked: Any = None
@@ -247,12 +247,12 @@ class Run:
         """The scheduler is about to do a step with what the model gave it."""
         if not self.live:
             return
-        if self.frames is not None:
-            if not self.frames.latents:
-                self.frames.grid = self.patched.adapter.grid(
+        if self.previews is not None:
+            if not self.previews.latents:
+                self.previews.grid = self.patched.adapter.grid(
                     self.latents, self.positions, self.patch
                 )
-            self.frames.add(scheduler, velocity, timestep, sample)
+            self.previews.add(scheduler, velocity, timestep, sample)
         for method in self.methods:
             method.begin_step(scheduler, sample)
 

@@ -148,7 +148,7 @@ class TokenRun(MethodRun):
         if parity and len(velocity) > 1:
             raise ArgumentError(
                 f'mode="parity" is the published rule, which knows one image; got a batch of {len(velocity)}: '
-                'draw them one by one, or use mode="fixed"'
+                'draw them one by one, or use mode="corrected"'
             )
         coming = self.at(step + 1)
         if coming is None:  # every token is active there

@@ -95,18 +95,18 @@ class ResolutionRun(MethodRun):
         run = self.run
         if run.step == run.first:
             self.seed(sample)
-        arrival = self.arrival(run.step)
-        if arrival is not None:
-            scheduler.sigmas[run.step + 1] = arrival
+        end_sigma = self.end_sigma(run.step)
+        if end_sigma is not None:
+            scheduler.sigmas[run.step + 1] = end_sigma
 
     def end_step(self, step: Step) -> None:
         """What the scheduler made becomes, at the end of a stage, the state that the next one begins with."""
         run = self.run
         if run.step == run.first:
-            self.settle(step.latents)
-        if self.arrival(run.step) is not None:
+            self.project(step.latents)
+        if self.end_sigma(run.step) is not None:
             self.finish(step.velocity, step.latents)
-            step.scheduler.sigmas[run.step + 1] = self.departure
+            step.scheduler.sigmas[run.step + 1] = self.start_sigma
 
     def end(self) -> None:
         """Only the records stay."""
@@ -137,13 +137,13 @@ class ResolutionRun(MethodRun):
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
             self._generators.append(generator)
 
-    def settle(self, latents: Tensor) -> None:
+    def project(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
         if self.now.kind != "full":
             state = self._field(latents)
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
-    def arrival(self, step: int) -> float | None:
+    def end_sigma(self, step: int) -> float | None:
         """The noise level at which a step ends its stage, None for other steps."""
         last = self.stage.first + self.stage.steps - 1
         return self.stage.sigmas[-1] if step == last else None
@@ -163,7 +163,7 @@ class ResolutionRun(MethodRun):
             self.now.write(x, state, self.ops)
 
     @property
-    def departure(self) -> float:
+    def start_sigma(self) -> float:
         """The noise level of the stage's first step; 0 after the last stage."""
         ended = len(self.records) == len(self.stages)
         return 0.0 if ended else self.stage.sigmas[0]

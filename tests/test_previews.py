@@ -1,4 +1,4 @@
-"""Frames: the last step's estimate is the picture itself, and each earlier one is what a run cut there would aim at."""
+"""Previews: the last step's estimate is the picture, and each earlier one is what a run cut there would aim at."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, FlowMatchHeunDiscreteScheduler
 import fastdit
 import tiny_models
 from fastdit import ArgumentError
-from fastdit.account.frames import estimate
+from fastdit.account.previews import estimate
 from fastdit.methods.ras import RAS
 from tiny_models import generate
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastdit.errors import ArgumentError
 
 
-class Frames:
+class Previews:
     """The estimates of one run's steps, as `Handle.watch` collects them.
 
     Attributes:
