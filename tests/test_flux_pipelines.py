@@ -87,7 +87,7 @@ def test_ras_wants_the_velocity_of_the_picture_alone():
     with torch.no_grad(), handle.run(range(3)):
         count = pipe.transformer(**calls[0])[0].shape[1]
         with pytest.raises(
-            ArgumentError, match=f"among the {TOKENS} tokens .* got that of {count}"
+            ArgumentError, match=rf"the picture's {TOKENS} tokens .* got \(1, {count},"
         ):
             handle.advance()
 

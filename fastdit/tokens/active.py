@@ -100,8 +100,8 @@ class TokenRun(MethodRun):
             patches = None
         if patches is None or patches.shape[1] * patches.shape[2] != self.tokens:
             raise ArgumentError(
-                f"velocity must be shaped as the transformer's output for inputs of {tuple(run.latents)}, got "
-                f"{tuple(velocity.shape)}"
+                f"velocity must be that of the picture's {self.tokens} tokens (a reference image has none) in a run "
+                f"over {tuple(run.latents)}, got {tuple(velocity.shape)}"
             )
         return patches
 
@@ -135,15 +135,9 @@ class TokenRun(MethodRun):
             delta: Difference of the sigmas over this step; only parity looks at it.
 
         Raises:
-            ArgumentError: Parity with several images, or a velocity of other tokens; the run ends with its first step.
+            ArgumentError: Parity with several images; the run ends with its first step.
         """
         self.active = None
-        found = velocity.shape[1] * velocity.shape[2]
-        if found != self.tokens:
-            raise ArgumentError(
-                f"{self.method.name} chooses among the {self.tokens} tokens of the picture by their velocity; "
-                f"got that of {found} (a reference image has none)"
-            )
         parity = self.method.mode == "parity"
         if parity and len(velocity) > 1:
             raise ArgumentError(
