@@ -130,6 +130,18 @@ def test_the_library_does_not_use_its_tools():
     assert not wrong, wrong
 
 
+def test_nothing_depends_on_assertions():
+    """`python -O` leaves them out."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for folder in ("fastdit", "triton_kernels")
+        for path in python_files(folder)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+    assert not wrong, wrong
+
+
 def test_the_tree_is_flat_and_without_circles():
     """Counted by `tools/structure.py`, imports inside functions included."""
     found = structure.measure()
