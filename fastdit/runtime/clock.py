@@ -3,9 +3,8 @@
 A scheduler leads one run of each patched model that follows it. A run may replace the noise levels when it starts, and
 write into the latents that a step returns.
 
-The scheduler instance's class is swapped for a cached dynamic subclass of the same name whose two methods keep their
-signatures (pipelines inspect them). isinstance, save_pretrained and from_config keep working; a copy, a pickle, and
-anything made `from_config`, is an ordinary scheduler again.
+The scheduler instance's class is swapped (`disguise.py`) for one whose two methods keep their signatures, since
+pipelines inspect them.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import torch
 
 from fastdit.errors import ScheduleError, UnsupportedModelError
 from fastdit.methods.base import Step
-
-LINK = "_fastdit"
+from fastdit.runtime.disguise import disguise, put_on, take_off
+from fastdit.runtime.install import LINK
 
 
 class Follower:
@@ -177,8 +176,7 @@ def attach(scheduler: Any, patched: Any) -> Follower:
     if found is None:
         found = Follower(patched)
         followers.append(found)
-    if not is_attached(scheduler):
-        scheduler.__class__ = _clocked(type(scheduler))
+    put_on(scheduler, _clocked)
     return found
 
 
@@ -267,14 +265,7 @@ def detach(scheduler: Any, patched: Any) -> None:
     followers[:] = [one for one in followers if one.patched() not in (None, patched)]
     if followers:
         return
-    if is_attached(scheduler):
-        scheduler.__class__ = type(scheduler).__mro__[1]
-    scheduler.__dict__.pop(LINK, None)
-
-
-def is_attached(scheduler: Any) -> bool:
-    """Whether the scheduler leads runs."""
-    return "_fastdit_clocked" in type(scheduler).__dict__
+    take_off(scheduler)
 
 
 @functools.cache
@@ -319,20 +310,7 @@ def _clocked(base: type) -> type:
             run.end_step(Step(velocity, delta, result[0], self))
         return result
 
-    def reduce_ex(self: Any, protocol: int) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != LINK}
-        return base.__new__, (base,), state
-
-    members = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": reduce_ex,
-        "_fastdit_clocked": True,
-        "set_timesteps": set_timesteps,
-        "step": step,
-    }
-    return type(base.__name__, (base,), members)
+    return disguise(base, set_timesteps=set_timesteps, step=step)
 
 
 def _sigma_step(scheduler: Any) -> Any:

@@ -1,7 +1,6 @@
 """Enclose a pipeline: its calls tell where they begin and end, and an interrupted one frees caches before it decodes.
 
-The instance's class is swapped for a cached dynamic subclass of the same name, as the scheduler's is (`clock.py`). A
-copy, a pickle, and whatever is made of the class (`from_pipe`) is an ordinary pipeline.
+The instance's class is swapped, as the scheduler's is (`disguise.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from fastdit.runtime import owners
-
-LINK = "_fastdit"
+from fastdit.runtime.disguise import disguise, put_on, take_off
+from fastdit.runtime.install import LINK
 
 #: decoder that is hooked -> the enclosed pipelines that decode by it, by id: request-scoped ones share it
 _decoders: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int, Any]] = (
@@ -37,9 +36,7 @@ def enclose(pipeline: Any, patched: Any) -> None:
     followers = pipeline.__dict__.setdefault(LINK, [])
     if not any(follower is patched for follower in followers):
         followers.append(patched)
-    cls = type(pipeline)  # read once: another thread may be at the same
-    if "_fastdit_enclosed" not in cls.__dict__:
-        object.__setattr__(pipeline, "__class__", _enclosed(cls))
+    put_on(pipeline, _enclosed)
     decoder = _decoder(pipeline)
     if decoder is not None:
         _decoders.setdefault(decoder, weakref.WeakValueDictionary())[id(pipeline)] = pipeline
@@ -54,9 +51,7 @@ def release(pipeline: Any, patched: Any) -> None:
     if followers:
         return
     _unhook(pipeline)
-    if "_fastdit_enclosed" in type(pipeline).__dict__:
-        object.__setattr__(pipeline, "__class__", type(pipeline).__mro__[1])
-    pipeline.__dict__.pop(LINK, None)
+    take_off(pipeline)
 
 
 def _unhook(pipeline: Any) -> None:
@@ -126,18 +121,4 @@ def _enclosed(base: type) -> type:
         object.__setattr__(self, "__class__", base)
         base.__init__(self, *args, **kwargs)
 
-    def reduce_ex(self: Any, protocol: int) -> Any:
-        state = {name: value for name, value in self.__dict__.items() if name != LINK}
-        return base.__new__, (base,), state
-
-    members = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": reduce_ex,
-        "_fastdit_enclosed": True,
-        "_interrupt": _Interrupt(),
-        "__call__": __call__,
-        "__init__": __init__,
-    }
-    return type(base.__name__, (base,), members)
+    return disguise(base, __call__=__call__, __init__=__init__, _interrupt=_Interrupt())
