@@ -145,6 +145,12 @@ def is_refusal(error: BaseException | None) -> bool:
     return isinstance(error, fastdit.FastDiTError) or is_refusal(error.__cause__)
 
 
+def _is_of(made: Any, cls: type) -> bool:
+    """Whether an object is of the very class, also while fastdit has put a subclass of its name in its place."""
+    own = type(made)
+    return own is cls or (own.__mro__[1] is cls and own.__name__ == cls.__name__)
+
+
 def _raised_in(error: BaseException) -> str:
     """The module that raised an error."""
     trace = error.__traceback__
@@ -188,13 +194,13 @@ def _watch_pipeline(cls: type) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         transformer = getattr(self, "transformer", None)
-        if type(self) is cls and type(transformer).__name__ in TRANSFORMERS:
+        if _is_of(self, cls) and type(transformer).__name__ in TRANSFORMERS:
             _patch(self, transformer)
 
     @functools.wraps(call)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = call(self, *args, **kwargs)
-        if type(self) is cls:
+        if _is_of(self, cls):
             _keep(output, getattr(self, "transformer", None))
         return output
 
@@ -207,7 +213,7 @@ def _watch_model(cls: type) -> None:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        if type(self) is cls and not _quiet:
+        if _is_of(self, cls) and not _quiet:
             _patch(self, self)
 
     @functools.wraps(load)
