@@ -7,6 +7,7 @@ PINNED := env PIP_CONSTRAINT=$(CURDIR)/constraints/tested.txt
 OLDEST := $(VENV)/oldest
 PEERS := $(VENV)/peers
 DOCS := $(VENV)/docs
+LINT := $(VENV)/lint
 TIMED := tools/timed
 DEMO ?=
 # Where diffusers' tests come from: a checkout, or a git URL (then the tag of the installed version).
@@ -18,8 +19,8 @@ PARALLEL := -n 2 --dist worksteal
 # pip must take this torch before any requirement asks it for a newer one.
 TORCH := $(shell grep '^torch==' constraints/tested.txt)
 
-# What ends up in the wheel: a change to any of it installs the wheel anew.
-SOURCES := setup.py pyproject.toml CMakeLists.txt README.md LICENSE tools/_backend.py \
+# What runs from the wheel: a change to any of it installs the wheel anew. A text in its metadata does not.
+SOURCES := setup.py pyproject.toml CMakeLists.txt tools/_backend.py \
     $(shell find csrc fastdit triton_kernels -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
 .PHONY: help build demo test docs kernels peer-tests lint format bench gpu-check clean
@@ -53,15 +54,15 @@ peer-tests: $(VENV)/.testable $(PEERS)/.installed  ## run diffusers' own tests, 
 	    $(VENV)/bin/python tools/peer_tests.py --diffusers $(DIFFUSERS) $(PEER) \
 	    -- $(PARALLEL)
 
-lint: $(VENV)/.testable  ## check formatting and style
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cu
+lint: $(LINT)/.installed  ## check formatting and style
+	$(LINT)/bin/ruff format --check .
+	$(LINT)/bin/ruff check .
+	$(LINT)/bin/clang-format --dry-run --Werror csrc/* tests/*.cu
 
-format: $(VENV)/.testable  ## format, and fix what can be fixed
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i csrc/* tests/*.cu
+format: $(LINT)/.installed  ## format, and fix what can be fixed
+	$(LINT)/bin/ruff check --fix .
+	$(LINT)/bin/ruff format .
+	$(LINT)/bin/clang-format -i csrc/* tests/*.cu
 
 bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
 	$(VENV)/bin/python benchmarks/record.py
@@ -83,11 +84,11 @@ $(VENV)/.torch: constraints/tested.txt
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@rm -rf build
 	archs=$$($(VENV)/bin/python tools/gpu_arch.py); $(TIMED) build $(PINNED) \
-	    FASTDIT_CUDA_ARCHS=$${FASTDIT_CUDA_ARCHS:-$${archs:-90a-real}} $(PIP) install -q .
+	    FASTDIT_CUDA_ARCHS=$${FASTDIT_CUDA_ARCHS:-$${archs:-90a-real}} $(PIP) install -q ".[cli]"
 	@touch $@
 
 $(VENV)/.testable: $(VENV)/.built
-	$(TIMED) "install test requirements" $(PINNED) $(PIP) install -q "fastdit[test,lint,triton]"
+	$(TIMED) "install test requirements" $(PINNED) $(PIP) install -q "fastdit[test,triton]"
 	@touch $@
 
 $(OLDEST)/.installed: $(VENV)/.torch constraints/oldest.txt
@@ -97,6 +98,12 @@ $(OLDEST)/.installed: $(VENV)/.torch constraints/oldest.txt
 	@touch $@
 
 # A venv of its own, without torch, so that the documents can be built alone.
+$(LINT)/.installed: constraints/tested.txt
+	@rm -rf $(LINT)
+	$(PYTHON) -m venv $(LINT)
+	$(TIMED) "install what checks style" $(PINNED) $(LINT)/bin/pip --disable-pip-version-check install -q ruff clang-format
+	@touch $@
+
 $(DOCS)/.installed: constraints/docs.txt
 	@rm -rf $(DOCS)
 	$(PYTHON) -m venv $(DOCS)

@@ -83,10 +83,20 @@ def test_console_script(tmp_path):
 def test_import_brings_neither_diffusers_nor_triton(tmp_path):
     code = (
         "import sys, fastdit, fastdit.ops; "
-        "print([m for m in ('diffusers', 'transformers', 'triton', 'matplotlib') "
+        "print([m for m in ('diffusers', 'transformers', 'triton', 'matplotlib', 'typer', 'rich', 'pymoo') "
         "if m in sys.modules])"
     )
     assert python(code, tmp_path) == "[]"
+
+
+def test_the_command_line_says_what_it_misses(tmp_path):
+    code = "import sys; sys.modules['typer'] = None; from fastdit.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "pip install 'fastdit[cli]'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_cuda_module_imports_without_a_driver(tmp_path):

@@ -4,6 +4,15 @@ It uses the library and is not used by it. `main` is the entry point; `commands.
 commands, and everything heavy is imported when one of them runs.
 """
 
-from fastdit.cli.commands import main
 
-__all__ = ["main"]
+def main() -> None:
+    """Run the command line; without what it is made of, say how to install that."""
+    try:
+        from fastdit.cli.commands import main as run
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        raise SystemExit(
+            f"fastdit's command line needs {error.name}; install it with: pip install 'fastdit[cli]'"
+        ) from None
+    run()
