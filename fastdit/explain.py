@@ -193,9 +193,7 @@ def explain_patched(
         cache_bytes=max(_slot_bytes(patched, part, steps) for part, steps, _ in stages)
         + (count.key_bytes() if any(active) else 0)
         + (0 if patched.eager else count.prompt_bytes()),
-        modulation_bytes=0
-        if patched.eager
-        else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
+        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(rows, steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),

@@ -32,6 +32,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.adapters import base
+from fastdit.cost import Cost
 from fastdit.layout import Layout
 from fastdit.ops import bind
 from fastdit.patch import handle_of
@@ -1017,14 +1018,11 @@ def test_explain_counts_the_tokens_of_each_stage():
     assert said.tokens_per_step == tuple(SHORT.tokens(96, 5))
     # The arithmetic of each stage is that of the stock model on so many tokens, but for the prompt's projection, which
     # is done once in each of three stages.
-    adapter, model = handle._patched.adapter, pipe.transformer
-    total = (3 - 7) * adapter.prompt_macs(model, fastdit.adapters.base.Size(96, 5))
+    model = pipe.transformer
+    total = (3 - 7) * 5 * model.context_embedder.weight.numel()
     for tokens in SHORT.tokens(96, 5):
-        size = fastdit.adapters.base.Size(tokens, 5)
-        total += adapter.overhead_macs(model, size) + sum(
-            adapter.macs(model, kind.name, getattr(model, kind.name)[block], part, size)
-            for kind, block, part in handle._patched.spec.components()
-        )
+        count = Cost.of(model, tokens, 5)
+        total += count.overhead + sum(macs for _, _, macs, _, _ in count.cells)
     assert said.macs == total
     with pytest.raises(ScheduleError, match="the run has 9"):
         handle.explain(steps=9)

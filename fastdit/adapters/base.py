@@ -4,14 +4,14 @@ An adapter restates the forward of each of its block classes once, as calls on a
 finds models by class name along the MRO, so diffusers is not imported here. Adding a family is adding a file to this
 folder that exposes ``ADAPTER``.
 
-The counts behind `explain` live here too, since only the family knows them: multiply-accumulates and slot sizes per
-component, per row of the batch.
+What its components cost is not written down: the model is counted on the adapter's example (see `counts.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from fastdit.modulation import LayerInputs
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
 
+#: rows of the batch of an example
+ROWS = 2
 #: arguments of transformers that go on to attention processors
 _ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 
@@ -80,7 +82,8 @@ class Adapter:
         text_tokens: Usual number of text tokens, for predictions.
         layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
             A family without layouts cannot run a part of its tokens.
-        processors: Names of diffusers' attention processors that the family's own attention stands in for.
+        processors: Names of diffusers' attention processors that the family's own attention stands in for, the one
+            that models come with first.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
         shifts_latents: Whether the pipelines add the VAE's shift before they decode.
         restates: Whether it restates block forwards, which the drift guard then checks.
@@ -99,7 +102,7 @@ class Adapter:
     text_tokens: int
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
-    processors: frozenset[str] = frozenset()
+    processors: Sequence[str] = ()
     shifts_latents = False
     restates = True
     timesteps_rise = False
@@ -155,16 +158,20 @@ class Adapter:
         """Refuse a block variant the forward does not cover."""
 
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
-        """Whether this very block has the component."""
-        return True
+        """Whether this very block has the component: where it is a module of that name, it may be None."""
+        return getattr(block, component, True) is not None
 
     def blocks(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """(kind, block) of every block, in running order."""
         return [(kind, block) for kind in self.kinds for block in getattr(transformer, kind, ())]
 
     def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
-        """(block, component, module) of the components that ask whether they run; in most families the blocks ask."""
-        return []
+        """(block, component, module) of all :meth:`parts`."""
+        return [
+            (index, name, part)
+            for index, (kind, block) in enumerate(self.blocks(transformer))
+            for name, part in self.parts(kind, block).items()
+        ]
 
     # ---- one transformer call
 
@@ -285,14 +292,6 @@ class Adapter:
         found = (getattr(transformer, name, None) for name in self.prompt_projections)
         return [module for module in found if module is not None]
 
-    def prompt_macs(self, transformer: nn.Module, size: Size) -> int:
-        """The part of :meth:`overhead_macs` that a run does once."""
-        return linear_macs(*self.prompt_projections_of(transformer)) * size.text
-
-    def prompt_elements(self, transformer: nn.Module, size: Size) -> int:
-        """Elements of the text tokens that a run keeps."""
-        return size.text * self.width(transformer) * len(self.prompt_projections_of(transformer))
-
     # ---- modulations of several steps at once
 
     def layer_inputs(
@@ -312,10 +311,6 @@ class Adapter:
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """A scheduler's timesteps as the family's pipelines hand them on."""
         return timesteps
-
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Channels of all modulations that :meth:`layer_inputs` are for, per row."""
-        return 0
 
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
@@ -473,47 +468,28 @@ class Adapter:
                     f"{name}: a ControlNet's residuals are for the full resolution; RALU accepts none"
                 )
 
-    # ---- counts, per batch row
+    # ---- an example
 
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Multiply-accumulates of a component, attention products included."""
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Arguments of a call of :data:`ROWS` rows of a size, on the meta device: what is counted and compared."""
         raise NotImplementedError
 
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Multiply-accumulates of a call outside all components: embeddings, modulation, output."""
-        raise NotImplementedError
+    def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
+        """The components of a block that ask whether they run, by name; in most families the block asks."""
+        return {}
 
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Elements of the component's cached output."""
-        raise NotImplementedError
 
-    def key_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Elements of the keys and values of a component, 0 where it is no attention over image tokens."""
-        attention = self.attention_of(block, component)
-        if attention is None:
-            return 0
-        joint = set(self.layouts.get(component, ())) & {"text", "joint"}
-        return 2 * (size.image + (size.text if joint else 0)) * attention.to_k.weight.shape[0]
+def blank(transformer: nn.Module, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of an example's rows [2, ...], in the model's dtype if not said."""
+    return torch.empty(ROWS, *shape, dtype=dtype or transformer.dtype, device="meta")
 
-    def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
-        """The component's attention module whose keys are image tokens."""
-        module = getattr(block, component, None)
-        crosses = getattr(module, "is_cross_attention", False)
-        return module if hasattr(module, "to_k") and not crosses else None
 
-    # ---- drift guard
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """Keyword arguments for one block on a few random tokens; ``random(*shape)`` draws in the model's dtype."""
-        raise NotImplementedError
+def picture(transformer: nn.Module, size: Size) -> Tensor:
+    """Latents [2, C, H, W] of an example, a square where the number of tokens is one."""
+    config = transformer.config
+    rows = next(n for n in range(math.isqrt(size.image), 0, -1) if size.image % n == 0)
+    sides = (config.patch_size * n for n in (rows, size.image // rows))
+    return blank(transformer, config.in_channels, *sides)
 
 
 def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> None:
@@ -599,21 +575,6 @@ def _half_step_positions(module: nn.Module, cells: tuple[int, int], device: torc
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"))
     table = get_2d_sincos_pos_embed_from_grid(module.pos_embed.shape[-1], grid, output_type="pt")
     return table.float().to(module.pos_embed.dtype)
-
-
-def linear_macs(*modules: nn.Module | None) -> int:
-    """Multiply-accumulates per row of all Linear layers (and 1x1-equivalent patch convolutions) in the modules."""
-    total = 0
-    for module in modules:
-        for layer in module.modules() if module is not None else ():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                total += layer.weight.numel()
-    return total
-
-
-def attention_macs(attention: nn.Module) -> int:
-    """:func:`linear_macs` of an attention over one sequence; `fuse_qkv_projections` leaves the layers in place."""
-    return linear_macs(attention.to_q, attention.to_k, attention.to_v, attention.to_out)
 
 
 @functools.cache

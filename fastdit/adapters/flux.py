@@ -8,7 +8,7 @@ where it is reused, unless a later step wants their value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from fastdit.adapters.base import (
     Size,
     argument_of,
     batch_index,
+    blank,
     chunk_gates,
-    linear_macs,
     place_of,
 )
 from fastdit.attention import Part, Rotation, attend, projections
@@ -229,9 +229,7 @@ class Flux(Adapter):
     fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
-    processors = frozenset(
-        {"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}
-    )
+    processors = ("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0")
     residual_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
     changes_resolution = True
 
@@ -244,10 +242,6 @@ class Flux(Adapter):
     ) -> tuple[Tensor, Tensor]:
         """A rotation that nobody reads: attention takes that of all tokens at the rows."""
         return type(module).forward(module, ids)
-
-    def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
-        """Both kinds of block call it `attn`."""
-        return block.attn if component in ("full_attn", "single_attn") else None
 
     def patch(self, transformer: nn.Module) -> int:
         """The pipeline packs 2 x 2 latent pixels."""
@@ -372,25 +366,6 @@ class Flux(Adapter):
             return latent_shape[1]
         return (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
 
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV over text and image."""
-        joint = size.image + size.text
-        attend = 2 * joint * joint * transformer.inner_dim
-        attn = block.attn
-        if component == "full_attn":
-            image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
-            text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out)
-            return image * size.image + text * size.text + attend
-        if component == "single_attn":
-            return linear_macs(attn.to_q, attn.to_k, attn.to_v) * joint + attend
-        tokens = {"full_ff": size.image, "full_ff_context": size.text}.get(component, joint)
-        module = {"full_ff": "ff", "full_ff_context": "ff_context"}.get(
-            component, component.removeprefix("single_")
-        )
-        return linear_macs(getattr(block, module)) * tokens
-
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs | None:
@@ -415,47 +390,17 @@ class Flux(Adapter):
         """In thousandths."""
         return timesteps.to(dtype) / 1000
 
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Of the norms of all streams."""
-        double = [(b.norm1, b.norm1_context) for b in transformer.transformer_blocks]
-        norms = [*sum(double, ()), *(b.norm for b in transformer.single_transformer_blocks)]
-        return sum(norm.linear.out_features for norm in norms)
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders, adaLN modulations and the output projection."""
-        norms = [
-            norm for b in transformer.transformer_blocks for norm in (b.norm1, b.norm1_context)
-        ]
-        norms += [b.norm for b in transformer.single_transformer_blocks]
-        per_image = linear_macs(transformer.time_text_embed, transformer.norm_out, *norms)
-        per_token = linear_macs(transformer.x_embedder, transformer.proj_out)
-        return (
-            per_image
-            + per_token * size.image
-            + linear_macs(transformer.context_embedder) * size.text
-        )
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """`full_attn` caches a pair; single blocks cache joint rows, the MLP branch at its hidden width."""
-        width = block.mlp_hidden_dim if component == "single_proj_mlp" else transformer.inner_dim
-        tokens = {"full_ff": size.image, "full_ff_context": size.text}.get(
-            component, size.image + size.text
-        )
-        return tokens * width
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image and 5 text tokens at random rotary angles."""
-        width = transformer.inner_dim
-        head = block.attn.head_dim
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Packed pictures and prompts; the distilled form is told the guidance."""
+        config = transformer.config
         return {
-            "hidden_states": random(2, 8, width),
-            "encoder_hidden_states": random(2, 5, width),
-            "temb": random(2, width),
-            "image_rotary_emb": (random(13, head).float().cos(), random(13, head).float().sin()),
+            "hidden_states": blank(transformer, size.image, config.in_channels),
+            "encoder_hidden_states": blank(transformer, size.text, config.joint_attention_dim),
+            "pooled_projections": blank(transformer, config.pooled_projection_dim),
+            "timestep": blank(transformer),
+            "guidance": blank(transformer) if config.guidance_embeds else None,
+            "img_ids": blank(transformer, size.image, 3)[0],
+            "txt_ids": blank(transformer, size.text, 3)[0],
         }
 
 

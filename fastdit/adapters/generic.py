@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs, place_once
+from fastdit.adapters.base import Adapter, forward_arguments, place_once
 from fastdit.forward import Forward
 from fastdit.spec import ModelSpec
 
@@ -84,14 +84,10 @@ class Generic(Adapter):
         """Blocks of one list may differ."""
         return getattr(block, component, None) is not None
 
-    def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
         """Every component."""
-        return [
-            (index, component, getattr(block, component))
-            for index, (kind, block) in enumerate(self.blocks(transformer))
-            for component in self.components[kind]
-            if self.has_component(kind, block, component)
-        ]
+        names = (n for n in self.components[kind] if self.has_component(kind, block, n))
+        return {name: getattr(block, name) for name in names}
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """None: all tokens run."""
@@ -114,23 +110,6 @@ class Generic(Adapter):
     def width(self, transformer: nn.Module) -> int:
         """The outputs of a block's last linear layer."""
         return getattr(transformer, "inner_dim", 0)
-
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers over the image tokens."""
-        return linear_macs(getattr(block, component)) * size.image
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Linear layers outside of the blocks, over the image tokens: more than there are."""
-        blocks = sum(linear_macs(block) for _, block in self.blocks(transformer))
-        return (linear_macs(transformer) - blocks) * size.image
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Image rows of the width of the stream, whatever the module returns."""
-        return size.image * self.width(transformer)
 
 
 def generic_adapter(transformer: nn.Module) -> Generic | None:

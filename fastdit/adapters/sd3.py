@@ -7,7 +7,7 @@ processor. The last block drops the text stream (`context_pre_only`); its `ff_co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from fastdit.adapters.base import (
     Adapter,
     Size,
     argument_of,
-    attention_macs,
+    blank,
     chunk_gates,
-    linear_macs,
+    picture,
 )
 from fastdit.attention import Part, attend, projections, self_attention
 from fastdit.forward import Forward
@@ -170,7 +170,7 @@ class SD3(Adapter):
     fused_attentions = ("attn", "attn2")
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
-    processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
+    processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
     residual_arguments = ("block_controlnet_hidden_states",)
     changes_resolution = True
 
@@ -183,10 +183,6 @@ class SD3(Adapter):
         else:
             t5 = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
         return pipeline.tokenizer_max_length + t5
-
-    def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
-        """attn2 exists in dual-attention blocks only, ff_context in all but the last."""
-        return getattr(block, component) is not None
 
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
@@ -201,66 +197,14 @@ class SD3(Adapter):
             (pooled,),
         )
 
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Of both streams' norms."""
-        return sum(
-            norm.linear.out_features
-            for block in transformer.transformer_blocks
-            for norm in (block.norm1, block.norm1_context)
-        )
-
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV over image and text; the last text modulation only feeds its attention."""
-        module = getattr(block, component)
-        if component == "attn":
-            attn = block.attn
-            image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
-            text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            modulation = 0
-            if block.context_pre_only:
-                modulation = linear_macs(block.norm1_context)
-            else:
-                text += linear_macs(attn.to_add_out)
-            joint = size.image + size.text
-            products = 2 * joint * joint * attn.inner_dim
-            return modulation + image * size.image + text * size.text + products
-        if component == "attn2":
-            return size.image * (attention_macs(module) + 2 * size.image * module.inner_dim)
-        return linear_macs(module) * (size.image if component == "ff" else size.text)
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders, adaLN modulations and the output projection."""
-        modulation = sum(
-            linear_macs(block.norm1, None if block.context_pre_only else block.norm1_context)
-            for block in transformer.transformer_blocks
-        )
-        per_image = linear_macs(transformer.time_text_embed, transformer.norm_out) + modulation
-        per_token = linear_macs(transformer.pos_embed, transformer.proj_out)
-        return (
-            per_image
-            + per_token * size.image
-            + linear_macs(transformer.context_embedder) * size.text
-        )
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """`attn` caches the pair of image and text outputs, the last block's image only."""
-        text = 0 if component == "attn" and block.context_pre_only else size.text
-        tokens = {"attn": size.image + text, "ff_context": text}.get(component, size.image)
-        return tokens * transformer.inner_dim
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image and 5 text tokens."""
-        width = transformer.inner_dim
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Pictures and prompts."""
+        config = transformer.config
         return {
-            "hidden_states": random(2, 8, width),
-            "encoder_hidden_states": random(2, 5, width),
-            "temb": random(2, width),
+            "hidden_states": picture(transformer, size),
+            "encoder_hidden_states": blank(transformer, size.text, config.joint_attention_dim),
+            "pooled_projections": blank(transformer, config.pooled_projection_dim),
+            "timestep": blank(transformer),
         }
 
 
