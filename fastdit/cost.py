@@ -18,6 +18,7 @@ from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.collapse import StepSums, passes
 from fastdit.counts import counts_of
+from fastdit.errors import UnsupportedModelError
 from fastdit.plan import COMPUTE, KEEP, REUSE, RunPlan
 from fastdit.schedule import Schedule
 from fastdit.spec import ModelSpec
@@ -74,6 +75,17 @@ class Cost:
     def _of(self, what: str, *where: Any) -> int:
         """A count of all rows."""
         return self._counts.of(what, *where).at(self.size) * self.rows
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model was counted; without an adapter, and before its first call of this size, it cannot be."""
+        return self._counts.exact
+
+    @property
+    def reusable_share(self) -> float:
+        """Share of the arithmetic of a step that is in components: the most that reuse can spare."""
+        inside = sum(macs for _, _, macs, _, _ in self.cells)
+        return inside / max(1, inside + self.overhead)
 
     def component_macs(self) -> dict[str, np.ndarray]:
         """Block kind -> multiply-accumulates [blocks, components] of one step, 0 for what the model lacks."""
@@ -198,8 +210,19 @@ class Cost:
             total += (3 * len(set(sums.used.values())) - len(sums.used)) * output
         return total
 
-    def cache_bytes(self, plan: RunPlan, itemsize: int | None = None) -> int:
-        """Most bytes kept after any step; `itemsize` is that of kept outputs, the model's if not said."""
+    def cache_bytes(
+        self, plan: RunPlan, itemsize: int | None = None, estimated: bool = False
+    ) -> int:
+        """Most bytes kept after any step; `itemsize` is that of kept outputs, the model's if not said.
+
+        Raises:
+            UnsupportedModelError: They are not known, and no estimate will do.
+        """
+        if not self.exact and not estimated:
+            raise UnsupportedModelError(
+                f"max_cache_bytes needs the size of every output, which is not known of "
+                f"{type(self._transformer).__name__}: it has no adapter, and its call cannot be made without weights"
+            )
         most = 0
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})

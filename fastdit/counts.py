@@ -31,10 +31,20 @@ _counts: dict[Any, Counts] = {}
 
 def counts_of(adapter: Any, transformer: nn.Module, size: Size) -> Counts:
     """The counts of a transformer, for `size` at least; made once for models of one structure and config."""
-    if not adapter.restates:
-        return Counts(adapter, transformer, adapter.seen(transformer, size) or (size,))
     key = structure(adapter, transformer)
-    return made_once(_counts, key, lambda: Counts(adapter, transformer, POINTS))
+    if adapter.restates:
+        return made_once(_counts, key, lambda: Counts(adapter, transformer, POINTS))
+
+    def make() -> Counts:
+        try:
+            return Counts(adapter, transformer, (size,), call.hidden_states.shape[0])
+        except Exception:  # it needs values, or what a meta device cannot do
+            return Estimates(adapter, transformer)
+
+    call = adapter.seen(size)
+    if call is None:
+        return Estimates(adapter, transformer)
+    return made_once(_counts, (*key, call.signature), make)
 
 
 @dataclass(frozen=True)
@@ -48,18 +58,26 @@ class Terms:
         return sum(a * b for a, b in zip(self.values, _monomials(size), strict=True))
 
 
-class Counts:
-    """Of one structure, per row of the batch."""
+_NOTHING = Terms((0,) * 6)
 
-    def __init__(self, adapter: Any, transformer: nn.Module, sizes: Any) -> None:
+
+class Counts:
+    """Of one structure, per row of the batch.
+
+    Attributes:
+        exact: Whether they are counts, or estimates.
+    """
+
+    exact = True
+
+    def __init__(self, adapter: Any, transformer: nn.Module, sizes: Any, rows: int = ROWS) -> None:
         skeleton = Skeleton(adapter, transformer)
         self._forms = {key: index for index, key in enumerate(skeleton.times())}
         self._of = [self._forms[key] for key in skeleton.forms]
-        found = [self._measured(adapter, skeleton, size) for size in sizes]
+        found = [self._measured(adapter, skeleton, size, rows) for size in sizes]
         names = sorted(set().union(*found), key=str)
         values = np.array([[one[name] for name in names] for one in found], dtype=np.int64)
         self._terms = dict(zip(names, _fitted(sizes, values), strict=True))
-        self._none = Terms((0,) * 6)
 
     def keys(self, block: int, size: Size) -> int:
         """Elements of a block's keys and values of attentions whose keys are image tokens, per row."""
@@ -77,15 +95,17 @@ class Counts:
         and "modulation" (channels) of a call.
         """
         form = None if block is None else self._of[block]
-        return self._terms.get((what, form, component), self._none)
+        return self._terms.get((what, form, component), _NOTHING)
 
-    def _measured(self, adapter: Any, skeleton: Skeleton, size: Size) -> dict[Any, int]:
+    def _measured(self, adapter: Any, skeleton: Skeleton, size: Size, rows: int) -> dict[Any, int]:
         example = skeleton.run(adapter.example(skeleton.transformer, size))
         found: dict[Any, int] = defaultdict(int)
         found["outside", None, None] = example.macs
         found["prompt", None, None] = example.prompt
         found["prompt_slot", None, None] = example.prompt_elements
         for key, times in skeleton.times().items():
+            if key not in example.visits:  # the call has nothing for these blocks
+                continue
             for (what, component), value in _block(adapter, example.visits[key]).items():
                 if what == "modulation":
                     found[what, None, None] += times * value
@@ -93,7 +113,26 @@ class Counts:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
-        return {name: value // ROWS for name, value in found.items()}
+        return {name: value // rows for name, value in found.items()}
+
+
+class Estimates(Counts):
+    """Where a model cannot be counted: its linear layers, over the image tokens alone."""
+
+    exact = False
+
+    def __init__(self, adapter: Any, transformer: nn.Module) -> None:
+        self._terms, self._of = {}, list(range(len(adapter.blocks(transformer))))
+        slot = Terms((0, adapter.width(transformer), 0, 0, 0, 0))
+        outside = [0] * 6
+        for block, component, weights in adapter.linear_weights(transformer):
+            if block is None:
+                outside[component == "tokens"] = weights
+                continue
+            macs = Terms((0, weights, 0, 0, 0, 0))
+            for what, terms in (("macs", macs), ("layers", macs), ("slot", slot)):
+                self._terms[what, block, component] = terms
+        self._terms["outside", None, None] = Terms(tuple(outside))
 
 
 class _Asked(Forward):

@@ -78,7 +78,8 @@ class Adapter:
         groups: Block list attribute -> {name: components that a schedule may set together under it}.
         shared_gates: Block list attribute -> see :class:`~fastdit.spec.BlockKind`.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
-        embeddings_arguments: The transformer arguments that hold the conditions.
+        image_argument, time_argument: Names of the transformer arguments that hold the latents and the timestep.
+        embeddings_arguments: Those that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
         layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
             A family without layouts cannot run a part of its tokens.
@@ -98,6 +99,7 @@ class Adapter:
     groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
     shared_gates: Mapping[str, Mapping[str, int]] = {}
     forwards: Mapping[str, Callable[..., Any]]
+    image_argument, time_argument = "hidden_states", "timestep"
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
     uses_cfg = True
@@ -122,7 +124,7 @@ class Adapter:
         kinds = []
         places: dict[nn.Module, str] = {}
         for name, block_class in self.kinds.items():
-            blocks = list(getattr(transformer, name, ()))
+            blocks = list(self.block_list(transformer, name))
             for index, block in enumerate(blocks):
                 place_once(places, block, f"{name}[{index}]")
                 if not any(cls.__name__ == block_class for cls in type(block).__mro__):
@@ -163,7 +165,13 @@ class Adapter:
 
     def blocks(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """(kind, block) of every block, in running order."""
-        return [(kind, block) for kind in self.kinds for block in getattr(transformer, kind, ())]
+        return [(kind, b) for kind in self.kinds for b in self.block_list(transformer, kind)]
+
+    def block_list(self, transformer: nn.Module, kind: str) -> Sequence[nn.Module]:
+        """The blocks of a kind, whose name is a path from the transformer; none where it has no such list."""
+        for name in kind.split("."):
+            transformer = getattr(transformer, name, ())
+        return transformer
 
     def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
         """(block, component, module) of all :meth:`parts`."""
@@ -180,15 +188,18 @@ class Adapter:
     ) -> Call:
         """Read a transformer call's arguments."""
         given = arguments_of(transformer, args, kwargs)
-        latents = given["hidden_states"]
+        latents = given[self.image_argument]
+        if isinstance(latents, (list, tuple)):  # one image each
+            latents = latents[0].expand(len(latents), *latents[0].shape)
         embeddings, signature, text = [], [(tuple(latents.shape), latents.dtype, latents.device)], 0
         for name in self.embeddings_arguments:
-            value = given.get(name)
-            if value is not None:
-                embeddings.append(value)
-                signature.append((tuple(value.shape), value.dtype, value.device))
-                if value.ndim == 3 and not text:
-                    text = value.shape[1]
+            several = isinstance(given.get(name), (list, tuple))
+            for value in given[name] if several else (given.get(name),):
+                if isinstance(value, Tensor):
+                    embeddings.append(value)
+                    signature.append((tuple(value.shape), value.dtype, value.device))
+                    if value.ndim == (2 if several else 3) and not text:
+                        text = value.shape[-2]
         told = []
         for kind in _ATTENTION_ARGUMENTS:
             for name in given.get(kind) or ():
@@ -196,7 +207,7 @@ class Adapter:
                     told.append(name)
         return Call(
             latents,
-            given.get("timestep"),
+            given.get(self.time_argument),
             tuple(embeddings),
             self.tokens(transformer, latents.shape),
             text,
