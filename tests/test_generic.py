@@ -314,7 +314,9 @@ def packed(step, width=20, **more):
 
 
 def qwen():
-    model = QwenImageTransformer2DModel(**JOINT, out_channels=4, axes_dims_rope=(4, 6, 6))
+    """The form of two modulations, one for reference pictures, which its adapter leaves to this one."""
+    form = {"zero_cond_t": True} if tiny_models.HAS_QWEN else {}
+    model = QwenImageTransformer2DModel(**JOINT, **form, out_channels=4, axes_dims_rope=(4, 6, 6))
     return model, lambda step: packed(step, img_shapes=[[(1, 4, 4)]])
 
 

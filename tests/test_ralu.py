@@ -338,9 +338,9 @@ def test_edges_below_mid_grey_are_seen_or_clipped(mode, monkeypatch):
     """A strong edge in the dark, in the last token: the published code clips it away before it looks."""
     picture = torch.full((1, 3, 64, 64), -1.0)
     picture[:, :, 40:56, 36:44] = -0.05
-    monkeypatch.setattr("fastdit.selection.decode", lambda pipeline, latents: picture)
+    monkeypatch.setattr(Pictures, "decode", lambda self, latents, vae: picture, raising=False)
     method = dataclasses.replace(SHORT, selector="edges", mode=mode, split=0.25)
-    run = stages_of(method, object())
+    run = stages_of(method, SimpleNamespace(vae=None))
     run.begin((4, 4), 0, torch.device("cpu"))
     latents = torch.randn(1, 3, 8, 8)
     run.seed(latents)

@@ -42,7 +42,7 @@ class Call:
         tokens: Image tokens that pass the blocks, per batch row.
         text: Text tokens of a batch row.
         signature: Shapes and dtypes a cached value depends on.
-        positions: Where the image tokens are, for families that pack them.
+        positions: Where the image tokens are, as given, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
         tells_attention: Names of the arguments that it passes on to the attention processors.
     """
@@ -54,7 +54,7 @@ class Call:
     text: int
     signature: tuple[Any, ...]
     skips_blocks: bool
-    positions: Tensor | None = None
+    positions: Any = None
     tells_attention: tuple[str, ...] = ()
 
 
@@ -78,7 +78,8 @@ class Adapter:
         groups: Block list attribute -> {name: components that a schedule may set together under it}.
         shared_gates: Block list attribute -> see :class:`~fastdit.spec.BlockKind`.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
-        image_argument, time_argument: Names of the transformer arguments that hold the latents and the timestep.
+        image_argument, time_argument, positions_argument: Names of the transformer arguments that hold the latents,
+            the timestep and where the image tokens are, if the pipelines say that.
         embeddings_arguments: Those that hold the conditions.
         text_tokens: Usual number of text tokens, for predictions.
         layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
@@ -88,6 +89,7 @@ class Adapter:
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
         shifts_latents: Whether the pipelines add the VAE's shift before they decode.
         restates: Whether it restates block forwards, which the drift guard then checks.
+        timesteps_per_unit: What the pipelines divide the scheduler's timesteps by.
         timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
     """
 
@@ -100,6 +102,7 @@ class Adapter:
     shared_gates: Mapping[str, Mapping[str, int]] = {}
     forwards: Mapping[str, Callable[..., Any]]
     image_argument, time_argument = "hidden_states", "timestep"
+    positions_argument = "img_ids"
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
     text_tokens: int
     uses_cfg = True
@@ -108,6 +111,7 @@ class Adapter:
     shifts_latents = False
     restates = True
     timesteps_rise = False
+    timesteps_per_unit = 1
 
     # ---- recognising a model
 
@@ -200,6 +204,9 @@ class Adapter:
                     signature.append((tuple(value.shape), value.dtype, value.device))
                     if value.ndim == (2 if several else 3) and not text:
                         text = value.shape[-2]
+        positions = given.get(self.positions_argument)
+        if positions is not None and not isinstance(positions, Tensor):
+            signature.append(str(positions))
         told = []
         for kind in _ATTENTION_ARGUMENTS:
             for name in given.get(kind) or ():
@@ -213,7 +220,7 @@ class Adapter:
             text,
             tuple(signature),
             bool(given.get("skip_layers")),
-            given.get("img_ids"),
+            positions,
             tuple(told),
         )
 
@@ -321,7 +328,8 @@ class Adapter:
 
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """A scheduler's timesteps as the family's pipelines hand them on."""
-        return timesteps
+        unit = self.timesteps_per_unit
+        return timesteps if unit == 1 else timesteps.to(dtype) / unit
 
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
@@ -331,10 +339,15 @@ class Adapter:
         """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
         return latents[-2] // patch, latents[-1] // patch
 
-    def latent_image(self, latents: Tensor, grid: tuple[int, int], vae: Any) -> Tensor:
-        """The pipeline's latents as its VAE decodes them, [B, C, H, W]; `grid` has the rows and columns of tokens."""
+    def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The pipeline's latents as [B, C, H, W]; `grid` has the rows and columns of tokens."""
+        return latents
+
+    def decode(self, latents: Tensor, vae: Any) -> Tensor:
+        """The picture [B, 3, H, W], -1 to 1, of latents [B, C, h, w]."""
         shift = (vae.config.shift_factor or 0.0) if self.shifts_latents else 0.0
-        return latents.to(vae.dtype) / vae.config.scaling_factor + shift
+        latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+        return vae.decode(latents, return_dict=False)[0]
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""

@@ -104,10 +104,6 @@ def _attend(
 ) -> Tensor:
     """Self-attention of the active tokens, rows by head; its scale is that of all keys, however few ask."""
     tokens = fw.tokens
-    if tokens.rows is None:  # a call of a part of the tokens is given the angles of that part
-        angles = rotary[0]
-        twice = (t.float().repeat_interleave(2, dim=-1) for t in (angles.real, angles.imag))
-        tokens.memory.rotation = Rotation(*twice)
     scale = attn.scale
     if base_length is not None:
         scale *= math.sqrt(math.log(tokens.count, base_length))
@@ -118,7 +114,7 @@ def _attend(
         (part,),
         tokens.count,
         attn.heads,
-        tokens.memory.rotation,
+        fw.rotation(lambda: Rotation.of(rotary[0])),
         scale=scale,
     )
     return out.unflatten(-1, (attn.heads, -1))

@@ -21,7 +21,7 @@ from fastdit.adapters.base import (
     chunk_gates,
     picture,
 )
-from fastdit.attention import Part, attend, projections, self_attention
+from fastdit.attention import joint_attention, self_attention
 from fastdit.forward import Forward
 from fastdit.modulation import LayerInputs, repeated
 from fastdit.observe import private
@@ -41,12 +41,12 @@ def joint_block(
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     attention_kwargs = joint_attention_kwargs or {}
     last = block.context_pre_only
-    modulation = _modulation(fw, block.norm1, temb)
+    modulation = fw.adaln(block.norm1, temb)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = chunk_gates(
         modulation, 9 if block.use_dual_attention else 6
     )
     if not last:
-        context = chunk_gates(_modulation(fw, block.norm1_context, temb), 6)
+        context = chunk_gates(fw.adaln(block.norm1_context, temb), 6)
 
     # Both attentions read the stream as it was before either adds to it.
     runs_attention = fw.computes("attn")
@@ -54,7 +54,7 @@ def joint_block(
         u_image = image.normed(block.norm1.norm, scale, shift)
         if last:
             dtype = encoder_hidden_states.dtype
-            c_scale, c_shift = chunk_gates(_modulation(fw, block.norm1_context, temb, dtype), 2)
+            c_scale, c_shift = chunk_gates(fw.adaln(block.norm1_context, temb, dtype), 2)
         else:
             c_shift, c_scale = context[:2]
         u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
@@ -63,7 +63,7 @@ def joint_block(
 
     def attend() -> tuple[Tensor, Tensor | None]:
         if fw.tokens is not None:
-            return _attend(fw, block.attn, u_image, u_text)
+            return joint_attention(fw, "attn", block.attn, u_image, u_text, text_first=False)
         outputs = fw.segments.attention(
             block.attn, hidden_states=u_image, encoder_hidden_states=u_text, **attention_kwargs
         )
@@ -102,39 +102,6 @@ def joint_block(
         c_gate_mlp,
     )
     return text.leave(), image.leave()
-
-
-def _modulation(
-    fw: Forward, norm: nn.Module, temb: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The layer's linear(silu(temb)) [B, k D], its input in `dtype` if given."""
-    return fw.modulation(
-        norm,
-        lambda emb: fw.segments.linear(norm.linear, norm.silu(emb).to(dtype or emb.dtype)),
-        temb,
-    )
-
-
-def _attend(
-    fw: Forward, attn: nn.Module, image: Tensor, text: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Joint attention of the active image tokens and the text, keys in the order [image, text]."""
-    tokens = fw.tokens
-    parts = (
-        Part(*projections(attn, image), attn.norm_q, attn.norm_k, 0, tokens.rows),
-        Part(
-            *projections(attn, text, added=True),
-            attn.norm_added_q,
-            attn.norm_added_k,
-            tokens.count,
-            None,
-        ),
-    )
-    length = tokens.count + text.shape[1]
-    out = attend(tokens, (fw.index, "attn"), parts, length, attn.heads, processor=attn.processor)
-    own, rest = out.split((image.shape[1], text.shape[1]), dim=1)
-    rest = None if attn.context_pre_only else attn.to_add_out(rest)
-    return attn.to_out[1](attn.to_out[0](own)), rest
 
 
 def _feed_forward(
