@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,19 @@ from fastdit.modulation import LayerInputs
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
 
+#: which members a family says for what methods do: for all of them, for those that write "reuse", "rows" (a part of
+#: the tokens) or "resolution", and for what is spared beside them; the others have one meaning for all families
+NEEDS: Mapping[str, str] = {
+    "dense": "family model_classes kinds forwards matches check_block example call image_argument time_argument "
+    "positions_argument embeddings_arguments other_arguments residual_arguments own_attention_arguments tokens width "
+    "text_tokens text_tokens_of uses_cfg timesteps_rise restates",
+    "reuse": "components consumers groups shared_gates has_component parts",
+    "rows": "layouts processors embedders embed patch patches gather_inputs scatter_output moved_tokens grid "
+    "latent_image decode shifts_latents",
+    "resolution": "changes_resolution check_resolution cells field reduce_inputs expand_output embed_layout "
+    "replaces_attention owns_attention",
+    "spared": "fused_attentions prompt_projections condition_embedding layer_inputs timesteps_per_unit given_timesteps",
+}
 #: rows of the batch of an example
 ROWS = 2
 #: arguments of transformers that go on to attention processors
@@ -81,6 +95,7 @@ class Adapter:
         image_argument, time_argument, positions_argument: Names of the transformer arguments that hold the latents,
             the timestep and where the image tokens are, if the pipelines say that.
         embeddings_arguments: Those that hold the conditions.
+        other_arguments: Those that it may be given besides, which no cache depends on.
         text_tokens: Usual number of text tokens, for predictions.
         layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
             A family without layouts cannot run a part of its tokens.
@@ -104,6 +119,7 @@ class Adapter:
     image_argument, time_argument = "hidden_states", "timestep"
     positions_argument = "img_ids"
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
+    other_arguments: Sequence[str] = ()
     text_tokens: int
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
@@ -190,8 +206,18 @@ class Adapter:
     def call(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Call:
-        """Read a transformer call's arguments."""
+        """Read a transformer call's arguments.
+
+        Raises:
+            ArgumentError: One is given that the adapter does not name.
+        """
         given = arguments_of(transformer, args, kwargs)
+        for name in given.keys() - self.known_arguments:
+            if given[name] is not None:
+                raise ArgumentError(
+                    f"{name}: the {self.family} adapter does not know what {type(transformer).__name__} does with it; "
+                    f"got {type(given[name]).__name__}, accepted are {', '.join(sorted(self.known_arguments))}"
+                )
         latents = given[self.image_argument]
         if isinstance(latents, (list, tuple)):  # one image each
             latents = latents[0].expand(len(latents), *latents[0].shape)
@@ -223,6 +249,13 @@ class Adapter:
             positions,
             tuple(told),
         )
+
+    @functools.cached_property
+    def known_arguments(self) -> frozenset[str]:
+        """The arguments that the transformer may be given; what others mean for caches nobody knows."""
+        named = (self.image_argument, self.time_argument, self.positions_argument, "return_dict")
+        lists = (self.embeddings_arguments, self.residual_arguments, self.other_arguments)
+        return frozenset((*named, *_ATTENTION_ARGUMENTS, *itertools.chain(*lists)))
 
     #: what calls pass on towards attention processors that is no message to them: the scale is LoRA layers'
     own_attention_arguments: frozenset[str] = frozenset({"scale"})
@@ -290,15 +323,13 @@ class Adapter:
     def embed(self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor) -> Any:
         """The embedded active tokens [B, K, D], positions added, of patches [B, C, p, K p] laid side by side.
 
-        Restates diffusers' `PatchEmbed.forward`; `shape` is that of the whole latents.
+        `shape` is that of the whole latents.
         """
-        tokens = module.proj(patches).flatten(2).transpose(1, 2)
-        if module.layer_norm:
-            tokens = module.norm(tokens)
-        if module.pos_embed is None:
-            return tokens
-        position = _positions(module, shape[-2], shape[-1], tokens.device)[0]
-        return (tokens + position[rows]).to(tokens.dtype)
+        return _embedded(
+            module,
+            patches,
+            lambda: _positions(module, shape[-2], shape[-1], patches.device)[0][rows],
+        )
 
     # ---- the prompt
 
@@ -461,18 +492,17 @@ class Adapter:
         """
         if layout.kind != "mixed":
             return type(module).forward(module, patches)
-        tokens = module.proj(patches).flatten(2).transpose(1, 2)
-        if module.layer_norm:
-            tokens = module.norm(tokens)
-        if module.pos_embed is None:
-            return tokens
-        if "positions" not in memory:
-            table = _half_step_positions(module, layout.cells, tokens.device)
-            _, y, x = layout.table.long().unbind(-1)
-            memory["positions"] = table[y * layout.cells[1] + x]
-        positions = memory["positions"]
-        positions = positions.repeat(tokens.shape[0] // positions.shape[0], 1, 1)
-        return (tokens + positions).to(tokens.dtype)
+
+        def positions() -> Tensor:
+            if "positions" not in memory:
+                table = _half_step_positions(module, layout.cells, patches.device)
+                _, y, x = layout.table.long().unbind(-1)
+                memory["positions"] = table[y * layout.cells[1] + x]
+            return memory["positions"].repeat(
+                patches.shape[0] // memory["positions"].shape[0], 1, 1
+            )
+
+        return _embedded(module, patches, positions)
 
     #: whether tokens of two sizes may need the family's own attention, see :meth:`owns_attention`
     replaces_attention = False
@@ -562,6 +592,14 @@ def argument_of(
 
 def batch_index(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device)[:, None]
+
+
+def _embedded(module: nn.Module, patches: Tensor, positions: Callable[[], Tensor]) -> Tensor:
+    """The tokens [B, K, D] of patches, as diffusers' `PatchEmbed` makes them, with positions [B or 1, K, D] added."""
+    tokens = module.proj(patches).flatten(2).transpose(1, 2)
+    if module.layer_norm:
+        tokens = module.norm(tokens)
+    return tokens if module.pos_embed is None else (tokens + positions()).to(tokens.dtype)
 
 
 def _positions(module: nn.Module, height: int, width: int, device: torch.device) -> Tensor:

@@ -183,6 +183,7 @@ class Flux(Packed):
     consumers = {SINGLE: {"single_attn": "single_proj_out", "single_proj_mlp": "single_proj_out"}}
     forwards = {DOUBLE: double_block, SINGLE: single_block}
     embeddings_arguments = ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids")
+    other_arguments = ("guidance", "controlnet_blocks_repeat")
     text_tokens = 512
     uses_cfg = False
     timesteps_per_unit = 1000

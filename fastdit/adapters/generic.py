@@ -89,6 +89,7 @@ class Generic(Adapter):
             name: type(self.block_list(transformer, name)[0]).__name__ for name in self.components
         }
         self.forwards = dict.fromkeys(self.kinds, stock_block)
+        self.other_arguments = names
         self.embeddings_arguments = tuple(filter(_CONDITION.search, names))
         self.image_argument = next(filter(names.__contains__, _IMAGES))
         self.time_argument = next(filter(names.__contains__, _TIMES), "timestep")

@@ -132,6 +132,7 @@ class PixArt(Adapter):
     shared_gates = {"transformer_blocks": {"attn1": 1, "attn2": 0, "ff": 2}}
     forwards = {"transformer_blocks": basic_block}
     embeddings_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    other_arguments = ("added_cond_kwargs", "attention_mask")
     text_tokens = 120
     layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}
     prompt_projections = ("caption_projection",)

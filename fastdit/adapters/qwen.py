@@ -105,6 +105,7 @@ class Qwen(Packed):
         "encoder_hidden_states_mask",
         "additional_t_cond",
     )
+    other_arguments = ("guidance",)
     positions_argument = "img_shapes"
     timesteps_per_unit = 1000
     text_tokens = 128  # the pipeline does not pad the prompt

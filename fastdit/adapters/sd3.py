@@ -126,6 +126,7 @@ class SD3(Adapter):
     kinds = {"transformer_blocks": "JointTransformerBlock"}
     components = {"transformer_blocks": COMPONENTS}
     forwards = {"transformer_blocks": joint_block}
+    other_arguments = ("skip_layers",)
     text_tokens = 77 + 256
     shifts_latents = True
     layouts = {
