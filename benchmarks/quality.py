@@ -67,7 +67,7 @@ def random_tokens() -> Iterator[None]:
         order = torch.rand(velocity.shape[0], self.tokens, generator=generator).argsort(1)
         return order[:, : coming.keep].sort(1).values.to(torch.int32)
 
-    with mock.patch("fastdit.tokens.active.TokenRun._choose", choose):
+    with mock.patch("fastdit.tokens.active.active.TokenRun._choose", choose):
         yield
 
 

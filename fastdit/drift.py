@@ -1,10 +1,10 @@
 """The drift guard: before patching, make sure the adapter still says what the installed diffusers does.
 
 An adapter restates block forwards, so a diffusers release that changes one would be answered with wrong pictures. For
-each block class present the guard compares the argument names with the adapter's, then runs one block both ways on a
-few random tokens and demands equal bits. It draws from a generator of its own, runs the innermost forward, and leaves
-out the second half where weights are not at hand (meta device, offloading hooks) or somebody's hook or attention
-processor would see the random tokens.
+each form of block present the guard compares the argument names with the adapter's, then runs one block both ways on a
+few random tokens, as an example call of the model gives them, and demands equal bits. It draws from a generator of its
+own, runs the innermost forward, and leaves out the second half where weights are not at hand (meta device, offloading
+hooks) or somebody's hook or attention processor would see the random tokens.
 """
 
 from __future__ import annotations
@@ -18,30 +18,74 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit.account.skeleton import Skeleton, forms, made_once, structure
+from fastdit.adapters.base import Size
 from fastdit.blocks.forward import Forward
 from fastdit.errors import DriftError
 from fastdit.observe import observed
 
+#: image and text tokens of the example whose blocks are compared
+_SIZE = Size(9, 5)
+_given: dict[Any, dict[Any, Any]] = {}
+
 
 def check_drift(adapter: Any, transformer: nn.Module) -> None:
-    """Check each block class of the transformer against the adapter.
+    """Check each form of block of the transformer against the adapter.
 
     Raises:
         DriftError: Arguments or results differ; names block class and diffusers version.
     """
-    seen, compared = set(), set()
-    for kind, block in adapter.blocks(transformer) if adapter.restates else ():
-        variant = (
-            type(block),
-            *sorted(getattr(block, "_modules", {})),
-            getattr(block, "context_pre_only", None),
-        )
-        if variant not in seen:
-            seen.add(variant)
-            _check_arguments(adapter, kind, block)
-        if variant not in compared and _may_run(adapter, block):
-            compared.add(variant)
-            _check_result(adapter, transformer, kind, block)
+    if not adapter.restates:
+        return
+    blocks = list(zip(forms(adapter, transformer), adapter.blocks(transformer), strict=True))
+    for kind, block in dict(reversed(blocks)).values():
+        _check_arguments(adapter, kind, block)
+    compared = set()
+    for form, (kind, block) in blocks:
+        if form not in compared and _may_run(adapter, block):
+            compared.add(form)
+            given = given_to_blocks(adapter, transformer)[form]
+            _check_result(adapter, kind, block, drawn(given, block))
+
+
+def given_to_blocks(adapter: Any, transformer: nn.Module) -> dict[Any, Any]:
+    """Form of a block -> (args, kwargs) on the meta device, in the adapter's example.
+
+    Raises:
+        DriftError: The transformer cannot be called so.
+    """
+
+    def capture() -> dict[Any, Any]:
+        skeleton = Skeleton(adapter, transformer)
+        try:
+            visits = skeleton.run(adapter.example(skeleton.transformer, _SIZE)).visits
+        except Exception as error:
+            raise DriftError(
+                f"{type(transformer).__name__} of diffusers {_version()} cannot be called as the {adapter.family} "
+                f"adapter does: {error}; update fastdit, or use a diffusers it supports"
+            ) from error
+        return {form: (visit.args, visit.kwargs) for form, visit in visits.items()}
+
+    return made_once(_given, (transformer.dtype, *structure(adapter, transformer)), capture)
+
+
+def drawn(value: Any, block: nn.Module, generator: torch.Generator | None = None) -> Any:
+    """Arguments of a block with random tensors in place of those without values; masks hide the last token."""
+    generator = generator or torch.Generator().manual_seed(0)
+    if isinstance(value, (tuple, list)):
+        return type(value)(drawn(part, block, generator) for part in value)
+    if isinstance(value, dict):
+        return {name: drawn(part, block, generator) for name, part in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    found = torch.randn(value.shape, generator=generator)
+    if value.is_complex():
+        found = torch.polar(torch.ones_like(found), found)
+    elif not value.is_floating_point():
+        found = torch.ones_like(found)
+        found[..., -1] = 0
+    device = next(p for p in block.parameters() if p.is_floating_point()).device
+    return found.to(device, value.dtype)
 
 
 def _check_arguments(adapter: Any, kind: str, block: nn.Module) -> None:
@@ -54,18 +98,12 @@ def _check_arguments(adapter: Any, kind: str, block: nn.Module) -> None:
         )
 
 
-def _check_result(adapter: Any, transformer: nn.Module, kind: str, block: nn.Module) -> None:
-    weight = next(p for p in block.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, transformer.dtype)
-
-    arguments = adapter.probe(transformer, kind, block, random)
+def _check_result(adapter: Any, kind: str, block: nn.Module, given: Any) -> None:
+    args, kwargs = given
     forward = Forward(None, [block])
     with torch.no_grad(), _evaluating(block):
-        expected = type(block).forward(block, **arguments)
-        actual = adapter.forwards[kind](block, forward, **arguments)
+        expected = type(block).forward(block, *args, **kwargs)
+        actual = adapter.forwards[kind](block, forward, *args, **kwargs)
     for mine, stock in zip(_tensors(actual), _tensors(expected), strict=True):
         if mine.shape != stock.shape or not torch.allclose(
             mine, stock, rtol=0, atol=0, equal_nan=True

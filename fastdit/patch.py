@@ -14,9 +14,11 @@ from typing import Any
 from torch import nn
 
 from fastdit import ops
+from fastdit.account.cost import Cost
 from fastdit.account.explain import Explanation
 from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
+from fastdit.adapters.base import Size
 from fastdit.blocks.packed import check_packable, linears_of
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
@@ -88,11 +90,6 @@ def patch(
             )
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)
-    if not adapter.restates and any(method.max_cache_bytes is not None for method in methods):
-        raise UnsupportedModelError(
-            f"max_cache_bytes needs the size of every output, which is not known of {type(transformer).__name__}: "
-            "it has no adapter"
-        )
     check_composition(methods)
     for method in methods:
         method.check(spec)
@@ -148,9 +145,11 @@ def patch(
     remove(transformer, "patch")
     attach(patched, transformer, pipeline, places)
     if not adapter.restates:
+        count = Cost(adapter, transformer, spec, Size(1024, 0), 1, 1)
         warnings.warn(
-            f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, so norms and "
-            "residuals around reused ones still run, and costs are estimates",
+            f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, about "
+            f"{count.reusable_share:.0%} of its arithmetic; the rest always runs, norms and residuals around reused "
+            "ones too",
             stacklevel=2,
         )
     return Handle(patched, transformer, pipeline)

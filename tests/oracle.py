@@ -43,6 +43,9 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
     "PixArtTransformer2DModel": {
         "transformer_blocks": {"attn1": "attn1", "attn2": "attn2", "ff": "ff"},
     },
+    "QwenImageTransformer2DModel": {
+        "transformer_blocks": {"attn": "attn", "img_mlp": "img_mlp", "txt_mlp": "txt_mlp"},
+    },
     "DiTTransformer2DModel": {"transformer_blocks": {"attn1": "attn1", "ff": "ff"}},
     "LuminaNextDiT2DModel": {
         "layers": {

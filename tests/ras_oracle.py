@@ -42,7 +42,8 @@ class RowOracle:
         self.choose = choose
         self.bits = bits
         self.calls_per_step = calls_per_step
-        self.flux = "Flux" in type(self.model).__name__
+        self.qwen = "Qwen" in type(self.model).__name__
+        self.flux = self.qwen or "Flux" in type(self.model).__name__  # packs, and puts text first
         self.lumina = "Lumina" in type(self.model).__name__
         self.step = self.calls = 0
         self.rows: Tensor | None = None
@@ -58,8 +59,8 @@ class RowOracle:
     def installed(self) -> Iterator[RowOracle]:
         """Run the oracle inside the `with`."""
         model, scheduler = self.model, self.pipe.scheduler
-        first = model.x_embedder if self.flux else getattr(model, "pos_embed", None)
-        first = model.patch_embedder if self.lumina else first
+        first = getattr(model, "x_embedder", getattr(model, "pos_embed", None))
+        first = model.patch_embedder if self.lumina else model.img_in if self.qwen else first
         last = model.norm_out if self.lumina else model.proj_out
         handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -210,6 +211,7 @@ class Processor:
         query_rotary_emb: Any = None,
         key_rotary_emb: Any = None,
         base_sequence_length: int | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         oracle = self.oracle
@@ -245,9 +247,13 @@ class Processor:
             text = encoder_hidden_states.shape[1]
         rows = oracle.rows_of(batch)
         if image_rotary_emb is not None:
+            place = "rotation", oracle.calls % oracle.calls_per_step
             if rows is None:
-                oracle.kept["rotation"] = image_rotary_emb
-            turn = oracle.kept["rotation"]
+                if oracle.qwen:  # complex, of the image and of the text
+                    turns = torch.cat(image_rotary_emb[::-1])
+                    image_rotary_emb = [t.repeat_interleave(2, -1) for t in _parts(turns)]
+                oracle.kept[place] = image_rotary_emb
+            turn = oracle.kept[place]
             for i in (0, 1):
                 first, image = parts[i]
                 index = torch.arange(oracle.tokens)[None] if rows is None else rows
@@ -263,7 +269,11 @@ class Processor:
             parts[i] = (first, image)
         order = (lambda a, b: [a, b]) if oracle.flux else (lambda a, b: [b, a])
         q, k, v = (torch.cat(order(*pair), 1).transpose(1, 2) for pair in parts)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mask = encoder_hidden_states_mask
+        if mask is not None:
+            image_mask = mask.new_ones(batch, oracle.tokens)
+            mask = torch.cat([mask, image_mask], 1)[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if not joint:
             if oracle.flux:
                 return out

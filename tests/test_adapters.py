@@ -9,7 +9,8 @@ import torch
 import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
-from fastdit import Cached, Dense, Schedule
+from fastdit import ArgumentError, Cached, Dense, Schedule
+from fastdit.adapters.base import NEEDS, Adapter
 from oracle import random_bits
 
 pytestmark = pytest.mark.diffusers
@@ -124,7 +125,39 @@ def test_no_parameter_can_hide_a_mistake(family):
     model(**tiny_models.call(family, 2, torch.float64))[0].square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.abs().min() == 0] == []
     unused = {"pad_token"}  # diffusers' Lumina has it and reads it nowhere
+    if family == "qwen":  # whose last block makes text that nobody reads
+        ends = model.transformer_blocks[2].txt_mlp, model.transformer_blocks[2].attn.to_add_out
+        for name, parameter in model.named_parameters():
+            unused |= {name for end in ends if any(parameter is p for p in end.parameters())}
     assert {name for name, p in model.named_parameters() if p.grad is None} <= unused
+
+
+def test_the_base_says_which_member_is_for_what():
+    shared = {
+        *("spec", "blocks", "block_list", "wrapped", "known_arguments", "check_tokens"),
+        *("has_stock_processor", "has_stock_attention", "refuse_residuals"),
+        *("prompt_projections_of", "condition_embeddings_of"),
+    }
+    said = [name for names in NEEDS.values() for name in names.split()]
+    members = {name for name in {**vars(Adapter), **Adapter.__annotations__} if name[0] != "_"}
+    assert sorted(said) == sorted(members - shared)
+
+
+def test_an_argument_that_an_adapter_does_not_name_is_refused():
+    model = tiny_models.transformer("dit")
+
+    class Told(type(model)):
+        def forward(self, *args, mood=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model.__class__ = Told
+    fastdit.patch(model)
+    with torch.no_grad():
+        model(**tiny_models.call("dit"), mood=None)
+        refused = r"mood: the dit adapter does not know .* Told .* got str, accepted are .*timestep"
+        with pytest.raises(ArgumentError, match=refused):
+            model(**tiny_models.call("dit"), mood="calm")
+        model(**tiny_models.call("dit"))
 
 
 def as_double(inputs: dict) -> dict:

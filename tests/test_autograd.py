@@ -9,7 +9,10 @@ from torch.autograd import gradcheck
 import fastdit
 import tiny_models
 from contract import same_bits
+from fastdit.account.skeleton import forms
+from fastdit.adapters.base import forward_arguments
 from fastdit.blocks.forward import Forward
+from fastdit.drift import drawn, given_to_blocks
 from fastdit.patch import find_adapter
 
 FAMILIES = list(tiny_models.FAMILIES)
@@ -60,18 +63,11 @@ def test_gradcheck_through_every_kind_of_block(family):
             elif type(child).__name__ == "FP32SiLU":
                 setattr(module, name, torch.nn.SiLU())
     adapter = find_adapter(model)
-    generator = torch.Generator().manual_seed(4)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    seen = set()
-    for kind, block in adapter.blocks(model):
-        variant = (kind, getattr(block, "context_pre_only", None))
-        if variant in seen:
-            continue
-        seen.add(variant)
-        arguments = adapter.probe(model, kind, block, random)
+    blocks = dict(zip(forms(adapter, model), adapter.blocks(model), strict=True))
+    for form, given in given_to_blocks(adapter, model).items():
+        kind, block = blocks[form]
+        args, kwargs = drawn(given, block)
+        arguments = dict(zip(forward_arguments(type(block)), args, strict=False)) | kwargs
         if "image_rotary_emb" in arguments:
             arguments["image_rotary_emb"] = None
         names = [

@@ -19,8 +19,22 @@ from fastdit.schedules.plan import RunPlan, lower
 from fastdit.schedules.statistics import statistics
 from fastdit.spec import BlockKind, ModelSpec
 from oracle import random_bits
+from snapshot import snapshot
 
 COMPONENTS = ("attn1", "attn2", "ff")
+#: of the tiny models, for a row of 64 image and 7 text tokens, written down by reading their layers: MACs of all
+#: components, the same where 16 tokens are active, elements of all slots, MACs outside of components, those of the
+#: prompt's projection, elements of keys and values of image tokens, of the projected prompt, channels of modulations
+HAND_COUNTS = {
+    "sd3": (3522752, 1098944, 13184, 113408, 4480, 13632, 224, 1024),
+    "sd3.5": (4571328, 1361088, 17280, 119552, 4480, 21824, 224, 1216),
+    "flux": (4780288, 1548544, 36352, 113408, 4480, 18176, 224, 960),
+    "flux-dev": (4780288, 1548544, 36352, 122624, 4480, 18176, 224, 960),
+    "pixart-alpha": (2226816, 574848, 13824, 97632, 7392, 9216, 168, 0),
+    "pixart-sigma": (2226816, 574848, 13824, 91296, 7392, 9216, 168, 0),
+    "dit": (1916928, 479232, 9216, 112128, 0, 9216, 0, 432),
+    "lumina": (3441792, 870528, 24576, 121472, 0, 6144, 0, 0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +46,44 @@ def models():
             "alpha-1024": PixArtTransformer2DModel(sample_size=128, caption_channels=4096),
             "flux": FluxTransformer2DModel(guidance_embeds=True),
         }
+
+
+@pytest.mark.parametrize("family", HAND_COUNTS)
+def test_what_is_counted_equals_counts_by_hand(family):
+    cost = Cost.of(tiny_models.transformer(family), 64, 0 if family == "dit" else 7)
+    assert (
+        sum(cell[2] for cell in cost.cells),
+        sum(cost._at(16)),
+        sum(cell[3] for cell in cost.cells) // 4,
+        cost.overhead,
+        cost._prompt,
+        cost.key_bytes() // 4,
+        cost.prompt_bytes() // 4,
+        cost.modulation_bytes(1) // 4,
+    ) == HAND_COUNTS[family]
+
+
+def test_counting_needs_no_weights_and_touches_none():
+    """Weights on the meta device, quantized to bytes or shared with others: the structure says it all."""
+    model = tiny_models.transformer("sd3.5")
+    before, state = Cost.of(model, 64, 7), snapshot(model)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), False)
+    assert Cost.of(model, 64, 7).cells == before.cells
+    meta = tiny_models.transformer("sd3.5").to("meta")
+    assert Cost.of(meta, 64, 7).cells == before.cells
+    assert snapshot(meta) != state
+    model = tiny_models.transformer("sd3.5")
+    state = snapshot(model)
+    Cost.of(model, 64, 7)
+    assert snapshot(model) == state
+
+
+def test_counting_is_done_once_for_models_of_one_structure(monkeypatch):
+    Cost.of(tiny_models.transformer("lumina"), 16, 5)
+    monkeypatch.setattr("fastdit.account.counts.Skeleton", None)
+    Cost.of(tiny_models.transformer("lumina", torch.float64, seed=3), 36, 8)
 
 
 def fora(cost, n):

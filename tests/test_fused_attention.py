@@ -29,7 +29,7 @@ def fused(monkeypatch):
         return attend(*args, **kwargs)
 
     monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: True)
-    for module in ("attention", "adapters.sd3", "adapters.flux"):
+    for module in ("attention", "adapters.flux"):
         monkeypatch.setattr(f"fastdit.{module}.attend", counted)
     return calls
 

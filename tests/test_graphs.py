@@ -47,7 +47,8 @@ METHODS = {
     "ras + cached": lambda pipe: [ras(), random_schedule(pipe, 1)],
 }
 CASES = [
-    *[(name, "cached") for name in tiny_models.PIPELINES],
+    # Qwen-Image takes the length of a masked prompt from the host: what is captured once would not hold.
+    *[(name, "cached") for name in tiny_models.PIPELINES if name != "qwen"],
     *[(name, "ras + cached") for name in SPARSE],
     ("sd3", "dense"),
     ("flux", "ras"),

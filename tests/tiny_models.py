@@ -8,6 +8,7 @@ no text encoders: prompts are embeddings.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -28,17 +30,22 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from diffusers.utils import logging
 from torch import Tensor, nn
 
 logging.set_verbosity_error()
 
 TEXT = 5
+#: its attention has the form that the adapter knows since diffusers 0.37
+HAS_QWEN = "modulate_index" in inspect.signature(QwenImageTransformerBlock.forward).parameters
 LATENT = 4
 HEIGHT, WIDTH = 8, 16
 
@@ -127,6 +134,20 @@ def lumina(layers: int = 3) -> nn.Module:
     )
 
 
+def qwen(layers: int = 3) -> nn.Module:
+    """Qwen-Image."""
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4 * LATENT,
+        out_channels=LATENT,
+        num_layers=layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -145,7 +166,7 @@ FAMILIES: dict[str, Family] = {
     "pixart-sigma": Family(functools.partial(pixart, sigma=True)),
     "dit": Family(dit, square=True),
     "lumina": Family(lumina),
-}
+} | ({"qwen": Family(qwen, cfg_in_one_call=False)} if HAS_QWEN else {})
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -225,6 +246,15 @@ def call(
             "image_rotary_emb": get_2d_rotary_pos_embed_lumina(8, 16, 16),
             "cross_attention_kwargs": {"base_sequence_length": 16},
         }
+    if name == "qwen":
+        mask = torch.ones(batch, text, dtype=torch.bool)
+        mask[::2, -1] = False
+        return arguments | {
+            "hidden_states": randn(noise, batch, height * width // 4, 4 * LATENT),
+            "encoder_hidden_states_mask": mask,
+            "timestep": arguments["timestep"] / 1000,
+            "img_shapes": [[(1, height // 2, width // 2)]] * batch,
+        }
     arguments["pooled_projections"] = randn(condition, batch, 12)
     if name.startswith("flux"):
         tokens = height * width // 4
@@ -264,7 +294,22 @@ def vae() -> nn.Module:
     return randomise(model, 1)
 
 
+def video_vae() -> nn.Module:
+    """Qwen's autoencoder, of videos of one frame; it keeps the size too."""
+    model = AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=LATENT,
+        dim_mult=[1],
+        num_res_blocks=1,
+        temperal_downsample=[],
+        latents_mean=[0.1] * LATENT,
+        latents_std=[1.5] * LATENT,
+    )
+    return randomise(model, 1)
+
+
 _NO_TEXT = {
+    "qwen": ("text_encoder", "tokenizer"),
     "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "sd3": (
         "text_encoder",
@@ -303,7 +348,7 @@ PIPELINES: dict[str, Pipe] = {
     "pixart-sigma": Pipe("pixart-sigma", PixArtSigmaPipeline, DPMSolverMultistepScheduler),
     "dit": Pipe("dit", DiTPipeline, DDIMScheduler),
     "lumina": Pipe("lumina", LuminaPipeline, FlowMatchEulerDiscreteScheduler),
-}
+} | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
 
 
 def pipeline(
@@ -314,7 +359,7 @@ def pipeline(
     kind = entry.family.partition("-")[0].partition(".")[0]
     parts: dict[str, Any] = dict.fromkeys(_NO_TEXT[kind])
     pipe = entry.pipeline(
-        vae=vae().to(dtype),
+        vae=(video_vae if name == "qwen" else vae)().to(dtype),
         transformer=transformer(entry.family, dtype, seed),
         scheduler=scheduler or entry.scheduler(),
         **parts,
@@ -381,6 +426,16 @@ def arguments(
             "prompt_attention_mask": torch.ones(prompts, TEXT),
             "negative_prompt_attention_mask": torch.ones(prompts, TEXT),
         }
+    elif name == "qwen":
+        result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}
+        result["prompt_embeds_mask"][:, -1] = 0
+        del result["guidance_scale"]
+        if cfg:  # of a prompt of another length
+            result |= {
+                "negative_prompt_embeds": randn(prompts, TEXT + 2, 20),
+                "negative_prompt_embeds_mask": torch.ones(prompts, TEXT + 2),
+                "true_cfg_scale": 4.0,
+            }
     else:
         result["pooled_prompt_embeds"] = randn(prompts, 12)
     if name.startswith("sd3") or (name.startswith("flux") and cfg):

@@ -1,7 +1,8 @@
-"""What the steps of a model cost, as closed forms over its own layers: multiply-accumulates, bytes moved, cache size.
+"""What the steps of a model cost: multiply-accumulates, bytes moved, cache size.
 
-Counted are the multiply-accumulates of linear layers and of attention products; norms and activations are not. The
-cache size is the sum of the slots that are kept after the worst step. Nothing runs, so the weights may be anywhere.
+Counted are the multiply-accumulates of layers and of attention products; norms and activations are not. The cache size
+is the sum of the slots that are kept after the worst step. A copy without weights is counted (see `counts.py`), so the
+weights may be anywhere.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fastdit.account.counts import counts_of
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
+from fastdit.errors import UnsupportedModelError
 from fastdit.schedules.collapse import StepSums, passes
 from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, RunPlan
 from fastdit.schedules.schedule import Schedule
@@ -51,27 +54,38 @@ class Cost:
         rows: int,
         itemsize: int,
     ) -> None:
-        blocks = adapter.blocks(transformer)
-        first = {}
-        for index, (kind, _) in enumerate(blocks):
+        first: dict[str, int] = {}
+        for index, (kind, _) in enumerate(adapter.blocks(transformer)):
             first.setdefault(kind, index)
         self._adapter, self.size, self.rows, self.itemsize = adapter, size, rows, itemsize
         self._transformer, self.spec = transformer, spec
-        self._arguments: list[tuple[Any, ...]] = []
+        self._counts = counts_of(adapter, transformer, size)
         self._sparse: dict[int, list[int]] = {}
         self.cells = []  # (block over all kinds, component, MACs, bytes, adds to the stream itself)
         for kind, block, component in spec.components():
             index = first[kind.name] + block
-            arguments = (transformer, kind.name, blocks[index][1], component, size)
-            macs = adapter.macs(*arguments) * rows
-            moved = adapter.slot_elements(*arguments) * rows * itemsize
-            self.cells.append((index, component, macs, moved, component not in kind.consumers))
-            self._arguments.append(arguments[:-1])
-        self.overhead = adapter.overhead_macs(transformer, size) * rows
-        self._prompt = adapter.prompt_macs(transformer, size) * rows
+            macs, elements = (self._of(what, index, component) for what in ("macs", "slot"))
+            adds = component not in kind.consumers
+            self.cells.append((index, component, macs, elements * itemsize, adds))
+        self.overhead, self._prompt = self._of("outside"), self._of("prompt")
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
         # the parts of the gates that all blocks share, kept beside sums
         self._shared = 2 * adapter.width(transformer) * rows * itemsize
+
+    def _of(self, what: str, *where: Any) -> int:
+        """A count of all rows."""
+        return self._counts.of(what, *where).at(self.size) * self.rows
+
+    @property
+    def exact(self) -> bool:
+        """Whether the model was counted; without an adapter, and before its first call of this size, it cannot be."""
+        return self._counts.exact
+
+    @property
+    def reusable_share(self) -> float:
+        """Share of the arithmetic of a step that is in components: the most that reuse can spare."""
+        inside = sum(macs for _, _, macs, _, _ in self.cells)
+        return inside / max(1, inside + self.overhead)
 
     def component_macs(self) -> dict[str, np.ndarray]:
         """Block kind -> multiply-accumulates [blocks, components] of one step, 0 for what the model lacks."""
@@ -105,9 +119,8 @@ class Cost:
         for step in range(plan.steps):
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
-            total += self._adapter.overhead_macs(
-                self._transformer, Size(count, self.size.text)
-            ) * self.rows + sum(
+            outside = self._counts.of("outside").at(Size(count, self.size.text))
+            total += outside * self.rows + sum(
                 macs
                 for (index, component, *_), macs in zip(self.cells, self._at(count), strict=True)
                 if actions is None or actions[index][component] & COMPUTE
@@ -139,49 +152,37 @@ class Cost:
 
     @functools.cached_property
     def _linear(self) -> list[int]:
-        """MACs of every cell without products of attention. Linear layers grow like the tokens, the products like their
-        square: with f(s) = a + q and f(2 s) = 2 a + 4 q for both kinds of tokens doubled, a = 2 f(s) - f(2 s) / 2.
-        """
-        double = Size(2 * self.size.image, 2 * self.size.text)
-        return [
-            2 * cell[2] - self._adapter.macs(*arguments, double) * self.rows // 2
-            for cell, arguments in zip(self.cells, self._arguments, strict=True)
-        ]
+        """MACs of every cell without products of attention."""
+        return [self._of("layers", index, component) for index, component, *_ in self.cells]
 
     def _at(self, count: int) -> list[int]:
         """MACs of every cell for `count` active image tokens, whose attentions still read the keys of all.
 
-        A count of n tokens is a n + q (n + t)^2 + c with the attention's products in q, t being the text where it joins
-        them. The second difference is 2 q; of these products, (count + t) ask and (image + t) are asked.
+        Of the products (count + t) ask and (image + t) are asked, t being the text where it asks too.
         """
         if count not in self._sparse:
-            image, text = self.size.image, self.size.text
-
-            def macs(arguments: tuple[Any, ...], n: int) -> int:
-                return self._adapter.macs(*arguments, Size(n, text)) * self.rows
-
-            found = []
-            for arguments in self._arguments:
-                dense = macs(arguments, count)
-                q = (macs(arguments, count + 1) - 2 * dense + macs(arguments, count - 1)) // 2
-                joint = set(self._adapter.layouts.get(arguments[-1], ())) & {"text", "joint"}
-                asked = count + (text if joint else 0)
-                found.append(dense + q * asked * (image - count))
+            size, found = Size(count, self.size.text), []
+            for index, component, *_ in self.cells:
+                terms = self._counts.of("macs", index, component)
+                image, text = terms.values[3], terms.values[5]
+                asked = count + (size.text if text else 0)
+                spared = image * asked * (self.size.image - count)
+                found.append((terms.at(size) + spared) * self.rows)
             self._sparse[count] = found
         return self._sparse[count]
 
     def key_bytes(self) -> int:
         """Bytes of the keys and values that a method keeps which leaves tokens out, one CFG branch's rows."""
-        total = 0
-        for (_, component, *_), arguments in zip(self.cells, self._arguments, strict=True):
-            transformer, kind, block, _ = arguments
-            total += self._adapter.key_elements(transformer, kind, block, component, self.size)
-        return total * self.rows * self.itemsize
+        keys = (self._counts.keys(block, self.size) for block in range(self.spec.block_count))
+        return sum(keys) * self.rows * self.itemsize
 
     def prompt_bytes(self) -> int:
         """Bytes of the projected prompt that a patched model keeps, one CFG branch's rows."""
-        elements = self._adapter.prompt_elements(self._transformer, self.size)
-        return elements * self.rows * self.itemsize
+        return self._of("prompt_slot") * self.itemsize
+
+    def modulation_bytes(self, rows: int) -> int:
+        """Bytes of so many rows of the modulations made ahead."""
+        return self._counts.of("modulation").at(self.size) * rows * self.itemsize
 
     def bytes_of_outputs(self) -> int:
         """Bytes of all outputs that are added to the stream in one step."""
@@ -209,8 +210,19 @@ class Cost:
             total += (3 * len(set(sums.used.values())) - len(sums.used)) * output
         return total
 
-    def cache_bytes(self, plan: RunPlan, itemsize: int | None = None) -> int:
-        """Most bytes kept after any step; `itemsize` is that of kept outputs, the model's if not said."""
+    def cache_bytes(
+        self, plan: RunPlan, itemsize: int | None = None, estimated: bool = False
+    ) -> int:
+        """Most bytes kept after any step; `itemsize` is that of kept outputs, the model's if not said.
+
+        Raises:
+            UnsupportedModelError: They are not known, and no estimate will do.
+        """
+        if not self.exact and not estimated:
+            raise UnsupportedModelError(
+                f"max_cache_bytes needs the size of every output, which is not known of "
+                f"{type(self._transformer).__name__}: it has no adapter, and its call cannot be made without weights"
+            )
         most = 0
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})

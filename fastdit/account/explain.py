@@ -50,6 +50,9 @@ class Explanation:
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
         resampled: The row of a schedule of another number of steps that each step takes; else empty.
         collapse: Which reused outputs are kept as sums, or why none are; empty where the family has no such sums.
+        reusable_share: Share of the arithmetic of a dense step that is in components: the most that reuse can spare.
+        exact: Whether arithmetic and caches are counted. A model without an adapter is counted on the arguments of its
+            last call of this size; before there was one they are estimates.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -75,6 +78,8 @@ class Explanation:
     tokens_per_step: tuple[int, ...] = ()
     resampled: tuple[int, ...] = ()
     collapse: str = ""
+    reusable_share: float = 1.0
+    exact: bool = True
 
     @property
     def flop_speedup(self) -> float:
@@ -93,7 +98,9 @@ class Explanation:
             f"  ops       {backends}",
             f"  run       {self.steps} steps, {self.rows} rows of {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
-            f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer",
+            f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
+            f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer"
+            + ("" if self.exact else ", estimated before a call of this size"),
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
         ]
@@ -193,14 +200,14 @@ def explain_patched(
         cache_bytes=max(_slot_bytes(patched, part, steps) for part, steps, _ in stages)
         + (count.key_bytes() if any(active) else 0)
         + (0 if patched.eager else count.prompt_bytes()),
-        modulation_bytes=0
-        if patched.eager
-        else ahead(rows, steps) * adapter.modulation_width(transformer) * count.itemsize,
+        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(rows, steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if written & {"rows", "resolution"} else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.rows if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial)),
+        reusable_share=count.reusable_share,
+        exact=count.exact,
     )
 
 
@@ -225,7 +232,7 @@ def _slot_bytes(patched: Any, count: Cost, plan: RunPlan) -> int:
     """Most bytes of slots; a lower precision makes them smaller."""
     names = [method.cache_dtype for method in patched.methods if method.cache_dtype is not None]
     itemsize = min([count.itemsize, *(getattr(torch, name).itemsize for name in names)])
-    return count.cache_bytes(plan, itemsize)
+    return count.cache_bytes(plan, itemsize, estimated=True)
 
 
 def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> float:

@@ -64,8 +64,8 @@ class Previews:
         pipe, vae = self._pipeline, self._pipeline.vae
         found = []
         for latents in self.latents:
-            one = self._adapter.latent_image(latents[sample : sample + 1], self.grid, vae)
-            image = vae.decode(one, return_dict=False)[0]
+            one = self._adapter.latent_image(latents[sample : sample + 1], self.grid)
+            image = self._adapter.decode(one, vae)
             drawn = pipe.image_processor.postprocess(image, output_type="np")[0]
             found.append(np.round(drawn * 255).astype(np.uint8))
         return found

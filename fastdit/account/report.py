@@ -152,7 +152,7 @@ class Report:
             f"fastdit {' + '.join(self.methods)}: {state}\n"
             f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
             f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%}), "
-            f"{self.flop_speedup:.2f}x fewer multiply-accumulates\n"
+            f"{1 - 1 / self.flop_speedup:.1%} of the arithmetic: {self.flop_speedup:.2f}x fewer multiply-accumulates\n"
             f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}{graphs}"
         )
 

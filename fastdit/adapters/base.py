@@ -4,14 +4,15 @@ An adapter restates the forward of each of its block classes once, as calls on a
 :class:`~fastdit.blocks.forward.Forward`. It finds models by class name along the MRO, so diffusers is not imported
 here. Adding a family is adding a file to this folder that exposes ``ADAPTER``.
 
-The counts behind `explain` live here too, since only the family knows them: multiply-accumulates and slot sizes per
-component, per row of the batch.
+What its components cost is not written down: the model is counted on the adapter's example (see `counts.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,21 @@ from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
 from fastdit.tokens.layout import SIDE, Layout
 
+#: which members a family says for what methods do: for all of them, for those that write "reuse", "rows" (a part of
+#: the tokens) or "resolution", and for what is spared beside them; the others have one meaning for all families
+NEEDS: Mapping[str, str] = {
+    "dense": "family model_classes kinds forwards matches check_block example call image_argument time_argument "
+    "positions_argument embeddings_arguments other_arguments residual_arguments own_attention_arguments tokens width "
+    "text_tokens text_tokens_of uses_cfg timesteps_rise restates",
+    "reuse": "components consumers groups shared_gates has_component parts",
+    "rows": "layouts processors embedders embed patch patches gather_inputs scatter_output moved_tokens grid "
+    "latent_image decode shifts_latents",
+    "resolution": "changes_resolution check_resolution cells field reduce_inputs expand_output embed_layout "
+    "replaces_attention owns_attention",
+    "spared": "fused_attentions prompt_projections condition_embedding layer_inputs timesteps_per_unit given_timesteps",
+}
+#: rows of the batch of an example
+ROWS = 2
 #: arguments of transformers that go on to attention processors
 _ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 
@@ -40,7 +56,7 @@ class Call:
         tokens: Image tokens that pass the blocks, per batch row.
         text: Text tokens of a batch row.
         signature: Shapes and dtypes a cached value depends on.
-        positions: Where the image tokens are, for families that pack them.
+        positions: Where the image tokens are, as given, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
         tells_attention: Names of the arguments that it passes on to the attention processors.
     """
@@ -52,7 +68,7 @@ class Call:
     text: int
     signature: tuple[Any, ...]
     skips_blocks: bool
-    positions: Tensor | None = None
+    positions: Any = None
     tells_attention: tuple[str, ...] = ()
 
 
@@ -76,14 +92,19 @@ class Adapter:
         groups: Block list attribute -> {name: components that a schedule may set together under it}.
         shared_gates: Block list attribute -> see :class:`~fastdit.spec.BlockKind`.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
-        embeddings_arguments: The transformer arguments that hold the conditions.
+        image_argument, time_argument, positions_argument: Names of the transformer arguments that hold the latents,
+            the timestep and where the image tokens are, if the pipelines say that.
+        embeddings_arguments: Those that hold the conditions.
+        other_arguments: Those that it may be given besides, which no cache depends on.
         text_tokens: Usual number of text tokens, for predictions.
         layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
             A family without layouts cannot run a part of its tokens.
-        processors: Names of diffusers' attention processors that the family's own attention stands in for.
+        processors: Names of diffusers' attention processors that the family's own attention stands in for, the one
+            that models come with first.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
         shifts_latents: Whether the pipelines add the VAE's shift before they decode.
         restates: Whether it restates block forwards, which the drift guard then checks.
+        timesteps_per_unit: What the pipelines divide the scheduler's timesteps by.
         timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
     """
 
@@ -95,14 +116,18 @@ class Adapter:
     groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
     shared_gates: Mapping[str, Mapping[str, int]] = {}
     forwards: Mapping[str, Callable[..., Any]]
+    image_argument, time_argument = "hidden_states", "timestep"
+    positions_argument = "img_ids"
     embeddings_arguments: Sequence[str] = ("encoder_hidden_states", "pooled_projections")
+    other_arguments: Sequence[str] = ()
     text_tokens: int
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
-    processors: frozenset[str] = frozenset()
+    processors: Sequence[str] = ()
     shifts_latents = False
     restates = True
     timesteps_rise = False
+    timesteps_per_unit = 1
 
     # ---- recognising a model
 
@@ -119,7 +144,7 @@ class Adapter:
         kinds = []
         places: dict[nn.Module, str] = {}
         for name, block_class in self.kinds.items():
-            blocks = list(getattr(transformer, name, ()))
+            blocks = list(self.block_list(transformer, name))
             for index, block in enumerate(blocks):
                 place_once(places, block, f"{name}[{index}]")
                 if not any(cls.__name__ == block_class for cls in type(block).__mro__):
@@ -155,33 +180,59 @@ class Adapter:
         """Refuse a block variant the forward does not cover."""
 
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
-        """Whether this very block has the component."""
-        return True
+        """Whether this very block has the component: where it is a module of that name, it may be None."""
+        return getattr(block, component, True) is not None
 
     def blocks(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """(kind, block) of every block, in running order."""
-        return [(kind, block) for kind in self.kinds for block in getattr(transformer, kind, ())]
+        return [(kind, b) for kind in self.kinds for b in self.block_list(transformer, kind)]
+
+    def block_list(self, transformer: nn.Module, kind: str) -> Sequence[nn.Module]:
+        """The blocks of a kind, whose name is a path from the transformer; none where it has no such list."""
+        for name in kind.split("."):
+            transformer = getattr(transformer, name, ())
+        return transformer
 
     def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
-        """(block, component, module) of the components that ask whether they run; in most families the blocks ask."""
-        return []
+        """(block, component, module) of all :meth:`parts`."""
+        return [
+            (index, name, part)
+            for index, (kind, block) in enumerate(self.blocks(transformer))
+            for name, part in self.parts(kind, block).items()
+        ]
 
     # ---- one transformer call
 
     def call(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Call:
-        """Read a transformer call's arguments."""
+        """Read a transformer call's arguments.
+
+        Raises:
+            ArgumentError: One is given that the adapter does not name.
+        """
         given = arguments_of(transformer, args, kwargs)
-        latents = given["hidden_states"]
+        for name in given.keys() - self.known_arguments:
+            if given[name] is not None:
+                raise ArgumentError(
+                    f"{name}: the {self.family} adapter does not know what {type(transformer).__name__} does with it; "
+                    f"got {type(given[name]).__name__}, accepted are {', '.join(sorted(self.known_arguments))}"
+                )
+        latents = given[self.image_argument]
+        if isinstance(latents, (list, tuple)):  # one image each
+            latents = latents[0].expand(len(latents), *latents[0].shape)
         embeddings, signature, text = [], [(tuple(latents.shape), latents.dtype, latents.device)], 0
         for name in self.embeddings_arguments:
-            value = given.get(name)
-            if value is not None:
-                embeddings.append(value)
-                signature.append((tuple(value.shape), value.dtype, value.device))
-                if value.ndim == 3 and not text:
-                    text = value.shape[1]
+            several = isinstance(given.get(name), (list, tuple))
+            for value in given[name] if several else (given.get(name),):
+                if isinstance(value, Tensor):
+                    embeddings.append(value)
+                    signature.append((tuple(value.shape), value.dtype, value.device))
+                    if value.ndim == (2 if several else 3) and not text:
+                        text = value.shape[-2]
+        positions = given.get(self.positions_argument)
+        if positions is not None and not isinstance(positions, Tensor):
+            signature.append(str(positions))
         told = []
         for kind in _ATTENTION_ARGUMENTS:
             for name in given.get(kind) or ():
@@ -189,15 +240,22 @@ class Adapter:
                     told.append(name)
         return Call(
             latents,
-            given.get("timestep"),
+            given.get(self.time_argument),
             tuple(embeddings),
             self.tokens(transformer, latents.shape),
             text,
             tuple(signature),
             bool(given.get("skip_layers")),
-            given.get("img_ids"),
+            positions,
             tuple(told),
         )
+
+    @functools.cached_property
+    def known_arguments(self) -> frozenset[str]:
+        """The arguments that the transformer may be given; what others mean for caches nobody knows."""
+        named = (self.image_argument, self.time_argument, self.positions_argument, "return_dict")
+        lists = (self.embeddings_arguments, self.residual_arguments, self.other_arguments)
+        return frozenset((*named, *_ATTENTION_ARGUMENTS, *itertools.chain(*lists)))
 
     #: what calls pass on towards attention processors that is no message to them: the scale is LoRA layers'
     own_attention_arguments: frozenset[str] = frozenset({"scale"})
@@ -265,15 +323,13 @@ class Adapter:
     def embed(self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor) -> Any:
         """The embedded active tokens [B, K, D], positions added, of patches [B, C, p, K p] laid side by side.
 
-        Restates diffusers' `PatchEmbed.forward`; `shape` is that of the whole latents.
+        `shape` is that of the whole latents.
         """
-        tokens = module.proj(patches).flatten(2).transpose(1, 2)
-        if module.layer_norm:
-            tokens = module.norm(tokens)
-        if module.pos_embed is None:
-            return tokens
-        position = _positions(module, shape[-2], shape[-1], tokens.device)[0]
-        return (tokens + position[rows]).to(tokens.dtype)
+        return _embedded(
+            module,
+            patches,
+            lambda: _positions(module, shape[-2], shape[-1], patches.device)[0][rows],
+        )
 
     # ---- the prompt
 
@@ -284,14 +340,6 @@ class Adapter:
         """The transformer's modules of these names; a model may lack one."""
         found = (getattr(transformer, name, None) for name in self.prompt_projections)
         return [module for module in found if module is not None]
-
-    def prompt_macs(self, transformer: nn.Module, size: Size) -> int:
-        """The part of :meth:`overhead_macs` that a run does once."""
-        return linear_macs(*self.prompt_projections_of(transformer)) * size.text
-
-    def prompt_elements(self, transformer: nn.Module, size: Size) -> int:
-        """Elements of the text tokens that a run keeps."""
-        return size.text * self.width(transformer) * len(self.prompt_projections_of(transformer))
 
     # ---- modulations of several steps at once
 
@@ -311,11 +359,8 @@ class Adapter:
 
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """A scheduler's timesteps as the family's pipelines hand them on."""
-        return timesteps
-
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Channels of all modulations that :meth:`layer_inputs` are for, per row."""
-        return 0
+        unit = self.timesteps_per_unit
+        return timesteps if unit == 1 else timesteps.to(dtype) / unit
 
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
@@ -325,10 +370,15 @@ class Adapter:
         """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
         return latents[-2] // patch, latents[-1] // patch
 
-    def latent_image(self, latents: Tensor, grid: tuple[int, int], vae: Any) -> Tensor:
-        """The pipeline's latents as its VAE decodes them, [B, C, H, W]; `grid` has the rows and columns of tokens."""
+    def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The pipeline's latents as [B, C, H, W]; `grid` has the rows and columns of tokens."""
+        return latents
+
+    def decode(self, latents: Tensor, vae: Any) -> Tensor:
+        """The picture [B, 3, H, W], -1 to 1, of latents [B, C, h, w]."""
         shift = (vae.config.shift_factor or 0.0) if self.shifts_latents else 0.0
-        return latents.to(vae.dtype) / vae.config.scaling_factor + shift
+        latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
+        return vae.decode(latents, return_dict=False)[0]
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
@@ -442,18 +492,17 @@ class Adapter:
         """
         if layout.kind != "mixed":
             return type(module).forward(module, patches)
-        tokens = module.proj(patches).flatten(2).transpose(1, 2)
-        if module.layer_norm:
-            tokens = module.norm(tokens)
-        if module.pos_embed is None:
-            return tokens
-        if "positions" not in memory:
-            table = _half_step_positions(module, layout.cells, tokens.device)
-            _, y, x = layout.table.long().unbind(-1)
-            memory["positions"] = table[y * layout.cells[1] + x]
-        positions = memory["positions"]
-        positions = positions.repeat(tokens.shape[0] // positions.shape[0], 1, 1)
-        return (tokens + positions).to(tokens.dtype)
+
+        def positions() -> Tensor:
+            if "positions" not in memory:
+                table = _half_step_positions(module, layout.cells, patches.device)
+                _, y, x = layout.table.long().unbind(-1)
+                memory["positions"] = table[y * layout.cells[1] + x]
+            return memory["positions"].repeat(
+                patches.shape[0] // memory["positions"].shape[0], 1, 1
+            )
+
+        return _embedded(module, patches, positions)
 
     #: whether tokens of two sizes may need the family's own attention, see :meth:`owns_attention`
     replaces_attention = False
@@ -473,47 +522,28 @@ class Adapter:
                     f"{name}: a ControlNet's residuals are for the full resolution; RALU accepts none"
                 )
 
-    # ---- counts, per batch row
+    # ---- an example
 
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Multiply-accumulates of a component, attention products included."""
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Arguments of a call of :data:`ROWS` rows of a size, on the meta device: what is counted and compared."""
         raise NotImplementedError
 
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Multiply-accumulates of a call outside all components: embeddings, modulation, output."""
-        raise NotImplementedError
+    def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
+        """The components of a block that ask whether they run, by name; in most families the block asks."""
+        return {}
 
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Elements of the component's cached output."""
-        raise NotImplementedError
 
-    def key_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Elements of the keys and values of a component, 0 where it is no attention over image tokens."""
-        attention = self.attention_of(block, component)
-        if attention is None:
-            return 0
-        joint = set(self.layouts.get(component, ())) & {"text", "joint"}
-        return 2 * (size.image + (size.text if joint else 0)) * attention.to_k.weight.shape[0]
+def blank(transformer: nn.Module, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of an example's rows [2, ...], in the model's dtype if not said."""
+    return torch.empty(ROWS, *shape, dtype=dtype or transformer.dtype, device="meta")
 
-    def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
-        """The component's attention module whose keys are image tokens."""
-        module = getattr(block, component, None)
-        crosses = getattr(module, "is_cross_attention", False)
-        return module if hasattr(module, "to_k") and not crosses else None
 
-    # ---- drift guard
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """Keyword arguments for one block on a few random tokens; ``random(*shape)`` draws in the model's dtype."""
-        raise NotImplementedError
+def picture(transformer: nn.Module, size: Size) -> Tensor:
+    """Latents [2, C, H, W] of an example, a square where the number of tokens is one."""
+    config = transformer.config
+    rows = next(n for n in range(math.isqrt(size.image), 0, -1) if size.image % n == 0)
+    sides = (config.patch_size * n for n in (rows, size.image // rows))
+    return blank(transformer, config.in_channels, *sides)
 
 
 def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> None:
@@ -564,6 +594,14 @@ def batch_index(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device)[:, None]
 
 
+def _embedded(module: nn.Module, patches: Tensor, positions: Callable[[], Tensor]) -> Tensor:
+    """The tokens [B, K, D] of patches, as diffusers' `PatchEmbed` makes them, with positions [B or 1, K, D] added."""
+    tokens = module.proj(patches).flatten(2).transpose(1, 2)
+    if module.layer_norm:
+        tokens = module.norm(tokens)
+    return tokens if module.pos_embed is None else (tokens + positions()).to(tokens.dtype)
+
+
 def _positions(module: nn.Module, height: int, width: int, device: torch.device) -> Tensor:
     """The position table [1, N, D] of a `PatchEmbed` for latents of this size, as its forward picks it."""
     if module.pos_embed_max_size:
@@ -599,21 +637,6 @@ def _half_step_positions(module: nn.Module, cells: tuple[int, int], device: torc
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"))
     table = get_2d_sincos_pos_embed_from_grid(module.pos_embed.shape[-1], grid, output_type="pt")
     return table.float().to(module.pos_embed.dtype)
-
-
-def linear_macs(*modules: nn.Module | None) -> int:
-    """Multiply-accumulates per row of all Linear layers (and 1x1-equivalent patch convolutions) in the modules."""
-    total = 0
-    for module in modules:
-        for layer in module.modules() if module is not None else ():
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                total += layer.weight.numel()
-    return total
-
-
-def attention_macs(attention: nn.Module) -> int:
-    """:func:`linear_macs` of an attention over one sequence; `fuse_qkv_projections` leaves the layers in place."""
-    return linear_macs(attention.to_q, attention.to_k, attention.to_v, attention.to_out)
 
 
 @functools.cache

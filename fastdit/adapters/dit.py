@@ -6,7 +6,7 @@ Restates the `ada_norm_zero` path of diffusers' `BasicTransformerBlock.forward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from fastdit.adapters.base import (
     Adapter,
     Size,
     argument_of,
-    attention_macs,
+    blank,
     chunk_gates,
-    linear_macs,
+    picture,
 )
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import LayerInputs, repeated
@@ -84,7 +84,7 @@ class DiT(Adapter):
     components = {"transformer_blocks": ("attn1", "ff")}
     forwards = {"transformer_blocks": basic_block}
     embeddings_arguments = ("class_labels",)
-    processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})
+    processors = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
     text_tokens = 0
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:
@@ -110,41 +110,12 @@ class DiT(Adapter):
             lambda timesteps: (timesteps, repeated(labels, len(timesteps), batch)), (labels,)
         )
 
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Of all blocks."""
-        return sum(block.norm1.linear.out_features for block in transformer.transformer_blocks)
-
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV."""
-        if component == "attn1":
-            attn = block.attn1
-            return size.image * (attention_macs(attn) + 2 * size.image * attn.inner_dim)
-        return linear_macs(block.ff) * size.image
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders and modulations of every block, the output modulation (block 0's embedder again) and projection."""
-        first = transformer.transformer_blocks[0].norm1
-        per_image = sum(linear_macs(block.norm1) for block in transformer.transformer_blocks)
-        per_image += linear_macs(first.emb, transformer.proj_out_1)
-        return per_image + linear_macs(transformer.pos_embed, transformer.proj_out_2) * size.image
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Every component caches image rows."""
-        return size.image * transformer.inner_dim
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image tokens at two timesteps and classes."""
-        device = block.norm1.linear.weight.device
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Pictures of a class each."""
         return {
-            "hidden_states": random(2, 8, transformer.inner_dim),
-            "timestep": torch.tensor([7, 500], device=device),
-            "class_labels": torch.tensor([0, 1], device=device),
+            "hidden_states": picture(transformer, size),
+            "timestep": blank(transformer, dtype=torch.int64),
+            "class_labels": blank(transformer, dtype=torch.int64),
         }
 
 

@@ -8,28 +8,26 @@ where it is reused, unless a later step wants their value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdit.adapters._packed import Packed
 from fastdit.adapters.base import (
-    Adapter,
     Call,
     Size,
     argument_of,
-    batch_index,
+    blank,
     chunk_gates,
-    linear_macs,
-    place_of,
 )
-from fastdit.blocks.attention import Part, Rotation, attend, projections
+from fastdit.blocks.attention import Part, Rotation, attend, joint_attention, projections
 from fastdit.blocks.forward import Forward, gathered, joint_normed
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError
 from fastdit.observe import private
-from fastdit.tokens.layout import SIDE, Layout
+from fastdit.tokens.layout import Layout
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
 
@@ -45,16 +43,21 @@ def double_block(
 ) -> tuple[Tensor, Tensor]:
     """One `FluxTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(
-        _modulation(fw, block.norm1, temb), 6
-    )
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(fw.adaln(block.norm1, temb), 6)
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = chunk_gates(
-        _modulation(fw, block.norm1_context, temb), 6
+        fw.adaln(block.norm1_context, temb), 6
     )
 
     def attend_jointly(u_image: Tensor, u_text: Tensor) -> tuple[Tensor, ...]:
         if fw.tokens is not None:
-            return _attend_jointly(fw, block.attn, u_image, u_text, image_rotary_emb)
+            return joint_attention(
+                fw,
+                "full_attn",
+                block.attn,
+                u_image,
+                u_text,
+                rotation=fw.rotation(lambda: Rotation(*image_rotary_emb)),
+            )
         return fw.segments.attention(
             block.attn,
             hidden_states=u_image,
@@ -108,7 +111,7 @@ def single_block(
     """One `FluxSingleTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     text_length = encoder_hidden_states.shape[1]
-    shift, scale, gate = chunk_gates(_modulation(fw, block.norm, temb), 3)
+    shift, scale, gate = chunk_gates(fw.adaln(block.norm, temb), 3)
     runs_out = fw.computes("single_proj_out")
     if runs_out or fw.computes("single_attn") or fw.computes("single_proj_mlp"):
         u = joint_normed((text, image), block.norm.norm, scale, shift)
@@ -145,28 +148,6 @@ def single_block(
     return text.leave(), image.leave()
 
 
-def _attend_jointly(
-    fw: Forward, attn: nn.Module, image: Tensor, text: Tensor, rotation: Any
-) -> tuple[Tensor, Tensor]:
-    """Attention of the active image tokens and the text, keys in the order [text, image]."""
-    tokens, length = fw.tokens, text.shape[1]
-    parts = (
-        Part(*projections(attn, text, added=True), attn.norm_added_q, attn.norm_added_k, 0, None),
-        Part(*projections(attn, image), attn.norm_q, attn.norm_k, length, tokens.rows),
-    )
-    out = attend(
-        tokens,
-        (fw.index, "full_attn"),
-        parts,
-        length + tokens.count,
-        attn.heads,
-        _rotation(fw, rotation),
-        attn.processor,
-    )
-    first, rest = out.split((length, image.shape[1]), dim=1)
-    return attn.to_out[1](attn.to_out[0](rest)), attn.to_add_out(first)
-
-
 def _attend_single(fw: Forward, attn: nn.Module, u: Tensor, text: int, rotation: Any) -> Tensor:
     """The same for a single-stream block, whose tokens are joint already."""
     tokens = fw.tokens
@@ -178,17 +159,9 @@ def _attend_single(fw: Forward, attn: nn.Module, u: Tensor, text: int, rotation:
         (part,),
         text + tokens.count,
         attn.heads,
-        _rotation(fw, rotation),
+        fw.rotation(lambda: Rotation(*rotation)),
         attn.processor,
     )
-
-
-def _rotation(fw: Forward, given: Any) -> Any:
-    """cos and sin of all positions. A call of a part of the tokens is given those of other positions."""
-    memory = fw.tokens.memory
-    if fw.tokens.rows is None and (memory.rotation is None or memory.rotation.cos is not given[0]):
-        memory.rotation = Rotation(*given)  # of the whole call: its blocks share the halves
-    return memory.rotation
 
 
 def _of_picture(positions: Tensor) -> Tensor:
@@ -197,12 +170,7 @@ def _of_picture(positions: Tensor) -> Tensor:
     return positions[: int((positions[:, 0] == positions[0, 0]).cumprod(0).sum())]
 
 
-def _modulation(fw: Forward, norm: nn.Module, temb: Tensor) -> Tensor:
-    """The layer's linear(silu(temb)) [B, k D]."""
-    return fw.modulation(norm, lambda emb: fw.segments.linear(norm.linear, norm.silu(emb)), temb)
-
-
-class Flux(Adapter):
+class Flux(Packed):
     """Adapter of `FluxTransformer2DModel`."""
 
     family = "flux"
@@ -215,8 +183,10 @@ class Flux(Adapter):
     consumers = {SINGLE: {"single_attn": "single_proj_out", "single_proj_mlp": "single_proj_out"}}
     forwards = {DOUBLE: double_block, SINGLE: single_block}
     embeddings_arguments = ("encoder_hidden_states", "pooled_projections", "txt_ids", "img_ids")
+    other_arguments = ("guidance", "controlnet_blocks_repeat")
     text_tokens = 512
     uses_cfg = False
+    timesteps_per_unit = 1000
     shifts_latents = True
     layouts = {
         "full_attn": ("image", "text"),
@@ -229,29 +199,10 @@ class Flux(Adapter):
     fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
-    processors = frozenset(
-        {"FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0"}
-    )
+    processors = ("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0")
+    token_positions = ("img_ids",)
     residual_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
     changes_resolution = True
-
-    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
-        """What makes the rotation."""
-        return [transformer.pos_embed]
-
-    def embed(
-        self, module: nn.Module, shape: Sequence[int], rows: Tensor, ids: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """A rotation that nobody reads: attention takes that of all tokens at the rows."""
-        return type(module).forward(module, ids)
-
-    def attention_of(self, block: nn.Module, component: str) -> nn.Module | None:
-        """Both kinds of block call it `attn`."""
-        return block.attn if component in ("full_attn", "single_attn") else None
-
-    def patch(self, transformer: nn.Module) -> int:
-        """The pipeline packs 2 x 2 latent pixels."""
-        return 2
 
     def moved_tokens(self, call: Call) -> int:
         """Those of the picture, without the reference images that Kontext puts behind it; waits for the device."""
@@ -265,38 +216,6 @@ class Flux(Adapter):
             tokens, rows = len(own), int(own[:, 1].max()) + 1
         return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
 
-    def latent_image(self, latents: Tensor, grid: tuple[int, int], vae: Any) -> Tensor:
-        """From [B, N, C p p]."""
-        tiles = latents.unflatten(2, (-1, 2, 2)).unflatten(1, grid)
-        image = tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
-        return super().latent_image(image, grid, vae)
-
-    def patches(self, velocity: Tensor, patch: int) -> Tensor:
-        """[B, N, C p p] as [B, N, 1, p, p, C]: the grid does not matter to who chooses tokens."""
-        return velocity.unflatten(-1, (-1, patch, patch)).permute(0, 1, 3, 4, 2).unsqueeze(2)
-
-    def gather_inputs(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, rows: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The active tokens' latents, and as many positions, which nobody reads."""
-        args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        count = owner[key].shape[1]
-        owner[key] = owner[key][batch_index(rows), rows]
-        owner, key = place_of(transformer, args, kwargs, "img_ids")
-        owner[key] = owner[key][..., : rows.shape[1], :]
-        self._gather_residuals(transformer, args, kwargs, rows, count)
-        return tuple(args), kwargs
-
-    def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
-        """`full` [B, N, C p p] with `rows` replaced by `sample`."""
-        return full.index_put((batch_index(rows), rows), sample)
-
-    def check_resolution(self, transformer: nn.Module) -> None:
-        """Its own attention must be able to run where each image of a batch has other tokens."""
-        super().check_resolution(transformer)
-        self.check_tokens(transformer)
-
     def cells(self, call: Call, patch: int) -> tuple[int, int]:
         """Read off the positions, which must be those of one picture; waits for the device."""
         height, width = super().cells(call, patch)
@@ -309,33 +228,6 @@ class Flux(Adapter):
                 f"got {count} tokens that are not (reference images, or positions of your own)"
             )
         return height, width
-
-    def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
-        """[B, gh gw, 4 C] as [B, gh, gw, 2, 2, C]."""
-        grid = latents.unflatten(1, cells).unflatten(3, (-1, SIDE, SIDE))
-        return grid.permute(0, 1, 2, 4, 5, 3)
-
-    def reduce_inputs(
-        self,
-        transformer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Any,
-        layout: Layout,
-        ops: Any,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layout's tokens, and as many positions, which `embed_layout` replaces."""
-        args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        owner[key] = layout.read(self.field(owner[key], layout.cells), ops)
-        owner, key = place_of(transformer, args, kwargs, "img_ids")
-        owner[key] = owner[key][..., : layout.tokens, :]
-        return tuple(args), kwargs
-
-    def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
-        """[B, n, 4 C] drawn at full size, [B, N, 4 C]."""
-        full = sample.new_empty(sample.shape[0], latents.shape[1], sample.shape[2])
-        layout.write(sample, self.field(full, layout.cells), ops)
-        return full
 
     def embed_layout(
         self, module: nn.Module, layout: Layout, memory: dict[Any, Any], ids: Tensor
@@ -360,37 +252,6 @@ class Flux(Adapter):
                     memory[key] = tuple(t[0] for t in memory[key])
         return memory[key]
 
-    replaces_attention = True
-
-    def owns_attention(self, layout: Layout, batch: int) -> bool:
-        """The stock one has one rotation for all images."""
-        return layout.table.shape[0] > 1
-
-    def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
-        """The pipeline packs latents to [B, N, 4 C]; a [B, C, H, W] shape (for predictions) packs 2 x 2."""
-        if len(latent_shape) == 3:
-            return latent_shape[1]
-        return (latent_shape[-2] // 2) * (latent_shape[-1] // 2)
-
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV over text and image."""
-        joint = size.image + size.text
-        attend = 2 * joint * joint * transformer.inner_dim
-        attn = block.attn
-        if component == "full_attn":
-            image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
-            text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.to_add_out)
-            return image * size.image + text * size.text + attend
-        if component == "single_attn":
-            return linear_macs(attn.to_q, attn.to_k, attn.to_v) * joint + attend
-        tokens = {"full_ff": size.image, "full_ff_context": size.text}.get(component, joint)
-        module = {"full_ff": "ff", "full_ff_context": "ff_context"}.get(
-            component, component.removeprefix("single_")
-        )
-        return linear_macs(getattr(block, module)) * tokens
-
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs | None:
@@ -411,51 +272,17 @@ class Flux(Adapter):
 
         return LayerInputs(make, tensors)
 
-    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """In thousandths."""
-        return timesteps.to(dtype) / 1000
-
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Of the norms of all streams."""
-        double = [(b.norm1, b.norm1_context) for b in transformer.transformer_blocks]
-        norms = [*sum(double, ()), *(b.norm for b in transformer.single_transformer_blocks)]
-        return sum(norm.linear.out_features for norm in norms)
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders, adaLN modulations and the output projection."""
-        norms = [
-            norm for b in transformer.transformer_blocks for norm in (b.norm1, b.norm1_context)
-        ]
-        norms += [b.norm for b in transformer.single_transformer_blocks]
-        per_image = linear_macs(transformer.time_text_embed, transformer.norm_out, *norms)
-        per_token = linear_macs(transformer.x_embedder, transformer.proj_out)
-        return (
-            per_image
-            + per_token * size.image
-            + linear_macs(transformer.context_embedder) * size.text
-        )
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """`full_attn` caches a pair; single blocks cache joint rows, the MLP branch at its hidden width."""
-        width = block.mlp_hidden_dim if component == "single_proj_mlp" else transformer.inner_dim
-        tokens = {"full_ff": size.image, "full_ff_context": size.text}.get(
-            component, size.image + size.text
-        )
-        return tokens * width
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image and 5 text tokens at random rotary angles."""
-        width = transformer.inner_dim
-        head = block.attn.head_dim
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Packed pictures and prompts; the distilled form is told the guidance."""
+        config = transformer.config
         return {
-            "hidden_states": random(2, 8, width),
-            "encoder_hidden_states": random(2, 5, width),
-            "temb": random(2, width),
-            "image_rotary_emb": (random(13, head).float().cos(), random(13, head).float().sin()),
+            "hidden_states": blank(transformer, size.image, config.in_channels),
+            "encoder_hidden_states": blank(transformer, size.text, config.joint_attention_dim),
+            "pooled_projections": blank(transformer, config.pooled_projection_dim),
+            "timestep": blank(transformer),
+            "guidance": blank(transformer) if config.guidance_embeds else None,
+            "img_ids": blank(transformer, size.image, 3)[0],
+            "txt_ids": blank(transformer, size.text, 3)[0],
         }
 
 

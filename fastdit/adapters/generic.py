@@ -1,46 +1,70 @@
 """Families without an adapter: attention and feed-forward modules wrapped as they are.
 
-A block's own forward runs, with its norms, modulations and gated residuals; only the modules in COMPONENTS are spared
-where a schedule reuses them. What is cached is the module's output, so the semantics are those of an adapter; what is
-lost are the fused residuals, the skipped norms, partial token sets and the closed-form costs, of which only the linear
-layers are counted, over the image tokens.
+A block's own forward runs, with its norms, modulations and gated residuals; only the modules that have one of these
+roles, by their class or their name, are spared where a schedule reuses them. What is cached is the module's output, so
+the semantics are those of an adapter; what is lost are the fused residuals, the skipped norms and partial token sets.
+What it costs is counted on the arguments of the last call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, forward_arguments, linear_macs, place_once
+from fastdit.adapters.base import Adapter, Call, Size, arguments_of, forward_arguments, place_once
 from fastdit.blocks.forward import Forward
 from fastdit.spec import ModelSpec
 
-#: attributes of a block that are components, by diffusers' habits
-COMPONENTS = ("attn", "attn1", "attn2", "ff", "ff_context", "ffn", "feed_forward", "mlp")
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FEED_FORWARD = re.compile(r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^proj_out$", re.IGNORECASE)
+_OTHER = re.compile(r"norm|mod(_|$|ulation)|adaln|embed|gate$", re.IGNORECASE)
+#: arguments of a transformer that hold the image, the time and the conditions, by diffusers' habits
+_IMAGES, _TIMES = ("hidden_states", "x"), ("timestep", "timesteps", "t")
+_CONDITION = re.compile(r"encoder|pooled|class_labels|cap_|text_|embeds|siglip|image_cond")
 
 
-def block_lists(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Attribute -> component names, of the module lists whose elements have components."""
-    found = {}
-    for name, blocks in transformer.named_children():
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            names = tuple(
-                child
-                for child, module in blocks[0].named_children()
-                if child in COMPONENTS and module is not None
-            )
-            if names:
-                found[name] = names
+def _has_role(name: str, module: nn.Module, *roles: re.Pattern[str]) -> bool:
+    """Whether a block's child has one of these roles: it has weights, and is called or of a class named so."""
+    names = name, type(module).__name__
+    return (
+        not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        and any(True for _ in module.parameters())
+        and not any(_OTHER.search(n) for n in names)
+        and any(role.search(n) for role in roles for n in names)
+    )
+
+
+def block_lists(module: nn.Module, prefix: str = "") -> dict[str, tuple[str, ...]]:
+    """Path -> component names, of the lists of blocks with an attention, also of those in dicts of lists."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleDict):
+            found |= block_lists(child, f"{prefix}{name}.")
+        elif isinstance(child, nn.ModuleList):
+            parts = [part for block in child for part in block.named_children()]
+            names = (n for n, part in parts if _has_role(n, part, _ATTENTION, _FEED_FORWARD))
+            if any(_has_role(*part, _ATTENTION) for part in parts):
+                found[prefix + name] = tuple(dict.fromkeys(names))
     return found
 
 
 def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
     """Frames, rows and columns of a patch, which a model's config has as one number, as several, or not at all."""
-    side = getattr(transformer.config, "patch_size", None) or 1
-    frames = getattr(transformer.config, "patch_size_t", None) or 1
+    config = transformer.config
+    found = [
+        getattr(config, name, None) or (getattr(config, several, None) or [1])[0]
+        for name, several in (
+            ("patch_size", "all_patch_size"),
+            ("patch_size_t", "all_f_patch_size"),
+        )
+    ]
+    side, frames = found
     sides = (side, side) if isinstance(side, int) else side
     return (frames, *sides)[-3:]
 
@@ -56,21 +80,21 @@ class Generic(Adapter):
     family = "generic"
     text_tokens = 0
     restates = False
-    embeddings_arguments = (
-        "encoder_hidden_states",
-        "encoder_hidden_states_t5",
-        "pooled_projections",
-        "class_labels",
-        "encoder_attention_mask",
-    )
 
     def __init__(self, transformer: nn.Module) -> None:
-        cls = type(transformer)
-        lists = block_lists(transformer)
+        cls, names = type(transformer), forward_arguments(type(transformer))
         self.model_classes = (cls.__name__,)
-        self.kinds = {name: type(getattr(transformer, name)[0]).__name__ for name in lists}
-        self.components = lists
-        self.forwards: Mapping[str, Callable[..., Any]] = dict.fromkeys(lists, stock_block)
+        self.components = block_lists(transformer)
+        self.kinds = {
+            name: type(self.block_list(transformer, name)[0]).__name__ for name in self.components
+        }
+        self.forwards = dict.fromkeys(self.kinds, stock_block)
+        self.other_arguments = names
+        self.embeddings_arguments = tuple(filter(_CONDITION.search, names))
+        self.image_argument = next(filter(names.__contains__, _IMAGES))
+        self.time_argument = next(filter(names.__contains__, _TIMES), "timestep")
+        self._seen: Call | None = None
+        self._arguments: dict[str, Any] = {}
 
     def spec(self, transformer: nn.Module) -> ModelSpec:
         """A component that several blocks share could not tell which of them calls it."""
@@ -84,14 +108,10 @@ class Generic(Adapter):
         """Blocks of one list may differ."""
         return getattr(block, component, None) is not None
 
-    def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
+    def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
         """Every component."""
-        return [
-            (index, component, getattr(block, component))
-            for index, (kind, block) in enumerate(self.blocks(transformer))
-            for component in self.components[kind]
-            if self.has_component(kind, block, component)
-        ]
+        names = (n for n in self.components[kind] if self.has_component(kind, block, n))
+        return {name: getattr(block, name) for name in names}
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """None: all tokens run."""
@@ -115,25 +135,70 @@ class Generic(Adapter):
         """The outputs of a block's last linear layer."""
         return getattr(transformer, "inner_dim", 0)
 
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers over the image tokens."""
-        return linear_macs(getattr(block, component)) * size.image
+    # ---- what was seen
 
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Linear layers outside of the blocks, over the image tokens: more than there are."""
-        blocks = sum(linear_macs(block) for _, block in self.blocks(transformer))
-        return (linear_macs(transformer) - blocks) * size.image
+    def call(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Call:
+        """It is remembered how the model was called, without the values."""
+        found = super().call(transformer, args, kwargs)
+        if self._seen is None or self._seen.signature != found.signature:
+            self._arguments = _without_values(dict(arguments_of(transformer, args, kwargs)))
+            latents = _without_values(found.hidden_states)
+            self._seen = replace(found, hidden_states=latents, timestep=None, embeddings=())
+        return found
 
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Image rows of the width of the stream, whatever the module returns."""
-        return size.image * self.width(transformer)
+    def seen(self, size: Size) -> Call | None:
+        """The last call, if it was of this size; of a size without text, whatever text it had."""
+        call = self._seen
+        if call is None or call.tokens != size.image or size.text not in (0, call.text):
+            return None
+        return call
+
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """The arguments of the last call."""
+        return self._arguments
+
+    def linear_weights(self, transformer: nn.Module) -> Iterator[tuple[int | None, str, int]]:
+        """(block, component, weights of linear layers); (None, "tokens" or "rows", those of the others).
+
+        For estimates before there was a call: weights of norms and modulations are taken to meet rows, all others
+        tokens.
+        """
+        components = 0
+        for index, name, part in self.wrapped(transformer):
+            found = _weights(part)
+            components += found
+            yield index, name, found
+        rows = sum(
+            layer.weight.numel()
+            for path, layer in transformer.named_modules()
+            if _is_linear(layer) and any(_OTHER.search(name) for name in path.split("."))
+        )
+        yield None, "tokens", _weights(transformer) - components - rows
+        yield None, "rows", rows
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(layer.weight.numel() for layer in module.modules() if _is_linear(layer))
+
+
+def _without_values(value: Any) -> Any:
+    """An argument with tensors on the meta device, and without objects that somebody else owns."""
+    if isinstance(value, Tensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_without_values, value))
+    if isinstance(value, dict):
+        return {name: _without_values(part) for name, part in value.items()}
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def generic_adapter(transformer: nn.Module) -> Generic | None:
     """An adapter of a transformer by wrapping, or None where nothing can be wrapped."""
-    callable_so = "hidden_states" in forward_arguments(type(transformer))
+    callable_so = set(forward_arguments(type(transformer))) & set(_IMAGES)
     return Generic(transformer) if callable_so and block_lists(transformer) else None

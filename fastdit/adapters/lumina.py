@@ -14,7 +14,7 @@ which the current step sets. So a reused component costs one gated residual, no 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from fastdit.adapters.base import (
     Adapter,
     Size,
-    attention_macs,
+    blank,
     chunk_gates,
-    linear_macs,
+    picture,
 )
 from fastdit.blocks.attention import Part, Rotation, attend
 from fastdit.blocks.forward import Forward, gathered
@@ -104,10 +104,6 @@ def _attend(
 ) -> Tensor:
     """Self-attention of the active tokens, rows by head; its scale is that of all keys, however few ask."""
     tokens = fw.tokens
-    if tokens.rows is None:  # a call of a part of the tokens is given the angles of that part
-        angles = rotary[0]
-        twice = (t.float().repeat_interleave(2, dim=-1) for t in (angles.real, angles.imag))
-        tokens.memory.rotation = Rotation(*twice)
     scale = attn.scale
     if base_length is not None:
         scale *= math.sqrt(math.log(tokens.count, base_length))
@@ -118,7 +114,7 @@ def _attend(
         (part,),
         tokens.count,
         attn.heads,
-        tokens.memory.rotation,
+        fw.rotation(lambda: Rotation.of(rotary[0])),
         scale=scale,
     )
     return out.unflatten(-1, (attn.heads, -1))
@@ -144,7 +140,7 @@ class Lumina(Adapter):
         "to_out": ("image",),
         "feed_forward": ("image",),
     }
-    processors = frozenset({"LuminaAttnProcessor2_0"})
+    processors = ("LuminaAttnProcessor2_0",)
     own_attention_arguments = frozenset({"scale", "base_sequence_length"})
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
@@ -172,48 +168,21 @@ class Lumina(Adapter):
         """The width goes by another name here."""
         return transformer.hidden_size
 
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV with the keys and values of each group repeated for its heads."""
-        if component == "attn1":
-            attn = block.attn1
-            return size.image * (attention_macs(attn) + 2 * size.image * attn.inner_dim)
-        if component == "attn2":
-            attn = block.attn2
-            image = linear_macs(attn.to_q) + 2 * size.text * attn.inner_dim
-            return image * size.image + linear_macs(attn.to_k, attn.to_v) * size.text
-        module = block.attn2.to_out if component == "to_out" else block.feed_forward
-        return linear_macs(module) * size.image
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders, modulations of every block, the output modulation and projection."""
-        norms = (block.norm1 for block in transformer.layers)
-        out = transformer.norm_out
-        per_image = linear_macs(transformer.time_caption_embed, out.linear_1, *norms)
-        return per_image + linear_macs(transformer.patch_embedder, out.linear_2) * size.image
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Every component caches image rows; those of the attentions are split by head."""
-        return size.image * transformer.hidden_size
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image tokens at random rotary angles and 5 text tokens, the last one masked."""
-        hidden = random(2, 8, transformer.hidden_size)
-        angles = random(1, 8, block.head_dim // 2).float()
-        text = torch.ones(2, 5, dtype=torch.bool, device=hidden.device)
-        text[:, -1] = False
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Pictures, masked prompts and the angles of a picture."""
+        latents = picture(transformer, size)
+        rows, columns = (side // transformer.patch_size for side in latents.shape[2:])
+        angles = transformer.layers[0].head_dim // 2
         return {
-            "hidden_states": hidden,
-            "attention_mask": torch.ones(2, 8, dtype=torch.int32, device=hidden.device),
-            "image_rotary_emb": torch.polar(torch.ones_like(angles), angles),
-            "encoder_hidden_states": random(2, 5, block.attn2.cross_attention_dim),
-            "encoder_mask": text,
-            "temb": random(2, min(transformer.hidden_size, 1024)),
+            "hidden_states": latents,
+            "timestep": blank(transformer),
+            "encoder_hidden_states": blank(
+                transformer, size.text, transformer.config.cross_attention_dim
+            ),
+            "encoder_mask": blank(transformer, size.text, dtype=torch.bool),
+            "image_rotary_emb": torch.empty(
+                rows, columns, angles, dtype=torch.complex64, device="meta"
+            ),
             "cross_attention_kwargs": {},
         }
 

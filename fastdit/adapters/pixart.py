@@ -8,13 +8,12 @@ cross-attention reads the un-normed stream and is added without a gate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, attention_macs, linear_macs
+from fastdit.adapters.base import Adapter, Size, blank, picture
 from fastdit.blocks.attention import self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.errors import UnsupportedModelError
@@ -133,10 +132,11 @@ class PixArt(Adapter):
     shared_gates = {"transformer_blocks": {"attn1": 1, "attn2": 0, "ff": 2}}
     forwards = {"transformer_blocks": basic_block}
     embeddings_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    other_arguments = ("added_cond_kwargs", "attention_mask")
     text_tokens = 120
     layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}
     prompt_projections = ("caption_projection",)
-    processors = frozenset({"AttnProcessor2_0", "FusedAttnProcessor2_0"})
+    processors = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:
         """The block must be of the adaLN-single form with a cross-attention."""
@@ -150,49 +150,18 @@ class PixArt(Adapter):
                 f"got norm_type {block.norm_type!r}"
             )
 
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV."""
-        module = getattr(block, component)
-        if component == "attn1":
-            return size.image * (attention_macs(module) + 2 * size.image * module.inner_dim)
-        if component == "attn2":
-            image, text = (
-                linear_macs(module.to_q, module.to_out),
-                linear_macs(module.to_k, module.to_v),
-            )
-            return (
-                image * size.image
-                + text * size.text
-                + 2 * size.image * size.text * module.inner_dim
-            )
-        return linear_macs(module) * size.image
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders, the shared modulation and the output projection."""
-        per_token = linear_macs(transformer.pos_embed, transformer.proj_out)
-        text = linear_macs(transformer.caption_projection) * size.text
-        # alpha embeds the image's height and width apart, by one layer
-        resolution = getattr(transformer.adaln_single.emb, "resolution_embedder", None)
-        per_image = linear_macs(transformer.adaln_single, resolution)
-        return per_image + per_token * size.image + text
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Every component caches image rows."""
-        return size.image * transformer.inner_dim
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image and 5 text tokens."""
-        width = transformer.inner_dim
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Pictures and prompts; alpha is told the pictures' sizes."""
+        sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
+        if transformer.use_additional_conditions:
+            sizes = {"resolution": blank(transformer, 2), "aspect_ratio": blank(transformer, 1)}
         return {
-            "hidden_states": random(2, 8, width),
-            "encoder_hidden_states": random(2, 5, block.attn2.cross_attention_dim),
-            "timestep": random(2, 6 * width),
+            "hidden_states": picture(transformer, size),
+            "encoder_hidden_states": blank(
+                transformer, size.text, transformer.config.caption_channels
+            ),
+            "timestep": blank(transformer),
+            "added_cond_kwargs": sizes,
         }
 
 

@@ -7,7 +7,7 @@ processor. The last block drops the text stream (`context_pre_only`); its `ff_co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from fastdit.adapters.base import (
     Adapter,
     Size,
     argument_of,
-    attention_macs,
+    blank,
     chunk_gates,
-    linear_macs,
+    picture,
 )
-from fastdit.blocks.attention import Part, attend, projections, self_attention
+from fastdit.blocks.attention import joint_attention, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.observe import private
@@ -41,12 +41,12 @@ def joint_block(
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     attention_kwargs = joint_attention_kwargs or {}
     last = block.context_pre_only
-    modulation = _modulation(fw, block.norm1, temb)
+    modulation = fw.adaln(block.norm1, temb)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = chunk_gates(
         modulation, 9 if block.use_dual_attention else 6
     )
     if not last:
-        context = chunk_gates(_modulation(fw, block.norm1_context, temb), 6)
+        context = chunk_gates(fw.adaln(block.norm1_context, temb), 6)
 
     # Both attentions read the stream as it was before either adds to it.
     runs_attention = fw.computes("attn")
@@ -54,7 +54,7 @@ def joint_block(
         u_image = image.normed(block.norm1.norm, scale, shift)
         if last:
             dtype = encoder_hidden_states.dtype
-            c_scale, c_shift = chunk_gates(_modulation(fw, block.norm1_context, temb, dtype), 2)
+            c_scale, c_shift = chunk_gates(fw.adaln(block.norm1_context, temb, dtype), 2)
         else:
             c_shift, c_scale = context[:2]
         u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
@@ -63,7 +63,7 @@ def joint_block(
 
     def attend() -> tuple[Tensor, Tensor | None]:
         if fw.tokens is not None:
-            return _attend(fw, block.attn, u_image, u_text)
+            return joint_attention(fw, "attn", block.attn, u_image, u_text, text_first=False)
         outputs = fw.segments.attention(
             block.attn, hidden_states=u_image, encoder_hidden_states=u_text, **attention_kwargs
         )
@@ -104,39 +104,6 @@ def joint_block(
     return text.leave(), image.leave()
 
 
-def _modulation(
-    fw: Forward, norm: nn.Module, temb: Tensor, dtype: torch.dtype | None = None
-) -> Tensor:
-    """The layer's linear(silu(temb)) [B, k D], its input in `dtype` if given."""
-    return fw.modulation(
-        norm,
-        lambda emb: fw.segments.linear(norm.linear, norm.silu(emb).to(dtype or emb.dtype)),
-        temb,
-    )
-
-
-def _attend(
-    fw: Forward, attn: nn.Module, image: Tensor, text: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Joint attention of the active image tokens and the text, keys in the order [image, text]."""
-    tokens = fw.tokens
-    parts = (
-        Part(*projections(attn, image), attn.norm_q, attn.norm_k, 0, tokens.rows),
-        Part(
-            *projections(attn, text, added=True),
-            attn.norm_added_q,
-            attn.norm_added_k,
-            tokens.count,
-            None,
-        ),
-    )
-    length = tokens.count + text.shape[1]
-    out = attend(tokens, (fw.index, "attn"), parts, length, attn.heads, processor=attn.processor)
-    own, rest = out.split((image.shape[1], text.shape[1]), dim=1)
-    rest = None if attn.context_pre_only else attn.to_add_out(rest)
-    return attn.to_out[1](attn.to_out[0](own)), rest
-
-
 def _feed_forward(
     fw: Forward,
     block: nn.Module,
@@ -159,6 +126,7 @@ class SD3(Adapter):
     kinds = {"transformer_blocks": "JointTransformerBlock"}
     components = {"transformer_blocks": COMPONENTS}
     forwards = {"transformer_blocks": joint_block}
+    other_arguments = ("skip_layers",)
     text_tokens = 77 + 256
     shifts_latents = True
     layouts = {
@@ -170,7 +138,7 @@ class SD3(Adapter):
     fused_attentions = ("attn", "attn2")
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
-    processors = frozenset({"JointAttnProcessor2_0", "FusedJointAttnProcessor2_0"})
+    processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
     residual_arguments = ("block_controlnet_hidden_states",)
     changes_resolution = True
 
@@ -183,10 +151,6 @@ class SD3(Adapter):
         else:
             t5 = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
         return pipeline.tokenizer_max_length + t5
-
-    def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
-        """attn2 exists in dual-attention blocks only, ff_context in all but the last."""
-        return getattr(block, component) is not None
 
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
@@ -201,66 +165,14 @@ class SD3(Adapter):
             (pooled,),
         )
 
-    def modulation_width(self, transformer: nn.Module) -> int:
-        """Of both streams' norms."""
-        return sum(
-            norm.linear.out_features
-            for block in transformer.transformer_blocks
-            for norm in (block.norm1, block.norm1_context)
-        )
-
-    def macs(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """Linear layers, and QK^T and AV over image and text; the last text modulation only feeds its attention."""
-        module = getattr(block, component)
-        if component == "attn":
-            attn = block.attn
-            image = linear_macs(attn.to_q, attn.to_k, attn.to_v, attn.to_out)
-            text = linear_macs(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-            modulation = 0
-            if block.context_pre_only:
-                modulation = linear_macs(block.norm1_context)
-            else:
-                text += linear_macs(attn.to_add_out)
-            joint = size.image + size.text
-            products = 2 * joint * joint * attn.inner_dim
-            return modulation + image * size.image + text * size.text + products
-        if component == "attn2":
-            return size.image * (attention_macs(module) + 2 * size.image * module.inner_dim)
-        return linear_macs(module) * (size.image if component == "ff" else size.text)
-
-    def overhead_macs(self, transformer: nn.Module, size: Size) -> int:
-        """Embedders, adaLN modulations and the output projection."""
-        modulation = sum(
-            linear_macs(block.norm1, None if block.context_pre_only else block.norm1_context)
-            for block in transformer.transformer_blocks
-        )
-        per_image = linear_macs(transformer.time_text_embed, transformer.norm_out) + modulation
-        per_token = linear_macs(transformer.pos_embed, transformer.proj_out)
-        return (
-            per_image
-            + per_token * size.image
-            + linear_macs(transformer.context_embedder) * size.text
-        )
-
-    def slot_elements(
-        self, transformer: nn.Module, kind: str, block: nn.Module, component: str, size: Size
-    ) -> int:
-        """`attn` caches the pair of image and text outputs, the last block's image only."""
-        text = 0 if component == "attn" and block.context_pre_only else size.text
-        tokens = {"attn": size.image + text, "ff_context": text}.get(component, size.image)
-        return tokens * transformer.inner_dim
-
-    def probe(
-        self, transformer: nn.Module, kind: str, block: nn.Module, random: Callable[..., Tensor]
-    ) -> dict[str, Any]:
-        """8 image and 5 text tokens."""
-        width = transformer.inner_dim
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Pictures and prompts."""
+        config = transformer.config
         return {
-            "hidden_states": random(2, 8, width),
-            "encoder_hidden_states": random(2, 5, width),
-            "temb": random(2, width),
+            "hidden_states": picture(transformer, size),
+            "encoder_hidden_states": blank(transformer, size.text, config.joint_attention_dim),
+            "pooled_projections": blank(transformer, config.pooled_projection_dim),
+            "timestep": blank(transformer),
         }
 
 

@@ -42,6 +42,13 @@ class Rotation:
         self.cos = cos
         self.sin = sin
 
+    @classmethod
+    def of(cls, turns: Tensor) -> Rotation:
+        """From complex numbers of length one, [S, d / 2] or [B, S, d / 2]."""
+        return cls(
+            *(t.float().repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)),
+        )
+
     @functools.cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
         """[S, d / 2] or [B, S, d / 2], each value once."""
@@ -105,7 +112,7 @@ def attend(
         rotation: Of all rows, or None.
         scale: Of the products; None for 1 / sqrt(d).
         processor: The stock processor, whose attention backend is used if the user has set one.
-        mask: Added to the products, [B, 1 or sum n, length]; or None.
+        mask: Added to the products, or which of them count, [B, 1 or sum n, length]; or None.
 
     Returns:
         [B, sum n, heads * d].
@@ -274,6 +281,62 @@ def _attention(
         else ops.sparse_attention
     )
     return run(query, key, value, scale=scale)
+
+
+def joint_attention(
+    fw: Any,
+    name: str,
+    attention: nn.Module,
+    image: Tensor,
+    text: Tensor,
+    *,
+    text_first: bool = True,
+    rotation: Rotation | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention with projections for a text of its own: active image tokens [B, K, D] and text [B, T, D] over all.
+
+    Args:
+        text_first: The order of the joint sequence.
+        rotation: Of all its rows.
+        mask: Which text tokens are read, bool [B, T]; None for all.
+
+    Returns:
+        (image, text) as they came; the text is None where the module drops it.
+    """
+    tokens, length = fw.tokens, text.shape[1]
+    first, second = (length, 0) if text_first else (0, tokens.count)
+    parts = [
+        Part(
+            *projections(attention, image), attention.norm_q, attention.norm_k, first, tokens.rows
+        ),
+        Part(
+            *projections(attention, text, added=True),
+            attention.norm_added_q,
+            attention.norm_added_k,
+            second,
+            None,
+        ),
+    ]
+    if mask is not None:
+        shown = mask.new_ones(mask.shape[0], tokens.count)
+        mask = torch.cat([mask, shown] if text_first else [shown, mask], dim=1)[:, None]
+    out = attend(
+        tokens,
+        (fw.index, name),
+        parts[::-1] if text_first else parts,
+        length + tokens.count,
+        attention.heads,
+        rotation,
+        attention.processor,
+        mask=mask,
+    )
+    if text_first:
+        rest, own = out.split((length, image.shape[1]), dim=1)
+    else:
+        own, rest = out.split((image.shape[1], length), dim=1)
+    rest = None if attention.context_pre_only else attention.to_add_out(rest)
+    return attention.to_out[1](attention.to_out[0](own)), rest
 
 
 def self_attention(fw: Any, attention: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:

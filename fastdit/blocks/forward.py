@@ -283,9 +283,30 @@ class Forward:
             children = self.blocks[self.index]._modules.items()
             use = next((name for name, child in children if child is norm), "")
             compute = functools.partial(self._compiled_as, use, compute)
-        if self.modulations is None or not private(norm.linear):
+        if self.modulations is None or not private(_pair(norm)[1]):
             return compute(*given)
         return self.modulations.of(norm, compute)
+
+    def adaln(
+        self, layer: nn.Module, embedding: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """An adaLN layer's linear(activation(embedding)) [B, k D], the linear's input in `dtype` if given.
+
+        The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer.
+        """
+        activation, linear = _pair(layer)
+
+        def compute(given: Tensor) -> Tensor:
+            return self.segments.linear(linear, activation(given).to(dtype or given.dtype))
+
+        return self.modulation(layer, compute, embedding)
+
+    def rotation(self, make: Callable[[], Any]) -> Any:
+        """The rotation of all positions; a call of a part of the tokens has that of the last whole one."""
+        memory = self.tokens.memory
+        if self.tokens.rows is None and "rotation" not in self.scratch:
+            memory.rotation = self.scratch["rotation"] = make()
+        return memory.rotation
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""
@@ -454,6 +475,11 @@ class Residual:
     def _is_owned(self) -> bool:
         """Whether `h` was made here and was seen by nobody else, so that it may be updated in place."""
         return self._forward._owned.get(self._stream) is self._h
+
+
+def _pair(layer: nn.Module) -> Any:
+    """The activation and the linear layer of an adaLN layer."""
+    return layer if isinstance(layer, nn.Sequential) else (layer.silu, layer.linear)
 
 
 def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:

@@ -61,7 +61,7 @@ class MethodRun:
         self.run = run
 
     def layout(self, call: Any) -> Any:
-        """The :class:`~fastdit.tokens.layout.Layout` of the call's tokens; None for the model's own."""
+        """The :class:`~fastdit.tokens.active.layout.Layout` of the call's tokens; None for the model's own."""
         return None
 
     def rows(self, call: Any) -> Tensor | None:

@@ -174,9 +174,7 @@ class ResolutionRun(MethodRun):
         found = []
         for record in self.records:
             estimate = record.estimate
-            decoded = torch.cat(
-                [selection.decode(self._pipeline(), one) for one in estimate.split(1)]
-            )
+            decoded = torch.cat([self._decoded(one) for one in estimate.split(1)])
             side = 2 if record.layout.kind == "coarse" else 1
             decoded = decoded.repeat_interleave(side, -1).repeat_interleave(side, -2)
             levels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -213,9 +211,10 @@ class ResolutionRun(MethodRun):
         )
         return x
 
-    def _pipeline(self) -> Any:
-        """What decodes."""
-        return self.run.pipeline() or self.run.patched.pipeline()
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The picture of latents; offloading hooks move the VAE in."""
+        pipeline = self.run.pipeline() or self.run.patched.pipeline()
+        return self.adapter.decode(latents, pipeline.vae).to(latents.device)
 
     def _all_coarse(self, batch: int) -> Tensor:
         return torch.arange(self.now.coarse, device=self.now.table.device).expand(batch, -1)
@@ -223,7 +222,7 @@ class ResolutionRun(MethodRun):
     def _chosen(self) -> Tensor:
         method, cells = self.method, tuple(side // 2 for side in self.now.cells)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
-        energy = selection.energy(method.selector, clean, cells, self._pipeline(), clipped)
+        energy = selection.energy(method.selector, clean, cells, self._decoded, clipped)
         return top_rows(energy, method.split_count(self.now.tokens, self._text))
 
     def _picture(self, tokens: Tensor) -> Tensor:

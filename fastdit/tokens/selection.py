@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,26 +11,22 @@ from fastdit.tokens import edges
 
 
 def energy(
-    selector: str, latents: Tensor, cells: tuple[int, int], pipeline: Any, clipped: bool
+    selector: str,
+    latents: Tensor,
+    cells: tuple[int, int],
+    decode: Callable[[Tensor], Tensor],
+    clipped: bool,
 ) -> Tensor:
     """fp32 [B, n], the detail in each token of clean latents [B, C, H, W]; see `tokens/edges.py`.
 
     Args:
         selector: "edges", of the decoded picture, or "gradient" or "variance", of the latents.
         cells: Rows and columns of tokens.
-        pipeline: Decodes, one image after the other, so that each decides in a batch as it would alone.
+        decode: Is given one image after the other, so that each decides in a batch as it would alone.
         clipped: Take the decoded picture, whose range is -1 to 1, for one from 0 to 1, as published.
     """
     if selector == "edges":
-        pictures = (decode(pipeline, image) for image in latents.split(1))
+        pictures = (decode(image) for image in latents.split(1))
         return torch.cat([edges.edge_energy(picture, cells, clipped) for picture in pictures])
     of_latents = {"gradient": edges.gradient_energy, "variance": edges.variance_energy}[selector]
     return of_latents(latents, cells)
-
-
-def decode(pipeline: Any, latents: Tensor) -> Tensor:
-    """The picture [B, 3, H, W], -1 to 1, of latents [B, C, h, w]; offloading hooks move the VAE in."""
-    vae = pipeline.vae
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
-    return vae.decode(latents, return_dict=False)[0].to(latents.device)

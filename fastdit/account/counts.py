@@ -1,0 +1,225 @@
+"""What the parts of a model cost, counted on an example of it and not written down by anybody.
+
+The stock transformer runs on a copy without weights (see `skeleton.py`), and each form of block once more as its
+adapter restates it, with each component reused in turn: what is spared then is that component's cost, and what its
+slot holds its size. In a family with an adapter all counts are polynomials of the number of image and text tokens,
+of second degree since attention is, so a few small examples say what every size costs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastdit.account.skeleton import Macs, Skeleton, Visit, made_once, structure
+from fastdit.adapters.base import ROWS, Size
+from fastdit.blocks.forward import Forward
+from fastdit.schedules.plan import COMPUTE, KEEP, REUSE
+
+#: image and text tokens of the examples; each picture is a square, as DiT wants it
+POINTS = tuple(Size(*pair) for pair in ((4, 3), (9, 3), (16, 3), (4, 5), (4, 8), (9, 5)))
+_counts: dict[Any, Counts] = {}
+
+
+def counts_of(adapter: Any, transformer: nn.Module, size: Size) -> Counts:
+    """The counts of a transformer, for `size` at least; made once for models of one structure and config."""
+    key = structure(adapter, transformer)
+    if adapter.restates:
+        return made_once(_counts, key, lambda: Counts(adapter, transformer, POINTS))
+
+    def make() -> Counts:
+        try:
+            return Counts(adapter, transformer, (size,), call.hidden_states.shape[0])
+        except Exception:  # it needs values, or what a meta device cannot do
+            return Estimates(adapter, transformer)
+
+    call = adapter.seen(size)
+    if call is None:
+        return Estimates(adapter, transformer)
+    return made_once(_counts, (*key, call.signature), make)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A count as a polynomial: constant, image, text, image^2, image text, text^2."""
+
+    values: tuple[int, ...]
+
+    def at(self, size: Size) -> int:
+        """Its value for one row of this size."""
+        return sum(a * b for a, b in zip(self.values, _monomials(size), strict=True))
+
+
+_NOTHING = Terms((0,) * 6)
+
+
+class Counts:
+    """Of one structure, per row of the batch.
+
+    Attributes:
+        exact: Whether they are counts, or estimates.
+    """
+
+    exact = True
+
+    def __init__(self, adapter: Any, transformer: nn.Module, sizes: Any, rows: int = ROWS) -> None:
+        skeleton = Skeleton(adapter, transformer)
+        self._forms = {key: index for index, key in enumerate(skeleton.times())}
+        self._of = [self._forms[key] for key in skeleton.forms]
+        found = [self._measured(adapter, skeleton, size, rows) for size in sizes]
+        names = sorted(set().union(*found), key=str)
+        values = np.array([[one[name] for name in names] for one in found], dtype=np.int64)
+        self._terms = dict(zip(names, _fitted(sizes, values), strict=True))
+
+    def keys(self, block: int, size: Size) -> int:
+        """Elements of a block's keys and values of attentions whose keys are image tokens, per row."""
+        return sum(
+            terms.at(size)
+            for (what, form, _), terms in self._terms.items()
+            if what == "keys" and form == self._of[block] and terms.values[1]
+        )
+
+    def of(self, what: str, block: int | None = None, component: str | None = None) -> Terms:
+        """What to count of a block's component, of a block, or of a call.
+
+        `what` is one of "macs", "layers" (macs without products of attention) and "slot" (elements of the kept output)
+        of a component; "outside" (macs outside of all components), "prompt" (those of its projection), "prompt_slot"
+        and "modulation" (channels) of a call.
+        """
+        form = None if block is None else self._of[block]
+        return self._terms.get((what, form, component), _NOTHING)
+
+    def _measured(self, adapter: Any, skeleton: Skeleton, size: Size, rows: int) -> dict[Any, int]:
+        example = skeleton.run(adapter.example(skeleton.transformer, size))
+        found: dict[Any, int] = defaultdict(int)
+        found["outside", None, None] = example.macs
+        found["prompt", None, None] = example.prompt
+        found["prompt_slot", None, None] = example.prompt_elements
+        for key, times in skeleton.times().items():
+            if key not in example.visits:  # the call has nothing for these blocks
+                continue
+            for (what, component), value in _block(adapter, example.visits[key]).items():
+                if what == "modulation":
+                    found[what, None, None] += times * value
+                else:
+                    found[what, self._forms[key], component] = value
+                if what == "macs":
+                    found["outside", None, None] -= times * value
+        return {name: value // rows for name, value in found.items()}
+
+
+class Estimates(Counts):
+    """Where a model cannot be counted: its linear layers, over the image tokens alone."""
+
+    exact = False
+
+    def __init__(self, adapter: Any, transformer: nn.Module) -> None:
+        self._terms, self._of = {}, list(range(len(adapter.blocks(transformer))))
+        slot = Terms((0, adapter.width(transformer), 0, 0, 0, 0))
+        outside = [0] * 6
+        for block, component, weights in adapter.linear_weights(transformer):
+            if block is None:
+                outside[component == "tokens"] = weights
+                continue
+            macs = Terms((0, weights, 0, 0, 0, 0))
+            for what, terms in (("macs", macs), ("layers", macs), ("slot", slot)):
+                self._terms[what, block, component] = terms
+        self._terms["outside", None, None] = Terms(tuple(outside))
+
+
+class _Asked(Forward):
+    """A forward that notes how wide modulations are."""
+
+    width = 0
+
+    def modulation(self, *args: Any) -> Tensor:
+        found = super().modulation(*args)
+        self.width += found.numel()
+        return found
+
+
+def _block(adapter: Any, visit: Visit) -> dict[Any, int]:
+    """Counts of the components of a block."""
+    kind, block = visit.kind, visit.block
+    names = [n for n in adapter.components[kind] if adapter.has_component(kind, block, n)]
+    consumers, parts = adapter.consumers.get(kind, {}), adapter.parts(kind, block)
+    slots: dict[Any, Any] = {}
+    keys: dict[str, int] = defaultdict(int)
+
+    def run(reused: Any) -> tuple[Macs, _Asked]:
+        row = {n: KEEP | (REUSE if n in reused else COMPUTE) for n in names}
+        forward = _Asked(None, [block], actions=[row], slots=slots)
+        forward.start_block(0)
+        for name, part in parts.items():
+            part.__dict__["forward"] = functools.partial(_ask, forward, name, part)
+        with torch.inference_mode(False), torch.no_grad(), Macs() as macs:
+            adapter.forwards[kind](block, forward, *visit.args, **visit.kwargs)
+        return macs, forward
+
+    with _noting_keys(block, keys):
+        full, forward = run(())
+    found = {("modulation", None): forward.width}
+    for attention, elements in keys.items():
+        found["keys", attention] = 2 * elements
+    for name in names:
+        inputs = {n for n, consumer in consumers.items() if consumer == name}
+        with_, without = run(inputs)[0] if inputs else full, run({*inputs, name})[0]
+        found["macs", name] = with_.total - without.total
+        found["layers", name] = with_.layers - without.layers
+        found["slot", name] = sum(_elements(v) for key, v in slots.items() if key[1] == name)
+    for part in parts.values():
+        del part.__dict__["forward"]
+    return found
+
+
+def _ask(forward: Forward, name: str, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return forward.component(name, lambda: type(part).forward(part, *args, **kwargs))
+
+
+@contextmanager
+def _noting_keys(block: nn.Module, keys: dict[str, int]) -> Iterator[None]:
+    """Attention -> elements of the keys it projects, of both streams where it has two."""
+    hooks = []
+    for path, module in block.named_modules():
+        owner, _, name = path.rpartition(".")
+        if name in ("to_k", "add_k_proj"):
+
+            def note(module: Any, args: Any, output: Tensor, owner: str = owner) -> None:
+                keys[owner] += output.numel()
+
+            hooks.append(module.register_forward_hook(note))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    return sum(_elements(part) for part in value if part is not None)
+
+
+def _monomials(size: Size) -> tuple[int, ...]:
+    n, t = size.image, size.text
+    return 1, n, t, n * n, n * t, t * t
+
+
+def _fitted(sizes: Any, values: np.ndarray) -> list[Terms]:
+    """The polynomial through each column of values; a constant where there is one size alone."""
+    if len(sizes) == 1:
+        return [Terms((int(value), 0, 0, 0, 0, 0)) for value in values[0]]
+    table = np.array([_monomials(size) for size in sizes], dtype=np.int64)
+    found = np.rint(np.linalg.solve(table.astype(float), values.astype(float))).astype(np.int64)
+    if (table @ found != values).any():
+        raise ArithmeticError("the cost of a model is no polynomial of its tokens")
+    return [Terms(tuple(map(int, column))) for column in found.T]

@@ -1,0 +1,241 @@
+"""A transformer's example call on a copy of it without weights, on the meta device: what its blocks are given.
+
+The copy has the structure of the model and nothing else: no hooks, no compilers, no other attention backend, and one
+module for all blocks of one form. So it costs milliseconds, needs no device and no memory, and whatever is done to the
+weights (offloading, quantization, casting) does not matter.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: what instances carry that is not structure
+_ADDED = (
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+    "_diffusers_hook",
+    "_compiled_call_impl",
+    "_fastdit",
+)
+_KEPT = 64
+_PLAIN = (int, float, str, bool, tuple)
+
+
+class Macs(TorchDispatchMode):
+    """Multiply-accumulates of the operations inside the `with`, as torch counts FLOPs.
+
+    Attributes:
+        layers, products: Those of layers with weights, and of products of activations.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = self.products = 0
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.products
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket
+        if name in flop_registry:
+            macs = flop_registry[name](*args, **(kwargs or {}), out_val=out) // 2
+            if str(name) in ("aten.mm", "aten.addmm", "aten.convolution"):
+                self.layers += macs
+            else:
+                self.products += macs
+        return out
+
+
+@dataclass
+class Visit:
+    """What the blocks of one form are given in a call.
+
+    Attributes:
+        kind, block: Their list's name, and the copy that stands for all of them.
+        args, kwargs: Their arguments, on the meta device.
+        macs: Multiply-accumulates of one of them.
+    """
+
+    kind: str
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any = None
+    macs: int = 0
+
+
+@dataclass
+class Example:
+    """What a call of a skeleton did.
+
+    Attributes:
+        visits: Form of a block -> what such blocks are given.
+        macs: Multiply-accumulates of the whole call.
+        prompt, prompt_elements: Those of the projections of the prompt alone, and the size of their outputs.
+    """
+
+    visits: dict[Any, Visit] = field(default_factory=dict)
+    macs: int = 0
+    prompt: int = 0
+    prompt_elements: int = 0
+
+
+def form(module: nn.Module) -> tuple[Any, ...]:
+    """What tells modules apart whose skeletons differ."""
+    return tuple(
+        (
+            name,
+            type(part),
+            *(None if p is None else p.shape for p in part._parameters.values()),
+            *((k, v) for k, v in part.__dict__.items() if isinstance(v, _PLAIN) and k[0] != "_"),
+        )
+        for name, part in module.named_modules()
+    )
+
+
+def forms(adapter: Any, transformer: nn.Module) -> list[Any]:
+    """Of every block, what it has in common with those that cost the same."""
+    return [(kind, form(block)) for kind, block in adapter.blocks(transformer)]
+
+
+def structure(adapter: Any, transformer: nn.Module) -> tuple[Any, ...]:
+    """What tells transformers apart whose skeletons differ."""
+    outside = tuple((name, type(module)) for name, module in transformer.named_children())
+    config = repr(transformer.config)
+    return adapter.family, type(transformer), config, outside, *forms(adapter, transformer)
+
+
+def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """What `make` made under a key the first time; the oldest of many are forgotten."""
+    if key not in kept:
+        while len(kept) >= _KEPT:
+            kept.pop(next(iter(kept)), None)
+        kept[key] = make()
+    return kept[key]
+
+
+class Skeleton:
+    """The copy. Equal blocks of `adapter` are one module, which runs once in a call; the others get its outputs."""
+
+    def __init__(self, adapter: Any, transformer: nn.Module) -> None:
+        self._adapter, self._dtype = adapter, transformer.dtype
+        self._made: dict[Any, nn.Module] = {}
+        blocks = adapter.blocks(transformer)
+        self.forms = forms(adapter, transformer)
+        self._kinds = {key: kind for key, (kind, _) in zip(self.forms, blocks, strict=True)}
+        self._twins = {id(block): key for key, (_, block) in zip(self.forms, blocks, strict=True)}
+        self.transformer = self._copy(transformer)
+
+    def run(self, arguments: dict[str, Any]) -> Example:
+        """Call it with arguments on the meta device."""
+        found, counter = Example(), Macs()
+        spared = 0
+
+        def visit(key: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal spared
+            block = self._made[key]
+            if key in found.visits:
+                spared += found.visits[key].macs
+                return found.visits[key].output
+            before = counter.total
+            here = found.visits[key] = Visit(self._kinds[key], block, args, kwargs)
+            here.output = type(block).forward(block, *args, **kwargs)
+            here.macs = counter.total - before
+            return here.output
+
+        def project(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            before = counter.total
+            output = type(module).forward(module, *args, **kwargs)
+            found.prompt += counter.total - before
+            found.prompt_elements += output.numel()
+            return output
+
+        for key in self._kinds:
+            _bind(self._made[key], visit, key)
+        for module in self._adapter.prompt_projections_of(self.transformer):
+            _bind(module, project, module)
+        with torch.inference_mode(False), torch.no_grad(), counter:
+            self.transformer(**arguments)
+        found.macs = counter.total + spared
+        return found
+
+    def times(self) -> Counter[Any]:
+        """How many blocks there are of each form."""
+        return Counter(self.forms)
+
+    def _copy(self, module: nn.Module) -> nn.Module:
+        key = self._twins.get(id(module), id(module))
+        if key not in self._made:
+            self._made[key] = self._linear(module) or self._other(module)
+        return self._made[key]
+
+    def _linear(self, module: nn.Module) -> nn.Module | None:
+        """A plain layer for one that may keep its weights in another form."""
+        if not isinstance(module, nn.Linear):
+            return None
+        dtype = module.weight.dtype if module.weight.dtype in FLOATS else self._dtype
+        sizes = module.in_features, module.out_features, module.bias is not None
+        return nn.Linear(*sizes, device="meta", dtype=dtype)
+
+    def _other(self, module: nn.Module) -> nn.Module:
+        made = object.__new__(type(module))
+        state = {k: self._meta(v) for k, v in module.__dict__.items() if k not in _ADDED}
+        state |= nn.Module().__dict__ | {"training": False}
+        state |= {"_chunk_size": None} if "_chunk_size" in state else {}
+        state |= {"fused_projections": False} if "fused_projections" in state else {}
+        made.__dict__.update(state)
+        for kind in ("_parameters", "_buffers"):
+            getattr(made, kind).update((k, self._meta(v)) for k, v in getattr(module, kind).items())
+        for name, child in module._modules.items():
+            made._modules[name] = None if child is None else self._copy(child)
+        if getattr(module, "processor", None) is not None:
+            made._modules.pop("processor", None)
+            made.__dict__["processor"] = self._processor(module)
+        return made
+
+    def _meta(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        odd = value.is_floating_point() and value.dtype not in FLOATS
+        dtype = self._dtype if odd else value.dtype
+        return torch.empty(value.shape, dtype=dtype, device="meta")
+
+    def _processor(self, module: nn.Module) -> Any:
+        """The family's own attention processor, on torch's own attention."""
+        names = self._adapter.processors
+        for place in (
+            sys.modules[type(module).__module__],
+            importlib.import_module("diffusers.models.attention_processor"),
+        ):
+            for name in names:
+                if hasattr(place, name):
+                    return getattr(place, name)()
+        processor = module.processor
+        if isinstance(processor, nn.Module):
+            return self._copy(processor)
+        processor = copy.copy(processor)
+        for name in ("_attention_backend", "_parallel_config"):
+            if hasattr(processor, name):
+                setattr(processor, name, None)
+        return processor
+
+
+def _bind(module: nn.Module, function: Callable[..., Any], first: Any) -> None:
+    module.__dict__["forward"] = lambda *args, **kwargs: function(first, *args, **kwargs)

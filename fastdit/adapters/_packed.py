@@ -1,0 +1,96 @@
+"""Base of families whose pipelines pack latents: [B, N, 4 C], a token for 2 x 2 latent pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdit.adapters.base import Adapter, batch_index, place_of
+from fastdit.tokens.layout import SIDE, Layout
+
+
+class Packed(Adapter):
+    """The tokens of a call are what it is given; only pictures and predictions have a height and a width."""
+
+    #: arguments with a position for each image token; where tokens are left out, as many are given, which nobody reads
+    token_positions: Sequence[str] = ()
+
+    def patch(self, transformer: nn.Module) -> int:
+        """The pipeline packs 2 x 2 latent pixels."""
+        return SIDE
+
+    def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
+        """Those given; of a [B, C, H, W] shape (for predictions), those it would be packed to."""
+        if len(latent_shape) == 3:
+            return latent_shape[1]
+        return (latent_shape[-2] // SIDE) * (latent_shape[-1] // SIDE)
+
+    def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """From [B, N, 4 C]."""
+        tiles = self.field(latents, grid)
+        return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def patches(self, velocity: Tensor, patch: int) -> Tensor:
+        """[B, N, 4 C] as [B, N, 1, 2, 2, C]: the grid does not matter to who chooses tokens."""
+        return self.field(velocity, (velocity.shape[1], 1))
+
+    def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
+        """[B, gh gw, 4 C] as [B, gh, gw, 2, 2, C]."""
+        grid = latents.unflatten(1, cells).unflatten(3, (-1, SIDE, SIDE))
+        return grid.permute(0, 1, 2, 4, 5, 3)
+
+    def gather_inputs(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, rows: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The active tokens' latents."""
+        args, kwargs = list(args), dict(kwargs)
+        owner, key = place_of(transformer, args, kwargs, "hidden_states")
+        count = owner[key].shape[1]
+        owner[key] = owner[key][batch_index(rows), rows]
+        self._cut_positions(transformer, args, kwargs, rows.shape[1])
+        self._gather_residuals(transformer, args, kwargs, rows, count)
+        return tuple(args), kwargs
+
+    def _cut_positions(self, transformer: nn.Module, args: Any, kwargs: Any, count: int) -> None:
+        for name in self.token_positions:
+            owner, key = place_of(transformer, args, kwargs, name)
+            owner[key] = owner[key][..., :count, :]
+
+    def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
+        """`full` [B, N, 4 C] with `rows` replaced by `sample`."""
+        return full.index_put((batch_index(rows), rows), sample)
+
+    def check_resolution(self, transformer: nn.Module) -> None:
+        """Its own attention must be able to run where each image of a batch has other tokens."""
+        super().check_resolution(transformer)
+        self.check_tokens(transformer)
+
+    def reduce_inputs(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, layout: Layout, ops: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The layout's tokens; `embed_layout` says where they are."""
+        args, kwargs = list(args), dict(kwargs)
+        owner, key = place_of(transformer, args, kwargs, "hidden_states")
+        owner[key] = layout.read(self.field(owner[key], layout.cells), ops)
+        self._cut_positions(transformer, args, kwargs, layout.tokens)
+        return tuple(args), kwargs
+
+    def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
+        """[B, n, 4 C] drawn at full size, [B, N, 4 C]."""
+        full = sample.new_empty(sample.shape[0], latents.shape[1], sample.shape[2])
+        layout.write(sample, self.field(full, layout.cells), ops)
+        return full
+
+    def embed(
+        self, module: nn.Module, shape: Sequence[int], rows: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A rotation that nobody reads: attention takes that of all tokens at the rows."""
+        return type(module).forward(module, *args, **kwargs)
+
+    replaces_attention = True
+
+    def owns_attention(self, layout: Layout, batch: int) -> bool:
+        """The stock one has one rotation for all images."""
+        return layout.table.shape[0] > 1

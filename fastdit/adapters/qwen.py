@@ -1,0 +1,206 @@
+"""Qwen-Image: double-stream blocks with joint attention over [text, image], rotary positions, adaLN-zero.
+
+Restates diffusers' `QwenImageTransformerBlock` (the form of diffusers >= 0.37, whose attention honours the prompt's
+mask). Positions are made inside of the model from the pictures' shapes, and are counted from a picture's middle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.adapters._packed import Packed
+from fastdit.adapters.base import Call, Size, argument_of, blank, chunk_gates, forward_arguments
+from fastdit.blocks.attention import Rotation, joint_attention
+from fastdit.blocks.forward import Forward
+from fastdit.blocks.modulation import LayerInputs, repeated
+from fastdit.errors import ArgumentError
+from fastdit.observe import private
+from fastdit.tokens.layout import Layout
+
+
+def double_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    modulate_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One `QwenImageTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
+    image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(
+        fw.adaln(block.img_mod, temb), 6
+    )
+    t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = chunk_gates(
+        fw.adaln(block.txt_mod, temb), 6
+    )
+
+    def attend() -> tuple[Tensor, ...]:
+        u_image = image.normed(block.img_norm1, scale, shift)
+        u_text = text.normed(block.txt_norm1, t_scale, t_shift)
+        if fw.tokens is not None:
+            rotation = fw.rotation(lambda: _joint(image_rotary_emb))
+            mask = encoder_hidden_states_mask
+            return joint_attention(
+                fw, "attn", block.attn, u_image, u_text, rotation=rotation, mask=mask
+            )
+        return fw.segments.attention(
+            block.attn,
+            hidden_states=u_image,
+            encoder_hidden_states=u_text,
+            encoder_hidden_states_mask=encoder_hidden_states_mask,
+            image_rotary_emb=image_rotary_emb,
+            **(joint_attention_kwargs or {}),
+        )
+
+    attention = fw.component("attn", attend)
+    image.add(attention[0], gate)
+    image.add(_feed_forward(fw, block, "img", image, scale_mlp, shift_mlp), gate_mlp)
+    text.add(attention[1], t_gate)
+    text.add(_feed_forward(fw, block, "txt", text, t_scale_mlp, t_shift_mlp), t_gate_mlp)
+    text.clip_to_half()
+    image.clip_to_half()
+    return text.leave(), image.leave()
+
+
+def _feed_forward(
+    fw: Forward, block: nn.Module, name: str, stream: Any, scale: Tensor, shift: Tensor
+) -> Any:
+    ff, norm = getattr(block, f"{name}_mlp"), getattr(block, f"{name}_norm2")
+    return fw.component(
+        f"{name}_mlp", lambda: fw.segments.feed_forward(ff, stream.normed(norm, scale, shift))
+    )
+
+
+def _joint(given: tuple[Tensor, Tensor]) -> Rotation:
+    """Of text and image, which may have positions of its own in each picture of a batch."""
+    image, text = given
+    return Rotation.of(torch.cat([text.expand(*image.shape[:-2], -1, -1), image], dim=-2))
+
+
+def _shapes(call_shapes: Any) -> Sequence[tuple[int, int, int]]:
+    """Frames, rows and columns of the picture and of its references; alike in a batch."""
+    first = call_shapes[0]
+    return [first] if isinstance(first[0], int) else first
+
+
+class Qwen(Packed):
+    """Adapter of `QwenImageTransformer2DModel`, but for the form of two modulations (Edit-2511), which is wrapped."""
+
+    family = "qwen"
+    model_classes = ("QwenImageTransformer2DModel",)
+    kinds = {"transformer_blocks": "QwenImageTransformerBlock"}
+    components = {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")}
+    forwards = {"transformer_blocks": double_block}
+    embeddings_arguments = (
+        "encoder_hidden_states",
+        "encoder_hidden_states_mask",
+        "additional_t_cond",
+    )
+    other_arguments = ("guidance",)
+    positions_argument = "img_shapes"
+    timesteps_per_unit = 1000
+    text_tokens = 128  # the pipeline does not pad the prompt
+    layouts = {"attn": ("image", "text"), "img_mlp": ("image",), "txt_mlp": ("text",)}
+    fused_attentions = ("attn",)
+    prompt_projections = ("txt_in",)
+    condition_embedding = "time_text_embed"
+    processors = ("QwenDoubleStreamAttnProcessor2_0",)
+    residual_arguments = ("controlnet_block_samples",)
+    changes_resolution = True
+
+    def matches(self, transformer: Any) -> bool:
+        """Whether it is of this family, in a form that the block's forward covers."""
+        if not super().matches(transformer) or transformer.config.get("zero_cond_t"):
+            return False
+        return "modulate_index" in forward_arguments(type(transformer.transformer_blocks[0]))
+
+    def moved_tokens(self, call: Call) -> int:
+        """Those of the picture, without the references behind it."""
+        return math.prod(_shapes(call.positions)[0])
+
+    def grid(self, latents: Sequence[int], positions: Any, patch: int) -> tuple[int, int]:
+        """As the pipeline says."""
+        frames, rows, columns = _shapes(positions)[0]
+        return frames * rows, columns
+
+    def cells(self, call: Call, patch: int) -> tuple[int, int]:
+        """Those of one picture."""
+        if len(_shapes(call.positions)) > 1 or _shapes(call.positions)[0][0] > 1:
+            raise ArgumentError(
+                f"img_shapes must be those of one picture for RALU, got {_shapes(call.positions)}"
+            )
+        return super().cells(call, patch)
+
+    def decode(self, latents: Tensor, vae: Any) -> Tensor:
+        """Its VAE is one of videos."""
+        mean, std = (
+            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        video = (latents.unsqueeze(2) / (1.0 / std) + mean).to(vae.dtype)
+        return vae.decode(video, return_dict=False)[0][:, :, 0]
+
+    def embed_layout(
+        self, module: nn.Module, layout: Layout, memory: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Below full resolution positions are those of a picture of half the size, in steps of a half."""
+        if layout.kind == "full":
+            return type(module).forward(module, *args, **kwargs)
+        length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.cells]
+        if length not in memory:
+            level, *places = layout.table.float().unbind(-1)
+            middles = (side - side // 2 for side in sides)
+            places = [p / 2 - middle for p, middle in zip(places, middles, strict=True)]
+            axes = zip((0 * level, *places), module.axes_dim, strict=True)
+            image = torch.cat([_turns(axis, dim, module.theta) for axis, dim in axes], dim=-1)
+            first = max(side // 2 for side in sides)
+            text = module.pos_freqs[first : first + length].to(image.device)
+            memory[length] = (image[0] if len(image) == 1 else image), text
+        return memory[length]
+
+    def layer_inputs(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> LayerInputs | None:
+        """The embedding of the timestep, and of what is told beside it."""
+        embed = transformer.time_text_embed
+        names = ("hidden_states", "guidance", "additional_t_cond")
+        latents, guidance, told = (argument_of(transformer, args, kwargs, n) for n in names)
+        if guidance is not None or not private(embed):
+            return None
+
+        def make(timesteps: Tensor) -> tuple[Tensor]:
+            given = None if told is None else repeated(told, len(timesteps), batch)
+            return (embed(timesteps.to(latents.dtype), latents[:0], given),)
+
+        return LayerInputs(make, () if told is None else (told,))
+
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """Packed pictures and masked prompts."""
+        config, told = transformer.config, blank(transformer, dtype=torch.int64)
+        return {
+            "hidden_states": blank(transformer, size.image, config.in_channels),
+            "encoder_hidden_states": blank(transformer, size.text, config.joint_attention_dim),
+            "encoder_hidden_states_mask": blank(transformer, size.text, dtype=torch.bool),
+            "timestep": blank(transformer),
+            "img_shapes": [[(1, 1, size.image)]],
+            "additional_t_cond": told if config.get("use_additional_t_cond") else None,
+        }
+
+
+def _turns(places: Tensor, dim: int, theta: float) -> Tensor:
+    """Complex rotations [..., dim / 2] at places that need not be whole numbers, as `QwenEmbedRope` makes them."""
+    steps = torch.arange(0, dim, 2).to(places.device, torch.float32).div(dim)
+    angles = places[..., None] * (1.0 / torch.pow(theta, steps))
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+ADAPTER = Qwen()
