@@ -7,20 +7,18 @@ mask). Positions are made inside of the model from the pictures' shapes, and are
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
-from fastdit.adapters.base import Call, Size, argument_of, blank, chunk_gates, forward_arguments
+from fastdit.adapters.base import Call, Size, blank, chunk_gates, forward_arguments
 from fastdit.attention import Rotation, joint_attention
 from fastdit.errors import ArgumentError
 from fastdit.forward import Forward
 from fastdit.layout import Layout
-from fastdit.modulation import LayerInputs, repeated
-from fastdit.observe import private
 
 
 def double_block(
@@ -47,10 +45,12 @@ def double_block(
         u_image = image.normed(block.img_norm1, scale, shift)
         u_text = text.normed(block.txt_norm1, t_scale, t_shift)
         if fw.tokens is not None:
-            rotation = fw.rotation(lambda: _joint(image_rotary_emb))
-            mask = encoder_hidden_states_mask
+            turn, mask = (
+                fw.rotation(lambda: Rotation.of(*image_rotary_emb[::-1])),
+                encoder_hidden_states_mask,
+            )
             return joint_attention(
-                fw, "attn", block.attn, u_image, u_text, rotation=rotation, mask=mask
+                fw, "attn", block.attn, u_image, u_text, rotation=turn, mask=mask
             )
         return fw.segments.attention(
             block.attn,
@@ -80,12 +80,6 @@ def _feed_forward(
     )
 
 
-def _joint(given: tuple[Tensor, Tensor]) -> Rotation:
-    """Of text and image, which may have positions of its own in each picture of a batch."""
-    image, text = given
-    return Rotation.of(torch.cat([text.expand(*image.shape[:-2], -1, -1), image], dim=-2))
-
-
 def _shapes(call_shapes: Any) -> Sequence[tuple[int, int, int]]:
     """Frames, rows and columns of the picture and of its references; alike in a batch."""
     first = call_shapes[0]
@@ -113,6 +107,7 @@ class Qwen(Packed):
     fused_attentions = ("attn",)
     prompt_projections = ("txt_in",)
     condition_embedding = "time_text_embed"
+    condition_arguments = ("additional_t_cond",)
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
     residual_arguments = ("controlnet_block_samples",)
     changes_resolution = True
@@ -157,31 +152,23 @@ class Qwen(Packed):
             return type(module).forward(module, *args, **kwargs)
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.cells]
         if length not in memory:
-            level, *places = layout.table.float().unbind(-1)
+            level, *places = layout.table.float().cpu().unbind(-1)
             middles = (side - side // 2 for side in sides)
             places = [p / 2 - middle for p, middle in zip(places, middles, strict=True)]
             axes = zip((0 * level, *places), module.axes_dim, strict=True)
-            image = torch.cat([_turns(axis, dim, module.theta) for axis, dim in axes], dim=-1)
+            turns = [module.rope_params(place.flatten(), dim, module.theta) for place, dim in axes]
+            image = torch.cat(turns, dim=-1).unflatten(0, level.shape)
             first = max(side // 2 for side in sides)
-            text = module.pos_freqs[first : first + length].to(image.device)
-            memory[length] = (image[0] if len(image) == 1 else image), text
+            text = module.pos_freqs[first : first + length]
+            found = (image[0] if len(image) == 1 else image), text
+            memory[length] = tuple(part.to(layout.table.device) for part in found)
         return memory[length]
 
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
-        """The embedding of the timestep, and of what is told beside it."""
-        embed = transformer.time_text_embed
-        names = ("hidden_states", "guidance", "additional_t_cond")
-        latents, guidance, told = (argument_of(transformer, args, kwargs, n) for n in names)
-        if guidance is not None or not private(embed):
-            return None
-
-        def make(timesteps: Tensor) -> tuple[Tensor]:
-            given = None if told is None else repeated(told, len(timesteps), batch)
-            return (embed(timesteps.to(latents.dtype), latents[:0], given),)
-
-        return LayerInputs(make, () if told is None else (told,))
+    def embed_condition(
+        self, embed: nn.Module, latents: Tensor, timesteps: Tensor, *told: Any
+    ) -> Tensor:
+        """It is given latents for their dtype."""
+        return embed(timesteps.to(latents.dtype), latents[:0], *told)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Packed pictures and masked prompts."""
@@ -194,13 +181,6 @@ class Qwen(Packed):
             "img_shapes": [[(1, 1, size.image)]],
             "additional_t_cond": told if config.get("use_additional_t_cond") else None,
         }
-
-
-def _turns(places: Tensor, dim: int, theta: float) -> Tensor:
-    """Complex rotations [..., dim / 2] at places that need not be whole numbers, as `QwenEmbedRope` makes them."""
-    steps = torch.arange(0, dim, 2).to(places.device, torch.float32).div(dim)
-    angles = places[..., None] * (1.0 / torch.pow(theta, steps))
-    return torch.polar(torch.ones_like(angles), angles)
 
 
 ADAPTER = Qwen()
