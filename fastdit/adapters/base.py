@@ -213,7 +213,7 @@ class Adapter:
             ArgumentError: One is given that the adapter does not name.
         """
         given = arguments_of(transformer, args, kwargs)
-        for name in given.keys() - self.known_arguments:
+        for name in given.keys() - self.known_arguments if self.restates else ():
             if given[name] is not None:
                 raise ArgumentError(
                     f"{name}: the {self.family} adapter does not know what {type(transformer).__name__} does with it; "
