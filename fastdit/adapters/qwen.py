@@ -41,7 +41,7 @@ def double_block(
         fw.adaln(block.txt_mod, temb), 6
     )
 
-    def attend() -> tuple[Tensor, ...]:
+    def attend() -> Any:
         u_image = image.normed(block.img_norm1, scale, shift)
         u_text = text.normed(block.txt_norm1, t_scale, t_shift)
         if fw.tokens is not None:
@@ -71,12 +71,10 @@ def double_block(
     return text.leave(), image.leave()
 
 
-def _feed_forward(
-    fw: Forward, block: nn.Module, name: str, stream: Any, scale: Tensor, shift: Tensor
-) -> Any:
-    ff, norm = getattr(block, f"{name}_mlp"), getattr(block, f"{name}_norm2")
+def _feed_forward(fw: Forward, block: nn.Module, part: str, stream: Any, *affine: Tensor) -> Any:
+    ff, norm = getattr(block, f"{part}_mlp"), getattr(block, f"{part}_norm2")
     return fw.component(
-        f"{name}_mlp", lambda: fw.segments.feed_forward(ff, stream.normed(norm, scale, shift))
+        f"{part}_mlp", lambda: fw.segments.feed_forward(ff, stream.normed(norm, *affine))
     )
 
 
