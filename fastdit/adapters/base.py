@@ -365,9 +365,7 @@ class Adapter:
 
         return LayerInputs(make, tuple(t for t in told if t is not None))
 
-    def embed_condition(
-        self, embed: nn.Module, latents: Tensor, timesteps: Tensor, *told: Any
-    ) -> Tensor:
+    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
         """``embed`` of timesteps and of the `condition_arguments`, as the transformer calls it."""
         return embed(timesteps, *told)
 

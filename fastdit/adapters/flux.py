@@ -250,9 +250,7 @@ class Flux(Packed):
                     memory[key] = tuple(t[0] for t in memory[key])
         return memory[key]
 
-    def embed_condition(
-        self, embed: nn.Module, latents: Tensor, timesteps: Tensor, *told: Any
-    ) -> Tensor:
+    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
         """Of timesteps and guidance, if the model has it, in thousandths."""
         dtype, (guidance, pooled) = latents.dtype, told
         rows = (pooled,) if guidance is None else (guidance.to(dtype) * 1000, pooled)
