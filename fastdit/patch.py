@@ -142,6 +142,8 @@ def patch(
         Graphs() if cuda_graphs else None,
         pipeline,
     )
+    if adapter.restates and any(method.max_cache_bytes is not None for method in methods):
+        Cost(adapter, transformer, spec, Size(1, 1), 1, 1)  # counted here, not by the first request
     remove(transformer, "patch")
     attach(patched, transformer, pipeline, places)
     if not adapter.restates:

@@ -15,6 +15,7 @@ from oracle import Oracle, random_bits
 pytestmark = pytest.mark.diffusers
 
 FAMILIES = [name for name in tiny_models.FAMILIES if name.startswith(("sd3", "flux"))]
+FAMILIES += ["qwen"] if tiny_models.HAS_QWEN else []
 STEPS = 5
 
 
@@ -140,9 +141,10 @@ def test_what_is_told_to_processors_reaches_them(family, fused):
     """Stock processors warn of arguments that they do not know; ours would not be told."""
     model = tiny_models.transformer(family)
     fastdit.patch(model)
-    model(**tiny_models.call(family, 2), joint_attention_kwargs={"unheard_of": 1})
+    name = "attention_kwargs" if family == "qwen" else "joint_attention_kwargs"
+    model(**tiny_models.call(family, 2), **{name: {"unheard_of": 1}})
     assert not fused
-    model(**tiny_models.call(family, 2), joint_attention_kwargs={})
+    model(**tiny_models.call(family, 2), **{name: {}})
     assert fused
 
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.blocks.modulation import LayerInputs
+from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError, UnsupportedModelError
-from fastdit.observe import observed
+from fastdit.observe import observed, private
 from fastdit.spec import BlockKind, ModelSpec
 from fastdit.tokens.layout import SIDE, Layout
 
@@ -37,7 +37,8 @@ NEEDS: Mapping[str, str] = {
     "latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution cells field reduce_inputs expand_output embed_layout "
     "replaces_attention owns_attention",
-    "spared": "fused_attentions prompt_projections condition_embedding layer_inputs timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections condition_embedding condition_arguments layer_inputs "
+    "embed_condition timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 ROWS = 2
@@ -212,7 +213,7 @@ class Adapter:
             ArgumentError: One is given that the adapter does not name.
         """
         given = arguments_of(transformer, args, kwargs)
-        for name in given.keys() - self.known_arguments:
+        for name in given.keys() - self.known_arguments if self.restates else ():
             if given[name] is not None:
                 raise ArgumentError(
                     f"{name}: the {self.family} adapter does not know what {type(transformer).__name__} does with it; "
@@ -343,14 +344,30 @@ class Adapter:
 
     # ---- modulations of several steps at once
 
+    #: name of the module whose output is what the adaLN layers are given, if there is one for all
+    condition_embedding: str | None = None
+    #: what it embeds beside the timestep, if given
+    condition_arguments: Sequence[str] = ()
+
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs | None:
         """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
-        return None
+        embeds = self.condition_embeddings_of(transformer)
+        if not embeds or not private(embeds[0]):
+            return None
+        names = (self.image_argument, *self.condition_arguments)
+        latents, *told = (argument_of(transformer, args, kwargs, name) for name in names)
 
-    #: name of the module whose output is the first of these inputs, if there is one for all layers
-    condition_embedding: str | None = None
+        def make(timesteps: Tensor) -> tuple[Tensor]:
+            rows = (None if t is None else repeated(t, len(timesteps), batch) for t in told)
+            return (self.embed_condition(embeds[0], latents, timesteps, *rows),)
+
+        return LayerInputs(make, tuple(t for t in told if t is not None))
+
+    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
+        """``embed`` of timesteps and of the `condition_arguments`, as the transformer calls it."""
+        return embed(timesteps, *told)
 
     def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module; none in a family whose layers have their own."""

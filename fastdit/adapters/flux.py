@@ -8,7 +8,7 @@ where it is reused, unless a later step wants their value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,12 @@ from fastdit.adapters._packed import Packed
 from fastdit.adapters.base import (
     Call,
     Size,
-    argument_of,
     blank,
     chunk_gates,
 )
 from fastdit.blocks.attention import Part, Rotation, attend, joint_attention, projections
 from fastdit.blocks.forward import Forward, gathered, joint_normed
-from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError
-from fastdit.observe import private
 from fastdit.tokens.layout import Layout
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -199,6 +196,7 @@ class Flux(Packed):
     fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
+    condition_arguments = ("guidance", "pooled_projections")
     processors = ("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0")
     token_positions = ("img_ids",)
     residual_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
@@ -252,25 +250,11 @@ class Flux(Packed):
                     memory[key] = tuple(t[0] for t in memory[key])
         return memory[key]
 
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
-        """The embedding of timestep, guidance if the model has it, and pooled prompt."""
-        embed = transformer.time_text_embed
-        names = ("hidden_states", "guidance", "pooled_projections")
-        latents, guidance, pooled = (argument_of(transformer, args, kwargs, n) for n in names)
-        if pooled is None or not private(embed):
-            return None
-        tensors = (pooled,) if guidance is None else (guidance, pooled)
-        dtype = latents.dtype
-
-        def make(timesteps: Tensor) -> tuple[Tensor]:
-            rows = [repeated(tensor, len(timesteps), batch) for tensor in tensors]
-            if guidance is not None:
-                rows[0] = rows[0].to(dtype) * 1000
-            return (embed(timesteps.to(dtype) * 1000, *rows),)
-
-        return LayerInputs(make, tensors)
+    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
+        """Of timesteps and guidance, if the model has it, in thousandths."""
+        dtype, (guidance, pooled) = latents.dtype, told
+        rows = (pooled,) if guidance is None else (guidance.to(dtype) * 1000, pooled)
+        return embed(timesteps.to(dtype) * 1000, *rows)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Packed pictures and prompts; the distilled form is told the guidance."""

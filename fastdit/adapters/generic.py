@@ -82,14 +82,13 @@ class Generic(Adapter):
     restates = False
 
     def __init__(self, transformer: nn.Module) -> None:
-        cls, names = type(transformer), forward_arguments(type(transformer))
+        cls, names = type(transformer), _arguments(transformer)
         self.model_classes = (cls.__name__,)
         self.components = block_lists(transformer)
         self.kinds = {
             name: type(self.block_list(transformer, name)[0]).__name__ for name in self.components
         }
         self.forwards = dict.fromkeys(self.kinds, stock_block)
-        self.other_arguments = names
         self.embeddings_arguments = tuple(filter(_CONDITION.search, names))
         self.image_argument = next(filter(names.__contains__, _IMAGES))
         self.time_argument = next(filter(names.__contains__, _TIMES), "timestep")
@@ -198,7 +197,14 @@ def _without_values(value: Any) -> Any:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
+def _arguments(transformer: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of the transformer's forward, and of those that it may hand them on to."""
+    classes = (cls for cls in type(transformer).__mro__ if issubclass(cls, nn.Module))
+    names = (name for cls in classes if "forward" in vars(cls) for name in forward_arguments(cls))
+    return tuple(dict.fromkeys(names))
+
+
 def generic_adapter(transformer: nn.Module) -> Generic | None:
     """An adapter of a transformer by wrapping, or None where nothing can be wrapped."""
-    callable_so = set(forward_arguments(type(transformer))) & set(_IMAGES)
+    callable_so = set(_arguments(transformer)) & set(_IMAGES)
     return Generic(transformer) if callable_so and block_lists(transformer) else None

@@ -1,25 +1,23 @@
 """Qwen-Image: double-stream blocks with joint attention over [text, image], rotary positions, adaLN-zero.
 
-Restates diffusers' `QwenImageTransformerBlock` (the form of diffusers >= 0.37, whose attention honours the prompt's
-mask). Positions are made inside of the model from the pictures' shapes, and are counted from a picture's middle.
+Restates diffusers' `QwenImageTransformerBlock` (of diffusers >= 0.37, whose attention honours the prompt's mask).
+Positions are made inside of the model from the pictures' shapes, and counted from a picture's middle.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
-from fastdit.adapters.base import Call, Size, argument_of, blank, chunk_gates, forward_arguments
+from fastdit.adapters.base import Call, Size, blank, chunk_gates, forward_arguments
 from fastdit.blocks.attention import Rotation, joint_attention
 from fastdit.blocks.forward import Forward
-from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError
-from fastdit.observe import private
 from fastdit.tokens.layout import Layout
 
 
@@ -36,22 +34,16 @@ def double_block(
 ) -> tuple[Tensor, Tensor]:
     """One `QwenImageTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(
-        fw.adaln(block.img_mod, temb), 6
-    )
-    t_shift, t_scale, t_gate, t_shift_mlp, t_scale_mlp, t_gate_mlp = chunk_gates(
-        fw.adaln(block.txt_mod, temb), 6
-    )
+    # shift, scale and gate of the attention, then of the feed-forward
+    img, txt = (chunk_gates(fw.adaln(m, temb), 6) for m in (block.img_mod, block.txt_mod))
 
-    def attend() -> tuple[Tensor, ...]:
-        u_image = image.normed(block.img_norm1, scale, shift)
-        u_text = text.normed(block.txt_norm1, t_scale, t_shift)
+    def attend() -> Any:
+        u_image = image.normed(block.img_norm1, img[1], img[0])
+        u_text = text.normed(block.txt_norm1, txt[1], txt[0])
         if fw.tokens is not None:
-            rotation = fw.rotation(lambda: _joint(image_rotary_emb))
-            mask = encoder_hidden_states_mask
-            return joint_attention(
-                fw, "attn", block.attn, u_image, u_text, rotation=rotation, mask=mask
-            )
+            turn = fw.rotation(lambda: Rotation.of(*image_rotary_emb[::-1]))
+            given = {"rotation": turn, "mask": encoder_hidden_states_mask}
+            return joint_attention(fw, "attn", block.attn, u_image, u_text, **given)
         return fw.segments.attention(
             block.attn,
             hidden_states=u_image,
@@ -62,34 +54,25 @@ def double_block(
         )
 
     attention = fw.component("attn", attend)
-    image.add(attention[0], gate)
-    image.add(_feed_forward(fw, block, "img", image, scale_mlp, shift_mlp), gate_mlp)
-    text.add(attention[1], t_gate)
-    text.add(_feed_forward(fw, block, "txt", text, t_scale_mlp, t_shift_mlp), t_gate_mlp)
+    image.add(attention[0], img[2])
+    image.add(_feed_forward(fw, block, "img", image, img[4], img[3]), img[5])
+    text.add(attention[1], txt[2])
+    text.add(_feed_forward(fw, block, "txt", text, txt[4], txt[3]), txt[5])
     text.clip_to_half()
     image.clip_to_half()
     return text.leave(), image.leave()
 
 
-def _feed_forward(
-    fw: Forward, block: nn.Module, name: str, stream: Any, scale: Tensor, shift: Tensor
-) -> Any:
-    ff, norm = getattr(block, f"{name}_mlp"), getattr(block, f"{name}_norm2")
+def _feed_forward(fw: Forward, block: nn.Module, part: str, stream: Any, *affine: Tensor) -> Any:
+    ff, norm = getattr(block, f"{part}_mlp"), getattr(block, f"{part}_norm2")
     return fw.component(
-        f"{name}_mlp", lambda: fw.segments.feed_forward(ff, stream.normed(norm, scale, shift))
+        f"{part}_mlp", lambda: fw.segments.feed_forward(ff, stream.normed(norm, *affine))
     )
 
 
-def _joint(given: tuple[Tensor, Tensor]) -> Rotation:
-    """Of text and image, which may have positions of its own in each picture of a batch."""
-    image, text = given
-    return Rotation.of(torch.cat([text.expand(*image.shape[:-2], -1, -1), image], dim=-2))
-
-
-def _shapes(call_shapes: Any) -> Sequence[tuple[int, int, int]]:
+def _shapes(given: Any) -> Sequence[tuple[int, int, int]]:
     """Frames, rows and columns of the picture and of its references; alike in a batch."""
-    first = call_shapes[0]
-    return [first] if isinstance(first[0], int) else first
+    return [given[0]] if isinstance(given[0][0], int) else given[0]
 
 
 class Qwen(Packed):
@@ -113,6 +96,7 @@ class Qwen(Packed):
     fused_attentions = ("attn",)
     prompt_projections = ("txt_in",)
     condition_embedding = "time_text_embed"
+    condition_arguments = ("additional_t_cond",)
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
     residual_arguments = ("controlnet_block_samples",)
     changes_resolution = True
@@ -134,10 +118,9 @@ class Qwen(Packed):
 
     def cells(self, call: Call, patch: int) -> tuple[int, int]:
         """Those of one picture."""
-        if len(_shapes(call.positions)) > 1 or _shapes(call.positions)[0][0] > 1:
-            raise ArgumentError(
-                f"img_shapes must be those of one picture for RALU, got {_shapes(call.positions)}"
-            )
+        shapes = _shapes(call.positions)
+        if len(shapes) > 1 or shapes[0][0] > 1:
+            raise ArgumentError(f"img_shapes must be those of one picture for RALU, got {shapes}")
         return super().cells(call, patch)
 
     def decode(self, latents: Tensor, vae: Any) -> Tensor:
@@ -157,31 +140,18 @@ class Qwen(Packed):
             return type(module).forward(module, *args, **kwargs)
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.cells]
         if length not in memory:
-            level, *places = layout.table.float().unbind(-1)
-            middles = (side - side // 2 for side in sides)
-            places = [p / 2 - middle for p, middle in zip(places, middles, strict=True)]
+            level, *places = layout.table.float().cpu().unbind(-1)
+            places = [p / 2 - (n - n // 2) for p, n in zip(places, sides, strict=True)]
             axes = zip((0 * level, *places), module.axes_dim, strict=True)
-            image = torch.cat([_turns(axis, dim, module.theta) for axis, dim in axes], dim=-1)
-            first = max(side // 2 for side in sides)
-            text = module.pos_freqs[first : first + length].to(image.device)
-            memory[length] = (image[0] if len(image) == 1 else image), text
+            turns = [module.rope_params(place.flatten(), dim, module.theta) for place, dim in axes]
+            image = torch.cat(turns, dim=-1).unflatten(0, level.shape)
+            found = image.squeeze(0), module.pos_freqs[max(sides) // 2 :][:length]
+            memory[length] = tuple(part.to(layout.table.device) for part in found)
         return memory[length]
 
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
-        """The embedding of the timestep, and of what is told beside it."""
-        embed = transformer.time_text_embed
-        names = ("hidden_states", "guidance", "additional_t_cond")
-        latents, guidance, told = (argument_of(transformer, args, kwargs, n) for n in names)
-        if guidance is not None or not private(embed):
-            return None
-
-        def make(timesteps: Tensor) -> tuple[Tensor]:
-            given = None if told is None else repeated(told, len(timesteps), batch)
-            return (embed(timesteps.to(latents.dtype), latents[:0], given),)
-
-        return LayerInputs(make, () if told is None else (told,))
+    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
+        """It is given latents for their dtype."""
+        return embed(timesteps.to(latents.dtype), latents[:0], *told)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Packed pictures and masked prompts."""
@@ -194,13 +164,6 @@ class Qwen(Packed):
             "img_shapes": [[(1, 1, size.image)]],
             "additional_t_cond": told if config.get("use_additional_t_cond") else None,
         }
-
-
-def _turns(places: Tensor, dim: int, theta: float) -> Tensor:
-    """Complex rotations [..., dim / 2] at places that need not be whole numbers, as `QwenEmbedRope` makes them."""
-    steps = torch.arange(0, dim, 2).to(places.device, torch.float32).div(dim)
-    angles = places[..., None] * (1.0 / torch.pow(theta, steps))
-    return torch.polar(torch.ones_like(angles), angles)
 
 
 ADAPTER = Qwen()

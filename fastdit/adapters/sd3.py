@@ -7,7 +7,6 @@ processor. The last block drops the text stream (`context_pre_only`); its `ff_co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +15,12 @@ from torch import Tensor, nn
 from fastdit.adapters.base import (
     Adapter,
     Size,
-    argument_of,
     blank,
     chunk_gates,
     picture,
 )
 from fastdit.blocks.attention import joint_attention, self_attention
 from fastdit.blocks.forward import Forward
-from fastdit.blocks.modulation import LayerInputs, repeated
-from fastdit.observe import private
 
 COMPONENTS = ("attn", "attn2", "ff", "ff_context")
 
@@ -138,6 +134,7 @@ class SD3(Adapter):
     fused_attentions = ("attn", "attn2")
     prompt_projections = ("context_embedder",)
     condition_embedding = "time_text_embed"
+    condition_arguments = ("pooled_projections",)
     processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")
     residual_arguments = ("block_controlnet_hidden_states",)
     changes_resolution = True
@@ -151,19 +148,6 @@ class SD3(Adapter):
         else:
             t5 = inspect.signature(pipeline.__call__).parameters["max_sequence_length"].default
         return pipeline.tokenizer_max_length + t5
-
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
-        """The embedding of timestep and pooled prompt."""
-        embed = transformer.time_text_embed
-        pooled = argument_of(transformer, args, kwargs, "pooled_projections")
-        if pooled is None or not private(embed):
-            return None
-        return LayerInputs(
-            lambda timesteps: (embed(timesteps, repeated(pooled, len(timesteps), batch)),),
-            (pooled,),
-        )
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Pictures and prompts."""

@@ -43,11 +43,11 @@ class Rotation:
         self.sin = sin
 
     @classmethod
-    def of(cls, turns: Tensor) -> Rotation:
-        """From complex numbers of length one, [S, d / 2] or [B, S, d / 2]."""
-        return cls(
-            *(t.float().repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)),
-        )
+    def of(cls, *parts: Tensor) -> Rotation:
+        """From complex numbers of length one, [n, d / 2] or [B, n, d / 2], of one part of the rows after the other."""
+        batch = max((part.shape[:-2] for part in parts), key=len)
+        turns = torch.cat([part.expand(*batch, -1, -1) for part in parts], dim=-2)
+        return cls(*(t.float().repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)))
 
     @functools.cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
