@@ -46,6 +46,7 @@ FAMILIES = {
     "pixart": "PixArt-alpha, -Sigma",
     "dit": "DiT",
     "lumina": "Lumina-Next",
+    "qwen": "Qwen-Image",
 }
 
 
