@@ -30,7 +30,7 @@ def fused(monkeypatch):
         return attend(*args, **kwargs)
 
     monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: True)
-    for module in ("attention", "adapters.flux"):
+    for module in ("blocks.attention", "adapters.flux"):
         monkeypatch.setattr(f"fastdit.{module}.attend", counted)
     return calls
 
