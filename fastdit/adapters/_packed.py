@@ -22,7 +22,7 @@ class Packed(Adapter):
         return SIDE
 
     def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
-        """A call has the tokens it is given; a [B, C, H, W] shape (for predictions) those that it would be packed to."""
+        """A call has the tokens it is given; a [B, C, H, W] shape (for predictions) those it would be packed to."""
         if len(latent_shape) == 3:
             return latent_shape[1]
         return (latent_shape[-2] // SIDE) * (latent_shape[-1] // SIDE)

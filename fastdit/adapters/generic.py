@@ -161,8 +161,8 @@ class Generic(Adapter):
     def linear_weights(self, transformer: nn.Module) -> Iterator[tuple[int | None, str, int]]:
         """This yields (block, component, weights of linear layers) and (None, "tokens" or "rows", those of the others).
 
-        They are for estimates before there was a call: weights of norms and modulations are taken to meet rows, all others
-        tokens.
+        They are for estimates before there was a call: weights of norms and modulations are taken to meet rows, all
+        others tokens.
         """
         components = 0
         for index, name, part in self.wrapped(transformer):
