@@ -70,7 +70,7 @@ class Handle:
         """
         patched = self._patched
         run = patched.last_run()
-        return report_run(patched, run, run_speedup(patched, run, self._transformer))
+        return report_run(patched, run, *run_speedup(patched, run, self._transformer))
 
     def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
         """Wall seconds of `run()` on this machine, patched and stock in turns.

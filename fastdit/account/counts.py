@@ -30,7 +30,7 @@ _counts: dict[Any, Counts] = {}
 
 
 def counts_of(adapter: Any, transformer: nn.Module, size: Size) -> Counts:
-    """The counts of a transformer, for `size` at least; made once for models of one structure and config."""
+    """This gives the counts of a transformer, for `size` at least; they are made once for a structure and config."""
     key = structure(adapter, transformer)
     if adapter.restates:
         return made_once(_counts, key, lambda: Counts(adapter, transformer, POINTS))
@@ -49,12 +49,12 @@ def counts_of(adapter: Any, transformer: nn.Module, size: Size) -> Counts:
 
 @dataclass(frozen=True)
 class Terms:
-    """A count as a polynomial: constant, image, text, image^2, image text, text^2."""
+    """A count is a polynomial: constant, image, text, image^2, image text, text^2."""
 
     values: tuple[int, ...]
 
     def at(self, size: Size) -> int:
-        """Its value for one row of this size."""
+        """This is its value for one row of this size."""
         return sum(a * b for a, b in zip(self.values, _monomials(size), strict=True))
 
 
@@ -62,7 +62,7 @@ _NOTHING = Terms((0,) * 6)
 
 
 class Counts:
-    """Of one structure, per row of the batch.
+    """The counts of one structure are per row of the batch.
 
     Attributes:
         exact: Whether they are counts, or estimates.
@@ -80,7 +80,7 @@ class Counts:
         self._terms = dict(zip(names, _fitted(sizes, values), strict=True))
 
     def keys(self, block: int, size: Size) -> int:
-        """Elements of a block's keys and values of attentions whose keys are image tokens, per row."""
+        """A row has so many elements in a block's keys and values of image tokens."""
         return sum(
             terms.at(size)
             for (what, form, _), terms in self._terms.items()
@@ -88,7 +88,7 @@ class Counts:
         )
 
     def of(self, what: str, block: int | None = None, component: str | None = None) -> Terms:
-        """What to count of a block's component, of a block, or of a call.
+        """This looks up a count of a block's component or of a call.
 
         `what` is one of "macs", "layers" (macs without products of attention) and "slot" (elements of the kept output)
         of a component; "outside" (macs outside of all components), "prompt" (those of its projection), "prompt_slot"
@@ -117,7 +117,7 @@ class Counts:
 
 
 class Estimates(Counts):
-    """Where a model cannot be counted: its linear layers, over the image tokens alone."""
+    """A model that cannot be counted is estimated by its linear layers, over the image tokens alone."""
 
     exact = False
 

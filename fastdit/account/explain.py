@@ -235,13 +235,13 @@ def _slot_bytes(patched: Any, count: Cost, plan: RunPlan) -> int:
     return count.cache_bytes(plan, itemsize, estimated=True)
 
 
-def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> float:
-    """Multiply-accumulates of the last run as the stock model would do them, over those that it did.
+def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, bool]:
+    """Multiply-accumulates of the last run as the stock model would do them, over those that it did; whether counted.
 
     Both branches of guidance and all images of a batch follow one plan, so their number cancels out.
     """
     if run is None or not run.records:
-        return 1.0
+        return 1.0, True
     steps = sorted(run.records)
     actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
     plan = RunPlan(len(steps), run.plan.reuse, actions)
@@ -257,7 +257,7 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> float:
         count.at(length).macs(plan.part(first, last), tokens[first:last], not patched.eager)
         for length, first, last in _runs(lengths)
     )
-    return dense / spent
+    return dense / spent, count.exact
 
 
 def _tokens_per_step(

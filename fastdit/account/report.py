@@ -45,6 +45,7 @@ class Report:
         live: False when a method that should have reused or left out something did neither.
         first: The scheduler's index of the first executed step; image-to-image begins late.
         flop_speedup: Multiply-accumulates of the stock model over those executed.
+        exact: Whether these are counted; of some models without an adapter they are estimates.
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
         stages: Those that have ended, where a method changes the resolution.
         packed_bytes: What weights that were kept packed took beside the model's own.
@@ -65,6 +66,7 @@ class Report:
     stages: tuple[StageReport, ...] = ()
     packed_bytes: int = 0
     graphs: str = ""
+    exact: bool = True
 
     @property
     def reuse_share(self) -> float:
@@ -152,12 +154,13 @@ class Report:
             f"fastdit {' + '.join(self.methods)}: {state}\n"
             f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
             f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%}), "
-            f"{1 - 1 / self.flop_speedup:.1%} of the arithmetic: {self.flop_speedup:.2f}x fewer multiply-accumulates\n"
+            f"{1 - 1 / self.flop_speedup:.1%} of the arithmetic: {self.flop_speedup:.2f}x fewer multiply-accumulates"
+            f"{'' if self.exact else ', estimated'}\n"
             f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}{graphs}"
         )
 
 
-def report_run(patched: Any, run: Any, flop_speedup: float) -> Report:
+def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool = True) -> Report:
     """The report of a run, or of none; warns when a method did nothing."""
     names = tuple(method.name for method in patched.methods)
     records = [] if run is None else [run.records[step] for step in sorted(run.records)]
@@ -187,6 +190,7 @@ def report_run(patched: Any, run: Any, flop_speedup: float) -> Report:
         stages,
         run.packed_bytes if run is not None else 0,
         str(run.trace or "") if run is not None else "",
+        exact,
     )
 
 

@@ -35,7 +35,7 @@ _PLAIN = (int, float, str, bool, tuple)
 
 
 class Macs(TorchDispatchMode):
-    """Multiply-accumulates of the operations inside the `with`, as torch counts FLOPs.
+    """This counts multiply-accumulates of the operations inside the `with`, as torch counts FLOPs.
 
     Attributes:
         layers, products: Those of layers with weights, and of products of activations.
@@ -65,7 +65,7 @@ class Macs(TorchDispatchMode):
 
 @dataclass
 class Visit:
-    """What the blocks of one form are given in a call.
+    """A visit is what the blocks of one form are given in a call.
 
     Attributes:
         kind, block: Their list's name, and the copy that stands for all of them.
@@ -83,7 +83,7 @@ class Visit:
 
 @dataclass
 class Example:
-    """What a call of a skeleton did.
+    """An example is what a call of a skeleton did.
 
     Attributes:
         visits: Form of a block -> what such blocks are given.
@@ -98,7 +98,7 @@ class Example:
 
 
 def form(module: nn.Module) -> tuple[Any, ...]:
-    """What tells modules apart whose skeletons differ."""
+    """A form tells modules apart whose skeletons differ."""
     return tuple(
         (
             name,
@@ -111,19 +111,19 @@ def form(module: nn.Module) -> tuple[Any, ...]:
 
 
 def forms(adapter: Any, transformer: nn.Module) -> list[Any]:
-    """Of every block, what it has in common with those that cost the same."""
+    """Each block has a form, which those that cost the same share."""
     return [(kind, form(block)) for kind, block in adapter.blocks(transformer)]
 
 
 def structure(adapter: Any, transformer: nn.Module) -> tuple[Any, ...]:
-    """What tells transformers apart whose skeletons differ."""
+    """A structure tells transformers apart whose skeletons differ."""
     outside = tuple((name, type(module)) for name, module in transformer.named_children())
     config = repr(transformer.config)
     return adapter.family, type(transformer), config, outside, *forms(adapter, transformer)
 
 
 def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
-    """What `make` made under a key the first time; the oldest of many are forgotten."""
+    """This keeps what `make` made under a key the first time; the oldest of many are forgotten."""
     if key not in kept:
         while len(kept) >= _KEPT:
             kept.pop(next(iter(kept)), None)
@@ -132,7 +132,7 @@ def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
 
 
 class Skeleton:
-    """The copy. Equal blocks of `adapter` are one module, which runs once in a call; the others get its outputs."""
+    """A skeleton is the copy. Equal blocks are one module, which runs once in a call; the others get its outputs."""
 
     def __init__(self, adapter: Any, transformer: nn.Module) -> None:
         self._adapter, self._dtype = adapter, transformer.dtype
@@ -144,7 +144,7 @@ class Skeleton:
         self.transformer = self._copy(transformer)
 
     def run(self, arguments: dict[str, Any]) -> Example:
-        """Call it with arguments on the meta device."""
+        """The copy is called with arguments on the meta device."""
         found, counter = Example(), Macs()
         spared = 0
 
@@ -177,7 +177,7 @@ class Skeleton:
         return found
 
     def times(self) -> Counter[Any]:
-        """How many blocks there are of each form."""
+        """This counts the blocks of each form."""
         return Counter(self.forms)
 
     def _copy(self, module: nn.Module) -> nn.Module:

@@ -22,29 +22,29 @@ class Packed(Adapter):
         return SIDE
 
     def tokens(self, transformer: nn.Module, latent_shape: Any) -> int:
-        """Those given; of a [B, C, H, W] shape (for predictions), those it would be packed to."""
+        """A call has the tokens it is given; a [B, C, H, W] shape (for predictions) those it would be packed to."""
         if len(latent_shape) == 3:
             return latent_shape[1]
         return (latent_shape[-2] // SIDE) * (latent_shape[-1] // SIDE)
 
     def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """From [B, N, 4 C]."""
+        """The tokens [B, N, 4 C] are unpacked."""
         tiles = self.field(latents, grid)
         return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
-        """[B, N, 4 C] as [B, N, 1, 2, 2, C]: the grid does not matter to who chooses tokens."""
+        """Tokens [B, N, 4 C] are given as [B, N, 1, 2, 2, C]: the grid does not matter to who chooses tokens."""
         return self.field(velocity, (velocity.shape[1], 1))
 
     def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
-        """[B, gh gw, 4 C] as [B, gh, gw, 2, 2, C]."""
+        """Tokens [B, gh gw, 4 C] are given as a view [B, gh, gw, 2, 2, C]."""
         grid = latents.unflatten(1, cells).unflatten(3, (-1, SIDE, SIDE))
         return grid.permute(0, 1, 2, 4, 5, 3)
 
     def gather_inputs(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, rows: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The active tokens' latents."""
+        """The active tokens' latents go on alone."""
         args, kwargs = list(args), dict(kwargs)
         owner, key = place_of(transformer, args, kwargs, "hidden_states")
         count = owner[key].shape[1]
@@ -59,7 +59,7 @@ class Packed(Adapter):
             owner[key] = owner[key][..., :count, :]
 
     def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
-        """`full` [B, N, 4 C] with `rows` replaced by `sample`."""
+        """The result is `full` [B, N, 4 C] with `rows` replaced by `sample`."""
         return full.index_put((batch_index(rows), rows), sample)
 
     def check_resolution(self, transformer: nn.Module) -> None:
@@ -70,7 +70,7 @@ class Packed(Adapter):
     def reduce_inputs(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, layout: Layout, ops: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layout's tokens; `embed_layout` says where they are."""
+        """The layout's tokens go on; `embed_layout` says where they are."""
         args, kwargs = list(args), dict(kwargs)
         owner, key = place_of(transformer, args, kwargs, "hidden_states")
         owner[key] = layout.read(self.field(owner[key], layout.cells), ops)
@@ -78,7 +78,7 @@ class Packed(Adapter):
         return tuple(args), kwargs
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
-        """[B, n, 4 C] drawn at full size, [B, N, 4 C]."""
+        """Tokens [B, n, 4 C] are drawn at full size, [B, N, 4 C]."""
         full = sample.new_empty(sample.shape[0], latents.shape[1], sample.shape[2])
         layout.write(sample, self.field(full, layout.cells), ops)
         return full
@@ -86,7 +86,7 @@ class Packed(Adapter):
     def embed(
         self, module: nn.Module, shape: Sequence[int], rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """A rotation that nobody reads: attention takes that of all tokens at the rows."""
+        """This rotation is read by nobody: attention takes that of all tokens at the rows."""
         return type(module).forward(module, *args, **kwargs)
 
     replaces_attention = True

@@ -41,7 +41,7 @@ def _has_role(name: str, module: nn.Module, *roles: re.Pattern[str]) -> bool:
 
 
 def block_lists(module: nn.Module, prefix: str = "") -> dict[str, tuple[str, ...]]:
-    """Path -> component names, of the lists of blocks with an attention, also of those in dicts of lists."""
+    """This maps paths of lists of blocks with an attention to component names, also in dicts of lists."""
     found: dict[str, tuple[str, ...]] = {}
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleDict):
@@ -108,7 +108,7 @@ class Generic(Adapter):
         return getattr(block, component, None) is not None
 
     def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
-        """Every component."""
+        """Every component is wrapped."""
         names = (n for n in self.components[kind] if self.has_component(kind, block, n))
         return {name: getattr(block, name) for name in names}
 
@@ -139,7 +139,7 @@ class Generic(Adapter):
     def call(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Call:
-        """It is remembered how the model was called, without the values."""
+        """The adapter remembers how the model was called, without the values."""
         found = super().call(transformer, args, kwargs)
         if self._seen is None or self._seen.signature != found.signature:
             self._arguments = _without_values(dict(arguments_of(transformer, args, kwargs)))
@@ -148,21 +148,21 @@ class Generic(Adapter):
         return found
 
     def seen(self, size: Size) -> Call | None:
-        """The last call, if it was of this size; of a size without text, whatever text it had."""
+        """This is the last call, if it was of this size; a size without text fits whatever text it had."""
         call = self._seen
         if call is None or call.tokens != size.image or size.text not in (0, call.text):
             return None
         return call
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
-        """The arguments of the last call."""
+        """The example is the last call."""
         return self._arguments
 
     def linear_weights(self, transformer: nn.Module) -> Iterator[tuple[int | None, str, int]]:
-        """(block, component, weights of linear layers); (None, "tokens" or "rows", those of the others).
+        """This yields (block, component, weights of linear layers) and (None, "tokens" or "rows", those of the others).
 
-        For estimates before there was a call: weights of norms and modulations are taken to meet rows, all others
-        tokens.
+        They are for estimates before there was a call: weights of norms and modulations are taken to meet rows, all
+        others tokens.
         """
         components = 0
         for index, name, part in self.wrapped(transformer):

@@ -71,7 +71,7 @@ def _feed_forward(fw: Forward, block: nn.Module, part: str, stream: Any, *affine
 
 
 def _shapes(given: Any) -> Sequence[tuple[int, int, int]]:
-    """Frames, rows and columns of the picture and of its references; alike in a batch."""
+    """These are frames, rows and columns of the picture and of its references; they are alike in a batch."""
     return [given[0]] if isinstance(given[0][0], int) else given[0]
 
 
@@ -102,22 +102,22 @@ class Qwen(Packed):
     changes_resolution = True
 
     def matches(self, transformer: Any) -> bool:
-        """Whether it is of this family, in a form that the block's forward covers."""
+        """The model must have a form that the block's forward covers."""
         if not super().matches(transformer) or transformer.config.get("zero_cond_t"):
             return False
         return "modulate_index" in forward_arguments(type(transformer.transformer_blocks[0]))
 
     def moved_tokens(self, call: Call) -> int:
-        """Those of the picture, without the references behind it."""
+        """The picture has a velocity, the references behind it have none."""
         return math.prod(_shapes(call.positions)[0])
 
     def grid(self, latents: Sequence[int], positions: Any, patch: int) -> tuple[int, int]:
-        """As the pipeline says."""
+        """The pipeline says the shape."""
         frames, rows, columns = _shapes(positions)[0]
         return frames * rows, columns
 
     def cells(self, call: Call, patch: int) -> tuple[int, int]:
-        """Those of one picture."""
+        """The tokens must be those of one picture."""
         shapes = _shapes(call.positions)
         if len(shapes) > 1 or shapes[0][0] > 1:
             raise ArgumentError(f"img_shapes must be those of one picture for RALU, got {shapes}")
@@ -150,11 +150,11 @@ class Qwen(Packed):
         return memory[length]
 
     def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
-        """It is given latents for their dtype."""
+        """The module is given latents for their dtype."""
         return embed(timesteps.to(latents.dtype), latents[:0], *told)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
-        """Packed pictures and masked prompts."""
+        """The example has packed pictures and masked prompts."""
         config, told = transformer.config, blank(transformer, dtype=torch.int64)
         return {
             "hidden_states": blank(transformer, size.image, config.in_channels),
