@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: what instances carry that is not structure
@@ -42,8 +41,13 @@ class Macs(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        from torch.utils.flop_counter import (
+            flop_registry,
+        )  # which imports triton where there is one
+
         super().__init__()
         self.layers = self.products = 0
+        self._macs = flop_registry
 
     @property
     def total(self) -> int:
@@ -54,8 +58,8 @@ class Macs(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket
-        if name in flop_registry:
-            macs = flop_registry[name](*args, **(kwargs or {}), out_val=out) // 2
+        if name in self._macs:
+            macs = self._macs[name](*args, **(kwargs or {}), out_val=out) // 2
             if str(name) in ("aten.mm", "aten.addmm", "aten.convolution"):
                 self.layers += macs
             else:
