@@ -331,11 +331,11 @@ def test_runs_of_two_kinds_are_replayed_at_once(replayed):
     assert modes == MODES[:3]
 
 
-@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("workers", [2, 4, 8])
 def test_threads_with_graphs_have_the_bits_of_eager_runs(workers, replayed):
     pipe, _, eager = replayed()
     with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(lambda s: draw("sd3", sibling_of(pipe), s), i % 3) for i in range(12)]
+        jobs = [pool.submit(lambda s: draw("sd3", sibling_of(pipe), s), i % 3) for i in range(16)]
     for i, job in enumerate(jobs):
         same_bits(job.result(), eager[i % 3])
 
