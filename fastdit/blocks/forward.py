@@ -283,7 +283,9 @@ class Forward:
             children = self.blocks[self.index]._modules.items()
             use = next((name for name, child in children if child is norm), "")
             compute = functools.partial(self._compiled_as, use, compute)
-        if self.modulations is None or not private(_pair(norm)[1]):
+        # Looked up as they lie: attributes of modules are found by a call each.
+        linear = norm._modules.get("linear") or next(reversed(norm._modules.values()))
+        if self.modulations is None or not private(linear):
             return compute(*given)
         return self.modulations.of(norm, compute)
 
@@ -294,7 +296,11 @@ class Forward:
 
         The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer.
         """
-        activation, linear = _pair(layer)
+        parts = layer._modules
+        if isinstance(layer, nn.Sequential):
+            activation, linear = parts.values()
+        else:
+            activation, linear = parts["silu"], parts["linear"]
 
         def compute(given: Tensor) -> Tensor:
             return self.segments.linear(linear, activation(given).to(dtype or given.dtype))
@@ -475,11 +481,6 @@ class Residual:
     def _is_owned(self) -> bool:
         """Whether `h` was made here and was seen by nobody else, so that it may be updated in place."""
         return self._forward._owned.get(self._stream) is self._h
-
-
-def _pair(layer: nn.Module) -> Any:
-    """The activation and the linear layer of an adaLN layer."""
-    return layer if isinstance(layer, nn.Sequential) else (layer.silu, layer.linear)
 
 
 def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:

@@ -46,7 +46,9 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
     names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
     for index, block in enumerate(patched.blocks):
         for name, module in block._modules.items():
-            if module is not None and not patched.adapter.has_stock_processor(module):
+            if module is None or not {"processor"} & (module.__dict__.keys() | module._modules):
+                continue
+            if not patched.adapter.has_stock_processor(module):
                 raise UnsupportedModelError(
                     f"{name} of block {index} has the attention processor {type(module.processor).__qualname__}, "
                     f"which {names} would leave out; remove it, or run inside `with handle.disabled()`"
