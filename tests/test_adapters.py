@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 
 import fastdit
 import tiny_models
@@ -183,3 +184,25 @@ def row(inputs: dict, index: int) -> dict:
         return value[index : index + 1]
 
     return {name: pick(name, value) for name, value in inputs.items()}
+
+
+def test_a_model_without_a_projection_of_the_prompt():
+    torch.manual_seed(0)
+    model = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        use_additional_conditions=False,
+    ).eval()
+    given = {
+        "hidden_states": torch.randn(2, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+        "timestep": torch.tensor([5, 5]),
+    }
+    with torch.no_grad():
+        expected = model(**given)[0]
+        handle = fastdit.patch(model, backend="reference")
+        same_bits(model(**given)[0], expected)
+    assert handle.explain(height=64, width=64).macs > 0

@@ -152,13 +152,14 @@ class PixArt(Adapter):
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Pictures and prompts; alpha is told the pictures' sizes."""
+        config = transformer.config
         sizes: dict[str, Tensor | None] = {"resolution": None, "aspect_ratio": None}
         if transformer.use_additional_conditions:
             sizes = {"resolution": blank(transformer, 2), "aspect_ratio": blank(transformer, 1)}
         return {
             "hidden_states": picture(transformer, size),
             "encoder_hidden_states": blank(
-                transformer, size.text, transformer.config.caption_channels
+                transformer, size.text, config.caption_channels or config.cross_attention_dim
             ),
             "timestep": blank(transformer),
             "added_cond_kwargs": sizes,
