@@ -48,7 +48,7 @@ _ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "att
 
 @dataclass(frozen=True)
 class Call:
-    """What the session needs of one transformer call.
+    """What the runtime needs of one transformer call.
 
     Attributes:
         hidden_states: The latents, as given.

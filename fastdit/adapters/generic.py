@@ -70,7 +70,7 @@ def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
 
 
 def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
-    """The block's own forward; its components ask the session."""
+    """The block's own forward; its components ask whether they run."""
     return type(block).forward(block, *args, **kwargs)
 
 

@@ -129,7 +129,7 @@ class Tokens:
 
 
 class Forward:
-    """The state of one transformer call. The session makes one per call; adapters use it inside blocks.
+    """What the blocks of one transformer call ask; adapters use it inside their blocks' forwards.
 
     Attributes:
         index: Index of the running block, over all kinds.

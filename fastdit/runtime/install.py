@@ -18,7 +18,7 @@ from torch import nn
 from fastdit.errors import UnsupportedModelError
 
 _MARK = "_fastdit_forward"
-#: instance attribute that links a block to its session
+#: instance attribute that links a module, a scheduler or a pipeline to what patched it
 LINK = "_fastdit"
 
 

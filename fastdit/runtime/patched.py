@@ -90,6 +90,7 @@ class Patched:
         self._stands_in = self._writer("rows") is not None or (
             self._writer("resolution") is not None and adapter.replaces_attention
         )
+        self._asks = any(method.made_for is not None for method in self.methods)
         bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)
         self.max_cache_bytes: int | None = min(bounds, default=None)
         dtypes = (m.cache_dtype for m in self.methods if m.cache_dtype is not None)
@@ -469,7 +470,7 @@ class Patched:
             run = call.runs.get(self, _NEW)
             if run is _NEW or (run is not None and not run.live):
                 run = self._begin_in(call, frame, run is _NEW)
-            if run is not None and not run.guidance:
+            if self._asks and run is not None and not run.guidance:
                 run.guidance = guidance_of(frame.f_locals)
             site = frame.f_code, frame.f_lasti
         else:
@@ -529,7 +530,12 @@ class Patched:
     def _adopted(self, seat: Seat) -> Run | None:
         """A run whose timesteps were set elsewhere, by what has ended since: an earlier cell of a notebook."""
         run = self._unclaimed()
-        if run is None or not run.live or run.first is not None or not _gone(run.owner):
+        if (
+            run is None
+            or not run.live
+            or run.first is not None
+            or not (run.owner is None or run.owner.gone)
+        ):
             return None
         seat.run, run.owner = run, owners.here()
         return run
@@ -587,10 +593,6 @@ class Patched:
 
 
 _NEW = object()
-
-
-def _gone(place: Place | None) -> bool:
-    return place is None or place.gone
 
 
 def _is_over(owner: Any) -> bool:
