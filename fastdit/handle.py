@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from fastdit.errors import ArgumentError
 from fastdit.runtime.attach import remove
 from fastdit.runtime.install import LINK
 from fastdit.runtime.owners import Hand
-from fastdit.runtime.patched import Patched
+
+if TYPE_CHECKING:
+    from fastdit.runtime.patched import Patched
 
 
 class Handle:

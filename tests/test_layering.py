@@ -146,6 +146,7 @@ def test_the_tree_is_flat_and_without_circles():
     """Counted by `tools/structure.py`, imports inside functions included."""
     found = structure.measure()
     assert not found.circles, found.circles
+    assert len(found.chain) <= 10, " -> ".join(found.chain)
     assert len(found.flat) <= 14, found.flat
 
 

@@ -34,7 +34,8 @@ ADAPTIVE = '''
 """Reuse everything while the latents have changed by less than a share since the last step that computed."""
 from dataclasses import dataclass
 from fastdit.methods.base import Method, MethodRun
-from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, everywhere
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
+from fastdit.schedules.plan import everywhere
 
 class ThresholdRun(MethodRun):
     def __init__(self, method, run):
@@ -66,7 +67,8 @@ FORECAST = '''
 """Every other step is the straight line through the last two outputs, by the noise levels."""
 from dataclasses import dataclass
 from fastdit.methods.base import Method, MethodRun
-from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, everywhere
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
+from fastdit.schedules.plan import everywhere
 
 class LineRun(MethodRun):
     def __init__(self, method, run):

@@ -18,8 +18,9 @@ from fastdit.account.counts import counts_of
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.errors import UnsupportedModelError
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
 from fastdit.schedules.collapse import StepSums, passes
-from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, RunPlan
+from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 

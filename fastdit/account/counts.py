@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastdit.account.skeleton import Macs, Skeleton, Visit, made_once, structure
 from fastdit.adapters.base import ROWS, Size
 from fastdit.blocks.forward import Forward
-from fastdit.schedules.plan import COMPUTE, KEEP, REUSE
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
 
 #: image and text tokens of the examples; each picture is a square, as DiT wants it
 POINTS = tuple(Size(*pair) for pair in ((4, 3), (9, 3), (16, 3), (4, 5), (4, 8), (9, 5)))

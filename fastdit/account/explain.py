@@ -20,7 +20,8 @@ from fastdit.blocks.modulation import ahead
 from fastdit.blocks.packed import packs
 from fastdit.errors import ArgumentError
 from fastdit.runtime.clock import predicted_levels
-from fastdit.schedules.plan import COMPUTE, RunPlan, plan_run
+from fastdit.schedules.actions import COMPUTE
+from fastdit.schedules.plan import RunPlan, plan_run
 from fastdit.schedules.schedule import MAX_COUNT
 from fastdit.spec import ModelSpec
 

@@ -12,14 +12,16 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Call, Size, arguments_of, forward_arguments, place_once
-from fastdit.blocks.forward import Forward
 from fastdit.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from fastdit.blocks.forward import Forward
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^proj_out$", re.IGNORECASE)

@@ -30,7 +30,7 @@ from fastdit.blocks.segments import EAGER, segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.observe import observed, private
 from fastdit.ops.gated_residual import MAX_BRANCHES
-from fastdit.schedules.plan import COMPUTE, KEEP, REUSE, BlockActions
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, BlockActions
 
 #: of a component's output; the name alone, or with the number of a further call of it in the same block
 Key = tuple[int, str] | tuple[int, str, int]

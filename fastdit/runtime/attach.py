@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,7 +17,9 @@ from fastdit.runtime.links import (
     LinearLink,
     PromptLink,
 )
-from fastdit.runtime.patched import Patched
+
+if TYPE_CHECKING:
+    from fastdit.runtime.patched import Patched
 
 
 @dataclass(frozen=True)

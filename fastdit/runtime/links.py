@@ -5,12 +5,13 @@ Each finds the call in progress in its thread. Outside of one, and in one that i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fastdit.runtime.patched import Patched
+if TYPE_CHECKING:
+    from fastdit.runtime.patched import Patched
 
 
 class Link:

@@ -3,32 +3,23 @@
 A method fills in some fields of a plan (`reuse` is the first; token rows and resolution are further fields of the same
 merge). Two methods that fill the same field do not compose, which is checked when patching.
 
-:func:`lower` turns a bound schedule into one small set of flags per (step, block, component):
-
-* COMPUTE: run the component. REUSE: read its slot. Neither: nobody reads it at this step, so it does not run at all
-  (a FLUX attention whose `proj_out` is reused).
-* KEEP: a later step reads the value that is current after this step, so the slot stays; without it the slot is freed.
-
+:func:`lower` turns a bound schedule into one small set of flags per (step, block, component), see `actions.py`.
 No tensors here, and no models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from fastdit.errors import CompositionError
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, BlockActions
 from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
-
-COMPUTE, REUSE, KEEP = 1, 2, 4
-
-#: component -> flags, for one block at one step
-BlockActions = Mapping[str, int]
 
 
 class PlanningMethod(Protocol):

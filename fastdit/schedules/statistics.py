@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdit.schedules.plan import COMPUTE, lower
+from fastdit.schedules.actions import COMPUTE
+from fastdit.schedules.plan import lower
 from fastdit.schedules.schedule import Layer, Schedule
 from fastdit.spec import BlockKind, ModelSpec
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,9 @@ from fastdit.search.evaluator import Task, Work
 from fastdit.search.front import non_dominated
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
-from fastdit.search.workers import Workers
+
+if TYPE_CHECKING:
+    from fastdit.search.workers import Workers
 
 Progress = Callable[[int, int], None]
 Point = tuple[float, ...]

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from fastdit.errors import ScheduleError
-from fastdit.schedules.plan import COMPUTE, REUSE, lower
+from fastdit.schedules.actions import COMPUTE, REUSE
+from fastdit.schedules.plan import lower
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
