@@ -118,6 +118,8 @@ class Cost:
         """
         total = (1 - plan.steps) * self._prompt if keeps_prompt else 0
         for step in range(plan.steps):
+            if plan.order_of(step):
+                continue
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
             outside = self._counts.of("outside").at(Size(count, self.size.text))
@@ -199,7 +201,9 @@ class Cost:
             updates = sum(1 for *_, adds in self.cells if adds)
             return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
         total = 0
-        for step in plan.actions:
+        for number, step in enumerate(plan.actions):
+            if plan.order_of(number):
+                continue
             added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
             updates = sum(1 for flags in added if flags & COMPUTE) + bool(
                 added and added[-1] & REUSE

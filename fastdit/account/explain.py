@@ -245,7 +245,8 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
         return 1.0, True
     steps = sorted(run.records)
     actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
-    plan = RunPlan(len(steps), run.plan.reuse, actions)
+    forecasts = [0 if run.records[step].computed else run.plan.order_of(step) for step in steps]
+    plan = RunPlan(len(steps), run.plan.reuse, actions, forecasts=forecasts)
     size = Size(run.image_tokens, run.text_tokens)
     count = Cost(patched.adapter, transformer, patched.spec, size, 1, 1)
     dense = count.macs(RunPlan(len(steps), None, ()))

@@ -116,6 +116,8 @@ class Method:
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
         family: The model family that a preset's settings are for; None for settings that fit any.
+        order: How reused outputs are extrapolated from the last computed ones, see `schedules/forecast.py`; 0 repeats
+            the last.
     """
 
     name: str = ""
@@ -123,6 +125,7 @@ class Method:
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
     family: str | None = None
+    order: int = 0
 
     @property
     def run_steps(self) -> int | None:

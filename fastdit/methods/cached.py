@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -26,6 +27,9 @@ class Cached(Method):
         max_cache_bytes: Most bytes that caches may hold at once. A run that needs more is refused at its first
             transformer call, with the number it needs.
         cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
+        order: 0 repeats an output, 1 draws the line through its last two computed values, 2 the parabola through
+            three, at the sampler's own noise levels. Where a whole step is reused the model's output is extrapolated
+            and no block visited: a step of Adams and Bashforth on the sampler's grid.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))
@@ -34,6 +38,7 @@ class Cached(Method):
     source: Schedule | Every | str | os.PathLike[str]
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
+    order: int = 0
 
     name = "Cached"
     writes = frozenset({"reuse"})
@@ -51,6 +56,8 @@ class Cached(Method):
             raise ArgumentError(
                 f"max_cache_bytes must be an int of at least 0 or None, got {most!r}"
             )
+        if isinstance(self.order, bool) or self.order not in range(MAX_ORDER + 1):
+            raise ArgumentError(f"order must be 0, 1 or 2, got {self.order!r}")
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ArgumentError(
                 f"cache_dtype must be one of {', '.join(CACHE_DTYPES)} or None, got {self.cache_dtype!r}"

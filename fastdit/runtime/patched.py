@@ -86,6 +86,7 @@ class Patched:
         self.graphs = graphs
         self.pipeline: Callable[[], Any] = _nobody if pipeline is None else weakref.ref(pipeline)
         self.acts = any(method.writes for method in self.methods)
+        self.forecasts = any(method.order for method in self.methods)
         # A family that runs two token sizes by its own attention may do so for one image of several.
         self._stands_in = self._writer("rows") is not None or (
             self._writer("resolution") is not None and adapter.replaces_attention
@@ -449,14 +450,14 @@ class Patched:
             return None
         here.call = call.outer
         here.forward = None if call.outer is None else call.outer.forward
-        if call.forward is None or output is None:
+        if (call.forward is None and call.forecast is None) or output is None:
             return None
         return call.finish(output)
 
     def __call__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The transformer's rewritten forward, where runs are replayed."""
         call = self.here.call
-        if call is None or call.forward is None:
+        if call is None or (call.forward is None and call.forecast is None):
             return type(transformer).forward(transformer, *args, **kwargs)
         return call.compute(args, kwargs)
 

@@ -22,8 +22,10 @@ from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.clock import Levels
+from fastdit.runtime.forecasts import Outputs, Weights
 from fastdit.runtime.graphs import Trace
 from fastdit.schedules.plan import RunPlan
+from fastdit.schedules.solvers import step_levels
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -48,6 +50,7 @@ class Branch:
     modulations: Modulations | None = None
     foresees: bool = True
     keys: dict[Any, KeyValues] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
     rotation: Any = None
@@ -61,6 +64,7 @@ class Branch:
         self.owned.clear()
         self.prompts.clear()
         self.keys.clear()
+        self.outputs = Outputs()
         self.modulations = self.velocity = self.rotation = self.signature = None
         self.foresees = True
         self.embeddings = self.versions = ()
@@ -118,6 +122,7 @@ class Run:
         self.branches: dict[Any, Branch] = {}
         self.family: dict[str, Any] = {}
         self.packed = PackedWeights()
+        self.weights: Weights | None = None
         self.previews: Any = None
         self.trace: Trace | str | None = None
         self.outputs: list[Tensor] = []
@@ -146,6 +151,18 @@ class Run:
     def scheduler(self) -> Any:
         """The scheduler that tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
+
+    @property
+    def forecast_weights(self) -> Weights:
+        """The weights of its forecasts, from the noise levels that the scheduler, or the user, says."""
+        if self.weights is None:
+            scheduler = self.scheduler
+            if scheduler is not None:
+                levels = step_levels(scheduler)
+            else:
+                levels = [] if self.timesteps is None else [float(t) for t in self.timesteps]
+            self.weights = Weights(levels)
+        return self.weights
 
     @property
     def owner(self) -> Any:

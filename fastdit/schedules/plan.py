@@ -43,16 +43,24 @@ class RunPlan:
         actions: ``actions[step][block]`` -> flags per component, blocks of all kinds in running order. Empty when
             everything computes.
         sums: Which reused outputs are kept as sums at each step; empty where none are.
+        forecasts: Of which order the forecast is that stands for the model's whole output at each step, 0 where the
+            model runs; empty where it always runs.
     """
 
     steps: int
     reuse: Schedule | None
     actions: Sequence[Sequence[BlockActions]]
     sums: Sequence[StepSums] = ()
+    forecasts: Sequence[int] = ()
 
     def part(self, first: int, last: int) -> RunPlan:
-        """The steps from `first` to before `last`, for counting."""
-        return RunPlan(last - first, self.reuse, self.actions[first:last], self.sums[first:last])
+        """This gives the steps from `first` to before `last`, for counting."""
+        parts = (each[first:last] for each in (self.actions, self.sums, self.forecasts))
+        return RunPlan(last - first, self.reuse, *parts)
+
+    def order_of(self, step: int) -> int:
+        """This tells the order of the step's forecast; 0 where the model runs."""
+        return self.forecasts[step] if self.forecasts else 0
 
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
@@ -90,13 +98,23 @@ def plan_run(
     stages = [s for m in methods if "resolution" in m.writes for s in m.stages()]
     fresh = [stage.first for stage in stages]
     lengths = [stage.steps for stage in stages] or [steps]
-    reuse = None
+    reuse, order = None, 0
     for method in methods:
         if "reuse" in method.writes:
+            order = method.order
             reuse = method.staged_schedule(spec, lengths, levels)
-    actions = lower(reuse, spec, partial, fresh) if reuse is not None else ()
+    forecasts = _forecasts(reuse, order, fresh) if reuse is not None and order else ()
+    actions = lower(reuse, spec, partial, fresh, forecasts) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
-    return RunPlan(steps, reuse, actions, sums)
+    return RunPlan(steps, reuse, actions, sums, forecasts)
+
+
+def _forecasts(schedule: Schedule, order: int, fresh: Sequence[int]) -> tuple[int, ...]:
+    """This gives the order of the forecast at steps that reuse everything, 0 at the others."""
+    computes = [layer.bits.any(axis=(1, 2)) for layer in schedule.layers.values()]
+    runs = np.any(computes, axis=0)
+    runs[list(fresh)] = True
+    return tuple(0 if run else order for run in runs)
 
 
 def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
@@ -123,16 +141,18 @@ def lower(
     spec: ModelSpec,
     partial: Sequence[bool] = (),
     fresh: Sequence[int] = (),
+    forecasts: Sequence[int] = (),
 ) -> list[list[dict[str, int]]]:
     """Flags per step, block (all kinds, in running order) and component; see the module's description.
 
     Computing at a `partial` step replaces a part of a value only, so the rest of it must have been kept until then.
-    At a `fresh` step the tokens are others than before, so everything computes.
+    At a `fresh` step the tokens are others than before, so everything computes. Where the whole output is one of the
+    `forecasts`, no slot is read.
     """
     some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind, some, fresh)
+        flags = _lower_kind(schedule, kind, some, fresh, forecasts)
         for step in range(schedule.steps):
             for block in range(kind.count):
                 row = {
@@ -145,7 +165,11 @@ def lower(
 
 
 def _lower_kind(
-    schedule: Schedule, kind: BlockKind, partial: np.ndarray, fresh: Sequence[int]
+    schedule: Schedule,
+    kind: BlockKind,
+    partial: np.ndarray,
+    fresh: Sequence[int],
+    forecasts: Sequence[int],
 ) -> dict[str, np.ndarray]:
     layer = schedule.layers[kind.name]
     always = np.ones((schedule.steps, kind.count), dtype=bool)
@@ -159,7 +183,8 @@ def _lower_kind(
         consumer = kind.consumers.get(component)
         # With partial steps an attention that nobody reads still renews keys and values, so it runs.
         dead = consumer is not None and not partial.any()
-        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always
+        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always.copy()
+        read[np.array(forecasts, dtype=bool).nonzero()] = False
         flags[component] = _lower_component(bits[component], read, partial)
     return flags
 
