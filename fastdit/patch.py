@@ -33,6 +33,7 @@ from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
 from fastdit.schedules.plan import check_composition
 from fastdit.schedules.schedule import Every, Schedule
+from fastdit.schedules.solvers import noise_of
 
 OPS = ("gated_residual", "norm_modulate")
 #: where a method computes a part of the tokens
@@ -81,7 +82,8 @@ def patch(
     """
     pipeline, transformer = _resolve(target)
     reuses = all(getattr(method, "writes", None) == {"reuse"} for method in methods)
-    adapter = find_adapter(transformer, wraps=bool(methods) and reuses)
+    wraps = "steps" if all(getattr(m, "skips_steps", False) for m in methods) else "components"
+    adapter = find_adapter(transformer, wraps if methods and reuses else "")
     for method in methods:
         if not isinstance(method, Method):
             hint = ": give fastdit.Cached(it)" if isinstance(method, (Schedule, Every)) else ""
@@ -131,6 +133,8 @@ def patch(
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
+        for method in methods:
+            method.check_sampler(noise_of(pipeline.scheduler))
     patched = Patched(
         adapter,
         spec,
@@ -146,7 +150,7 @@ def patch(
         Cost(adapter, transformer, spec, Size(1, 1), 1, 1)  # counted here, not by the first request
     remove(transformer, "patch")
     attach(patched, transformer, pipeline, places)
-    if not adapter.restates:
+    if not adapter.restates and wraps == "components":
         count = Cost(adapter, transformer, spec, Size(1024, 0), 1, 1)
         warnings.warn(
             f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, about "

@@ -104,6 +104,8 @@ class Cost:
 
     def reuse_share(self, plan: RunPlan) -> float:
         """Share of the cells that do not run."""
+        if not self.cells:
+            return sum(map(bool, plan.forecasts)) / plan.steps
         skipped = sum(
             not step[index][component] & COMPUTE
             for step in plan.actions
@@ -238,7 +240,8 @@ class Cost:
                 and (index, component) not in sums.made
                 and (index, component) not in sums.used
             )
-            outputs += 3 * sums.kept * self.cells[0][3]
+            if sums.kept:
+                outputs += 3 * sums.kept * self.cells[0][3]
             most = max(
                 most,
                 outputs * (itemsize or self.itemsize) // self.itemsize + sums.kept * self._shared,

@@ -259,7 +259,7 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
         count.at(length).macs(plan.part(first, last), tokens[first:last], not patched.eager)
         for length, first, last in _runs(lengths)
     )
-    return dense / spent, count.exact
+    return dense / spent if spent else 1.0, count.exact
 
 
 def _tokens_per_step(
@@ -293,6 +293,8 @@ def raster(plan: RunPlan, spec: ModelSpec) -> str:
     if not plan.actions:
         return ""
     lines, first = [], 0
+    if not spec.kinds:
+        return "  output " + "".join(SHADES[0 if order else 4] for order in plan.forecasts)
     names = [component for kind in spec.kinds for component in kind.components]
     for kind in spec.kinds:
         for component in kind.components:

@@ -128,12 +128,24 @@ class Method:
     order: int = 0
 
     @property
+    def skips_steps(self) -> bool:
+        """Whether it leaves out whole steps and nothing else, so that any model will do."""
+        return False
+
+    @property
     def run_steps(self) -> int | None:
         """The number of steps it was made for, or None when it fits any."""
         return None
 
     def check_steps(self, steps: int) -> None:
         """Refuse a number of steps it does not fit; called when a run starts."""
+
+    def check_sampler(self, noise: str) -> None:
+        """Refuse a sampler that it does not fit; called when patching a pipeline and when a run starts.
+
+        Args:
+            noise: What makes the sampler draw noise at each step; "" for one that draws none.
+        """
 
     @property
     def made_for(self) -> Conditions | None:

@@ -388,7 +388,7 @@ class Call:
         run, forward = self.run, self.forward
         record = run.records.setdefault(run.step, StepRecord())
         if forward is None:
-            record.reused += run.patched.spec.component_count
+            record.reused += run.patched.spec.component_count or 1
             return None
         if not forward.settled:
             raise RuntimeError(
@@ -396,7 +396,7 @@ class Call:
                 "settle its streams"
             )
         record.tokens = self.tokens
-        record.computed += forward.computed
+        record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())

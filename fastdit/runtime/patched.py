@@ -36,6 +36,7 @@ from fastdit.runtime.owners import Hand, PipelineCall, Place, Seat
 from fastdit.runtime.run import OPEN_STEPS, Run
 from fastdit.schedules.conditions import Conditions, guidance_of
 from fastdit.schedules.plan import RunPlan, plan_run
+from fastdit.schedules.solvers import noise_of
 from fastdit.spec import ModelSpec
 
 #: plans that are kept: numbers of steps, and which of them compute a part of the tokens
@@ -193,6 +194,8 @@ class Patched:
             raise ScheduleError(
                 f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
             )
+        if scheduler is not None:
+            self.check_sampler(noise_of(scheduler))
         planned = OPEN_STEPS if steps is None else steps
         if resolution is not None:
             resolution.check_steps(planned)
@@ -211,6 +214,15 @@ class Patched:
         if seat.watch is not None and seat.watch.begin(run):
             run.previews = seat.watch
         return run
+
+    def check_sampler(self, noise: str) -> None:
+        """Refuse a sampler that a method does not fit.
+
+        Args:
+            noise: What makes it draw noise at each step; "" for one that draws none.
+        """
+        for method in self.methods:
+            method.check_sampler(noise)
 
     def _writer(self, field: str) -> Any:
         return next((method for method in self.methods if field in method.writes), None)

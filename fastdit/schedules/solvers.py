@@ -34,7 +34,7 @@ _ALWAYS = frozenset(
     }
 )
 #: arguments of `step` that make it draw noise where they are more than 0
-_CHURN = ("eta", "s_churn")
+CHURN = ("eta", "s_churn")
 
 
 def noise_of(scheduler: Any, given: Mapping[str, Any] | None = None) -> str:
@@ -53,7 +53,7 @@ def noise_of(scheduler: Any, given: Mapping[str, Any] | None = None) -> str:
     algorithm = str(getattr(config, "algorithm_type", ""))
     if algorithm.startswith("sde-"):
         return f"algorithm_type={algorithm!r}"
-    for name in _CHURN:
+    for name in CHURN:
         value = (given or {}).get(name)
         if isinstance(value, (int, float)) and value > 0:
             return f"{name}={value:g}"
@@ -121,7 +121,9 @@ def recommend(pipe: Any, steps: int) -> Advice:
     config, arguments = scheduler.config, {"num_inference_steps": steps}
     reason = noise_of(scheduler)
     flow = any(name.startswith("FlowMatch") for name in names)
-    linear = flow and config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
+    linear = (
+        flow and config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
+    )
     if reason or linear or config.get("invert_sigmas"):
         why = f"it draws noise ({reason})" if reason else "UniPC cannot have its noise levels"
         return Advice(scheduler, arguments, f"{type(scheduler).__name__} stays: {why}")
