@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -19,8 +18,10 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from torch._dynamo.testing import CompileCounter
 
 import fastdit
+import tiny_models
 from fastdit.schedules.forecast import last_nodes, weights
 
 every = fastdit.Schedule.every
@@ -162,7 +163,9 @@ def test_it_is_a_step_of_adams_and_bashforth():
         a, b, c = sigmas[2 * i : 2 * i + 3]
         slope = 0 if i == 0 else (velocity - computed[i - 1]) / (a - sigmas[2 * i - 2])
         x = x + (b - a) * velocity + (c - b) * (velocity + (b - a) * slope)
-    assert torch.linalg.norm(found - x) <= 1e-6 * torch.linalg.norm(x)  # its scheduler's sigmas are fp32
+    assert torch.linalg.norm(found - x) <= 1e-6 * torch.linalg.norm(
+        x
+    )  # its scheduler's sigmas are fp32
 
 
 def test_order_0_is_what_it_was():
@@ -247,7 +250,7 @@ def test_noise_that_a_step_is_asked_for():
     scheduler = pipe.scheduler
     scheduler.set_timesteps(4)
     x = torch.zeros(1, 4, 8, 8)
-    with pytest.raises(fastdit.ArgumentError, match="eta=0.5"):
+    with pytest.raises(fastdit.ArgumentError, match=r"eta=0\.5"):
         scheduler.step(x, scheduler.timesteps[0], x, eta=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -262,3 +265,17 @@ def test_ancestral_samplers_are_known():
     pipe = tiny_models.pipeline("pixart-sigma", scheduler=sde)
     with pytest.raises(fastdit.ArgumentError, match="algorithm_type='sde-dpmsolver"):
         fastdit.patch(pipe, fastdit.Cached(every(2), order=1))
+
+
+def test_a_compiled_model_stays_compiled():
+    counter = CompileCounter()
+    model = Streams()
+    handle = fastdit.patch(model, fastdit.Cached(every(2), order=1))
+    model.compile(backend=counter)
+    given, times = torch.randn(2, 5, 8), torch.tensor([1000.0, 800.0, 500.0, 300.0])
+    with torch.no_grad(), handle.run(times):
+        for t in times:
+            model(x=given, t=t.expand(2))
+            handle.advance()
+    assert counter.op_count >= 5
+    assert handle.report().reuse_share == 0.5

@@ -85,7 +85,7 @@ class Explanation:
     @property
     def flop_speedup(self) -> float:
         """Dense over planned multiply-accumulates: the most a run can gain where arithmetic is all."""
-        return self.dense_macs / self.macs
+        return self.dense_macs / self.macs if self.macs else 1.0
 
     def __str__(self) -> str:
         blocks = ", ".join(

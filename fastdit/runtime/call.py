@@ -18,6 +18,7 @@ from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.forward import Forward, Tokens
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import private
@@ -328,10 +329,15 @@ class Call:
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The transformer's forward, of a graph where there is one."""
-        stock = type(self.transformer).forward
         if self.forecast is not None:
             return self.forecast
+        patched, stock = self.run.patched, type(self.transformer).forward
         if self.trace is None:
+            if not patched.blocks:  # the blocks see to that themselves
+                compiled = patched.compiled_call(self.transformer, self.run)
+                return segments_like(compiled, self.transformer).stock(
+                    self.transformer, *args, **kwargs
+                )
             return stock(self.transformer, *args, **kwargs)
 
         def compute() -> Any:

@@ -4,6 +4,7 @@ which of them needs the fewest steps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -101,8 +102,7 @@ def recommend(pipe: Any, steps: int) -> Advice:
     """This recommends a solver for a pipeline's runs of `steps` steps; the pipeline stays as it is.
 
     Flow-matching pipelines get UniPC of order 2 on their own noise levels, with the shift that `from_config` alone
-    would lose; those that predict noise get it on theirs. One whose scheduler draws noise keeps it: the model may have
-    been distilled for that.
+    would lose; those that predict noise get it on theirs. Where UniPC cannot stand for it the scheduler stays.
 
     Raises:
         ArgumentError: `steps` is no int of at least 1.
@@ -117,15 +117,9 @@ def recommend(pipe: Any, steps: int) -> Advice:
         )
     from diffusers import UniPCMultistepScheduler
 
-    names = {cls.__name__ for cls in type(scheduler).__mro__}
     config, arguments = scheduler.config, {"num_inference_steps": steps}
-    reason = noise_of(scheduler)
-    flow = any(name.startswith("FlowMatch") for name in names)
-    linear = (
-        flow and config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
-    )
-    if reason or linear or config.get("invert_sigmas"):
-        why = f"it draws noise ({reason})" if reason else "UniPC cannot have its noise levels"
+    flow = any(cls.__name__.startswith("FlowMatch") for cls in type(scheduler).__mro__)
+    if why := _no_unipc(pipe, scheduler, flow):
         return Advice(scheduler, arguments, f"{type(scheduler).__name__} stays: {why}")
     settings: dict[str, Any] = {
         "solver_order": 2,
@@ -142,5 +136,18 @@ def recommend(pipe: Any, steps: int) -> Advice:
     return Advice(
         UniPCMultistepScheduler.from_config(config, **settings),
         arguments,
-        "UniPC of order 2 reaches with 10 steps what Euler needs more for",
+        "UniPC of order 2 follows curved trajectories in fewer steps than Euler",
     )
+
+
+def _no_unipc(pipe: Any, scheduler: Any, flow: bool) -> str:
+    """This says why UniPC cannot stand for a pipeline's scheduler; "" where it can."""
+    config = scheduler.config
+    if noise := noise_of(scheduler):
+        return f"it draws noise ({noise}), for which the model may have been distilled"
+    if not flow:
+        return "it clips what it takes to be the picture" if config.get("clip_sample") else ""
+    if "strength" in inspect.signature(type(pipe).__call__).parameters:
+        return "the pipeline has it add noise to a picture, which UniPC does otherwise"
+    linear = config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
+    return "UniPC cannot have its noise levels" if linear or config.get("invert_sigmas") else ""
