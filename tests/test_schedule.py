@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fastdit
 from fastdit import Cached, Schedule, ScheduleError
-from fastdit.schedules.schedule import MAX_COUNT
+from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import BlockKind, ModelSpec
 
 SPEC = ModelSpec("toy", (BlockKind("transformer_blocks", 3, ("attn", "ff")),))

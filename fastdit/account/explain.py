@@ -22,7 +22,7 @@ from fastdit.errors import ArgumentError
 from fastdit.runtime.clock import predicted_levels
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, plan_run
-from fastdit.schedules.schedule import MAX_COUNT
+from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28

@@ -14,7 +14,6 @@ This file knows neither models nor runs: :meth:`Schedule.bind` only compares nam
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,16 +25,10 @@ import numpy as np
 
 from fastdit import files
 from fastdit.errors import ScheduleError
-from fastdit.schedules import ecad_file
+from fastdit.schedules import ecad_file, schedule_file
 from fastdit.spec import BlockKind, ModelSpec
 
-FORMAT = "fastdit.schedule"
-VERSION = 1
 DEFAULT_KIND = "transformer_blocks"
-MAX_FILE_BYTES = 64 << 20
-MAX_COUNT = 1 << 14
-MAX_KINDS = 64
-MAX_BITS = 1 << 26
 
 
 class Bindable(Protocol):
@@ -131,10 +124,12 @@ class Schedule:
     @property
     def sha256(self) -> str:
         """Hash of the content (not of the provenance), equal for equal schedules."""
-        return hashlib.sha256(_canonical(self._content())).hexdigest()
+        return hashlib.sha256(schedule_file.canonical(schedule_file.content(self))).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and self._content() == other._content()
+        return isinstance(other, Schedule) and schedule_file.content(self) == schedule_file.content(
+            other
+        )
 
     def __hash__(self) -> int:
         return hash(self.sha256)
@@ -215,9 +210,9 @@ class Schedule:
 
     def to_json(self) -> str:
         """The schedule as JSON text; see the module's description."""
-        content = self._content()
+        content = schedule_file.content(self)
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
-        return _dumps(document)
+        return schedule_file.dumps(document)
 
     def to_ecad_json(self) -> str:
         """The schedule in the layout of ECAD's released files.
@@ -225,7 +220,7 @@ class Schedule:
         Raises:
             ScheduleError: The layout has no place for a block kind of this schedule.
         """
-        return _dumps(ecad_file.document(self))
+        return schedule_file.dumps(ecad_file.document(self))
 
     def save(self, path: str | os.PathLike[str], layout: str = "fastdit") -> None:
         """Write to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
@@ -246,7 +241,7 @@ class Schedule:
             ScheduleError: The file cannot be read, or is not a valid schedule; names the file and what is wrong.
         """
         try:
-            text = files.read_text(path, MAX_FILE_BYTES)
+            text = files.read_text(path, schedule_file.MAX_FILE_BYTES)
         except (OSError, ValueError) as error:  # also bytes that are no text
             raise ScheduleError(f"{path}: not a readable schedule file: {error}") from error
         try:
@@ -268,30 +263,13 @@ class Schedule:
     @classmethod
     def _from_document(cls, document: Any) -> Schedule:
         if isinstance(document, dict) and ecad_file.ROOT in document:
-            return cls.from_bits(*ecad_file.parse(document, MAX_COUNT))
-        schedule = _parse(document)
+            return cls.from_bits(*ecad_file.parse(document, schedule_file.MAX_COUNT))
+        schedule = cls.from_bits(*schedule_file.parse(document))
         if document["sha256"] != schedule.sha256:
             raise ScheduleError(
                 "sha256 does not match the content: the file is damaged or was edited"
             )
         return schedule
-
-    def _content(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "steps": self.steps,
-            "blocks": {
-                kind: {
-                    "count": layer.bits.shape[1],
-                    "components": list(layer.components),
-                    "bits": [
-                        "".join("01"[bit] for bit in row.ravel().astype(int)) for row in layer.bits
-                    ],
-                }
-                for kind, layer in sorted(self.layers.items())
-            },
-        }
 
 
 @dataclass(frozen=True)
@@ -382,87 +360,3 @@ def _layer(kind: str, bits: Any, components: Any) -> Layer:
     array[0] = True  # there is nothing to reuse at the first step
     array.setflags(write=False)
     return Layer(names, array)
-
-
-def _dumps(document: Mapping[str, Any]) -> str:
-    try:
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Refuse what is no object with exactly these fields of these types.
-
-    Raises:
-        ScheduleError: Naming the place and the field.
-    """
-    if not isinstance(document, dict):
-        raise ScheduleError(f"{where} must be an object, got {type(document).__name__}")
-    if set(document) != set(fields):
-        raise ScheduleError(
-            f"{where} must have exactly the fields {sorted(fields)}, got {sorted(document)}"
-        )
-    for name, kinds in fields.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if type(document[name]) not in kinds:
-            raise ScheduleError(
-                f"{where}.{name} must be {' or '.join(kind.__name__ for kind in kinds)}, "
-                f"got {type(document[name]).__name__}"
-            )
-
-
-def _count(value: int, where: str) -> int:
-    if not 1 <= value <= MAX_COUNT:
-        raise ScheduleError(f"{where} must be from 1 to {MAX_COUNT}, got {value}")
-    return value
-
-
-def _parse(document: Any) -> Schedule:
-    header = {
-        "format": str,
-        "version": int,
-        "steps": int,
-        "blocks": dict,
-        "provenance": dict,
-        "sha256": str,
-    }
-    if isinstance(document, dict) and document.get("format", FORMAT) != FORMAT:
-        raise ScheduleError(f"format must be {FORMAT!r}, got {document['format']!r}")
-    expect(document, "schedule", header)
-    if document["version"] != VERSION:
-        raise ScheduleError(
-            f"version must be {VERSION}, got {document['version']}; a newer fastdit may read it"
-        )
-    steps = _count(document["steps"], "steps")
-    if len(document["blocks"]) > MAX_KINDS:
-        raise ScheduleError(
-            f"blocks may have at most {MAX_KINDS} block kinds, got {len(document['blocks'])}"
-        )
-    bits, components = {}, {}
-    for kind, entry in document["blocks"].items():
-        expect(entry, f"blocks.{kind}", {"count": int, "components": list, "bits": list})
-        count = _count(entry["count"], f"blocks.{kind}.count")
-        width = count * _count(len(entry["components"]), f"number of blocks.{kind}.components")
-        if steps * width > MAX_BITS:
-            raise ScheduleError(
-                f"blocks.{kind}: {steps * width} bits, at most {MAX_BITS} are accepted"
-            )
-        rows = entry["bits"]
-        if len(rows) != steps:
-            raise ScheduleError(
-                f"blocks.{kind}.bits must have {steps} rows, one per step, got {len(rows)}"
-            )
-        for step, row in enumerate(rows):
-            if not isinstance(row, str) or len(row) != width or row.strip("01"):
-                raise ScheduleError(
-                    f"blocks.{kind}.bits[{step}] must be a string of {width} characters 0 or 1"
-                )
-        flat = np.frombuffer("".join(rows).encode(), dtype=np.uint8) == ord("1")
-        bits[kind] = flat.reshape(steps, count, -1)
-        components[kind] = entry["components"]
-    return Schedule.from_bits(bits, components, document["provenance"])
