@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounter
 import fastdit
 import tiny_models
 from fastdit.schedules.forecast import last_nodes, weights
+from oracle import Oracle, random_bits
 
 every = fastdit.Schedule.every
 
@@ -220,7 +221,7 @@ def test_any_model_will_do():
 
 @pytest.mark.parametrize("given", [-1, 3, True, 1.0, "auto?"])
 def test_orders_are_checked(given):
-    with pytest.raises(fastdit.ArgumentError, match="order must be 0, 1 or 2, got"):
+    with pytest.raises(fastdit.ScheduleError, match="order must be 0, 1 or 2, got"):
         fastdit.Cached(every(2), order=given)
 
 
@@ -279,3 +280,34 @@ def test_a_compiled_model_stays_compiled():
             handle.advance()
     assert counter.op_count >= 5
     assert handle.report().reuse_share == 0.5
+
+
+def drawn_both_ways(family, seed, dtype, backend, batch=2, steps=7):
+    """Outputs of each step's call of a random schedule of random orders: (patched, plain hooks)."""
+    generator = np.random.default_rng(seed)
+    model = tiny_models.transformer(family, dtype)
+    bits, names = random_bits(model, steps, seed, compute=0.4)
+    orders = {kind: generator.integers(0, 3, part.shape) for kind, part in bits.items()}
+    levels = np.sort(generator.random(steps))[::-1].tolist()
+    inputs = [tiny_models.call(family, batch, dtype, step=step) for step in range(steps)]
+    with torch.no_grad(), Oracle(model, bits, orders=orders, levels=levels).installed():
+        expected = [model(**given)[0] for given in inputs]
+    schedule = fastdit.Schedule.from_bits(bits, names, orders=orders)
+    handle = fastdit.patch(model, fastdit.Cached(schedule), backend=backend)
+    with torch.no_grad(), handle.run(levels):
+        actual = [model(**given)[0] for given in inputs]
+    return actual, expected
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+def test_random_orders_equal_plain_hooks(family, seed, backend):
+    if backend == "cpu":
+        actual, expected = drawn_both_ways(family, seed, torch.float32, backend)
+        bound = 1e-4
+    else:
+        actual, expected = drawn_both_ways(family, seed, torch.float64, backend)
+        bound = 1e-9
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.linalg.norm(one - other) <= bound * torch.linalg.norm(other)

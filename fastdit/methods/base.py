@@ -116,8 +116,6 @@ class Method:
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
         family: The model family that a preset's settings are for; None for settings that fit any.
-        order: How reused outputs are extrapolated from the last computed ones, see `schedules/forecast.py`; 0 repeats
-            the last.
     """
 
     name: str = ""
@@ -125,7 +123,11 @@ class Method:
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
     family: str | None = None
-    order: int = 0
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates outputs that it reuses, see `schedules/forecast.py`."""
+        return False
 
     @property
     def skips_steps(self) -> bool:

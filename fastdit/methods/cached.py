@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
-from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -28,9 +27,10 @@ class Cached(Method):
         max_cache_bytes: Most bytes that caches may hold at once. A run that needs more is refused at its first
             transformer call, with the number it needs.
         cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
-        order: 0 repeats an output, 1 draws the line through its last two computed values, 2 the parabola through
-            three, at the sampler's own noise levels. Where a whole step is reused the model's output is extrapolated
-            and no block visited: a step of Adams and Bashforth on the sampler's grid.
+        order: How all that is reused is drawn from what was computed; None as the schedule says. 0 repeats an output,
+            1 draws the line through its last two computed values, 2 the parabola through three, at the sampler's own
+            noise levels. Where a whole step is reused the model's output is extrapolated and no block visited: a step
+            of Adams and Bashforth on the sampler's grid.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))
@@ -39,7 +39,7 @@ class Cached(Method):
     source: Schedule | Every | str | os.PathLike[str]
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
-    order: int = 0
+    order: int | None = None
 
     name = "Cached"
     writes = frozenset({"reuse"})
@@ -57,8 +57,8 @@ class Cached(Method):
             raise ArgumentError(
                 f"max_cache_bytes must be an int of at least 0 or None, got {most!r}"
             )
-        if type(self.order) is not int or not 0 <= self.order <= MAX_ORDER:
-            raise ArgumentError(f"order must be 0, 1 or 2, got {self.order!r}")
+        if self.order is not None:
+            object.__setattr__(self, "source", self.source.with_order(self.order))
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ArgumentError(
                 f"cache_dtype must be one of {', '.join(CACHE_DTYPES)} or None, got {self.cache_dtype!r}"
@@ -72,16 +72,21 @@ class Cached(Method):
     @property
     def skips_steps(self) -> bool:
         """Whether every reused step is forecast as a whole."""
-        return bool(self.order) and isinstance(self.source, Every)
+        return self.forecasts and isinstance(self.source, Every)
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return self.source.forecasts
 
     def check_sampler(self, noise: str) -> None:
         """Noise at each step makes an old output one of another picture; the line through two is of none at all."""
         if not noise:
             return
-        if self.order:
+        if self.forecasts:
             raise ArgumentError(
-                f"order must be 0 with a sampler that draws noise at each step ({noise}), got {self.order}: outputs "
-                "of unlike noise lie on no line"
+                f"order must be 0 with a sampler that draws noise at each step ({noise}): outputs of unlike noise lie "
+                "on no line"
             )
         warnings.warn(
             f"{self.name} repeats outputs under a sampler that draws noise at each step ({noise}), each of a picture "

@@ -97,7 +97,7 @@ class Call:
         order = run.plan.order_of(run.step)
         if order:
             branch = self._branch()
-            if branch.outputs.nodes:
+            if branch.outputs.nodes.steps:
                 self.forecast = branch.outputs.forecast(run.step, order, run.forecast_weights)
                 return None
         self._smaller = self.layout is not None and self.layout.kind != "full"
@@ -168,6 +168,8 @@ class Call:
             layouts=patched.adapter.layouts,
             precision=patched.precision(arguments),
             modulations=ahead,
+            step=run.step,
+            weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
 
@@ -244,7 +246,7 @@ class Call:
         if not isinstance(timestep, Tensor):
             inputs = None
         if first and inputs is not None:
-            timesteps = run.timesteps
+            timesteps = run.timesteps if isinstance(run.timesteps, Tensor) else None
             if run.scheduler is not None:
                 timesteps = adapter.given_timesteps(
                     run.scheduler.timesteps, arguments.hidden_states.dtype

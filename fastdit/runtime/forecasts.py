@@ -9,45 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastdit.blocks.nodes import Drawn, Nodes, Weights
 from fastdit.errors import UnsupportedModelError
-from fastdit.schedules.forecast import last_nodes, weights
-
-
-class Weights:
-    """The weights of a run's forecasts, in the memory of the device that reads them.
-
-    Args:
-        levels: The noise level of each step.
-    """
-
-    def __init__(self, levels: Sequence[float]) -> None:
-        self.levels = levels
-        self._made: dict[Any, Tensor] = {}
-
-    def of(self, step: int, nodes: Sequence[int], device: torch.device) -> Tensor:
-        """This gives the weights [nodes] of outputs of the steps `nodes`, fp64 on a CPU and fp32 elsewhere."""
-        key = step, tuple(nodes), device
-        if key not in self._made:
-            found = weights([self.levels[node] for node in nodes], self.levels[step])
-            dtype = torch.float64 if device.type == "cpu" else torch.float32
-            self._made[key] = torch.tensor(found, dtype=dtype).to(device, non_blocking=True)
-        return self._made[key]
 
 
 class Outputs:
     """The last outputs of the model in one guidance branch.
 
     Attributes:
-        nodes: Their steps, latest first.
+        nodes: Their tensors, and other parts, laid flat.
     """
 
     def __init__(self) -> None:
-        self.nodes: list[int] = []
-        self._values: list[list[Any]] = []
+        self.nodes = Nodes()
         self._shape: Any = None
 
     def add(self, step: int, output: Any, levels: Sequence[float], order: int) -> None:
@@ -56,43 +33,23 @@ class Outputs:
         Raises:
             UnsupportedModelError: It holds no tensors.
         """
-        values, shape = tree_flatten(output)
-        if not any(isinstance(value, Tensor) for value in values):
+        parts, shape = tree_flatten(output)
+        if not any(isinstance(part, Tensor) for part in parts):
             raise UnsupportedModelError(
                 f"a forecast needs an output of tensors, this model gives a {type(output).__name__}"
             )
         if shape != self._shape:
-            self.nodes, self._values, self._shape = [], [], shape
+            self.nodes, self._shape = Nodes(), shape
         # The caller may write into what it gets.
-        values = [value.clone() if isinstance(value, Tensor) else value for value in values]
-        held = dict(zip((step, *self.nodes), (values, *self._values), strict=True))
-        self.nodes = list(last_nodes([*reversed(self.nodes), step], levels, order))
-        self._values = [held[node] for node in self.nodes]
+        parts = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+        self.nodes = self.nodes.with_node(step, parts, levels, order + 1)
 
-    def forecast(self, step: int, order: int, made: Weights) -> Any:
-        """This gives the output at a step, as the model would return it.
-
-        Args:
-            made: The weights of the run.
-            order: 0, 1 or 2; of fewer outputs the forecast is of a lower one.
-        """
-        used = self._values[: order + 1]
-        found = []
-        for values in zip(*used, strict=True):
-            first = values[0]
-            if isinstance(first, Tensor) and first.is_floating_point():
-                found.append(_drawn(values, made.of(step, self.nodes[: len(used)], first.device)))
+    def forecast(self, step: int, order: int, weights: Weights) -> Any:
+        """This gives the output at a step as the model would return it; of fewer outputs, of a lower order."""
+        used, found = self.nodes.kept(order + 1), []
+        for values in zip(*used.values, strict=True):
+            if isinstance(values[0], Tensor) and values[0].is_floating_point():
+                found.append(Drawn(values, used.steps, step, weights).gathered())
             else:
-                found.append(first)
+                found.append(values[0])
         return tree_unflatten(found, self._shape)
-
-
-def _drawn(values: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """This gives the weighted sum of tensors of one shape, rounded once; the caller may write into it."""
-    if len(values) == 1:
-        return values[0].clone()
-    wide = torch.promote_types(values[0].dtype, torch.float32)
-    total = values[0].to(wide) * weights[0].to(wide)
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + value.to(wide) * weight.to(wide)
-    return total.to(values[0].dtype)

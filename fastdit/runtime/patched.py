@@ -87,7 +87,7 @@ class Patched:
         self.graphs = graphs
         self.pipeline: Callable[[], Any] = _nobody if pipeline is None else weakref.ref(pipeline)
         self.acts = any(method.writes for method in self.methods)
-        self.forecasts = any(method.order for method in self.methods)
+        self.forecasts = any(method.forecasts for method in self.methods)
         # A family that runs two token sizes by its own attention may do so for one image of several.
         self._stands_in = self._writer("rows") is not None or (
             self._writer("resolution") is not None and adapter.replaces_attention

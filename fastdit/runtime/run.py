@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.nodes import Nodes, Weights
 from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.clock import Levels
-from fastdit.runtime.forecasts import Outputs, Weights
+from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.solvers import step_levels
@@ -83,7 +84,7 @@ class Run:
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
         tokens, resolution: Those of them that choose the tokens, and their sizes; or None.
-        timesteps: As given to `handle.run`, where that is a tensor.
+        timesteps: As given to `handle.run`.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
         owner: The call of a pipeline, or the thread or task, that it belongs to; None once that is gone. See
@@ -112,7 +113,7 @@ class Run:
         self.methods: tuple[MethodRun, ...] = ()
         self.tokens: Any = None
         self.resolution: Any = None
-        self.timesteps: Tensor | None = None
+        self.timesteps: Sequence[Any] | None = None
         self.pipeline: Callable[[], Any] = _nobody
         self.guidance: dict[str, Any] = {}
         self.follower: Any = None
@@ -330,6 +331,7 @@ class Run:
             kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
             made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
             for value in (*made, *kept):
+                value = value.values if isinstance(value, Nodes) else value
                 for tensor in value if isinstance(value, (tuple, list)) else (value,):
                     if isinstance(tensor, Tensor):
                         storage = tensor.untyped_storage()

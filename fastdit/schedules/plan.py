@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdit.errors import CompositionError
-from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, BlockActions
+from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, drawn
 from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
@@ -98,28 +98,31 @@ def plan_run(
     stages = [s for m in methods if "resolution" in m.writes for s in m.stages()]
     fresh = [stage.first for stage in stages]
     lengths = [stage.steps for stage in stages] or [steps]
-    reuse, order = None, 0
+    reuse = None
     for method in methods:
         if "reuse" in method.writes:
-            order = method.order
             reuse = method.staged_schedule(spec, lengths, levels)
-    forecasts = _forecasts(reuse, order, fresh) if reuse is not None and order else ()
+    forecasts = _forecasts(reuse, fresh) if reuse is not None and reuse.forecasts else ()
     actions = lower(reuse, spec, partial, fresh, forecasts) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
 
-def _forecasts(schedule: Schedule, order: int, fresh: Sequence[int]) -> tuple[int, ...]:
-    """This gives the order of the forecast at steps that reuse everything, 0 at the others."""
-    computes = [layer.bits.any(axis=(1, 2)) for layer in schedule.layers.values()]
-    runs = np.any(computes, axis=0)
-    runs[list(fresh)] = True
-    return tuple(0 if run else order for run in runs)
+def _forecasts(schedule: Schedule, fresh: Sequence[int]) -> tuple[int, ...]:
+    """This gives the order of each step's forecast where all of it is drawn by one, 0 elsewhere."""
+    layers = schedule.layers.values()
+    bits, orders = (
+        np.concatenate([each.reshape(schedule.steps, -1) for each in parts], axis=1)
+        for parts in ([layer.bits for layer in layers], [layer.orders for layer in layers])
+    )
+    whole = ~bits.any(axis=1) & (orders == orders[:, :1]).all(axis=1)
+    whole[list(fresh)] = False
+    return tuple(int(order) if step else 0 for step, order in zip(whole, orders[:, 0], strict=True))
 
 
 def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
     """Sums for a model whose gates allow them and a schedule that makes them pay."""
-    if not spec.shared_gates:
+    if not spec.shared_gates or any(flags & DRAWN for row in actions[0] for flags in row.values()):
         return ()
     cells = [(block, name) for block, row in enumerate(actions[0]) for name in row]
     computes = [[step[block][name] & COMPUTE for block, name in cells] for step in actions]
@@ -185,19 +188,32 @@ def _lower_kind(
         dead = consumer is not None and not partial.any()
         read = (flags[consumer] & COMPUTE).astype(bool) if dead else always.copy()
         read[np.array(forecasts, dtype=bool).nonzero()] = False
-        flags[component] = _lower_component(bits[component], read, partial)
+        orders = (
+            layer.orders[:, :, layer.components.index(component)]
+            if component in layer.components
+            else np.zeros(read.shape, dtype=np.uint8)
+        )
+        flags[component] = _lower_component(bits[component], read, partial, orders)
     return flags
 
 
-def _lower_component(bits: np.ndarray, read: np.ndarray, partial: np.ndarray) -> np.ndarray:
-    """Backward liveness over the steps; `bits` (compute) and `read` (value is used) are bool [steps, blocks]."""
-    flags = np.zeros(bits.shape, dtype=np.uint8)
-    wanted = np.zeros(
-        bits.shape[1], dtype=bool
-    )  # does a later step read the value current after this one?
+def _lower_component(
+    bits: np.ndarray, read: np.ndarray, partial: np.ndarray, orders: np.ndarray
+) -> np.ndarray:
+    """Backward liveness over the steps; all but `partial` [steps] are [steps, blocks].
+
+    `bits` (compute) and `read` (value is used) are bool; a reused value is drawn through one more than `orders` values.
+    """
+    flags = np.zeros(bits.shape, dtype=np.uint16)
+    # How many of the last computed values, counted from after the step, later steps read.
+    wanted = np.zeros(bits.shape[1], dtype=np.uint16)
+    some = (orders > 0).any(axis=0)
     for step in reversed(range(bits.shape[0])):
-        compute = bits[step] & (read[step] | wanted)
+        compute = bits[step] & (read[step] | (wanted > 0))
         reuse = ~bits[step] & read[step]
-        flags[step] = compute * COMPUTE + reuse * REUSE + wanted * KEEP
-        wanted = (~bits[step] & (read[step] | wanted)) | (partial[step] & bits[step] & wanted)
+        flags[step] = compute * COMPUTE + reuse * REUSE + (wanted > 0) * KEEP
+        flags[step] += some * drawn(orders[step], wanted)
+        # What computes adds one, or renews a part of the last.
+        before = wanted if partial[step] else np.maximum(wanted, 1) - 1
+        wanted = np.where(bits[step], before, np.maximum(wanted, reuse * (orders[step] + 1)))
     return flags

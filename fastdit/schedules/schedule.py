@@ -4,10 +4,10 @@
 polarity and the order of the ECAD paper's released files (arXiv 2506.15682). Step 0 always computes: there is nothing
 to reuse yet, so False there means True and is stored as True.
 
-The file is JSON, written for people and diffs: one string of 0 and 1 per step and block kind, in [block][component]
-order, with a version, free provenance and a SHA-256 over the content. The layout of ECAD's released files is read too,
-and written if asked (`schedules/ecad_file.py`). Reading executes nothing; a file that is malformed, truncated, altered
-or made for something else is refused with a :class:`~fastdit.errors.ScheduleError`.
+``orders`` of the same shape say how what is reused is drawn from the last computed outputs (`forecast.py`): 0 repeats
+the last, 1 and 2 extrapolate.
+
+Files are `schedule_file.py`'s; the layout of ECAD's released ones is read too, and written if asked (`ecad_file.py`).
 This file knows neither models nor runs: :meth:`Schedule.bind` only compares names and counts.
 """
 
@@ -26,6 +26,7 @@ import numpy as np
 from fastdit import files
 from fastdit.errors import ScheduleError
 from fastdit.schedules import ecad_file, schedule_file
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.spec import BlockKind, ModelSpec
 
 DEFAULT_KIND = "transformer_blocks"
@@ -39,10 +40,11 @@ class Bindable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The bits of one block kind: ``bits`` is a read-only bool array [steps, blocks, components]."""
+    """One block kind: ``bits`` (bool) and ``orders`` (uint8) are read-only arrays [steps, blocks, components]."""
 
     components: tuple[str, ...]
     bits: np.ndarray
+    orders: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,7 @@ class Schedule:
         bits: Any,
         components: Sequence[str] | Mapping[str, Sequence[str]],
         provenance: Mapping[str, Any] | None = None,
+        orders: Any = 0,
     ) -> Schedule:
         """Make a schedule from ``bits[step][block][component]``, True = compute.
 
@@ -75,6 +78,7 @@ class Schedule:
                 mapping from kind to such bits.
             components: Names along the last axis, or a mapping from kind to names.
             provenance: Free JSON data about the origin.
+            orders: Of the forecasts of what is reused: one for all, or shaped like `bits`, of 0, 1 and 2.
 
         Raises:
             ScheduleError: Shapes, values or names are not as described.
@@ -92,7 +96,18 @@ class Schedule:
                 f"bits has block kinds {sorted(map(str, bits))}, components has {sorted(map(str, components))}; "
                 "they must be the same and not empty"
             )
-        layers = {str(kind): _layer(str(kind), bits[kind], components[kind]) for kind in bits}
+        orders = 0 if orders is None else orders
+        if not isinstance(orders, Mapping):
+            orders = dict.fromkeys(bits, orders)
+        if set(orders) != set(bits):
+            raise ScheduleError(
+                f"orders has block kinds {sorted(map(str, orders))}, bits has {sorted(map(str, bits))}; they must be "
+                "the same"
+            )
+        layers = {
+            str(kind): _layer(str(kind), bits[kind], components[kind], orders[kind])
+            for kind in bits
+        }
         steps = {kind: layer.bits.shape[0] for kind, layer in layers.items()}
         if len(set(steps.values())) > 1:
             raise ScheduleError(
@@ -101,12 +116,12 @@ class Schedule:
         return cls(MappingProxyType(layers), MappingProxyType(dict(provenance or {})))
 
     @staticmethod
-    def every(n: int) -> Every:
+    def every(n: int, order: int = 0) -> Every:
         """The FORA-style schedule: every component computes at steps 0, n, 2n, ... and is reused between.
 
         It is bound to the model and to the number of steps when a run starts, so it fits any.
         """
-        return Every(n)
+        return Every(n, order)
 
     # ---- facts
 
@@ -120,6 +135,11 @@ class Schedule:
         """Share of all (step, block, component) cells that are reused."""
         cells = sum(layer.bits.size for layer in self.layers.values())
         return sum(int((~layer.bits).sum()) for layer in self.layers.values()) / cells
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return any(layer.orders.any() for layer in self.layers.values())
 
     @property
     def sha256(self) -> str:
@@ -142,6 +162,18 @@ class Schedule:
         return f"Schedule({self.steps} steps, {kinds}, {self.reuse_share:.1%} reused)"
 
     # ---- use
+
+    def with_order(self, order: int) -> Schedule:
+        """This is the same schedule with all that it reuses forecast by one order.
+
+        Raises:
+            ScheduleError: It is not 0, 1 or 2.
+        """
+        layers = {
+            kind: _layer(kind, layer.bits, layer.components, order)
+            for kind, layer in self.layers.items()
+        }
+        return replace(self, layers=MappingProxyType(layers))
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
         """Check that the schedule fits the model and the number of steps, and return it in the model's components.
@@ -176,7 +208,7 @@ class Schedule:
         if not rows or min(rows) < 0 or max(rows) >= self.steps:
             raise ScheduleError(f"rows must be steps 0 to {self.steps - 1}, got {rows}")
         layers = {
-            kind: _layer(kind, layer.bits[rows], layer.components)
+            kind: _layer(kind, layer.bits[rows], layer.components, layer.orders[rows])
             for kind, layer in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers), rows=tuple(rows))
@@ -278,19 +310,32 @@ class Every:
 
     Attributes:
         n: Compute at every n-th step, n >= 1; n = 1 computes always.
+        order: Of the forecasts between; 0 repeats.
     """
 
     n: int
+    order: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise ScheduleError(f"n must be an int >= 1, got {self.n!r}")
+        check_order(self.order)
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return self.order > 0
+
+    def with_order(self, order: int) -> Every:
+        """This is the same with another order."""
+        return replace(self, order=order)
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
         """The schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
         computes = np.arange(steps) % self.n == 0
+        origin = {"every": self.n}
         if not spec.kinds:
-            return Schedule.from_bits(computes[:, None, None], ("output",), {"every": self.n})
+            return Schedule.from_bits(computes[:, None, None], ("output",), origin, self.order)
         bits = {
             kind.name: np.broadcast_to(
                 computes[:, None, None], (steps, kind.count, len(kind.components))
@@ -298,7 +343,7 @@ class Every:
             for kind in spec.kinds
         }
         components = {kind.name: kind.components for kind in spec.kinds}
-        return Schedule.from_bits(bits, components, {"every": self.n})
+        return Schedule.from_bits(bits, components, origin, self.order)
 
     def check(self, spec: ModelSpec) -> None:
         """Fits every model."""
@@ -307,12 +352,23 @@ class Every:
 def _ungrouped(layer: Layer, kind: BlockKind) -> Layer:
     """The layer with every group replaced by its components."""
     parts = [
-        (component, layer.bits[:, :, index])
+        (component, index)
         for index, name in enumerate(layer.components)
         for component in kind.groups.get(name, (name,))
     ]
-    bits = np.stack([bits for _, bits in parts], axis=-1)
-    return _layer(kind.name, bits, tuple(name for name, _ in parts))
+    names, places = zip(*parts, strict=True)
+    places = list(places)
+    return _layer(kind.name, layer.bits[:, :, places], names, layer.orders[:, :, places])
+
+
+def check_order(order: Any) -> None:
+    """Refuse what is no order of a forecast.
+
+    Raises:
+        ScheduleError: Naming what was given.
+    """
+    if type(order) is not int or not 0 <= order <= MAX_ORDER:
+        raise ScheduleError(f"order must be 0, 1 or 2, got {order!r}")
 
 
 def check_names(kind: Any, components: Any) -> tuple[str, ...]:
@@ -338,7 +394,7 @@ def check_names(kind: Any, components: Any) -> tuple[str, ...]:
     return names
 
 
-def _layer(kind: str, bits: Any, components: Any) -> Layer:
+def _layer(kind: str, bits: Any, components: Any, orders: Any = 0) -> Layer:
     names = check_names(kind, components)
     try:
         array = np.asarray(bits)
@@ -358,5 +414,17 @@ def _layer(kind: str, bits: Any, components: Any) -> Layer:
         )
     array = array.astype(bool)
     array[0] = True  # there is nothing to reuse at the first step
-    array.setflags(write=False)
-    return Layer(names, array)
+    if np.ndim(orders) == 0:
+        check_order(orders)
+    try:
+        drawn = np.broadcast_to(np.asarray(orders), array.shape)
+    except (TypeError, ValueError) as error:
+        raise ScheduleError(
+            f"orders of {kind!r} must be shaped like its bits, {array.shape}: {error}"
+        ) from error
+    if not np.issubdtype(drawn.dtype, np.integer) or not np.isin(drawn, range(MAX_ORDER + 1)).all():
+        raise ScheduleError(f"orders of {kind!r} must be 0, 1 or 2")
+    drawn = np.where(array, 0, drawn).astype(np.uint8)  # what computes is not drawn
+    for each in (array, drawn):
+        each.setflags(write=False)
+    return Layer(names, array, drawn)
