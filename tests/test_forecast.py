@@ -311,3 +311,37 @@ def test_random_orders_equal_plain_hooks(family, seed, backend):
         bound = 1e-9
     for one, other in zip(actual, expected, strict=True):
         assert torch.linalg.norm(one - other) <= bound * torch.linalg.norm(other)
+
+
+SAMPLERS = {
+    "euler": FlowMatchEulerDiscreteScheduler,
+    "heun": FlowMatchHeunDiscreteScheduler,
+    "unipc": flow(UniPCMultistepScheduler),
+    "dpm": flow(DPMSolverMultistepScheduler, algorithm_type="dpmsolver++"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [("sd3", name) for name in SAMPLERS] + [("flux", "euler"), ("flux", "unipc")],
+)
+def test_whole_runs_of_random_orders_equal_plain_hooks(family, sampler):
+    """Levels are the scheduler's sigmas, where outputs at one level replace each other."""
+    pipe = tiny_models.pipeline(family, torch.float64, scheduler=SAMPLERS[sampler]())
+    tiny_models.generate(pipe, family, steps=6)  # the pipeline may have levels of its own
+    steps, levels = len(pipe.scheduler.timesteps), [float(s) for s in pipe.scheduler.sigmas]
+    generator = np.random.default_rng(3)
+    bits, names = random_bits(pipe.transformer, steps, 3, compute=0.4)
+    orders = {kind: generator.integers(0, 3, part.shape) for kind, part in bits.items()}
+    calls = 2 if family == "flux" else 1
+    with Oracle(pipe.transformer, bits, calls, orders=orders, levels=levels).installed():
+        expected = tiny_models.generate(pipe, family, batch=2, steps=6)
+    schedule = fastdit.Schedule.from_bits(bits, names, orders=orders)
+    handle = fastdit.patch(pipe, fastdit.Cached(schedule), backend="reference")
+    found = tiny_models.generate(pipe, family, batch=2, steps=6)
+    assert torch.linalg.norm(found - expected) <= 1e-9 * torch.linalg.norm(expected)
+    report = handle.report()
+    assert report.peak_cache_bytes > 0
+    assert handle.explain(
+        tiny_models.HEIGHT, tiny_models.WIDTH, 2, steps, text_tokens=tiny_models.TEXT, cfg=True
+    ).cache_bytes == pytest.approx(report.peak_cache_bytes, rel=0.1)

@@ -18,7 +18,7 @@ from fastdit.account.counts import counts_of
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.errors import UnsupportedModelError
-from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, kept_of
 from fastdit.schedules.collapse import StepSums, passes
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.schedule import Schedule
@@ -234,7 +234,7 @@ class Cost:
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})
             outputs = sum(
-                moved
+                moved * kept_of(step[index][component])
                 for index, component, _, moved, _ in self.cells
                 if step[index][component] & KEEP
                 and (index, component) not in sums.made

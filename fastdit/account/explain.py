@@ -163,7 +163,8 @@ def explain_patched(
         if "resolution" in method.writes:
             levels = levels.with_sigmas(method.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
-    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse())
+    repeats = patched.forecasts and levels is not None and levels.repeat
+    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse(), repeats)
     count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     stages = [
         (count.at(length), plan.part(first, last), tokens[first:last])

@@ -272,7 +272,7 @@ class Forward:
                 self.step, self.packed(value), levels, max(1, count)
             )
         else:
-            used = Nodes(nodes.steps, map(self.unpacked, nodes.values))
+            used = nodes._replace(values=tuple(map(self.unpacked, nodes.values)))
             value = used.drawn(self.step, order_of(flags), self.weights)
             value = gathered(value) if self.immediate else value
         if count:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class Drawn:
         return total.to(first.dtype)
 
 
-class Nodes:
+class Nodes(NamedTuple):
     """The last computed outputs of a component in one guidance branch.
 
     Attributes:
@@ -90,17 +90,14 @@ class Nodes:
         values: The outputs, tensors or tuples of them.
     """
 
-    __slots__ = ("steps", "values")
-
-    def __init__(self, steps: Sequence[int] = (), values: Sequence[Any] = ()) -> None:
-        self.steps = tuple(steps)
-        self.values = tuple(values)
+    steps: tuple[int, ...] = ()
+    values: tuple[Any, ...] = ()
 
     def with_node(self, step: int, value: Any, levels: Sequence[float], count: int) -> Nodes:
         """This adds an output, and keeps the last `count` at distinct noise levels."""
         held = dict(zip((step, *self.steps), (value, *self.values), strict=True))
         steps = last_nodes([*reversed(self.steps), step], levels, count - 1)
-        return Nodes(steps, [held[node] for node in steps])
+        return Nodes(steps, tuple(held[node] for node in steps))
 
     def kept(self, count: int) -> Nodes:
         """These are the last `count` of them."""

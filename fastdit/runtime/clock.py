@@ -23,7 +23,7 @@ from fastdit.errors import ScheduleError, UnsupportedModelError
 from fastdit.methods.base import Step
 from fastdit.runtime.disguise import disguise, put_on, take_off
 from fastdit.runtime.install import LINK
-from fastdit.schedules.solvers import CHURN, noise_of
+from fastdit.schedules.solvers import CHURN, noise_of, step_levels
 
 
 class Follower:
@@ -80,6 +80,12 @@ class Levels:
         """The same with those of a flow-matching run, given as sigmas."""
         unit = self._scheduler.config.num_train_timesteps
         return self.with_own([sigma * unit for sigma in sigmas])
+
+    @property
+    def repeat(self) -> bool:
+        """Whether two calls of the run that was set are at one level, as Heun's are."""
+        levels = step_levels(self._scheduler)
+        return len(set(levels)) < len(levels)
 
     def check_default(self, method: str) -> None:
         """Refuse levels of the caller's own where `method` has its own.

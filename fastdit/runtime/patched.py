@@ -239,11 +239,12 @@ class Patched:
         self, steps: int, partial: tuple[bool, ...] = (), levels: clock.Levels | None = None
     ) -> RunPlan:
         """The plan of a run. One that was mapped to other noise levels is made anew for each run."""
-        key = steps, partial
+        repeats = self.forecasts and levels is not None and levels.repeat
+        key = steps, partial, repeats
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager)
+        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.rows:
             if len(self._plans) >= PLANS:
                 self._plans = {}

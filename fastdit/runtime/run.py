@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
-from fastdit.blocks.nodes import Nodes, Weights
+from fastdit.blocks.nodes import Weights
 from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
@@ -329,13 +329,15 @@ class Run:
         storages = {}
         for branch in list(self.branches.values()):
             kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
-            made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
-            for value in (*made, *kept):
-                value = value.values if isinstance(value, Nodes) else value
-                for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                    if isinstance(tensor, Tensor):
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
+            made = [*branch.slots.values(), *branch.prompts.values(), branch.velocity]
+            waiting = [*made, *kept, branch.outputs.nodes]
+            while waiting:
+                value = waiting.pop()
+                if isinstance(value, Tensor):
+                    storage = value.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+                elif isinstance(value, (tuple, list)):
+                    waiting += value
         return sum(storages.values())
 
     def end(self) -> None:

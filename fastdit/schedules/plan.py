@@ -86,11 +86,13 @@ def plan_run(
     partial: Sequence[bool] = (),
     levels: Any = None,
     collapse: bool = False,
+    repeats: bool = False,
 ) -> RunPlan:
     """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
     `levels` knows the run's noise levels (`clock.Levels`), for schedules made for other numbers of steps. `collapse`
-    allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew.
+    allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
+    `repeats` some steps are at the noise level of the one before, whose outputs they replace in forecasts.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -103,7 +105,7 @@ def plan_run(
         if "reuse" in method.writes:
             reuse = method.staged_schedule(spec, lengths, levels)
     forecasts = _forecasts(reuse, fresh) if reuse is not None and reuse.forecasts else ()
-    actions = lower(reuse, spec, partial, fresh, forecasts) if reuse is not None else ()
+    actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
@@ -145,8 +147,9 @@ def lower(
     partial: Sequence[bool] = (),
     fresh: Sequence[int] = (),
     forecasts: Sequence[int] = (),
+    repeats: bool = False,
 ) -> list[list[dict[str, int]]]:
-    """Flags per step, block (all kinds, in running order) and component; see the module's description.
+    """Flags per step, block (all kinds, in running order) and component; see :func:`plan_run`.
 
     Computing at a `partial` step replaces a part of a value only, so the rest of it must have been kept until then.
     At a `fresh` step the tokens are others than before, so everything computes. Where the whole output is one of the
@@ -155,7 +158,7 @@ def lower(
     some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind, some, fresh, forecasts)
+        flags = _lower_kind(schedule, kind, some, fresh, forecasts, repeats)
         for step in range(schedule.steps):
             for block in range(kind.count):
                 row = {
@@ -173,6 +176,7 @@ def _lower_kind(
     partial: np.ndarray,
     fresh: Sequence[int],
     forecasts: Sequence[int],
+    repeats: bool,
 ) -> dict[str, np.ndarray]:
     layer = schedule.layers[kind.name]
     always = np.ones((schedule.steps, kind.count), dtype=bool)
@@ -193,27 +197,30 @@ def _lower_kind(
             if component in layer.components
             else np.zeros(read.shape, dtype=np.uint8)
         )
-        flags[component] = _lower_component(bits[component], read, partial, orders)
+        renews = partial | repeats if orders.any() else partial
+        flags[component] = _lower_component(bits[component], read, renews, orders)
     return flags
 
 
 def _lower_component(
-    bits: np.ndarray, read: np.ndarray, partial: np.ndarray, orders: np.ndarray
+    bits: np.ndarray, read: np.ndarray, renews: np.ndarray, orders: np.ndarray
 ) -> np.ndarray:
-    """Backward liveness over the steps; all but `partial` [steps] are [steps, blocks].
+    """Backward liveness over the steps; all but `renews` [steps] are [steps, blocks].
 
-    `bits` (compute) and `read` (value is used) are bool; a reused value is drawn through one more than `orders` values.
+    `bits` (compute) and `read` (value is used) are bool; a reused value is drawn through one more than `orders` values,
+    and a step that `renews` may replace the last of them, or a part of it.
     """
     flags = np.zeros(bits.shape, dtype=np.uint16)
     # How many of the last computed values, counted from after the step, later steps read.
-    wanted = np.zeros(bits.shape[1], dtype=np.uint16)
-    some = (orders > 0).any(axis=0)
-    for step in reversed(range(bits.shape[0])):
+    after = np.zeros(bits.shape, dtype=np.uint16)
+    wanted = after[-1]
+    for step in reversed(range(len(bits))):
+        after[step] = wanted
         compute = bits[step] & (read[step] | (wanted > 0))
         reuse = ~bits[step] & read[step]
         flags[step] = compute * COMPUTE + reuse * REUSE + (wanted > 0) * KEEP
-        flags[step] += some * drawn(orders[step], wanted)
-        # What computes adds one, or renews a part of the last.
-        before = wanted if partial[step] else np.maximum(wanted, 1) - 1
+        before = wanted if renews[step] else np.maximum(wanted, 1) - 1
         wanted = np.where(bits[step], before, np.maximum(wanted, reuse * (orders[step] + 1)))
-    return flags
+    made = np.cumsum(flags & COMPUTE, axis=0)
+    several = (orders > 0).any(axis=0)
+    return flags + several * drawn(orders, np.minimum(after, made).astype(np.uint16))
