@@ -33,7 +33,7 @@ def fuses(device: torch.device) -> bool:
 
 
 class Rotation:
-    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32.
+    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32 or fp64.
 
     [B, S, d] where the images of a batch have angles of their own.
     """
@@ -47,7 +47,7 @@ class Rotation:
         """From complex numbers of length one, [n, d / 2] or [B, n, d / 2], of one part of the rows after the other."""
         batch = max((part.shape[:-2] for part in parts), key=len)
         turns = torch.cat([part.expand(*batch, -1, -1) for part in parts], dim=-2)
-        return cls(*(t.float().repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)))
+        return cls(*(t.repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)))
 
     @functools.cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
@@ -232,11 +232,14 @@ def _rows_of(table: Tensor, part: Part, count: int) -> Tensor:
     """Rotation [B or 1, n, 1, d] at the rows of a part."""
     if part.rows is None:
         return table[..., part.offset : part.offset + count, None, :]
-    return table[part.offset + part.rows][:, :, None]
+    rows = part.offset + part.rows
+    if table.ndim == 2:
+        return table[rows][:, :, None]
+    return table.take_along_dim(rows[..., None], dim=1)[:, :, None]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs, in fp32, as diffusers' `apply_rotary_emb` does."""
+    """Turn neighbouring pairs, in the angles' precision, as diffusers' `apply_rotary_emb` does."""
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)

@@ -79,6 +79,8 @@ class Tokens:
     Attributes:
         count: Image tokens, N.
         rows: [B, K] active ones, or None for all.
+        texts: [B] text tokens before each image in a joint stream whose texts are unlike long, with padding at its end;
+            None where all texts are as long. The adapter's blocks say it.
         keys: Attention -> its keys and values.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
@@ -89,6 +91,7 @@ class Tokens:
     ) -> None:
         self.count = count
         self.rows = rows
+        self.texts: Tensor | None = None
         self.keys = keys
         self.memory = memory
         self.ops = ops
@@ -96,12 +99,18 @@ class Tokens:
         self._index: dict[tuple[str, int], Tensor] = {}
 
     def joint_rows(self, text: int) -> Tensor | None:
-        """Rows of [text, image] that are active: all text, [B, text + K]."""
+        """Rows of [text, image] that are active: all text, [B, text + K]; and all padding, where there is any."""
         if self.rows is None:
             return None
         if text not in self._joint:
-            first = torch.arange(text, device=self.rows.device).expand(self.rows.shape[0], text)
-            self._joint[text] = torch.cat([first, text + self.rows], dim=1)
+            active = self.rows.shape[1]
+            places = torch.arange(text + active, device=self.rows.device)
+            image = (places - (text if self.texts is None else self.texts[:, None])).expand(
+                self.rows.shape[0], -1
+            )
+            chosen = self.rows.gather(1, image.clamp(0, active - 1)) + places - image
+            behind = torch.where(image < active, chosen, places - active + self.count)
+            self._joint[text] = torch.where(image < 0, places, behind)
         return self._joint[text]
 
     def stored(self, held: Any, layout: Sequence[str]) -> Any:

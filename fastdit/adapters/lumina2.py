@@ -1,0 +1,199 @@
+"""Lumina 2: refiners of image and text on their own, then blocks over the joint stream of [text, image].
+
+Restates diffusers' `Lumina2TransformerBlock.forward`. Every sub-layer is normed before and behind (RMS norms) and gated
+by ``tanh(gate)``; there are scales but no shifts. In the joint stream each row begins with its own prompt, without the
+padding, its image follows at once, and what prompts of unlike length leave free lies at the end, under a mask.
+
+What is cached is the output behind its norm, which no step changes, and before the gate, which the current step sets.
+The context refiner sees neither picture nor time, so it is no component: it runs once for a prompt, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.adapters.base import Adapter, Size, argument_of, blank, chunk_gates, picture
+from fastdit.blocks.attention import Part, Rotation, attend, projections
+from fastdit.blocks.forward import Forward, Residual
+from fastdit.blocks.modulation import LayerInputs
+from fastdit.observe import private
+
+
+def noise_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    image_rotary_emb: Tensor,
+    temb: Tensor | None = None,
+) -> Tensor:
+    """One block of the noise refiner: image [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> image."""
+    image = fw.enter(hidden_states, "image")
+    rows = None if fw.tokens is None else fw.tokens.rows
+    _block(block, fw, image, "noise_", rows, attention_mask, image_rotary_emb, temb)
+    image.read()  # what follows the last of them is no block
+    return image.leave()
+
+
+def joint_block(
+    block: nn.Module,
+    fw: Forward,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    image_rotary_emb: Tensor,
+    temb: Tensor | None = None,
+) -> Tensor:
+    """One main block: joint [B, S, D], mask bool [B, S] where texts are unlike long, rotary and temb -> joint."""
+    joint, tokens = fw.enter(hidden_states, "joint"), fw.tokens
+    rows = None
+    if tokens is not None and tokens.rows is not None:
+        active = tokens.rows.shape[1]
+        text = hidden_states.shape[1] - active
+        if attention_mask is not None:  # of the active tokens; the keys are those of all
+            tokens.texts = attention_mask.sum(dim=1) - active
+            places = torch.arange(text + tokens.count, device=attention_mask.device)
+            attention_mask = places < tokens.texts[:, None] + tokens.count
+        rows = tokens.joint_rows(text)
+    _block(block, fw, joint, "", rows, attention_mask, image_rotary_emb, temb)
+    return joint.leave()
+
+
+def _block(
+    block: nn.Module,
+    fw: Forward,
+    stream: Residual,
+    prefix: str,
+    rows: Tensor | None,
+    mask: Tensor | None,
+    rotary: Tensor,
+    temb: Tensor,
+) -> None:
+    """Attention and feed-forward of a stream; `rows` of its tokens in the whole one where these are a part."""
+    scale, gate, scale_mlp, gate_mlp = chunk_gates(fw.adaln(block.norm1, temb), 4)
+    name = f"{prefix}attn"
+
+    def attention() -> Tensor:
+        u = stream.normed(block.norm1.norm, scale, None)
+        if fw.tokens is None:
+            return fw.segments.attention(
+                block.attn,
+                hidden_states=u,
+                encoder_hidden_states=u,
+                attention_mask=mask,
+                image_rotary_emb=rotary,
+            )
+        attn = block.attn
+        if prefix not in fw.scratch:
+            fw.scratch[prefix] = Rotation.of(rotary)
+        out = attend(
+            fw.tokens,
+            (fw.index, name),
+            (Part(*projections(attn, u), attn.norm_q, attn.norm_k, 0, rows),),
+            rotary.shape[1],
+            attn.heads,
+            fw.scratch[prefix],
+            scale=attn.scale,
+            mask=None if mask is None else mask[:, None],
+        )
+        return attn.to_out[1](attn.to_out[0](out))
+
+    branch = fw.component(name, lambda: fw.normed(block.norm2, attention()))
+    stream.add(branch, gate.unsqueeze(1).tanh())
+    branch = fw.component(
+        f"{prefix}feed_forward",
+        lambda: fw.normed(
+            block.ffn_norm2,
+            fw.segments.feed_forward(
+                block.feed_forward, stream.normed(block.ffn_norm1, scale_mlp, None)
+            ),
+        ),
+    )
+    stream.add(branch, gate_mlp.unsqueeze(1).tanh())
+
+
+class Lumina2(Adapter):
+    """Adapter of `Lumina2Transformer2DModel`."""
+
+    family = "lumina2"
+    model_classes = ("Lumina2Transformer2DModel",)
+    kinds = {"noise_refiner": "Lumina2TransformerBlock", "layers": "Lumina2TransformerBlock"}
+    components = {
+        "noise_refiner": ("noise_attn", "noise_feed_forward"),
+        "layers": ("attn", "feed_forward"),
+    }
+    forwards = {"noise_refiner": noise_block, "layers": joint_block}
+    layouts = {
+        "noise_attn": ("image",),
+        "noise_feed_forward": ("image",),
+        "attn": ("joint",),
+        "feed_forward": ("joint",),
+    }
+    embeddings_arguments = ("encoder_hidden_states", "encoder_attention_mask")
+    text_tokens = 256  # at most; the padding passes the context refiner alone
+    timesteps_rise = True
+    shifts_latents = True
+    processors = ("Lumina2AttnProcessor2_0",)
+    fused_attentions = ("attn",)
+
+    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
+        """The rotary embedding also cuts the picture into patches."""
+        return [transformer.rope_embedder]
+
+    def embed(
+        self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor, mask: Tensor
+    ) -> Any:
+        """The active patches, and the angles of all tokens: attention takes those at the rows."""
+        whole = patches.new_empty(()).expand(shape)
+        _, text, image, joint, lengths, _ = type(module).forward(module, whole, mask)
+        tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
+        return tokens, text, image, joint, lengths, [n + rows.shape[1] for n in lengths]
+
+    def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """Whatever sees the prompt alone."""
+        return [transformer.time_caption_embed.caption_embedder, *transformer.context_refiner]
+
+    def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """It lies inside of the module that embeds the prompt too."""
+        return [transformer.time_caption_embed.timestep_embedder]
+
+    def layer_inputs(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> LayerInputs | None:
+        """The layers are given the embedded timestep."""
+        embed = transformer.time_caption_embed
+        if not private(embed.timestep_embedder):
+            return None
+        latents = argument_of(transformer, args, kwargs, "hidden_states")
+
+        def make(timesteps: Tensor) -> tuple[Tensor]:
+            return (embed.timestep_embedder(embed.time_proj(timesteps).type_as(latents)),)
+
+        return LayerInputs(make, ())
+
+    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """They run from 0, noise, to 1."""
+        return 1 - timesteps / 1000
+
+    def width(self, transformer: nn.Module) -> int:
+        """The width goes by another name here."""
+        return transformer.config.hidden_size
+
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """The example has pictures and prompts of unlike length, whose mask is read on the host."""
+        mask = torch.ones(2, size.text, dtype=torch.int64)
+        mask[1, -1] = 0
+        return {
+            "hidden_states": picture(transformer, size),
+            "timestep": blank(transformer),
+            "encoder_hidden_states": blank(
+                transformer, size.text, transformer.config.cap_feat_dim
+            ),
+            "encoder_attention_mask": mask,
+        }
+
+
+ADAPTER = Lumina2()
