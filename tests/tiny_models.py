@@ -269,7 +269,7 @@ def call(
         }
     if name == "lumina2":
         mask = torch.ones(batch, text, dtype=torch.int64)
-        mask[::2, -1] = 0
+        mask[1::2, -1] = 0
         time = 1 - arguments["timestep"] / 1000
         return arguments | {"timestep": time, "encoder_attention_mask": mask}
     if name == "qwen":

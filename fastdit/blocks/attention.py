@@ -141,9 +141,11 @@ def _prologue(
     if ops is None or head_dim not in PROLOGUE_HEAD_DIMS:
         return None
     affine = [_affine(part, head_dim) for part in parts]
-    if any(given is None for given in affine) or parts[0].q.dtype is not held.k.dtype:
-        return None
     q = parts[0].q
+    if any(given is None for given in affine) or q.dtype is not held.k.dtype:
+        return None
+    if rotation is not None and q.dtype is rotation.cos.dtype is torch.float64:
+        return None  # the op's angles are fp32
     total = sum(part.q.shape[1] for part in parts)
     query = q.new_empty(q.shape[0], total, heads, head_dim)
     cos, sin = (None, None) if rotation is None else rotation.halves
