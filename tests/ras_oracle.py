@@ -309,7 +309,9 @@ class Processor:
         """Queries of all tokens, and the keys of those that count now, or did when they last did."""
         oracle = self.oracle
         width = attn.to_q.weight.shape[0] // attn.heads
-        q, k, v = (layer(x).unflatten(-1, (-1, width)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, width)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
         turn = [t.repeat_interleave(2, -1) for t in _parts(angles)]
         q, k = (rotate(norm(t), *turn) for norm, t in ((attn.norm_q, q), (attn.norm_k, k)))
         held = []

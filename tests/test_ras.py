@@ -26,7 +26,16 @@ from snapshot import snapshot
 from test_coexistence import FEATURES
 from tiny_models import generate
 
-PIPELINES = ["sd3", "sd3.5", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina", "lumina2"]
+PIPELINES = [
+    "sd3",
+    "sd3.5",
+    "flux",
+    "flux-dev",
+    "pixart-alpha",
+    "pixart-sigma",
+    "lumina",
+    "lumina2",
+]
 PIPELINES += ["qwen"] if tiny_models.HAS_QWEN else []
 TOKENS = 32  # of the tiny pipelines' default size
 STEPS = 7

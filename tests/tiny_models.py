@@ -453,7 +453,7 @@ def arguments(
         dtype_of_masks = torch.int64 if name == "lumina2" else torch.float32
         masks = torch.ones(2, prompts, TEXT, dtype=dtype_of_masks)
         if name == "lumina2":  # its guidance by default rescales by rows of the whole picture
-            masks[0, ::2, -1] = masks[1, :, -2:] = 0
+            masks[0, ::2, -1] = masks[1, 1::2, -2:] = 0
             result["cfg_normalization"] = False
         result |= {
             "negative_prompt_embeds": randn(prompts, TEXT, 20),

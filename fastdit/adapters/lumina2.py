@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, argument_of, blank, chunk_gates, picture
-from fastdit.blocks.attention import Part, Rotation, attend, projections
+from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward, Residual
 from fastdit.blocks.modulation import LayerInputs
 from fastdit.observe import private
@@ -33,9 +33,8 @@ def noise_block(
 ) -> Tensor:
     """One block of the noise refiner: image [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> image."""
     image = fw.enter(hidden_states, "image")
-    rows = None if fw.tokens is None else fw.tokens.rows
-    _block(block, fw, image, "noise_", rows, attention_mask, image_rotary_emb, temb)
-    image.read()  # what follows the last of them is no block
+    _block(block, fw, image, "noise_", temb, attention_mask, image_rotary_emb)
+    image.read()  # behind the last of them is no block
     return image.leave()
 
 
@@ -48,17 +47,12 @@ def joint_block(
     temb: Tensor | None = None,
 ) -> Tensor:
     """One main block: joint [B, S, D], mask bool [B, S] where texts are unlike long, rotary and temb -> joint."""
-    joint, tokens = fw.enter(hidden_states, "joint"), fw.tokens
-    rows = None
-    if tokens is not None and tokens.rows is not None:
-        active = tokens.rows.shape[1]
-        text = hidden_states.shape[1] - active
-        if attention_mask is not None:  # of the active tokens; the keys are those of all
-            tokens.texts = attention_mask.sum(dim=1) - active
-            places = torch.arange(text + tokens.count, device=attention_mask.device)
-            attention_mask = places < tokens.texts[:, None] + tokens.count
-        rows = tokens.joint_rows(text)
-    _block(block, fw, joint, "", rows, attention_mask, image_rotary_emb, temb)
+    joint, text = fw.enter(hidden_states, "joint"), 0
+    if fw.tokens is not None:
+        text = hidden_states.shape[1] - fw.tokens.active
+        if attention_mask is not None:
+            attention_mask = fw.tokens.take_texts(attention_mask)
+    _block(block, fw, joint, "", temb, attention_mask, image_rotary_emb, text)
     return joint.leave()
 
 
@@ -67,50 +61,37 @@ def _block(
     fw: Forward,
     stream: Residual,
     prefix: str,
-    rows: Tensor | None,
+    temb: Tensor,
     mask: Tensor | None,
     rotary: Tensor,
-    temb: Tensor,
+    text: int = 0,
 ) -> None:
-    """Attention and feed-forward of a stream; `rows` of its tokens in the whole one where these are a part."""
+    """Attention and feed-forward of a stream, in components whose names begin with `prefix`."""
     scale, gate, scale_mlp, gate_mlp = chunk_gates(fw.adaln(block.norm1, temb), 4)
-    name = f"{prefix}attn"
 
-    def attention() -> Tensor:
+    def attend() -> Tensor:
         u = stream.normed(block.norm1.norm, scale, None)
-        if fw.tokens is None:
-            return fw.segments.attention(
-                block.attn,
-                hidden_states=u,
-                encoder_hidden_states=u,
-                attention_mask=mask,
-                image_rotary_emb=rotary,
-            )
-        attn = block.attn
-        if prefix not in fw.scratch:
-            fw.scratch[prefix] = Rotation.of(rotary)
-        out = attend(
-            fw.tokens,
-            (fw.index, name),
-            (Part(*projections(attn, u), attn.norm_q, attn.norm_k, 0, rows),),
-            rotary.shape[1],
-            attn.heads,
-            fw.scratch[prefix],
-            scale=attn.scale,
-            mask=None if mask is None else mask[:, None],
+        if fw.tokens is not None:
+            if prefix not in fw.scratch:
+                fw.scratch[prefix] = Rotation.of(rotary)
+            keys = None if mask is None else mask[:, None]
+            return self_attention(fw, block.attn, u, keys, fw.scratch[prefix], text)
+        return fw.segments.attention(
+            block.attn,
+            hidden_states=u,
+            encoder_hidden_states=u,
+            attention_mask=mask,
+            image_rotary_emb=rotary,
         )
-        return attn.to_out[1](attn.to_out[0](out))
 
-    branch = fw.component(name, lambda: fw.normed(block.norm2, attention()))
+    def feed_forward() -> Tensor:
+        u = stream.normed(block.ffn_norm1, scale_mlp, None)
+        return fw.segments.feed_forward(block.feed_forward, u)
+
+    branch = fw.component(f"{prefix}attn", lambda: fw.normed(block.norm2, attend()))
     stream.add(branch, gate.unsqueeze(1).tanh())
     branch = fw.component(
-        f"{prefix}feed_forward",
-        lambda: fw.normed(
-            block.ffn_norm2,
-            fw.segments.feed_forward(
-                block.feed_forward, stream.normed(block.ffn_norm1, scale_mlp, None)
-            ),
-        ),
+        f"{prefix}feed_forward", lambda: fw.normed(block.ffn_norm2, feed_forward())
     )
     stream.add(branch, gate_mlp.unsqueeze(1).tanh())
 
@@ -127,10 +108,8 @@ class Lumina2(Adapter):
     }
     forwards = {"noise_refiner": noise_block, "layers": joint_block}
     layouts = {
-        "noise_attn": ("image",),
-        "noise_feed_forward": ("image",),
-        "attn": ("joint",),
-        "feed_forward": ("joint",),
+        **dict.fromkeys(components["noise_refiner"], ("image",)),
+        **dict.fromkeys(components["layers"], ("joint",)),
     }
     embeddings_arguments = ("encoder_hidden_states", "encoder_attention_mask")
     text_tokens = 256  # at most; the padding passes the context refiner alone
@@ -138,6 +117,8 @@ class Lumina2(Adapter):
     shifts_latents = True
     processors = ("Lumina2AttnProcessor2_0",)
     fused_attentions = ("attn",)
+    prompt_projections = ("time_caption_embed.caption_embedder", "context_refiner")
+    condition_embedding = "time_caption_embed.timestep_embedder"
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """The rotary embedding also cuts the picture into patches."""
@@ -151,14 +132,6 @@ class Lumina2(Adapter):
         _, text, image, joint, lengths, _ = type(module).forward(module, whole, mask)
         tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
         return tokens, text, image, joint, lengths, [n + rows.shape[1] for n in lengths]
-
-    def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """Whatever sees the prompt alone."""
-        return [transformer.time_caption_embed.caption_embedder, *transformer.context_refiner]
-
-    def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """It lies inside of the module that embeds the prompt too."""
-        return [transformer.time_caption_embed.timestep_embedder]
 
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
@@ -189,9 +162,7 @@ class Lumina2(Adapter):
         return {
             "hidden_states": picture(transformer, size),
             "timestep": blank(transformer),
-            "encoder_hidden_states": blank(
-                transformer, size.text, transformer.config.cap_feat_dim
-            ),
+            "encoder_hidden_states": blank(transformer, size.text, transformer.config.cap_feat_dim),
             "encoder_attention_mask": mask,
         }
 

@@ -344,22 +344,34 @@ def joint_attention(
     return attention.to_out[1](attention.to_out[0](own)), rest
 
 
-def self_attention(fw: Any, attention: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A self-attention module of the active image tokens over all: x [B, K, D] -> [B, K, D].
+def self_attention(
+    fw: Any,
+    attention: nn.Module,
+    x: Tensor,
+    mask: Tensor | None = None,
+    rotation: Rotation | None = None,
+    text: int = 0,
+) -> Tensor:
+    """A self-attention module of the active tokens over all: x [B, K, D] -> [B, K, D].
 
-    `mask` [B, 1 or N, N] is added to the products.
+    Args:
+        mask: Added to the products, or which keys count, [B, 1 or N, N].
+        rotation: Of all tokens.
+        text: How many tokens of `x` are no image's; they come first, or as the call's `texts` say.
     """
-    rows = fw.tokens.rows
+    tokens, length = fw.tokens, text + fw.tokens.count
+    rows = tokens.joint_rows(text) if text else tokens.rows
     part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, rows)
     if mask is not None and mask.shape[1] > 1 and rows is not None:
         mask = mask.take_along_dim(rows[..., None], dim=1)
     out = attend(
-        fw.tokens,
+        tokens,
         (fw.index, attention),
         (part,),
-        fw.tokens.count,
+        length,
         attention.heads,
-        processor=attention.processor,
+        rotation,
+        attention.processor,
         mask=mask,
     )
     return attention.to_out[1](attention.to_out[0](out)) / getattr(

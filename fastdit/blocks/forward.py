@@ -79,8 +79,8 @@ class Tokens:
     Attributes:
         count: Image tokens, N.
         rows: [B, K] active ones, or None for all.
-        texts: [B] text tokens before each image in a joint stream whose texts are unlike long, with padding at its end;
-            None where all texts are as long. The adapter's blocks say it.
+        texts: [B] text tokens before each image in a joint stream whose texts are unlike long, see `take_texts`; None
+            where all are as long.
         keys: Attention -> its keys and values.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
@@ -98,12 +98,25 @@ class Tokens:
         self._joint: dict[int, Tensor] = {}
         self._index: dict[tuple[str, int], Tensor] = {}
 
+    @property
+    def active(self) -> int:
+        """Image tokens that pass."""
+        return self.count if self.rows is None else self.rows.shape[1]
+
+    def take_texts(self, mask: Tensor) -> Tensor:
+        """Note how long texts are, by a mask [B, S] of this call's [text, image, padding], and give the keys'."""
+        if self.rows is None:
+            return mask
+        self.texts = mask.sum(dim=1) - self.active
+        places = torch.arange(mask.shape[1] - self.active + self.count, device=mask.device)
+        return places < self.texts[:, None] + self.count
+
     def joint_rows(self, text: int) -> Tensor | None:
         """Rows of [text, image] that are active: all text, [B, text + K]; and all padding, where there is any."""
         if self.rows is None:
             return None
         if text not in self._joint:
-            active = self.rows.shape[1]
+            active = self.active
             places = torch.arange(text + active, device=self.rows.device)
             image = (places - (text if self.texts is None else self.texts[:, None])).expand(
                 self.rows.shape[0], -1
