@@ -11,6 +11,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, RUN_FP64, distance, same_bits, within_contract
 from fastdit import RALU, Cached, Schedule, UnsupportedModelError
+from fastdit.blocks.modulation import Modulations
 from oracle import Oracle, random_bits
 from ras_oracle import random_rows
 from test_ras import COUNTS, TOKENS, Chosen, chosen  # noqa: F401
@@ -155,3 +156,24 @@ def test_two_resolutions_are_refused_by_name():
     pipe = tiny_models.pipeline("lumina2")
     with pytest.raises(UnsupportedModelError, match="Lumina2Transformer2DModel cannot change its"):
         fastdit.patch(pipe, RALU.preset("flux-4x", family=None))
+
+
+def test_modulations_are_made_ahead(monkeypatch):
+    """Once for each branch of guidance, of all its steps."""
+    made = []
+    stock = Modulations.of
+
+    def of(self, layer, compute):
+        def counted(*inputs):
+            made.append(inputs[0].shape[0])
+            return compute(*inputs)
+
+        return stock(self, layer, counted)
+
+    monkeypatch.setattr(Modulations, "of", of)
+    pipe = tiny_models.pipeline("lumina2", torch.float64)
+    expected = generate(pipe, "lumina2", steps=STEPS, batch=2)
+    fastdit.patch(pipe)
+    assert distance(generate(pipe, "lumina2", steps=STEPS, batch=2), expected) <= RUN_FP64
+    blocks = len(pipe.transformer.noise_refiner) + len(pipe.transformer.layers)
+    assert made == [2 * STEPS] * 2 * blocks
