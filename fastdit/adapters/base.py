@@ -459,8 +459,8 @@ class Adapter:
         """
         if not self.changes_resolution or self.patch(transformer) != SIDE:
             raise UnsupportedModelError(
-                f"{type(transformer).__name__} cannot change its resolution during a run; that is for FLUX and SD3, "
-                f"flow-matching models with patches of {SIDE} x {SIDE}"
+                f"{type(transformer).__name__} cannot change its resolution during a run; that takes an adapter that "
+                f"says how, and patches of {SIDE} x {SIDE}"
             )
 
     def cells(self, call: Call, patch: int) -> tuple[int, int]:

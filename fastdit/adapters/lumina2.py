@@ -5,7 +5,8 @@ by ``tanh(gate)``; there are scales but no shifts. In the joint stream each row 
 padding, its image follows at once, and what prompts of unlike length leave free lies at the end, under a mask.
 
 What is cached is the output behind its norm, which no step changes, and before the gate, which the current step sets.
-The context refiner sees neither picture nor time, so it is no component: it runs once for a prompt, exactly.
+The context refiner sees neither picture nor time, so it is no component: it runs once for a prompt, exactly. RALU does
+not apply: the pipeline's guidance rescales rows of latents, and so not all pixels of a large token alike.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, argument_of, blank, chunk_gates, picture
+from fastdit.adapters.base import ROWS, Adapter, Size, argument_of, blank, chunk_gates, picture
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward, Residual
 from fastdit.blocks.modulation import LayerInputs
@@ -127,7 +128,7 @@ class Lumina2(Adapter):
     def embed(
         self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor, mask: Tensor
     ) -> Any:
-        """The active patches, and the angles of all tokens: attention takes those at the rows."""
+        """The active patches come with the angles of all tokens, which attention takes at the rows."""
         whole = patches.new_empty(()).expand(shape)
         _, text, image, joint, lengths, _ = type(module).forward(module, whole, mask)
         tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
@@ -157,8 +158,7 @@ class Lumina2(Adapter):
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """The example has pictures and prompts of unlike length, whose mask is read on the host."""
-        mask = torch.ones(2, size.text, dtype=torch.int64)
-        mask[1, -1] = 0
+        mask = torch.ones(ROWS, size.text, dtype=torch.int64).tril(size.text - 2)
         return {
             "hidden_states": picture(transformer, size),
             "timestep": blank(transformer),
