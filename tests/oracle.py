@@ -56,6 +56,10 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
             "feed_forward": "feed_forward",
         },
     },
+    "Lumina2Transformer2DModel": {
+        "noise_refiner": {"noise_attn": "attn", "noise_feed_forward": "feed_forward"},
+        "layers": {"attn": "attn", "feed_forward": "feed_forward"},
+    },
 }
 
 #: components whose output is drawn behind a norm that follows the module: repeated it is the same, drawn it is not

@@ -85,6 +85,8 @@ class Tokens:
     Attributes:
         count: Image tokens, N.
         rows: [B, K] active ones, or None for all.
+        texts: [B] text tokens before each image in a joint stream whose texts are unlike long, see `take_texts`; None
+            where all are as long.
         keys: Attention -> its keys and values.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
@@ -95,19 +97,39 @@ class Tokens:
     ) -> None:
         self.count = count
         self.rows = rows
+        self.texts: Tensor | None = None
         self.keys = keys
         self.memory = memory
         self.ops = ops
         self._joint: dict[int, Tensor] = {}
         self._index: dict[tuple[str, int], Tensor] = {}
 
+    @property
+    def active(self) -> int:
+        """Image tokens that pass."""
+        return self.count if self.rows is None else self.rows.shape[1]
+
+    def take_texts(self, mask: Tensor) -> Tensor:
+        """Note how long texts are, by a mask [B, S] of this call's [text, image, padding], and give the keys'."""
+        if self.rows is None:
+            return mask
+        self.texts = mask.sum(dim=1) - self.active
+        places = torch.arange(mask.shape[1] - self.active + self.count, device=mask.device)
+        return places < self.texts[:, None] + self.count
+
     def joint_rows(self, text: int) -> Tensor | None:
-        """Rows of [text, image] that are active: all text, [B, text + K]."""
+        """Rows of [text, image] that are active: all text, [B, text + K]; and all padding, where there is any."""
         if self.rows is None:
             return None
         if text not in self._joint:
-            first = torch.arange(text, device=self.rows.device).expand(self.rows.shape[0], text)
-            self._joint[text] = torch.cat([first, text + self.rows], dim=1)
+            active = self.active
+            places = torch.arange(text + active, device=self.rows.device)
+            image = (places - (text if self.texts is None else self.texts[:, None])).expand(
+                self.rows.shape[0], -1
+            )
+            chosen = self.rows.gather(1, image.clamp(0, active - 1)) + places - image
+            behind = torch.where(image < active, chosen, places - active + self.count)
+            self._joint[text] = torch.where(image < 0, places, behind)
         return self._joint[text]
 
     def stored(self, held: Any, layout: Sequence[str]) -> Any:
