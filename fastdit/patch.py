@@ -109,6 +109,12 @@ def patch(
     if resizing is not None:
         adapter.check_resolution(transformer)
         _check_resizing(resizing, pipeline)
+    drawing = next((method for method in methods if method.forecasts), None)
+    if sparse and drawing is not None:
+        raise CompositionError(
+            f"{drawing.name} draws outputs through values of whole steps, and a method beside it computes a part of the "
+            "tokens; give order=0, or leave one of them"
+        )
     if cuda_graphs and resizing is not None:
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"

@@ -63,7 +63,13 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
 }
 
 #: components whose output is drawn behind a norm that follows the module: repeated it is the same, drawn it is not
-NORMS = {"LuminaNextDiT2DModel": {"to_out": "norm2", "feed_forward": "ffn_norm2"}}
+NORMS = {
+    "LuminaNextDiT2DModel": {"layers": {"to_out": "norm2", "feed_forward": "ffn_norm2"}},
+    "Lumina2Transformer2DModel": {
+        "noise_refiner": {"noise_attn": "norm2", "noise_feed_forward": "ffn_norm2"},
+        "layers": {"attn": "norm2", "feed_forward": "ffn_norm2"},
+    },
+}
 
 Bits = Mapping[str, np.ndarray]
 
@@ -138,7 +144,7 @@ class Oracle:
         name = type(self._transformer).__name__
         norms = NORMS.get(name, {}) if self._orders is not None else {}
         for kind, parts in MODULES[name].items():
-            parts = {**parts, **norms}
+            parts = {**parts, **norms.get(kind, {})}
             for index, block in enumerate(getattr(self._transformer, kind)):
                 for position, attribute in enumerate(parts.values()):
                     if (module := operator.attrgetter(attribute)(block)) is not None:

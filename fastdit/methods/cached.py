@@ -7,11 +7,10 @@ What is cached is the component's raw output, before the gate: the current step'
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, NoiseLevels
+from fastdit.methods.base import Method, NoiseLevels, check_noise
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -80,20 +79,8 @@ class Cached(Method):
         return self.source.forecasts
 
     def check_sampler(self, noise: str) -> None:
-        """Noise at each step makes an old output one of another picture; the line through two is of none at all."""
-        if not noise:
-            return
-        if self.forecasts:
-            raise ArgumentError(
-                f"order must be 0 with a sampler that draws noise at each step ({noise}): outputs of unlike noise lie "
-                "on no line"
-            )
-        warnings.warn(
-            f"{self.name} repeats outputs under a sampler that draws noise at each step ({noise}), each of a picture "
-            "with other noise; so every(4) drew 42 % of the objects that prompts asked the packaged model for, the "
-            "uncached run 92 %",
-            stacklevel=2,
-        )
+        """What is reused is of a picture with other noise."""
+        check_noise(self, noise)
 
     def check(self, spec: ModelSpec) -> None:
         """The schedule must have the model's block kinds, counts and components."""

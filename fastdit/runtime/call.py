@@ -316,6 +316,8 @@ class Call:
             why = "since nobody says how many steps it has"
         elif run.plan.reuse is not None and run.plan.reuse.rows:
             why = "since its schedule is mapped to other noise levels"
+        elif run.patched.forecasts:
+            why = "since its outputs are forecast, by weights that may be others in the next run"
         key = run.steps, run.first
         return run.patched.graphs.begin(run.patched, self.transformer, key, args, kwargs, why)
 
