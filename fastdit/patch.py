@@ -112,8 +112,8 @@ def patch(
     drawing = next((method for method in methods if method.forecasts), None)
     if sparse and drawing is not None:
         raise CompositionError(
-            f"{drawing.name} draws outputs through values of whole steps, and a method beside it computes a part of the "
-            "tokens; give order=0, or leave one of them"
+            f"{drawing.name} draws outputs through values of whole steps, and a method beside it computes a part of "
+            "the tokens; give order=0, or leave one of them"
         )
     if cuda_graphs and resizing is not None:
         raise CompositionError(

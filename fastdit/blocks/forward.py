@@ -526,7 +526,8 @@ class Residual:
         if any(nodes):
             forward = self._forward
             at["weights"] = forward.weights.of(forward.step, nodes, self._h)
-            pairs = [(v, gate) for b, gate in pairs for v in getattr(b, "values", (b,))]
+            parts = ((b.values if isinstance(b, Drawn) else (b,), gate) for b, gate in pairs)
+            pairs = [(value, gate) for values, gate in parts for value in values]
         branches, gates = zip(*pairs, strict=True)
         self._h = self._forward.ops.gated_residual(
             self._h, branches, gates, out=self._h if self._is_owned() else None, **at

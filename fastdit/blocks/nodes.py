@@ -27,18 +27,22 @@ class Weights:
         self.levels = levels
         self._made: dict[Any, Tensor] = {}
 
-    def of(self, step: int, nodes: Sequence[Sequence[int]], like: Tensor) -> Tensor:
+    def of(
+        self, step: int, nodes: Sequence[Sequence[int]], like: Tensor, changes: bool = False
+    ) -> Tensor:
         """This gives, one after the other, the weights at `step` of outputs of the steps in each of `nodes`.
 
         An empty one stands for an output that is what it is, of weight 1. They are fp64 where `like` is, else fp32.
+        With `changes` they are to be added to the first output.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        key = step, tuple(map(tuple, nodes)), dtype, like.device
+        key = step, tuple(map(tuple, nodes)), dtype, like.device, changes
         if key not in self._made:
             found: list[float] = []
             for steps in nodes:
                 levels = [self.levels[node] for node in steps]
                 found += weights(levels, self.levels[step]) if levels else (1.0,)
+            found[0] -= changes
             self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
         return self._made[key]
 
@@ -71,6 +75,15 @@ class Drawn:
         """This is the same of a part of the output."""
         values = tuple(value[index] for value in self.values)
         return Drawn(values, self.nodes, self.step, self.weights)
+
+    def written(self, ops: Any) -> Tensor:
+        """This writes it down in one launch, where no gradient is wanted: as the last value and its changes."""
+        if torch.is_grad_enabled():
+            return self.gathered()
+        first = self.values[0]
+        flat = [v.flatten(1, -2) if v.ndim > 2 else v.unsqueeze(1) for v in self.values]
+        weights = self.weights.of(self.step, [self.nodes], first, changes=True)
+        return ops.gated_residual(flat[0], flat, [None] * len(flat), weights=weights).view_as(first)
 
     def gathered(self) -> Tensor:
         """This writes it down, rounded once."""

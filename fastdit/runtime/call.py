@@ -98,7 +98,9 @@ class Call:
         if order:
             branch = self._branch()
             if branch.outputs.nodes.steps:
-                self.forecast = branch.outputs.forecast(run.step, order, run.forecast_weights)
+                self.forecast = branch.outputs.forecast(
+                    run.step, order, run.forecast_weights, run.patched.ops
+                )
                 return None
         self._smaller = self.layout is not None and self.layout.kind != "full"
         if self._smaller:

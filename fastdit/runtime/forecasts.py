@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -41,15 +42,18 @@ class Outputs:
         if shape != self._shape:
             self.nodes, self._shape = Nodes(), shape
         # The caller may write into what it gets.
-        parts = [part.clone() if isinstance(part, Tensor) else part for part in parts]
+        parts = [
+            part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part
+            for part in parts
+        ]
         self.nodes = self.nodes.with_node(step, parts, levels, order + 1)
 
-    def forecast(self, step: int, order: int, weights: Weights) -> Any:
+    def forecast(self, step: int, order: int, weights: Weights, ops: Any) -> Any:
         """This gives the output at a step as the model would return it; of fewer outputs, of a lower order."""
         used, found = self.nodes.kept(order + 1), []
         for values in zip(*used.values, strict=True):
             if isinstance(values[0], Tensor) and values[0].is_floating_point():
-                found.append(Drawn(values, used.steps, step, weights).gathered())
+                found.append(Drawn(values, used.steps, step, weights).written(ops))
             else:
                 found.append(values[0])
         return tree_unflatten(found, self._shape)
