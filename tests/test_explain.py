@@ -103,6 +103,17 @@ def test_predicted_size_of_a_pipelines_run(name, cfg):
     assert predicted.rows == 4 if cfg else 2
 
 
+@pytest.mark.parametrize("size", [8, 512, 16384])
+def test_explain_counts_in_the_unit_of_the_model(size):
+    model = tiny_models.transformer("pixart-sigma")
+    found = fastdit.patch(model).explain(height=size, width=size, steps=100)
+    (line,) = (line for line in str(found).splitlines() if "compute " in line)
+    count, _, dense, unit = line.split()[1:5]
+    scale = {"TMAC:": 1e12, "GMAC:": 1e9, "MMAC:": 1e6}[unit]
+    assert float(count) * scale == pytest.approx(found.macs, rel=1e-3)
+    assert float(dense) * scale == pytest.approx(found.dense_macs, rel=1e-3)
+
+
 def test_explain_says_what_is_patched():
     pipe = tiny_models.pipeline("flux-dev")
     handle = fastdit.patch(pipe, Cached(Schedule.every(2)), backend="reference")

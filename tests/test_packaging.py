@@ -72,6 +72,21 @@ def test_import_from_an_empty_folder(tmp_path):
     assert Path(file).samefile(fastdit.__file__)
 
 
+def test_a_source_folder_says_that_it_has_no_kernels(tmp_path):
+    """Python started in a checkout imports its folder, not the wheel; plain torch then runs, but not in silence."""
+    package = Path(fastdit.__file__).parent
+    unwanted = shutil.ignore_patterns("*.so", "assets", "__pycache__")
+    shutil.copytree(package, tmp_path / "fastdit", ignore=unwanted)
+    code = (
+        "import sys, warnings; sys.path.insert(0, '.')\n"
+        "with warnings.catch_warnings(record=True) as found:\n    import fastdit\n"
+        "print(*(each.message for each in found))"
+    )
+    said = python(code, tmp_path)
+    assert f"fastdit._C is not in {tmp_path / 'fastdit'}" in said
+    assert "outside of its source folder" in said
+
+
 def test_console_script(tmp_path):
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="fastdit")
     assert entry.value == "fastdit.cli:main"

@@ -100,7 +100,7 @@ class Explanation:
             f"  run       {self.steps} steps, {self.rows} rows of {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
-            f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer"
+            f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
             + ("" if self.exact else ", estimated before a call of this size"),
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
@@ -121,6 +121,14 @@ class Explanation:
         return "\n".join(lines) + (
             f"\n  plan      step 0 to {self.steps - 1}\n{self.raster}" if self.raster else ""
         )
+
+
+def _macs(count: int, dense: int) -> str:
+    """Both in the unit that suits a dense run, which for a tiny model is no TMAC."""
+    scale, unit = next(
+        ((s, u) for s, u in ((1e12, "TMAC"), (1e9, "GMAC")) if dense >= s), (1e6, "MMAC")
+    )
+    return f"{count / scale:.4g} of {dense / scale:.4g} {unit}"
 
 
 def explain_patched(
