@@ -21,7 +21,7 @@ from fastdit.blocks.packed import packs
 from fastdit.errors import ArgumentError
 from fastdit.runtime.clock import predicted_levels
 from fastdit.schedules.actions import COMPUTE
-from fastdit.schedules.plan import RunPlan, plan_run
+from fastdit.schedules.plan import RunPlan, everywhere, plan_run
 from fastdit.schedules.schedule import MAX_COUNT
 from fastdit.spec import ModelSpec
 
@@ -252,7 +252,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     if run is None or not run.records:
         return 1.0, True
     steps = sorted(run.records)
-    actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
+    told = [run.records[step].actions for step in steps]  # a method may decide as the run goes on
+    computes = everywhere(patched.spec, COMPUTE)
+    actions = [row or computes for row in told] if any(told) else ()
     plan = RunPlan(len(steps), run.plan.reuse, actions)
     size = Size(run.image_tokens, run.text_tokens)
     count = Cost(patched.adapter, transformer, patched.spec, size, 1, 1)

@@ -377,7 +377,7 @@ class Call:
                 "settle its streams"
             )
         record = run.records.setdefault(run.step, StepRecord())
-        record.tokens = self.tokens
+        record.tokens, record.actions = self.tokens, forward.actions
         record.computed += forward.computed
         record.reused += forward.reused
         if forward.computed:
