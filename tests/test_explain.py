@@ -211,3 +211,11 @@ def test_a_run_that_reused_nothing_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert handle.report().live
+
+
+def test_tokens_that_are_all_active_are_told_with_what_rounds_them():
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, fastdit.RAS(0.5, start=1))  # 32 tokens, rounded to 64
+    generate(pipe, "sd3", steps=4)
+    with pytest.warns(UserWarning, match=r"reused nothing .* 32 image tokens .*align"):
+        assert not handle.report().live

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 import fastdit
+import fastdit.tiny
 from fastdit import _C
+from fastdit.errors import DependencyError
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_paths()["platlib"]).resolve()
@@ -112,6 +114,12 @@ def test_the_command_line_says_what_it_misses(tmp_path):
     assert done.returncode == 1
     assert "pip install 'fastdit[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_model_in_the_package_says_what_it_misses(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DependencyError, match=r"needs transformers.*fastdit\[cli\]"):
+        fastdit.tiny.load_pipeline()
 
 
 def test_cuda_module_imports_without_a_driver(tmp_path):
