@@ -10,7 +10,7 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit.account.skeleton import forms
-from fastdit.adapters.base import forward_arguments
+from fastdit.adapters.arguments import forward_arguments
 from fastdit.blocks.forward import Forward
 from fastdit.drift import drawn, given_to_blocks
 from fastdit.patch import find_adapter

@@ -516,7 +516,7 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
 
         monkeypatch.setattr(kind, "forward", forward)
     else:
-        real = base._half_step_positions
+        real = latents._half_step_positions
 
         def positions(module, cells, device):
             made.append(cells)
