@@ -32,7 +32,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.account.cost import Cost
-from fastdit.adapters import base
+from fastdit.adapters import latents as pictures
 from fastdit.ops import bind
 from fastdit.patch import handle_of
 from fastdit.tokens.layout import Layout
@@ -516,13 +516,13 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
 
         monkeypatch.setattr(kind, "forward", forward)
     else:
-        real = latents._half_step_positions
+        real = pictures._half_step_positions
 
         def positions(module, cells, device):
             made.append(cells)
             return real(module, cells, device)
 
-        monkeypatch.setattr(base, "_half_step_positions", positions)
+        monkeypatch.setattr(pictures, "_half_step_positions", positions)
     fastdit.patch(pipe, SHORT)
     for _ in range(2):  # and anew in each run
         made.clear()

@@ -18,7 +18,7 @@ import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.blocks.forward import Stored
+from fastdit.blocks.active import Stored
 from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens.active import TokenRun
 from ras_oracle import RowOracle, published, random_rows

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastdit.account.cost import Cost
 from fastdit.adapters.base import Size
 from fastdit.blocks import attention
-from fastdit.blocks.forward import Forward, Tokens
+from fastdit.blocks.active import Tokens
+from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
