@@ -11,7 +11,6 @@ import torch
 from torch import get_num_threads
 
 from fastdit.backends._compiled import DTYPE_CODES, Compiled, strided
-from fastdit.errors import ArgumentError
 
 try:
     from fastdit import _C
@@ -37,24 +36,6 @@ class Cpu(Compiled):
 
     def _context(self, x, stored):
         return stored, get_num_threads()
-
-    def gated_residual(self, *arguments):
-        try:
-            super().gated_residual(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def norm_modulate(self, *arguments):
-        try:
-            super().norm_modulate(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def qkv_prologue(self, *arguments):
-        try:
-            super().qkv_prologue(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
 
     attends = True
 
@@ -87,24 +68,6 @@ class Cpu(Compiled):
             and q.shape[3] <= MOST_HEAD
             and q.shape[0] * q.shape[2] >= get_num_threads()
         )
-
-    def patchify(self, *arguments):
-        try:
-            super().patchify(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def unpatchify(self, *arguments):
-        try:
-            super().unpatchify(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def resolution_transition(self, *arguments):
-        try:
-            super().resolution_transition(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
 
 
 BACKEND = Cpu(_C)

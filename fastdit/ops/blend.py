@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from fastdit.backends.reference import gate_gradient
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 SCHEMA = (
     "blend(Tensor fresh, Tensor cached, Tensor r, Tensor? x, Tensor? gate, Tensor(a!)? blended, "
@@ -43,6 +43,7 @@ BACKWARD_SCHEMA = (
 )
 
 
+@op
 def blend(
     fresh: Tensor,
     cached: Tensor,

@@ -29,7 +29,7 @@ from torch import Tensor
 from fastdit.backends.reference import collapsed
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 MAX_SUMS = 4
 PASS = 64  # branches
@@ -40,6 +40,7 @@ SCHEMA = (
 )
 
 
+@op
 def collapse(
     branches: Sequence[Tensor],
     weights: Sequence[Tensor | None],

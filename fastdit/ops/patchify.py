@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 PATCHIFY = (
     "patchify(Tensor field, Tensor table, bool channels_last, Tensor(a!) out, str? backend) -> ()"
@@ -36,6 +36,7 @@ UNPATCHIFY = (
 )
 
 
+@op
 def patchify(
     field: Tensor,
     table: Tensor,
@@ -81,6 +82,7 @@ def patchify(
     return out
 
 
+@op
 def unpatchify(
     tokens: Tensor,
     table: Tensor,

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 NORMS = (None, "rms", "rms_rounded", "layer")
 AFFINE = ("q_weight", "q_bias", "k_weight", "k_bias")
@@ -43,6 +43,7 @@ SCHEMA = (
 )
 
 
+@op
 def qkv_prologue(
     q: Tensor,
     k: Tensor,

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 SCHEMA = (
     "resolution_transition(Tensor x, Tensor table, Tensor rows, Tensor noise, float scale, "
@@ -46,6 +46,7 @@ SCHEMA = (
 )
 
 
+@op
 def resolution_transition(
     x: Tensor,
     table: Tensor,
