@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastdit
 import tiny_models
 from fastdit import Cached, Dense, Schedule
-from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
@@ -60,14 +59,13 @@ def test_predicted_macs_and_caches_of_a_run_are_exact(family, seed):
     bits, names = random_bits(model, STEPS, seed, compute=(0.2, 0.5, 0.8)[seed])
     handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
     predicted = handle.explain(**sizes(family, 2, 8, 16))
-    session = model.__dict__[LINK]
     held = []
 
     def run():
         with handle.run(range(STEPS)):
             for step in range(STEPS):
                 model(**tiny_models.call(family, 2, step=step))
-                held.append(session.cache_bytes())
+                held.append(handle.cache_bytes())
 
     counted = flops(run)
     assert 2 * predicted.macs == counted

@@ -15,6 +15,7 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import RALU, RAS, Cached, CompositionError, Dense, Schedule
+from fastdit.patch import handle_of
 from oracle import random_bits
 from tape import Tapes, storage
 
@@ -72,9 +73,9 @@ def close(actual, expected):
 def read_from_outside(tapes, pipe):
     """Storages that the tapes read and that are neither weights nor copies."""
     transformer = pipe.transformer
-    session = transformer._fastdit
+    graphs = handle_of(pipe).last_run().patched.graphs
     known = {storage(t) for t in (*transformer.parameters(), *transformer.buffers())}
-    for recording in session.graphs._recordings.values():
+    for recording in graphs.recordings.values():
         known |= {storage(t) for t in recording.held.values()}
         for inputs in recording.inputs.values():
             known |= {storage(t) for t in inputs.buffers if isinstance(t, torch.Tensor)}
@@ -127,7 +128,7 @@ def test_each_kind_of_run_is_recorded_apart(replayed):
 def reference_of(pipe):
     """The same pipeline with the same methods, eager."""
     other = tiny_models.pipeline("sd3")
-    fastdit.patch(other, *pipe.transformer._fastdit.methods)
+    fastdit.patch(other, *handle_of(pipe).last_run().patched.methods)
     return other
 
 

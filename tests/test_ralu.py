@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.models import embeddings
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.testing import CompileCounter
 
@@ -32,9 +33,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.account.cost import Cost
-from fastdit.adapters import base
 from fastdit.ops import bind
-from fastdit.patch import handle_of
 from fastdit.tokens.layout import Layout
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import mismatch
@@ -284,10 +283,10 @@ def test_noise_is_white_after_each_transition(mode):
         before = run.now
         end = method.stages()[index - 1].sigmas[-1]
         tokens = torch.randn(batch, before.tokens, channels * 4) * end
-        run.now.write(tokens, run._field(latents), run.ops)
+        run.now.write(tokens, run.adapter.field(latents, run.now.cells), run.ops)
         run.finish(torch.zeros_like(latents), latents)
         assert run.index == index
-        found = run.now.read(run._field(latents), run.ops)
+        found = run.now.read(run.adapter.field(latents, run.now.cells), run.ops)
         pixels = found.unflatten(2, (channels, 4)).transpose(2, 3).flatten(1, 2)
         covariance = torch.stack([image @ image.T / channels for image in pixels])
         variance = method.stages()[index].deviation ** 2
@@ -355,7 +354,7 @@ def test_seeds_follow_each_image():
 
     def draws(latents):
         run.seed(latents)
-        return [torch.randn(8, generator=generator) for generator in run._generators]
+        return [torch.randn(8, generator=generator) for generator in run.generators]
 
     images = torch.randn(3, 4, 8, 8)
     together, alone = draws(images), draws(images[2:])
@@ -516,13 +515,13 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
 
         monkeypatch.setattr(kind, "forward", forward)
     else:
-        real = base._half_step_positions
+        real = embeddings.get_2d_sincos_pos_embed_from_grid
 
-        def positions(module, cells, device):
-            made.append(cells)
-            return real(module, cells, device)
+        def positions(width, grid, **kwargs):
+            made.append(tuple(grid.shape[1:]))
+            return real(width, grid, **kwargs)
 
-        monkeypatch.setattr(base, "_half_step_positions", positions)
+        monkeypatch.setattr(embeddings, "get_2d_sincos_pos_embed_from_grid", positions)
     fastdit.patch(pipe, SHORT)
     for _ in range(2):  # and anew in each run
         made.clear()
@@ -639,7 +638,8 @@ def test_compiled_blocks_run_the_stages():
     wanted = generate(pipe, "flux", **given)
     torch._dynamo.reset()
     counter = CompileCounter()
-    for block in handle_of(pipe.transformer)._patched.blocks:
+    model = pipe.transformer
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.compile(backend=counter)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         same_bits(generate(pipe, "flux", **given), wanted)
@@ -661,7 +661,7 @@ def test_another_number_of_steps_is_refused_by_set_timesteps(name):
         pipe.scheduler.set_timesteps(8)
     with pytest.raises(ScheduleError, match="num_inference_steps=7"):
         generate(pipe, name, steps=8, **SIZE)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -671,7 +671,7 @@ def test_sizes_that_do_not_halve_are_refused(name):
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ArgumentError, match="height and width must be multiples of 4 for RALU"):
         generate(pipe, name, steps=7, height=16, width=22)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -700,7 +700,7 @@ def test_a_run_that_does_not_start_from_noise_is_refused(name):
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ScheduleError, match="RALU starts from noise, but this run begins at step"):
         generate(pipe, name, steps=7, **SIZE)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -759,7 +759,7 @@ def test_a_controlnet_is_refused():
             timestep=torch.ones(1),
             block_controlnet_hidden_states=[torch.randn(1, 96, 32)],
         )
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
 
 
 def test_gradients_are_refused():
@@ -801,7 +801,7 @@ def test_caches_drop_where_the_tokens_change(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT, Cached(Schedule.every(7)))
     found = generate(pipe, name, steps=7, batch=2, **SIZE)
-    records = handle._patched.last_run().records
+    records = handle.last_run().records
     computing = [step for step, record in records.items() if record.computed]
     assert computing == [0, 2, 4]
     assert handle.explain(steps=7, **SIZE).reuse_share == pytest.approx(4 / 7)
@@ -875,7 +875,7 @@ def test_a_stage_takes_rows_by_its_own_noise_levels():
             said = handle.explain(steps=7, **SIZE).resampled
         with pytest.warns(UserWarning, match="schedule of 20 steps"):
             generate(pipe, "sd3", steps=7, **SIZE)
-        assert handle._patched.last_run().plan.reuse.rows == said
+        assert handle.last_run().plan.reuse.rows == said
         found.append(said)
     assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
     sigmas = FlowMatchEulerDiscreteScheduler()
@@ -958,7 +958,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     handle = fastdit.patch(pipe, method, *methods)
     found = as_picture(name, pipe(**given).images)
     if left_out != "outputs":
-        history = handle._patched.last_run().tokens.history
+        history = handle.last_run().tokens.history
         assert list(history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():

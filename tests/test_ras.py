@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -80,7 +79,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._patched.last_run().tokens.history
+    history = handle.last_run().tokens.history
     handle.unpatch()
     return latents, history
 
@@ -231,7 +230,7 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
     for backend in ("reference", None):
         handle = fastdit.patch(pipe, Chosen(choose, COUNTS), *methods, backend=backend)
         found = generate(pipe, name, batch=batch, steps=STEPS)
-        tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+        tokens = list(handle.report().tokens_per_step)
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
@@ -277,7 +276,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
         given.append((output, output.clone()))
 
     def look(pipe, step, timestep, kwargs):
-        slots = next(iter(handle._patched.last_run().branches.values())).slots if step < 5 else {}
+        slots = next(iter(handle.last_run().branches.values())).slots if step < 5 else {}
         storages.append({key: pointers(value) for key, value in slots.items()})
         return kwargs
 
@@ -304,7 +303,7 @@ def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeyp
     handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
     monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
     generate(pipe, name, steps=4)
-    records = handle._patched.last_run().records
+    records = handle.last_run().records
     assert [records[step].computed for step in (1, 3)] == [0, 0]
     assert records[2].computed > 0
 
@@ -380,13 +379,13 @@ def test_after_a_reset_keys_are_those_of_a_dense_step(chosen):
     keys = pipe.transformer.transformer_blocks[1].attn.to_k
 
     def look(module, args, output):
-        run = handle._patched.last_run()
+        run = handle.last_run()
         if run.step == 3:  # dense again
             seen["projected"] = output
 
     def compare(pipe, step, t, values):
         if step == 3:
-            branch = next(iter(handle._patched.last_run().branches.values()))
+            branch = next(iter(handle.last_run().branches.values()))
             held = branch.keys[1, "attn"].k[:, :TOKENS].flatten(2)
             assert torch.equal(held, seen["projected"])
             seen["compared"] = True
@@ -409,9 +408,9 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
 
         def poison(pipe, step, t, values, row=row):
             if step == 0:
-                next(iter(handle._patched.last_run().branches.values())).keys[2, "attn"].k[
-                    :, row
-                ] = float("nan")
+                next(iter(handle.last_run().branches.values())).keys[2, "attn"].k[:, row] = float(
+                    "nan"
+                )
             return {}
 
         found = generate(pipe, "sd3", steps=2, callback_on_step_end=poison)
@@ -430,19 +429,25 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
         ("lumina", 3, 1),
     ],
 )
-def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
+def test_one_launch_prepares_a_stream(name, attentions, streams, chosen, monkeypatch):
     """Also where a second attention or a single-stream block has one stream only."""
     counts = {1: 16, 2: 16}
     pipe = tiny_models.pipeline(name)
+    calls, stock = [], fastdit.ops.bind
+
+    def bind(backend):
+        bound = stock(backend)
+        real = bound.qkv_prologue
+
+        def spy(*args, **kwargs):
+            calls.append(handle.last_run().step)
+            real(*args, **kwargs)
+
+        bound.qkv_prologue = spy
+        return bound
+
+    monkeypatch.setattr(fastdit.ops, "bind", bind)
     handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
-    session, calls = handle._patched, []
-    real = session.ops.qkv_prologue
-
-    def spy(*args, **kwargs):
-        calls.append(session.last_run().step)
-        real(*args, **kwargs)
-
-    session.ops = dataclasses.replace(session.ops, qkv_prologue=spy)
     generate(pipe, name, steps=4)
     expected = attentions * streams * calls_per_step(name)
     assert [calls.count(step) for step in range(4)] == [expected] * 3 + [0]
@@ -487,7 +492,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._patched.last_run().tokens.history
+    history = handle.last_run().tokens.history
     handle.unpatch()
     return found, history
 
@@ -543,7 +548,7 @@ def test_guidance_that_skips_layers_keeps_its_own_keys():
     found = generate(pipe, "sd3.5", **given)
     assert torch.isfinite(found).all()
     assert 0 < distance(found, stock) < 1
-    assert len(handle._patched.last_run().records) == 8
+    assert handle.report().steps == 8
 
 
 @pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
@@ -552,7 +557,7 @@ def test_image_to_image_starts_dense(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=10)  # strength 0.6 executes 6
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = list(handle.report().tokens_per_step)
     assert tokens == [32, 32, 16, 16, 16, 16]
 
 
@@ -573,14 +578,12 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._patched.last_run().tokens.history
-    assert len(history) >= 4
-    for at, rows in history.items():
-        before, now = (
-            handle._patched.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
-        )
-        inactive = torch.ones(TOKENS, dtype=torch.bool)
-        inactive[rows[0].long()] = False
+    chosen = handle.report().active
+    assert len(chosen) >= 4
+    adapter = find_adapter(pipe.transformer)
+    for at, active in chosen.items():
+        before, now = (adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at))
+        inactive = ~torch.from_numpy(active[0].ravel())
         same_bits(now[inactive], before[inactive])
         assert not torch.equal(now[~inactive], before[~inactive])
 
@@ -618,7 +621,7 @@ def test_an_aborted_run_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, "sd3", steps=6, callback_on_step_end=abort)
     same_bits(generate(pipe, "sd3", steps=6), expected)
-    assert handle._patched.cache_bytes() == 0
+    assert handle.cache_bytes() == 0
 
 
 def test_two_pipelines_in_turns_do_not_touch():
@@ -657,7 +660,7 @@ def test_guidance_switched_off_in_the_run():
         pipe, "sd3", steps=6, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=watched
     )
     assert torch.isfinite(found).all()
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = list(handle.report().tokens_per_step)
     assert tokens == [32, 16, 16, 32, 16, 16]
 
 
@@ -687,7 +690,7 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         for step in range(3):
             model(**tiny_models.call("sd3", step=step))
             handle.advance()
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = list(handle.report().tokens_per_step)
     assert tokens == [32, 16, 16]
 
 
@@ -744,7 +747,7 @@ def test_parity_refuses_several_images_at_its_first_step():
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=(), mode="parity"))
     with pytest.raises(ArgumentError, match=r'mode="parity" .* got a batch of 2'):
         generate(pipe, "sd3", batch=2, steps=5)
-    assert len(handle._patched.last_run().records) == 1
+    assert handle.report().steps == 1
     alone = generate(pipe, "sd3", steps=5)
     handle.reset()
     same_bits(generate(pipe, "sd3", steps=5), alone)
@@ -770,7 +773,7 @@ def test_a_run_too_short_is_refused_before_it_starts(method, words):
     handle = fastdit.patch(pipe, method)
     with pytest.raises(ScheduleError, match=words):
         generate(pipe, "sd3", steps=4)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     generate(pipe, "sd3", steps=12)
 
 

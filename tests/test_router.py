@@ -232,8 +232,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
 
 def fitting(pipe, steps=4, value=None, seed=3, **more):
     """A router with random logits, or all of one value, for a pipeline's transformer."""
-    spec = fastdit.patch(pipe)._patched.spec
-    fastdit.unpatch(pipe)
+    spec = tiny_models.spec_of(pipe)
     generator = np.random.default_rng(seed)
     logits = {}
     for kind in spec.kinds:
@@ -260,7 +259,7 @@ def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
 
     pipe = tiny_models.pipeline(name)
     found = fitting(pipe)
-    genome = Genome(fastdit.patch(pipe)._patched.spec, found.steps)
+    genome = Genome(tiny_models.spec_of(pipe), found.steps)
     family, read = found.sweep([0.25, 0.5, 0.75]), []
     for number, schedule in enumerate(family):
         schedule.save(tmp_path / f"{number}.json", layout="ecad")

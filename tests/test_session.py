@@ -247,10 +247,9 @@ def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
     bits, names = random_bits(pipe.transformer, 5, 0, compute=-1)  # all reused but step 3
     for kind in bits:
         bits[kind][3] = True
-    fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)))
+    handle = fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)))
     generate(pipe, name, steps=5, cfg=False)  # strength 0.6: steps 2, 3 and 4
-    session = pipe.transformer.__dict__[LINK]
-    records = session.last_run().records
+    records = handle.last_run().records
     assert sorted(records) == [2, 3, 4]
     computed = [records[step].computed for step in (2, 3, 4)]
     assert computed == [computed[0], computed[0], 0]
@@ -279,17 +278,17 @@ def test_a_loop_inside_run_is_followed_by_timestep(loop):
         with handle.run(torch.arange(5)):
             for given, wanted in zip(inputs, expected, strict=True):
                 same_bits(model(**given)[0], wanted)
-        assert model.__dict__[LINK].cache_bytes() == 0
+        assert handle.cache_bytes() == 0
 
 
 def test_a_loop_with_advance_needs_no_timesteps(loop):
     handle, model, inputs, _ = loop
     same = [{**given, "timestep": inputs[0]["timestep"]} for given in inputs]
     fastdit.unpatch(model)
-    bits = {kind: layer.bits for kind, layer in handle._patched.methods[0].source.layers.items()}
+    bits, names = random_bits(model, 5, 2)
     with Oracle(model, bits).installed():
         expected = [model(**given)[0] for given in same]
-    handle = fastdit.patch(model, handle._patched.methods[0], backend="reference")
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)), backend="reference")
     for _ in range(2):
         with handle.run(range(5)):
             for given, wanted in zip(same, expected, strict=True):

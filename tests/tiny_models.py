@@ -41,6 +41,9 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from fastdit.adapters import find_adapter
+from fastdit.spec import ModelSpec
+
 logging.set_verbosity_error()
 
 TEXT = 5
@@ -190,6 +193,11 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 def transformer(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A random transformer of a form in FAMILIES."""
     return randomise(FAMILIES[name].build(), seed).to(dtype)
+
+
+def spec_of(pipe: Any) -> ModelSpec:
+    """The kinds of blocks of a pipeline's transformer."""
+    return find_adapter(pipe.transformer).spec(pipe.transformer)
 
 
 def call(

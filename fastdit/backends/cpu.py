@@ -32,7 +32,7 @@ class Cpu(Compiled):
             return f"it runs on the cpu, not on {device.type}"
         if dtype not in DTYPE_CODES:
             return f"it has float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        return _MISSING if self._module is None else None
+        return _MISSING if self.module is None else None
 
     def _context(self, x, stored):
         return stored, get_num_threads()
@@ -41,7 +41,7 @@ class Cpu(Compiled):
 
     def sparse_attention(self, q, k, v, scale, out):
         batch, queries, heads, head = q.shape
-        self._module.sparse_attention(
+        self.module.sparse_attention(
             DTYPE_CODES[q.dtype],
             batch,
             queries,
@@ -62,7 +62,7 @@ class Cpu(Compiled):
         return (
             self.supports("sparse_attention", q.device, q.dtype) is None
             and q.dtype is torch.float32
-            and self._module.build_info()["isa"] == "avx512"
+            and self.module.build_info()["isa"] == "avx512"
             and q.shape[1] >= LEAST_QUERIES
             and k.shape[1] >= LEAST_KEYS
             and q.shape[3] <= MOST_HEAD
