@@ -18,17 +18,14 @@ import torch
 
 import emulated
 from fastdit.ops import BACKENDS
-from inputs import Runner
+from inputs import SERVING, Runner
 
 
 def backend_labels() -> list[str]:
     """Every backend that serves this machine's CPU, each instruction set of the C++ one, and the
     CUDA kernels in the emulator."""
-    cpu = torch.device("cpu")
     labels = []
-    for name, backend in BACKENDS.items():
-        if backend.supports("gated_residual", cpu, torch.float32) is not None:
-            continue
+    for name in SERVING:
         if name == "cpu":
             from fastdit import _C
 

@@ -31,6 +31,13 @@ SHAPES = (
     (1, 1, 2305),
 )
 
+#: the backends that serve this machine's CPU
+SERVING = [
+    name
+    for name, backend in BACKENDS.items()
+    if backend.supports("gated_residual", torch.device("cpu"), torch.float32) is None
+]
+
 GUARD = 37  # elements either side; odd, so that what lies between is not aligned
 
 

@@ -58,7 +58,7 @@ def test_what_a_changed_condition_made_is_not_reused(family, method, backend):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("family", tiny_models.one_each(tiny_models.forms("layouts"), -1))
 def test_a_prompt_written_in_a_run_is_seen(family, method, mode):
     """As by a callback; nobody counts the writes to tensors made in inference mode."""
     stock, model = (tiny_models.transformer(family, torch.float64) for _ in range(2))

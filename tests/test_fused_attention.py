@@ -14,8 +14,7 @@ from oracle import Oracle, random_bits
 
 pytestmark = pytest.mark.diffusers
 
-FAMILIES = [name for name in tiny_models.FAMILIES if name.startswith(("sd3", "flux"))]
-FAMILIES += ["qwen"] if tiny_models.HAS_QWEN else []
+FAMILIES = tiny_models.forms("fused_attentions")
 STEPS = 5
 
 

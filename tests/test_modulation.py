@@ -13,7 +13,7 @@ from fastdit.runtime.install import is_installed
 from tiny_models import generate
 
 STEPS = 6
-NAMES = ["sd3", "sd3.5", "flux", "flux-dev", "dit", "sd3-img2img", "flux-img2img"]
+NAMES = [*tiny_models.forms("condition_arguments"), *tiny_models.IMAGE_TO_IMAGE]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def products(monkeypatch):
 
 def layers(model):
     return sum(
-        "AdaLayerNorm" in type(module).__name__ and name != "norm_out"
+        ("AdaLayerNorm" in type(module).__name__ and name != "norm_out") or name.endswith("_mod")
         for name, module in model.named_modules()
     )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truth
 from fastdit import ops
+from fastdit.backends.base import Backend
 from fastdit.errors import ArgumentError, BackendError, FastDiTError
+from fastdit.methods import methods
 from fastdit.ops.registry import BACKENDS
-from inputs import generator, normal, poisoned, some_rows
+from fastdit.schedules import plan
+from inputs import SERVING, generator, normal, poisoned, some_rows
 
 B, K, N, D = 2, 3, 7, 40
 FLOAT = torch.float32
@@ -78,7 +83,7 @@ WRONG_RESIDUAL = {
 
 
 @pytest.mark.parametrize("case", WRONG_RESIDUAL)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_gated_residual_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_RESIDUAL[case]
     arguments = {"x": X, "branches": [some(B, K, D, key=1)], "gates": [some(B, D)], **changes}
@@ -110,7 +115,7 @@ WRONG_NORM = {
 
 
 @pytest.mark.parametrize("case", WRONG_NORM)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_norm_modulate_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_NORM[case]
     arguments = {"x": some(B, K, D, key=2), **changes}
@@ -158,7 +163,7 @@ WRONG_SELECT = {
 
 
 @pytest.mark.parametrize("case", WRONG_SELECT)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_token_select_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_SELECT[case]
     arguments = {"velocity": FIELD, "drops": table(B, 8), "keep": 3, **changes}
@@ -168,7 +173,7 @@ def test_token_select_names_what_is_wrong(case, backend):
     assert accepted in str(error.value)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_tables_are_not_shared(backend):
     drops, buffer = table(B, 8), table(2, B, 8)
     for shared in (
@@ -241,7 +246,7 @@ def placed(tokens, places):
 
 
 @pytest.mark.parametrize("case", WRONG_PATCHIFY)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_patchify_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_PATCHIFY[case]
     arguments = {"field": FIELD, "table": squares(), **changes}
@@ -252,7 +257,7 @@ def test_patchify_names_what_is_wrong(case, backend):
 
 
 @pytest.mark.parametrize("case", WRONG_UNPATCHIFY)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_unpatchify_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_UNPATCHIFY[case]
     arguments = {"tokens": PATCHES, "table": squares(), "out": FIELD.clone(), **changes}
@@ -328,7 +333,7 @@ WRONG_TRANSITION = {
 
 
 @pytest.mark.parametrize("case", WRONG_TRANSITION)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_resolution_transition_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_TRANSITION[case]
     with pytest.raises(ArgumentError) as error:
@@ -422,7 +427,7 @@ WRONG_PROLOGUE = {
 
 
 @pytest.mark.parametrize("case", WRONG_PROLOGUE)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_qkv_prologue_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_PROLOGUE[case]
     with pytest.raises(ArgumentError) as error:
@@ -479,7 +484,7 @@ WRONG_BLEND = {
 
 
 @pytest.mark.parametrize("case", WRONG_BLEND)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_blend_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_BLEND[case]
     with pytest.raises(ArgumentError) as error:
@@ -528,7 +533,7 @@ WRONG_COLLAPSE = {
 
 
 @pytest.mark.parametrize("case", WRONG_COLLAPSE)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_collapse_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_COLLAPSE[case]
     with pytest.raises(ArgumentError) as error:
@@ -560,7 +565,7 @@ def test_caches_may_lie_side_by_side():
                 assert torch.equal(found[b, rows], expected[name][b, rows])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_written_memory_is_not_shared(backend):
     x, branch = some(B, K, D), some(B, K, D, key=1)
     buffer = some(2 * B * K * D)
@@ -603,6 +608,28 @@ def test_neighbours_in_one_buffer_are_not_shared_memory():
     assert torch.equal(layers[2], layers[1])
 
 
+# --- which ops there are
+
+
+def test_every_file_of_the_folder_is_imported():
+    helpers = {"__init__", "checks", "registry"}
+    assert {path.stem for path in Path(ops.__path__[0]).glob("*.py")} - helpers == set(ops.FILES)
+
+
+def test_bound_ops_are_those_of_the_folder():
+    bound = ops.bind()
+    assert {name for name in vars(bound) if name != "backend"} == set(ops.OPS) <= set(ops.__all__)
+    assert all(hasattr(Backend, op) for op in ops.OPS)
+    with pytest.raises(AttributeError, match=r"op: got 'nonesuch'; there are blend, collapse"):
+        bound.nonesuch  # noqa: B018
+
+
+def test_what_a_method_needs_are_ops():
+    assert {*plan.OPS, *itertools.chain(*plan.OPS_OF_FIELD.values())} <= set(ops.OPS)
+    written = {field for method in methods().values() for field in method.writes}
+    assert set(plan.OPS_OF_FIELD) <= written
+
+
 # --- which backend
 
 
@@ -636,7 +663,7 @@ def test_bound_ops_run_where_they_say():
     assert torch.equal(ops.bind("cpu").gated_residual(x, [branch] * 2, [None] * 2), once)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", SERVING)
 def test_environment_names_a_backend(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDIT_BACKEND", name)
     assert ops.bind().backend == name

@@ -65,12 +65,12 @@ METHODS = {
     "ralu": lambda pipe: (STAGED,),
     "ralu+cached": lambda pipe: (STAGED, EVERY_2),
 }
-FAMILIES = ["sd3", "flux-dev", "pixart-sigma", "lumina"]
+FAMILIES = tiny_models.one_each(tiny_models.forms("layouts"), -1)
 CASES = [
     (name, method)
     for name in FAMILIES
     for method in METHODS
-    if not method.startswith("ralu") or name in ("sd3", "flux-dev")
+    if not method.startswith("ralu") or tiny_models.adapter_of(name).changes_resolution
 ]
 SOME = [("sd3", "cached"), ("flux-dev", "ras+cached"), ("sd3", "ralu"), ("pixart-sigma", "ras")]
 

@@ -54,7 +54,7 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     assert not is_installed(getattr(pipe.transformer, PROJECTIONS[name]))
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # by one call and by two a step
 def test_the_prompt_outlives_a_change_of_resolution(name):
     pipe = tiny_models.pipeline(name)
     method = fastdit.RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")

@@ -92,7 +92,11 @@ SOLVED = {
 
 #: a short run with all that matters
 SHORT = RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
-PACKED = ("flux", "qwen") if tiny_models.HAS_QWEN else ("flux",)
+STAGED = tiny_models.one_each(tiny_models.forms("changes_resolution"))
+#: those that the oracle of whole runs knows
+RESTATED = ["sd3", "flux"]
+#: those whose pipelines hold latents as tokens
+PACKED = tuple(name for name in STAGED if tiny_models.call(name)["hidden_states"].ndim == 3)
 SIZE = {"height": 16, "width": 24}  # latent pixels: 8 x 12 cells, 24 coarse tokens
 
 
@@ -412,7 +416,7 @@ def test_a_run_is_that_of_the_restatement(name, batch, change):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", *PACKED])
+@pytest.mark.parametrize("name", STAGED)
 def test_one_resolution_is_the_stock_model(name):
     method = dataclasses.replace(SHORT, steps=(0, 0, 4))
     sigmas = list(method.stages()[0].sigmas[:-1])
@@ -424,7 +428,7 @@ def test_one_resolution_is_the_stock_model(name):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", *PACKED])
+@pytest.mark.parametrize("name", STAGED)
 def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     """To the end, from every other row and column of the noise."""
     method = dataclasses.replace(SHORT, steps=(4, 0, 0), ends=(1.0, 0.5, 0.5))
@@ -471,7 +475,7 @@ def test_a_batch_is_its_images(name, selector):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_callbacks_see_full_size_at_every_step(name):
     pipe = tiny_models.pipeline(name)
     fastdit.patch(pipe, SHORT)
@@ -500,7 +504,7 @@ def test_callbacks_see_full_size_at_every_step(name):
 
 @pytest.mark.diffusers
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # by a table, and by a module
 def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
     """Whatever the number of steps and of calls within one."""
     pipe = tiny_models.pipeline(name)
@@ -530,7 +534,7 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
         assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)])
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_lengths_are_aligned_where_asked(name):
     """24 coarse and 5 text tokens: the nearest to 7 splits that makes 24 + 3 k + 5 a multiple of 16 is 1 or 17."""
     pipe = tiny_models.pipeline(name)
@@ -554,7 +558,7 @@ def test_a_run_repeats_and_follows_its_seed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_other_dtypes(name, dtype):
     """A fixed number of steps of a chaotic model: near to the fp64 run where no token set differs."""
     method = dataclasses.replace(SHORT, split=1.0)
@@ -588,7 +592,7 @@ def test_other_dtypes(name, dtype):
         "group offload by leaf",
     ],
 )
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_adapters_and_offloading(name, feature):
     """Adapters equal the same run with their weights merged in; offloading changes nothing."""
     method = dataclasses.replace(SHORT, selector="edges")
@@ -653,7 +657,7 @@ def test_compiled_blocks_run_the_stages():
 # --- refusals
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_another_number_of_steps_is_refused_by_set_timesteps(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
@@ -665,7 +669,7 @@ def test_another_number_of_steps_is_refused_by_set_timesteps(name):
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_sizes_that_do_not_halve_are_refused(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
@@ -694,7 +698,7 @@ def test_models_and_schedulers_it_cannot_run_on():
         fastdit.patch(tiny_models.pipeline("sd3"), SHORT, SHORT)
 
 
-@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", tiny_models.IMAGE_TO_IMAGE)
 def test_a_run_that_does_not_start_from_noise_is_refused(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
@@ -703,7 +707,7 @@ def test_a_run_that_does_not_start_from_noise_is_refused(name):
     assert not handle.live_runs()
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_a_scheduler_put_in_later_is_led_too(name):
     """Also in the very call in which it is met, when the pipeline has taken its timesteps."""
     pipe = tiny_models.pipeline(name)
@@ -786,7 +790,7 @@ def test_disabled_is_the_stock_pipeline():
 # --- together with other methods
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_a_schedule_that_reuses_nothing_changes_nothing(name):
     pipe = tiny_models.pipeline(name)
     fastdit.patch(pipe, SHORT, backend="reference")
@@ -795,7 +799,7 @@ def test_a_schedule_that_reuses_nothing_changes_nothing(name):
     same_bits(generate(pipe, name, steps=7, batch=2, **SIZE), alone)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_caches_drop_where_the_tokens_change(name):
     """Of 7 steps in stages of 2, 2 and 3 a schedule that computes once has to compute three times."""
     pipe = tiny_models.pipeline(name)
@@ -809,7 +813,7 @@ def test_caches_drop_where_the_tokens_change(name):
     assert distance(found, generate(pipe, name, steps=7, batch=2, **SIZE)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_tokens_are_left_out_at_full_resolution_only(name):
     method, ras = (
         dataclasses.replace(SHORT, steps=(2, 2, 6)),
@@ -834,7 +838,7 @@ THREE_STEPS = Cached(Schedule.from_bits(np.ones((3, 3, 1), dtype=bool), ("ff",))
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", RESTATED)
 def test_each_stage_has_a_schedule_of_its_own(name):
     """Together they are the run's; what a stage's schedule does not name computes."""
     pipe = tiny_models.pipeline(name, torch.float64)
@@ -930,7 +934,7 @@ def test_schedules_that_fit_no_stage_are_named(make, error, message):
 @pytest.mark.diffusers
 @pytest.mark.parametrize("left_out", ["outputs", "tokens", "both"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", RESTATED)
 def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     """A random schedule over all stages; sparse steps at full size, chosen for one image by the published rule.
 
@@ -966,7 +970,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     within_contract(found, expected)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_leaving_tokens_out_counts_from_the_stage(name):
     """With only a full-size stage, it is leaving tokens out alone."""
     method, ras = (

@@ -25,8 +25,8 @@ from snapshot import snapshot
 from test_coexistence import FEATURES
 from tiny_models import generate
 
-PIPELINES = ["sd3", "sd3.5", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina"]
-PIPELINES += ["qwen"] if tiny_models.HAS_QWEN else []
+PIPELINES = tiny_models.forms("layouts")
+ONE_EACH, LAST_OF_EACH = (tiny_models.one_each(PIPELINES, which) for which in (0, -1))
 TOKENS = 32  # of the tiny pipelines' default size
 STEPS = 7
 COUNTS = {1: 16, 2: 20, 4: 8, 5: 8, 6: 31}
@@ -72,7 +72,7 @@ def token_run(method, steps, tokens, backend=None):
 
 
 def calls_per_step(name: str) -> int:
-    return 2 if name.startswith(("flux", "qwen")) else 1  # these guide by two calls
+    return 1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2
 
 
 def observed_run(pipe, name, method, backend=None, **kwargs):
@@ -259,7 +259,7 @@ def test_pixart_attention_mask(queries, backend):
     assert max(handle.report().tokens_per_step[1:]) < TOKENS
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # one stream of values, and joint ones
 def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
     """Step 0 computes everything that step 5 reuses; steps 1 to 4 compute the chosen tokens anew."""
     pipe = tiny_models.pipeline(name)
@@ -292,7 +292,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
     assert all(torch.equal(output, before) for output, before in given)
 
 
-@pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeypatch):
     pipe = tiny_models.pipeline(name)
     bits, names = oracle.random_bits(pipe.transformer, 4, seed=0, compute=1.0)
@@ -456,7 +456,7 @@ def test_one_launch_prepares_a_stream(name, attentions, streams, chosen, monkeyp
 # --- batches, sizes, guidance
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_a_batch_is_its_single_runs(name):
     """Each image has an active set of its own."""
     method = RAS(start=2, ratio=0.5, align=1, high_ratio=0.5, resets=(4,))
@@ -475,10 +475,7 @@ def test_a_batch_is_its_single_runs(name):
 
 def _noise(name, batch):
     g = torch.Generator().manual_seed(5)
-    height, width = tiny_models.HEIGHT, tiny_models.WIDTH
-    shape = (batch, tiny_models.LATENT, height, width)
-    if name.startswith("flux"):
-        shape = (batch, TOKENS, 4 * tiny_models.LATENT)
+    shape = tiny_models.call(name, batch)["hidden_states"].shape
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
@@ -500,7 +497,7 @@ def _single(pipe, name, method, i, latents):
 @pytest.mark.diffusers
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (16, 24)])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
-@pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha", "lumina"])
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_sizes_and_guidance(name, cfg, size, chosen):
     height, width = size
     tokens = height * width // 4
@@ -520,7 +517,7 @@ def test_sizes_and_guidance(name, cfg, size, chosen):
 @pytest.mark.parametrize(
     "feature", ["LoRA", "accelerate offload", "group offload by block", "group offload by leaf"]
 )
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_adapters_and_offloading(name, feature):
     """Adapters equal the same run with their weights merged in; offloading changes nothing."""
     found = {}
@@ -551,7 +548,7 @@ def test_guidance_that_skips_layers_keeps_its_own_keys():
     assert handle.report().steps == 8
 
 
-@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", tiny_models.IMAGE_TO_IMAGE)
 def test_image_to_image_starts_dense(name):
     """Steps count from the first one that is executed."""
     pipe = tiny_models.pipeline(name)
@@ -842,7 +839,7 @@ def test_explain_knows_the_published_bounds():
     assert image_part == pytest.approx(2.87e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_the_report_counts_and_draws_tokens(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=1, align=1, resets=(3,)))

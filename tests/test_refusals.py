@@ -178,7 +178,7 @@ def test_the_environment_names_a_backend(monkeypatch):
 # ---- at the start of a run
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms(), -1))
 def test_another_number_of_steps_is_refused_before_any_step(name):
     pipe = tiny_models.pipeline(name)
     bits, names = random_bits(pipe.transformer, 4, 0)

@@ -93,7 +93,7 @@ def test_after_a_scheduler_was_swapped_a_sibling_with_the_old_one_goes_on():
         assert handle.cache_bytes() == 0
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms("changes_resolution")))
 @pytest.mark.parametrize(
     "method",
     [RAS_METHOD, STAGES, dataclasses.replace(STAGES, selector="edges")],

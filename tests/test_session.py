@@ -15,7 +15,7 @@ from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
-NAMES = ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"]
+NAMES = tiny_models.one_each(tiny_models.forms(), -1)
 EVERY_2 = Cached(Schedule.every(2))
 
 
@@ -93,7 +93,9 @@ def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
     assert kept.value is not None
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if hasattr(tiny_models.PIPELINES[name].pipeline, "interrupt")]
+)
 def test_caches_of_an_interrupted_run_are_gone_before_the_autoencoder_decodes(name):
     pipe, session = patched(name)
     held = []
@@ -241,7 +243,7 @@ def test_inference_mode_and_no_grad_may_follow_each_other_inside_a_run():
 # ---- image to image
 
 
-@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", tiny_models.IMAGE_TO_IMAGE)
 def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
     pipe = tiny_models.pipeline(name)
     bits, names = random_bits(pipe.transformer, 5, 0, compute=-1)  # all reused but step 3

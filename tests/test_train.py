@@ -165,7 +165,7 @@ def test_the_clamp_does_not_reach_what_inference_computes():
     assert made.router().schedule().reuse_share == 0
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-alpha"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms()))
 def test_every_family_trains(name):
     """Against a strong penalty every logit falls, and the file that comes out runs."""
     made = training(name, beta=1e3, lambda_form=None)
