@@ -114,7 +114,7 @@ def ralu(monkeypatch):
     return importlib.import_module("bench_ralu")
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # which the benchmark is of
 def test_the_benchmark_of_ralu_runs(name, ralu, monkeypatch):
     monkeypatch.setattr(ralu, "build", lambda name, depth: tiny_models.pipeline(name))
     family = dataclasses.replace(ralu.FAMILIES[name], text=5, whole=True)

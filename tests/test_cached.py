@@ -196,6 +196,7 @@ def test_skip_layer_guidance_has_caches_of_its_own():
 # ---- what is cached, and when
 
 
+# Their last component is a feed-forward whose gate can be computed beside the model.
 @pytest.mark.parametrize("family", ["sd3", "pixart-sigma", "dit", "lumina"])
 @pytest.mark.parametrize("backend", ["reference", None])
 def test_a_cached_output_is_gated_by_the_new_step(family, backend):

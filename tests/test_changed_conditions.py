@@ -36,7 +36,7 @@ def changed(family, given):
 
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["lumina", "flux", "pixart-sigma"])
+@pytest.mark.parametrize("family", ["lumina", "flux", "pixart-sigma"])  # see `changed`
 def test_what_a_changed_condition_made_is_not_reused(family, method, backend):
     model = tiny_models.transformer(family, torch.float64)
     before = tiny_models.call(family, 2, torch.float64)

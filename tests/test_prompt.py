@@ -12,9 +12,8 @@ from fastdit.runtime.install import is_installed
 from tiny_models import generate
 
 PROJECTIONS = {
-    "sd3": "context_embedder",
-    "flux": "context_embedder",
-    "pixart-sigma": "caption_projection",
+    name: tiny_models.adapter_of(name).prompt_projections[0]
+    for name in tiny_models.one_each(tiny_models.forms("prompt_projections"))
 }
 STEPS = 4
 
@@ -43,7 +42,7 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     expected = generate(pipe, name, steps=STEPS)
     calls = counted(pipe, name)
     fastdit.patch(pipe)
-    branches = 2 if name == "flux" else 1
+    branches = 1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2
     for run in (1, 2):
         assert distance(generate(pipe, name, steps=STEPS), expected) < 1e-5
         assert len(calls) == run * branches
@@ -67,7 +66,7 @@ def test_the_prompt_outlives_a_change_of_resolution(name):
     assert len(calls) == (2 if name == "flux" else 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])  # by a callback of each kind
 def test_a_prompt_swapped_in_a_run_is_projected_anew(name):
     """As stock does, whether the tensor is another one or is written into."""
 

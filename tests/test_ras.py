@@ -558,7 +558,7 @@ def test_image_to_image_starts_dense(name):
     assert tokens == [32, 32, 16, 16, 16, 16]
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])  # Heun's history, and a multistep one
 def test_the_scheduler_sees_a_whole_field(name):
     """Multistep solvers and Heun keep a history of model outputs: inactive tokens are in it."""
     pipe = tiny_models.pipeline(name, torch.float64)

@@ -261,7 +261,7 @@ def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
 # ---- loops without a scheduler
 
 
-@pytest.fixture(params=["pixart-sigma", "lumina"])
+@pytest.fixture(params=["pixart-sigma", "lumina"])  # of timesteps that fall, and that rise
 def loop(request):
     """A bare transformer, its inputs, and the oracle's outputs for a random schedule; Lumina's timesteps rise."""
     model = tiny_models.transformer(request.param)

@@ -116,6 +116,7 @@ def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
             within_contract(actual, wanted, bound=FORWARD_FP64)
 
 
+# Of one stream; where there are two, blocks give views of a joint one or tensors of their own.
 @pytest.mark.parametrize("family", ["pixart-sigma", "dit", "lumina"])
 def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     """What reads a stream next rounds by its layout, and patch embeddings leave it transposed."""
@@ -191,7 +192,7 @@ def test_controlnet_residuals_of_flux(repeat, seed):
 
 
 @pytest.mark.parametrize("skipped", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
-@pytest.mark.parametrize("family", ["sd3", "sd3.5"])
+@pytest.mark.parametrize("family", ["sd3", "sd3.5"])  # diffusers skips layers of no other
 def test_skipped_layers_of_sd3(family, skipped):
     for seed in range(2):
         compare(family, {"skip_layers": skipped}, seed)

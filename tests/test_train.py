@@ -92,6 +92,7 @@ def test_epochs_equal_the_plain_restatement(scheduler, keep):
     assert (table(made)[1:] < -0.4).any(), "every slot was renewed: the case tests little"
 
 
+# A run for each of hundreds of logits: these have between them all forms of guidance and of blocks.
 @pytest.mark.parametrize("name", ["dit", "sd3.5", "flux", "pixart-sigma"])
 def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
     """Of what `update` minimises, in fp64; guidance, dropped channels and two calls in a step are inside."""
@@ -357,7 +358,7 @@ def test_the_changes_of_the_latents_add_up():
     np.testing.assert_allclose(found.numpy(), np.array(weights, np.float32), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # guided by one call and by two
 def test_lambda_is_near_zero_where_everything_computes_and_positive_where_it_does_not(name):
     made = training(name)
     full = [torch.full_like(row, 5.0) for row in made.rows]
@@ -456,7 +457,7 @@ class Flops(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3"])
+@pytest.mark.parametrize("name", ["dit", "sd3"])  # blocks of one stream, and of two
 def test_an_iteration_costs_about_three_forwards(name):
     """Teacher, student, and a backward pass that reaches no weight."""
     made = training(name, lambda_form=None, batch=4)
