@@ -126,3 +126,12 @@ def requires_grad(*values) -> bool:
         elif isinstance(value, (list, tuple)) and requires_grad(*value):
             return True
     return False
+
+
+def refuse_gradients(names: str, *values) -> None:
+    """Of an op that writes in place only: nothing it is given may require a gradient while grad is enabled."""
+    if torch.is_grad_enabled() and requires_grad(*values):
+        raise ArgumentError(
+            f"{names}: got a tensor that requires a gradient; accepted is none (the op writes in "
+            "place: use torch.no_grad())"
+        )
