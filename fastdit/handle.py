@@ -172,7 +172,7 @@ class Handle:
         seat, hand = self._patched.seat(), Hand()
         try:
             run = self._patched.begin_by_hand(seat, hand, len(timesteps))
-            if run is not None and isinstance(timesteps, torch.Tensor):
+            if run is not None:
                 run.timesteps = timesteps
             yield self
         finally:

@@ -33,6 +33,7 @@ from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
 from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
+from fastdit.schedules.solvers import noise_of
 
 
 def patch(
@@ -75,7 +76,8 @@ def patch(
     """
     pipeline, transformer = _resolve(target)
     reuses = all(getattr(method, "writes", None) == {"reuse"} for method in methods)
-    adapter = find_adapter(transformer, wraps=bool(methods) and reuses)
+    wraps = "steps" if all(getattr(m, "skips_steps", False) for m in methods) else "components"
+    adapter = find_adapter(transformer, wraps if methods and reuses else "")
     for method in methods:
         if not isinstance(method, Method):
             hint = ": give fastdit.Cached(it)" if isinstance(method, (Schedule, Every)) else ""
@@ -100,6 +102,12 @@ def patch(
     if resizing is not None:
         adapter.check_resolution(transformer)
         _check_resizing(resizing, pipeline)
+    drawing = next((method for method in methods if method.forecasts), None)
+    if sparse and drawing is not None:
+        raise CompositionError(
+            f"{drawing.name} draws outputs through values of whole steps, and a method beside it computes a part of "
+            "the tokens; give order=0, or leave one of them"
+        )
     if cuda_graphs and resizing is not None:
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
@@ -124,6 +132,8 @@ def patch(
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
+        for method in methods:
+            method.check_sampler(noise_of(pipeline.scheduler))
     patched = Patched(
         adapter,
         spec,
@@ -139,7 +149,7 @@ def patch(
         Cost(adapter, transformer, spec, Size(1, 1), 1, 1)  # counted here, not by the first request
     remove(transformer, "patch")
     attach(patched, transformer, pipeline, places)
-    if not adapter.restates:
+    if not adapter.restates and wraps == "components":
         count = Cost(adapter, transformer, spec, Size(1024, 0), 1, 1)
         warnings.warn(
             f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, about "

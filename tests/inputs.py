@@ -62,15 +62,14 @@ class Runner:
         return min(count, 2) if self.label.endswith("emulated") else count
 
     def gated_residual(
-        self, x, branches, gates, *, fresh=-1, cache=None, rows=None, out=None
+        self, x, branches, gates, *, weights=None, fresh=-1, cache=None, rows=None, out=None
     ) -> Tensor:
         out = poisoned(x.shape, x.dtype) if out is None else out
         if BACKENDS.get(self.backend.name) is self.backend:
             name = self.backend.name
-            return ops.gated_residual(
-                x, branches, gates, fresh=fresh, cache=cache, rows=rows, out=out, backend=name
-            )
-        self.backend.gated_residual(x, branches, gates, fresh, cache, rows, out)
+            places = {"fresh": fresh, "cache": cache, "rows": rows, "out": out}
+            return ops.gated_residual(x, branches, gates, weights=weights, **places, backend=name)
+        self.backend.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
         return out
 
     def norm_modulate(

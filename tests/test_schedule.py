@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fastdit
 from fastdit import Cached, Schedule, ScheduleError
-from fastdit.schedules.schedule import MAX_COUNT
+from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import BlockKind, ModelSpec
 
 SPEC = ModelSpec("toy", (BlockKind("transformer_blocks", 3, ("attn", "ff")),))
@@ -216,7 +216,7 @@ def test_text_that_is_no_schedule(text):
     [
         ({"format": "other"}, "format"),
         ({"format": 3}, "format"),
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"version": "1"}, "version"),
         ({"version": True}, "version"),
         ({"steps": 5}, "5 rows"),
@@ -359,7 +359,7 @@ def test_loading_what_is_not_there_or_too_large(tmp_path, monkeypatch):
         Schedule.load("no\0path")
     path = tmp_path / "large.json"
     random_schedule().save(path)
-    monkeypatch.setattr("fastdit.schedules.schedule.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("fastdit.schedules.schedule_file.MAX_FILE_BYTES", 10)
     with pytest.raises(ScheduleError, match="at most 10"):
         Schedule.load(path)
 

@@ -22,7 +22,7 @@ from fastdit.errors import ArgumentError
 from fastdit.runtime.clock import predicted_levels
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, ops_of, plan_run
-from fastdit.schedules.schedule import MAX_COUNT
+from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28
@@ -85,7 +85,7 @@ class Explanation:
     @property
     def flop_speedup(self) -> float:
         """Dense over planned multiply-accumulates: the most a run can gain where arithmetic is all."""
-        return self.dense_macs / self.macs
+        return self.dense_macs / self.macs if self.macs else 1.0
 
     def __str__(self) -> str:
         blocks = ", ".join(
@@ -163,7 +163,8 @@ def explain_patched(
         if "resolution" in method.writes:
             levels = levels.with_sigmas(method.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
-    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse())
+    repeats = patched.forecasts and levels is not None and levels.repeat
+    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse(), repeats)
     count = Cost(adapter, transformer, spec, size, rows, transformer.dtype.itemsize)
     stages = [
         (count.at(length), plan.part(first, last), tokens[first:last])
@@ -236,7 +237,8 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
         return 1.0, True
     steps = sorted(run.records)
     actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
-    plan = RunPlan(len(steps), run.plan.reuse, actions)
+    forecasts = [0 if run.records[step].computed else run.plan.order_of(step) for step in steps]
+    plan = RunPlan(len(steps), run.plan.reuse, actions, forecasts=forecasts)
     size = Size(run.image_tokens, run.text_tokens)
     count = Cost(patched.adapter, transformer, patched.spec, size, 1, 1)
     dense = count.macs(RunPlan(len(steps), None, ()))
@@ -249,7 +251,7 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
         count.at(length).macs(plan.part(first, last), tokens[first:last], not patched.eager)
         for length, first, last in _runs(lengths)
     )
-    return dense / spent, count.exact
+    return dense / spent if spent else 1.0, count.exact
 
 
 def _tokens_per_step(
@@ -283,6 +285,8 @@ def raster(plan: RunPlan, spec: ModelSpec) -> str:
     if not plan.actions:
         return ""
     lines, first = [], 0
+    if not spec.kinds:
+        return "  output " + "".join(SHADES[0 if order else 4] for order in plan.forecasts)
     names = [component for kind in spec.kinds for component in kind.components]
     for kind in spec.kinds:
         for component in kind.components:

@@ -28,7 +28,7 @@ class Compiled(Backend):
         """An int32 tensor that lives as long as a launch; None where a kernel asks for none."""
         return None
 
-    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
         batch, tokens, width = x.shape
         # Stores of another length than K need their strides told.
         operand = _address if rows is None else strided
@@ -42,6 +42,8 @@ class Compiled(Backend):
             _address(out),
             [operand(branch) for branch in branches],
             [_modulation(gate, width) for gate in gates],
+            0 if weights is None else weights.data_ptr(),
+            weights is not None and weights.ndim > 1,
             fresh,
             None if cache is None else operand(cache),
             None if rows is None else _row_index(rows),

@@ -45,8 +45,9 @@ class Backend:
         cache: Tensor | None,  # [B, N, D], written at the active rows
         rows: Tensor | None,  # [B, K]
         out: Tensor,  # [B, K, D], written; may be x
+        weights: Tensor | None = None,  # [branches] or [branches, B, K], fp32; None for ones
     ) -> None:
-        """out = x + sum_i gates[i] * branches[i]; cache[rows] = branches[fresh]."""
+        """out = x + sum_i weights[i] * gates[i] * branches[i]; cache[rows] = branches[fresh]."""
         raise TypeError(f"backend {self.name} has no gated_residual")
 
     def norm_modulate(

@@ -63,7 +63,7 @@ def attach(patched: Patched, transformer: nn.Module, pipeline: Any, places: Plac
             install(module, LinearLink(patched), compiles=True)
         for index, name, module in places.wrapped:
             install(module, ComponentLink(patched, index, name))
-        if patched.graphs is not None:
+        if patched.graphs is not None or patched.forecasts:
             install(transformer, patched)
         transformer.register_forward_pre_hook(patched.forward_pre_hook, with_kwargs=True)
         transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)

@@ -18,9 +18,11 @@ from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.forward import Forward, Tokens
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import private
+from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
 from fastdit.versions import same, versions
@@ -35,7 +37,8 @@ class Call:
         branch: Its caches.
         layout: Of its tokens, where a method decides it.
         rows: Of its image tokens [B, K] that pass; None where all do.
-        forward: What its blocks ask; None before it is prepared, and in a call that runs stock.
+        forward: What its blocks ask; None before it is prepared, and in a call that runs stock or is forecast.
+        forecast: What stands for the model's output; None where the model runs.
         tokens: How many image tokens pass.
         immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
@@ -47,6 +50,7 @@ class Call:
         "_smaller",
         "arguments",
         "branch",
+        "forecast",
         "forward",
         "immediate",
         "layout",
@@ -62,6 +66,7 @@ class Call:
         self.outer = outer
         self.run: Run | None = None
         self.forward: Forward | None = None
+        self.forecast: Any = None
 
     # ---- before the transformer's forward
 
@@ -89,6 +94,14 @@ class Call:
         run.latents, run.positions = arguments.hidden_states.shape, arguments.positions
         for method in run.methods:
             self.layout = method.layout(self) or self.layout
+        order = run.plan.order_of(run.step)
+        if order:
+            branch = self._branch()
+            if branch.outputs.nodes.steps:
+                self.forecast = branch.outputs.forecast(
+                    run.step, order, run.forecast_weights, run.patched.ops
+                )
+                return None
         self._smaller = self.layout is not None and self.layout.kind != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
@@ -138,7 +151,9 @@ class Call:
             run.drop_caches()
             self.prepare()
             return
-        actions = run.plan.actions[run.step] if run.plan.actions else ()
+        # What has nothing to be forecast from computes.
+        planned = run.plan.actions and not run.plan.order_of(run.step)
+        actions = run.plan.actions[run.step] if planned else ()
         for method in run.methods:
             actions = method.actions(self, actions)
         self.forward = Forward(
@@ -155,6 +170,8 @@ class Call:
             layouts=patched.adapter.layouts,
             precision=patched.precision(arguments),
             modulations=ahead,
+            step=run.step,
+            weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
 
@@ -175,6 +192,7 @@ class Call:
         if branch.signature != signature or not unchanged:
             branch.slots.clear()
             branch.keys.clear()
+            branch.outputs = Outputs()
             branch.velocity = None
         branch.signature = signature
         # Of inference tensors the versions are copies, which need no renewal while they are equal.
@@ -230,7 +248,7 @@ class Call:
         if not isinstance(timestep, Tensor):
             inputs = None
         if first and inputs is not None:
-            timesteps = run.timesteps
+            timesteps = run.timesteps if isinstance(run.timesteps, Tensor) else None
             if run.scheduler is not None:
                 timesteps = adapter.given_timesteps(
                     run.scheduler.timesteps, arguments.hidden_states.dtype
@@ -300,6 +318,8 @@ class Call:
             why = "since nobody says how many steps it has"
         elif run.plan.reuse is not None and run.plan.reuse.rows:
             why = "since its schedule is mapped to other noise levels"
+        elif run.patched.forecasts:
+            why = "since its outputs are forecast, by weights that may be others in the next run"
         key = run.steps, run.first
         return run.patched.graphs.begin(run.patched, self.transformer, key, args, kwargs, why)
 
@@ -315,8 +335,15 @@ class Call:
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The transformer's forward, of a graph where there is one."""
-        stock = type(self.transformer).forward
+        if self.forecast is not None:
+            return self.forecast
+        patched, stock = self.run.patched, type(self.transformer).forward
         if self.trace is None:
+            if not patched.blocks:  # the blocks see to that themselves
+                compiled = patched.compiled_call(self.transformer, self.run)
+                return segments_like(compiled, self.transformer).stock(
+                    self.transformer, *args, **kwargs
+                )
             return stock(self.transformer, *args, **kwargs)
 
         def compute() -> Any:
@@ -371,14 +398,17 @@ class Call:
             RuntimeError: A residual was left waiting: an adapter's last block did not settle its streams.
         """
         run, forward = self.run, self.forward
+        record = run.records.setdefault(run.step, StepRecord())
+        if forward is None:
+            record.reused += run.patched.spec.component_count or 1
+            return None
         if not forward.settled:
             raise RuntimeError(
                 f"a residual was left waiting: the last block of the {run.patched.adapter.family} adapter did not "
                 "settle its streams"
             )
-        record = run.records.setdefault(run.step, StepRecord())
         record.tokens = self.tokens
-        record.computed += forward.computed
+        record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
@@ -389,7 +419,11 @@ class Call:
             )
         for method in run.methods:
             sample = method.output(self, sample)
-        return None if sample is given else _replaced(output, sample)
+        replaced = output if sample is given else _replaced(output, sample)
+        if any(run.plan.forecasts):
+            order = max(run.plan.forecasts)
+            self.branch.outputs.add(run.step, replaced, run.forecast_weights.levels, order)
+        return None if sample is given else replaced
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:

@@ -23,6 +23,7 @@ from fastdit.errors import ScheduleError, UnsupportedModelError
 from fastdit.methods.base import Step
 from fastdit.runtime.disguise import disguise, put_on, take_off
 from fastdit.runtime.install import LINK
+from fastdit.schedules.solvers import CHURN, noise_of, step_levels
 
 
 class Follower:
@@ -79,6 +80,12 @@ class Levels:
         """The same with those of a flow-matching run, given as sigmas."""
         unit = self._scheduler.config.num_train_timesteps
         return self.with_own([sigma * unit for sigma in sigmas])
+
+    @property
+    def repeat(self) -> bool:
+        """Whether two calls of the run that was set are at one level, as Heun's are."""
+        levels = step_levels(self._scheduler)
+        return len(set(levels)) < len(levels)
 
     def check_default(self, method: str) -> None:
         """Refuse levels of the caller's own where `method` has its own.
@@ -290,6 +297,8 @@ def _clocked(base: type) -> type:
                 one.unclaim(owner)
         return result
 
+    churns = any(name in inspect.signature(base.step).parameters for name in CHURN)
+
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs = []
@@ -302,7 +311,10 @@ def _clocked(base: type) -> type:
             args[place] if place < len(args) else kwargs.get(name)
             for place, name in enumerate(("model_output", "timestep", "sample"))
         )
+        noise = noise_of(self, kwargs) if churns else ""
         for run in runs:
+            if noise:
+                run.patched.check_sampler(noise)
             run.begin_step(self, velocity, timestep, sample)
         delta = _sigma_step(self)
         result = base.step(self, *args, **kwargs)

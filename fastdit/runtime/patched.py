@@ -36,6 +36,7 @@ from fastdit.runtime.owners import Hand, PipelineCall, Place, Seat
 from fastdit.runtime.run import OPEN_STEPS, Run
 from fastdit.schedules.conditions import Conditions, guidance_of
 from fastdit.schedules.plan import RunPlan, plan_run
+from fastdit.schedules.solvers import noise_of
 from fastdit.spec import ModelSpec
 
 #: plans that are kept: numbers of steps, and which of them compute a part of the tokens
@@ -86,6 +87,7 @@ class Patched:
         self.graphs = graphs
         self.pipeline: Callable[[], Any] = _nobody if pipeline is None else weakref.ref(pipeline)
         self.acts = any(method.writes for method in self.methods)
+        self.forecasts = any(method.forecasts for method in self.methods)
         # A family that runs two token sizes by its own attention may do so for one image of several.
         self._stands_in = self._writer("rows") is not None or (
             self._writer("resolution") is not None and adapter.replaces_attention
@@ -192,6 +194,8 @@ class Patched:
             raise ScheduleError(
                 f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
             )
+        if scheduler is not None:
+            self.check_sampler(noise_of(scheduler))
         planned = OPEN_STEPS if steps is None else steps
         if resolution is not None:
             resolution.check_steps(planned)
@@ -211,6 +215,15 @@ class Patched:
             run.previews = seat.watch
         return run
 
+    def check_sampler(self, noise: str) -> None:
+        """Refuse a sampler that a method does not fit.
+
+        Args:
+            noise: What makes it draw noise at each step; "" for one that draws none.
+        """
+        for method in self.methods:
+            method.check_sampler(noise)
+
     def _writer(self, field: str) -> Any:
         return next((method for method in self.methods if field in method.writes), None)
 
@@ -226,11 +239,12 @@ class Patched:
         self, steps: int, partial: tuple[bool, ...] = (), levels: clock.Levels | None = None
     ) -> RunPlan:
         """The plan of a run. One that was mapped to other noise levels is made anew for each run."""
-        key = steps, partial
+        repeats = self.forecasts and levels is not None and levels.repeat
+        key = steps, partial, repeats
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager)
+        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.rows:
             if len(self._plans) >= PLANS:
                 self._plans = {}
@@ -449,14 +463,14 @@ class Patched:
             return None
         here.call = call.outer
         here.forward = None if call.outer is None else call.outer.forward
-        if call.forward is None or output is None:
+        if (call.forward is None and call.forecast is None) or output is None:
             return None
         return call.finish(output)
 
     def __call__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The transformer's rewritten forward, where runs are replayed."""
         call = self.here.call
-        if call is None or call.forward is None:
+        if call is None or (call.forward is None and call.forecast is None):
             return type(transformer).forward(transformer, *args, **kwargs)
         return call.compute(args, kwargs)
 

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.nodes import Weights
 from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.clock import Levels
+from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
 from fastdit.schedules.plan import RunPlan
+from fastdit.schedules.solvers import step_levels
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -48,6 +51,7 @@ class Branch:
     modulations: Modulations | None = None
     foresees: bool = True
     keys: dict[Any, KeyValues] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
     rotation: Any = None
@@ -61,6 +65,7 @@ class Branch:
         self.owned.clear()
         self.prompts.clear()
         self.keys.clear()
+        self.outputs = Outputs()
         self.modulations = self.velocity = self.rotation = self.signature = None
         self.foresees = True
         self.embeddings = self.versions = ()
@@ -79,7 +84,7 @@ class Run:
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
         tokens, resolution: Those of them that choose the tokens, and their sizes; or None.
-        timesteps: As given to `handle.run`, where that is a tensor.
+        timesteps: As given to `handle.run`.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
         owner: The call of a pipeline, or the thread or task, that it belongs to; None once that is gone. See
@@ -108,7 +113,7 @@ class Run:
         self.methods: tuple[MethodRun, ...] = ()
         self.tokens: Any = None
         self.resolution: Any = None
-        self.timesteps: Tensor | None = None
+        self.timesteps: Sequence[Any] | None = None
         self.pipeline: Callable[[], Any] = _nobody
         self.guidance: dict[str, Any] = {}
         self.follower: Any = None
@@ -118,6 +123,7 @@ class Run:
         self.branches: dict[Any, Branch] = {}
         self.family: dict[str, Any] = {}
         self.packed = PackedWeights()
+        self.weights: Weights | None = None
         self.previews: Any = None
         self.trace: Trace | str | None = None
         self.outputs: list[Tensor] = []
@@ -146,6 +152,18 @@ class Run:
     def scheduler(self) -> Any:
         """The scheduler that tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
+
+    @property
+    def forecast_weights(self) -> Weights:
+        """The weights of its forecasts, from the noise levels that the scheduler, or the user, says."""
+        if self.weights is None:
+            scheduler = self.scheduler
+            if scheduler is not None:
+                levels = step_levels(scheduler)
+            else:
+                levels = [] if self.timesteps is None else [float(t) for t in self.timesteps]
+            self.weights = Weights(levels)
+        return self.weights
 
     @property
     def owner(self) -> Any:
@@ -311,12 +329,15 @@ class Run:
         storages = {}
         for branch in list(self.branches.values()):
             kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
-            made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
-            for value in (*made, *kept):
-                for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                    if isinstance(tensor, Tensor):
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
+            made = [*branch.slots.values(), *branch.prompts.values(), branch.velocity]
+            waiting = [*made, *kept, branch.outputs.nodes]
+            while waiting:
+                value = waiting.pop()
+                if isinstance(value, Tensor):
+                    storage = value.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+                elif isinstance(value, (tuple, list)):
+                    waiting += value
         return sum(storages.values())
 
     def end(self) -> None:
