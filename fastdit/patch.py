@@ -78,12 +78,7 @@ def patch(
     reuses = all(getattr(method, "writes", None) == {"reuse"} for method in methods)
     wraps = "steps" if all(getattr(m, "skips_steps", False) for m in methods) else "components"
     adapter = find_adapter(transformer, wraps if methods and reuses else "")
-    for method in methods:
-        if not isinstance(method, Method):
-            hint = ": give fastdit.Cached(it)" if isinstance(method, (Schedule, Every)) else ""
-            raise ArgumentError(
-                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}{hint}"
-            )
+    _check_arguments(methods, pack_weights=pack_weights, cuda_graphs=cuda_graphs)
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)
     check_composition(methods)
@@ -131,7 +126,7 @@ def patch(
     for module in (*places.modules(), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
-        clock.check_scheduler(pipeline.scheduler)
+        clock.check_scheduler(getattr(pipeline, "scheduler", None))
         for method in methods:
             method.check_sampler(noise_of(pipeline.scheduler))
     patched = Patched(
@@ -193,17 +188,40 @@ def handle_of(target: Any) -> Handle:
     return Handle(patched, transformer, pipeline)
 
 
+def _check_arguments(methods: Sequence[Any], **switches: Any) -> None:
+    for method in methods:
+        if not isinstance(method, Method):
+            raise ArgumentError(
+                "methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), "
+                f"got {method!r}{_way_out(method)}"
+            )
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, got {value!r}")
+
+
+def _way_out(given: Any) -> str:
+    if isinstance(given, (Schedule, Every)):
+        return ": give fastdit.Cached(it)"
+    if isinstance(given, type) and issubclass(given, Method):
+        return f": this is the class, give {given.__name__}(...)"
+    if isinstance(given, (list, tuple)):
+        return ": give them one by one, fastdit.patch(target, *methods)"
+    return ""
+
+
 def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
     """(pipeline or None, transformer); a transformer wrapped by torch.compile is unwrapped."""
     pipeline = None if isinstance(target, nn.Module) else target
     transformer = target if pipeline is None else getattr(target, "transformer", None)
     transformer = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(transformer, nn.Module):
+        there = f", whose transformer is {transformer}" if hasattr(target, "transformer") else ""
         supported = sorted(
             name for adapter in adapters().values() for name in adapter.model_classes
         )
         raise UnsupportedModelError(
-            f"target must be a pipeline with a transformer, or a transformer, got {type(target).__name__}; "
+            f"target must be a pipeline with a transformer, or a transformer, got {type(target).__name__}{there}; "
             f"supported transformers: {', '.join(supported)}"
         )
     return pipeline, transformer
@@ -229,7 +247,7 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
-    clock.check_flow(pipeline.scheduler)
+    clock.check_flow(getattr(pipeline, "scheduler", None))
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(
             f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '

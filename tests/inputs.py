@@ -48,14 +48,15 @@ def checks_of(op_file: str) -> dict[str, Callable[[Runner], None]]:
 
 @dataclass(frozen=True)
 class Runner:
-    """Calls one backend: through the public op if it is a registered one, else directly."""
+    """Calls one backend: through the public op if it is a registered one, else directly; `op` is what is tested."""
 
     backend: Backend
     label: str
+    op: str = "gated_residual"
 
     def dtypes(self) -> list[torch.dtype]:
         cpu = torch.device("cpu")
-        return [d for d in DTYPES if self.backend.supports("gated_residual", cpu, d) is None]
+        return [d for d in DTYPES if self.backend.supports(self.op, cpu, d) is None]
 
     def repeats(self, count: int) -> int:
         """How often a repeat is worth making; a GPU's threads run one after the other in the emulator."""

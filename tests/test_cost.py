@@ -243,6 +243,8 @@ def test_measure_runs_both_ways_in_turns():
     assert found.stock_seconds > 0
     assert found.range[0] <= found.speedup <= found.range[1]
     assert f"{found.speedup:.2f}x" in str(found)
+    with pytest.raises(fastdit.ArgumentError, match=r"run must be a function.*got int"):
+        handle.measure(3)
     for repeats in (0, True, 1.5):
         with pytest.raises(ArgumentError, match="repeats must be"):
             handle.measure(work, repeats)

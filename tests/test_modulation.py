@@ -44,8 +44,10 @@ def products(monkeypatch):
 
 def layers(model):
     return sum(
-        ("AdaLayerNorm" in type(module).__name__ and name != "norm_out") or name.endswith("_mod")
+        any(part in type(module).__name__ for part in ("AdaLayerNorm", "RMSNormZero"))
+        or name.endswith("_mod")
         for name, module in model.named_modules()
+        if name != "norm_out"
     )
 
 

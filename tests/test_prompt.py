@@ -22,7 +22,7 @@ def counted(pipe, name):
     """The calls that reach the projection's own layer, through the class so that no hook is seen."""
     layer = next(
         part
-        for part in getattr(pipe.transformer, PROJECTIONS[name]).modules()
+        for part in pipe.transformer.get_submodule(PROJECTIONS[name]).modules()
         if isinstance(part, torch.nn.Linear)
     )
     calls = []
@@ -50,7 +50,7 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     same_bits(generate(pipe, name, steps=STEPS), expected)
     assert len(calls) == (2 + STEPS) * branches
     fastdit.unpatch(pipe)
-    assert not is_installed(getattr(pipe.transformer, PROJECTIONS[name]))
+    assert not is_installed(pipe.transformer.get_submodule(PROJECTIONS[name]))
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])  # by one call and by two a step

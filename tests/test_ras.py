@@ -66,7 +66,7 @@ def token_run(method, steps, tokens, backend=None):
     patched = SimpleNamespace(ops=fastdit.ops.bind(backend))
     run = SimpleNamespace(patched=patched, steps=steps, first=0)
     run.resolution, run.plan_partial = None, lambda _: None
-    made = TokenRun(method, run)
+    made = method.begin(run)
     made.lay_out(tokens)
     return made
 

@@ -116,11 +116,17 @@ def test_every_computes_each_nth_step(n):
 
 @pytest.mark.parametrize("source", [3, None, [[1]], Cached])
 def test_cached_takes_a_schedule_or_a_path(source):
-    with pytest.raises(ScheduleError, match="Schedule"):
+    with pytest.raises(ScheduleError, match=r"source must be a Schedule.*from_bits"):
         Cached(source)
 
 
 # ---- binding
+
+
+@pytest.mark.parametrize("layers", [np.ones((2, 3, 1), bool), {}, {"transformer_blocks": [[[1]]]}])
+def test_bits_given_for_layers_are_shown_the_way(layers):
+    with pytest.raises(ScheduleError, match=r"layers must be .*from_bits"):
+        Schedule(layers)
 
 
 def test_a_schedule_for_something_else_is_refused_by_name():

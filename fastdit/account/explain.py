@@ -21,7 +21,7 @@ from fastdit.blocks.packed import packs
 from fastdit.errors import ArgumentError
 from fastdit.runtime.clock import predicted_levels
 from fastdit.schedules.actions import COMPUTE
-from fastdit.schedules.plan import RunPlan, ops_of, plan_run
+from fastdit.schedules.plan import RunPlan, everywhere, ops_of, plan_run
 from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 
@@ -100,7 +100,7 @@ class Explanation:
             f"  run       {self.steps} steps, {self.rows} rows of {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
-            f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer"
+            f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
             + ("" if self.exact else ", estimated before a call of this size"),
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
@@ -121,6 +121,14 @@ class Explanation:
         return "\n".join(lines) + (
             f"\n  plan      step 0 to {self.steps - 1}\n{self.raster}" if self.raster else ""
         )
+
+
+def _macs(count: int, dense: int) -> str:
+    """Both in the unit that suits a dense run, which for a tiny model is no TMAC."""
+    scale, unit = next(
+        ((s, u) for s, u in ((1e12, "TMAC"), (1e9, "GMAC")) if dense >= s), (1e6, "MMAC")
+    )
+    return f"{count / scale:.4g} of {dense / scale:.4g} {unit}"
 
 
 def explain_patched(
@@ -236,7 +244,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     if run is None or not run.records:
         return 1.0, True
     steps = sorted(run.records)
-    actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
+    told = [run.records[step].actions for step in steps]  # a method may decide as the run goes on
+    computes = everywhere(patched.spec, COMPUTE)
+    actions = [row or computes for row in told] if any(told) else ()
     forecasts = [0 if run.records[step].computed else run.plan.order_of(step) for step in steps]
     plan = RunPlan(len(steps), run.plan.reuse, actions, forecasts=forecasts)
     size = Size(run.image_tokens, run.text_tokens)

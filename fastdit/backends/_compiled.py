@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,6 +14,16 @@ from fastdit.backends.base import Backend
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
 PARTIALS = 1024  # of csrc/blend.h
 NORM_CODES = {None: 0, "rms": 1, "rms_rounded": 1, "layer": 2}  # csrc/qkv_prologue.h
+
+
+def load(name: str) -> tuple[ModuleType | None, str]:
+    """The compiled module fastdit.<name> and nothing to say, or None and why there is none."""
+    try:
+        return import_module(f"fastdit.{name}"), ""
+    except ModuleNotFoundError:
+        return None, f"the compiled module fastdit.{name} is not in {Path(__file__).parents[1]}"
+    except ImportError as error:
+        return None, f"the compiled module fastdit.{name} could not be loaded ({error})"
 
 
 class Compiled(Backend):

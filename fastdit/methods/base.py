@@ -49,11 +49,13 @@ class MethodRun:
     """What a method keeps, and decides, during one run; each run has its own. By itself it decides nothing.
 
     Hooks are called in the order in which they stand here, for each transformer call and then for each step. A call is
-    a :class:`fastdit.runtime.call.Call`.
+    a :class:`fastdit.runtime.call.Call`. A step has several calls where guidance is by calls of its own (FLUX with a
+    negative prompt, Qwen-Image): what belongs to one of them is kept by `call.branch`, as in a dict.
 
     Args:
         method: The method.
-        run: The :class:`fastdit.runtime.run.Run` that begins.
+        run: The :class:`fastdit.runtime.run.Run` that begins. `run.step` is the step in progress, `run.steps` their
+            number, `run.levels.of(run.steps)` their noise levels; `levels` is None where no scheduler leads the run.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
@@ -61,7 +63,7 @@ class MethodRun:
         self.run = run
 
     def layout(self, call: Any) -> Any:
-        """The :class:`~fastdit.tokens.active.layout.Layout` of the call's tokens; None for the model's own."""
+        """The :class:`~fastdit.tokens.layout.Layout` of the call's tokens; None for the model's own."""
         return None
 
     def rows(self, call: Any) -> Tensor | None:
@@ -132,7 +134,9 @@ class Method:
 
     Attributes:
         name: How errors, `explain` and `report` call it.
-        writes: The plan fields it decides; two methods that share one do not compose.
+        writes: The plan fields it decides; two methods that share one do not compose. `"reuse"`: which components are
+            reused, by `schedule` or by its run's `actions`. `"rows"`: which image tokens pass, by `active` and a
+            :class:`~fastdit.tokens.active.TokenRun`. `"resolution"`: how many there are, as RALU does.
         max_cache_bytes: Most bytes that caches may hold at once; None for no bound.
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
@@ -199,6 +203,14 @@ class Method:
         `levels` knows the run's noise levels; None where no scheduler leads the run.
         """
         return None
+
+    def active(self, steps: int, tokens: int) -> list[Any]:
+        """What each of `steps` steps computes of `tokens` image tokens, for methods that write ``"rows"``.
+
+        Returns:
+            For each step an object whose `keep` is the number of active tokens; None where all are.
+        """
+        return [None] * steps
 
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None

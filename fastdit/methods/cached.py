@@ -48,7 +48,8 @@ class Cached(Method):
             object.__setattr__(self, "source", Schedule.load(self.source))
         elif not isinstance(self.source, (Schedule, Every)):
             raise ScheduleError(
-                f"schedule must be a Schedule, Schedule.every(n) or a path, got {type(self.source).__name__}"
+                f"source must be a Schedule, Schedule.every(n) or a path, got {type(self.source).__name__}; "
+                "Schedule.from_bits(bits, components) makes one of an array"
             )
 
         most = self.max_cache_bytes
@@ -60,7 +61,7 @@ class Cached(Method):
             object.__setattr__(self, "source", self.source.with_order(self.order))
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ArgumentError(
-                f"cache_dtype must be one of {', '.join(CACHE_DTYPES)} or None, got {self.cache_dtype!r}"
+                f"cache_dtype must be a name, {' or '.join(map(repr, CACHE_DTYPES))}, or None, got {self.cache_dtype!r}"
             )
 
     @property

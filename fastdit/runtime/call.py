@@ -407,7 +407,7 @@ class Call:
                 f"a residual was left waiting: the last block of the {run.patched.adapter.family} adapter did not "
                 "settle its streams"
             )
-        record.tokens = self.tokens
+        record.tokens, record.actions = self.tokens, forward.actions
         record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
         if forward.computed:

@@ -200,6 +200,11 @@ def check_scheduler(scheduler: Any) -> None:
         UnsupportedModelError: Its class has no `set_timesteps` or `step` of its own, or none of which another can be
             made: what hands calls on to a scheduler inside is not one.
     """
+    if scheduler is None:
+        raise UnsupportedModelError(
+            "scheduler must have set_timesteps and step, got a pipeline without one; "
+            "give patch its transformer where a loop of your own draws"
+        )
     cls = type(scheduler)
     for method in ("set_timesteps", "step"):
         if not callable(getattr(cls, method, None)):

@@ -25,6 +25,7 @@ from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.clock import Levels
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
+from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.solvers import step_levels
 
@@ -34,16 +35,23 @@ OPEN_STEPS = 1000
 
 @dataclass
 class StepRecord:
-    """What one step did: tokens through the blocks, components computed and reused, summed over its calls."""
+    """What one step did: tokens through the blocks, components computed and reused, summed over its calls.
+
+    Of its last call also what its blocks were told; nothing where all compute.
+    """
 
     tokens: int = 0
     computed: int = 0
     reused: int = 0
+    actions: Sequence[BlockActions] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
-    """The caches of one CFG branch: of the transformer calls at one place within the steps of a run."""
+    """The caches of one CFG branch: of the transformer calls at one place within the steps of a run.
+
+    One that is met again is the same object, and a key for what methods keep of it.
+    """
 
     slots: Slots = field(default_factory=dict)
     owned: set[tuple[int, str]] = field(default_factory=set)  # slots that may be written into

@@ -61,6 +61,14 @@ class Schedule:
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     rows: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        layers = self.layers.values() if isinstance(self.layers, Mapping) else ()
+        if not layers or not all(isinstance(layer, Layer) for layer in layers):
+            raise ScheduleError(
+                "layers must be a mapping of block kinds to Layer, got "
+                f"{type(self.layers).__name__}; Schedule.from_bits(bits, components) makes a schedule of bits"
+            )
+
     # ---- construction
 
     @classmethod
