@@ -21,6 +21,7 @@ from fastdit.runtime.owners import Hand
 
 if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
+    from fastdit.runtime.run import Run
 
 
 class Handle:
@@ -73,6 +74,18 @@ class Handle:
         patched = self._patched
         run = patched.last_run()
         return report_run(patched, run, *run_speedup(patched, run, self._transformer))
+
+    def last_run(self) -> Run | None:
+        """The run that :meth:`report` tells of, with all that it holds; None before the first."""
+        return self._patched.last_run()
+
+    def live_runs(self) -> list[Run]:
+        """The runs in progress, of all threads; a loop that was given up counts until its thread goes on."""
+        return self._patched.live_runs()
+
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of all runs hold now."""
+        return self._patched.cache_bytes()
 
     def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
         """Wall seconds of `run()` on this machine, patched and stock in turns.

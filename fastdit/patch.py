@@ -31,15 +31,9 @@ from fastdit.runtime.attach import Places, attach, remove
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
-from fastdit.schedules.plan import check_composition
+from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.schedules.solvers import noise_of
-
-OPS = ("gated_residual", "norm_modulate")
-#: where a method computes a part of the tokens
-TOKEN_OPS = ("qkv_prologue", "token_select")
-#: where a method changes the resolution
-RESOLUTION_OPS = ("patchify", "unpatchify", "resolution_transition")
 
 
 def patch(
@@ -96,8 +90,7 @@ def patch(
     bound = ops.bind(backend)
     sparse = any("rows" in method.writes for method in methods)
     resizing = next((method for method in methods if "resolution" in method.writes), None)
-    used = OPS + TOKEN_OPS * sparse + RESOLUTION_OPS * (resizing is not None)
-    _check_backend(bound, transformer, used)
+    _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)
     if sparse:
         adapter.check_tokens(transformer)

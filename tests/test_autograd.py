@@ -41,9 +41,11 @@ def test_dense_has_the_gradients_of_stock(family, backend):
         same_bits(actual[name], expected[name])
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit"])
+@pytest.mark.parametrize("family", tiny_models.one_each(FAMILIES, -1))
 def test_gradient_checkpointing_in_training(family):
     model = tiny_models.transformer(family).train()
+    if not model._supports_gradient_checkpointing:
+        pytest.skip("diffusers checkpoints no blocks of it")
     model.enable_gradient_checkpointing()
     expected = gradients(model, family)
     fastdit.patch(model)

@@ -25,16 +25,7 @@ from budget import Usage, cuobjdump, hold, usages
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("80", "89", "90a", "100a", "120")
-KERNELS = (
-    "blend",
-    "collapse",
-    "gated_residual",
-    "norm_modulate",
-    "patchify",
-    "qkv_prologue",
-    "resolution_transition",
-    "token_select",
-)
+KERNELS = sorted(p.stem for p in (ROOT / "csrc").glob("*.cu") if "__global__" in p.read_text())
 
 
 def nvcc() -> str | None:

@@ -21,18 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import fastdit
+from fastdit import ops
 from fastdit.adapters import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
-OPS = (
-    "gated_residual",
-    "norm_modulate",
-    "patchify",
-    "resolution_transition",
-    "sparse_attention",
-)
 #: what stands between a begin marker and an end marker is written here
 SECTION = re.compile(
     r"(<!-- begin (\w+): written by tools/readme\.py, do not edit -->\n).*?(<!-- end -->)",
@@ -278,7 +272,7 @@ def _plain(text: str) -> str:
 def kernels() -> list[str]:
     """What docs/kernels.md shows: single ops, and what a GPU measured."""
     lines = []
-    for op in OPS:
+    for op in ops.FILES:
         for path in sorted(RESULTS.glob(f"{op}-cpu-*.json"))[-1:]:
             lines += _op(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("gpu-check-*.json")):

@@ -68,7 +68,7 @@ class Cost:
             macs, elements = (self._of(what, index, component) for what in ("macs", "slot"))
             adds = component not in kind.consumers
             self.cells.append((index, component, macs, elements * itemsize, adds))
-        self.overhead, self._prompt = self._of("outside"), self._of("prompt")
+        self.overhead, self.prompt = self._of("outside"), self._of("prompt")
         self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
         # the parts of the gates that all blocks share, kept beside sums
         self._shared = 2 * adapter.width(transformer) * rows * itemsize
@@ -118,7 +118,7 @@ class Cost:
 
         `keeps_prompt` where the prompt is projected at the first step only, as a patched model does.
         """
-        total = (1 - plan.steps) * self._prompt if keeps_prompt else 0
+        total = (1 - plan.steps) * self.prompt if keeps_prompt else 0
         for step in range(plan.steps):
             if plan.order_of(step):
                 continue
@@ -127,7 +127,9 @@ class Cost:
             outside = self._counts.of("outside").at(Size(count, self.size.text))
             total += outside * self.rows + sum(
                 macs
-                for (index, component, *_), macs in zip(self.cells, self._at(count), strict=True)
+                for (index, component, *_), macs in zip(
+                    self.cells, self.sparse_macs(count), strict=True
+                )
                 if actions is None or actions[index][component] & COMPUTE
             )
         return total
@@ -148,20 +150,18 @@ class Cost:
                 for index, name in enumerate(layer.components)
             }
         )
-        for (kind, block, component), macs in zip(
-            self.spec.components(), self._linear, strict=True
-        ):
+        for (kind, block, component), macs in zip(self.spec.components(), self.linear, strict=True):
             times = bits.get((kind.name, component))
             total += macs * (steps if times is None else int(times[block]))
         return total
 
     @functools.cached_property
-    def _linear(self) -> list[int]:
-        """MACs of every cell without products of attention."""
+    def linear(self) -> list[int]:
+        """Multiply-accumulates of every cell, the products of attention left out."""
         return [self._of("layers", index, component) for index, component, *_ in self.cells]
 
-    def _at(self, count: int) -> list[int]:
-        """MACs of every cell for `count` active image tokens, whose attentions still read the keys of all.
+    def sparse_macs(self, count: int) -> list[int]:
+        """Multiply-accumulates of every cell for `count` active image tokens; attentions still read the keys of all.
 
         Of the products (count + t) ask and (image + t) are asked, t being the text where it asks too.
         """

@@ -21,7 +21,7 @@ from fastdit.blocks.packed import packs
 from fastdit.errors import ArgumentError
 from fastdit.runtime.clock import predicted_levels
 from fastdit.schedules.actions import COMPUTE
-from fastdit.schedules.plan import RunPlan, everywhere, plan_run
+from fastdit.schedules.plan import RunPlan, everywhere, ops_of, plan_run
 from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 
@@ -186,16 +186,7 @@ def explain_patched(
         methods=tuple(method.name for method in patched.methods),
         backends={
             op: patched.ops.backend_for(op, weight.device, transformer.dtype)
-            for op in (
-                "gated_residual",
-                "norm_modulate",
-                *(("qkv_prologue", "token_select") if "rows" in written else ()),
-                *(
-                    ("patchify", "unpatchify", "resolution_transition")
-                    if "resolution" in written
-                    else ()
-                ),
-            )
+            for op in ops_of(patched.methods)
         },
         steps=steps,
         rows=rows,

@@ -205,7 +205,7 @@ class Graphs:
 
     def __init__(self) -> None:
         self.failure: str | None = None
-        self._recordings: dict[Any, Recording] = {}
+        self.recordings: dict[Any, Recording] = {}
         self._told: set[str] = set()
 
     def begin(
@@ -230,10 +230,10 @@ class Graphs:
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
         key = key, described(leaves, spec), fingerprint(transformer)
-        recording = self._recordings.pop(key, None) or Recording(CudaCapture())
-        recording = self._recordings.setdefault(key, recording)  # the last used is the last
-        for other in list(self._recordings)[:-KINDS]:
-            self._recordings.pop(other, None)
+        recording = self.recordings.pop(key, None) or Recording(CudaCapture())
+        recording = self.recordings.setdefault(key, recording)  # the last used is the last
+        for other in list(self.recordings)[:-KINDS]:
+            self.recordings.pop(other, None)
         trace = Trace(self, recording)
         return trace if recording.lease(trace) else "since another run of its kind is in progress"
 

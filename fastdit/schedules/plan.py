@@ -21,6 +21,13 @@ from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
 
+#: the ops of every run, and those of runs whose methods decide a field of the plan
+OPS = ("gated_residual", "norm_modulate")
+OPS_OF_FIELD = {
+    "rows": ("qkv_prologue", "token_select"),
+    "resolution": ("patchify", "unpatchify", "resolution_transition"),
+}
+
 
 class PlanningMethod(Protocol):
     """The part of a method that planning needs."""
@@ -77,6 +84,12 @@ def check_composition(methods: Sequence[PlanningMethod]) -> None:
                     f"{owner[field]} and {method.name} both decide {field!r} and cannot be composed; give one of them"
                 )
             owner[field] = method.name
+
+
+def ops_of(methods: Sequence[PlanningMethod]) -> tuple[str, ...]:
+    """The names of the ops that runs with these methods call."""
+    written = {field for method in methods for field in method.writes}
+    return (*OPS, *(op for field, ops in OPS_OF_FIELD.items() if field in written for op in ops))
 
 
 def plan_run(
