@@ -71,7 +71,7 @@ class Handle:
         Warns when a method that should reuse something reused nothing.
         """
         patched = self._patched
-        run = patched.last_run()
+        run = patched.runs.last()
         return report_run(patched, run, *run_speedup(patched, run, self._transformer))
 
     def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
@@ -95,7 +95,7 @@ class Handle:
         Raises:
             ArgumentError: The last run had no stages.
         """
-        run = self._patched.last_run()
+        run = self._patched.runs.last()
         stages = None if run is None else run.resolution
         if stages is None or not stages.records:
             raise ArgumentError("stage_pictures needs a run in stages; the last one had none")
@@ -107,7 +107,7 @@ class Handle:
 
         A call of the transformer without a pipeline is stock inside the `with` whenever its loop began.
         """
-        seat, mark = self._patched.seat(), object()
+        seat, mark = self._patched.runs.seat(), object()
         try:
             seat.disabled.add(mark)
             yield
@@ -133,7 +133,7 @@ class Handle:
                 raise ArgumentError(
                     f"watch() needs a patched pipeline with a {part} to decode with"
                 )
-        seat = self._patched.seat()
+        seat = self._patched.runs.seat()
         before, seat.watch = seat.watch, Previews(self._patched.adapter, self._pipeline)
         try:
             yield seat.watch
@@ -156,14 +156,14 @@ class Handle:
         """
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
-        seat, hand = self._patched.seat(), Hand()
+        seat, hand = self._patched.runs.seat(), Hand()
         try:
-            run = self._patched.begin_by_hand(seat, hand, len(timesteps))
+            run = self._patched.runs.begin_by_hand(seat, hand, len(timesteps))
             if run is not None and isinstance(timesteps, torch.Tensor):
                 run.timesteps = timesteps
             yield self
         finally:
-            self._patched.end_by_hand(seat, hand)
+            self._patched.runs.end_by_hand(seat, hand)
 
     def advance(self, velocity: torch.Tensor | None = None) -> None:
         """Say that a step of `run` is done, instead of letting the timestep argument tell.
@@ -176,14 +176,14 @@ class Handle:
         Raises:
             ArgumentError: No run is in progress here, or `velocity` is no tensor, or of another size than the picture.
         """
-        self._patched.advance(velocity)
+        self._patched.runs.advance(velocity)
 
     def reset(self) -> None:
         """Drop the caches of this thread's or task's own loops and forget where they stand.
 
         E.g. after an aborted loop over a bare transformer. A pipeline's run ends with its call, however that ends.
         """
-        self._patched.reset()
+        self._patched.runs.reset()
 
     def unpatch(self) -> None:
         """Remove the patch; the model is as it was before. A later patch of the same model is not affected.

@@ -283,7 +283,7 @@ def test_nothing_writes_into_a_slot(family):
         model(**tiny_models.call(family, 2, step=0))
         kept = [
             t
-            for slot in next(iter(session.last_run().branches.values())).slots.values()
+            for slot in next(iter(session.runs.last().branches.values())).slots.values()
             for t in tensors(slot)
         ]
         before = [tensor.clone() for tensor in kept]

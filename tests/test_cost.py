@@ -233,7 +233,7 @@ def test_measure_runs_both_ways_in_turns():
         with torch.no_grad(), handle.run(range(2)):
             for step in range(2):
                 model(**tiny_models.call("pixart-alpha", 1, step=step))
-            runs = handle._patched.live_runs()
+            runs = handle._patched.runs.live()
             reused.append(bool(runs) and runs[0].records[1].reused)
 
     found = handle.measure(work, repeats=3)

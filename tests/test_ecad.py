@@ -199,7 +199,7 @@ def test_a_cap_on_the_caches_names_the_bytes_that_a_run_needs(name):
         ArgumentError, match=f"need {needed} bytes .* max_cache_bytes is {needed - 1}"
     ):
         generate(pipe, name, batch=2, **given)
-    assert not handle._patched.live_runs()
+    assert not handle._patched.runs.live()
     assert generate(pipe, name, batch=1, **given).isfinite().all()  # half the rows fit
     fastdit.patch(pipe, ECAD(schedule, max_cache_bytes=needed))
     same_bits(generate(pipe, name, batch=2, **given), expected)

@@ -67,7 +67,7 @@ def test_predicted_macs_and_caches_of_a_run_are_exact(family, seed):
         with handle.run(range(STEPS)):
             for step in range(STEPS):
                 model(**tiny_models.call(family, 2, step=step))
-                held.append(session.cache_bytes())
+                held.append(session.runs.cache_bytes())
 
     counted = flops(run)
     assert 2 * predicted.macs == counted

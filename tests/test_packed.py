@@ -115,7 +115,7 @@ def test_a_run_with_packed_weights_is_the_run_without(name, few_rows):
     report = handle.report()
     assert 0 < report.packed_bytes <= handle.explain(steps=STEPS).packed_bytes
     assert "packed weights" in str(report)
-    assert handle._patched.last_run().packed.nbytes == 0  # nothing outlives the run
+    assert handle._patched.runs.last().packed.nbytes == 0  # nothing outlives the run
     with handle.disabled():
         stock = generate(pipe, name, steps=STEPS)
     handle.unpatch()

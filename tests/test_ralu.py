@@ -661,7 +661,7 @@ def test_another_number_of_steps_is_refused_by_set_timesteps(name):
         pipe.scheduler.set_timesteps(8)
     with pytest.raises(ScheduleError, match="num_inference_steps=7"):
         generate(pipe, name, steps=8, **SIZE)
-    assert not handle._patched.live_runs()
+    assert not handle._patched.runs.live()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -671,7 +671,7 @@ def test_sizes_that_do_not_halve_are_refused(name):
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ArgumentError, match="height and width must be multiples of 4 for RALU"):
         generate(pipe, name, steps=7, height=16, width=22)
-    assert not handle._patched.live_runs()
+    assert not handle._patched.runs.live()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -700,7 +700,7 @@ def test_a_run_that_does_not_start_from_noise_is_refused(name):
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ScheduleError, match="RALU starts from noise, but this run begins at step"):
         generate(pipe, name, steps=7, **SIZE)
-    assert not handle._patched.live_runs()
+    assert not handle._patched.runs.live()
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -759,7 +759,7 @@ def test_a_controlnet_is_refused():
             timestep=torch.ones(1),
             block_controlnet_hidden_states=[torch.randn(1, 96, 32)],
         )
-    assert not handle._patched.live_runs()
+    assert not handle._patched.runs.live()
 
 
 def test_gradients_are_refused():
@@ -801,7 +801,7 @@ def test_caches_drop_where_the_tokens_change(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT, Cached(Schedule.every(7)))
     found = generate(pipe, name, steps=7, batch=2, **SIZE)
-    records = handle._patched.last_run().records
+    records = handle._patched.runs.last().records
     computing = [step for step, record in records.items() if record.computed]
     assert computing == [0, 2, 4]
     assert handle.explain(steps=7, **SIZE).reuse_share == pytest.approx(4 / 7)
@@ -875,7 +875,7 @@ def test_a_stage_takes_rows_by_its_own_noise_levels():
             said = handle.explain(steps=7, **SIZE).resampled
         with pytest.warns(UserWarning, match="schedule of 20 steps"):
             generate(pipe, "sd3", steps=7, **SIZE)
-        assert handle._patched.last_run().plan.reuse.rows == said
+        assert handle._patched.runs.last().plan.reuse.rows == said
         found.append(said)
     assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
     sigmas = FlowMatchEulerDiscreteScheduler()
@@ -958,7 +958,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     handle = fastdit.patch(pipe, method, *methods)
     found = as_picture(name, pipe(**given).images)
     if left_out != "outputs":
-        history = handle._patched.last_run().tokens.history
+        history = handle._patched.runs.last().tokens.history
         assert list(history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():

@@ -80,7 +80,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._patched.last_run().tokens.history
+    history = handle._patched.runs.last().tokens.history
     handle.unpatch()
     return latents, history
 
@@ -231,7 +231,7 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
     for backend in ("reference", None):
         handle = fastdit.patch(pipe, Chosen(choose, COUNTS), *methods, backend=backend)
         found = generate(pipe, name, batch=batch, steps=STEPS)
-        tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+        tokens = [record.tokens for record in handle._patched.runs.last().records.values()]
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
@@ -277,7 +277,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
         given.append((output, output.clone()))
 
     def look(pipe, step, timestep, kwargs):
-        slots = next(iter(handle._patched.last_run().branches.values())).slots if step < 5 else {}
+        slots = next(iter(handle._patched.runs.last().branches.values())).slots if step < 5 else {}
         storages.append({key: pointers(value) for key, value in slots.items()})
         return kwargs
 
@@ -304,7 +304,7 @@ def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeyp
     handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
     monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
     generate(pipe, name, steps=4)
-    records = handle._patched.last_run().records
+    records = handle._patched.runs.last().records
     assert [records[step].computed for step in (1, 3)] == [0, 0]
     assert records[2].computed > 0
 
@@ -380,13 +380,13 @@ def test_after_a_reset_keys_are_those_of_a_dense_step(chosen):
     keys = pipe.transformer.transformer_blocks[1].attn.to_k
 
     def look(module, args, output):
-        run = handle._patched.last_run()
+        run = handle._patched.runs.last()
         if run.step == 3:  # dense again
             seen["projected"] = output
 
     def compare(pipe, step, t, values):
         if step == 3:
-            branch = next(iter(handle._patched.last_run().branches.values()))
+            branch = next(iter(handle._patched.runs.last().branches.values()))
             held = branch.keys[1, "attn"].k[:, :TOKENS].flatten(2)
             assert torch.equal(held, seen["projected"])
             seen["compared"] = True
@@ -409,7 +409,7 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
 
         def poison(pipe, step, t, values, row=row):
             if step == 0:
-                next(iter(handle._patched.last_run().branches.values())).keys[2, "attn"].k[
+                next(iter(handle._patched.runs.last().branches.values())).keys[2, "attn"].k[
                     :, row
                 ] = float("nan")
             return {}
@@ -439,7 +439,7 @@ def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
     real = session.ops.qkv_prologue
 
     def spy(*args, **kwargs):
-        calls.append(session.last_run().step)
+        calls.append(session.runs.last().step)
         real(*args, **kwargs)
 
     session.ops = dataclasses.replace(session.ops, qkv_prologue=spy)
@@ -487,7 +487,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._patched.last_run().tokens.history
+    history = handle._patched.runs.last().tokens.history
     handle.unpatch()
     return found, history
 
@@ -543,7 +543,7 @@ def test_guidance_that_skips_layers_keeps_its_own_keys():
     found = generate(pipe, "sd3.5", **given)
     assert torch.isfinite(found).all()
     assert 0 < distance(found, stock) < 1
-    assert len(handle._patched.last_run().records) == 8
+    assert len(handle._patched.runs.last().records) == 8
 
 
 @pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
@@ -552,7 +552,7 @@ def test_image_to_image_starts_dense(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=10)  # strength 0.6 executes 6
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = [record.tokens for record in handle._patched.runs.last().records.values()]
     assert tokens == [32, 32, 16, 16, 16, 16]
 
 
@@ -573,7 +573,7 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._patched.last_run().tokens.history
+    history = handle._patched.runs.last().tokens.history
     assert len(history) >= 4
     for at, rows in history.items():
         before, now = (
@@ -618,7 +618,7 @@ def test_an_aborted_run_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, "sd3", steps=6, callback_on_step_end=abort)
     same_bits(generate(pipe, "sd3", steps=6), expected)
-    assert handle._patched.cache_bytes() == 0
+    assert handle._patched.runs.cache_bytes() == 0
 
 
 def test_two_pipelines_in_turns_do_not_touch():
@@ -657,7 +657,7 @@ def test_guidance_switched_off_in_the_run():
         pipe, "sd3", steps=6, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=watched
     )
     assert torch.isfinite(found).all()
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = [record.tokens for record in handle._patched.runs.last().records.values()]
     assert tokens == [32, 16, 16, 32, 16, 16]
 
 
@@ -687,7 +687,7 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         for step in range(3):
             model(**tiny_models.call("sd3", step=step))
             handle.advance()
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = [record.tokens for record in handle._patched.runs.last().records.values()]
     assert tokens == [32, 16, 16]
 
 
@@ -744,7 +744,7 @@ def test_parity_refuses_several_images_at_its_first_step():
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=(), mode="parity"))
     with pytest.raises(ArgumentError, match=r'mode="parity" .* got a batch of 2'):
         generate(pipe, "sd3", batch=2, steps=5)
-    assert len(handle._patched.last_run().records) == 1
+    assert len(handle._patched.runs.last().records) == 1
     alone = generate(pipe, "sd3", steps=5)
     handle.reset()
     same_bits(generate(pipe, "sd3", steps=5), alone)
@@ -770,7 +770,7 @@ def test_a_run_too_short_is_refused_before_it_starts(method, words):
     handle = fastdit.patch(pipe, method)
     with pytest.raises(ScheduleError, match=words):
         generate(pipe, "sd3", steps=4)
-    assert not handle._patched.live_runs()
+    assert not handle._patched.runs.live()
     generate(pipe, "sd3", steps=12)
 
 

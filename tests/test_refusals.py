@@ -191,8 +191,8 @@ def test_another_number_of_steps_is_refused_before_any_step(name):
     assert calls == []
     hook.remove()
     session = pipe.transformer.__dict__[LINK]
-    assert not session.live_runs()
-    assert session.cache_bytes() == 0
+    assert not session.runs.live()
+    assert session.runs.cache_bytes() == 0
     same_bits(generate(pipe, name, steps=4), expected)
 
 

@@ -90,7 +90,7 @@ def test_after_a_scheduler_was_swapped_a_sibling_with_the_old_one_goes_on():
     for one in (pipe, sibling, pipe, sibling):
         same_bits(generate(one, "sd3"), expected)
         assert handle.report().reused == 2 * 8
-        assert handle._patched.cache_bytes() == 0
+        assert handle._patched.runs.cache_bytes() == 0
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
@@ -121,7 +121,7 @@ def test_sigmas_of_the_users_own_are_refused_where_stages_decide_them():
         for one in (pipe, with_own_scheduler(pipe)):
             with pytest.raises(fastdit.ScheduleError, match="sigmas cannot be given to a run"):
                 generate(one, name, steps=5, sigmas=sigmas, **SIZE)
-            assert not handle._patched.live_runs()
+            assert not handle._patched.runs.live()
         same_bits(generate(pipe, name, steps=5, **SIZE), expected)
 
 
@@ -231,7 +231,7 @@ def test_a_scheduler_that_is_never_stepped_is_followed_by_timestep(calls):
     handle = fastdit.patch(pipe, Dense(), backend="reference")
     same_bits(loop(), stock)
     handle = fastdit.patch(pipe, EVERY_2, backend="reference")
-    found = loop(lambda: held.append(handle._patched.cache_bytes()))
+    found = loop(lambda: held.append(handle._patched.runs.cache_bytes()))
     assert max(held) == max(held[:4])
     assert (
         handle.report().reused == calls * 9 * 3

@@ -39,16 +39,16 @@ def test_caches_are_gone_before_the_autoencoder_decodes(name):
     decode = pipe.vae.decode
 
     def watch(*args, **kwargs):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         return decode(*args, **kwargs)
 
     pipe.vae.decode = watch
     during = []
-    pipe.transformer.register_forward_hook(lambda *_: during.append(session.cache_bytes()))
+    pipe.transformer.register_forward_hook(lambda *_: during.append(session.runs.cache_bytes()))
     pipe(**tiny_models.arguments(name, output_type="np"))
     assert held == [0]
     assert max(during) > 0
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
     assert session.here.call is None
 
 
@@ -58,7 +58,7 @@ def test_an_aborted_run_leaves_no_state(where):
     expected = generate(pipe, "sd3", seed=2)
 
     def fail(*args, **kwargs):
-        if session.last_run().step == 1:
+        if session.runs.last().step == 1:
             raise Stop
 
     options, hook = {}, None
@@ -74,7 +74,7 @@ def test_an_aborted_run_leaves_no_state(where):
     if hook is not None:
         hook.remove()
     same_bits(generate(pipe, "sd3", seed=2), expected)
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
 
 
 def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
@@ -82,14 +82,14 @@ def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
     held = []
 
     def fail(pipe, step, timestep, tensors):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         raise Stop
 
     with pytest.raises(Stop) as kept:
         generate(pipe, "sd3", callback_on_step_end=fail)
     assert held[0] > 0
-    assert session.cache_bytes() == 0
-    assert not session.live_runs()
+    assert session.runs.cache_bytes() == 0
+    assert not session.runs.live()
     assert kept.value is not None
 
 
@@ -99,11 +99,11 @@ def test_caches_of_an_interrupted_run_are_gone_before_the_autoencoder_decodes(na
     held = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda *args, **kwargs: (
-        held.append(session.cache_bytes()) or decode(*args, **kwargs)
+        held.append(session.runs.cache_bytes()) or decode(*args, **kwargs)
     )
 
     def interrupt(pipe, step, timestep, tensors):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         pipe._interrupt = step == 2
         return tensors
 
@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_with_the_pipeline_call():
 
     generate(pipe, "sd3", seed=1, callback_on_step_end=interrupt)
     assert fastdit.report(pipe).steps == 2
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
     same_bits(generate(pipe, "sd3", seed=2), expected)
 
 
@@ -143,7 +143,7 @@ def test_runs_of_other_sizes_batches_and_steps_follow_each_other(name):
     expected = [generate(patched(name)[0], name, **options) for options in variants]
     for options, wanted in zip(variants, expected, strict=True):
         same_bits(generate(pipe, name, **options), wanted)
-        assert session.cache_bytes() == 0
+        assert session.runs.cache_bytes() == 0
 
 
 # ---- inside a run
@@ -250,7 +250,7 @@ def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
     fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)))
     generate(pipe, name, steps=5, cfg=False)  # strength 0.6: steps 2, 3 and 4
     session = pipe.transformer.__dict__[LINK]
-    records = session.last_run().records
+    records = session.runs.last().records
     assert sorted(records) == [2, 3, 4]
     computed = [records[step].computed for step in (2, 3, 4)]
     assert computed == [computed[0], computed[0], 0]
@@ -279,7 +279,7 @@ def test_a_loop_inside_run_is_followed_by_timestep(loop):
         with handle.run(torch.arange(5)):
             for given, wanted in zip(inputs, expected, strict=True):
                 same_bits(model(**given)[0], wanted)
-        assert model.__dict__[LINK].cache_bytes() == 0
+        assert model.__dict__[LINK].runs.cache_bytes() == 0
 
 
 def test_a_loop_with_advance_needs_no_timesteps(loop):

@@ -68,7 +68,7 @@ def attach(patched: Patched, transformer: nn.Module, pipeline: Any, places: Plac
         transformer.register_forward_pre_hook(patched.forward_pre_hook, with_kwargs=True)
         transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)
         if pipeline is not None:
-            patched.follow(pipeline)
+            patched.followed.follow(pipeline)
     except BaseException:
         remove(transformer)
         raise
@@ -83,14 +83,14 @@ def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
     patched = transformer.__dict__.get(LINK)
     if patched is None:
         return
-    patched.refuse_while_running(verb)
+    patched.runs.refuse_while_running(verb)
     parts = {id(module): module for module in (*transformer.modules(), *patched.blocks)}
     del parts[id(transformer)]
     for module in parts.values():
         uninstall(module)
     _remove_hooks(transformer, patched)
-    patched.unfollow()
-    patched.end()
+    patched.followed.unfollow()
+    patched.runs.end()
     uninstall(transformer)
 
 

@@ -278,13 +278,13 @@ def _clocked(base: type) -> type:
         owners: list[Any] = []
         try:
             for one, patched in followers:
-                owners.append(patched and patched.claim(one, self))
+                owners.append(patched and patched.runs.claim(one, self))
             result = base.set_timesteps(self, *args, **kwargs)
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
             for (one, patched), owner in zip(followers, owners, strict=True):
                 if patched is not None:
-                    patched.start_led(one, owner, self, Levels(self, arguments))
+                    patched.runs.start_led(one, owner, self, Levels(self, arguments))
         finally:
             for (one, _), owner in zip(followers, owners, strict=False):
                 one.unclaim(owner)

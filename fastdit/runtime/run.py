@@ -333,7 +333,7 @@ class Run:
             method.end()
         self.timesteps = self._timestep = None
         self.levels = None  # they hold the scheduler
-        self.patched.forget(self)
+        self.patched.runs.forget(self)
         self._ended = True
 
 
