@@ -8,6 +8,7 @@ Everything that can be refused is checked before anything changes.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,20 +26,15 @@ from fastdit.errors import ArgumentError, CompositionError, FastDiTError, Unsupp
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
-from fastdit.runtime import clock
+from fastdit.runtime import clock, levels
 from fastdit.runtime.arrivals import refuse_other_caches
-from fastdit.runtime.attach import Places, attach, remove
+from fastdit.runtime.attach import Rewrites, attach, remove
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
-from fastdit.runtime.patched import Patched
+from fastdit.runtime.patched import Patched, used_ops
+from fastdit.runtime.run import nobody
 from fastdit.schedules.plan import check_composition
 from fastdit.schedules.schedule import Every, Schedule
-
-OPS = ("gated_residual", "norm_modulate")
-#: where a method computes a part of the tokens
-TOKEN_OPS = ("qkv_prologue", "token_select")
-#: where a method changes the resolution
-RESOLUTION_OPS = ("patchify", "unpatchify", "resolution_transition")
 
 
 def patch(
@@ -48,19 +44,18 @@ def patch(
     pack_weights: bool = False,
     cuda_graphs: bool = False,
 ) -> Handle:
-    """Make a diffusers pipeline or transformer run on fastdit.
+    """This makes a diffusers pipeline or transformer run on fastdit.
 
     Args:
         target: A pipeline with a supported `transformer`, or the transformer itself.
         methods: What to skip; none means :class:`Dense` (skip nothing).
         backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that
-            serves
-            each op's device and dtype. A backend named here or there is never silently replaced.
-        pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few rows, as RAS has
+            serves each op's device and dtype. A backend named here or there is never silently replaced.
+        pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few tokens, as RAS has
             them; see `blocks/packed.py`. For fp32 on a CPU whose torch has MKL.
-        cuda_graphs: Replay whole runs as CUDA graphs from the third of a kind on (size, batch, steps, settings); see
-            `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager, and
-            a warning says why.
+        cuda_graphs: Replay whole runs as CUDA graphs from the third of a signature (size, batch, steps, settings) on;
+            see `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager,
+            and a warning says why.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -99,8 +94,7 @@ def patch(
     bound = ops.bind(backend)
     sparse = any("rows" in method.writes for method in methods)
     resizing = next((method for method in methods if "resolution" in method.writes), None)
-    used = OPS + TOKEN_OPS * sparse + RESOLUTION_OPS * (resizing is not None)
-    _check_backend(bound, transformer, used)
+    _check_backend(bound, transformer, used_ops(methods))
     check_drift(adapter, transformer)
     if sparse:
         adapter.check_tokens(transformer)
@@ -119,7 +113,7 @@ def patch(
         parts = [part for *_, part in wrapped]
         found = linears_of([block for _, block in blocks])
         linears = [layer for layer in found if layer not in parts]
-    places = Places(
+    rewrites = Rewrites(
         blocks,
         adapter.embedders(transformer) if sparse or resizing is not None else (),
         () if eager else adapter.prompt_projections_of(transformer),
@@ -127,7 +121,7 @@ def patch(
         linears,
         wrapped,
     )
-    for module in (*places.modules(), *[transformer] * cuda_graphs):
+    for module in (*rewrites.modules(), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
@@ -136,18 +130,18 @@ def patch(
         spec,
         methods,
         bound,
-        [block for _, block in blocks],
+        tuple(block for _, block in blocks),
         eager,
-        linears,
+        tuple(linears),
         Graphs() if cuda_graphs else None,
-        pipeline,
+        nobody if pipeline is None else weakref.ref(pipeline),
     )
     if adapter.restates and any(method.max_cache_bytes is not None for method in methods):
-        Cost(adapter, transformer, spec, Size(1, 1), 1, 1)  # counted here, not by the first request
+        Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
     remove(transformer, "patch")
-    attach(patched, transformer, pipeline, places)
+    attach(patched, transformer, pipeline, rewrites)
     if not adapter.restates:
-        count = Cost(adapter, transformer, spec, Size(1024, 0), 1, 1)
+        count = Cost(adapter, transformer, Size(1024, 0))
         warnings.warn(
             f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, about "
             f"{count.reusable_share:.0%} of its arithmetic; the rest always runs, norms and residuals around reused "
@@ -158,7 +152,7 @@ def patch(
 
 
 def unpatch(target: Any) -> None:
-    """Remove fastdit from a pipeline or transformer, also from a deep copy. Does nothing on one that has no patch.
+    """This removes fastdit from a pipeline or transformer, also from a deep copy, if it is there.
 
     Raises:
         FastDiTError: A run is in progress.
@@ -168,17 +162,17 @@ def unpatch(target: Any) -> None:
 
 
 def explain(target: Any, **kwargs: Any) -> Explanation:
-    """:meth:`Handle.explain` of a patched pipeline or transformer."""
+    """This is :meth:`Handle.explain` of a patched pipeline or transformer."""
     return handle_of(target).explain(**kwargs)
 
 
 def report(target: Any) -> Report:
-    """:meth:`Handle.report` of a patched pipeline or transformer."""
+    """This is :meth:`Handle.report` of a patched pipeline or transformer."""
     return handle_of(target).report()
 
 
 def handle_of(target: Any) -> Handle:
-    """The handle of a patched pipeline or transformer.
+    """This gives the handle of a patched pipeline or transformer.
 
     Raises:
         FastDiTError: It is not patched.
@@ -191,7 +185,7 @@ def handle_of(target: Any) -> Handle:
 
 
 def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
-    """(pipeline or None, transformer); a transformer wrapped by torch.compile is unwrapped."""
+    """This gives the pipeline, or None, and the transformer, which torch.compile may have wrapped."""
     pipeline = None if isinstance(target, nn.Module) else target
     transformer = target if pipeline is None else getattr(target, "transformer", None)
     transformer = getattr(transformer, "_orig_mod", transformer)
@@ -226,7 +220,7 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
-    clock.check_flow(pipeline.scheduler)
+    levels.check_flow(pipeline.scheduler)
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(
             f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '

@@ -1,4 +1,4 @@
-"""A transformer's example call on a copy of it without weights, on the meta device: what its blocks are given.
+"""A skeleton is a copy of a transformer without weights, whose example call shows what the blocks are given.
 
 The copy has the structure of the model and nothing else: no hooks, no compilers, no other attention backend, and one
 module for all blocks of one form. So it costs milliseconds, needs no device and no memory, and whatever is done to the
@@ -41,9 +41,8 @@ class Macs(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import (
-            flop_registry,
-        )  # which imports triton where there is one
+        # Only here, since it imports triton where there is one.
+        from torch.utils.flop_counter import flop_registry
 
         super().__init__()
         self.layers = self.products = 0
@@ -51,6 +50,7 @@ class Macs(TorchDispatchMode):
 
     @property
     def total(self) -> int:
+        """All of them count."""
         return self.layers + self.products
 
     def __torch_dispatch__(
@@ -136,13 +136,18 @@ def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
 
 
 class Skeleton:
-    """A skeleton is the copy. Equal blocks are one module, which runs once in a call; the others get its outputs."""
+    """Equal blocks are one module, which runs once in a call; the others get its outputs.
+
+    Attributes:
+        forms, times: The form of each block, and how many have each form.
+    """
 
     def __init__(self, adapter: Any, transformer: nn.Module) -> None:
         self._adapter, self._dtype = adapter, transformer.dtype
         self._made: dict[Any, nn.Module] = {}
         blocks = adapter.blocks(transformer)
         self.forms = forms(adapter, transformer)
+        self.times = Counter(self.forms)
         self._kinds = {key: kind for key, (kind, _) in zip(self.forms, blocks, strict=True)}
         self._twins = {id(block): key for key, (_, block) in zip(self.forms, blocks, strict=True)}
         self.transformer = self._copy(transformer)
@@ -180,10 +185,6 @@ class Skeleton:
         found.macs = counter.total + spared
         return found
 
-    def times(self) -> Counter[Any]:
-        """This counts the blocks of each form."""
-        return Counter(self.forms)
-
     def _copy(self, module: nn.Module) -> nn.Module:
         key = self._twins.get(id(module), id(module))
         if key not in self._made:
@@ -191,7 +192,7 @@ class Skeleton:
         return self._made[key]
 
     def _linear(self, module: nn.Module) -> nn.Module | None:
-        """A plain layer for one that may keep its weights in another form."""
+        """A plain layer stands for one that may keep its weights in another form."""
         if not isinstance(module, nn.Linear):
             return None
         dtype = module.weight.dtype if module.weight.dtype in FLOATS else self._dtype
@@ -205,8 +206,8 @@ class Skeleton:
         state |= {"_chunk_size": None} if "_chunk_size" in state else {}
         state |= {"fused_projections": False} if "fused_projections" in state else {}
         made.__dict__.update(state)
-        for kind in ("_parameters", "_buffers"):
-            getattr(made, kind).update((k, self._meta(v)) for k, v in getattr(module, kind).items())
+        for part in ("_parameters", "_buffers"):
+            getattr(made, part).update((k, self._meta(v)) for k, v in getattr(module, part).items())
         for name, child in module._modules.items():
             made._modules[name] = None if child is None else self._copy(child)
         if getattr(module, "processor", None) is not None:
@@ -222,7 +223,7 @@ class Skeleton:
         return torch.empty(value.shape, dtype=dtype, device="meta")
 
     def _processor(self, module: nn.Module) -> Any:
-        """The family's own attention processor, on torch's own attention."""
+        """A family has an attention processor of its own, which runs on torch's own attention here."""
         names = self._adapter.processors
         for place in (
             sys.modules[type(module).__module__],

@@ -1,30 +1,24 @@
-"""Put a patch into a transformer and its pipeline, and take it out again, also half of one."""
+"""A patch goes into a transformer and its pipeline, and out again, also half of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from fastdit.runtime.install import LINK, install, uninstall
-from fastdit.runtime.links import (
-    BlockLink,
-    ComponentLink,
-    ConditionLink,
-    EmbedLink,
-    LinearLink,
-    PromptLink,
-)
+from fastdit.runtime.links import BlockLink, CallLink, ComponentLink, ConditionLink
 
 if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
 
 
 @dataclass(frozen=True)
-class Places:
-    """The modules whose forwards are rewritten.
+class Rewrites:
+    """These are the modules whose forwards are rewritten.
 
     Attributes:
         blocks: (kind, block) in running order.
@@ -41,27 +35,26 @@ class Places:
     wrapped: Sequence[tuple[int, str, nn.Module]] = ()
 
     def modules(self) -> list[nn.Module]:
-        """All of them."""
+        """These are all of them."""
         found = [block for _, block in self.blocks] + [module for *_, module in self.wrapped]
         return [*found, *self.embedders, *self.prompts, *self.conditions, *self.linears]
 
 
-def attach(patched: Patched, transformer: nn.Module, pipeline: Any, places: Places) -> None:
-    """Put `patched` in; if that breaks off, nothing of it stays."""
+def attach(patched: Patched, transformer: nn.Module, pipeline: Any, rewrites: Rewrites) -> None:
+    """This puts `patched` in; if that breaks off, nothing of it stays."""
     try:
         transformer.__dict__[LINK] = patched
-        for index, (kind, block) in enumerate(places.blocks):
+        for index, (kind, block) in enumerate(rewrites.blocks):
             install(block, BlockLink(patched, kind, index))
-        for link, modules in (
-            (EmbedLink, places.embedders),
-            (PromptLink, places.prompts),
-            (ConditionLink, places.conditions),
-        ):
-            for module in modules:
-                install(module, link(patched))
-        for module in places.linears:
-            install(module, LinearLink(patched), compiles=True)
-        for index, name, module in places.wrapped:
+        for module in rewrites.embedders:
+            install(module, CallLink(patched, attrgetter("embed")))
+        for module in rewrites.prompts:
+            install(module, CallLink(patched, attrgetter("project_prompt")))
+        for module in rewrites.conditions:
+            install(module, ConditionLink(patched))
+        for module in rewrites.linears:
+            install(module, CallLink(patched, attrgetter("run.packed.linear")), compiles=True)
+        for index, name, module in rewrites.wrapped:
             install(module, ComponentLink(patched, index, name))
         if patched.graphs is not None:
             install(transformer, patched)
@@ -75,7 +68,7 @@ def attach(patched: Patched, transformer: nn.Module, pipeline: Any, places: Plac
 
 
 def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
-    """Take the patch out, if there is one. The link to it goes last, so that what was broken off can be repeated.
+    """This takes the patch out, if there is one. The link to it goes last, so that it can be repeated if broken off.
 
     Raises:
         FastDiTError: A run is in progress.

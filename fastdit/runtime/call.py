@@ -1,7 +1,7 @@
-"""One call of the transformer: what it computes, on which tokens, from which caches.
+"""A call of the transformer computes some components, on some tokens, from the caches of its branch.
 
-A :class:`Call` is made before the transformer's forward and gone after it. The rewritten forwards of blocks and other
-modules find it by thread, so calls of other threads, and calls inside a call, have their own.
+It is made before the transformer's forward and gone after it. The rewritten forwards of blocks and other modules find
+it by thread, so calls of other threads, and calls inside a call, have their own.
 """
 
 from __future__ import annotations
@@ -27,36 +27,18 @@ from fastdit.versions import same, versions
 
 
 class Call:
-    """One call of the transformer of a run.
+    """This is one call of the transformer of a run.
 
     Attributes:
         run, transformer, outer: Its run and model, and the call in this thread that it interrupts, or None.
         arguments: What the adapter reads off the call.
         branch: Its caches.
         layout: Of its tokens, where a method decides it.
-        rows: Of its image tokens [B, K] that pass; None where all do.
+        rows: Indices [B, K] of the image tokens that pass; None where all do.
         forward: What its blocks ask; None before it is prepared, and in a call that runs stock.
         tokens: How many image tokens pass.
         immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
-
-    __slots__ = (
-        "_args",
-        "_kwargs",
-        "_place",
-        "_smaller",
-        "arguments",
-        "branch",
-        "forward",
-        "immediate",
-        "layout",
-        "outer",
-        "rows",
-        "run",
-        "tokens",
-        "trace",
-        "transformer",
-    )
 
     def __init__(self, outer: Call | None) -> None:
         self.outer = outer
@@ -68,13 +50,13 @@ class Call:
     def begin(
         self,
         run: Run,
-        place: Any,
+        key: Any,
         transformer: nn.Module,
         arguments: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Choose what this call at `place` of `run` computes.
+        """This chooses what a call of `run` computes, whose branch has this `key`.
 
         Returns:
             The arguments of a call of the active tokens alone; None where all tokens pass.
@@ -82,7 +64,7 @@ class Call:
         patched = run.patched
         adapter = patched.adapter
         self.run, self.transformer, self.arguments = run, transformer, arguments
-        self._place = place
+        self._key = key
         self.trace: Trace | None = None
         self.rows = self.layout = None
         run.patch = adapter.patch(transformer)
@@ -112,7 +94,7 @@ class Call:
         return adapter.gather_inputs(transformer, args, kwargs, self.rows)
 
     def prepare(self) -> None:
-        """Choose what the blocks compute, and from what; once more where the call could not be captured."""
+        """This chooses what the blocks compute, and from what; once more where the call could not be captured."""
         run, arguments, trace = self.run, self.arguments, self.trace
         patched = run.patched
         immediate = self.immediate
@@ -153,17 +135,17 @@ class Call:
             compiled=patched.compiled_call(self.transformer, run),
             tokens=self._tokens(count, keeps),
             layouts=patched.adapter.layouts,
-            precision=patched.precision(arguments),
+            precision=patched.precision(arguments.hidden_states.dtype),
             modulations=ahead,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
 
     def _branch(self) -> Branch:
-        """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
+        """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""
         run, arguments = self.run, self.arguments
-        branch = run.branches.get(self._place)
+        branch = run.branches.get(self._key)
         if branch is None:
-            branch = run.branches[self._place] = Branch()
+            branch = run.branches[self._key] = Branch()
         autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
         stage = run.resolution.index if run.resolution is not None else 0
         signature = (*arguments.signature, autocast, stage)
@@ -184,7 +166,7 @@ class Call:
         return branch
 
     def _tokens(self, count: int, keeps: bool) -> Tokens | None:
-        """What the adapter's own attention needs; None where the stock one runs."""
+        """The adapter's own attention needs these; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
         if keeps:
@@ -197,9 +179,8 @@ class Call:
         return None
 
     def _fuses_attention(self) -> bool:
-        """Whether the adapter's own attention stands in for the stock one to spare its copies.
-
-        Not where somebody looks into it, changed it, compiled it, or tells it something.
+        """The adapter's own attention stands in for the stock one to spare its copies, unless somebody looks into that
+        one, changed it, compiled it, or tells it something.
         """
         patched = self.run.patched
         adapter = patched.adapter
@@ -215,7 +196,7 @@ class Call:
         )
 
     def _foresee(self) -> Modulations | None:
-        """The modulations of the steps to come; None where it is not known what the model will be given.
+        """These are the modulations of the steps to come; None where it is not known what the model will be given.
 
         The first call of a branch compares the timestep it is given with the one foreseen, later ones only where that
         does not wait for a device. Once a run has gone another way, its steps make their own.
@@ -252,7 +233,7 @@ class Call:
         return branch.modulations
 
     def _check_cache_bytes(self, collapses: bool) -> None:
-        """Refuse a run whose caches will not fit, at its first call of each branch."""
+        """This refuses a run whose caches will not fit, at its first call of each branch."""
         run, arguments = self.run, self.arguments
         patched = run.patched
         most = patched.max_cache_bytes
@@ -261,25 +242,25 @@ class Call:
             return
         run.bytes_checked = (branches, arguments.signature)
         dtype = arguments.hidden_states.dtype
-        kept = patched.precision(arguments) or (dtype,)
-        rows = arguments.hidden_states.shape[0] * branches
+        kept = patched.precision(dtype) or (dtype,)
+        batch = arguments.hidden_states.shape[0] * branches
         size = Size(arguments.tokens, arguments.text)
-        count = Cost(patched.adapter, self.transformer, patched.spec, size, rows, dtype.itemsize)
+        count = Cost(patched.adapter, self.transformer, size, batch, dtype.itemsize)
         plan = run.plan if collapses else replace(run.plan, sums=())
         needed = count.cache_bytes(plan, kept[0].itemsize)
-        needed += 0 if run.tokens is None else count.key_bytes()
+        needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
         if needed > most:
             raise ArgumentError(
                 f"the caches of this run need {needed} bytes ({arguments.tokens} image and {arguments.text} text "
-                f"tokens in {rows} rows), max_cache_bytes is {most}; allow as many, keep them in a lower precision "
-                "(cache_dtype), or draw fewer or smaller images at once"
+                f"tokens in a batch of {batch}), max_cache_bytes is {most}; allow as many, keep them in a lower "
+                "precision (cache_dtype), or draw fewer or smaller images at once"
             )
 
     # ---- replayed runs
 
     def _follow_trace(self, args: Any, kwargs: Any) -> Trace | None:
-        """What captures or replays the run that this call belongs to; None where it is eager."""
+        """The trace captures or replays the run that this call belongs to; None where it is eager."""
         run = self.run
         if run.trace is None:
             run.trace = self._begin_trace(args, kwargs)
@@ -304,17 +285,17 @@ class Call:
         return run.patched.graphs.begin(run.patched, self.transformer, key, args, kwargs, why)
 
     def _enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments as graphs read them; the caches are dropped where the run leaves its recording."""
+        """These are the arguments as graphs read them; the caches go where the run leaves its recording."""
         run, arguments = self.run, self.arguments
         changing = arguments.hidden_states, arguments.timestep
-        place = run.step, run.calls - 1
-        args, kwargs = self.trace.enter(place, args, kwargs, changing, arguments.embeddings)
+        index = run.step, run.calls - 1
+        args, kwargs = self.trace.enter(index, args, kwargs, changing, arguments.embeddings)
         if self.trace.mode == "left":
             run.drop_caches()
         return args, kwargs
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The transformer's forward, of a graph where there is one."""
+        """This runs the transformer's forward, by a graph where there is one."""
         stock = type(self.transformer).forward
         if self.trace is None:
             return stock(self.transformer, *args, **kwargs)
@@ -337,7 +318,7 @@ class Call:
     # ---- what modules ask
 
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of a module that embeds patches and adds their positions."""
+        """This computes a module that embeds patches and adds their positions."""
         adapter = self.run.patched.adapter
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape
@@ -348,7 +329,7 @@ class Call:
         return type(module).forward(module, *args, **kwargs)
 
     def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of a module that depends on the prompt alone: computed once a run, exactly.
+        """A module that depends on the prompt alone is computed once a run, exactly.
 
         A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
         """
@@ -362,7 +343,7 @@ class Call:
     # ---- after the transformer's forward
 
     def finish(self, output: Any) -> Any:
-        """Note what was done, and give the velocities of all tokens.
+        """This notes what was done, and gives the velocities of all tokens.
 
         Returns:
             The output in place of the transformer's; None to leave that.
@@ -393,7 +374,7 @@ class Call:
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:
-    """The transformer's output with another sample."""
+    """This is the transformer's output with another sample."""
     if isinstance(output, tuple):
         return (sample, *output[1:])
     output.sample = sample

@@ -1,18 +1,19 @@
-"""Whole runs as CUDA graphs: one for each transformer call, replayed in the order of their capture.
+"""Whole runs become CUDA graphs: one for each transformer call, replayed in the order of their capture.
 
 Where a step is short, a GPU waits for Python; a replay is one launch. What a static plan does at each step is known
 before the run, so every call of it is a graph of its own: which components run, where their outputs are kept, the
-modulations made ahead. The first run of a kind is eager and warms up what may not happen while capturing, the second is
-captured and replayed call by call, later ones are replayed.
+modulations made ahead. Runs that do the same with arguments of the same shapes have one signature. The first run of a
+signature is eager and warms up what may not happen while capturing, the second is captured and replayed call by call,
+later ones are replayed.
 
-The graphs of one kind of run share a memory pool. A slot lives there from the call that makes it to the last one that
+The graphs of one signature share a memory pool. A slot lives there from the call that makes it to the last one that
 reads it, as in the run that was captured, and other calls' intermediates lie around it. That holds only in the same
 order from the first call on: a run that leaves it (a prompt swapped on the way) drops its caches and goes on eagerly.
-It holds for one run at a time, too: a recording is leased, and another run of its kind meanwhile is eager. Kinds have
-pools of their own, so that runs of two of them may go on at once.
+It holds for one run at a time, too: a recording is leased, and another run of its signature meanwhile is eager.
+Signatures have pools of their own, so that runs of two of them may go on at once.
 
 What comes from outside is copied to where the graphs read it: arguments, the rows of active tokens, timesteps. Weights
-are read where they lie, so a run whose weights or settings are elsewhere than before is another kind of run.
+are read where they lie, so a run whose weights or settings are elsewhere than before has another signature.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastdit.observe import observed
 
-#: kinds of run that are kept: sizes, batches, numbers of steps
-KINDS = 8
+#: recordings that are kept: one for each signature of size, batch, number of steps
+MAX_RECORDINGS = 8
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 
 Replay = Callable[[], None]
@@ -43,7 +44,7 @@ _capturing = threading.Lock()
 
 
 class CudaCapture:
-    """Captures what a function launches, on one stream, into one memory pool."""
+    """It captures what a function launches, on one stream, into one memory pool."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -51,11 +52,11 @@ class CudaCapture:
 
     @staticmethod
     def serves(device: torch.device) -> bool:
-        """Whether it can capture there."""
+        """This tells whether it can capture there."""
         return device.type == "cuda"
 
     def __call__(self, compute: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:
-        """(what runs it, what `compute` returned, to be filled by a replay)."""
+        """This gives what runs it, and what `compute` returned, which a replay fills."""
         with _capturing, torch.cuda.device(device):
             if self._stream is None:
                 gc.collect()  # a graph that is destroyed meanwhile would break the capture
@@ -76,13 +77,13 @@ class CudaCapture:
 
 
 def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture that failed, whatever the driver says of it."""
+    """A capture that failed ends, whatever the driver says of it."""
     with contextlib.suppress(RuntimeError):
         graph.capture_end()
 
 
 class Inputs:
-    """Where the graphs of one place in a step read its arguments, and what was last copied there."""
+    """The graphs of one call within a step read its arguments here."""
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         with torch.inference_mode(False):  # written to in whatever mode a later run has
@@ -92,11 +93,11 @@ class Inputs:
         self.forget()
 
     def forget(self) -> None:
-        """A new run: whatever is given is copied."""
+        """A new run begins: whatever is given is copied."""
         self._sources: list[tuple[Any, int]] = [(None, 0)] * len(self.buffers)
 
     def fill(self, leaves: Sequence[Any], changing: Sequence[Any], kept: Sequence[Any]) -> bool:
-        """Copy what is new; whether one of `kept`, which caches depend on, is another than before in this run.
+        """What is new is copied, and this tells whether one of `kept`, which caches depend on, is so in this run.
 
         One of `changing` is always copied. A tensor that is the same object, unwritten since, is not, nor one of `kept`
         in new memory that is equal, which waits for the device as it does without graphs.
@@ -121,10 +122,10 @@ class Inputs:
 
 @dataclass
 class RecordedCall:
-    """One transformer call of a recording.
+    """This is one transformer call of a recording.
 
     Attributes:
-        place: (step, call within it).
+        index: (step, call within it).
         given: What its arguments look like.
         renewed: Whether it was given other embeddings than the step before.
         state: What was decided about it outside its graph.
@@ -134,7 +135,7 @@ class RecordedCall:
         computed, reused: Components.
     """
 
-    place: tuple[int, int]
+    index: tuple[int, int]
     given: Any
     renewed: bool
     state: Any = None
@@ -147,7 +148,7 @@ class RecordedCall:
 
 @dataclass
 class Recording:
-    """One kind of run.
+    """A recording has the calls of the runs of one signature.
 
     Attributes:
         capture: What captures its calls, into a pool of its own.
@@ -166,7 +167,7 @@ class Recording:
     _lease: dict[str, weakref.ref[Trace]] = field(default_factory=dict)
 
     def lease(self, trace: Trace) -> bool:
-        """Give it to the one run that may warm it up, capture or replay it; False where another has it."""
+        """It goes to the one run that may warm it up, capture or replay it; False where another has it."""
         mine = weakref.ref(trace)
         found = self._lease.setdefault("to", mine)
         if found() is None:  # a loop was given up in its midst
@@ -177,7 +178,7 @@ class Recording:
         return found() is trace
 
     def is_leased_to(self, trace: Trace) -> bool:
-        """Whether it is this run that has it."""
+        """This tells whether it is this run that has it."""
         found = self._lease.get("to")
         return found is not None and found() is trace
 
@@ -187,13 +188,13 @@ class Recording:
 
     @property
     def mode(self) -> str:
-        """What the next run of this kind does."""
+        """The next run is warming up, captured or replayed."""
         if self.ready:
             return "replayed"
         return "warming up" if self.length is None else "captured"
 
     def clear(self) -> None:
-        """Begin anew."""
+        """It begins anew."""
         self.calls.clear()
         self.inputs.clear()
         self.held.clear()
@@ -201,7 +202,7 @@ class Recording:
 
 
 class Graphs:
-    """The recordings of a patched model."""
+    """A patched model has recordings, and tells once why a run has none."""
 
     def __init__(self) -> None:
         self.failure: str | None = None
@@ -217,10 +218,11 @@ class Graphs:
         kwargs: Any,
         why: str | None = None,
     ) -> Trace | str:
-        """Follow a run from its first call on; or why it is eager, beside a reason `why` that the caller has.
+        """A run is followed from its first call on; or this says why it is eager.
 
         Args:
             key: What the run does, beside its arguments.
+            why: A reason to be eager that the caller has.
         """
         leaves, spec = tree_flatten((args, kwargs))
         why = why or self.failure or _why_eager(patched, transformer, leaves)
@@ -229,17 +231,19 @@ class Graphs:
                 self._told.add(why)
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
-        key = key, described(leaves, spec), fingerprint(transformer)
-        recording = self._recordings.pop(key, None) or Recording(CudaCapture())
-        recording = self._recordings.setdefault(key, recording)  # the last used is the last
-        for other in list(self._recordings)[:-KINDS]:
+        signature = key, described(leaves, spec), fingerprint(transformer)
+        recording = self._recordings.pop(signature, None) or Recording(CudaCapture())
+        recording = self._recordings.setdefault(signature, recording)  # the last used is the last
+        for other in list(self._recordings)[:-MAX_RECORDINGS]:
             self._recordings.pop(other, None)
         trace = Trace(self, recording)
-        return trace if recording.lease(trace) else "since another run of its kind is in progress"
+        return (
+            trace if recording.lease(trace) else "since another run of its signature is in progress"
+        )
 
 
 class Trace:
-    """One run that warms up, is captured, or is replayed.
+    """A trace is one run that warms up, is captured, or is replayed.
 
     Attributes:
         mode: "warming up", "captured" or "replayed"; "left" once it has gone another way and runs eagerly.
@@ -257,18 +261,18 @@ class Trace:
 
     @property
     def substitutes(self) -> bool:
-        """Whether the transformer is given tensors that stay where they are."""
+        """The transformer is given tensors that stay where they are."""
         return self.mode in ("captured", "replayed")
 
     def enter(
         self,
-        place: tuple[int, int],
+        index: tuple[int, int],
         args: Any,
         kwargs: Any,
         changing: Sequence[Any],
         kept: Sequence[Any],
     ) -> tuple[Any, Any]:
-        """The arguments of the call at `place`, copied to where graphs read them; `mode` may be "left" after it."""
+        """This copies a call's arguments to where graphs read them; `mode` may be "left" after it."""
         self._count += 1
         if not self.substitutes:
             return args, kwargs
@@ -276,13 +280,13 @@ class Trace:
         recording, given = self._recording, described(leaves, spec)
         known = recording.calls[self._count - 1] if self._count <= len(recording.calls) else None
         if self.mode == "replayed" and (
-            known is None or known.place != place or known.given != given
+            known is None or known.index != index or known.given != given
         ):
             self.leave()
             return args, kwargs
-        inputs = recording.inputs.get((place[1], given))
+        inputs = recording.inputs.get((index[1], given))
         if inputs is None:
-            inputs = recording.inputs[place[1], given] = Inputs(leaves)
+            inputs = recording.inputs[index[1], given] = Inputs(leaves)
         renewed = inputs.fill(leaves, changing, kept)
         if self.mode == "replayed":
             if known.renewed != renewed:
@@ -290,11 +294,11 @@ class Trace:
                 return args, kwargs
             self._call = known
         else:
-            self._call = RecordedCall(place, given, renewed)
+            self._call = RecordedCall(index, given, renewed)
         return tree_unflatten(inputs.buffers, spec)
 
     def hold(self, name: Any, value: Tensor) -> Tensor:
-        """A tensor made outside of the graphs, copied to where they read it."""
+        """This copies a tensor made outside of the graphs to where they read it."""
         if not self.substitutes:
             return value
         key = name, tuple(value.shape), value.dtype
@@ -306,7 +310,7 @@ class Trace:
         return held[key]
 
     def agrees(self, state: Any) -> bool:
-        """Whether what was decided about this call is what was captured; else the run is left."""
+        """What was decided about this call must be what was captured; else the run is left, and this says so."""
         if self.mode == "captured":
             self._call.state = state
         elif self.mode == "replayed" and self._call.state != state:
@@ -321,7 +325,7 @@ class Trace:
         self._recording.give_back()
 
     def run(self, compute: Callable[[], Any], forward: Any, device: torch.device) -> Any:
-        """The transformer's output, of a graph where there is one.
+        """This gives the transformer's output, of a graph where there is one.
 
         Raises:
             CaptureError: What `compute` does cannot be captured; its caches are as a failed call left them.
@@ -345,7 +349,7 @@ class Trace:
         return call.rebuild(call.sample.clone())  # the next call may lie there
 
     def end(self, peak_bytes: int) -> int:
-        """The run is over, or was broken off; the most bytes that its caches held."""
+        """The run is over, or was broken off; this gives the most bytes that its caches held."""
         recording = self._recording
         if not recording.is_leased_to(self):
             return peak_bytes
@@ -363,11 +367,11 @@ class Trace:
 
 
 class CaptureError(Exception):
-    """A call that cannot be captured; it is to be done again without."""
+    """A call cannot be captured, and is to be done again without."""
 
 
 def described(leaves: Sequence[Any], spec: Any) -> Any:
-    """What decides which graph arguments are for: their structure, shapes, dtypes and constants."""
+    """This is what decides which graph arguments are for: their structure, shapes, dtypes and constants."""
     return (
         repr(spec),
         tuple(
@@ -378,7 +382,7 @@ def described(leaves: Sequence[Any], spec: Any) -> Any:
 
 
 def fingerprint(transformer: nn.Module) -> int:
-    """Of where weights lie and how modules are set: what a graph holds fixed."""
+    """A graph holds fixed where weights lie and how modules are set, which this sums up."""
     found: list[Any] = []
     for module in transformer.modules():
         tensors = (*module._parameters.values(), *module._buffers.values())
@@ -391,7 +395,7 @@ def fingerprint(transformer: nn.Module) -> int:
 
 
 def _settings(thing: Any) -> list[Any]:
-    """Its attributes that are plain values, or lists of them."""
+    """These are a thing's attributes that are plain values, or lists of them."""
     values = getattr(thing, "__dict__", {}).values()
     lists = (tuple(value) for value in values if isinstance(value, (list, tuple)))
     return [value for value in values if isinstance(value, _CONSTANTS)] + [
@@ -400,7 +404,7 @@ def _settings(thing: Any) -> list[Any]:
 
 
 def _why_eager(patched: Any, transformer: nn.Module, leaves: Sequence[Any]) -> str | None:
-    """Why a run cannot be replayed; None where it can."""
+    """This says why a run cannot be replayed; None where it can."""
     device = transformer.device
     if not CudaCapture.serves(device):
         return f"since the transformer is on {device.type}"
@@ -427,7 +431,7 @@ def _why_eager(patched: Any, transformer: nn.Module, leaves: Sequence[Any]) -> s
 
 
 def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """An output's sample, and what makes such an output of another sample."""
+    """This gives an output's sample, and what makes such an output of another sample."""
     if isinstance(output, tuple):
         return output[0], lambda sample: (sample, *output[1:])
     return output.sample, lambda sample: type(output)(sample=sample)

@@ -1,6 +1,6 @@
-"""A patched model: what never changes while it is patched, shared by all threads and pipelines.
+"""A patched model is what never changes while it is patched, shared by all threads and pipelines.
 
-Native hooks hand each call of the transformer to the run that it belongs to (`runs.py`).
+Its native hooks hand each call of the transformer to the run that it belongs to (`runs.py`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.observe import observed
-from fastdit.runtime import clock, owners
+from fastdit.runtime import owners
 from fastdit.runtime.arrivals import (
     refuse_other_attention,
     refuse_other_caches,
@@ -29,7 +29,8 @@ from fastdit.runtime.arrivals import (
 from fastdit.runtime.call import Call
 from fastdit.runtime.followed import Followed
 from fastdit.runtime.graphs import Graphs
-from fastdit.runtime.run import Run
+from fastdit.runtime.levels import Levels
+from fastdit.runtime.run import Run, nobody
 from fastdit.runtime.runs import Runs
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.plan import RunPlan, plan_run
@@ -37,66 +38,70 @@ from fastdit.spec import ModelSpec
 
 #: plans that are kept: numbers of steps, and which of them compute a part of the tokens
 PLANS = 32
+#: what every run calls, one that computes a part of the tokens, and one that changes their resolution
+OPS = ("gated_residual", "norm_modulate")
+TOKEN_OPS = ("qkv_prologue", "token_select")
+RESOLUTION_OPS = ("patchify", "unpatchify", "resolution_transition")
+
+
+def used_ops(methods: Sequence[Any]) -> tuple[str, ...]:
+    """These ops are called by the runs of a model that is patched with `methods`."""
+    written = {field for method in methods for field in method.writes}
+    return OPS + TOKEN_OPS * ("rows" in written) + RESOLUTION_OPS * ("resolution" in written)
 
 
 class _Here(threading.local):
-    """The transformer call in progress in a thread, and what its blocks ask."""
+    """The transformer call in progress in a thread, and what its blocks ask, are each thread's own."""
 
     call: Call | None = None
     forward: Forward | None = None
 
 
+@dataclass(eq=False, repr=False)
 class Patched:
-    """A patched transformer.
+    """This is a patched transformer: what is fixed when patching, and what follows from it.
 
     Attributes:
-        adapter, spec, methods, ops: What runs, fixed when patching.
+        adapter, spec, methods, ops: What runs.
         blocks: The transformer's blocks of all kinds in running order.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
         linears: Layers of the blocks whose weights are kept packed in a run.
         graphs: What captures and replays whole runs; None where they stay eager.
-        pipeline: The pipeline that was patched: a weak reference, or what gives None.
-        acts: Whether a method leaves anything out.
-        max_cache_bytes: The least that a method allows caches to hold; None for no bound.
+        pipeline: Weak reference to the pipeline that was patched, or what gives None.
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
+        used_ops: What its runs call.
+        acts: Whether a method leaves anything out.
+        made_steps, made_for: The number of steps that a method was made for, or None, and method -> its conditions.
+        max_cache_bytes: The least that a method allows caches to hold; None for no bound.
     """
 
-    def __init__(
-        self,
-        adapter: Any,
-        spec: ModelSpec,
-        methods: Sequence[Any],
-        ops: Any,
-        blocks: Sequence[nn.Module],
-        eager: bool,
-        linears: Sequence[nn.Linear] = (),
-        graphs: Graphs | None = None,
-        pipeline: Any = None,
-    ) -> None:
-        self.adapter = adapter
-        self.spec = spec
-        self.methods = tuple(methods)
-        self.ops = ops
-        self.blocks = tuple(blocks)
-        self.eager = eager
-        self.linears = tuple(linears)
-        self.graphs = graphs
-        self.pipeline: Callable[[], Any] = _nobody if pipeline is None else weakref.ref(pipeline)
+    adapter: Any
+    spec: ModelSpec
+    methods: tuple[Any, ...]
+    ops: Any
+    blocks: tuple[nn.Module, ...]
+    eager: bool
+    linears: tuple[nn.Linear, ...] = ()
+    graphs: Graphs | None = None
+    pipeline: Callable[[], Any] = nobody
+
+    def __post_init__(self) -> None:
+        self.here = _Here()
+        self.runs, self.followed = Runs(self), Followed(self)
+        self.used_ops = used_ops(self.methods)
         self.acts = any(method.writes for method in self.methods)
-        # A family that runs two token sizes by its own attention may do so for one image of several.
-        self._stands_in = self.writer("rows") is not None or (
-            self.writer("resolution") is not None and adapter.replaces_attention
-        )
-        self.asks = any(method.made_for is not None for method in self.methods)
+        self.made_steps = self._first("run_steps")
+        made_for = {method.name: method.made_for for method in self.methods}
+        self.made_for = {name: found for name, found in made_for.items() if found is not None}
         bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)
         self.max_cache_bytes: int | None = min(bounds, default=None)
-        dtypes = (m.cache_dtype for m in self.methods if m.cache_dtype is not None)
-        self._cache_dtype: str | None = next(dtypes, None)
-        self.here = _Here()
+        self._cache_dtype: str | None = self._first("cache_dtype")
+        # A family that runs two token sizes by its own attention may do so for one image of several.
+        self._stands_in = self.writer("rows") is not None or (
+            self.writer("resolution") is not None and self.adapter.replaces_attention
+        )
         self._plans: dict[Any, RunPlan] = {}
-        self.runs = Runs(self)
-        self.followed = Followed(self)
         # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
         # patch; wrapped here and not in the class, since torch's compiler takes long to import.
         self.forward_pre_hook = types.MethodType(_uncompiled(Patched.before_forward), self)
@@ -104,20 +109,13 @@ class Patched:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Patched:
         """A copied model gets a patch of its own: the same methods, the copied blocks, no run."""
-        clone = Patched.__new__(Patched)
-        memo[id(self)] = clone
+        clone = memo[id(self)] = Patched.__new__(Patched)
         pipeline = memo.get(id(self.pipeline()))  # where the whole pipeline is being copied
-        clone.__init__(
-            self.adapter,
-            self.spec,
-            self.methods,
-            self.ops,
-            copy.deepcopy(self.blocks, memo),
-            self.eager,
-            copy.deepcopy(self.linears, memo),
-            self.graphs and Graphs(),
-            pipeline,
-        )
+        given = {part.name: getattr(self, part.name) for part in fields(self)}
+        given["blocks"], given["linears"] = copy.deepcopy((self.blocks, self.linears), memo)
+        given["graphs"] = self.graphs and Graphs()
+        given["pipeline"] = nobody if pipeline is None else weakref.ref(pipeline)
+        clone.__init__(**given)
         if pipeline is not None:  # an ordinary one again, but for the copied hook on its decoder
             clone.followed.pipelines[id(pipeline)] = pipeline
         return clone
@@ -128,14 +126,18 @@ class Patched:
             "state_dict and save_pretrained work as they are"
         )
 
+    def _first(self, name: str) -> Any:
+        values = (getattr(method, name) for method in self.methods)
+        return next((value for value in values if value is not None), None)
+
     def writer(self, field: str) -> Any:
-        """The method that decides a field of the plan; None where none does."""
+        """This gives the method that decides a field of the plan; None where none does."""
         return next((method for method in self.methods if field in method.writes), None)
 
     def plan(
-        self, steps: int, partial: tuple[bool, ...] = (), levels: clock.Levels | None = None
+        self, steps: int, partial: tuple[bool, ...] = (), levels: Levels | None = None
     ) -> RunPlan:
-        """The plan of a run. One that was mapped to other noise levels is made anew for each run."""
+        """This makes the plan of a run, and keeps it, unless it was mapped to other noise levels."""
         key = steps, partial
         plan = self._plans.get(key)
         if plan is not None:
@@ -152,7 +154,7 @@ class Patched:
     def before_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Native forward pre-hook of the transformer: place this call in its run and prepare it.
+        """The transformer's native forward pre-hook finds the run of this call and prepares the call.
 
         Returns:
             The arguments of a call of the active tokens alone; None where all tokens pass.
@@ -169,11 +171,11 @@ class Patched:
             return None
         if self.acts and torch.is_grad_enabled():
             self._refuse_checkpointing(transformer)
-        place = run.place(site, arguments.timestep)
+        branch = run.locate(site, arguments.timestep)
         try:
             if not run.image_tokens:
                 self._check_first_call(transformer, run, arguments)
-            given = call.begin(run, place, transformer, arguments, args, kwargs)
+            given = call.begin(run, branch, transformer, arguments, args, kwargs)
         except FastDiTError:
             run.end()
             raise
@@ -183,7 +185,7 @@ class Patched:
     def after_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> Any:
-        """Native forward hook of the transformer, also called after an exception.
+        """The transformer's native forward hook ends this call; it is called after an exception too.
 
         Returns:
             The output with the velocities of all tokens after a call of the active ones; None to leave it.
@@ -199,7 +201,7 @@ class Patched:
         return call.finish(output)
 
     def __call__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The transformer's rewritten forward, where runs are replayed."""
+        """The transformer's rewritten forward computes the call, where runs are replayed."""
         call = self.here.call
         if call is None or call.forward is None:
             return type(transformer).forward(transformer, *args, **kwargs)
@@ -208,22 +210,17 @@ class Patched:
     # ---- what a run's first call shows
 
     def _check_first_call(self, transformer: nn.Module, run: Run, arguments: Any) -> None:
-        """Refuse a run that a method was not made for, or that something which came after `patch` would spoil."""
+        """This refuses a run that a method was not made for, or that something which came after `patch` would spoil."""
         refuse_replaced_blocks(self, transformer)
         if self.acts:
             names = " + ".join(method.name for method in self.methods)
             refuse_other_caches(transformer, self.blocks, names)
         if self._stands_in:
             refuse_other_attention(self, arguments.tells_attention)
-        wanted = {m.name: m.made_for for m in self.methods if m.made_for is not None}
-        # Only where somebody asks: the timesteps may have to come from a GPU.
-        found = (
-            replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
-            if wanted
-            else None
-        )
-        for name, conditions in wanted.items():
-            conditions.check(found, name)
+        if self.made_for:  # only where somebody asks: the timesteps may have to come from a GPU
+            found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
+            for name, conditions in self.made_for.items():
+                conditions.check(found, name)
         run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
         self.runs.note(run)
 
@@ -238,27 +235,23 @@ class Patched:
     # ---- what calls ask
 
     def may_collapse(self) -> bool:
-        """Whether reused outputs may be kept as sums: nobody looks at the stream between blocks."""
+        """Reused outputs may be kept as sums where nobody looks at the stream between blocks."""
         return not self.eager and not any(map(observed, self.blocks))
 
-    def precision(self, arguments: Any) -> tuple[torch.dtype, torch.dtype] | None:
-        """(dtype of slots, dtype of the streams) where a method keeps less than the model computes in."""
+    def precision(self, streams: torch.dtype) -> tuple[torch.dtype, torch.dtype] | None:
+        """This gives the dtypes of slots and streams, where a method keeps less than the model computes in."""
         if self._cache_dtype is None:
             return None
-        slots, streams = getattr(torch, self._cache_dtype), arguments.hidden_states.dtype
+        slots = getattr(torch, self._cache_dtype)
         return (slots, streams) if slots.itemsize < streams.itemsize else None
 
     def compiled_call(self, transformer: nn.Module, run: Run) -> Any:
-        """The transformer's compiled call, by `transformer.compile()` or a wrapper in the pipeline; or None."""
+        """The transformer's compiled call is that of `transformer.compile()` or of the pipeline's wrapper; or None."""
         pipeline = run.pipeline() or self.pipeline()
         wrapper = getattr(pipeline, "transformer", None)
         if getattr(wrapper, "_orig_mod", None) is transformer:
             return wrapper.forward
         return transformer._compiled_call_impl
-
-
-def _nobody() -> None:
-    """In place of a weak reference to nothing."""
 
 
 @functools.cache
