@@ -28,7 +28,7 @@ from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
 from fastdit.runtime import clock, levels
 from fastdit.runtime.arrivals import refuse_other_caches
-from fastdit.runtime.attach import Rewrites, attach, remove
+from fastdit.runtime.attach import attach, remove, rewrites
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched, used_ops
@@ -85,12 +85,13 @@ def patch(
             )
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)
+    blocks = tuple(block for _, block in adapter.blocks(transformer))
     check_composition(methods)
     for method in methods:
         method.check(spec)
     if any(method.writes for method in methods):
         names = " + ".join(method.name for method in methods)
-        refuse_other_caches(transformer, [b for _, b in adapter.blocks(transformer)], names)
+        refuse_other_caches(transformer, blocks, names)
     bound = ops.bind(backend)
     sparse = any("rows" in method.writes for method in methods)
     resizing = next((method for method in methods if "resolution" in method.writes), None)
@@ -105,45 +106,30 @@ def patch(
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
         )
-    eager = bound.backend == "reference"
-    blocks, wrapped = adapter.blocks(transformer), adapter.wrapped(transformer)
-    linears = []
+    linears: list[nn.Linear] = []
     if pack_weights:
         check_packable(transformer, bound.backend)
-        parts = [part for *_, part in wrapped]
-        found = linears_of([block for _, block in blocks])
-        linears = [layer for layer in found if layer not in parts]
-    rewrites = Rewrites(
-        blocks,
-        adapter.embedders(transformer) if sparse or resizing is not None else (),
-        () if eager else adapter.prompt_projections_of(transformer),
-        () if eager else adapter.condition_embeddings_of(transformer),
-        linears,
-        wrapped,
-    )
-    for module in (*rewrites.modules(), *[transformer] * cuda_graphs):
+        wrapped = [part for *_, part in adapter.wrapped(transformer)]
+        linears = [layer for layer in linears_of(blocks) if layer not in wrapped]
+    embeds = sparse or resizing is not None
+    eager = bound.backend == "reference"
+    rewritten = rewrites(adapter, transformer, embeds, eager, linears)
+    for module in (*(module for module, _ in rewritten), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(pipeline.scheduler)
-    patched = Patched(
-        adapter,
-        spec,
-        methods,
-        bound,
-        tuple(block for _, block in blocks),
-        eager,
-        tuple(linears),
-        Graphs() if cuda_graphs else None,
-        nobody if pipeline is None else weakref.ref(pipeline),
-    )
+    graphs = Graphs() if cuda_graphs else None
+    weak = nobody if pipeline is None else weakref.ref(pipeline)
+    patched = Patched(adapter, spec, methods, bound, blocks, tuple(linears), graphs, weak)
     if adapter.restates and any(method.max_cache_bytes is not None for method in methods):
         Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
     remove(transformer, "patch")
-    attach(patched, transformer, pipeline, rewrites)
+    attach(patched, transformer, pipeline, rewritten)
     if not adapter.restates:
         count = Cost(adapter, transformer, Size(1024, 0))
+        components = sorted({name for kind in spec.kinds for name in kind.components})
         warnings.warn(
-            f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, about "
+            f"{type(transformer).__name__} has no adapter: its {', '.join(components)} are wrapped as they are, about "
             f"{count.reusable_share:.0%} of its arithmetic; the rest always runs, norms and residuals around reused "
             "ones too",
             stacklevel=2,
@@ -198,10 +184,6 @@ def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
             f"supported transformers: {', '.join(supported)}"
         )
     return pipeline, transformer
-
-
-def _names(spec: Any) -> str:
-    return ", ".join(sorted({name for kind in spec.kinds for name in kind.components}))
 
 
 def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> None:

@@ -293,7 +293,7 @@ def sibling_of(pipe):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recording_serves_one_run_at_a_time(method, replayed):
-    """A run inside a run of its kind is eager, whatever the outer one does with the recording; and so the other way."""
+    """A run inside one of its signature is eager, whatever that does with the recording; and so the other way."""
     pipe, handle, eager = replayed(method)
     other, modes = sibling_of(pipe), []
 
@@ -308,7 +308,7 @@ def test_a_recording_serves_one_run_at_a_time(method, replayed):
         same_bits(draw("sd3", pipe, seed, callback_on_step_end=nested), eager[seed])
         assert handle.report().graphs == "replayed"
         same_bits(inner[0], eager[1])
-    assert modes == ["since another run of its kind is in progress"] * 3
+    assert modes == ["since another run of its signature is in progress"] * 3
     same_bits(draw("sd3", other, 2), eager[2])
     assert handle.report().graphs == "replayed"
 
@@ -439,7 +439,7 @@ def test_a_loop_that_is_given_up_gives_its_recording_back(tapes):
         thread.join()
         gc.collect()
         modes.append(handle.report().graphs)
-    assert "since another run of its kind is in progress" not in modes
+    assert "since another run of its signature is in progress" not in modes
     eager = draw("sd3", reference_of(pipe), 1)
     for mode in (*MODES[2:3], "replayed"):
         same_bits(draw("sd3", pipe, 1), eager)

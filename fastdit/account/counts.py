@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,10 +185,9 @@ def _ask(forward: Forward, name: str, part: nn.Module, *args: Any, **kwargs: Any
     return forward.component(name, lambda: type(part).forward(part, *args, **kwargs))
 
 
-@contextmanager
-def _noting_keys(block: nn.Module, keys: dict[str, int]) -> Iterator[None]:
+def _noting_keys(block: nn.Module, keys: dict[str, int]) -> ExitStack:
     """This notes how many elements the keys of each attention have, of both streams where it has two."""
-    hooks = []
+    hooks = ExitStack()
     for path, module in block.named_modules():
         owner, _, name = path.rpartition(".")
         if name in ("to_k", "add_k_proj"):
@@ -197,12 +195,8 @@ def _noting_keys(block: nn.Module, keys: dict[str, int]) -> Iterator[None]:
             def note(module: Any, args: Any, output: Tensor, owner: str = owner) -> None:
                 keys[owner] += output.numel()
 
-            hooks.append(module.register_forward_hook(note))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+            hooks.enter_context(module.register_forward_hook(note))
+    return hooks
 
 
 def _monomials(size: Size) -> tuple[int, ...]:

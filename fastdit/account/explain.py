@@ -93,7 +93,8 @@ class Explanation:
         )
         backends = ", ".join(f"{op} on {name}" for op, name in self.backends.items())
         tokens = f"{self.image_tokens} image + {self.text_tokens} text tokens"
-        lines = [
+        resampled = ", ".join(map(str, self.resampled))
+        lines = (
             f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
             f"  blocks    {blocks}",
             f"  ops       {backends}",
@@ -104,23 +105,16 @@ class Explanation:
             + ("" if self.exact else ", estimated before a call of this size"),
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
-        ]
-        if self.modulation_bytes:
-            lines.append(
-                f"  ahead     modulations of the next steps, {self.modulation_bytes / 2**20:.1f} MiB"
-            )
-        if self.packed_bytes:
-            lines.append(f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB")
-        if self.collapse:
-            lines.append(f"  collapse  {self.collapse}")
-        if self.tokens_per_step:
-            lines.append(f"  tokens    per step {ranges(self.tokens_per_step)}")
-        if self.resampled:
-            steps = ", ".join(map(str, self.resampled))
-            lines.append(f"  schedule  its steps {steps}, the nearest in noise level")
-        return "\n".join(lines) + (
-            f"\n  plan      step 0 to {self.steps - 1}\n{self.raster}" if self.raster else ""
+            self.modulation_bytes
+            and f"  ahead     modulations of the next steps, {self.modulation_bytes / 2**20:.1f} MiB",
+            self.packed_bytes
+            and f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB",
+            self.collapse and f"  collapse  {self.collapse}",
+            self.tokens_per_step and f"  tokens    per step {ranges(self.tokens_per_step)}",
+            resampled and f"  schedule  its steps {resampled}, the nearest in noise level",
+            self.raster and f"  plan      step 0 to {self.steps - 1}\n{self.raster}",
         )
+        return "\n".join(line for line in lines if line)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ the straight line from the sample along the model's output ends. It is decoded o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,11 +29,11 @@ class Previews:
         self._adapter = adapter
         self._pipeline = pipeline
         self.grid: tuple[int, int] = (0, 0)
-        self._run: Callable[[], Any] = lambda: None
+        self._run: Any = None
 
     def begin(self, run: Any) -> bool:
         """An earlier run is forgotten and this one watched, unless it begins inside a run that is watched."""
-        before = self._run()
+        before = self._run and self._run()
         if before is not None and before.live and before.first is not None:
             return False
         self._run = weakref.ref(run)

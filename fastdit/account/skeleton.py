@@ -19,16 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdit.runtime.install import LINK
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: what instances carry that is not structure
-_ADDED = (
-    "forward",
-    "_old_forward",
-    "_hf_hook",
-    "_diffusers_hook",
-    "_compiled_call_impl",
-    "_fastdit",
-)
+_ADDED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl", LINK)
 _KEPT = 64
 _PLAIN = (int, float, str, bool, tuple)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -15,47 +15,51 @@ from fastdit.runtime.links import BlockLink, CallLink, ComponentLink, ConditionL
 if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
 
+#: a module, and what makes the link that its rewritten forward calls
+Rewrite = tuple[nn.Module, Callable[["Patched"], Callable[..., Any]]]
 
-@dataclass(frozen=True)
-class Rewrites:
-    """These are the modules whose forwards are rewritten.
 
-    Attributes:
-        blocks: (kind, block) in running order.
-        embedders, prompts, conditions: See the adapter's members of these names.
+def rewrites(
+    adapter: Any, transformer: nn.Module, embeds: bool, eager: bool, linears: Sequence[nn.Linear]
+) -> list[Rewrite]:
+    """The forwards of these modules are rewritten.
+
+    Args:
+        embeds: The modules that embed patches are among them.
+        eager: Nothing is computed once for several calls.
         linears: Layers whose weights are kept packed.
-        wrapped: (block, component, module) of components that are wrapped as they are.
     """
+    blocks, wrapped = adapter.blocks(transformer), adapter.wrapped(transformer)
+    found: list[Rewrite] = [
+        (block, partial(BlockLink, kind=kind, index=index))
+        for index, (kind, block) in enumerate(blocks)
+    ]
+    if embeds:
+        found += _of_call("embed", adapter.embedders(transformer))
+    if not eager:
+        found += _of_call("project_prompt", adapter.prompt_projections_of(transformer))
+        conditions = adapter.condition_embeddings_of(transformer)
+        found += [(module, ConditionLink) for module in conditions]
+    found += _of_call("run.packed.linear", linears, compiles=True)
+    found += [
+        (module, partial(ComponentLink, index=index, name=name)) for index, name, module in wrapped
+    ]
+    return found
 
-    blocks: Sequence[tuple[str, nn.Module]]
-    embedders: Sequence[nn.Module] = ()
-    prompts: Sequence[nn.Module] = ()
-    conditions: Sequence[nn.Module] = ()
-    linears: Sequence[nn.Linear] = ()
-    wrapped: Sequence[tuple[int, str, nn.Module]] = ()
 
-    def modules(self) -> list[nn.Module]:
-        """These are all of them."""
-        found = [block for _, block in self.blocks] + [module for *_, module in self.wrapped]
-        return [*found, *self.embedders, *self.prompts, *self.conditions, *self.linears]
+def _of_call(method: str, modules: Sequence[nn.Module], compiles: bool = False) -> list[Rewrite]:
+    link = partial(CallLink, method=attrgetter(method), compiles=compiles)
+    return [(module, link) for module in modules]
 
 
-def attach(patched: Patched, transformer: nn.Module, pipeline: Any, rewrites: Rewrites) -> None:
+def attach(
+    patched: Patched, transformer: nn.Module, pipeline: Any, rewritten: Sequence[Rewrite]
+) -> None:
     """This puts `patched` in; if that breaks off, nothing of it stays."""
     try:
         transformer.__dict__[LINK] = patched
-        for index, (kind, block) in enumerate(rewrites.blocks):
-            install(block, BlockLink(patched, kind, index))
-        for module in rewrites.embedders:
-            install(module, CallLink(patched, attrgetter("embed")))
-        for module in rewrites.prompts:
-            install(module, CallLink(patched, attrgetter("project_prompt")))
-        for module in rewrites.conditions:
-            install(module, ConditionLink(patched))
-        for module in rewrites.linears:
-            install(module, CallLink(patched, attrgetter("run.packed.linear")), compiles=True)
-        for index, name, module in rewrites.wrapped:
-            install(module, ComponentLink(patched, index, name))
+        for module, link in rewritten:
+            install(module, link(patched))
         if patched.graphs is not None:
             install(transformer, patched)
         transformer.register_forward_pre_hook(patched.forward_pre_hook, with_kwargs=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 from fastdit.errors import ScheduleError, UnsupportedModelError
 from fastdit.methods.base import Step
+from fastdit.runtime import owners
 from fastdit.runtime.disguise import disguise, is_ordinary, put_on, take_off
 from fastdit.runtime.install import LINK
 from fastdit.runtime.levels import Levels
-from fastdit.runtime.owners import PipelineCall
 
 
 class Follower:
@@ -47,7 +47,9 @@ class Follower:
         run = self.run
         leads = None if run is None or not run.live else run.owner
         # A loop that has not begun, or was given up here or where nothing runs any more, is in nobody's way.
-        begun = isinstance(leads, PipelineCall) or (leads is not None and run.first is not None)
+        begun = isinstance(leads, owners.PipelineCall) or (
+            leads is not None and run.first is not None
+        )
         if before is not owner or (begun and leads is not owner and not leads.over):
             self.unclaim(owner)
             raise ScheduleError(
@@ -63,12 +65,7 @@ class Follower:
 
 
 def attach(scheduler: Any, patched: Any) -> Follower:
-    """From now on the scheduler leads the runs of `patched`, beside those of other models that follow it.
-
-    Raises:
-        UnsupportedModelError: See :func:`check_scheduler`.
-    """
-    check_scheduler(scheduler)
+    """From now on the scheduler leads the runs of `patched`, beside those of other models that follow it."""
     followers = scheduler.__dict__.setdefault(LINK, [])
     found = follower_of(scheduler, patched)
     if found is None:
@@ -117,21 +114,21 @@ def detach(scheduler: Any, patched: Any) -> None:
 def _clocked(base: type) -> type:
     @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        followers = [(one, one.patched()) for one in self.__dict__.get(LINK, ())]
+        found = [(one, one.patched()) for one in self.__dict__.get(LINK, ())]
+        followers = [(one, patched) for one, patched in found if patched is not None]
         if not followers:
             return base.set_timesteps(self, *args, **kwargs)
-        owners: list[Any] = []
+        owner = owners.setting(self) or owners.here()
         try:
-            for one, patched in followers:
-                owners.append(patched and patched.runs.claim(one, self))
+            for one, _ in followers:
+                one.claim(owner, self)
             result = base.set_timesteps(self, *args, **kwargs)
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
-            for (one, patched), owner in zip(followers, owners, strict=True):
-                if patched is not None:
-                    patched.runs.begin_led(one, owner, self, Levels(self, arguments))
+            for one, patched in followers:
+                patched.runs.begin_led(one, owner, self, Levels(self, arguments))
         finally:
-            for (one, _), owner in zip(followers, owners, strict=False):
+            for one, _ in followers:
                 one.unclaim(owner)
         return result
 

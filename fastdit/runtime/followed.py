@@ -10,7 +10,7 @@ from fastdit.runtime.disguise import is_ordinary
 
 
 class Followed:
-    """One patched model follows these pipelines and schedulers."""
+    """It has what one patched model follows."""
 
     def __init__(self, patched: Any) -> None:
         self._patched = patched

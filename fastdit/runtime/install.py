@@ -36,15 +36,16 @@ def check_installable(module: nn.Module) -> None:
         )
 
 
-def install(module: nn.Module, link: Any, compiles: bool = False) -> None:
+def install(module: nn.Module, link: Any) -> None:
     """The innermost forward of `module` becomes one that calls ``link(module, *args, **kwargs)``.
 
-    One that `compiles` is the class's own where torch's compiler traces it; others stay eager.
+    Of a link that `compiles` it is the class's own where torch's compiler traces it; others stay eager.
     :func:`check_installable` must have passed, and nothing of ours be installed.
     """
     holder, key = _stock_holder(module) or (module.__dict__, "forward")
     module.__dict__[LINK] = link
-    holder[key] = types.MethodType(_rewritten(type(module), compiles), module)
+    rewritten = _rewritten(type(module), getattr(link, "compiles", False))
+    holder[key] = types.MethodType(rewritten, module)
 
 
 def uninstall(module: nn.Module) -> None:

@@ -77,10 +77,16 @@ class ConditionLink:
 
 @dataclass(eq=False, repr=False)
 class CallLink:
-    """A method of the call in progress computes the module; `method` gets it of the call."""
+    """A method of the call in progress computes the module.
+
+    Attributes:
+        method: Gets it of the call.
+        compiles: Torch's compiler traces the module's own forward.
+    """
 
     patched: Patched
     method: Callable[[Any], Callable[..., Any]]
+    compiles: bool = False
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self.patched.here.call

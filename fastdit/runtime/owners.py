@@ -55,7 +55,7 @@ class PipelineCall:
         self.runs: dict[Any, Any] = {}
         self.born = number()
         self.over = False
-        self._stack = _thread.calls
+        self._stack = thread.calls
 
     def begin(self) -> None:
         """The call is under way in this thread from now on."""
@@ -74,26 +74,23 @@ class PipelineCall:
 
 
 class _Thread(threading.local):
+    """The calls of pipelines that are under way in a thread are its own, outermost first."""
+
     def __init__(self) -> None:
         self.calls: list[PipelineCall] = []
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
 class _Sentinel:
     """A sentinel lives in the frame of a pipeline's `__call__`, and dies with it."""
 
 
-def calls() -> list[PipelineCall]:
-    """This gives the calls of pipelines that are under way in this thread, outermost first."""
-    return _thread.calls
-
-
 def calling(patched: Any, depth: int = 2) -> tuple[PipelineCall | None, FrameType | None]:
     """This finds the pipeline's call that makes a call of `patched`'s transformer, and the frame that makes it."""
     frame: FrameType | None = sys._getframe(depth)
-    under_way = _thread.calls
+    under_way = thread.calls
     if under_way and under_way[-1].followed:
         _prune()
     top = under_way[-1] if under_way else None
@@ -111,7 +108,7 @@ def calling(patched: Any, depth: int = 2) -> tuple[PipelineCall | None, FrameTyp
 
 def setting(scheduler: Any, depth: int = 2) -> PipelineCall | None:
     """This finds the pipeline's call that is setting the timesteps of its `scheduler`."""
-    if _thread.calls and _thread.calls[-1].followed:
+    if thread.calls and thread.calls[-1].followed:
         _prune()
     for frame, _ in traceback.walk_stack(sys._getframe(depth)):
         if frame.f_code.co_name == "__call__":
@@ -175,7 +172,7 @@ def _call_of(pipeline: Any, frame: FrameType) -> PipelineCall:
         ),
         frame,
     )
-    for call in reversed(_thread.calls):
+    for call in reversed(thread.calls):
         if call.pipeline is pipeline:
             if not call.frame:
                 call.frame = id(own)
@@ -191,7 +188,7 @@ def _call_of(pipeline: Any, frame: FrameType) -> PipelineCall:
 def _prune() -> None:
     """This ends the followed calls that have returned, though an exception still holds their frames."""
     running = {id(frame) for frame, _ in traceback.walk_stack(sys._getframe(1))}
-    for call in list(_thread.calls):
+    for call in list(thread.calls):
         if call.followed and call.frame not in running:
             call.end()
 

@@ -20,12 +20,7 @@ from torch import nn
 from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.observe import observed
-from fastdit.runtime import owners
-from fastdit.runtime.arrivals import (
-    refuse_other_attention,
-    refuse_other_caches,
-    refuse_replaced_blocks,
-)
+from fastdit.runtime import arrivals, owners
 from fastdit.runtime.call import Call
 from fastdit.runtime.followed import Followed
 from fastdit.runtime.graphs import Graphs
@@ -64,12 +59,12 @@ class Patched:
     Attributes:
         adapter, spec, methods, ops: What runs.
         blocks: The transformer's blocks of all kinds in running order.
-        eager: True on the `reference` backend: no rewrite that changes a rounding.
         linears: Layers of the blocks whose weights are kept packed in a run.
         graphs: What captures and replays whole runs; None where they stay eager.
         pipeline: Weak reference to the pipeline that was patched, or what gives None.
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
+        eager: True on the `reference` backend: no rewrite that changes a rounding.
         used_ops: What its runs call.
         acts: Whether a method leaves anything out.
         made_steps, made_for: The number of steps that a method was made for, or None, and method -> its conditions.
@@ -81,7 +76,6 @@ class Patched:
     methods: tuple[Any, ...]
     ops: Any
     blocks: tuple[nn.Module, ...]
-    eager: bool
     linears: tuple[nn.Linear, ...] = ()
     graphs: Graphs | None = None
     pipeline: Callable[[], Any] = nobody
@@ -89,6 +83,7 @@ class Patched:
     def __post_init__(self) -> None:
         self.here = _Here()
         self.runs, self.followed = Runs(self), Followed(self)
+        self.eager = self.ops.backend == "reference"
         self.used_ops = used_ops(self.methods)
         self.acts = any(method.writes for method in self.methods)
         self.made_steps = self._first("run_steps")
@@ -211,12 +206,12 @@ class Patched:
 
     def _check_first_call(self, transformer: nn.Module, run: Run, arguments: Any) -> None:
         """This refuses a run that a method was not made for, or that something which came after `patch` would spoil."""
-        refuse_replaced_blocks(self, transformer)
+        arrivals.refuse_replaced_blocks(self, transformer)
         if self.acts:
             names = " + ".join(method.name for method in self.methods)
-            refuse_other_caches(transformer, self.blocks, names)
+            arrivals.refuse_other_caches(transformer, self.blocks, names)
         if self._stands_in:
-            refuse_other_attention(self, arguments.tells_attention)
+            arrivals.refuse_other_attention(self, arguments.tells_attention)
         if self.made_for:  # only where somebody asks: the timesteps may have to come from a GPU
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
             for name, conditions in self.made_for.items():

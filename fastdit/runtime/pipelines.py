@@ -68,7 +68,7 @@ class _Interrupt:
     def __set__(self, pipeline: Any, value: Any) -> None:
         pipeline.__dict__["_interrupt"] = value
         if value:  # where another thread sets it, the caches go when the pipeline decodes
-            _drop_caches(next((c for c in owners.calls() if c.pipeline is pipeline), None))
+            _drop_caches(next((c for c in owners.thread.calls if c.pipeline is pipeline), None))
 
 
 def _drop_caches(call: owners.PipelineCall | None) -> None:
@@ -79,7 +79,7 @@ def _drop_caches(call: owners.PipelineCall | None) -> None:
 
 def before_decoding(decoder: nn.Module, args: Any) -> None:
     """This frees the caches of an interrupted run whose pipeline decodes; a preview in a callback needs them still."""
-    for call in reversed(owners.calls()):
+    for call in reversed(owners.thread.calls):
         if _decoder(call.pipeline) is decoder:
             if getattr(call.pipeline, "_interrupt", False):
                 _drop_caches(call)

@@ -193,61 +193,59 @@ class Runs:
                 run.owner = owner
             self._live[id(run)] = run
 
-    def claim(self, follower: clock.Follower, scheduler: Any) -> PipelineCall | Worker:
-        """This gives who sets the timesteps of a scheduler, and is the only one to do so until they are set.
-
-        Raises:
-            ScheduleError: The scheduler leads somebody else's run, or is about to.
-        """
-        owner = owners.setting(scheduler, 3) or owners.here()
-        follower.claim(owner, scheduler)
-        return owner
+    def _begin(
+        self,
+        owner: Any,
+        steps: int | None,
+        scheduler: Any = None,
+        noise: levels.Levels | None = None,
+        follower: clock.Follower | None = None,
+        in_use: bool = False,
+    ) -> Run | None:
+        """A call of a pipeline, or the worker here, begins a run."""
+        call = owner if isinstance(owner, PipelineCall) else None
+        pipeline = None if call is None else call.pipeline
+        run = self._start(steps, scheduler, noise, in_use=in_use, pipeline=pipeline)
+        if call is None:
+            local = self.local()
+            if local.run is not None:
+                local.run.end()
+            local.run = run
+        else:
+            call.runs[self._patched] = run
+        self._enlist(run, owner, follower)
+        return run
 
     def begin_led(
         self, follower: clock.Follower, owner: Any, scheduler: Any, noise: levels.Levels
     ) -> None:
         """A scheduler has set its timesteps: `owner` begins a run that it leads, if it runs this model."""
-        patched, steps = self._patched, len(scheduler.timesteps)
-        if not isinstance(owner, PipelineCall):
-            if follower.run is not None:
-                follower.run.end()
-            run, local = self._start(steps, scheduler, noise), self.local()
-            if local.run is not None:
-                local.run.end()
-            local.run = run
-            if run is not None:
-                self._unclaimed = weakref.ref(run)
-        elif owners.holds(owner.pipeline, patched):
-            for before in (follower.run, owner.runs.get(patched)):
-                if before is not None:
-                    before.end()
-            patched.followed.follow(owner.pipeline)
-            run = self._start(steps, scheduler, noise, pipeline=owner.pipeline)
-            owner.runs[patched] = run
-        else:
+        call = owner if isinstance(owner, PipelineCall) else None
+        if call is not None and not owners.holds(call.pipeline, self._patched):
             return
-        self._enlist(run, owner, follower)
+        for before in (follower.run, None if call is None else call.runs.get(self._patched)):
+            if before is not None:
+                before.end()
+        if call is not None:
+            self._patched.followed.follow(call.pipeline)
+        run = self._begin(owner, len(scheduler.timesteps), scheduler, noise, follower)
+        if call is None and run is not None:
+            self._unclaimed = weakref.ref(run)
 
     def _begin_in(self, call: PipelineCall, frame: FrameType, first: bool) -> Run | None:
         """A pipeline's call begins a run whose timesteps were set before the scheduler was followed, or has none."""
-        patched, pipeline = self._patched, call.pipeline
-        scheduler = getattr(pipeline, "scheduler", None)
+        scheduler = getattr(call.pipeline, "scheduler", None)
         timesteps = getattr(scheduler, "timesteps", None)
-        patched.followed.follow(pipeline)
-        if first and timesteps is not None and len(timesteps):
-            follower = clock.follower_of(scheduler, patched)
-            noise = levels.found_levels(scheduler, frame.f_locals)
-            try:
-                follower.claim(call, scheduler)
-                run = self._start(len(timesteps), scheduler, noise, in_use=True, pipeline=pipeline)
-                call.runs[patched] = run
-                self._enlist(run, call, follower)
-            finally:
-                follower.unclaim(call)
-        else:
-            run = call.runs[patched] = self._start(patched.made_steps, pipeline=pipeline)
-            self._enlist(run, call)
-        return run
+        self._patched.followed.follow(call.pipeline)
+        if not first or timesteps is None or not len(timesteps):
+            return self._begin(call, self._patched.made_steps)
+        follower = clock.follower_of(scheduler, self._patched)
+        noise = levels.found_levels(scheduler, frame.f_locals)
+        try:
+            follower.claim(call, scheduler)
+            return self._begin(call, len(timesteps), scheduler, noise, follower, in_use=True)
+        finally:
+            follower.unclaim(call)
 
     # ---- what a worker owns
 
@@ -338,8 +336,7 @@ class Runs:
         if run is None or not run.live or (not run.led and run.rises(timestep)):
             if run is not None:
                 run.end()
-            run = local.run = self._start(self._patched.made_steps)
-            self._enlist(run, owners.here())
+            run = self._begin(owners.here(), self._patched.made_steps)
         return run
 
     def _adopted(self, local: Local) -> Run | None:
