@@ -28,7 +28,7 @@ def tapes(monkeypatch):
     """What captures in place of CUDA."""
     made = Tapes()
     members = {"__new__": lambda cls: made, "serves": staticmethod(lambda device: True)}
-    monkeypatch.setattr("fastdit.runtime.graphs.CudaCapture", type("Stand", (), members))
+    monkeypatch.setattr("fastdit.runtime.capture.CudaCapture", type("Stand", (), members))
     return made
 
 

@@ -110,7 +110,7 @@ def form(module: nn.Module) -> tuple[Any, ...]:
 
 
 def forms(adapter: Any, transformer: nn.Module) -> list[Any]:
-    """Each block has a form, which those that cost the same share."""
+    """Each block has a kind and a form, which those that cost the same share."""
     return [(kind, form(block)) for kind, block in adapter.blocks(transformer)]
 
 
@@ -143,7 +143,6 @@ class Skeleton:
         blocks = adapter.blocks(transformer)
         self.forms = forms(adapter, transformer)
         self.times = Counter(self.forms)
-        self._kinds = {key: kind for key, (kind, _) in zip(self.forms, blocks, strict=True)}
         self._twins = {id(block): key for key, (_, block) in zip(self.forms, blocks, strict=True)}
         self.transformer = self._copy(transformer)
 
@@ -159,7 +158,7 @@ class Skeleton:
                 spared += found.visits[key].macs
                 return found.visits[key].output
             before = counter.total
-            here = found.visits[key] = Visit(self._kinds[key], block, args, kwargs)
+            here = found.visits[key] = Visit(key[0], block, args, kwargs)
             here.output = type(block).forward(block, *args, **kwargs)
             here.macs = counter.total - before
             return here.output
@@ -171,7 +170,7 @@ class Skeleton:
             found.prompt_elements += output.numel()
             return output
 
-        for key in self._kinds:
+        for key in self.times:
             _bind(self._made[key], visit, key)
         for module in self._adapter.prompt_projections_of(self.transformer):
             _bind(module, project, module)

@@ -81,7 +81,7 @@ class Call:
         )
         self.trace = self._follow_trace(args, kwargs) if patched.graphs is not None else None
         if self.trace is not None:
-            args, kwargs = self._enter(args, kwargs)
+            args, kwargs = self.trace.enter(self, args, kwargs)
             self.arguments = adapter.call(transformer, args, kwargs)
         self._args, self._kwargs = args, kwargs
         self.prepare()
@@ -116,8 +116,8 @@ class Call:
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
         ahead = None if immediate else self._foresee()
-        if trace is not None and not trace.agrees((self.tokens, collapses, ahead is not None)):
-            run.drop_caches()
+        state = self.tokens, collapses, ahead is not None
+        if trace is not None and not trace.agrees(run, state):
             self.prepare()
             return
         actions = run.plan.actions[run.step] if run.plan.actions else ()
@@ -263,36 +263,13 @@ class Call:
         """The trace captures or replays the run that this call belongs to; None where it is eager."""
         run = self.run
         if run.trace is None:
-            run.trace = self._begin_trace(args, kwargs)
+            run.trace = run.patched.graphs.begin(self, args, kwargs)
         if not isinstance(run.trace, Trace) or run.trace.mode == "left":
             return None
         if self.immediate:
-            run.trace.leave()
-            run.drop_caches()
+            run.trace.leave(run)
             return None
         return run.trace
-
-    def _begin_trace(self, args: Any, kwargs: Any) -> Trace | str:
-        run = self.run
-        why = None
-        if self.immediate:
-            why = "since gradients, autocast or the reference backend are wanted"
-        elif run.steps is None:
-            why = "since nobody says how many steps it has"
-        elif run.plan.reuse is not None and run.plan.reuse.rows:
-            why = "since its schedule is mapped to other noise levels"
-        key = run.steps, run.first
-        return run.patched.graphs.begin(run.patched, self.transformer, key, args, kwargs, why)
-
-    def _enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """These are the arguments as graphs read them; the caches go where the run leaves its recording."""
-        run, arguments = self.run, self.arguments
-        changing = arguments.hidden_states, arguments.timestep
-        index = run.step, run.calls - 1
-        args, kwargs = self.trace.enter(index, args, kwargs, changing, arguments.embeddings)
-        if self.trace.mode == "left":
-            run.drop_caches()
-        return args, kwargs
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This runs the transformer's forward, by a graph where there is one."""
@@ -308,9 +285,8 @@ class Call:
             return stock(self.transformer, *given[0], **given[1])
 
         try:
-            return self.trace.run(compute, self.forward, self.arguments.hidden_states.device)
+            return self.trace.run(compute, self)
         except CaptureError:
-            self.run.drop_caches()
             self.prepare()
             self.run.patched.here.forward = self.forward
             return compute()

@@ -126,7 +126,7 @@ def _clocked(base: type) -> type:
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
             for one, patched in followers:
-                patched.runs.begin_led(one, owner, self, Levels(self, arguments))
+                patched.runs.begin_led(one, owner, Levels(self, arguments))
         finally:
             for one, _ in followers:
                 one.unclaim(owner)

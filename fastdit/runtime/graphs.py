@@ -18,9 +18,6 @@ are read where they lie, so a run whose weights or settings are elsewhere than b
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -28,58 +25,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastdit.observe import observed
+from fastdit.runtime import capture
+from fastdit.runtime.capture import Replay, described, fingerprint, why_eager
 
 #: recordings that are kept: one for each signature of size, batch, number of steps
 MAX_RECORDINGS = 8
-_CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
-
-Replay = Callable[[], None]
-
-#: two captures at once would each see the other's allocations
-_capturing = threading.Lock()
-
-
-class CudaCapture:
-    """It captures what a function launches, on one stream, into one memory pool."""
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
-
-    @staticmethod
-    def serves(device: torch.device) -> bool:
-        """This tells whether it can capture there."""
-        return device.type == "cuda"
-
-    def __call__(self, compute: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:
-        """This gives what runs it, and what `compute` returned, which a replay fills."""
-        with _capturing, torch.cuda.device(device):
-            if self._stream is None:
-                gc.collect()  # a graph that is destroyed meanwhile would break the capture
-                self._stream = torch.cuda.Stream()
-                self._pool = torch.cuda.graph_pool_handle()
-            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = compute()
-                except BaseException:
-                    _abandon(graph)
-                    raise
-                graph.capture_end()
-            current.wait_stream(self._stream)
-        return graph.replay, output
-
-
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """A capture that failed ends, whatever the driver says of it."""
-    with contextlib.suppress(RuntimeError):
-        graph.capture_end()
 
 
 class Inputs:
@@ -209,30 +162,18 @@ class Graphs:
         self._recordings: dict[Any, Recording] = {}
         self._told: set[str] = set()
 
-    def begin(
-        self,
-        patched: Any,
-        transformer: nn.Module,
-        key: Any,
-        args: Any,
-        kwargs: Any,
-        why: str | None = None,
-    ) -> Trace | str:
-        """A run is followed from its first call on; or this says why it is eager.
-
-        Args:
-            key: What the run does, beside its arguments.
-            why: A reason to be eager that the caller has.
-        """
-        leaves, spec = tree_flatten((args, kwargs))
-        why = why or self.failure or _why_eager(patched, transformer, leaves)
+    def begin(self, call: Any, args: Any, kwargs: Any) -> Trace | str:
+        """A run is followed from its first `call` on; or this says why it is eager."""
+        run, (leaves, spec) = call.run, tree_flatten((args, kwargs))
+        why = self.failure or why_eager(call, leaves)
         if why is not None:
             if why not in self._told:
                 self._told.add(why)
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
-        signature = key, described(leaves, spec), fingerprint(transformer)
-        recording = self._recordings.pop(signature, None) or Recording(CudaCapture())
+        given = described(leaves, spec)
+        signature = run.steps, run.first, given, fingerprint(call.transformer)
+        recording = self._recordings.pop(signature, None) or Recording(capture.CudaCapture())
         recording = self._recordings.setdefault(signature, recording)  # the last used is the last
         for other in list(self._recordings)[:-MAX_RECORDINGS]:
             self._recordings.pop(other, None)
@@ -264,33 +205,29 @@ class Trace:
         """The transformer is given tensors that stay where they are."""
         return self.mode in ("captured", "replayed")
 
-    def enter(
-        self,
-        index: tuple[int, int],
-        args: Any,
-        kwargs: Any,
-        changing: Sequence[Any],
-        kept: Sequence[Any],
-    ) -> tuple[Any, Any]:
+    def enter(self, call: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """This copies a call's arguments to where graphs read them; `mode` may be "left" after it."""
         self._count += 1
         if not self.substitutes:
             return args, kwargs
         leaves, spec = tree_flatten((args, kwargs))
         recording, given = self._recording, described(leaves, spec)
+        run, arguments = call.run, call.arguments
+        index = run.step, run.calls - 1
         known = recording.calls[self._count - 1] if self._count <= len(recording.calls) else None
         if self.mode == "replayed" and (
             known is None or known.index != index or known.given != given
         ):
-            self.leave()
+            self.leave(run)
             return args, kwargs
         inputs = recording.inputs.get((index[1], given))
         if inputs is None:
             inputs = recording.inputs[index[1], given] = Inputs(leaves)
-        renewed = inputs.fill(leaves, changing, kept)
+        changing = arguments.hidden_states, arguments.timestep
+        renewed = inputs.fill(leaves, changing, arguments.embeddings)
         if self.mode == "replayed":
             if known.renewed != renewed:
-                self.leave()
+                self.leave(run)
                 return args, kwargs
             self._call = known
         else:
@@ -309,44 +246,47 @@ class Trace:
         held[key].copy_(value)
         return held[key]
 
-    def agrees(self, state: Any) -> bool:
+    def agrees(self, run: Any, state: Any) -> bool:
         """What was decided about this call must be what was captured; else the run is left, and this says so."""
         if self.mode == "captured":
             self._call.state = state
         elif self.mode == "replayed" and self._call.state != state:
-            self.leave()
+            self.leave(run)
             return False
         return True
 
-    def leave(self) -> None:
-        """The run goes another way than the one that was captured, or cannot be captured."""
+    def leave(self, run: Any) -> None:
+        """The run goes another way than the one that was captured, or cannot be captured. Its caches go."""
         self.mode = "left"
         self._recording.clear()
         self._recording.give_back()
+        run.drop_caches()
 
-    def run(self, compute: Callable[[], Any], forward: Any, device: torch.device) -> Any:
+    def run(self, compute: Callable[[], Any], call: Any) -> Any:
         """This gives the transformer's output, of a graph where there is one.
 
         Raises:
-            CaptureError: What `compute` does cannot be captured; its caches are as a failed call left them.
+            CaptureError: What `compute` does cannot be captured.
         """
-        call = self._call
+        own, forward = self._call, call.forward
         if self.mode == "captured":
             try:
-                call.replay, output = self._recording.capture(compute, device)
+                device = call.arguments.hidden_states.device
+                own.replay, output = self._recording.capture(compute, device)
             except Exception as error:
-                self._graphs.failure = f"a call could not be captured: {_first_line(error)}"
-                self.leave()
+                line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                self._graphs.failure = f"a call could not be captured: {line}"
+                self.leave(call.run)
                 raise CaptureError from error
-            call.sample, call.rebuild = _parts(output)
-            call.computed, call.reused = forward.computed, forward.reused
-            self._recording.calls.append(call)
+            own.sample, own.rebuild = _parts(output)
+            own.computed, own.reused = forward.computed, forward.reused
+            self._recording.calls.append(own)
         elif self.mode == "replayed":
-            forward.take_counts(call.computed, call.reused)
+            forward.take_counts(own.computed, own.reused)
         else:
             return compute()
-        call.replay()
-        return call.rebuild(call.sample.clone())  # the next call may lie there
+        own.replay()
+        return own.rebuild(own.sample.clone())  # the next call may lie there
 
     def end(self, peak_bytes: int) -> int:
         """The run is over, or was broken off; this gives the most bytes that its caches held."""
@@ -370,66 +310,6 @@ class CaptureError(Exception):
     """A call cannot be captured, and is to be done again without."""
 
 
-def described(leaves: Sequence[Any], spec: Any) -> Any:
-    """This is what decides which graph arguments are for: their structure, shapes, dtypes and constants."""
-    return (
-        repr(spec),
-        tuple(
-            (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ),
-    )
-
-
-def fingerprint(transformer: nn.Module) -> int:
-    """A graph holds fixed where weights lie and how modules are set, which this sums up."""
-    found: list[Any] = []
-    for module in transformer.modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        found += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        processor = getattr(module, "processor", None)
-        found += [*_settings(module), id(processor)]
-        if processor is not None:
-            found += _settings(processor)
-    return hash(tuple(found))
-
-
-def _settings(thing: Any) -> list[Any]:
-    """These are a thing's attributes that are plain values, or lists of them."""
-    values = getattr(thing, "__dict__", {}).values()
-    lists = (tuple(value) for value in values if isinstance(value, (list, tuple)))
-    return [value for value in values if isinstance(value, _CONSTANTS)] + [
-        value for value in lists if all(isinstance(part, _CONSTANTS) for part in value)
-    ]
-
-
-def _why_eager(patched: Any, transformer: nn.Module, leaves: Sequence[Any]) -> str | None:
-    """This says why a run cannot be replayed; None where it can."""
-    device = transformer.device
-    if not CudaCapture.serves(device):
-        return f"since the transformer is on {device.type}"
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.device != device:
-                return f"since it is given a tensor on {leaf.device.type}"
-        elif not isinstance(leaf, _CONSTANTS):
-            return f"since it is given a {type(leaf).__name__}"
-    hooks = (*transformer._forward_hooks.values(), *transformer._forward_pre_hooks.values())
-    if any(getattr(hook, "__self__", None) is not patched for hook in hooks):
-        return "since somebody else's hooks are on the transformer"
-    for name, module in transformer.named_modules():
-        if hasattr(module, "base_layer"):
-            return f"since {name} carries an adapter whose scale may change"
-        if module is not transformer and observed(module):
-            return f"since hooks are on {name}"
-        if module._compiled_call_impl is not None:
-            return f"since {name or 'the transformer'} is compiled"
-    registry = transformer.__dict__.get("_diffusers_hook")
-    if "_old_forward" in transformer.__dict__ or (registry is not None and registry.hooks):
-        return "since offloading or caching hooks are on the transformer"
-    return None
-
-
 def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """This gives an output's sample, and what makes such an output of another sample."""
     if isinstance(output, tuple):
@@ -439,7 +319,3 @@ def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 def _among(tensor: Tensor, tensors: Sequence[Any]) -> bool:
     return any(tensor is other for other in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

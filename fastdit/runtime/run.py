@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,7 +97,6 @@ class Run:
     patched: Any
     steps: int | None
     plan: RunPlan
-    led_by: InitVar[Any] = None
     levels: Levels | None = None
     manual: bool = False
     step: int = 0
@@ -129,13 +128,13 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     seconds: float = 0.0
 
-    def __post_init__(self, scheduler: Any) -> None:
+    def __post_init__(self) -> None:
         self._ended = False
+        self.led = self.levels is not None
         # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
-        self._scheduler = nobody if scheduler is None else weakref.ref(scheduler)
+        self._scheduler = weakref.ref(self.levels.scheduler) if self.led else nobody
         # A thread or task keeps its runs, and the report the last run of a pipeline: neither is to be kept by them.
         self._owner: Callable[[], Any] = nobody
-        self.led = scheduler is not None
         self._by_timestep = not self.led
         self._doubts = False
         self._timestep: Any = None  # of the calls of this step, as a tensor or as a number
@@ -235,7 +234,7 @@ class Run:
         if not self._doubts:
             self._doubts = True
             if isinstance(self.trace, Trace):
-                self.trace.leave()
+                self.trace.leave(self)
             self.drop_caches()
             self._sites.clear()
             self._timestep = timestep
@@ -286,11 +285,6 @@ class Run:
         self.end_step(Step(velocity=velocity))
 
     # ---- what it holds
-
-    def check_open(self) -> None:
-        """This refuses a call after the last step of a run that the user leads."""
-        if not self.live:
-            raise ScheduleError(one_call_too_many(self.steps))
 
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""

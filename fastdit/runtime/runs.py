@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
-from fastdit.runtime import clock, levels, owners
+from fastdit.runtime import clock, owners
 from fastdit.runtime.disguise import is_ordinary
+from fastdit.runtime.levels import Levels, check_flow, found_levels, replace_sigmas
 from fastdit.runtime.owners import PipelineCall, Worker
-from fastdit.runtime.run import OPEN_STEPS, Run, nobody
+from fastdit.runtime.run import OPEN_STEPS, Run, nobody, one_call_too_many
 from fastdit.schedules.conditions import guidance_of
 
 _NEW = object()
@@ -128,18 +129,12 @@ class Runs:
     # ---- how they begin
 
     def _start(
-        self,
-        steps: int | None,
-        scheduler: Any = None,
-        noise: levels.Levels | None = None,
-        manual: bool = False,
-        in_use: bool = False,
-        pipeline: Any = None,
+        self, steps: int | None, levels: Levels | None, in_use: bool, pipeline: Any, manual: bool
     ) -> Run | None:
-        """A run of `steps` steps begins; None where it is to be stock.
+        """A run of `steps` steps starts; None where it is to be stock.
 
         Args:
-            noise: The scheduler's levels.
+            levels: Those of the scheduler that leads it.
             in_use: The pipeline has already taken the scheduler's timesteps.
 
         Raises:
@@ -155,7 +150,7 @@ class Runs:
                 f"{rows.name} must know the number of steps when a run starts: "
                 "call the transformer inside `with handle.run(timesteps)`"
             )
-        if resolution is not None and scheduler is None:
+        if resolution is not None and levels is None:
             raise ScheduleError(
                 f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
             )
@@ -169,11 +164,11 @@ class Runs:
             if method is not resolution:  # one that leaves tokens out waits for the full resolution
                 method.check_steps(full if "rows" in method.writes else planned)
         if resolution is not None:
-            levels.check_flow(scheduler)
-            noise.check_default(resolution.name)
-            levels.replace_sigmas(scheduler, resolution.run_sigmas, in_use)
-            noise = noise.with_sigmas(resolution.run_sigmas)
-        run = Run(patched, steps, patched.plan(planned, levels=noise), scheduler, noise, manual)
+            check_flow(levels.scheduler)
+            levels.check_default(resolution.name)
+            replace_sigmas(levels.scheduler, resolution.run_sigmas, in_use)
+            levels = levels.with_sigmas(resolution.run_sigmas)
+        run = Run(patched, steps, patched.plan(planned, levels=levels), levels, manual)
         run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):
             run.pipeline = weakref.ref(pipeline)
@@ -181,44 +176,40 @@ class Runs:
             run.previews = local.watch
         return run
 
-    def _enlist(
-        self, run: Run | None, owner: Any = None, follower: clock.Follower | None = None
-    ) -> None:
-        """A run counts as live. What ends it knows it already, lest an interrupt comes between."""
-        if follower is not None:
-            follower.run = run
-        if run is not None:
-            run.follower = follower
-            if owner is not None:
-                run.owner = owner
-            self._live[id(run)] = run
-
     def _begin(
         self,
-        owner: Any,
+        owner: PipelineCall | ManualLoop | Worker,
         steps: int | None,
-        scheduler: Any = None,
-        noise: levels.Levels | None = None,
+        levels: Levels | None = None,
         follower: clock.Follower | None = None,
         in_use: bool = False,
     ) -> Run | None:
-        """A call of a pipeline, or the worker here, begins a run."""
+        """A call of a pipeline, a loop by hand, or the worker here, begins a run."""
         call = owner if isinstance(owner, PipelineCall) else None
-        pipeline = None if call is None else call.pipeline
-        run = self._start(steps, scheduler, noise, in_use=in_use, pipeline=pipeline)
-        if call is None:
+        manual = isinstance(owner, ManualLoop)
+        run = self._start(steps, levels, in_use, call and call.pipeline, manual)
+        if call is not None:
+            call.runs[self._patched] = run
+        elif manual:
+            owner.run = run
+            self._manual.add(owner)
+            owner.local.manual.append(owner)
+        else:
             local = self.local()
             if local.run is not None:
                 local.run.end()
             local.run = run
-        else:
-            call.runs[self._patched] = run
-        self._enlist(run, owner, follower)
+        # What ends the run knows it already, lest an interrupt comes between.
+        if follower is not None:
+            follower.run = run
+        if run is not None:
+            run.follower = follower
+            if not manual:
+                run.owner = owner
+            self._live[id(run)] = run
         return run
 
-    def begin_led(
-        self, follower: clock.Follower, owner: Any, scheduler: Any, noise: levels.Levels
-    ) -> None:
+    def begin_led(self, follower: clock.Follower, owner: Any, levels: Levels) -> None:
         """A scheduler has set its timesteps: `owner` begins a run that it leads, if it runs this model."""
         call = owner if isinstance(owner, PipelineCall) else None
         if call is not None and not owners.holds(call.pipeline, self._patched):
@@ -228,7 +219,7 @@ class Runs:
                 before.end()
         if call is not None:
             self._patched.followed.follow(call.pipeline)
-        run = self._begin(owner, len(scheduler.timesteps), scheduler, noise, follower)
+        run = self._begin(owner, len(levels.scheduler.timesteps), levels, follower)
         if call is None and run is not None:
             self._unclaimed = weakref.ref(run)
 
@@ -240,10 +231,10 @@ class Runs:
         if not first or timesteps is None or not len(timesteps):
             return self._begin(call, self._patched.made_steps)
         follower = clock.follower_of(scheduler, self._patched)
-        noise = levels.found_levels(scheduler, frame.f_locals)
+        levels = found_levels(scheduler, frame.f_locals)
         try:
             follower.claim(call, scheduler)
-            return self._begin(call, len(timesteps), scheduler, noise, follower, in_use=True)
+            return self._begin(call, len(timesteps), levels, follower, in_use=True)
         finally:
             follower.unclaim(call)
 
@@ -259,12 +250,9 @@ class Runs:
 
     def begin_manual(self, loop: ManualLoop, timesteps: Any) -> None:
         """A loop by hand begins its run."""
-        loop.run = self._start(len(timesteps), manual=True)
-        self._manual.add(loop)
-        loop.local.manual.append(loop)
-        self._enlist(loop.run)
-        if loop.run is not None and isinstance(timesteps, Tensor):
-            loop.run.timesteps = timesteps
+        run = self._begin(loop, len(timesteps))
+        if run is not None and isinstance(timesteps, Tensor):
+            run.timesteps = timesteps
 
     def end_manual(self, loop: ManualLoop) -> None:
         """A loop by hand ends its run, also one that was broken off while it began."""
@@ -325,8 +313,8 @@ class Runs:
         """A loop without a pipeline has this run. Without a scheduler the timestep tells, which waits for a GPU."""
         if local.manual:
             run = None if local.disabled else local.manual[-1].run
-            if run is not None:
-                run.check_open()
+            if run is not None and not run.live:
+                raise ScheduleError(one_call_too_many(run.steps))
             return run
         if local.disabled:
             return None
