@@ -78,7 +78,7 @@ class Handle:
         return measure(run, self.disabled, self._transformer.device, repeats)
 
     def stage_pictures(self) -> np.ndarray:
-        """These are what the picture was to be at the end of each stage of the last run, decoded by the pipeline's VAE.
+        """This decodes, with the pipeline's VAE, what the picture was to be at the end of each stage of the last run.
 
         Returns:
             uint8 [stages, B, H, W, 3]; half-size ones are drawn twice as large.
@@ -169,7 +169,7 @@ class Handle:
         self._patched.runs.advance(velocity)
 
     def reset(self) -> None:
-        """This drops the caches of this thread's or task's own loops, e.g. after an aborted one, and where they stand.
+        """This forgets this thread's or task's own loops and their caches, e.g. after an aborted one.
 
         A pipeline's run ends with its call, however that ends.
         """

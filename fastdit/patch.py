@@ -1,4 +1,4 @@
-"""The two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
+"""There are two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
 
 Only instances are touched: the blocks' innermost forward, two native forward hooks on the transformer, the classes of
 the scheduler and the pipeline, and one instance attribute each as the link to the patch (`runtime/attach.py`).

@@ -957,7 +957,7 @@ def test_unpatch_can_be_repeated_after_it_was_broken_off():
         fastdit.patch(pipes[0], EVERY_2, backend="reference")
         state = pipes[0].transformer.__dict__[LINK]
         for one in pipes[1:]:
-            state.follow(one)
+            state.followed.follow(one)
         broken = interrupted(lambda: fastdit.unpatch(pipes[0]), at, "/runtime/")
         fastdit.unpatch(pipes[0])
         assert everything(pipes) == before, at

@@ -136,7 +136,7 @@ class Estimates(Counts):
 
 
 class _Asked(Forward):
-    """A forward that notes how wide modulations are."""
+    """This is a forward that notes how wide modulations are."""
 
     width = 0
 

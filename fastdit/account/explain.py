@@ -84,7 +84,7 @@ class Explanation:
 
     @property
     def flop_speedup(self) -> float:
-        """Dense over planned multiply-accumulates: the most a run can gain where arithmetic is all."""
+        """Dense over planned multiply-accumulates are the most that a run can gain where arithmetic is all."""
         return self.dense_macs / self.macs
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Asked:
 def explain_patched(
     patched: Any, transformer: nn.Module, pipeline: Any | None, asked: Asked
 ) -> Explanation:
-    """This predicts a run of a patched model."""
+    """This predicts what a patched model will do in the run that is asked about."""
     adapter, spec = patched.adapter, patched.spec
     steps = asked.steps or patched.made_steps or _default_steps(pipeline)
     latents = _latent_size(transformer, pipeline, asked.height, asked.width)
@@ -239,19 +239,19 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
 def _tokens_per_step(patched: Any, steps: int, size: Size) -> tuple[list[int], list[Any]]:
     """Each step has so many image tokens, and what a method that leaves some out computes of them, or None."""
     lengths, active, first = [size.image] * steps, [None] * steps, 0
-    rows, resolution = patched.writer("rows"), patched.writer("resolution")
+    sparse, resolution = patched.writer("rows"), patched.writer("resolution")
     if resolution is not None:
         resolution.check_steps(steps)
         lengths, first = resolution.tokens(size.image, size.text), resolution.stages()[-1].first
-    if rows is not None:
-        active[first:] = rows.active(steps - first, size.image)
+    if sparse is not None:
+        active[first:] = sparse.active(steps - first, size.image)
     return lengths, active
 
 
 def _stages(
     count: Cost, plan: RunPlan, lengths: Sequence[int], tokens: Sequence[int]
 ) -> list[tuple[Cost, RunPlan, Sequence[int]]]:
-    """The steps of one number of tokens have a cost, a plan, and the tokens that each computes."""
+    """Steps in a row of one number of tokens have a cost, a plan, and the tokens that each computes."""
     found, first = [], 0
     for length, steps in itertools.groupby(lengths):
         last = first + len(list(steps))

@@ -74,7 +74,7 @@ def estimate(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> T
     """This is the clean sample that a step sees, in the sample's dtype.
 
     For flow models the end of the line, x + (sigma_end - sigma) v; for others DDIM's x0 (arXiv 2010.02502, eq. 12) from
-    noise or velocity. A scheduler of another kind gives its sample as it is.
+    noise or velocity. Any other scheduler gives its sample as it is.
     """
     prediction = scheduler.config.get("prediction_type")
     if prediction in (None, "flow_prediction") and hasattr(scheduler, "sigmas"):

@@ -45,7 +45,7 @@ class Macs(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """All of them count."""
+        """This is the sum of both."""
         return self.layers + self.products
 
     def __torch_dispatch__(

@@ -166,7 +166,7 @@ class Call:
         return branch
 
     def _tokens(self, count: int, keeps: bool) -> Tokens | None:
-        """The adapter's own attention needs these; None where the stock one runs."""
+        """The adapter's own attention is told of these tokens; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
         if keeps:
@@ -294,7 +294,7 @@ class Call:
     # ---- what modules ask
 
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """This computes a module that embeds patches and adds their positions."""
+        """This computes a module that embeds patches and adds their positions, for the tokens that pass."""
         adapter = self.run.patched.adapter
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape

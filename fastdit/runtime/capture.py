@@ -1,4 +1,4 @@
-"""What a CUDA graph captures of one call, and what it holds fixed."""
+"""A CUDA graph captures what one call launches, and holds the rest fixed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CudaCapture:
 
     @staticmethod
     def serves(device: torch.device) -> bool:
-        """This tells whether it can capture there."""
+        """This tells whether it can capture on `device`."""
         return device.type == "cuda"
 
     def __call__(self, compute: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:

@@ -1,4 +1,4 @@
-"""The pipelines and schedulers that a patched model follows, since they tell of its runs."""
+"""A patched model follows pipelines and schedulers, since they tell of its runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastdit.runtime.disguise import is_ordinary
 
 
 class Followed:
-    """It has what one patched model follows."""
+    """One patched model follows these pipelines and schedulers until it is unpatched."""
 
     def __init__(self, patched: Any) -> None:
         self._patched = patched

@@ -120,7 +120,7 @@ class Recording:
     _lease: dict[str, weakref.ref[Trace]] = field(default_factory=dict)
 
     def lease(self, trace: Trace) -> bool:
-        """It goes to the one run that may warm it up, capture or replay it; False where another has it."""
+        """The recording goes to the one run that may warm it up, capture or replay it; False where another has it."""
         mine = weakref.ref(trace)
         found = self._lease.setdefault("to", mine)
         if found() is None:  # a loop was given up in its midst
@@ -147,7 +147,7 @@ class Recording:
         return "warming up" if self.length is None else "captured"
 
     def clear(self) -> None:
-        """It begins anew."""
+        """The recording begins anew."""
         self.calls.clear()
         self.inputs.clear()
         self.held.clear()
@@ -202,7 +202,7 @@ class Trace:
 
     @property
     def substitutes(self) -> bool:
-        """The transformer is given tensors that stay where they are."""
+        """This tells whether the transformer is given tensors that stay where they are."""
         return self.mode in ("captured", "replayed")
 
     def enter(self, call: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""The noise levels of a scheduler's runs: a schedule is mapped to them, and a method may replace them."""
+"""A schedule is mapped to the noise levels of a scheduler's runs, and a method may replace them."""
 
 from __future__ import annotations
 

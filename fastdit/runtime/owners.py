@@ -1,4 +1,4 @@
-"""Whose call is this: which call of which pipeline, or which thread's or task's own loop.
+"""A transformer call has an owner: a call of a pipeline, or a thread's or task's own loop.
 
 A pipeline's `__call__` runs in one thread from beginning to end, so the calls under way in a thread lie on a stack. The
 nearest `__call__` among a transformer call's callers whose `self` holds the transformer names the pipeline; modular
@@ -210,7 +210,7 @@ class Worker:
 
     @property
     def gone(self) -> bool:
-        """Nothing can run in it any more."""
+        """This tells whether nothing can run in it any more."""
         thread = self._thread()
         if thread is None or not thread.is_alive():
             return True
@@ -221,7 +221,7 @@ class Worker:
 
     @property
     def over(self) -> bool:
-        """It can go on with none of its loops but one that begins now: it is gone, or the caller's own."""
+        """Its loop goes on no more where it is gone, or the caller's own, which begins another."""
         return self.gone or self.is_here()
 
 

@@ -280,7 +280,7 @@ class Run:
         self.calls = 0
 
     def advance(self, velocity: Tensor | None) -> None:
-        """The user says that a step is done."""
+        """The user says that a step is done, so the timestep need not tell."""
         self._by_timestep = False
         self.end_step(Step(velocity=velocity))
 

@@ -1,4 +1,4 @@
-"""The runs of a patched model: how they begin, and how a transformer call finds its own.
+"""The runs of a patched model begin here, and a transformer call finds its own.
 
 Three things tell of them: a scheduler sets its timesteps (`clock.py`), the transformer is called, and the user begins a
 run by hand. A call of a pipeline has its run (`owners.py`); a loop without a pipeline has it in the :class:`Local`
@@ -108,7 +108,7 @@ class Runs:
         self._last = self.local().last = run
 
     def forget(self, run: Run) -> None:
-        """A run has ended."""
+        """A run has ended: it counts as live no more, and no call of it is in progress."""
         self._live.pop(id(run), None)
         if run.records:
             self.note(run)
@@ -144,10 +144,10 @@ class Runs:
         if local.disabled:
             self.note(None)
             return None
-        rows, resolution = patched.writer("rows"), patched.writer("resolution")
-        if steps is None and rows is not None:
+        sparse, resolution = patched.writer("rows"), patched.writer("resolution")
+        if steps is None and sparse is not None:
             raise ScheduleError(
-                f"{rows.name} must know the number of steps when a run starts: "
+                f"{sparse.name} must know the number of steps when a run starts: "
                 "call the transformer inside `with handle.run(timesteps)`"
             )
         if resolution is not None and levels is None:
@@ -184,7 +184,7 @@ class Runs:
         follower: clock.Follower | None = None,
         in_use: bool = False,
     ) -> Run | None:
-        """A call of a pipeline, a loop by hand, or the worker here, begins a run."""
+        """A call of a pipeline, a loop by hand, or another loop of the worker here begins a run."""
         call = owner if isinstance(owner, PipelineCall) else None
         manual = isinstance(owner, ManualLoop)
         run = self._start(steps, levels, in_use, call and call.pipeline, manual)
@@ -249,7 +249,7 @@ class Runs:
         return found
 
     def begin_manual(self, loop: ManualLoop, timesteps: Any) -> None:
-        """A loop by hand begins its run."""
+        """A loop by hand begins its run over `timesteps`."""
         run = self._begin(loop, len(timesteps))
         if run is not None and isinstance(timesteps, Tensor):
             run.timesteps = timesteps
