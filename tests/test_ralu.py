@@ -958,7 +958,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     handle = fastdit.patch(pipe, method, *methods)
     found = as_picture(name, pipe(**given).images)
     if left_out != "outputs":
-        history = handle._patched.runs.last().tokens.history
+        history = handle._patched.runs.last().selection.history
         assert list(history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():

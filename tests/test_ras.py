@@ -80,7 +80,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._patched.runs.last().tokens.history
+    history = handle._patched.runs.last().selection.history
     handle.unpatch()
     return latents, history
 
@@ -487,7 +487,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._patched.runs.last().tokens.history
+    history = handle._patched.runs.last().selection.history
     handle.unpatch()
     return found, history
 
@@ -573,7 +573,7 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._patched.runs.last().tokens.history
+    history = handle._patched.runs.last().selection.history
     assert len(history) >= 4
     for at, rows in history.items():
         before, now = (
