@@ -30,6 +30,7 @@ import fastdit
 import frechet
 from fastdit import tiny
 from fastdit.cli.distance import relative_l2
+from fastdit.methods.ras import RASRun
 from fastdit.tiny import scenes
 from machine import describe_machine
 
@@ -63,11 +64,13 @@ def random_tokens() -> Iterator[None]:
     """RAS with active tokens drawn at random, everything else as it is."""
     generator = torch.Generator().manual_seed(0)
 
-    def choose(self: Any, velocity: torch.Tensor, coming: Any) -> torch.Tensor:
+    def choose(self: Any, velocity: torch.Tensor, delta: Any, coming: Any) -> torch.Tensor | None:
+        if coming is None:
+            return None
         order = torch.rand(velocity.shape[0], self.tokens, generator=generator).argsort(1)
         return order[:, : coming.keep].sort(1).values.to(torch.int32)
 
-    with mock.patch("fastdit.tokens.active.active.TokenRun._choose", choose):
+    with mock.patch.object(RASRun, "choose", choose):
         yield
 
 

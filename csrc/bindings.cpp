@@ -42,9 +42,10 @@ void launch(void (*kernel)(const Params&), Params& p, int64_t elements, int thre
 // stored, here and below: the rows of the shortest store that is read or written at p.rows.
 void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                     int64_t x_step, py::handle out, const py::list& branches, const py::list& gates,
-                    int fresh, py::handle cache, py::handle rows, int64_t stored, int threads) {
+                    uintptr_t weights, bool by_token, int fresh, py::handle cache, py::handle rows,
+                    int64_t stored, int threads) {
   GatedResidual p = gated_residual_of(dtype, batch, tokens, width, x, x_step, out, branches, gates,
-                                      fresh, cache, rows);
+                                      weights, by_token, fresh, cache, rows);
   check_rows(p.rows, p.shape, stored);
   launch(FD_BY_ISA(gated_residual), p, elements(p.shape), threads);
 }

@@ -80,7 +80,8 @@ inline Dtype dtype_of(int code) {
 
 inline GatedResidual gated_residual_of(int dtype, int64_t batch, int64_t tokens, int64_t width,
                                        py::handle x, int64_t x_step, py::handle out,
-                                       const py::list& branches, const py::list& gates, int fresh,
+                                       const py::list& branches, const py::list& gates,
+                                       uintptr_t weights, bool by_token, int fresh,
                                        py::handle cache, py::handle rows) {
   GatedResidual p;
   p.count = static_cast<int>(branches.size());
@@ -96,6 +97,8 @@ inline GatedResidual gated_residual_of(int dtype, int64_t batch, int64_t tokens,
     p.branches[i] = state(branches[i], p.shape);
     p.gates[i] = modulation(gates[i]);
   }
+  p.weights.data = number(weights);
+  if (by_token) p.weights = {p.weights.data, batch * tokens, 1};
   p.fresh = fresh;
   p.cache = state(cache, p.shape);
   p.rows = row_index(rows);

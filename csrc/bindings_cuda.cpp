@@ -10,9 +10,10 @@ namespace {
 
 void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                     int64_t x_step, py::handle out, const py::list& branches, const py::list& gates,
-                    int fresh, py::handle cache, py::handle rows, int device, uintptr_t stream) {
+                    uintptr_t weights, bool by_token, int fresh, py::handle cache, py::handle rows,
+                    int device, uintptr_t stream) {
   const GatedResidual p = gated_residual_of(dtype, batch, tokens, width, x, x_step, out, branches,
-                                            gates, fresh, cache, rows);
+                                            gates, weights, by_token, fresh, cache, rows);
   cuda::gated_residual(p, {device, reinterpret_cast<void*>(stream)});
 }
 

@@ -25,6 +25,7 @@ struct Row {
   int count;
   const T* branches[kMaxBranches];
   const T* gates[kMaxBranches];  // null: ungated
+  float weights[kMaxBranches];
 };
 
 // A step other than 1 reads a transposed x: neighbouring rows share its cache lines.
@@ -37,7 +38,7 @@ FD_INLINE Vec load_x(const T* x, int64_t step, int64_t n) {
 }
 
 // The sums of n columns from column i on; they begin as x and end as out.
-template <class T>
+template <class T, bool kWeighted>
 struct Sums {
   const Row<T>& row;
   float* partial;
@@ -47,9 +48,11 @@ struct Sums {
   template <int N>
   void add(int j) const {
     const T *branch[N], *gate[N];
+    float weight[N];
     for (int g = 0; g < N; ++g) {
       branch[g] = row.branches[j + g] + i;
       gate[g] = row.gates[j + g] == nullptr ? nullptr : row.gates[j + g] + i;
+      if (kWeighted) weight[g] = row.weights[j + g];
     }
     const T* x = row.x + i * row.x_step;
     T* out = row.out + i;
@@ -60,7 +63,8 @@ struct Sums {
     const auto vector = [=](int64_t at, int64_t width) FD_INLINE_LAMBDA {
       Vec sum = first ? load_x(x + at * step, step, width) : load(kept + at, width);
       for (int g = 0; g < N; ++g) {
-        const Vec value = load(branch[g] + at, width);
+        Vec value = load(branch[g] + at, width);
+        if (kWeighted) value *= weight[g];
         if (gate[g] != nullptr) {
           sum += load(gate[g] + at, width) * value;  // one fma, as in norm_modulate
         } else {
@@ -81,11 +85,11 @@ struct Sums {
   }
 };
 
-template <class T>
+template <class T, bool kWeighted>
 void add_branches(const Row<T>& row, int64_t width) {
   float partial[kChunk];
   for (int64_t i = 0; i < width; i += kChunk) {
-    const Sums<T> sums = {row, partial, i, width - i < kChunk ? width - i : kChunk};
+    const Sums<T, kWeighted> sums = {row, partial, i, width - i < kChunk ? width - i : kChunk};
     int j = 0;
     for (; j + kGroup <= row.count; j += kGroup) sums.template add<kGroup>(j);
     switch (row.count - j) {
@@ -102,7 +106,7 @@ void add_branches(const Row<T>& row, int64_t width) {
   }
 }
 
-template <class T>
+template <class T, bool kWeighted>
 void one_row(const GatedResidual& p, int64_t b, int64_t k) {
   const int64_t stored = p.rows.at(b, k);
   Row<T> row;
@@ -113,24 +117,28 @@ void one_row(const GatedResidual& p, int64_t b, int64_t k) {
   for (int j = 0; j < p.count; ++j) {
     row.branches[j] = p.branches[j].row<T>(b, j == p.fresh ? k : stored);
     row.gates[j] = p.gates[j] ? p.gates[j].row<T>(b, k) : nullptr;
+    if (kWeighted) row.weights[j] = p.weights.at(j, b * p.shape.tokens + k);
   }
-  add_branches(row, p.shape.width);
+  add_branches<T, kWeighted>(row, p.shape.width);
   if (p.cache) {
     std::memcpy(p.cache.row<T>(b, stored), row.branches[p.fresh], p.shape.width * sizeof(T));
   }
 }
 
-template <class T>
+template <class T, bool kWeighted>
 void all_rows(const GatedResidual& p) {
   const int64_t count = p.shape.batch * p.shape.tokens;
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1)
-  for (int64_t r = 0; r < count; ++r) one_row<T>(p, r / p.shape.tokens, r % p.shape.tokens);
+  for (int64_t r = 0; r < count; ++r) one_row<T, kWeighted>(p, r / p.shape.tokens, r % p.shape.tokens);
 }
 
 }  // namespace
 
 void gated_residual(const GatedResidual& p) {
-  by_dtype(p.dtype, [&p](auto zero) { all_rows<decltype(zero)>(p); });
+  by_dtype(p.dtype, [&p](auto zero) {
+    using T = decltype(zero);
+    p.weights ? all_rows<T, true>(p) : all_rows<T, false>(p);
+  });
 }
 
 }  // namespace FD_ISA

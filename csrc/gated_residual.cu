@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_x(const GatedResidual& p, int64_t b, int64_
   }
 }
 
-template <class T, int kBranches, bool kAligned>
+template <class T, int kBranches, bool kAligned, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 2)
     gated_residual_kernel(const __grid_constant__ GatedResidual p, uint32_t rows) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
@@ -42,12 +42,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     Words fresh = {};
     for (int first = 0; first < p.count; first += kBranches) {
       Words branch[kBranches], gate[kBranches];
+      float weight[kBranches];
 #pragma unroll
       for (int g = 0; g < kBranches; ++g) {
         const int j = first + g;
         branch[g] = gate[g] = {};
+        weight[g] = 1.0f;
         if (j < p.count) {
           branch[g] = load<kAligned>(p.branches[j].row<T>(b, j == p.fresh ? k : stored) + i, n);
+          if constexpr (kWeighted) weight[g] = p.weights.at(j, row);
           if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].row<T>(b, k) + i, n);
         }
       }
@@ -55,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int g = 0; g < kBranches; ++g) {
         const int j = first + g;
         if (j < p.count) {
-          add<T>(branch[g], static_cast<bool>(p.gates[j]), gate[g], sum);
+          add<T, kWeighted>(branch[g], static_cast<bool>(p.gates[j]), gate[g], sum, weight[g]);
           if (j == p.fresh) fresh = branch[g];
         }
       }
@@ -75,7 +78,7 @@ bool all_aligned(const GatedResidual& p) {
   return yes;
 }
 
-template <class T, int kBranches>
+template <class T, int kBranches, bool kWeighted>
 void launch(const GatedResidual& p, void* stream) {
   const uint32_t rows = checked_rows(p.shape);
   const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
@@ -83,16 +86,17 @@ void launch(const GatedResidual& p, void* stream) {
   const uint32_t down = kThreads / across;
   const dim3 grid((rows - 1) / down + 1), block(across, down);
   if (all_aligned<T>(p)) {
-    FD_LAUNCH((gated_residual_kernel<T, kBranches, true>), grid, block, stream, p, rows);
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, true, kWeighted>), grid, block, stream, p, rows);
   } else {
-    FD_LAUNCH((gated_residual_kernel<T, kBranches, false>), grid, block, stream, p, rows);
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p, rows);
   }
 }
 
-// A single branch takes few registers, so more rows are in flight.
+// A single branch takes few registers, so more rows are in flight. Weights are of several.
 template <class T>
 void launch(const GatedResidual& p, void* stream) {
-  p.count == 1 ? launch<T, 1>(p, stream) : launch<T, kGroup>(p, stream);
+  if (p.weights) return launch<T, kGroup, true>(p, stream);
+  p.count == 1 ? launch<T, 1, false>(p, stream) : launch<T, kGroup, false>(p, stream);
 }
 
 }  // namespace

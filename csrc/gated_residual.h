@@ -1,4 +1,4 @@
-// out = x + sum_i gate_i * branch_i; the contract is in fastdit/ops/gated_residual.py.
+// out = x + sum_i weight_i * gate_i * branch_i; the contract is in fastdit/ops/gated_residual.py.
 #pragma once
 #include "operand.h"
 
@@ -6,12 +6,25 @@ namespace fd {
 
 constexpr int kMaxBranches = 64;
 
+// A number for each branch, or for each branch and token; read where the kernel runs.
+struct Weights {
+  const float* data = nullptr;  // null: ones
+  int64_t branch_stride = 1;
+  int64_t token_stride = 0;  // 1 where tokens have their own: then [branches, B K]
+
+  FD_HD explicit operator bool() const { return data != nullptr; }
+  FD_HD float at(int64_t branch, int64_t token) const {
+    return data[branch * branch_stride + token * token_stride];
+  }
+};
+
 struct GatedResidual {
   Operand x;                       // [B, K, D], may be out
   int64_t x_step = 1;              // between x's elements along D; 1 where x is out
   Operand out;                     // [B, K, D]
   Operand branches[kMaxBranches];  // [B, K, D], or [B, N, D] read at rows
   Operand gates[kMaxBranches];     // broadcast to [B, K, D]; null: ungated
+  Weights weights;
   Operand cache;                   // [B, N, D] written at rows; null: none
   Rows rows;                       // applies to the cache and to all branches but the fresh one
   Shape shape;                     // B, K, D

@@ -71,15 +71,16 @@ __device__ __forceinline__ Words from_floats(const float* values) {
   return w;
 }
 
-// sum += gate * branch, or sum += branch where it is not gated.
-template <class T>
-__device__ __forceinline__ void add(const Words& branch, bool gated, const Words& gate,
-                                    float* sum) {
+// sum += gate * branch, or sum += branch where it is not gated; the branch times a weight.
+template <class T, bool kWeighted = false>
+__device__ __forceinline__ void add(const Words& branch, bool gated, const Words& gate, float* sum,
+                                    float weight = 1.0f) {
   float value[kElements<T>], by[kElements<T>];
   to_floats<T>(branch, value);
   to_floats<T>(gate, by);
 #pragma unroll
   for (int e = 0; e < kElements<T>; ++e) {
+    if constexpr (kWeighted) value[e] *= weight;
     sum[e] = gated ? fmaf(by[e], value[e], sum[e]) : sum[e] + value[e];
   }
 }

@@ -26,6 +26,7 @@ from fastdit.methods.ras import Linear
 from fastdit.patch import explain, patch, report, unpatch
 from fastdit.schedules.router import Router
 from fastdit.schedules.schedule import Schedule
+from fastdit.schedules.solvers import Advice, recommend
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _exported = {method.__name__: method for method in _methods().values()}
 globals().update(_exported)
 
 __all__ = [
+    "Advice",
     "ArgumentError",
     "BackendError",
     "CompositionError",
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "explain",
     "patch",
+    "recommend",
     "report",
     "unpatch",
     *_exported,

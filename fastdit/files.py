@@ -43,13 +43,16 @@ def read_text(path: str | os.PathLike[str], most: int) -> str:
     return read(path, most).decode("utf-8-sig")
 
 
-def parse(text: str) -> Any:
-    """This parses JSON, and refuses a key that is there twice, NaN, infinities and what no float can hold."""
+def parse(text: str, infinite: bool = False) -> Any:
+    """This parses JSON, and refuses a key that is there twice, NaN, infinities and what no float can hold.
+
+    With `infinite` the words NaN, Infinity and -Infinity are taken, as Python's own `json` writes and reads them.
+    """
     try:
         return json.loads(
             text,
             object_pairs_hook=_object,
-            parse_constant=_number,
+            parse_constant=float if infinite else _number,
             parse_float=_number,
             parse_int=_integer,
         )

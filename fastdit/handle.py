@@ -73,7 +73,7 @@ class Handle:
             repeats: Timed turns after a warm-up.
 
         Raises:
-            ArgumentError: `repeats` is not a positive int.
+            ArgumentError: `run` cannot be called, or `repeats` is not a positive int.
         """
         return measure(run, self.disabled, self._transformer.device, repeats)
 

@@ -35,6 +35,7 @@ from fastdit.runtime.patched import Patched, used_ops
 from fastdit.runtime.run import nobody
 from fastdit.schedules.plan import check_composition
 from fastdit.schedules.schedule import Every, Schedule
+from fastdit.schedules.solvers import noise_of
 
 
 def patch(
@@ -76,13 +77,9 @@ def patch(
     """
     pipeline, transformer = _resolve(target)
     reuses = all(getattr(method, "writes", None) == {"reuse"} for method in methods)
-    adapter = find_adapter(transformer, wraps=bool(methods) and reuses)
-    for method in methods:
-        if not isinstance(method, Method):
-            hint = ": give fastdit.Cached(it)" if isinstance(method, (Schedule, Every)) else ""
-            raise ArgumentError(
-                f"methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), got {method!r}{hint}"
-            )
+    wraps = "steps" if all(getattr(m, "skips_steps", False) for m in methods) else "components"
+    adapter = find_adapter(transformer, wraps if methods and reuses else "")
+    _check_arguments(methods, pack_weights=pack_weights, cuda_graphs=cuda_graphs)
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)
     blocks = tuple(block for _, block in adapter.blocks(transformer))
@@ -102,6 +99,12 @@ def patch(
     if resizing is not None:
         adapter.check_resolution(transformer)
         _check_resizing(resizing, pipeline)
+    drawing = next((method for method in methods if method.forecasts), None)
+    if sparse and drawing is not None:
+        raise CompositionError(
+            f"{drawing.name} draws outputs through values of whole steps, and a method beside it computes a part of "
+            "the tokens; give order=0, or leave one of them"
+        )
     if cuda_graphs and resizing is not None:
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
@@ -117,7 +120,9 @@ def patch(
     for module in (*(module for module, _ in rewritten), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
-        clock.check_scheduler(pipeline.scheduler)
+        clock.check_scheduler(getattr(pipeline, "scheduler", None))
+        for method in methods:
+            method.check_sampler(noise_of(pipeline.scheduler))
     graphs = Graphs() if cuda_graphs else None
     weak = nobody if pipeline is None else weakref.ref(pipeline)
     patched = Patched(adapter, spec, methods, bound, blocks, tuple(linears), graphs, weak)
@@ -125,7 +130,7 @@ def patch(
         Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
     remove(transformer, "patch")
     attach(patched, transformer, pipeline, rewritten)
-    if not adapter.restates:
+    if not adapter.restates and wraps == "components":
         count = Cost(adapter, transformer, Size(1024, 0))
         components = sorted({name for kind in spec.kinds for name in kind.components})
         warnings.warn(
@@ -170,17 +175,40 @@ def handle_of(target: Any) -> Handle:
     return Handle(patched, transformer, pipeline)
 
 
+def _check_arguments(methods: Sequence[Any], **switches: Any) -> None:
+    for method in methods:
+        if not isinstance(method, Method):
+            raise ArgumentError(
+                "methods must be instances such as fastdit.Dense() or fastdit.Cached(schedule), "
+                f"got {method!r}{_way_out(method)}"
+            )
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name} must be True or False, got {value!r}")
+
+
+def _way_out(given: Any) -> str:
+    if isinstance(given, (Schedule, Every)):
+        return ": give fastdit.Cached(it)"
+    if isinstance(given, type) and issubclass(given, Method):
+        return f": this is the class, give {given.__name__}(...)"
+    if isinstance(given, (list, tuple)):
+        return ": give them one by one, fastdit.patch(target, *methods)"
+    return ""
+
+
 def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
     """This gives the pipeline, or None, and the transformer, which torch.compile may have wrapped."""
     pipeline = None if isinstance(target, nn.Module) else target
     transformer = target if pipeline is None else getattr(target, "transformer", None)
     transformer = getattr(transformer, "_orig_mod", transformer)
     if not isinstance(transformer, nn.Module):
+        there = f", whose transformer is {transformer}" if hasattr(target, "transformer") else ""
         supported = sorted(
             name for adapter in adapters().values() for name in adapter.model_classes
         )
         raise UnsupportedModelError(
-            f"target must be a pipeline with a transformer, or a transformer, got {type(target).__name__}; "
+            f"target must be a pipeline with a transformer, or a transformer, got {type(target).__name__}{there}; "
             f"supported transformers: {', '.join(supported)}"
         )
     return pipeline, transformer
@@ -202,7 +230,7 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
-    levels.check_flow(pipeline.scheduler)
+    levels.check_flow(getattr(pipeline, "scheduler", None))
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(
             f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '

@@ -44,7 +44,8 @@ def index_of(folder: Path) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    content = files.parse(files.read_text(path, MAX_FILE_BYTES))
+    # diffusers saves a DPM-Solver's lambda_min_clipped as -Infinity.
+    content = files.parse(files.read_text(path, MAX_FILE_BYTES), infinite=True)
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} must be an object, got {type(content).__name__}")
     return content

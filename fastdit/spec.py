@@ -59,6 +59,11 @@ class ModelSpec:
         """Number of blocks of all kinds."""
         return sum(kind.count for kind in self.kinds)
 
+    @property
+    def component_count(self) -> int:
+        """Number of components of all blocks."""
+        return sum(1 for _ in self.components())
+
     def components(self) -> Iterator[tuple[BlockKind, int, str]]:
         """Every (kind, block, component) the model really has, in running order."""
         for kind in self.kinds:

@@ -17,17 +17,20 @@ import pytest
 import torch
 
 import emulated
+from fastdit import ops
+from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from inputs import Runner
 
+SERVED = [op for op in ops.__all__ if hasattr(Backend, op)]
+
 
 def backend_labels() -> list[str]:
-    """Every backend that serves this machine's CPU, each instruction set of the C++ one, and the
+    """Every backend that serves an op on this machine's CPU, each instruction set of the C++ one, and the
     CUDA kernels in the emulator."""
-    cpu = torch.device("cpu")
     labels = []
     for name, backend in BACKENDS.items():
-        if backend.supports("gated_residual", cpu, torch.float32) is not None:
+        if not any(Runner(backend, name, op).dtypes() for op in SERVED):
             continue
         if name == "cpu":
             from fastdit import _C
@@ -38,25 +41,31 @@ def backend_labels() -> list[str]:
     return labels if emulated.unavailable() else [*labels, "cuda-emulated"]
 
 
-def runner_of(label: str) -> Iterator[Runner]:
-    """A Runner for one of :func:`backend_labels`, while the generator waits."""
+def runner_of(label: str, op: str) -> Iterator[Runner]:
+    """A Runner for one of :func:`backend_labels` and an op, while the generator waits.
+
+    The test is skipped where the backend does not serve that op.
+    """
     name, _, variant = label.partition("-")
-    if variant == "emulated":
-        yield Runner(emulated.emulated(), label)
-    elif variant:
+    backend = emulated.emulated() if variant == "emulated" else BACKENDS[name]
+    made = Runner(backend, label, op)
+    if not made.dtypes():
+        pytest.skip(str(backend.supports(op, torch.device("cpu"), torch.float32)))
+    if variant in ("", "emulated"):
+        yield made
+    else:
         from fastdit import _C
 
         _C.set_isa(variant)
-        yield Runner(BACKENDS[name], label)
+        yield made
         _C.set_isa("auto")
-    else:
-        yield Runner(BACKENDS[name], label)
 
 
 @pytest.fixture(params=backend_labels())
 def runner(request):
-    """A Runner for each backend and instruction set."""
-    yield from runner_of(request.param)
+    """A Runner for each backend and instruction set, in the tests of the ops that it serves."""
+    op = request.module.__name__.rpartition(".")[2].removeprefix("test_")
+    yield from runner_of(request.param, op)
 
 
 @pytest.fixture(autouse=True)

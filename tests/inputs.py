@@ -43,29 +43,29 @@ GUARD = 37  # elements either side; odd, so that what lies between is not aligne
 
 @dataclass(frozen=True)
 class Runner:
-    """Calls one backend: through the public op if it is a registered one, else directly."""
+    """Calls one backend: through the public op if it is a registered one, else directly; `op` is what is tested."""
 
     backend: Backend
     label: str
+    op: str = "gated_residual"
 
     def dtypes(self) -> list[torch.dtype]:
         cpu = torch.device("cpu")
-        return [d for d in DTYPES if self.backend.supports("gated_residual", cpu, d) is None]
+        return [d for d in DTYPES if self.backend.supports(self.op, cpu, d) is None]
 
     def repeats(self, count: int) -> int:
         """How often a repeat is worth making; a GPU's threads run one after the other in the emulator."""
         return min(count, 2) if self.label.endswith("emulated") else count
 
     def gated_residual(
-        self, x, branches, gates, *, fresh=-1, cache=None, rows=None, out=None
+        self, x, branches, gates, *, weights=None, fresh=-1, cache=None, rows=None, out=None
     ) -> Tensor:
         out = poisoned(x.shape, x.dtype) if out is None else out
         if BACKENDS.get(self.backend.name) is self.backend:
             name = self.backend.name
-            return gated_residual_op(
-                x, branches, gates, fresh=fresh, cache=cache, rows=rows, out=out, backend=name
-            )
-        self.backend.gated_residual(x, branches, gates, fresh, cache, rows, out)
+            places = {"fresh": fresh, "cache": cache, "rows": rows, "out": out}
+            return gated_residual_op(x, branches, gates, weights=weights, **places, backend=name)
+        self.backend.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
         return out
 
     def norm_modulate(

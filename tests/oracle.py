@@ -3,7 +3,8 @@
 It knows nothing of fastdit: it puts a wrapper around the forward of the stock block's own
 sub-modules (attention, feed-forward, projection), keeps each module's last output per transformer
 call within a step, and returns it where the schedule says so. What is kept is the raw output,
-before the gate and before any norm behind the module; FLUX's `single_proj_mlp` is the output of that
+before the gate and before any norm behind the module, or, where orders are given, the polynomial
+through the last outputs that were computed at distinct levels; FLUX's `single_proj_mlp` is the output of that
 linear layer, before the GELU; an empty slot computes.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +56,19 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
             "feed_forward": "feed_forward",
         },
     },
+    "Lumina2Transformer2DModel": {
+        "noise_refiner": {"noise_attn": "attn", "noise_feed_forward": "feed_forward"},
+        "layers": {"attn": "attn", "feed_forward": "feed_forward"},
+    },
+}
+
+#: components whose output is drawn behind a norm that follows the module: repeated it is the same, drawn it is not
+NORMS = {
+    "LuminaNextDiT2DModel": {"layers": {"to_out": "norm2", "feed_forward": "ffn_norm2"}},
+    "Lumina2Transformer2DModel": {
+        "noise_refiner": {"noise_attn": "norm2", "noise_feed_forward": "ffn_norm2"},
+        "layers": {"attn": "norm2", "feed_forward": "ffn_norm2"},
+    },
 }
 
 Bits = Mapping[str, np.ndarray]
@@ -81,17 +95,27 @@ class Oracle:
         bits: Block list -> bool [step, block, component], True = compute.
         calls_per_step: Transformer calls within a step: 2 for sequential guidance.
         first: Step of the first call, for runs that enter the schedule late.
+        orders: Like `bits`: how many outputs, less one, a reused one is drawn through; None for one alone.
+        levels: Where each step is, for `orders`.
     """
 
     def __init__(
-        self, transformer: nn.Module, bits: Bits, calls_per_step: int = 1, first: int = 0
+        self,
+        transformer: nn.Module,
+        bits: Bits,
+        calls_per_step: int = 1,
+        first: int = 0,
+        orders: Bits | None = None,
+        levels: Sequence[float] = (),
     ) -> None:
         self._transformer = transformer
         self._bits = bits
         self._calls_per_step = calls_per_step
         self._first = first
         self._calls = -1
-        self._slots: dict[Any, Any] = {}
+        self._orders = orders
+        self._levels = levels
+        self._slots: dict[Any, dict[float, Any]] = {}
         self._uses: Counter[Any] = Counter()
         self.computed = 0
         self.reused = 0
@@ -117,7 +141,10 @@ class Oracle:
                     module.forward = before
 
     def _components(self) -> Iterator[tuple[nn.Module, tuple[str, int, int]]]:
-        for kind, parts in MODULES[type(self._transformer).__name__].items():
+        name = type(self._transformer).__name__
+        norms = NORMS.get(name, {}) if self._orders is not None else {}
+        for kind, parts in MODULES[name].items():
+            parts = {**parts, **norms.get(kind, {})}
             for index, block in enumerate(getattr(self._transformer, kind)):
                 for position, attribute in enumerate(parts.values()):
                     if (module := operator.attrgetter(attribute)(block)) is not None:
@@ -137,11 +164,34 @@ class Oracle:
                 self._uses[cell],
             )  # a block may call one module on several streams
             self._uses[cell] += 1
-            if self._bits[kind][self._first + step, block, position] or key not in self._slots:
-                self._slots[key] = forward(*args, **kwargs)
+            place = self._first + step, block, position
+            level = self._levels[place[0]] if len(self._levels) else 0.0
+            if self._bits[kind][place] or key not in self._slots:
                 self.computed += 1
-            else:
-                self.reused += 1
-            return self._slots[key]
+                found = forward(*args, **kwargs)
+                computed = self._slots.setdefault(key, {})
+                computed.pop(level, None)
+                computed[level] = found
+                return found
+            self.reused += 1
+            order = 0 if self._orders is None else int(self._orders[kind][place])
+            return _through(list(self._slots[key].items())[-1 - order :], level)
 
         return cached
+
+
+def _through(nodes: Sequence[tuple[float, Any]], at: float) -> Any:
+    """The polynomial through values at levels; itself where there is one."""
+    if len(nodes) == 1:
+        return nodes[0][1]
+    if isinstance(nodes[0][1], tuple):
+        parts = zip(*(values for _, values in nodes), strict=True)
+        levels = [level for level, _ in nodes]
+        return tuple(_through(list(zip(levels, part, strict=True)), at) for part in parts)
+    if nodes[0][1] is None:
+        return None
+    total = 0
+    for own, value in nodes:
+        others = [other for other, _ in nodes if other != own]
+        total = total + value * float(np.prod([(at - o) / (own - o) for o in others]))
+    return total

@@ -4,7 +4,7 @@ Everything the transformer does outside its blocks stays whole: all tokens are e
 active tokens' outputs are put into zeros; the velocity of the others is filled in where the scheduler is given it,
 after guidance, as the published implementation does. Attention processors are replaced by one that keeps the keys and
 values of all image tokens, before they are joined with the text's, and concatenates. A schedule of reused outputs, if
-any, is kept per token.
+any, is kept per token. Lumina 2 runs whole, since its texts are unlike long: what its inactive tokens give is not kept.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class RowOracle:
         self.calls_per_step = calls_per_step
         self.qwen = "Qwen" in type(self.model).__name__
         self.flux = self.qwen or "Flux" in type(self.model).__name__  # packs, and puts text first
-        self.lumina = "Lumina" in type(self.model).__name__
+        self.lumina = "LuminaNext" in type(self.model).__name__
+        self.whole = "Lumina2" in type(self.model).__name__
+        self.texts: list[int] = []
         self.step = self.calls = 0
         self.rows: Tensor | None = None
         self.velocity: Tensor | None = None
@@ -61,19 +63,20 @@ class RowOracle:
         model, scheduler = self.model, self.pipe.scheduler
         first = getattr(model, "x_embedder", getattr(model, "pos_embed", None))
         first = model.patch_embedder if self.lumina else model.img_in if self.qwen else first
-        last = model.norm_out if self.lumina else model.proj_out
         handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
-            first.register_forward_hook(self._gather),
-            last.register_forward_hook(self._scatter),
         ]
+        if not self.whole:
+            last = model.norm_out if self.lumina else model.proj_out
+            handles.append(first.register_forward_hook(self._gather))
+            handles.append(last.register_forward_hook(self._scatter))
         changed: list[tuple[Any, str]] = [(scheduler, "step")]
         scheduler.step = self._stepping(scheduler.step)
         before = [
             (module, module.processor)
-            for module in model.modules()
-            if getattr(module, "processor", None) is not None
+            for name, module in model.named_modules()
+            if getattr(module, "processor", None) is not None and "context_refiner" not in name
         ]
         for module, processor in before:
             cross = isinstance(module, nn.Module) and getattr(module, "is_cross_attention", False)
@@ -107,6 +110,18 @@ class RowOracle:
         self.tokens = (
             latents.shape[1] if self.flux else latents.shape[-2] * latents.shape[-1] // side**2
         )
+        if self.whole:
+            self.texts = kwargs["encoder_attention_mask"].sum(dim=1).tolist()
+
+    def active(self, x: Tensor) -> Tensor:
+        """Which tokens of a stream [B, n, ...] of Lumina 2 count, [B, n, 1 ...]; text does, and padding."""
+        joint = x.shape[1] != self.tokens
+        found = torch.ones(x.shape[:2], dtype=torch.bool)
+        for b, rows in enumerate(self.rows_of(x.shape[0])):
+            first = self.texts[b] if joint else 0
+            found[b, first : first + self.tokens] = False
+            found[b, first + rows] = True
+        return found.view(*found.shape, *[1] * (x.ndim - 2))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.calls += 1
@@ -182,6 +197,10 @@ class RowOracle:
         rows = self.rows_of(some.shape[0])
         if rows is None:
             return some, some
+        if self.whole:
+            if value is None:
+                return held, held
+            return value, torch.where(self.active(value), value, held)
         whole = held.shape[1]
         if whole == self.tokens:
             index = rows
@@ -215,6 +234,8 @@ class Processor:
         **kwargs: Any,
     ) -> Any:
         oracle = self.oracle
+        if oracle.whole:
+            return self._whole(attn, hidden_states, attention_mask, image_rotary_emb)
         if oracle.lumina:
             given = hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb
             return self._lumina(attn, *given, key_rotary_emb, base_sequence_length)
@@ -283,6 +304,27 @@ class Processor:
         if not attn.context_pre_only or oracle.flux:
             first = attn.to_add_out(first)
         return attn.to_out[1](attn.to_out[0](image)), first
+
+    def _whole(self, attn: nn.Module, x: Tensor, mask: Tensor | None, angles: Tensor) -> Tensor:
+        """Queries of all tokens, and the keys of those that count now, or did when they last did."""
+        oracle = self.oracle
+        width = attn.to_q.weight.shape[0] // attn.heads
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, width)) for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        turn = [t.repeat_interleave(2, -1) for t in _parts(angles)]
+        q, k = (rotate(norm(t), *turn) for norm, t in ((attn.norm_q, q), (attn.norm_k, k)))
+        held = []
+        for name, new in (("k", k), ("v", v)):
+            key = (attn, name, oracle.calls % oracle.calls_per_step)
+            if oracle.rows is not None:
+                new = torch.where(oracle.active(new), new, oracle.kept[key])
+            oracle.kept[key] = new
+            held.append(new.repeat_interleave(attn.heads // k.shape[2], 2))
+        q, k, v = (t.transpose(1, 2) for t in (q, *held))
+        mask = None if mask is None else mask[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return attn.to_out[0](out)
 
     def _lumina(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -165,6 +166,21 @@ def test_frechet_distance_is_that_of_gaussians(quality):
     root = np.sqrt(np.linalg.eigvals(s1 @ s2).real).sum()
     wanted = np.trace(s1) + np.trace(s2) - 2 * root
     assert distance((np.zeros(5), s1), (np.zeros(5), s2)) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_control_of_ras_draws_its_tokens_at_random(quality):
+    pipe = quality.tiny.load_pipeline()
+    handle = fastdit.patch(pipe, fastdit.RAS(ratio=0.5, start=1, align=1, resets=()))
+    chosen = []
+    for around in (contextlib.nullcontext, quality.random_tokens, quality.random_tokens):
+        with around():
+            pipe("a red circle", num_inference_steps=3, output_type="latent")
+        chosen.append({step: mask.copy() for step, mask in handle.report().active.items()})
+    ras, control, again = chosen
+    for step in ras:
+        assert ras[step].sum() == control[step].sum()
+        assert not np.array_equal(ras[step], control[step])
+        assert np.array_equal(control[step], again[step])
 
 
 def test_a_study_draws_the_same_after_an_interruption_and_judges_it(quality, tmp_path, monkeypatch):

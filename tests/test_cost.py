@@ -34,6 +34,7 @@ HAND_COUNTS = {
     "pixart-sigma": (2226816, 574848, 13824, 91296, 7392, 9216, 168, 0),
     "dit": (1916928, 479232, 9216, 112128, 0, 9216, 0, 432),
     "lumina": (3441792, 870528, 24576, 121472, 0, 6144, 0, 0),
+    "lumina2": (6729920, 1995968, 21824, 325632, 225792, 10912, 672, 640),
 }
 
 
@@ -242,6 +243,8 @@ def test_measure_runs_both_ways_in_turns():
     assert found.stock_seconds > 0
     assert found.range[0] <= found.speedup <= found.range[1]
     assert f"{found.speedup:.2f}x" in str(found)
+    with pytest.raises(fastdit.ArgumentError, match=r"run must be a function.*got int"):
+        handle.measure(3)
     for repeats in (0, True, 1.5):
         with pytest.raises(ArgumentError, match="repeats must be"):
             handle.measure(work, repeats)

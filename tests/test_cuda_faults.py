@@ -114,6 +114,17 @@ FAULTS = {
     "alignment of out is not looked at": Fault(
         GATED, "&& aligned<T>(p.out) &&", "&&", "check_strides"
     ),
+    "a weight is that of the first branch": Fault(
+        GATED, "p.weights.at(j, row)", "p.weights.at(0, row)", "check_weights"
+    ),
+    "a token's weight is that of its row in the store": Fault(
+        GATED, "p.weights.at(j, row)",
+        "p.weights.at(j, row - k + (stored < p.shape.tokens ? stored : k))",
+        "check_weights_of_rows",
+    ),
+    "weights are not applied": Fault(
+        VECTOR, "if constexpr (kWeighted) value[e] *= weight;", "", "check_weights", BF16, GATED
+    ),
     # norm_modulate: addresses, barriers and lanes
     "no barrier between the warps' sums": Fault(
         REDUCE, "  __syncthreads();\n", "", "check_sizes", FP32, NORM

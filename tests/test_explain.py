@@ -103,6 +103,17 @@ def test_predicted_size_of_a_pipelines_run(name, cfg):
     assert predicted.batch == 4 if cfg else 2
 
 
+@pytest.mark.parametrize("size", [8, 512, 16384])
+def test_explain_counts_in_the_unit_of_the_model(size):
+    model = tiny_models.transformer("pixart-sigma")
+    found = fastdit.patch(model).explain(height=size, width=size, steps=100)
+    (line,) = (line for line in str(found).splitlines() if "compute " in line)
+    count, _, dense, unit = line.split()[1:5]
+    scale = {"TMAC:": 1e12, "GMAC:": 1e9, "MMAC:": 1e6}[unit]
+    assert float(count) * scale == pytest.approx(found.macs, rel=1e-3)
+    assert float(dense) * scale == pytest.approx(found.dense_macs, rel=1e-3)
+
+
 def test_explain_says_what_is_patched():
     pipe = tiny_models.pipeline("flux-dev")
     handle = fastdit.patch(pipe, Cached(Schedule.every(2)), backend="reference")
@@ -200,3 +211,11 @@ def test_a_run_that_reused_nothing_warns():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert handle.report().live
+
+
+def test_tokens_that_are_all_active_are_told_with_what_rounds_them():
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, fastdit.RAS(0.5, start=1))  # 32 tokens, rounded to 64
+    generate(pipe, "sd3", steps=4)
+    with pytest.warns(UserWarning, match=r"reused nothing .* 32 image tokens .*align"):
+        assert not handle.report().live

@@ -26,11 +26,13 @@ from tolerance import assert_close, assert_equal
 from truth import eager_gated_residual, exact_gated_residual
 
 
-def compare(run: Runner, what: str, out, x, branches, gates, fresh=-1, rows=None) -> None:
-    exact = exact_gated_residual(x, branches, gates, fresh, rows)
-    eager = eager_gated_residual(x, branches, gates, fresh, rows)
+def compare(
+    run: Runner, what: str, out, x, branches, gates, fresh=-1, rows=None, weights=None
+) -> None:
+    exact = exact_gated_residual(x, branches, gates, fresh, rows, weights)
+    eager = eager_gated_residual(x, branches, gates, fresh, rows, weights)
     assert_close(f"gated_residual on {run.label}, {what}", out, exact, eager)
-    if run.backend.name == "reference":
+    if run.backend.name == "reference" and weights is None:  # drawn outputs are not stock's
         assert_equal(f"gated_residual on {run.label} against stock, {what}", out, eager)
 
 
@@ -233,6 +235,57 @@ def check_identity_rows(run: Runner) -> None:
         by_rows = run.gated_residual(*args, fresh=1, cache=caches[1], rows=rows)
         assert_equal(f"gated_residual on {run.label}, identity rows", by_rows, all_tokens)
         assert_equal(f"gated_residual on {run.label}, identity cache", caches[1], caches[0])
+
+
+def weights_of(shape, dtype, g):
+    """Weights that cancel, such as those of a forecast."""
+    return normal(shape, torch.float64 if dtype is torch.float64 else torch.float32, g)
+
+
+def check_weights(run: Runner) -> None:
+    for dtype in run.dtypes():
+        for batch, tokens, width in ((2, 5, 72), (3, 2, 1153)):
+            for count in (1, 2, 6, 64):
+                g = generator(11, width, count)
+                shape = batch, tokens, width
+                x = normal(shape, dtype, g)
+                branches = [normal(shape, dtype, g) for _ in range(count)]
+                gates = [normal((batch, width), dtype, g) if i % 3 else None for i in range(count)]
+                for size in ((count,), (count, batch, tokens)):
+                    weights = weights_of(size, dtype, g)
+                    out = run.gated_residual(x, branches, gates, weights=weights)
+                    compare(run, f"weights {size}", out, x, branches, gates, weights=weights)
+
+
+def check_weights_of_rows(run: Runner) -> None:
+    """A token's weight goes with its place among the active ones, not with its row."""
+    for dtype in run.dtypes():
+        g = generator(12)
+        rows = some_rows(2, 4, 11, g)
+        x, fresh = normal((2, 4, 40), dtype, g), normal((2, 4, 40), dtype, g)
+        first, second, cache = (normal((2, 11, 40), dtype, g) for _ in range(3))
+        branches, gates = [first, fresh, second, first], [normal((2, 40), dtype, g)] * 3 + [None]
+        for size in ((4,), (4, 2, 4)):
+            weights, held = weights_of(size, dtype, g), cache.clone()
+            places = {"fresh": 1, "rows": rows, "weights": weights}
+            out = run.gated_residual(x, branches, gates, cache=held, **places)
+            compare(run, f"weights {size}, rows", out, x, branches, gates, 1, rows, weights)
+            kept = held.gather(1, rows.long().unsqueeze(-1).expand(-1, -1, 40))
+            assert_equal(f"gated_residual on {run.label}, unweighted cache", kept, fresh)
+
+
+def check_weights_of_one(run: Runner) -> None:
+    for dtype in run.dtypes():
+        g = generator(13)
+        x, first, second = (normal((2, 9, 64), dtype, g) for _ in range(3))
+        gates, ones = [normal((2, 64), dtype, g), None], weights_of((2,), dtype, g).fill_(1)
+        plain = run.gated_residual(x, [first, second], gates)
+        out = run.gated_residual(x, [first, second], gates, weights=ones)
+        if run.backend.name != "reference":  # which rounds less often where it has weights
+            assert_equal(f"gated_residual on {run.label}, weights of 1", out, plain)
+        in_place = x.clone()
+        run.gated_residual(in_place, [first, second], gates, weights=ones, out=in_place)
+        assert_equal(f"gated_residual on {run.label}, weights in place", in_place, out)
 
 
 def check_empty(run: Runner) -> None:

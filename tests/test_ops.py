@@ -66,6 +66,20 @@ WRONG_RESIDUAL = {
         "branches[0]",
         f"{D}]",
     ),
+    "weights not a tensor": ({"weights": 1.0}, "weights", "tensor or None"),
+    "weights dtype": ({"weights": torch.ones(1).half()}, "weights", "torch.float32 [1]"),
+    "weights of fewer branches": (
+        {"branches": [X, X], "gates": [None, None], "weights": torch.ones(1)},
+        "weights",
+        f"[2], or [2, {B}, {K}]",
+    ),
+    "weights device": ({"weights": torch.ones(1, device="meta")}, "weights", "on cpu"),
+    "weights stride": ({"weights": torch.ones(1, K, B).mT}, "weights", "contiguous"),
+    "weights with a gradient": (
+        {"weights": torch.ones(1, requires_grad=True)},
+        "weights",
+        "without a gradient",
+    ),
     "cache without fresh": ({"cache": some(B, K, D)}, "cache", "fresh"),
     "cache size": ({"cache": some(B, N, D), "fresh": 0}, "cache", f"[{B}, {K}, {D}]"),
     "cache expanded": (
@@ -659,7 +673,7 @@ def test_backends_state_their_reasons():
         assert backend.name == name
         for op in ("gated_residual", "norm_modulate", "token_select"):
             reason = backend.supports(op, torch.device("cpu"), torch.int64)
-            assert isinstance(reason, str)
+            assert isinstance(reason, str), f"{name} says that it serves {op} in int64"
             assert reason
 
 

@@ -20,7 +20,9 @@ import pytest
 import torch
 
 import fastdit
+import fastdit.tiny
 from fastdit import _C
+from fastdit.errors import DependencyError
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = Path(sysconfig.get_paths()["platlib"]).resolve()
@@ -72,6 +74,21 @@ def test_import_from_an_empty_folder(tmp_path):
     assert Path(file).samefile(fastdit.__file__)
 
 
+def test_a_source_folder_says_that_it_has_no_kernels(tmp_path):
+    """Python started in a checkout imports its folder, not the wheel; plain torch then runs, but not in silence."""
+    package = Path(fastdit.__file__).parent
+    unwanted = shutil.ignore_patterns("*.so", "assets", "__pycache__")
+    shutil.copytree(package, tmp_path / "fastdit", ignore=unwanted)
+    code = (
+        "import sys, warnings; sys.path.insert(0, '.')\n"
+        "with warnings.catch_warnings(record=True) as found:\n    import fastdit\n"
+        "print(*(each.message for each in found))"
+    )
+    said = python(code, tmp_path)
+    assert f"fastdit._C is not in {tmp_path / 'fastdit'}" in said
+    assert "outside of its source folder" in said
+
+
 def test_console_script(tmp_path):
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="fastdit")
     assert entry.value == "fastdit.cli:main"
@@ -97,6 +114,12 @@ def test_the_command_line_says_what_it_misses(tmp_path):
     assert done.returncode == 1
     assert "pip install 'fastdit[cli]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_model_in_the_package_says_what_it_misses(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DependencyError, match=r"needs transformers.*fastdit\[cli\]"):
+        fastdit.tiny.load_pipeline()
 
 
 def test_cuda_module_imports_without_a_driver(tmp_path):

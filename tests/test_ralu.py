@@ -863,6 +863,25 @@ def test_each_stage_has_a_schedule_of_its_own(name):
     assert said.methods == ("RALU", "PerStage")
 
 
+@pytest.mark.diffusers
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_forecasts_begin_anew_with_each_stage(name):
+    """What was computed of other tokens is drawn through no more."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+    bits, names = oracle.random_bits(pipe.transformer, 7, seed=6, compute=0.4)
+    generator = np.random.default_rng(0)
+    orders = {kind: generator.integers(0, 3, some.shape) for kind, some in bits.items()}
+    noise, latents = start_of(name, 2)
+    given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
+    schedule = Schedule.from_bits(bits, names, orders=orders)
+    handle = fastdit.patch(pipe, SHORT, Cached(schedule))
+    found = as_picture(name, pipe(**given).images)
+    handle.unpatch()
+    with torch.no_grad():
+        expected = ralu_oracle.run(pipe, SHORT, noise, given, bits, orders=orders)
+    within_contract(found, expected)
+
+
 def test_a_stage_takes_rows_by_its_own_noise_levels():
     """With `resample`, as the whole run would: its levels are RALU's, in `explain` too."""
     pipe = tiny_models.pipeline("sd3")

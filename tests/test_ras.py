@@ -26,7 +26,16 @@ from snapshot import snapshot
 from test_coexistence import FEATURES
 from tiny_models import generate
 
-PIPELINES = ["sd3", "sd3.5", "flux", "flux-dev", "pixart-alpha", "pixart-sigma", "lumina"]
+PIPELINES = [
+    "sd3",
+    "sd3.5",
+    "flux",
+    "flux-dev",
+    "pixart-alpha",
+    "pixart-sigma",
+    "lumina",
+    "lumina2",
+]
 PIPELINES += ["qwen"] if tiny_models.HAS_QWEN else []
 TOKENS = 32  # of the tiny pipelines' default size
 STEPS = 7
@@ -67,13 +76,13 @@ def token_run(method, steps, tokens, backend=None):
     patched = SimpleNamespace(ops=fastdit.ops.bind(backend))
     run = SimpleNamespace(patched=patched, steps=steps, first=0)
     run.resolution, run.plan_partial = None, lambda _: None
-    made = TokenRun(method, run)
+    made = method.begin(run)
     made.lay_out(tokens)
     return made
 
 
 def calls_per_step(name: str) -> int:
-    return 2 if name.startswith(("flux", "qwen")) else 1  # these guide by two calls
+    return 2 if name.startswith(("flux", "qwen", "lumina2")) else 1  # these guide by two calls
 
 
 def observed_run(pipe, name, method, backend=None, **kwargs):

@@ -64,6 +64,23 @@ def test_asking_an_unpatched_model():
             ask(model)
 
 
+def test_a_pipeline_whose_transformer_is_missing_is_told_so():
+    pipe = tiny_models.pipeline("dit")
+    pipe.transformer = None
+    with pytest.raises(fastdit.UnsupportedModelError, match="DiTPipeline, whose transformer is No"):
+        fastdit.patch(pipe)
+
+
+def test_a_pipeline_without_a_scheduler_says_what_to_patch():
+    model = tiny_models.transformer("dit")
+    for pipe in (
+        types.SimpleNamespace(transformer=model),
+        types.SimpleNamespace(transformer=model, scheduler=None),
+    ):
+        with pytest.raises(fastdit.UnsupportedModelError, match=r"without one; .* its transformer"):
+            fastdit.patch(pipe)
+
+
 @pytest.mark.parametrize(
     "scheduler", [None, object(), types.SimpleNamespace(step=len)], ids=range(3)
 )
@@ -116,8 +133,18 @@ def schedule(steps=4, blocks=3, names=("attn", "ff", "ff_context")):
 
 
 REFUSALS = {
-    "class for instance": (None, (Dense,), {}, fastdit.ArgumentError, "instances"),
-    "schedule for method": (None, (Schedule.every(2),), {}, fastdit.ArgumentError, "instances"),
+    "class for instance": (
+        None,
+        (Dense,),
+        {},
+        fastdit.ArgumentError,
+        r"instances.*Dense\(\.\.\.\)",
+    ),
+    "schedule for method": (None, (Schedule.every(2),), {}, fastdit.ArgumentError, "Cached\\(it"),
+    "methods in a list": (None, ([EVERY_2],), {}, fastdit.ArgumentError, "one by one"),
+    "method by its name": (None, ("ras",), {}, fastdit.ArgumentError, "got 'ras'"),
+    "packing in words": (None, (), {"pack_weights": "yes"}, fastdit.ArgumentError, "got 'yes'"),
+    "graphs by number": (None, (), {"cuda_graphs": 1}, fastdit.ArgumentError, "cuda_graphs.*got 1"),
     "two schedules": (None, (EVERY_2, EVERY_2), {}, fastdit.CompositionError, "Cached and Cached"),
     "block count": (None, (schedule(blocks=2),), {}, fastdit.ScheduleError, "has 2 .* has 3"),
     "components": (None, (schedule(names=("mlp",)),), {}, fastdit.ScheduleError, "mlp"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 
 import fastdit
 import fastdit.tiny
@@ -99,6 +101,13 @@ def test_pickled_weights_are_not_read(folder, tmp_path):
     with pytest.raises(fastdit.ArgumentError, match="could not be loaded"):
         load_model(folder)
     assert not (tmp_path / "witness").exists()
+
+
+def test_a_scheduler_saved_with_an_infinity_is_read(folder):
+    DPMSolverMultistepScheduler(use_flow_sigmas=True).save_pretrained(folder / "scheduler")
+    change(folder / INDEX, scheduler=["diffusers", "DPMSolverMultistepScheduler"])
+    assert "-Infinity" in (folder / "scheduler" / "scheduler_config.json").read_text()
+    assert load_model(folder).pipeline.scheduler.config.lambda_min_clipped == -math.inf
 
 
 def test_what_is_saved_is_accepted(folder, tmp_path):

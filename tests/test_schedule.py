@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fastdit
 from fastdit import Cached, Schedule, ScheduleError
-from fastdit.schedules.schedule import MAX_COUNT
+from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import BlockKind, ModelSpec
 
 SPEC = ModelSpec("toy", (BlockKind("transformer_blocks", 3, ("attn", "ff")),))
@@ -116,11 +116,17 @@ def test_every_computes_each_nth_step(n):
 
 @pytest.mark.parametrize("source", [3, None, [[1]], Cached])
 def test_cached_takes_a_schedule_or_a_path(source):
-    with pytest.raises(ScheduleError, match="Schedule"):
+    with pytest.raises(ScheduleError, match=r"source must be a Schedule.*from_bits"):
         Cached(source)
 
 
 # ---- binding
+
+
+@pytest.mark.parametrize("layers", [np.ones((2, 3, 1), bool), {}, {"transformer_blocks": [[[1]]]}])
+def test_bits_given_for_layers_are_shown_the_way(layers):
+    with pytest.raises(ScheduleError, match=r"layers must be .*from_bits"):
+        Schedule(layers)
 
 
 def test_a_schedule_for_something_else_is_refused_by_name():
@@ -216,7 +222,7 @@ def test_text_that_is_no_schedule(text):
     [
         ({"format": "other"}, "format"),
         ({"format": 3}, "format"),
-        ({"version": 2}, "version"),
+        ({"version": 3}, "version"),
         ({"version": "1"}, "version"),
         ({"version": True}, "version"),
         ({"steps": 5}, "5 rows"),
@@ -359,7 +365,7 @@ def test_loading_what_is_not_there_or_too_large(tmp_path, monkeypatch):
         Schedule.load("no\0path")
     path = tmp_path / "large.json"
     random_schedule().save(path)
-    monkeypatch.setattr("fastdit.schedules.schedule.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("fastdit.schedules.schedule_file.MAX_FILE_BYTES", 10)
     with pytest.raises(ScheduleError, match="at most 10"):
         Schedule.load(path)
 

@@ -35,7 +35,7 @@ SIZES = (
 @pytest.fixture(params=[label for label in backend_labels() if label != "cuda-emulated"])
 def runner(request):
     """The backends with a kernel, and the reference for those where torch's attention serves."""
-    yield from runner_of(request.param)
+    yield from runner_of(request.param, "sparse_attention")
 
 
 def tensors(dtype, batch, queries, keys, heads, kv_heads, dim) -> tuple[Tensor, Tensor, Tensor]:

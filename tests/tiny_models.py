@@ -25,6 +25,8 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     LuminaNextDiT2DModel,
     LuminaPipeline,
     PixArtAlphaPipeline,
@@ -134,6 +136,24 @@ def lumina(layers: int = 3) -> nn.Module:
     )
 
 
+def lumina2(layers: int = 3) -> nn.Module:
+    """Lumina 2, two query heads to each key head."""
+    return Lumina2Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=LATENT,
+        hidden_size=32,
+        num_layers=layers,
+        num_refiner_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(30, 32, 32),
+        cap_feat_dim=20,
+    )
+
+
 def qwen(layers: int = 3) -> nn.Module:
     """Qwen-Image."""
     return QwenImageTransformer2DModel(
@@ -166,6 +186,7 @@ FAMILIES: dict[str, Family] = {
     "pixart-sigma": Family(functools.partial(pixart, sigma=True)),
     "dit": Family(dit, square=True),
     "lumina": Family(lumina),
+    "lumina2": Family(lumina2, cfg_in_one_call=False),
 } | ({"qwen": Family(qwen, cfg_in_one_call=False)} if HAS_QWEN else {})
 
 
@@ -246,6 +267,11 @@ def call(
             "image_rotary_emb": get_2d_rotary_pos_embed_lumina(8, 16, 16),
             "cross_attention_kwargs": {"base_sequence_length": 16},
         }
+    if name == "lumina2":
+        mask = torch.ones(batch, text, dtype=torch.int64)
+        mask[1::2, -1] = 0
+        time = 1 - arguments["timestep"] / 1000
+        return arguments | {"timestep": time, "encoder_attention_mask": mask}
     if name == "qwen":
         mask = torch.ones(batch, text, dtype=torch.bool)
         mask[::2, -1] = False
@@ -322,6 +348,7 @@ _NO_TEXT = {
     "pixart": ("text_encoder", "tokenizer"),
     "dit": (),
     "lumina": ("text_encoder", "tokenizer"),
+    "lumina2": ("text_encoder", "tokenizer"),
 }
 
 
@@ -348,6 +375,7 @@ PIPELINES: dict[str, Pipe] = {
     "pixart-sigma": Pipe("pixart-sigma", PixArtSigmaPipeline, DPMSolverMultistepScheduler),
     "dit": Pipe("dit", DiTPipeline, DDIMScheduler),
     "lumina": Pipe("lumina", LuminaPipeline, FlowMatchEulerDiscreteScheduler),
+    "lumina2": Pipe("lumina2", Lumina2Pipeline, FlowMatchEulerDiscreteScheduler),
 } | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
 
 
@@ -364,7 +392,7 @@ def pipeline(
         scheduler=scheduler or entry.scheduler(),
         **parts,
     )
-    if name == "lumina":
+    if name.startswith("lumina"):
         pipe.vae_scale_factor = 1  # the others read it from their autoencoder
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -420,11 +448,17 @@ def arguments(
             "negative_prompt_attention_mask": torch.ones(prompts, TEXT),
             "use_resolution_binning": False,
         }
-    elif name == "lumina":
+    elif name.startswith("lumina"):
+        # Lumina 2's pipeline counts the tokens of a mask
+        dtype_of_masks = torch.int64 if name == "lumina2" else torch.float32
+        masks = torch.ones(2, prompts, TEXT, dtype=dtype_of_masks)
+        if name == "lumina2":  # its guidance by default rescales by rows of the whole picture
+            masks[0, ::2, -1] = masks[1, 1::2, -2:] = 0
+            result["cfg_normalization"] = False
         result |= {
             "negative_prompt_embeds": randn(prompts, TEXT, 20),
-            "prompt_attention_mask": torch.ones(prompts, TEXT),
-            "negative_prompt_attention_mask": torch.ones(prompts, TEXT),
+            "prompt_attention_mask": masks[0],
+            "negative_prompt_attention_mask": masks[1],
         }
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}

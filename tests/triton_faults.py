@@ -76,21 +76,30 @@ FAULTS = {
     ),
     # gated_residual: values
     "a gate of None drops its branch": one(
-        GATED, "acc += branch.to(tl.float32)", "acc += 0.0 * branch.to(tl.float32)", "check_rows"
+        GATED, "acc += value", "acc += 0.0 * value", "check_rows"
     ),
     "the sum is kept in bf16": one(
-        GATED, "branch.to(tl.float32), acc)",
-        "branch.to(tl.float32), acc).to(tl.bfloat16).to(tl.float32)",
+        GATED, "value, acc)", "value, acc).to(tl.bfloat16).to(tl.float32)",
         "check_one_rounding_of_sums",
     ),
     "the sum is kept in fp16": one(
-        GATED, "branch.to(tl.float32), acc)",
-        "branch.to(tl.float32), acc).to(tl.float16).to(tl.float32)", "check_sizes", FP32,
+        GATED, "value, acc)", "value, acc).to(tl.float16).to(tl.float32)", "check_sizes", FP32,
     ),
     "out is truncated instead of rounded": one(
         GATED, "acc.to(out.start.dtype.element_ty)",
         "(acc.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)",
         "check_ties_to_even",
+    ),
+    "a weight is that of the first branch": one(
+        GATED, "tl.load(weights + i)", "tl.load(weights)", "check_weights"
+    ),
+    "a token's weight is that of the first branch": one(
+        GATED, "weights + i * total.to(tl.int64) + row", "weights + row", "check_weights"
+    ),
+    "a token's weight is that of its row in the store": one(
+        GATED, "weights + i * total.to(tl.int64) + row",
+        "weights + i * total.to(tl.int64) + row - k + tl.minimum(at, tokens - 1)",
+        "check_weights_of_rows",
     ),
     # norm_modulate: addresses
     "y is stored past D": one(

@@ -22,17 +22,21 @@ def gate_of(gate: Tensor) -> Tensor:
     return gate[:, None, :] if gate.dim() == 2 else gate
 
 
-def eager_gated_residual(x, branches, gates, fresh=-1, rows=None):
+def eager_gated_residual(x, branches, gates, fresh=-1, rows=None, weights=None):
     for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
         active = branch if i == fresh else rows_of(branch, rows)
+        if weights is not None:
+            weight = weights[i] if weights.ndim == 1 else weights[i][..., None]
+            active = (weight * active).to(active.dtype)
         x = x + active if gate is None else x + gate_of(gate) * active
     return x
 
 
-def exact_gated_residual(x, branches, gates, fresh=-1, rows=None):
+def exact_gated_residual(x, branches, gates, fresh=-1, rows=None, weights=None):
+    weights = None if weights is None else weights.double()
     branches = [branch.double() for branch in branches]
     gates = [None if gate is None else gate.double() for gate in gates]
-    return eager_gated_residual(x.double(), branches, gates, fresh, rows)
+    return eager_gated_residual(x.double(), branches, gates, fresh, rows, weights)
 
 
 def eager_norm_modulate(

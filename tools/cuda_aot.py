@@ -55,14 +55,16 @@ def compile_for(architecture: str, op: str, folder: Path) -> dict[str, Usage]:
 
 
 def readable(mangled: str) -> str:
-    """gated_residual_kernel<fd::bf16, 4, true> as `gated_residual bf16 x4 aligned`,
+    """gated_residual_kernel<fd::bf16, 4, true, false> as `gated_residual bf16 x4 aligned`,
     collapse_kernel<fd::bf16, float, true> as `collapse bf16 fp32 aligned`,
     patchify_kernel<fd::bf16> as `patchify bf16`, token_keys_kernel<fd::bf16> as
     `token_select keys bf16`."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    if found := re.search(r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)>", name):
-        op, dtype, count, aligned = found.groups()
-        return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}"
+    counted = r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)(?:, (true|false))?>"
+    if found := re.search(counted, name):
+        op, dtype, count, aligned, weighted = found.groups()
+        form = " weighted" * (weighted == "true")
+        return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}{form}"
     if found := re.search(r"(patchify|resolution_transition)_kernel<(?:fd::)?(\w+)>", name):
         return f"{found[1]} {_short(found[2])}"
     if found := re.search(r"(\w+)_kernel<((?:(?:fd::)?\w+, )+)(true|false)>", name):

@@ -33,12 +33,13 @@ TARGET = os.environ["PEER_TARGET"]
 TRANSFORMERS = (
     "DiTTransformer2DModel",
     "FluxTransformer2DModel",
+    "Lumina2Transformer2DModel",
     "LuminaNextDiT2DModel",
     "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
 )
 PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "StableDiffusion3")
-OTHER_PIPELINES = ("Flux2", "Lumina2", "FluxPriorRedux")
+OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
 #: elements of every output that are kept to be compared with another mode's
 SAMPLES = 16
 

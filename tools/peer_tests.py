@@ -46,6 +46,7 @@ SUITES = {
     "pixart": ("pipelines", [f"{_PIPELINES}/pixart_alpha", f"{_PIPELINES}/pixart_sigma"]),
     "dit": ("pipelines", [f"{_PIPELINES}/dit"]),
     "lumina": ("pipelines", [f"{_PIPELINES}/lumina"]),
+    "lumina2": ("pipelines", [f"{_PIPELINES}/lumina2"]),
     "pag": (
         "pipelines",
         [
@@ -66,6 +67,7 @@ SUITES = {
             f"{_MODELS}/test_models_pixart_transformer2d.py",
             f"{_MODELS}/test_models_transformer_flux.py",
             f"{_MODELS}/test_models_transformer_lumina.py",
+            f"{_MODELS}/test_models_transformer_lumina2.py",
             f"{_MODELS}/test_models_transformer_sd3.py",
         ],
     ),

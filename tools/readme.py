@@ -46,6 +46,7 @@ FAMILIES = {
     "pixart": "PixArt-alpha, -Sigma",
     "dit": "DiT",
     "lumina": "Lumina-Next",
+    "lumina2": "Lumina 2",
     "qwen": "Qwen-Image",
 }
 

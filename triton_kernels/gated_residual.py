@@ -1,4 +1,4 @@
-"""out = x + sum_i gates[i] * branches[i], with a row gather and a cache write, in one pass.
+"""out = x + sum_i weights[i] * gates[i] * branches[i], with a row gather and a cache write, in one pass.
 
 x and out are [B, K, D]. With rows [B, K], branch number `fresh` is [B, K, D] and all others are row
 stores [B, N, D] read at rows[b, k]; cache [B, N, D] receives a bit-exact copy of the fresh branch
@@ -37,11 +37,13 @@ def gated_residual_kernel(
     out,
     branches,
     gates,
+    weights,  # [branches] or [branches, B K]; None for ones
     cache,
     rows,
     tokens,  # K
     total,  # B K
     stored,  # N, of the shortest store
+    BY_TOKEN: tl.constexpr,
     WIDTH: tl.constexpr,
     FRESH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -64,11 +66,19 @@ def gated_residual_kernel(
                 tl.store(pointers(cache, b, at, col), branch, mask=inside)
         else:
             branch = tl.load(pointers(branches[i], b, at, col), mask=inside, other=0.0)
+        value = branch.to(tl.float32)
+        if weights is not None:
+            if BY_TOKEN:
+                # times the number of branches the rows can pass 2^31
+                own = weights + i * total.to(tl.int64) + row
+                value *= tl.load(own, mask=active, other=0.0)[:, None]
+            else:
+                value *= tl.load(weights + i)
         if gates[i] is None:
-            acc += branch.to(tl.float32)
+            acc += value
         else:
             gate = tl.load(pointers(gates[i], b, k, col), mask=inside, other=0.0)
-            acc = tl.fma(gate.to(tl.float32), branch.to(tl.float32), acc)
+            acc = tl.fma(gate.to(tl.float32), value, acc)
     tl.store(pointers(out, b, k, col), acc.to(out.start.dtype.element_ty), mask=inside)
 
 
@@ -80,6 +90,7 @@ def gated_residual(
     cache: Tensor | None,
     rows: Tensor | None,
     out: Tensor,
+    weights: Tensor | None = None,
     *,
     launch: Launch | None = None,
 ) -> None:
@@ -103,11 +114,13 @@ def gated_residual(
             operand(out),
             tuple(operand(branch) for branch in branches),
             tuple(modulation(gate) for gate in gates),
+            weights,
             operand(cache),
             operand(rows),
             tokens,
             total,
             0 if rows is None else _shortest(branches, fresh, cache),
+            BY_TOKEN=weights is not None and weights.ndim > 1,
             WIDTH=width,
             FRESH=fresh,
             ROWS=launch.rows,

@@ -19,7 +19,7 @@ from fastdit.account.counts import counts_of
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.errors import UnsupportedModelError
-from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, kept_of
 from fastdit.schedules.collapse import StepSums, passes
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.schedule import Schedule
@@ -100,7 +100,9 @@ class Cost:
         return replace(self, size=Size(image, self.size.text))
 
     def reuse_share(self, plan: RunPlan) -> float:
-        """This share of the cells does not run."""
+        """This share of the cells does not run; of a model without any, the share of the steps."""
+        if not self.cells:
+            return sum(map(bool, plan.forecasts)) / plan.steps
         skipped = sum(
             not step[index][component] & COMPUTE
             for step in plan.actions
@@ -115,6 +117,8 @@ class Cost:
         """
         total = (1 - plan.steps) * self._prompt if keeps_prompt else 0
         for step in range(plan.steps):
+            if plan.order_of(step):
+                continue
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
             outside = self._counts.of("outside").at(Size(count, self.size.text))
@@ -192,7 +196,9 @@ class Cost:
             updates = sum(1 for *_, adds in self.cells if adds)
             return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
         total = 0
-        for step in plan.actions:
+        for number, step in enumerate(plan.actions):
+            if plan.order_of(number):
+                continue
             added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
             updates = sum(1 for flags in added if flags & COMPUTE) + bool(
                 added and added[-1] & REUSE
@@ -221,12 +227,13 @@ class Cost:
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})
             outputs = sum(
-                moved
+                moved * kept_of(step[index][component])
                 for index, component, _, moved, _ in self.cells
                 if step[index][component] & KEEP
                 and (index, component) not in sums.made
                 and (index, component) not in sums.used
             )
-            outputs += 3 * sums.kept * self.cells[0][3]
+            if sums.kept:
+                outputs += 3 * sums.kept * self.cells[0][3]
             most = max(most, outputs * kept_size // self.itemsize + sums.kept * self._shared)
         return most

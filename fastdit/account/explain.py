@@ -21,8 +21,8 @@ from fastdit.blocks.packed import packs
 from fastdit.errors import ArgumentError
 from fastdit.runtime.levels import predicted_levels
 from fastdit.schedules.actions import COMPUTE
-from fastdit.schedules.plan import RunPlan, plan_run
-from fastdit.schedules.schedule import MAX_COUNT
+from fastdit.schedules.plan import RunPlan, everywhere, plan_run
+from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 
 DEFAULT_STEPS = 28
@@ -85,7 +85,7 @@ class Explanation:
     @property
     def flop_speedup(self) -> float:
         """Dense over planned multiply-accumulates are the most that a run can gain where arithmetic is all."""
-        return self.dense_macs / self.macs
+        return self.dense_macs / self.macs if self.macs else 1.0
 
     def __str__(self) -> str:
         blocks = ", ".join(
@@ -101,7 +101,7 @@ class Explanation:
             f"  run       {self.steps} steps, a batch of {self.batch} with {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
-            f"  compute   {self.macs / 1e12:.3f} of {self.dense_macs / 1e12:.3f} TMAC: {self.flop_speedup:.2f}x fewer"
+            f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
             + ("" if self.exact else ", estimated before a call of this size"),
             f"  residuals {self.residual_bytes / 2**30:.2f} of {self.dense_residual_bytes / 2**30:.2f} GiB moved",
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
@@ -141,6 +141,14 @@ class Asked:
                 raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
 
 
+def _macs(count: int, dense: int) -> str:
+    """Both are in the unit that suits a dense run, which for a tiny model is no TMAC."""
+    scale, unit = next(
+        ((s, u) for s, u in ((1e12, "TMAC"), (1e9, "GMAC")) if dense >= s), (1e6, "MMAC")
+    )
+    return f"{count / scale:.4g} of {dense / scale:.4g} {unit}"
+
+
 def explain_patched(
     patched: Any, transformer: nn.Module, pipeline: Any | None, asked: Asked
 ) -> Explanation:
@@ -161,7 +169,8 @@ def explain_patched(
     if resolution is not None:
         levels = levels.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
-    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse())
+    repeats = patched.forecasts and levels is not None and levels.repeat
+    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse(), repeats)
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
@@ -179,7 +188,7 @@ def explain_patched(
         image_tokens=image,
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
-        macs=_macs(stages, not patched.eager),
+        macs=_spent(stages, not patched.eager),
         linear_macs=count.linear_macs(plan.reuse, steps),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
@@ -225,15 +234,19 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     if run is None or not run.records:
         return 1.0, True
     steps = sorted(run.records)
-    actions = [run.plan.actions[step] for step in steps] if run.plan.actions else ()
-    plan = RunPlan(len(steps), run.plan.reuse, actions)
+    told = [run.records[step].actions for step in steps]  # a method may decide as the run goes on
+    computes = everywhere(patched.spec, COMPUTE)
+    actions = [row or computes for row in told] if any(told) else ()
+    forecasts = [0 if run.records[step].computed else run.plan.order_of(step) for step in steps]
+    plan = RunPlan(len(steps), run.plan.reuse, actions, forecasts=forecasts)
     count = Cost(patched.adapter, transformer, Size(run.image_tokens, run.text_tokens))
     tokens = [run.records[step].tokens for step in steps]
     lengths = [run.image_tokens] * len(steps)
     if run.resolution is not None:
         lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
-    spent = _macs(_stages(count, plan, lengths, tokens), not patched.eager)
-    return count.macs(RunPlan(len(steps), None, ())) / spent, count.exact
+    spent = _spent(_stages(count, plan, lengths, tokens), not patched.eager)
+    dense = count.macs(RunPlan(len(steps), None, ()))
+    return dense / spent if spent else 1.0, count.exact
 
 
 def _tokens_per_step(patched: Any, steps: int, size: Size) -> tuple[list[int], list[Any]]:
@@ -260,7 +273,7 @@ def _stages(
     return found
 
 
-def _macs(stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool) -> int:
+def _spent(stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool) -> int:
     return sum(count.macs(plan, tokens, keeps_prompt) for count, plan, tokens in stages)
 
 
@@ -269,6 +282,8 @@ def raster(plan: RunPlan, spec: ModelSpec) -> str:
     if not plan.actions:
         return ""
     lines, first = [], 0
+    if not spec.kinds:
+        return "  output " + "".join(SHADES[0 if order else 4] for order in plan.forecasts)
     names = [component for kind in spec.kinds for component in kind.components]
     for kind in spec.kinds:
         for component in kind.components:

@@ -46,8 +46,12 @@ def measure(
     """This times `run` as it is and inside `disabled`, `repeats` times in turns after a warm-up of each.
 
     Raises:
-        ArgumentError: `repeats` is not a positive int.
+        ArgumentError: `run` cannot be called, or `repeats` is not a positive int.
     """
+    if not callable(run):
+        raise ArgumentError(
+            f"run must be a function to call, such as lambda: pipe(...), got {type(run).__name__}"
+        )
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ArgumentError(f"repeats must be a positive int, got {repeats!r}")
     patched, stock = [], []

@@ -151,6 +151,15 @@ class Report:
         )
 
 
+def _doubt(patched: Any, run: Any) -> str:
+    if patched.writer("rows") is None:
+        return "Does the schedule reuse anything at this number of steps?"
+    return (
+        f"At no step was one of {run.image_tokens} image tokens left out: a number of active tokens that RAS rounds "
+        "to `align` may be all of a small picture's"
+    )
+
+
 def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Report:
     """This makes the report of a run, or of none, and warns when a method did nothing."""
     names = tuple(method.name for method in patched.methods)
@@ -163,7 +172,7 @@ def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Repo
     if records and not live:
         warnings.warn(
             f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
-            "was saved. Does the schedule reuse anything at this number of steps?",
+            f"was saved. {_doubt(patched, run)}",
             stacklevel=3,
         )
     return Report(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from fastdit.runtime.install import LINK
 
@@ -30,6 +31,8 @@ _PLAIN = (int, float, str, bool, tuple)
 
 class Macs(TorchDispatchMode):
     """This counts multiply-accumulates of the operations inside the `with`, as torch counts FLOPs.
+
+    What has values, since a model reads them on the host, loses them where it meets what has none.
 
     Attributes:
         layers, products: Those of layers with weights, and of products of activations.
@@ -51,15 +54,22 @@ class Macs(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        args, kwargs = _on_one_device((args, kwargs or {}))
+        out = func(*args, **kwargs)
         name = func.overloadpacket
         if name in self._macs:
-            macs = self._macs[name](*args, **(kwargs or {}), out_val=out) // 2
+            macs = self._macs[name](*args, **kwargs, out_val=out) // 2
             if str(name) in ("aten.mm", "aten.addmm", "aten.convolution"):
                 self.layers += macs
             else:
                 self.products += macs
         return out
+
+
+def _on_one_device(given: Any) -> Any:
+    """The arguments of an operation, all of them on the meta device where one is."""
+    metas = {part.is_meta for part in tree_iter(given) if isinstance(part, Tensor)}
+    return tree_map_only(Tensor, lambda t: t.to("meta"), given) if len(metas) > 1 else given
 
 
 @dataclass

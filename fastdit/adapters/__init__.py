@@ -17,8 +17,12 @@ def adapters() -> dict[str, Any]:
     return dict(discover(sys.modules[__name__], "ADAPTER"))
 
 
-def find_adapter(transformer: nn.Module, wraps: bool = False) -> Any:
-    """The adapter of a transformer's family; with `wraps`, where there is none, one that wraps its components.
+def find_adapter(transformer: nn.Module, generic: str = "") -> Any:
+    """This finds the adapter of a transformer's family.
+
+    Args:
+        generic: What will do where there is none: "components" wraps them, "steps" serves methods that skip whole
+            steps; "" refuses.
 
     Raises:
         UnsupportedModelError: There is none; names the supported classes.
@@ -27,7 +31,7 @@ def find_adapter(transformer: nn.Module, wraps: bool = False) -> Any:
     for adapter in known:
         if adapter.matches(transformer):
             return adapter
-    if wraps and (adapter := generic_adapter(transformer)) is not None:
+    if generic and (adapter := generic_adapter(transformer, generic == "components")) is not None:
         return adapter
     supported = sorted(name for adapter in known for name in adapter.model_classes)
     raise UnsupportedModelError(

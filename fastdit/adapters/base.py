@@ -334,17 +334,18 @@ class Adapter:
 
     # ---- the prompt
 
-    #: names of the modules that turn the prompt alone into text tokens, the same at every step
+    #: paths of the modules that turn the prompt alone into text tokens, the same at every step
     prompt_projections: Sequence[str] = ()
 
     def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """The transformer's modules of these names; a model may lack one."""
-        found = (getattr(transformer, name, None) for name in self.prompt_projections)
-        return [module for module in found if module is not None]
+        """The transformer's modules there; a model may lack one, and a list stands for its modules."""
+        found = (_module_at(transformer, path) for path in self.prompt_projections)
+        lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
+        return list(itertools.chain(*lists))
 
     # ---- modulations of several steps at once
 
-    #: name of the module whose output is what the adaLN layers are given, if there is one for all
+    #: path of the module whose output is what the adaLN layers are given, if there is one for all
     condition_embedding: str | None = None
     #: what it embeds beside the timestep, if given
     condition_arguments: Sequence[str] = ()
@@ -371,8 +372,8 @@ class Adapter:
 
     def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module; none in a family whose layers have their own."""
-        name = self.condition_embedding
-        return [] if name is None else [getattr(transformer, name)]
+        path = self.condition_embedding
+        return [] if path is None else [_module_at(transformer, path)]
 
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """A scheduler's timesteps as the family's pipelines hand them on."""
@@ -458,8 +459,8 @@ class Adapter:
         """
         if not self.changes_resolution or self.patch(transformer) != SIDE:
             raise UnsupportedModelError(
-                f"{type(transformer).__name__} cannot change its resolution during a run; that is for FLUX and SD3, "
-                f"flow-matching models with patches of {SIDE} x {SIDE}"
+                f"{type(transformer).__name__} cannot change its resolution during a run; that takes an adapter that "
+                f"says how, and patches of {SIDE} x {SIDE}"
             )
 
     def cells(self, call: Call, patch: int) -> tuple[int, int]:
@@ -605,6 +606,13 @@ def argument_of(
     names = forward_arguments(type(transformer))
     position = names.index(name) if name in names else len(args)
     return args[position] if position < len(args) else None
+
+
+def _module_at(transformer: Any, path: str) -> Any:
+    """The module at a path, or None."""
+    for name in path.split("."):
+        transformer = getattr(transformer, name, None)
+    return transformer
 
 
 def batch_index(rows: Tensor) -> Tensor:

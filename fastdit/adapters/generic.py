@@ -83,10 +83,10 @@ class Generic(Adapter):
     text_tokens = 0
     restates = False
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, wraps: bool = True) -> None:
         cls, names = type(transformer), _arguments(transformer)
         self.model_classes = (cls.__name__,)
-        self.components = block_lists(transformer)
+        self.components = block_lists(transformer) if wraps else {}
         self.kinds = {
             name: type(self.block_list(transformer, name)[0]).__name__ for name in self.components
         }
@@ -99,6 +99,8 @@ class Generic(Adapter):
 
     def spec(self, transformer: nn.Module) -> ModelSpec:
         """A component that several blocks share could not tell which of them calls it."""
+        if not self.kinds:
+            return ModelSpec(self.family, ())
         found = super().spec(transformer)
         places: dict[nn.Module, str] = {}
         for index, component, module in self.wrapped(transformer):
@@ -206,7 +208,11 @@ def _arguments(transformer: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def generic_adapter(transformer: nn.Module) -> Generic | None:
-    """An adapter of a transformer by wrapping, or None where nothing can be wrapped."""
+def generic_adapter(transformer: nn.Module, wraps: bool = True) -> Generic | None:
+    """This makes an adapter of a transformer without one, or None where nothing can be wrapped, or it is not called so.
+
+    One that does not wrap is for methods that skip whole steps, which asks nothing of blocks.
+    """
     callable_so = set(_arguments(transformer)) & set(_IMAGES)
-    return Generic(transformer) if callable_so and block_lists(transformer) else None
+    serves = callable_so and (not wraps or block_lists(transformer))
+    return Generic(transformer, wraps) if serves else None

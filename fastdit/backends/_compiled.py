@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -12,6 +14,16 @@ from fastdit.backends.base import Backend
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
 PARTIALS = 1024  # of csrc/blend.h
 NORM_CODES = {None: 0, "rms": 1, "rms_rounded": 1, "layer": 2}  # csrc/qkv_prologue.h
+
+
+def load(name: str) -> tuple[ModuleType | None, str]:
+    """The compiled module fastdit.<name> and nothing to say, or None and why there is none."""
+    try:
+        return import_module(f"fastdit.{name}"), ""
+    except ModuleNotFoundError:
+        return None, f"the compiled module fastdit.{name} is not in {Path(__file__).parents[1]}"
+    except ImportError as error:
+        return None, f"the compiled module fastdit.{name} could not be loaded ({error})"
 
 
 class Compiled(Backend):
@@ -28,7 +40,7 @@ class Compiled(Backend):
         """An int32 tensor that lives as long as a launch; None where a kernel asks for none."""
         return None
 
-    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
         batch, tokens, width = x.shape
         # Stores of another length than K need their strides told.
         operand = _address if rows is None else strided
@@ -42,6 +54,8 @@ class Compiled(Backend):
             _address(out),
             [operand(branch) for branch in branches],
             [_modulation(gate, width) for gate in gates],
+            0 if weights is None else weights.data_ptr(),
+            weights is not None and weights.ndim > 1,
             fresh,
             None if cache is None else operand(cache),
             None if rows is None else _row_index(rows),

@@ -33,20 +33,23 @@ class Backend:
     priority: int  # the highest that supports an op, device and dtype is picked
 
     def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None if the op can be served there, else the reason why it cannot."""
+        """None if the op can be served there, else the reason why it cannot; any dtype of torch may be asked for."""
         raise TypeError(f"backend {self.name} does not say what it supports")
 
     def gated_residual(
         self,
         x: Tensor,  # [B, K, D]
         branches: Sequence[Tensor],  # [B, K, D], or row stores [B, N, D] where rows is given
-        gates: Sequence[Tensor | None],  # [B, 1, D] and the like
-        fresh: int,
+        gates: Sequence[
+            Tensor | None
+        ],  # [D], [B or 1, D] or [B or 1, K or 1, D], as all modulations
+        fresh: int,  # the branch that is [B, K, D] under rows too; -1 for none
         cache: Tensor | None,  # [B, N, D], written at the active rows
         rows: Tensor | None,  # [B, K]
         out: Tensor,  # [B, K, D], written; may be x
+        weights: Tensor | None = None,  # [branches] or [branches, B, K], fp32; None for ones
     ) -> None:
-        """out = x + sum_i gates[i] * branches[i]; cache[rows] = branches[fresh]."""
+        """out = x + sum_i weights[i] * gates[i] * branches[i]; cache[rows] = branches[fresh]."""
         raise TypeError(f"backend {self.name} has no gated_residual")
 
     def norm_modulate(
@@ -171,7 +174,7 @@ class Backend:
     def collapse(
         self,
         branches: Sequence[Tensor],  # 1 to 64 of [B, K, D]
-        weights: Sequence[Tensor | None],  # [B, 1, D] and the like
+        weights: Sequence[Tensor | None],  # as the gates of gated_residual
         groups: Sequence[int],  # of each branch, below S
         accumulate: bool,  # onto what sums holds
         sums: Tensor,  # [S, B, K, D], written; in the branches' dtype or fp32

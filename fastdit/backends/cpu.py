@@ -7,17 +7,18 @@ the instruction set, which is the best this processor has.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import get_num_threads
 
-from fastdit.backends._compiled import DTYPE_CODES, Compiled, strided
+from fastdit.backends._compiled import DTYPE_CODES, Compiled, load, strided
 from fastdit.errors import ArgumentError
 
-try:
-    from fastdit import _C
-except ImportError as error:  # a checkout that was never built
-    _C = None
-    _MISSING = f"the compiled module fastdit._C is missing ({error}): run pip install again"
+_C, _MISSING = load("_C")
+if _C is None:  # every wheel has it: most likely a checkout, started in, stands before the wheel
+    _MISSING += "; install fastdit, and start Python outside of its source folder"
+    warnings.warn(f"fastdit runs on slower backends: {_MISSING}", RuntimeWarning, stacklevel=1)
 
 
 #: sizes of sparse_attention from which, or up to which, it was measured to be faster than torch's
@@ -33,7 +34,7 @@ class Cpu(Compiled):
             return f"it runs on the cpu, not on {device.type}"
         if dtype not in DTYPE_CODES:
             return f"it has float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        return _MISSING if self._module is None else None
+        return None if self._module else _MISSING
 
     def _context(self, x, stored):
         return stored, get_num_threads()

@@ -15,17 +15,10 @@ import functools
 
 import torch
 
-from fastdit.backends._compiled import DTYPE_CODES, Compiled
+from fastdit.backends._compiled import DTYPE_CODES, Compiled, load
 from fastdit.backends._device import refuse_device
 
-try:
-    from fastdit import _cuda
-except ImportError as error:  # built without nvcc
-    _cuda = None
-    _MISSING = (
-        f"the compiled module fastdit._cuda is missing ({error}): install where nvcc is found"
-    )
-
+_cuda, _MISSING = load("_cuda")
 CAPABILITY = (8, 0)  # bf16 conversions
 
 
@@ -38,7 +31,7 @@ class Cuda(Compiled):
         if dtype not in DTYPE_CODES:
             return f"it has float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
         if self._module is None:
-            return _MISSING
+            return f"{_MISSING}; install where nvcc is found"
         if device.type != "cuda":
             return f"it runs on CUDA devices, not on {device.type}"
         return refuse_device(device, CAPABILITY) or self._refuse_build(device)

@@ -32,13 +32,20 @@ def residual_sum(
     gates: Sequence[Tensor | None],
     fresh: int = -1,
     rows: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """x + sum_i gates[i] * branches[i]; branches other than `fresh` are read at `rows`."""
+    """x + sum_i weights[i] * gates[i] * branches[i]; branches other than `fresh` are read at `rows`.
+
+    With weights, which cancel, sums are wide and rounded once.
+    """
+    total = x if weights is None else x.to(weights.dtype)
     for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
         if rows is not None and i != fresh:
             branch = gather_rows(branch, rows)
-        x = x + (branch if gate is None else per_token(gate) * branch)
-    return x
+        if weights is not None:
+            branch = branch * (weights[i] if weights.ndim == 1 else weights[i].unsqueeze(-1))
+        total = total + (branch if gate is None else per_token(gate) * branch)
+    return total.to(x.dtype)
 
 
 def modulated_norm(
@@ -281,14 +288,14 @@ class Reference(Backend):
     def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in FLOATING else f"{dtype} is not a floating dtype it knows"
 
-    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
         for i, store in enumerate(branches):
             if i != fresh:
                 _check_range(rows, store.shape[1])
         if cache is not None:
             _check_range(rows, cache.shape[1])
             scatter_rows(cache, rows, branches[fresh])
-        out.copy_(residual_sum(x, branches, gates, fresh, rows))
+        out.copy_(residual_sum(x, branches, gates, fresh, rows, weights))
 
     def norm_modulate(
         self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out

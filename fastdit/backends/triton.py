@@ -47,8 +47,8 @@ class Triton(Backend):
             return "it runs on CUDA devices, and on the cpu only with TRITON_INTERPRET=1"
         return f"it runs on CUDA devices, not on {device.type}"
 
-    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
-        _kernel("gated_residual")(x, branches, gates, fresh, cache, rows, out)
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
+        _kernel("gated_residual")(x, branches, gates, fresh, cache, rows, out, weights)
 
     def norm_modulate(
         self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out

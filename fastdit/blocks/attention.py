@@ -33,7 +33,7 @@ def fuses(device: torch.device) -> bool:
 
 
 class Rotation:
-    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32.
+    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32 or fp64.
 
     [B, S, d] where the images of a batch have angles of their own.
     """
@@ -47,7 +47,7 @@ class Rotation:
         """From complex numbers of length one, [n, d / 2] or [B, n, d / 2], of one part of the rows after the other."""
         batch = max((part.shape[:-2] for part in parts), key=len)
         turns = torch.cat([part.expand(*batch, -1, -1) for part in parts], dim=-2)
-        return cls(*(t.float().repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)))
+        return cls(*(t.repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)))
 
     @functools.cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
@@ -141,9 +141,11 @@ def _prologue(
     if ops is None or head_dim not in PROLOGUE_HEAD_DIMS:
         return None
     affine = [_affine(part, head_dim) for part in parts]
-    if any(given is None for given in affine) or parts[0].q.dtype is not held.k.dtype:
-        return None
     q = parts[0].q
+    if any(given is None for given in affine) or q.dtype is not held.k.dtype:
+        return None
+    if rotation is not None and q.dtype is rotation.cos.dtype is torch.float64:
+        return None  # the op's angles are fp32
     total = sum(part.q.shape[1] for part in parts)
     query = q.new_empty(q.shape[0], total, heads, head_dim)
     cos, sin = (None, None) if rotation is None else rotation.halves
@@ -232,11 +234,14 @@ def _rows_of(table: Tensor, part: Part, count: int) -> Tensor:
     """Rotation [B or 1, n, 1, d] at the rows of a part."""
     if part.rows is None:
         return table[..., part.offset : part.offset + count, None, :]
-    return table[part.offset + part.rows][:, :, None]
+    rows = part.offset + part.rows
+    if table.ndim == 2:
+        return table[rows][:, :, None]
+    return table.take_along_dim(rows[..., None], dim=1)[:, :, None]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn neighbouring pairs, in fp32, as diffusers' `apply_rotary_emb` does."""
+    """Turn neighbouring pairs, in the angles' precision, as diffusers' `apply_rotary_emb` does."""
     real, imaginary = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
     return (x.float() * cos + turned.float() * sin).to(x.dtype)
@@ -339,22 +344,34 @@ def joint_attention(
     return attention.to_out[1](attention.to_out[0](own)), rest
 
 
-def self_attention(fw: Any, attention: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A self-attention module of the active image tokens over all: x [B, K, D] -> [B, K, D].
+def self_attention(
+    fw: Any,
+    attention: nn.Module,
+    x: Tensor,
+    mask: Tensor | None = None,
+    rotation: Rotation | None = None,
+    text: int = 0,
+) -> Tensor:
+    """A self-attention module of the active tokens over all: x [B, K, D] -> [B, K, D].
 
-    `mask` [B, 1 or N, N] is added to the products.
+    Args:
+        mask: Added to the products, or which keys count, [B, 1 or N, N].
+        rotation: Of all tokens.
+        text: How many tokens of `x` are no image's; they come first, or as the call's `texts` say.
     """
-    rows = fw.tokens.rows
+    tokens, length = fw.tokens, text + fw.tokens.count
+    rows = tokens.joint_rows(text) if text else tokens.rows
     part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, rows)
     if mask is not None and mask.shape[1] > 1 and rows is not None:
         mask = mask.take_along_dim(rows[..., None], dim=1)
     out = attend(
-        fw.tokens,
+        tokens,
         (fw.index, attention),
         (part,),
-        fw.tokens.count,
+        length,
         attention.heads,
-        processor=attention.processor,
+        rotation,
+        attention.processor,
         mask=mask,
     )
     return attention.to_out[1](attention.to_out[0](out)) / getattr(

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.nodes import Drawn, Nodes, Weights
 from fastdit.blocks.segments import EAGER, segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.observe import observed, private
 from fastdit.ops.gated_residual import MAX_BRANCHES
-from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, BlockActions
+from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
+from fastdit.schedules.forecast import MAX_ORDER
 
 #: of a component's output; the name alone, or with the number of a further call of it in the same block
 Key = tuple[int, str] | tuple[int, str, int]
@@ -73,12 +75,18 @@ class Stored:
         return self.whole
 
 
+#: what residuals take
+Branch = Tensor | Stored | Drawn
+
+
 class Tokens:
     """Which image tokens a call computes, and where the keys and values of all of them live.
 
     Attributes:
         count: Image tokens, N.
         rows: [B, K] active ones, or None for all.
+        texts: [B] text tokens before each image in a joint stream whose texts are unlike long, see `take_texts`; None
+            where all are as long.
         keys: Attention -> its keys and values.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
@@ -89,19 +97,39 @@ class Tokens:
     ) -> None:
         self.count = count
         self.rows = rows
+        self.texts: Tensor | None = None
         self.keys = keys
         self.memory = memory
         self.ops = ops
         self._joint: dict[int, Tensor] = {}
         self._index: dict[tuple[str, int], Tensor] = {}
 
+    @property
+    def active(self) -> int:
+        """Image tokens that pass."""
+        return self.count if self.rows is None else self.rows.shape[1]
+
+    def take_texts(self, mask: Tensor) -> Tensor:
+        """Note how long texts are, by a mask [B, S] of this call's [text, image, padding], and give the keys'."""
+        if self.rows is None:
+            return mask
+        self.texts = mask.sum(dim=1) - self.active
+        places = torch.arange(mask.shape[1] - self.active + self.count, device=mask.device)
+        return places < self.texts[:, None] + self.count
+
     def joint_rows(self, text: int) -> Tensor | None:
-        """Rows of [text, image] that are active: all text, [B, text + K]."""
+        """Rows of [text, image] that are active: all text, [B, text + K]; and all padding, where there is any."""
         if self.rows is None:
             return None
         if text not in self._joint:
-            first = torch.arange(text, device=self.rows.device).expand(self.rows.shape[0], text)
-            self._joint[text] = torch.cat([first, text + self.rows], dim=1)
+            active = self.active
+            places = torch.arange(text + active, device=self.rows.device)
+            image = (places - (text if self.texts is None else self.texts[:, None])).expand(
+                self.rows.shape[0], -1
+            )
+            chosen = self.rows.gather(1, image.clamp(0, active - 1)) + places - image
+            behind = torch.where(image < active, chosen, places - active + self.count)
+            self._joint[text] = torch.where(image < 0, places, behind)
         return self._joint[text]
 
     def stored(self, held: Any, layout: Sequence[str]) -> Any:
@@ -156,7 +184,11 @@ class Forward:
         precision: tuple[torch.dtype, torch.dtype] | None = None,
         modulations: Modulations | None = None,
         sums: Sums | None = None,
+        step: int = 0,
+        weights: Weights | None = None,
     ) -> None:
+        self.step = step
+        self.weights = weights
         self.ops = ops
         self.blocks = blocks
         self.actions = actions
@@ -216,6 +248,8 @@ class Forward:
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
         """
         flags = self._row.get(name, COMPUTE)
+        if flags & DRAWN:
+            return self._drawn(name, flags, compute)
         # The slot of the component's next call: some blocks call one module on several streams.
         again = self._asked.get(name, 0)
         key = (self.index, name, again) if again else (self.index, name)
@@ -243,6 +277,32 @@ class Forward:
             self.slots.pop(key, None)
         return value
 
+    def _drawn(self, name: str, flags: int, compute: Callable[[], Any]) -> Any:
+        """The output of a component of which some steps draw theirs: its slot holds the last computed ones."""
+        again = self._asked.get(name, 0)
+        key = (self.index, name, again) if again else (self.index, name)
+        self._asked[name] = again + 1
+        self._planned += again > 0
+        nodes = self.slots.get(key)
+        count = kept_of(flags)
+        if nodes is None or flags & COMPUTE:
+            compiles = self._block_compiled is not None
+            value = self._compiled_as(name, compute) if compiles else compute()
+            self.computed += 1
+            levels = self.weights.levels
+            nodes = (nodes or Nodes()).with_node(
+                self.step, self.packed(value), levels, max(1, count)
+            )
+        else:
+            used = nodes._replace(values=tuple(map(self.unpacked, nodes.values)))
+            value = used.drawn(self.step, order_of(flags), self.weights)
+            value = gathered(value) if self.immediate else value
+        if count:
+            self.slots[key] = nodes.kept(count)
+        else:
+            self.slots.pop(key, None)
+        return value
+
     def _compiled_as(self, use: str, compute: Callable[..., Any], *given: Any) -> Any:
         """``compute(*given)``, its segments with code of their own for this use."""
         before = self.segments
@@ -263,8 +323,11 @@ class Forward:
         (self._owned_slots.discard if locked else self._owned_slots.add)(key)
         return self.tokens.renewed(held, value, self._layouts[key[1]], owned)
 
-    def parted(self, branch: Tensor | Stored, text: int) -> tuple[Tensor, Tensor | Stored]:
+    def parted(self, branch: Branch, text: int) -> tuple[Branch, Branch]:
         """The first `text` tokens of a joint output, all active, and the image's."""
+        if isinstance(branch, Drawn):
+            every = slice(None)
+            return branch.part(every, slice(text)), branch.part(every, slice(text, None))
         if isinstance(branch, Tensor):
             return branch[:, :text], branch[:, text:]
         return branch.whole[:, :text], self.tokens.stored(branch.whole[:, text:], ("image",))
@@ -366,7 +429,7 @@ class Residual:
         self._branch_first = branch_first
         self._waiting = forward._waiting.setdefault(stream, [])
 
-    def add(self, branch: Tensor | Stored, gate: Gate = None) -> None:
+    def add(self, branch: Branch, gate: Gate = None) -> None:
         """Add ``gate * branch``, now or when the stream is next read."""
         forward = self._forward
         if forward.immediate or not self.suits(branch, gate):
@@ -375,7 +438,10 @@ class Residual:
             self._h = branch + self.read() if self._branch_first else self.read() + branch
             return
         held = branch.whole if isinstance(branch, Stored) else branch
-        if held.stride(-1) != 1:
+        if isinstance(branch, Drawn):
+            if any(value.stride(-1) != 1 for value in branch.values):
+                branch = gathered(branch)
+        elif held.stride(-1) != 1:
             branch = gathered(branch).contiguous()
         self._waiting.append((branch, gate))
 
@@ -392,7 +458,7 @@ class Residual:
         else:
             forward.sums.add(forward, self, name, compute, gate, shared)
 
-    def suits(self, branch: Tensor | Stored, gate: Gate) -> bool:
+    def suits(self, branch: Branch, gate: Gate) -> bool:
         """Whether the ops take this branch of the stream."""
         return branch.shape == self._h.shape and self._suits(branch, gate)
 
@@ -441,7 +507,7 @@ class Residual:
     def read(self) -> Tensor:
         """The stream with everything added."""
         stored = [(b.whole, gate) for b, gate in self._waiting if isinstance(b, Stored)]
-        computed = [(b, gate) for b, gate in self._waiting if isinstance(b, Tensor)]
+        computed = [(b, gate) for b, gate in self._waiting if not isinstance(b, Stored)]
         if stored:
             rows = next(b.rows for b, _ in self._waiting if isinstance(b, Stored))
         for first in range(0, len(stored), MAX_BRANCHES - 1):
@@ -449,12 +515,19 @@ class Residual:
             fresh, computed = computed[:1], computed[1:]
             pairs = [*fresh, *stored[first : first + MAX_BRANCHES - 1]]
             self._add_up(pairs, fresh=len(fresh) - 1, rows=rows)
-        for first in range(0, len(computed), MAX_BRANCHES):
-            self._add_up(computed[first : first + MAX_BRANCHES])
+        most = MAX_BRANCHES if self._forward.weights is None else MAX_BRANCHES // (1 + MAX_ORDER)
+        for first in range(0, len(computed), most):
+            self._add_up(computed[first : first + most])
         self._waiting.clear()
         return self._h
 
-    def _add_up(self, pairs: Sequence[tuple[Tensor, Gate]], **at: Any) -> None:
+    def _add_up(self, pairs: Sequence[tuple[Any, Gate]], **at: Any) -> None:
+        nodes = [b.nodes if isinstance(b, Drawn) else () for b, _ in pairs]
+        if any(nodes):
+            forward = self._forward
+            at["weights"] = forward.weights.of(forward.step, nodes, self._h)
+            parts = ((b.values if isinstance(b, Drawn) else (b,), gate) for b, gate in pairs)
+            pairs = [(value, gate) for values, gate in parts for value in values]
         branches, gates = zip(*pairs, strict=True)
         self._h = self._forward.ops.gated_residual(
             self._h, branches, gates, out=self._h if self._is_owned() else None, **at
@@ -496,10 +569,10 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
 
 
 def gathered(value: Any) -> Any:
-    """A component's output whose :class:`Stored` parts are copied out."""
+    """A component's output whose :class:`Stored` and :class:`Drawn` parts are written down."""
     if isinstance(value, tuple):
         return tuple(gathered(part) for part in value)
-    return value.gathered() if isinstance(value, Stored) else value
+    return value.gathered() if isinstance(value, (Stored, Drawn)) else value
 
 
 def _renewed(held: Any, fresh: Tensor | None, owned: bool) -> Tensor | None:

@@ -31,6 +31,7 @@ class Segments:
         "linear",
         "project",
         "project_heads",
+        "stock",
     )
 
     def __init__(self, wrap: Callable[[Callable], Callable]) -> None:
@@ -39,6 +40,7 @@ class Segments:
         self.project = wrap(project)
         self.project_heads = wrap(project_heads)
         self.linear = wrap(linear)
+        self.stock = wrap(stock)
 
 
 def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -75,6 +77,11 @@ def project_heads(module: nn.Module, attention: Tensor, cross: Tensor, gate: Ten
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """A linear layer on its own."""
     return module(x)
+
+
+def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module's class: a whole model of whose blocks nothing is known."""
+    return type(module).forward(module, *args, **kwargs)
 
 
 EAGER = Segments(lambda function: function)

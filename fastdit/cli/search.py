@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fastdit import files
 from fastdit.errors import ArgumentError
-from fastdit.schedules.schedule import MAX_FILE_BYTES
+from fastdit.schedules.schedule_file import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from fastdit.schedules.schedule import Schedule

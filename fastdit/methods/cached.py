@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, NoiseLevels
+from fastdit.methods.base import Method, NoiseLevels, check_noise
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -26,6 +26,10 @@ class Cached(Method):
         max_cache_bytes: Most bytes that caches may hold at once. A run that needs more is refused at its first
             transformer call, with the number it needs.
         cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
+        order: How all that is reused is drawn from what was computed; None as the schedule says. 0 repeats an output,
+            1 draws the line through its last two computed values, 2 the parabola through three, at the sampler's own
+            noise levels. Where a whole step is reused the model's output is extrapolated and no block visited: a step
+            of Adams and Bashforth on the sampler's grid.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))
@@ -34,6 +38,7 @@ class Cached(Method):
     source: Schedule | Every | str | os.PathLike[str]
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
+    order: int | None = None
 
     name = "Cached"
     writes = frozenset({"reuse"})
@@ -43,7 +48,8 @@ class Cached(Method):
             object.__setattr__(self, "source", Schedule.load(self.source))
         elif not isinstance(self.source, (Schedule, Every)):
             raise ScheduleError(
-                f"schedule must be a Schedule, Schedule.every(n) or a path, got {type(self.source).__name__}"
+                f"source must be a Schedule, Schedule.every(n) or a path, got {type(self.source).__name__}; "
+                "Schedule.from_bits(bits, components) makes one of an array"
             )
 
         most = self.max_cache_bytes
@@ -51,15 +57,31 @@ class Cached(Method):
             raise ArgumentError(
                 f"max_cache_bytes must be an int of at least 0 or None, got {most!r}"
             )
+        if self.order is not None:
+            object.__setattr__(self, "source", self.source.with_order(self.order))
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ArgumentError(
-                f"cache_dtype must be one of {', '.join(CACHE_DTYPES)} or None, got {self.cache_dtype!r}"
+                f"cache_dtype must be a name, {' or '.join(map(repr, CACHE_DTYPES))}, or None, got {self.cache_dtype!r}"
             )
 
     @property
     def run_steps(self) -> int | None:
         """The schedule's number of steps; None for `Schedule.every`."""
         return self.source.steps if isinstance(self.source, Schedule) else None
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether every reused step is forecast as a whole."""
+        return self.forecasts and isinstance(self.source, Every)
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return self.source.forecasts
+
+    def check_sampler(self, noise: str) -> None:
+        """What is reused is of a picture with other noise."""
+        check_noise(self, noise)
 
     def check(self, spec: ModelSpec) -> None:
         """The schedule must have the model's block kinds, counts and components."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, NoiseLevels
+from fastdit.methods.base import Method, NoiseLevels, check_noise
 from fastdit.methods.ecad import PRESETS
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.router import TAU, Router, check_tau
-from fastdit.schedules.schedule import Schedule
+from fastdit.schedules.schedule import Schedule, check_order
 from fastdit.spec import ModelSpec
 
 PRESET = "router.safetensors"
@@ -30,6 +30,8 @@ class HarmoniCa(Method):
         tau: Components with sigmoid(logit) > tau compute.
         strict: Refuse a scheduler, timesteps, size or guidance other than the router was trained for. Where False only
             the number of steps and the model's blocks must fit; how such a run looks is not known.
+        order: How what is reused is drawn from what was computed, see :class:`~fastdit.Cached`; routers were trained
+            for 0 unless their authors say otherwise.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.HarmoniCa("router.safetensors", tau=0.1))
@@ -40,12 +42,14 @@ class HarmoniCa(Method):
     source: Router | str | os.PathLike[str]
     tau: float = TAU
     strict: bool = True
+    order: int = 0
 
     name = "HarmoniCa"
     writes = frozenset({"reuse"})
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
+        check_order(self.order)
         if isinstance(self.source, (str, os.PathLike)):
             object.__setattr__(self, "source", Router.load(self.source))
         elif not isinstance(self.source, Router):
@@ -82,7 +86,17 @@ class HarmoniCa(Method):
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
         """The schedule at the threshold, bound to the model and the number of steps."""
-        return self.source.schedule(self.tau).bind(spec, steps)
+        return self.source.schedule(self.tau).with_order(self.order).bind(spec, steps)
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return self.order > 0
+
+    def check_sampler(self, noise: str) -> None:
+        """A router that was trained for a sampler knows its noise; drawn outputs under unlike noise lie on no line."""
+        if self.forecasts or not self.strict:
+            check_noise(self, noise)
 
 
 METHOD = HarmoniCa

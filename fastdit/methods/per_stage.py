@@ -61,6 +61,16 @@ class PerStage(Method):
         object.__setattr__(self, "cache_dtype", dtypes.pop())
         object.__setattr__(self, "max_cache_bytes", min(most, default=None))
 
+    @property
+    def forecasts(self) -> bool:
+        """Whether one of them does."""
+        return any(method.forecasts for method in self._given())
+
+    def check_sampler(self, noise: str) -> None:
+        """Each must fit the sampler."""
+        for method in self._given():
+            method.check_sampler(noise)
+
     def check(self, spec: ModelSpec) -> None:
         """Each must fit the model."""
         for method in self._given():
@@ -101,18 +111,21 @@ class PerStage(Method):
 
 def _joined(spec: ModelSpec, parts: Sequence[tuple[int, Schedule | None]]) -> Schedule:
     """One schedule of all stages; what a stage's schedule does not name computes."""
-    bits = {}
+    bits, orders = {}, {}
     for kind in spec.kinds:
-        rows = []
+        computes, drawn = [], []
         for steps, part in parts:
-            computes = np.ones((steps, kind.count, len(kind.components)), dtype=bool)
+            shape = steps, kind.count, len(kind.components)
+            computes.append(np.ones(shape, dtype=bool))
+            drawn.append(np.zeros(shape, dtype=np.uint8))
             if part is not None:
                 layer = part.layers[kind.name]
                 places = [kind.components.index(name) for name in layer.components]
-                computes[:, :, places] = layer.bits
-            rows.append(computes)
-        bits[kind.name] = np.concatenate(rows)
-    joined = Schedule.from_bits(bits, {kind.name: kind.components for kind in spec.kinds})
+                computes[-1][:, :, places] = layer.bits
+                drawn[-1][:, :, places] = layer.orders
+        bits[kind.name], orders[kind.name] = np.concatenate(computes), np.concatenate(drawn)
+    components = {kind.name: kind.components for kind in spec.kinds}
+    joined = Schedule.from_bits(bits, components, orders=orders)
     if not any(part is not None and part.rows for _, part in parts):
         return joined
     rows = [

@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode
 from fastdit.tokens.active import TokenRun
@@ -52,6 +55,76 @@ class ActiveTokens:
 
     keep: int
     high: int
+
+
+class RASRun(TokenRun):
+    """The rule of RAS in one run: how often and how long each token was left out so far."""
+
+    def __init__(self, method: Any, run: Any) -> None:
+        super().__init__(method, run)
+        self._drops: Tensor | None = None
+        self._age: Tensor | None = None
+
+    def choose(self, velocity: Tensor, delta: Any, coming: ActiveTokens | None) -> Tensor | None:
+        """The tokens that moved most, or least, counting how often they were dropped.
+
+        Raises:
+            ArgumentError: Parity with several images; the run ends with its first step.
+        """
+        parity = self.method.mode == "parity"
+        if parity and len(velocity) > 1:
+            raise ArgumentError(
+                f'mode="parity" is the published rule, which knows one image; got a batch of {len(velocity)}: '
+                'draw them one by one, or use mode="corrected"'
+            )
+        if coming is None:  # every token is active there
+            self._age = None
+            return None
+        if parity:
+            return self._choose_as_published(velocity, delta, coming)
+        return self._choose(velocity, coming)
+
+    def end(self) -> None:
+        """Only the history stays."""
+        super().end()
+        self._drops = self._age = None
+
+    def _choose(self, velocity: Tensor, coming: ActiveTokens) -> Tensor:
+        method, batch = self.method, velocity.shape[0]
+        if self._drops is None or self._drops.shape[0] != batch:
+            self._drops = torch.zeros(batch, self.tokens, dtype=torch.int32, device=velocity.device)
+            self._age = None
+        if method.max_age and self._age is None:
+            self._age = torch.zeros_like(self._drops)
+        rows, _ = self.run.patched.ops.token_select(
+            velocity,
+            self._drops,
+            coming.keep,
+            age=self._age,
+            high=coming.high,
+            starvation=method.starvation,
+            metric=method.metric,
+            max_age=method.max_age,
+        )
+        return rows
+
+    def _choose_as_published(self, velocity: Tensor, delta: Any, coming: ActiveTokens) -> Tensor:
+        """The published rule, roundings included: metric in the model's dtype, ties as torch.sort leaves them."""
+        method = self.method
+        if self._drops is None:
+            count = -(len(self.plan) + 1)
+            self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
+        moved = (
+            torch.as_tensor(delta) * velocity[0]
+        )  # the sigmas' own difference, not rounded first
+        channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
+        metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
+        metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)
+        order = torch.sort(metric).indices
+        low = self.tokens - coming.keep - coming.high
+        dropped = torch.cat([order[:low], order[self.tokens - coming.high :]])
+        self._drops[dropped] += 1
+        return order[low : self.tokens - coming.high][None]
 
 
 @dataclass(frozen=True)
@@ -127,9 +200,9 @@ class RAS(Method):
             raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return replace(PRESETS[name], **changes)
 
-    def begin(self, run: Any) -> TokenRun:
+    def begin(self, run: Any) -> RASRun:
         """The choice of tokens in one run."""
-        return TokenRun(self, run)
+        return RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that `start` or explicit resets do not fit.

@@ -1,9 +1,13 @@
-"""out = x + sum_i gates[i] * branches[i]: the residuals of one or of many sub-layers in one pass.
+"""out = x + sum_i weights[i] * gates[i] * branches[i]: the residuals of one or of many sub-layers in one pass.
 
 Shapes: x and out [B, K, D], K the active tokens. Without `rows` every branch is [B, K, D]. With
 `rows` [B, K] the branch numbered `fresh` is compact [B, K, D], since it was just computed, and all
 others are row stores over the full layout [B, N, D], read at rows[b, k]. `cache` [B, N, D] receives
 a bit-exact copy of the fresh branch at the active rows and keeps its other rows.
+
+Weights are one number a branch, or one for each branch and active token: an output that is drawn through its last
+computed values is a weighted sum of them, so a forecast of order n is n + 1 branches of one gate. They are read where
+the kernel runs, never on the host, so that a captured launch can be replayed with others.
 
 Bytes moved: (k + 2) B K D elements for k branches, plus one more for a cache write. Eager torch
 moves 5 k. Sums are kept in fp32 and rounded once by every backend but `reference`.
@@ -29,7 +33,7 @@ _GATES = tuple(f"gates[{i}]" for i in range(MAX_BRANCHES))
 
 SCHEMA = (
     "gated_residual(Tensor x, Tensor[] branches, Tensor?[] gates, int fresh, Tensor(a!)? cache, "
-    "Tensor? rows, Tensor(b!) out, str? backend) -> ()"
+    "Tensor? rows, Tensor(b!) out, str? backend, Tensor? weights=None) -> ()"
 )
 
 
@@ -38,6 +42,7 @@ def gated_residual(
     branches: Sequence[Tensor],
     gates: Sequence[Tensor | None],
     *,
+    weights: Tensor | None = None,
     fresh: int = -1,
     cache: Tensor | None = None,
     rows: Tensor | None = None,
@@ -51,6 +56,8 @@ def gated_residual(
             embedding's transposed ones, unless it is also `out`.
         branches: 1 to 64 tensors; see the module text for their shapes.
         gates: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D].
+        weights: [branches] or [branches, B, K], contiguous, fp32 (fp64 where x is); None for ones.
+            No gradient flows to them.
         fresh: number of the branch that was computed in this step; -1 for none.
         cache: row store [B, N, D] to write the fresh branch into.
         rows: int32 or int64 [B, K], sorted and unique in each sample; None for all tokens.
@@ -74,19 +81,19 @@ def gated_residual(
                 "out, cache: got a tensor while an input requires a gradient; accepted is None "
                 "(in-place forms have no gradient: use torch.no_grad())"
             )
-        _check(x, branches, gates, fresh, None, rows, None)
-        return residual_sum(x, branches, gates, fresh, rows)
+        _check(x, branches, gates, weights, fresh, None, rows, None)
+        return residual_sum(x, branches, gates, fresh, rows, weights)
     if traced():
         out = _new_out(x) if out is None else out
         torch.ops.fastdit.gated_residual.default(
-            x, branches, gates, fresh, cache, rows, out, backend
+            x, branches, gates, fresh, cache, rows, out, backend, weights
         )
         return out
-    _check(x, branches, gates, fresh, cache, rows, out)
+    _check(x, branches, gates, weights, fresh, cache, rows, out)
     if out is None:
         out = _new_out(x)
     function = resolve("gated_residual", x.device, x.dtype, backend)
-    function(x, branches, gates, fresh, cache, rows, out)
+    function(x, branches, gates, fresh, cache, rows, out, weights)
     return out
 
 
@@ -94,17 +101,17 @@ def _new_out(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _run(x, branches, gates, fresh, cache, rows, out, backend=None) -> None:
+def _run(x, branches, gates, fresh, cache, rows, out, backend=None, weights=None) -> None:
     """What torch.ops calls once a trace runs."""
-    _check(x, branches, gates, fresh, cache, rows, out)
+    _check(x, branches, gates, weights, fresh, cache, rows, out)
     function = resolve("gated_residual", x.device, x.dtype, backend)
-    function(x, branches, gates, fresh, cache, rows, out)
+    function(x, branches, gates, fresh, cache, rows, out, weights)
 
 
 define(SCHEMA, _run)
 
 
-def _check(x, branches, gates, fresh, cache, rows, out) -> None:
+def _check(x, branches, gates, weights, fresh, cache, rows, out) -> None:
     """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
     shape = checks.state("x", x, any_stride=out is not x)
     dtype, device = x.dtype, x.device
@@ -130,10 +137,31 @@ def _check(x, branches, gates, fresh, cache, rows, out) -> None:
             checks.store(_BRANCHES[i], branch, shape, dtype, device)
         if gates[i] is not None:
             checks.modulation(_GATES[i], gates[i], shape, dtype, device)
+    if weights is not None:
+        _check_weights(weights, count, x)
     if out is not None:
         _check_out(x, branches, gates, out)
+        if weights is not None:
+            checks.disjoint("out", out, "weights", weights)
     if cache is not None:
         _check_cache(x, branches, fresh, cache, rows, out)
+
+
+def _check_weights(weights, count, x) -> None:
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    shapes = (count,), (count, *x.shape[:2])
+    if not isinstance(weights, Tensor):
+        raise ArgumentError(f"weights: got {type(weights).__name__}; accepted is a tensor or None")
+    if weights.shape not in shapes or weights.dtype is not dtype or weights.device != x.device:
+        raise ArgumentError(
+            f"weights: got {weights.dtype} {list(weights.shape)} on {weights.device}; accepted is {dtype} "
+            f"{list(shapes[0])}, or {list(shapes[1])}, on {x.device}"
+        )
+    if not weights.is_contiguous() or weights.requires_grad:
+        raise ArgumentError(
+            f"weights: got strides {weights.stride()} and requires_grad={weights.requires_grad}; accepted is a "
+            "contiguous tensor without a gradient"
+        )
 
 
 def _check_out(x, branches, gates, out) -> None:

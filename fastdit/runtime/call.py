@@ -18,9 +18,11 @@ from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.forward import Forward, Tokens
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import private
+from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
 from fastdit.versions import same, versions
@@ -35,7 +37,8 @@ class Call:
         branch: Its caches.
         layout: Of its tokens, where a method decides it.
         rows: Indices [B, K] of the image tokens that pass; None where all do.
-        forward: What its blocks ask; None before it is prepared, and in a call that runs stock.
+        forward: What its blocks ask; None before it is prepared, and in a call that runs stock or is forecast.
+        forecast: What stands for the model's output; None where the model runs.
         tokens: How many image tokens pass.
         immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
@@ -44,6 +47,7 @@ class Call:
         self.outer = outer
         self.run: Run | None = None
         self.forward: Forward | None = None
+        self.forecast: Any = None
 
     # ---- before the transformer's forward
 
@@ -71,6 +75,14 @@ class Call:
         run.latents, run.positions = arguments.hidden_states.shape, arguments.positions
         for method in run.methods:
             self.layout = method.layout(self) or self.layout
+        order = run.plan.order_of(run.step)
+        if order:
+            branch = self._branch()
+            if branch.outputs.nodes.steps:
+                self.forecast = branch.outputs.forecast(
+                    run.step, order, run.forecast_weights, run.patched.ops
+                )
+                return None
         self._smaller = self.layout is not None and self.layout.kind != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
@@ -120,7 +132,9 @@ class Call:
         if trace is not None and not trace.agrees(run, state):
             self.prepare()
             return
-        actions = run.plan.actions[run.step] if run.plan.actions else ()
+        # What has nothing to be forecast from computes.
+        planned = run.plan.actions and not run.plan.order_of(run.step)
+        actions = run.plan.actions[run.step] if planned else ()
         for method in run.methods:
             actions = method.actions(self, actions)
         self.forward = Forward(
@@ -137,6 +151,8 @@ class Call:
             layouts=patched.adapter.layouts,
             precision=patched.precision(arguments.hidden_states.dtype),
             modulations=ahead,
+            step=run.step,
+            weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
 
@@ -157,6 +173,7 @@ class Call:
         if branch.signature != signature or not unchanged:
             branch.slots.clear()
             branch.keys.clear()
+            branch.outputs = Outputs()
             branch.velocity = None
         branch.signature = signature
         # Of inference tensors the versions are copies, which need no renewal while they are equal.
@@ -211,7 +228,7 @@ class Call:
         if not isinstance(timestep, Tensor):
             inputs = None
         if first and inputs is not None:
-            timesteps = run.timesteps
+            timesteps = run.timesteps if isinstance(run.timesteps, Tensor) else None
             if run.scheduler is not None:
                 timesteps = adapter.given_timesteps(
                     run.scheduler.timesteps, arguments.hidden_states.dtype
@@ -273,8 +290,15 @@ class Call:
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This runs the transformer's forward, by a graph where there is one."""
-        stock = type(self.transformer).forward
+        if self.forecast is not None:
+            return self.forecast
+        patched, stock = self.run.patched, type(self.transformer).forward
         if self.trace is None:
+            if not patched.blocks:  # the blocks see to that themselves
+                compiled = patched.compiled_call(self.transformer, self.run)
+                return segments_like(compiled, self.transformer).stock(
+                    self.transformer, *args, **kwargs
+                )
             return stock(self.transformer, *args, **kwargs)
 
         def compute() -> Any:
@@ -328,14 +352,17 @@ class Call:
             RuntimeError: A residual was left waiting: an adapter's last block did not settle its streams.
         """
         run, forward = self.run, self.forward
+        record = run.records.setdefault(run.step, StepRecord())
+        if forward is None:
+            record.reused += run.patched.spec.component_count or 1
+            return None
         if not forward.settled:
             raise RuntimeError(
                 f"a residual was left waiting: the last block of the {run.patched.adapter.family} adapter did not "
                 "settle its streams"
             )
-        record = run.records.setdefault(run.step, StepRecord())
-        record.tokens = self.tokens
-        record.computed += forward.computed
+        record.tokens, record.actions = self.tokens, forward.actions
+        record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
@@ -346,7 +373,11 @@ class Call:
             )
         for method in run.methods:
             sample = method.output(self, sample)
-        return None if sample is given else _replaced(output, sample)
+        replaced = output if sample is given else _replaced(output, sample)
+        if any(run.plan.forecasts):
+            order = max(run.plan.forecasts)
+            self.branch.outputs.add(run.step, replaced, run.forecast_weights.levels, order)
+        return None if sample is given else replaced
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:

@@ -97,6 +97,8 @@ def why_eager(call: Any, leaves: Sequence[Any]) -> str | None:
         return "since nobody says how many steps it has"
     if run.plan.reuse is not None and run.plan.reuse.rows:
         return "since its schedule is mapped to other noise levels"
+    if run.patched.forecasts:
+        return "since its outputs are forecast, by weights that may be others in the next run"
     if not CudaCapture.serves(device):
         return f"since the transformer is on {device.type}"
     for leaf in leaves:

@@ -17,6 +17,7 @@ from fastdit.runtime import owners
 from fastdit.runtime.disguise import disguise, is_ordinary, put_on, take_off
 from fastdit.runtime.install import LINK
 from fastdit.runtime.levels import Levels
+from fastdit.schedules.solvers import CHURN, noise_of
 
 
 class Follower:
@@ -88,6 +89,11 @@ def check_scheduler(scheduler: Any) -> None:
         UnsupportedModelError: Its class has no `set_timesteps` or `step` of its own, or none of which another can be
             made: what hands calls on to a scheduler inside is not one.
     """
+    if scheduler is None:
+        raise UnsupportedModelError(
+            "scheduler must have set_timesteps and step, got a pipeline without one; "
+            "give patch its transformer where a loop of your own draws"
+        )
     cls = type(scheduler)
     for method in ("set_timesteps", "step"):
         if not callable(getattr(cls, method, None)):
@@ -132,6 +138,8 @@ def _clocked(base: type) -> type:
                 one.unclaim(owner)
         return result
 
+    churns = any(name in inspect.signature(base.step).parameters for name in CHURN)
+
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         runs = []
@@ -144,7 +152,10 @@ def _clocked(base: type) -> type:
             args[place] if place < len(args) else kwargs.get(name)
             for place, name in enumerate(("model_output", "timestep", "sample"))
         )
+        noise = noise_of(self, kwargs) if churns else ""
         for run in runs:
+            if noise:
+                run.patched.check_sampler(noise)
             run.begin_step(self, velocity, timestep, sample)
         delta = _sigma_step(self)
         result = base.step(self, *args, **kwargs)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastdit.errors import ScheduleError, UnsupportedModelError
+from fastdit.schedules.solvers import step_levels
 
 #: arguments of `set_timesteps` that list the run's own levels
 _CUSTOM = ("sigmas", "timesteps")
@@ -42,6 +43,12 @@ class Levels:
         """These are the same with those of a flow-matching run, given as sigmas."""
         unit = self.scheduler.config.num_train_timesteps
         return self.with_own([sigma * unit for sigma in sigmas])
+
+    @property
+    def repeat(self) -> bool:
+        """This tells whether two calls of the run that was set are at one level, as Heun's are."""
+        levels = step_levels(self.scheduler)
+        return len(set(levels)) < len(levels)
 
     def check_default(self, method: str) -> None:
         """This refuses levels of the caller's own where `method` has its own.

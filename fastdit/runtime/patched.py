@@ -66,7 +66,7 @@ class Patched:
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
         used_ops: What its runs call.
-        acts: Whether a method leaves anything out.
+        acts, forecasts: Whether a method leaves anything out, or draws outputs through earlier ones.
         made_steps, made_for: The number of steps that a method was made for, or None, and method -> its conditions.
         max_cache_bytes: The least that a method allows caches to hold; None for no bound.
     """
@@ -86,6 +86,7 @@ class Patched:
         self.eager = self.ops.backend == "reference"
         self.used_ops = used_ops(self.methods)
         self.acts = any(method.writes for method in self.methods)
+        self.forecasts = any(method.forecasts for method in self.methods)
         self.made_steps = self._first("run_steps")
         made_for = {method.name: method.made_for for method in self.methods}
         self.made_for = {name: found for name, found in made_for.items() if found is not None}
@@ -129,15 +130,25 @@ class Patched:
         """This gives the method that decides a field of the plan; None where none does."""
         return next((method for method in self.methods if field in method.writes), None)
 
+    def check_sampler(self, noise: str) -> None:
+        """This refuses a sampler that a method does not fit.
+
+        Args:
+            noise: What makes it draw noise at each step; "" for one that draws none.
+        """
+        for method in self.methods:
+            method.check_sampler(noise)
+
     def plan(
         self, steps: int, partial: tuple[bool, ...] = (), levels: Levels | None = None
     ) -> RunPlan:
         """This makes the plan of a run, and keeps it, unless it was mapped to other noise levels."""
-        key = steps, partial
+        repeats = self.forecasts and levels is not None and levels.repeat
+        key = steps, partial, repeats
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager)
+        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.rows:
             if len(self._plans) >= PLANS:
                 self._plans = {}
@@ -191,14 +202,14 @@ class Patched:
             return None
         here.call = call.outer
         here.forward = None if call.outer is None else call.outer.forward
-        if call.forward is None or output is None:
+        if (call.forward is None and call.forecast is None) or output is None:
             return None
         return call.finish(output)
 
     def __call__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The transformer's rewritten forward computes the call, where runs are replayed."""
         call = self.here.call
-        if call is None or call.forward is None:
+        if call is None or (call.forward is None and call.forecast is None):
             return type(transformer).forward(transformer, *args, **kwargs)
         return call.compute(args, kwargs)
 

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
+from fastdit.blocks.nodes import Weights
 from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
+from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
 from fastdit.runtime.levels import Levels
+from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
+from fastdit.schedules.solvers import step_levels
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -35,16 +39,23 @@ def nobody() -> None:
 
 @dataclass
 class StepRecord:
-    """A record is what one step did: tokens through the blocks, components computed and reused by all its calls."""
+    """A record is what one step did: tokens through the blocks, components computed and reused by all its calls.
+
+    Of its last call it has what the blocks were told, too; nothing where all compute.
+    """
 
     tokens: int = 0
     computed: int = 0
     reused: int = 0
+    actions: Sequence[BlockActions] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Branch:
-    """A branch holds the caches of one CFG branch: of the calls at one place in the code within the steps of a run."""
+    """A branch holds the caches of one CFG branch: of the calls at one place in the code within the steps of a run.
+
+    One that is met again is the same object, and a key for what methods keep of it.
+    """
 
     slots: Slots = field(default_factory=dict)
     owned: set[tuple[int, str]] = field(default_factory=set)  # slots that may be written into
@@ -52,6 +63,7 @@ class Branch:
     modulations: Modulations | None = None
     foresees: bool = True
     keys: dict[Any, KeyValues] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
     rotation: Any = None
@@ -65,6 +77,7 @@ class Branch:
         self.owned.clear()
         self.prompts.clear()
         self.keys.clear()
+        self.outputs = Outputs()
         self.modulations = self.velocity = self.rotation = self.signature = None
         self.foresees = True
         self.embeddings = self.versions = ()
@@ -84,7 +97,7 @@ class Run:
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
         selection, resolution: Those of them that choose the active tokens, and the tokens' sizes; or None.
-        timesteps: As given to `handle.run`, where that is a tensor.
+        timesteps: As given to `handle.run`.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
         follower: What the scheduler that leads it knows of it.
@@ -104,7 +117,7 @@ class Run:
     methods: tuple[MethodRun, ...] = ()
     selection: Any = None
     resolution: Any = None
-    timesteps: Tensor | None = None
+    timesteps: Sequence[Any] | None = None
     pipeline: Callable[[], Any] = nobody
     guidance: dict[str, Any] = field(default_factory=dict)
     follower: Any = None
@@ -112,6 +125,7 @@ class Run:
     branches: dict[Any, Branch] = field(default_factory=dict)
     family: dict[str, Any] = field(default_factory=dict)
     packed: PackedWeights = field(default_factory=PackedWeights)
+    weights: Weights | None = None
     previews: Any = None
     trace: Trace | str | None = None
     outputs: list[Tensor] = field(default_factory=list)
@@ -145,6 +159,18 @@ class Run:
     def scheduler(self) -> Any:
         """It tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
+
+    @property
+    def forecast_weights(self) -> Weights:
+        """Its forecasts have these weights, from the noise levels that the scheduler, or the user, says."""
+        if self.weights is None:
+            scheduler = self.scheduler
+            if scheduler is not None:
+                levels = step_levels(scheduler)
+            else:
+                levels = [] if self.timesteps is None else [float(t) for t in self.timesteps]
+            self.weights = Weights(levels)
+        return self.weights
 
     @property
     def owner(self) -> Any:
@@ -306,12 +332,15 @@ class Run:
         storages = {}
         for branch in list(self.branches.values()):
             kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
-            made = (*branch.slots.values(), *branch.prompts.values(), branch.velocity)
-            for value in (*made, *kept):
-                for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                    if isinstance(tensor, Tensor):
-                        storage = tensor.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
+            made = [*branch.slots.values(), *branch.prompts.values(), branch.velocity]
+            waiting = [*made, *kept, branch.outputs.nodes]
+            while waiting:
+                value = waiting.pop()
+                if isinstance(value, Tensor):
+                    storage = value.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+                elif isinstance(value, (tuple, list)):
+                    waiting += value
         return sum(storages.values())
 
     def end(self) -> None:

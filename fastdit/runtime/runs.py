@@ -23,6 +23,7 @@ from fastdit.runtime.levels import Levels, check_flow, found_levels, replace_sig
 from fastdit.runtime.owners import PipelineCall, Worker
 from fastdit.runtime.run import OPEN_STEPS, Run, nobody, one_call_too_many
 from fastdit.schedules.conditions import guidance_of
+from fastdit.schedules.solvers import noise_of
 
 _NEW = object()
 
@@ -154,6 +155,8 @@ class Runs:
             raise ScheduleError(
                 f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
             )
+        if levels is not None:
+            patched.check_sampler(noise_of(levels.scheduler))
         planned = OPEN_STEPS if steps is None else steps
         full = planned
         if resolution is not None:
@@ -251,7 +254,7 @@ class Runs:
     def begin_manual(self, loop: ManualLoop, timesteps: Any) -> None:
         """A loop by hand begins its run over `timesteps`."""
         run = self._begin(loop, len(timesteps))
-        if run is not None and isinstance(timesteps, Tensor):
+        if run is not None:
             run.timesteps = timesteps
 
     def end_manual(self, loop: ManualLoop) -> None:

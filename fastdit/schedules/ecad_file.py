@@ -91,6 +91,10 @@ def document(schedule: Schedule) -> dict[str, Any]:
     """
     if unknown := sorted(set(schedule.layers) - set(KINDS)):
         raise ScheduleError(f"the ECAD layout has no block kinds {unknown}, only {sorted(KINDS)}")
+    if schedule.forecasts:
+        raise ScheduleError(
+            'the ECAD layout has no place for orders of forecasts; give layout="fastdit"'
+        )
     if "transformer_blocks" not in schedule.layers or schedule.steps > MAX_STEPS:
         raise ScheduleError(
             f"the ECAD layout needs transformer_blocks and at most {MAX_STEPS} steps, got {schedule!r}"

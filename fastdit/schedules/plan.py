@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fastdit.errors import CompositionError
-from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, BlockActions
+from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, drawn
 from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
@@ -43,16 +43,24 @@ class RunPlan:
         actions: ``actions[step][block]`` -> flags per component, blocks of all kinds in running order. Empty when
             everything computes.
         sums: Which reused outputs are kept as sums at each step; empty where none are.
+        forecasts: Of which order the forecast is that stands for the model's whole output at each step, 0 where the
+            model runs; empty where it always runs.
     """
 
     steps: int
     reuse: Schedule | None
     actions: Sequence[Sequence[BlockActions]]
     sums: Sequence[StepSums] = ()
+    forecasts: Sequence[int] = ()
 
     def part(self, first: int, last: int) -> RunPlan:
-        """The steps from `first` to before `last`, for counting."""
-        return RunPlan(last - first, self.reuse, self.actions[first:last], self.sums[first:last])
+        """This gives the steps from `first` to before `last`, for counting."""
+        parts = (each[first:last] for each in (self.actions, self.sums, self.forecasts))
+        return RunPlan(last - first, self.reuse, *parts)
+
+    def order_of(self, step: int) -> int:
+        """This tells the order of the step's forecast; 0 where the model runs."""
+        return self.forecasts[step] if self.forecasts else 0
 
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
@@ -78,11 +86,13 @@ def plan_run(
     partial: Sequence[bool] = (),
     levels: Any = None,
     collapse: bool = False,
+    repeats: bool = False,
 ) -> RunPlan:
     """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
     `levels` knows the run's noise levels (`levels.Levels`), for schedules made for other numbers of steps. `collapse`
-    allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew.
+    allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
+    `repeats` some steps are at the noise level of the one before, whose outputs they replace in forecasts.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -94,14 +104,27 @@ def plan_run(
     for method in methods:
         if "reuse" in method.writes:
             reuse = method.staged_schedule(spec, lengths, levels)
-    actions = lower(reuse, spec, partial, fresh) if reuse is not None else ()
+    forecasts = _forecasts(reuse, fresh) if reuse is not None and reuse.forecasts else ()
+    actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
-    return RunPlan(steps, reuse, actions, sums)
+    return RunPlan(steps, reuse, actions, sums, forecasts)
+
+
+def _forecasts(schedule: Schedule, fresh: Sequence[int]) -> tuple[int, ...]:
+    """This gives the order of each step's forecast where all of it is drawn by one, 0 elsewhere."""
+    layers = schedule.layers.values()
+    bits, orders = (
+        np.concatenate([each.reshape(schedule.steps, -1) for each in parts], axis=1)
+        for parts in ([layer.bits for layer in layers], [layer.orders for layer in layers])
+    )
+    whole = ~bits.any(axis=1) & (orders == orders[:, :1]).all(axis=1)
+    whole[list(fresh)] = False
+    return tuple(int(order) if step else 0 for step, order in zip(whole, orders[:, 0], strict=True))
 
 
 def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
     """Sums for a model whose gates allow them and a schedule that makes them pay."""
-    if not spec.shared_gates:
+    if not spec.shared_gates or any(flags & DRAWN for row in actions[0] for flags in row.values()):
         return ()
     cells = [(block, name) for block, row in enumerate(actions[0]) for name in row]
     computes = [[step[block][name] & COMPUTE for block, name in cells] for step in actions]
@@ -123,16 +146,19 @@ def lower(
     spec: ModelSpec,
     partial: Sequence[bool] = (),
     fresh: Sequence[int] = (),
+    forecasts: Sequence[int] = (),
+    repeats: bool = False,
 ) -> list[list[dict[str, int]]]:
-    """Flags per step, block (all kinds, in running order) and component; see the module's description.
+    """Flags per step, block (all kinds, in running order) and component; see :func:`plan_run`.
 
     Computing at a `partial` step replaces a part of a value only, so the rest of it must have been kept until then.
-    At a `fresh` step the tokens are others than before, so everything computes.
+    At a `fresh` step the tokens are others than before, so everything computes. Where the whole output is one of the
+    `forecasts`, no slot is read.
     """
     some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind, some, fresh)
+        flags = _lower_kind(schedule, kind, some, fresh, forecasts, repeats)
         for step in range(schedule.steps):
             for block in range(kind.count):
                 row = {
@@ -145,7 +171,12 @@ def lower(
 
 
 def _lower_kind(
-    schedule: Schedule, kind: BlockKind, partial: np.ndarray, fresh: Sequence[int]
+    schedule: Schedule,
+    kind: BlockKind,
+    partial: np.ndarray,
+    fresh: Sequence[int],
+    forecasts: Sequence[int],
+    repeats: bool,
 ) -> dict[str, np.ndarray]:
     layer = schedule.layers[kind.name]
     always = np.ones((schedule.steps, kind.count), dtype=bool)
@@ -159,20 +190,37 @@ def _lower_kind(
         consumer = kind.consumers.get(component)
         # With partial steps an attention that nobody reads still renews keys and values, so it runs.
         dead = consumer is not None and not partial.any()
-        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always
-        flags[component] = _lower_component(bits[component], read, partial)
+        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always.copy()
+        read[np.array(forecasts, dtype=bool).nonzero()] = False
+        orders = (
+            layer.orders[:, :, layer.components.index(component)]
+            if component in layer.components
+            else np.zeros(read.shape, dtype=np.uint8)
+        )
+        renews = partial | repeats if orders.any() else partial
+        flags[component] = _lower_component(bits[component], read, renews, orders)
     return flags
 
 
-def _lower_component(bits: np.ndarray, read: np.ndarray, partial: np.ndarray) -> np.ndarray:
-    """Backward liveness over the steps; `bits` (compute) and `read` (value is used) are bool [steps, blocks]."""
-    flags = np.zeros(bits.shape, dtype=np.uint8)
-    wanted = np.zeros(
-        bits.shape[1], dtype=bool
-    )  # does a later step read the value current after this one?
-    for step in reversed(range(bits.shape[0])):
-        compute = bits[step] & (read[step] | wanted)
+def _lower_component(
+    bits: np.ndarray, read: np.ndarray, renews: np.ndarray, orders: np.ndarray
+) -> np.ndarray:
+    """Backward liveness over the steps; all but `renews` [steps] are [steps, blocks].
+
+    `bits` (compute) and `read` (value is used) are bool; a reused value is drawn through one more than `orders` values,
+    and a step that `renews` may replace the last of them, or a part of it.
+    """
+    flags = np.zeros(bits.shape, dtype=np.uint16)
+    # How many of the last computed values, counted from after the step, later steps read.
+    after = np.zeros(bits.shape, dtype=np.uint16)
+    wanted = after[-1]
+    for step in reversed(range(len(bits))):
+        after[step] = wanted
+        compute = bits[step] & (read[step] | (wanted > 0))
         reuse = ~bits[step] & read[step]
-        flags[step] = compute * COMPUTE + reuse * REUSE + wanted * KEEP
-        wanted = (~bits[step] & (read[step] | wanted)) | (partial[step] & bits[step] & wanted)
-    return flags
+        flags[step] = compute * COMPUTE + reuse * REUSE + (wanted > 0) * KEEP
+        before = wanted if renews[step] else np.maximum(wanted, 1) - 1
+        wanted = np.where(bits[step], before, np.maximum(wanted, reuse * (orders[step] + 1)))
+    made = np.cumsum(flags & COMPUTE, axis=0)
+    several = (orders > 0).any(axis=0)
+    return flags + several * drawn(orders, np.minimum(after, made).astype(np.uint16))

@@ -22,14 +22,8 @@ import numpy as np
 from fastdit import files
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.schedule import (
-    DEFAULT_KIND,
-    MAX_BITS,
-    MAX_FILE_BYTES,
-    Schedule,
-    check_names,
-    expect,
-)
+from fastdit.schedules.schedule import DEFAULT_KIND, Schedule, check_names
+from fastdit.schedules.schedule_file import MAX_BITS, MAX_FILE_BYTES, expect
 from fastdit.spec import ModelSpec
 
 FORMAT = "fastdit.router"

@@ -4,17 +4,16 @@
 polarity and the order of the ECAD paper's released files (arXiv 2506.15682). Step 0 always computes: there is nothing
 to reuse yet, so False there means True and is stored as True.
 
-The file is JSON, written for people and diffs: one string of 0 and 1 per step and block kind, in [block][component]
-order, with a version, free provenance and a SHA-256 over the content. The layout of ECAD's released files is read too,
-and written if asked (`schedules/ecad_file.py`). Reading executes nothing; a file that is malformed, truncated, altered
-or made for something else is refused with a :class:`~fastdit.errors.ScheduleError`.
+``orders`` of the same shape say how what is reused is drawn from the last computed outputs (`forecast.py`): 0 repeats
+the last, 1 and 2 extrapolate.
+
+Files are `schedule_file.py`'s; the layout of ECAD's released ones is read too, and written if asked (`ecad_file.py`).
 This file knows neither models nor runs: :meth:`Schedule.bind` only compares names and counts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,16 +25,11 @@ import numpy as np
 
 from fastdit import files
 from fastdit.errors import ScheduleError
-from fastdit.schedules import ecad_file
+from fastdit.schedules import ecad_file, schedule_file
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.spec import BlockKind, ModelSpec
 
-FORMAT = "fastdit.schedule"
-VERSION = 1
 DEFAULT_KIND = "transformer_blocks"
-MAX_FILE_BYTES = 64 << 20
-MAX_COUNT = 1 << 14
-MAX_KINDS = 64
-MAX_BITS = 1 << 26
 
 
 class Bindable(Protocol):
@@ -46,10 +40,11 @@ class Bindable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """The bits of one block kind: ``bits`` is a read-only bool array [steps, blocks, components]."""
+    """One block kind: ``bits`` (bool) and ``orders`` (uint8) are read-only arrays [steps, blocks, components]."""
 
     components: tuple[str, ...]
     bits: np.ndarray
+    orders: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +61,14 @@ class Schedule:
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     rows: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        layers = self.layers.values() if isinstance(self.layers, Mapping) else ()
+        if not layers or not all(isinstance(layer, Layer) for layer in layers):
+            raise ScheduleError(
+                "layers must be a mapping of block kinds to Layer, got "
+                f"{type(self.layers).__name__}; Schedule.from_bits(bits, components) makes a schedule of bits"
+            )
+
     # ---- construction
 
     @classmethod
@@ -74,6 +77,7 @@ class Schedule:
         bits: Any,
         components: Sequence[str] | Mapping[str, Sequence[str]],
         provenance: Mapping[str, Any] | None = None,
+        orders: Any = 0,
     ) -> Schedule:
         """Make a schedule from ``bits[step][block][component]``, True = compute.
 
@@ -82,6 +86,7 @@ class Schedule:
                 mapping from kind to such bits.
             components: Names along the last axis, or a mapping from kind to names.
             provenance: Free JSON data about the origin.
+            orders: Of the forecasts of what is reused: one for all, or shaped like `bits`, of 0, 1 and 2.
 
         Raises:
             ScheduleError: Shapes, values or names are not as described.
@@ -99,7 +104,18 @@ class Schedule:
                 f"bits has block kinds {sorted(map(str, bits))}, components has {sorted(map(str, components))}; "
                 "they must be the same and not empty"
             )
-        layers = {str(kind): _layer(str(kind), bits[kind], components[kind]) for kind in bits}
+        orders = 0 if orders is None else orders
+        if not isinstance(orders, Mapping):
+            orders = dict.fromkeys(bits, orders)
+        if set(orders) != set(bits):
+            raise ScheduleError(
+                f"orders has block kinds {sorted(map(str, orders))}, bits has {sorted(map(str, bits))}; they must be "
+                "the same"
+            )
+        layers = {
+            str(kind): _layer(str(kind), bits[kind], components[kind], orders[kind])
+            for kind in bits
+        }
         steps = {kind: layer.bits.shape[0] for kind, layer in layers.items()}
         if len(set(steps.values())) > 1:
             raise ScheduleError(
@@ -108,12 +124,12 @@ class Schedule:
         return cls(MappingProxyType(layers), MappingProxyType(dict(provenance or {})))
 
     @staticmethod
-    def every(n: int) -> Every:
+    def every(n: int, order: int = 0) -> Every:
         """The FORA-style schedule: every component computes at steps 0, n, 2n, ... and is reused between.
 
         It is bound to the model and to the number of steps when a run starts, so it fits any.
         """
-        return Every(n)
+        return Every(n, order)
 
     # ---- facts
 
@@ -129,12 +145,19 @@ class Schedule:
         return sum(int((~layer.bits).sum()) for layer in self.layers.values()) / cells
 
     @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return any(layer.orders.any() for layer in self.layers.values())
+
+    @property
     def sha256(self) -> str:
         """Hash of the content (not of the provenance), equal for equal schedules."""
-        return hashlib.sha256(_canonical(self._content())).hexdigest()
+        return hashlib.sha256(schedule_file.canonical(schedule_file.content(self))).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and self._content() == other._content()
+        return isinstance(other, Schedule) and schedule_file.content(self) == schedule_file.content(
+            other
+        )
 
     def __hash__(self) -> int:
         return hash(self.sha256)
@@ -147,6 +170,18 @@ class Schedule:
         return f"Schedule({self.steps} steps, {kinds}, {self.reuse_share:.1%} reused)"
 
     # ---- use
+
+    def with_order(self, order: int) -> Schedule:
+        """This is the same schedule with all that it reuses forecast by one order.
+
+        Raises:
+            ScheduleError: It is not 0, 1 or 2.
+        """
+        layers = {
+            kind: _layer(kind, layer.bits, layer.components, order)
+            for kind, layer in self.layers.items()
+        }
+        return replace(self, layers=MappingProxyType(layers))
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
         """Check that the schedule fits the model and the number of steps, and return it in the model's components.
@@ -181,7 +216,7 @@ class Schedule:
         if not rows or min(rows) < 0 or max(rows) >= self.steps:
             raise ScheduleError(f"rows must be steps 0 to {self.steps - 1}, got {rows}")
         layers = {
-            kind: _layer(kind, layer.bits[rows], layer.components)
+            kind: _layer(kind, layer.bits[rows], layer.components, layer.orders[rows])
             for kind, layer in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers), rows=tuple(rows))
@@ -215,9 +250,9 @@ class Schedule:
 
     def to_json(self) -> str:
         """The schedule as JSON text; see the module's description."""
-        content = self._content()
+        content = schedule_file.content(self)
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
-        return _dumps(document)
+        return schedule_file.dumps(document)
 
     def to_ecad_json(self) -> str:
         """The schedule in the layout of ECAD's released files.
@@ -225,7 +260,7 @@ class Schedule:
         Raises:
             ScheduleError: The layout has no place for a block kind of this schedule.
         """
-        return _dumps(ecad_file.document(self))
+        return schedule_file.dumps(ecad_file.document(self))
 
     def save(self, path: str | os.PathLike[str], layout: str = "fastdit") -> None:
         """Write to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
@@ -246,7 +281,7 @@ class Schedule:
             ScheduleError: The file cannot be read, or is not a valid schedule; names the file and what is wrong.
         """
         try:
-            text = files.read_text(path, MAX_FILE_BYTES)
+            text = files.read_text(path, schedule_file.MAX_FILE_BYTES)
         except (OSError, ValueError) as error:  # also bytes that are no text
             raise ScheduleError(f"{path}: not a readable schedule file: {error}") from error
         try:
@@ -268,30 +303,13 @@ class Schedule:
     @classmethod
     def _from_document(cls, document: Any) -> Schedule:
         if isinstance(document, dict) and ecad_file.ROOT in document:
-            return cls.from_bits(*ecad_file.parse(document, MAX_COUNT))
-        schedule = _parse(document)
+            return cls.from_bits(*ecad_file.parse(document, schedule_file.MAX_COUNT))
+        schedule = cls.from_bits(*schedule_file.parse(document))
         if document["sha256"] != schedule.sha256:
             raise ScheduleError(
                 "sha256 does not match the content: the file is damaged or was edited"
             )
         return schedule
-
-    def _content(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "steps": self.steps,
-            "blocks": {
-                kind: {
-                    "count": layer.bits.shape[1],
-                    "components": list(layer.components),
-                    "bits": [
-                        "".join("01"[bit] for bit in row.ravel().astype(int)) for row in layer.bits
-                    ],
-                }
-                for kind, layer in sorted(self.layers.items())
-            },
-        }
 
 
 @dataclass(frozen=True)
@@ -300,17 +318,32 @@ class Every:
 
     Attributes:
         n: Compute at every n-th step, n >= 1; n = 1 computes always.
+        order: Of the forecasts between; 0 repeats.
     """
 
     n: int
+    order: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
             raise ScheduleError(f"n must be an int >= 1, got {self.n!r}")
+        check_order(self.order)
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether it extrapolates what it reuses."""
+        return self.order > 0
+
+    def with_order(self, order: int) -> Every:
+        """This is the same with another order."""
+        return replace(self, order=order)
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """The schedule for `steps` steps of the model."""
+        """The schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
         computes = np.arange(steps) % self.n == 0
+        origin = {"every": self.n}
+        if not spec.kinds:
+            return Schedule.from_bits(computes[:, None, None], ("output",), origin, self.order)
         bits = {
             kind.name: np.broadcast_to(
                 computes[:, None, None], (steps, kind.count, len(kind.components))
@@ -318,7 +351,7 @@ class Every:
             for kind in spec.kinds
         }
         components = {kind.name: kind.components for kind in spec.kinds}
-        return Schedule.from_bits(bits, components, {"every": self.n})
+        return Schedule.from_bits(bits, components, origin, self.order)
 
     def check(self, spec: ModelSpec) -> None:
         """Fits every model."""
@@ -327,12 +360,23 @@ class Every:
 def _ungrouped(layer: Layer, kind: BlockKind) -> Layer:
     """The layer with every group replaced by its components."""
     parts = [
-        (component, layer.bits[:, :, index])
+        (component, index)
         for index, name in enumerate(layer.components)
         for component in kind.groups.get(name, (name,))
     ]
-    bits = np.stack([bits for _, bits in parts], axis=-1)
-    return _layer(kind.name, bits, tuple(name for name, _ in parts))
+    names, places = zip(*parts, strict=True)
+    places = list(places)
+    return _layer(kind.name, layer.bits[:, :, places], names, layer.orders[:, :, places])
+
+
+def check_order(order: Any) -> None:
+    """Refuse what is no order of a forecast.
+
+    Raises:
+        ScheduleError: Naming what was given.
+    """
+    if type(order) is not int or not 0 <= order <= MAX_ORDER:
+        raise ScheduleError(f"order must be 0, 1 or 2, got {order!r}")
 
 
 def check_names(kind: Any, components: Any) -> tuple[str, ...]:
@@ -358,7 +402,7 @@ def check_names(kind: Any, components: Any) -> tuple[str, ...]:
     return names
 
 
-def _layer(kind: str, bits: Any, components: Any) -> Layer:
+def _layer(kind: str, bits: Any, components: Any, orders: Any = 0) -> Layer:
     names = check_names(kind, components)
     try:
         array = np.asarray(bits)
@@ -378,89 +422,17 @@ def _layer(kind: str, bits: Any, components: Any) -> Layer:
         )
     array = array.astype(bool)
     array[0] = True  # there is nothing to reuse at the first step
-    array.setflags(write=False)
-    return Layer(names, array)
-
-
-def _dumps(document: Mapping[str, Any]) -> str:
+    if np.ndim(orders) == 0:
+        check_order(orders)
     try:
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-
-
-def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Refuse what is no object with exactly these fields of these types.
-
-    Raises:
-        ScheduleError: Naming the place and the field.
-    """
-    if not isinstance(document, dict):
-        raise ScheduleError(f"{where} must be an object, got {type(document).__name__}")
-    if set(document) != set(fields):
+        drawn = np.broadcast_to(np.asarray(orders), array.shape)
+    except (TypeError, ValueError) as error:
         raise ScheduleError(
-            f"{where} must have exactly the fields {sorted(fields)}, got {sorted(document)}"
-        )
-    for name, kinds in fields.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if type(document[name]) not in kinds:
-            raise ScheduleError(
-                f"{where}.{name} must be {' or '.join(kind.__name__ for kind in kinds)}, "
-                f"got {type(document[name]).__name__}"
-            )
-
-
-def _count(value: int, where: str) -> int:
-    if not 1 <= value <= MAX_COUNT:
-        raise ScheduleError(f"{where} must be from 1 to {MAX_COUNT}, got {value}")
-    return value
-
-
-def _parse(document: Any) -> Schedule:
-    header = {
-        "format": str,
-        "version": int,
-        "steps": int,
-        "blocks": dict,
-        "provenance": dict,
-        "sha256": str,
-    }
-    if isinstance(document, dict) and document.get("format", FORMAT) != FORMAT:
-        raise ScheduleError(f"format must be {FORMAT!r}, got {document['format']!r}")
-    expect(document, "schedule", header)
-    if document["version"] != VERSION:
-        raise ScheduleError(
-            f"version must be {VERSION}, got {document['version']}; a newer fastdit may read it"
-        )
-    steps = _count(document["steps"], "steps")
-    if len(document["blocks"]) > MAX_KINDS:
-        raise ScheduleError(
-            f"blocks may have at most {MAX_KINDS} block kinds, got {len(document['blocks'])}"
-        )
-    bits, components = {}, {}
-    for kind, entry in document["blocks"].items():
-        expect(entry, f"blocks.{kind}", {"count": int, "components": list, "bits": list})
-        count = _count(entry["count"], f"blocks.{kind}.count")
-        width = count * _count(len(entry["components"]), f"number of blocks.{kind}.components")
-        if steps * width > MAX_BITS:
-            raise ScheduleError(
-                f"blocks.{kind}: {steps * width} bits, at most {MAX_BITS} are accepted"
-            )
-        rows = entry["bits"]
-        if len(rows) != steps:
-            raise ScheduleError(
-                f"blocks.{kind}.bits must have {steps} rows, one per step, got {len(rows)}"
-            )
-        for step, row in enumerate(rows):
-            if not isinstance(row, str) or len(row) != width or row.strip("01"):
-                raise ScheduleError(
-                    f"blocks.{kind}.bits[{step}] must be a string of {width} characters 0 or 1"
-                )
-        flat = np.frombuffer("".join(rows).encode(), dtype=np.uint8) == ord("1")
-        bits[kind] = flat.reshape(steps, count, -1)
-        components[kind] = entry["components"]
-    return Schedule.from_bits(bits, components, document["provenance"])
+            f"orders of {kind!r} must be shaped like its bits, {array.shape}: {error}"
+        ) from error
+    if not np.issubdtype(drawn.dtype, np.integer) or not np.isin(drawn, range(MAX_ORDER + 1)).all():
+        raise ScheduleError(f"orders of {kind!r} must be 0, 1 or 2")
+    drawn = np.where(array, 0, drawn).astype(np.uint8)  # what computes is not drawn
+    for each in (array, drawn):
+        each.setflags(write=False)
+    return Layer(names, array, drawn)

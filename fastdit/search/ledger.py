@@ -26,7 +26,7 @@ except ImportError:  # no file locks on this system
 
 from fastdit import files
 from fastdit.errors import SearchError
-from fastdit.schedules.schedule import expect
+from fastdit.schedules.schedule_file import expect
 
 FORMAT = "fastdit.search-ledger"
 VERSION = 2

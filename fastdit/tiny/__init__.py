@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastdit.errors import DependencyError
+
 from . import captions, scenes
 from .captions import prompts
 from .score import ObjectScore, Score, score
@@ -64,9 +66,18 @@ def load_pipeline(
         If ``folder`` holds no saved pipeline.
     ArgumentError
         If loading ``folder`` would run code of it.
+    DependencyError
+        If transformers, of the extra "cli", is not installed.
     """
     import torch
-    import transformers
+
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            "the model in the package needs transformers, which is not installed: "
+            "pip install fastdit[cli]"
+        ) from error
 
     # diffusers pulls in picture processors that this model does not use, and transformers
     # would warn that their optional packages are missing.

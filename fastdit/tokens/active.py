@@ -1,7 +1,8 @@
-"""Which image tokens a run computes: the plan of a token method, and the choice for each step.
+"""Which image tokens a run computes: the plan of a token method, and what is kept of those left out.
 
 A :class:`TokenRun` lives as long as a run. At the end of a step it sees the velocity that the scheduler got, guidance
-applied and inactive tokens carried over, and chooses the active tokens of the next step; nothing waits for a device.
+applied and inactive tokens carried over, and the method's rule, :meth:`TokenRun.choose`, names the active tokens of the
+next step; nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fastdit.methods.base import MethodRun, Step
 
 
 class TokenRun(MethodRun):
-    """The active tokens of one run.
+    """The active tokens of one run; a method that writes "rows" begins a subclass with a rule of its own.
 
     Attributes:
         first: The run's step from which steps count here: its first executed one, or the full resolution's.
@@ -33,9 +34,6 @@ class TokenRun(MethodRun):
         self.plan: list[Any] = []
         self.active: Tensor | None = None
         self.history: dict[int, Tensor] = {}
-        self._steps = 0
-        self._drops: Tensor | None = None
-        self._age: Tensor | None = None
 
     def rows(self, call: Any) -> Tensor | None:
         """The active tokens; None for all, also where a CFG branch is seen for the first time."""
@@ -107,7 +105,7 @@ class TokenRun(MethodRun):
 
     def end(self) -> None:
         """Only the history stays."""
-        self.active = self._drops = self._age = None
+        self.active = None
 
     def at(self, step: int) -> Any:
         """The plan of a step; dense beyond its end."""
@@ -121,8 +119,8 @@ class TokenRun(MethodRun):
         run = self.run
         resolution = run.resolution
         self.first = resolution.stage.first if resolution is not None else run.first or 0
-        self.tokens, self._steps = tokens, run.steps - self.first
-        self.plan = self.method.active(self._steps, tokens)
+        self.tokens = tokens
+        self.plan = self.method.active(run.steps - self.first, tokens)
         # A component that computes some rows does not replace what the others hold.
         dense = (None,) * self.first
         run.plan_partial(tuple(step is not None for step in (*dense, *self.plan)))
@@ -132,61 +130,22 @@ class TokenRun(MethodRun):
 
         Args:
             velocity: [B, gh, gw, p, p, C], the velocity field in patches, any strides.
-            delta: Difference of the sigmas over this step; only parity looks at it.
-
-        Raises:
-            ArgumentError: Parity with several images; the run ends with its first step.
+            delta: Difference of the sigmas over this step.
         """
-        self.active = None
-        parity = self.method.mode == "parity"
-        if parity and len(velocity) > 1:
-            raise ArgumentError(
-                f'mode="parity" is the published rule, which knows one image; got a batch of {len(velocity)}: '
-                'draw them one by one, or use mode="corrected"'
-            )
         coming = self.at(step + 1)
-        if coming is None:  # every token is active there
-            self._age = None
-            return
-        if parity:
-            self.active = self._choose_as_published(velocity, delta, coming)
-        else:
-            self.active = self._choose(velocity, coming)
-        self.history[step + 1] = self.active
+        self.active = self.choose(velocity, delta, coming)
+        if self.active is not None:
+            self.history[step + 1] = self.active
 
-    def _choose(self, velocity: Tensor, coming: Any) -> Tensor:
-        method, batch = self.method, velocity.shape[0]
-        if self._drops is None or self._drops.shape[0] != batch:
-            self._drops = torch.zeros(batch, self.tokens, dtype=torch.int32, device=velocity.device)
-            self._age = None
-        if method.max_age and self._age is None:
-            self._age = torch.zeros_like(self._drops)
-        rows, _ = self.run.patched.ops.token_select(
-            velocity,
-            self._drops,
-            coming.keep,
-            age=self._age,
-            high=coming.high,
-            starvation=method.starvation,
-            metric=method.metric,
-            max_age=method.max_age,
-        )
-        return rows
+    def choose(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor | None:
+        """The rule: which tokens are active in the step that comes. It is asked after each step.
 
-    def _choose_as_published(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor:
-        """The published rule, roundings included: metric in the model's dtype, ties as torch.sort leaves them."""
-        method = self.method
-        if self._drops is None:
-            count = -(self._steps + 1)
-            self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
-        moved = (
-            torch.as_tensor(delta) * velocity[0]
-        )  # the sigmas' own difference, not rounded first
-        channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
-        metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
-        metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)
-        order = torch.sort(metric).indices
-        low = self.tokens - coming.keep - coming.high
-        dropped = torch.cat([order[:low], order[self.tokens - coming.high :]])
-        self._drops[dropped] += 1
-        return order[low : self.tokens - coming.high][None]
+        Args:
+            velocity, delta: As in `observe`.
+            coming: What the method's `active` gave for that step; None where it is dense.
+
+        Returns:
+            int32 [B, K] of `coming.keep` tokens in ascending order, on the velocity's device; None before a dense step.
+            With a batch of one of them for all.
+        """
+        raise TypeError(f"{self.method.name} does not say which tokens are active")

@@ -33,7 +33,7 @@ from fastdit.account.cost import Cost
 from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
 from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
-from fastdit.schedules.schedule import MAX_FILE_BYTES, expect
+from fastdit.schedules.schedule_file import MAX_FILE_BYTES, expect
 from fastdit.train import proxy
 from fastdit.train.pair import Pair
 from fastdit.train.ranks import Ranks

@@ -1,0 +1,131 @@
+"""Outputs that are extrapolated: the last computed ones of a component, and what is drawn through them.
+
+A drawn output is a weighted sum of kept ones, so the residual stream can take it as that many branches, and nothing is
+written down in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdit.schedules.forecast import last_nodes, weights
+
+
+class Weights:
+    """The weights of a run's forecasts, in the memory of the device that reads them.
+
+    Args:
+        levels: The noise level of each step.
+    """
+
+    def __init__(self, levels: Sequence[float]) -> None:
+        self.levels = levels
+        self._made: dict[Any, Tensor] = {}
+
+    def of(
+        self, step: int, nodes: Sequence[Sequence[int]], like: Tensor, changes: bool = False
+    ) -> Tensor:
+        """This gives, one after the other, the weights at `step` of outputs of the steps in each of `nodes`.
+
+        An empty one stands for an output that is what it is, of weight 1. They are fp64 where `like` is, else fp32.
+        With `changes` they are to be added to the first output.
+        """
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = step, tuple(map(tuple, nodes)), dtype, like.device, changes
+        if key not in self._made:
+            found: list[float] = []
+            for steps in nodes:
+                levels = [self.levels[node] for node in steps]
+                found += weights(levels, self.levels[step]) if levels else (1.0,)
+            found[0] -= changes
+            self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An output drawn through computed ones, latest first, all of one shape.
+
+    Attributes:
+        values: The computed outputs.
+        nodes: Their steps.
+        step: The step it is drawn for.
+        weights: Those of the run.
+    """
+
+    values: tuple[Tensor, ...]
+    nodes: tuple[int, ...]
+    step: int
+    weights: Weights
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values[0].dtype
+
+    def part(self, *index: Any) -> Drawn:
+        """This is the same of a part of the output."""
+        values = tuple(value[index] for value in self.values)
+        return Drawn(values, self.nodes, self.step, self.weights)
+
+    def written(self, ops: Any) -> Tensor:
+        """This writes it down in one launch, where no gradient is wanted: as the last value and its changes."""
+        if torch.is_grad_enabled():
+            return self.gathered()
+        first = self.values[0]
+        flat = [v.flatten(1, -2) if v.ndim > 2 else v.unsqueeze(1) for v in self.values]
+        weights = self.weights.of(self.step, [self.nodes], first, changes=True)
+        return ops.gated_residual(flat[0], flat, [None] * len(flat), weights=weights).view_as(first)
+
+    def gathered(self) -> Tensor:
+        """This writes it down, rounded once."""
+        first = self.values[0]
+        weights = self.weights.of(self.step, [self.nodes], first)
+        total = first.to(weights.dtype) * weights[0]
+        for value, weight in zip(self.values[1:], weights[1:], strict=True):
+            total = total + value.to(weights.dtype) * weight
+        return total.to(first.dtype)
+
+
+class Nodes(NamedTuple):
+    """The last computed outputs of a component in one guidance branch.
+
+    Attributes:
+        steps: When each was computed, latest first.
+        values: The outputs, tensors or tuples of them.
+    """
+
+    steps: tuple[int, ...] = ()
+    values: tuple[Any, ...] = ()
+
+    def with_node(self, step: int, value: Any, levels: Sequence[float], count: int) -> Nodes:
+        """This adds an output, and keeps the last `count` at distinct noise levels."""
+        held = dict(zip((step, *self.steps), (value, *self.values), strict=True))
+        steps = last_nodes([*reversed(self.steps), step], levels, count - 1)
+        return Nodes(steps, tuple(held[node] for node in steps))
+
+    def kept(self, count: int) -> Nodes:
+        """These are the last `count` of them."""
+        if len(self.steps) <= count:
+            return self
+        return Nodes(self.steps[:count], self.values[:count])
+
+    def drawn(self, step: int, order: int, weights: Weights) -> Any:
+        """This gives the output at a step; of fewer outputs than the order asks for, of a lower one."""
+        steps, values = self.steps[: order + 1], self.values[: order + 1]
+        if len(steps) == 1:
+            return values[0]
+        if isinstance(values[0], (tuple, list)):
+            return tuple(
+                None if parts[0] is None else Drawn(parts, steps, step, weights)
+                for parts in zip(*values, strict=True)
+            )
+        return Drawn(values, steps, step, weights)

@@ -1,0 +1,48 @@
+"""Forecasts: the polynomial through an output's last computed values, read at the noise level of another step.
+
+Order 0 repeats the last value, order 1 is the line through the last two, order 2 the parabola through three. The levels
+are those of the sampler's own grid, where steps are of unlike length. A forecast of a model's whole output is an
+Adams-Bashforth step of the sampler's equation on that grid: what Euler does with a velocity drawn by a line through the
+last two is AB2 with the step it skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+#: the highest order: through three values
+MAX_ORDER = 2
+
+
+def weights(nodes: Sequence[float], at: float) -> tuple[float, ...]:
+    """This gives Lagrange's weights: sum_i w_i f(nodes[i]) is the polynomial through all nodes, at `at`.
+
+    They sum to 1. Nodes must be distinct; one alone has weight 1.
+    """
+    found = []
+    for i, own in enumerate(nodes):
+        weight = 1.0
+        for j, other in enumerate(nodes):
+            if j != i:
+                weight *= (at - other) / (own - other)
+        found.append(weight)
+    return tuple(found)
+
+
+def last_nodes(computed: Sequence[int], levels: Sequence[float], order: int) -> tuple[int, ...]:
+    """This chooses the steps a forecast of `order` is drawn through: the last ones at distinct levels, latest first.
+
+    A step at the level of an earlier one replaces it: Heun computes twice there.
+
+    Args:
+        computed: Steps whose output was computed, rising.
+        levels: The noise level of every step.
+        order: 0 to :data:`MAX_ORDER`; fewer nodes give a lower one.
+    """
+    found: list[int] = []
+    for step in reversed(computed):
+        if len(found) > order:
+            break
+        if all(levels[step] != levels[other] for other in found):
+            found.append(step)
+    return tuple(found)
