@@ -92,7 +92,7 @@ def fora(cost, n):
 
 
 def test_pixart_is_counted_as_the_authors_do_to_the_last_digit(models):
-    cost = Cost.of(models["alpha-256"], image=256, text=120, rows=2)
+    cost = Cost.of(models["alpha-256"], image=256, text=120, batch=2)
     attn1, attn2, ff = cost.linear[:3]
     assert (attn1, attn2, ff) == (2717908992, 1995964416, 5435817984)
     assert cost.overhead == 1498447872
@@ -100,18 +100,18 @@ def test_pixart_is_counted_as_the_authors_do_to_the_last_digit(models):
     assert cost.linear_macs(None, 20) == 5713796136960
     totals = [f"{fora(cost, n):.3f}" for n in (2, 3, 4, 5)]
     assert totals == ["2.872", "2.019", "1.451", "1.167"]
-    large = Cost.of(models["alpha-1024"], image=4096, text=120, rows=2)
+    large = Cost.of(models["alpha-1024"], image=4096, text=120, batch=2)
     assert f"{large.linear_macs(None, 20) / 1e12:.2f}" == "85.63"
 
 
 def test_flux_is_counted_as_the_authors_do_to_the_last_digit(models):
-    cost = Cost.of(models["flux"], image=256, text=512, rows=2)
+    cost = Cost.of(models["flux"], image=256, text=512, batch=2)
     assert cost.overhead == 19643498496
     assert cost.linear_macs(None, 1) == 9934575501312
     assert cost.linear_macs(None, 20) == 198691510026240
     totals = [f"{fora(cost, n):.2f}" for n in (2, 3, 4, 5)]
     assert totals == ["99.54", "69.80", "49.97", "40.05"]
-    large = Cost.of(models["flux"], image=4096, text=512, rows=2)
+    large = Cost.of(models["flux"], image=4096, text=512, batch=2)
     assert large.overhead == 22663397376
     assert f"{large.linear_macs(None, 20) / 1e12:.1f}" == "1190.2"
     assert f"{large.linear_macs(None, 8) / 1e12:.1f}" == "476.1"
@@ -120,22 +120,22 @@ def test_flux_is_counted_as_the_authors_do_to_the_last_digit(models):
 
 def test_closed_forms_of_every_component(models):
     """Section 6.6's formulas, component by component, with and without the products of attention."""
-    n, text, rows, d = 1024, 300, 2, 1152
-    cost = Cost.of(models["alpha-256"], n, text, rows)
+    n, text, batch, d = 1024, 300, 2, 1152
+    cost = Cost.of(models["alpha-256"], n, text, batch)
     linear = [4 * d * d * n, 2 * d * d * (n + text), 8 * d * d * n]
-    assert cost.linear[:3] == [rows * macs for macs in linear]
+    assert cost.linear[:3] == [batch * macs for macs in linear]
     products = [2 * n * n * d, 2 * n * text * d, 0]
     for cell, macs, extra in zip(cost.cells, linear, products, strict=False):
-        assert cell[2] == rows * (macs + extra)
+        assert cell[2] == batch * (macs + extra)
     d, joint = 3072, n + text
-    cost = Cost.of(models["flux"], n, text, rows)
+    cost = Cost.of(models["flux"], n, text, batch)
     assert cost.linear[:3] == [
-        rows * 4 * d * d * joint,
-        rows * 8 * d * d * n,
-        rows * 8 * d * d * text,
+        batch * 4 * d * d * joint,
+        batch * 8 * d * d * n,
+        batch * 8 * d * d * text,
     ]
-    assert cost.linear[-3:] == [rows * k * d * d * joint for k in (3, 4, 5)]
-    assert cost.cells[-3][2] - cost.linear[-3] == rows * 2 * joint * joint * d
+    assert cost.linear[-3:] == [batch * k * d * d * joint for k in (3, 4, 5)]
+    assert cost.cells[-3][2] - cost.linear[-3] == batch * 2 * joint * joint * d
 
 
 def test_a_recomputed_attention_that_nobody_reads_counts_for_the_authors_only():

@@ -153,7 +153,7 @@ def test_rows_follow_the_noise_level(name, made, steps):
     with pytest.warns(UserWarning, match="by noise level"):
         explanation = handle.explain(tiny_models.HEIGHT * 8, tiny_models.WIDTH * 8, steps=steps)
     assert list(explanation.resampled) == rows
-    assert f"rows {', '.join(map(str, rows))}" in str(explanation)
+    assert f"its steps {', '.join(map(str, rows))}" in str(explanation)
 
 
 def test_without_a_scheduler_no_levels_are_known():

@@ -31,7 +31,7 @@ def tapes(monkeypatch):
     """What captures in place of CUDA."""
     made = Tapes()
     members = {"__new__": lambda cls: made, "serves": staticmethod(lambda device: True)}
-    monkeypatch.setattr("fastdit.runtime.graphs.CudaCapture", type("Stand", (), members))
+    monkeypatch.setattr("fastdit.runtime.capture.CudaCapture", type("Stand", (), members))
     return made
 
 
@@ -295,7 +295,7 @@ def sibling_of(pipe):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_recording_serves_one_run_at_a_time(method, replayed):
-    """A run inside a run of its kind is eager, whatever the outer one does with the recording; and so the other way."""
+    """A run inside one of its signature is eager, whatever that does with the recording; and so the other way."""
     pipe, handle, eager = replayed(method)
     other, modes = sibling_of(pipe), []
 
@@ -310,7 +310,7 @@ def test_a_recording_serves_one_run_at_a_time(method, replayed):
         same_bits(draw("sd3", pipe, seed, callback_on_step_end=nested), eager[seed])
         assert handle.report().graphs == "replayed"
         same_bits(inner[0], eager[1])
-    assert modes == ["since another run of its kind is in progress"] * 3
+    assert modes == ["since another run of its signature is in progress"] * 3
     same_bits(draw("sd3", other, 2), eager[2])
     assert handle.report().graphs == "replayed"
 
@@ -441,7 +441,7 @@ def test_a_loop_that_is_given_up_gives_its_recording_back(tapes):
         thread.join()
         gc.collect()
         modes.append(handle.report().graphs)
-    assert "since another run of its kind is in progress" not in modes
+    assert "since another run of its signature is in progress" not in modes
     eager = draw("sd3", reference_of(pipe), 1)
     for mode in (*MODES[2:3], "replayed"):
         same_bits(draw("sd3", pipe, 1), eager)

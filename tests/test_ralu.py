@@ -981,7 +981,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     handle = fastdit.patch(pipe, method, *methods)
     found = as_picture(name, pipe(**given).images)
     if left_out != "outputs":
-        history = handle.last_run().tokens.history
+        history = handle.last_run().selection.history
         assert list(history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():

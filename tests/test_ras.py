@@ -79,7 +79,7 @@ def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle.last_run().tokens.history
+    history = handle.last_run().selection.history
     handle.unpatch()
     return latents, history
 
@@ -489,7 +489,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle.last_run().tokens.history
+    history = handle.last_run().selection.history
     handle.unpatch()
     return found, history
 

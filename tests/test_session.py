@@ -39,16 +39,16 @@ def test_caches_are_gone_before_the_autoencoder_decodes(name):
     decode = pipe.vae.decode
 
     def watch(*args, **kwargs):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         return decode(*args, **kwargs)
 
     pipe.vae.decode = watch
     during = []
-    pipe.transformer.register_forward_hook(lambda *_: during.append(session.cache_bytes()))
+    pipe.transformer.register_forward_hook(lambda *_: during.append(session.runs.cache_bytes()))
     pipe(**tiny_models.arguments(name, output_type="np"))
     assert held == [0]
     assert max(during) > 0
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
     assert session.here.call is None
 
 
@@ -58,7 +58,7 @@ def test_an_aborted_run_leaves_no_state(where):
     expected = generate(pipe, "sd3", seed=2)
 
     def fail(*args, **kwargs):
-        if session.last_run().step == 1:
+        if session.runs.last().step == 1:
             raise Stop
 
     options, hook = {}, None
@@ -74,7 +74,7 @@ def test_an_aborted_run_leaves_no_state(where):
     if hook is not None:
         hook.remove()
     same_bits(generate(pipe, "sd3", seed=2), expected)
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
 
 
 def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
@@ -82,14 +82,14 @@ def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
     held = []
 
     def fail(pipe, step, timestep, tensors):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         raise Stop
 
     with pytest.raises(Stop) as kept:
         generate(pipe, "sd3", callback_on_step_end=fail)
     assert held[0] > 0
-    assert session.cache_bytes() == 0
-    assert not session.live_runs()
+    assert session.runs.cache_bytes() == 0
+    assert not session.runs.live()
     assert kept.value is not None
 
 
@@ -101,11 +101,11 @@ def test_caches_of_an_interrupted_run_are_gone_before_the_autoencoder_decodes(na
     held = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda *args, **kwargs: (
-        held.append(session.cache_bytes()) or decode(*args, **kwargs)
+        held.append(session.runs.cache_bytes()) or decode(*args, **kwargs)
     )
 
     def interrupt(pipe, step, timestep, tensors):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         pipe._interrupt = step == 2
         return tensors
 
@@ -125,7 +125,7 @@ def test_an_interrupted_run_ends_with_the_pipeline_call():
 
     generate(pipe, "sd3", seed=1, callback_on_step_end=interrupt)
     assert fastdit.report(pipe).steps == 2
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
     same_bits(generate(pipe, "sd3", seed=2), expected)
 
 
@@ -145,7 +145,7 @@ def test_runs_of_other_sizes_batches_and_steps_follow_each_other(name):
     expected = [generate(patched(name)[0], name, **options) for options in variants]
     for options, wanted in zip(variants, expected, strict=True):
         same_bits(generate(pipe, name, **options), wanted)
-        assert session.cache_bytes() == 0
+        assert session.runs.cache_bytes() == 0
 
 
 # ---- inside a run

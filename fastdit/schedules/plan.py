@@ -103,7 +103,7 @@ def plan_run(
 ) -> RunPlan:
     """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
-    `levels` knows the run's noise levels (`clock.Levels`), for schedules made for other numbers of steps. `collapse`
+    `levels` knows the run's noise levels (`levels.Levels`), for schedules made for other numbers of steps. `collapse`
     allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
     `repeats` some steps are at the noise level of the one before, whose outputs they replace in forecasts.
 
