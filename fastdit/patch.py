@@ -37,7 +37,7 @@ from fastdit.schedules.solvers import noise_of
 
 OPS = ("gated_residual", "norm_modulate")
 #: where a method computes a part of the tokens
-TOKEN_OPS = ("qkv_prologue", "token_select")
+TOKEN_OPS = ("qkv_prologue", "token_change", "token_select")
 #: where a method changes the resolution
 RESOLUTION_OPS = ("patchify", "unpatchify", "resolution_transition")
 

@@ -189,7 +189,7 @@ def explain_patched(
             for op in (
                 "gated_residual",
                 "norm_modulate",
-                *(("qkv_prologue", "token_select") if "rows" in written else ()),
+                *(("qkv_prologue", "token_change", "token_select") if "rows" in written else ()),
                 *(
                     ("patchify", "unpatchify", "resolution_transition")
                     if "resolution" in written

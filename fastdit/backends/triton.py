@@ -62,6 +62,9 @@ class Triton(Backend):
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse
         )
 
+    def token_change(self, *arguments):
+        _kernel("token_change")(*arguments)
+
     def qkv_prologue(self, *arguments):
         _kernel("qkv_prologue")(*arguments)
 

@@ -24,6 +24,7 @@ from fastdit.ops.qkv_prologue import qkv_prologue
 from fastdit.ops.registry import BACKENDS, choose, requested_backend
 from fastdit.ops.resolution_transition import resolution_transition
 from fastdit.ops.sparse_attention import sparse_attention
+from fastdit.ops.token_change import token_change
 from fastdit.ops.token_select import token_select
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "qkv_prologue",
     "resolution_transition",
     "sparse_attention",
+    "token_change",
     "token_select",
     "unpatchify",
 ]
@@ -56,6 +58,7 @@ class Ops:
     qkv_prologue: Callable[..., None]
     resolution_transition: Callable[..., tuple[Tensor, Tensor]]
     sparse_attention: Callable[..., Tensor]
+    token_change: Callable[..., Tensor]
     token_select: Callable[..., tuple[Tensor, Tensor]]
     unpatchify: Callable[..., Tensor]
 
@@ -76,6 +79,7 @@ def bind(backend: str | None = None) -> Ops:
         qkv_prologue,
         resolution_transition,
         sparse_attention,
+        token_change,
         token_select,
         unpatchify,
     )
