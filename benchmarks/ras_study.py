@@ -4,8 +4,8 @@
 
 The truth of a prompt and its noise is Heun's solution in 60 steps. Arms draw it by Euler: RAS by the change of
 velocities, RAS by the published metric, from both ends of its order, and plain runs with as much arithmetic as RAS.
-Full captions leave little open, short ones much. Distances are of decoded pictures and of latents, relative; what an arm
-is to another is the mean over the pictures of the logarithm of their ratio, with a 95 % bootstrap interval.
+Full captions leave little open, short ones much. Distances are of decoded pictures and of latents, relative; what an
+arm is to another is the mean over the pictures of the logarithm of their ratio, with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
