@@ -12,19 +12,21 @@ float moved(const TokenChange& p, int64_t b, int64_t token) {
   const T* patch = static_cast<const T*>(p.velocity) + p.start(p.stride, b, token);
   T* last_patch = static_cast<T*>(p.last) + p.start(p.last_stride, b, token);
   const int64_t step = p.stride[5], last_step = p.last_stride[5];
-  float squares = 0;
+  float sum = 0;
   for (int64_t y = 0; y < p.patch[0]; ++y) {
     for (int64_t x = 0; x < p.patch[1]; ++x) {
       const T* pixel = patch + y * p.stride[3] + x * p.stride[4];
       T* last = last_patch + y * p.last_stride[3] + x * p.last_stride[4];
+      float squares = 0;
       for (int64_t c = 0; c < p.channels; ++c) {
         const float change = to_float(pixel[c * step]) - to_float(last[c * last_step]);
         squares += change * change;
         last[c * last_step] = pixel[c * step];
       }
+      sum += squares;
     }
   }
-  return std::sqrt(squares);
+  return std::sqrt(sum);
 }
 
 template <class T>

@@ -16,20 +16,22 @@ __device__ __forceinline__ float moved(const TokenChange& p, int64_t b, int64_t 
   const T* patch = static_cast<const T*>(p.velocity) + p.start(p.stride, b, token);
   T* last_patch = static_cast<T*>(p.last) + p.start(p.last_stride, b, token);
   const int channels = static_cast<int>(p.channels);
-  float squares = 0.0f;
+  float sum = 0.0f;
   for (int64_t y = 0; y < p.patch[0]; ++y) {
     for (int64_t x = 0; x < p.patch[1]; ++x) {
       const T* pixel = patch + y * p.stride[3] + x * p.stride[4];
       T* last = last_patch + y * p.last_stride[3] + x * p.last_stride[4];
+      float squares = 0.0f;
       for (int c = 0; c < channels; ++c) {
         const T value = pixel[c * p.stride[5]];
         const float change = to_float(value) - to_float(last[c * p.last_stride[5]]);
         squares = fmaf(change, change, squares);
         last[c * p.last_stride[5]] = value;
       }
+      sum += squares;
     }
   }
-  return sqrtf(squares);
+  return sqrtf(sum);
 }
 
 template <class T>

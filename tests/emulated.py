@@ -33,6 +33,7 @@ KERNELS = (
     "patchify.cu",
     "qkv_prologue.cu",
     "resolution_transition.cu",
+    "token_change.cu",
     "token_select.cu",
 )
 HOST = ("bindings_cuda.cpp", "emulation.cpp")

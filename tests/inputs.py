@@ -18,6 +18,7 @@ from fastdit.ops import patchify as patchify_op
 from fastdit.ops import qkv_prologue as qkv_prologue_op
 from fastdit.ops import resolution_transition as resolution_transition_op
 from fastdit.ops import sparse_attention as sparse_attention_op
+from fastdit.ops import token_change as token_change_op
 from fastdit.ops import token_select as token_select_op
 from fastdit.ops import unpatchify as unpatchify_op
 from fastdit.ops.patchify import in_patches
@@ -122,6 +123,16 @@ class Runner:
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse
         )
         return rows, inverse
+
+    def token_change(
+        self, velocity, last, rate, level, levels, *, inverse=None, score=None
+    ) -> Tensor:
+        score = poisoned(rate.shape, torch.float32) if score is None else score
+        if BACKENDS.get(self.backend.name) is self.backend:
+            options = {"inverse": inverse, "score": score, "backend": self.backend.name}
+            return token_change_op(velocity, last, rate, level, levels, **options)
+        self.backend.token_change(velocity, last, rate, level, levels, inverse, score)
+        return score
 
     def qkv_prologue(
         self,

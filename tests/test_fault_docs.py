@@ -39,6 +39,7 @@ def tables() -> dict[str, list[str]]:
             ("patchify", test_faults.PATCHIFY_FAULTS),
             ("qkv_prologue", test_faults.PROLOGUE_FAULTS),
             ("resolution_transition", test_faults.TRANSITION_FAULTS),
+            ("token_change", test_faults.CHANGE_FAULTS),
             ("token_select", test_faults.SELECT_FAULTS),
             ("sparse_attention", test_faults.ATTENTION_FAULTS),
         )

@@ -20,6 +20,7 @@ import test_patchify
 import test_qkv_prologue
 import test_resolution_transition
 import test_sparse_attention
+import test_token_change
 import test_token_select
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
@@ -37,6 +38,7 @@ SHARED = {
         ("qkv_prologue", test_qkv_prologue.CHECKS),
         ("resolution_transition", test_resolution_transition.CHECKS),
         ("sparse_attention", test_sparse_attention.CHECKS),
+        ("token_change", test_token_change.CHECKS),
         ("token_select", test_token_select.CHECKS),
         ("kernels", kernel_checks.CHECKS),
     )
@@ -72,6 +74,9 @@ class Mirrored(Backend):
 
     def token_select(self, *arguments):
         self._run("token_select", arguments)
+
+    def token_change(self, *arguments):
+        self._run("token_change", arguments)
 
     def qkv_prologue(self, *arguments):
         self._run("qkv_prologue", arguments)

@@ -32,12 +32,14 @@ import test_patchify
 import test_qkv_prologue
 import test_resolution_transition
 import test_sparse_attention
+import test_token_change
 import test_token_select
 import test_triton_kernels
 import triton_kernels
 from triton_faults import (
     ATTENTION,
     BLEND,
+    CHANGE,
     COLLAPSE,
     FAULTS,
     FP16,
@@ -57,6 +59,7 @@ SHARED = {
     NORM: test_norm_modulate,
     PROLOGUE: test_qkv_prologue,
     SELECT: test_token_select,
+    CHANGE: test_token_change,
     PATCHIFY: test_patchify,
     TRANSITION: test_resolution_transition,
     ATTENTION: test_sparse_attention,
@@ -101,6 +104,9 @@ class Planted(Triton):
 
     def token_select(self, *arguments):
         self._run(SELECT, "token_select", arguments)
+
+    def token_change(self, *arguments):
+        self._run(CHANGE, "token_change", arguments)
 
     def patchify(self, *arguments):
         self._run(PATCHIFY, "patchify", arguments)

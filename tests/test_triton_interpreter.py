@@ -22,6 +22,7 @@ FILES = (
     "test_collapse.py",
     "test_gated_residual.py",
     "test_patchify.py",
+    "test_token_change.py",
 )
 #: of ops whose checks take minutes, those that take seconds; `make kernels` runs the others
 SHORT = {
