@@ -17,8 +17,8 @@ __device__ __forceinline__ float moved(const TokenChange& p, int64_t b, int64_t 
   T* last_patch = static_cast<T*>(p.last) + p.start(p.last_stride, b, token);
   const int channels = static_cast<int>(p.channels);
   float sum = 0.0f;
-  for (int64_t y = 0; y < p.patch[0]; ++y) {
-    for (int64_t x = 0; x < p.patch[1]; ++x) {
+  for (int y = 0; y < static_cast<int>(p.patch[0]); ++y) {
+    for (int x = 0; x < static_cast<int>(p.patch[1]); ++x) {
       const T* pixel = patch + y * p.stride[3] + x * p.stride[4];
       T* last = last_patch + y * p.last_stride[3] + x * p.last_stride[4];
       float squares = 0.0f;

@@ -41,7 +41,8 @@ struct TokenChange {
 
   // From the first element to the first of a token.
   FD_HD int64_t start(const int64_t (&of)[6], int64_t b, int64_t token) const {
-    return b * of[0] + token / grid[1] * of[1] + token % grid[1] * of[2];
+    const uint32_t columns = static_cast<uint32_t>(grid[1]), i = static_cast<uint32_t>(token);
+    return b * of[0] + i / columns * of[1] + i % columns * of[2];
   }
 
   // Notes that a token was computed, so far from its last value. At the same level, or without a

@@ -31,6 +31,7 @@ OPS = [
     "qkv_prologue",
     "resolution_transition",
     "sparse_attention",
+    "token_change",
     "token_select",
 ]
 

@@ -439,8 +439,8 @@ FAULTS = {
         "check_samples_are_apart", BF16, CHANGE,
     ),
     "numbers are taken to be contiguous": Fault(
-        NOTES, "*row(int64_t batch) const { return data + batch * batch_stride; }",
-        "*row(int64_t batch) const { return data + batch * 28; }",
+        NOTES, "float* row(int64_t batch) const { return data + batch * batch_stride; }",
+        "float* row(int64_t batch) const { return data + batch * 28; }",
         "check_strided_tables", BF16, CHANGE,
     ),
     # patchify

@@ -242,9 +242,9 @@ FAULTS = {
         SELECT, "tl.where(kept, 0, old + 1)", "tl.where(kept, old, old + 1)", "check_max_age"
     ),
     # token_change
-    "rows and columns of the kept grid are swapped": one(
-        CHANGE, "row * last_strides[1] + column * last_strides[2]",
-        "row * last_strides[2] + column * last_strides[1]", "check_layouts",
+    "rows and columns of a kept patch are swapped": one(
+        CHANGE, "y * last_strides[3] + x * last_strides[4]",
+        "x * last_strides[3] + y * last_strides[4]", "check_layouts",
     ),
     "rows and columns of a velocity's patch are swapped": one(
         CHANGE, "y * strides[3] + x * strides[4]", "x * strides[3] + y * strides[4]",
