@@ -123,7 +123,7 @@ def reachable_bytes(handle: Any) -> int:
     """Bytes of all storages that the caches hold on to, found by walking, each counted once."""
     found: dict[int, int] = {}
     stack: list[Any] = []
-    for branch in handle._patched.last_run().branches.values():
+    for branch in handle._patched.runs.last().branches.values():
         stack += branch.slots, branch.prompts
     while stack:
         value = stack.pop()

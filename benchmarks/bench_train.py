@@ -67,14 +67,12 @@ def work(contender: str, steps: int, batch: int) -> tuple[Any, int]:
 
     def draw() -> None:
         with made.trainee:
-            proxy.Sampling(made.trainee, [STOCK] * steps, 0.1, "blended").run(made._draw()())
+            proxy.Sampling(made.trainee, [STOCK] * steps, 0.1, "blended").run(made.draw()())
 
     def estimate() -> None:
         rows = [torch.sigmoid(row.detach()) for row in made.rows]
         with made.trainee:
-            proxy.estimate(
-                made.settings.lambda_form, made.trainee, rows, made._draw(), 0.1, "fresh"
-            )
+            proxy.estimate(made.settings.lambda_form, made.trainee, rows, made.draw(), 0.1, "fresh")
 
     if given is None:
         return draw, steps

@@ -5,7 +5,7 @@
 The truth of a prompt and its noise is Heun's solution in 60 steps. Arms draw it by Euler: RAS by the change of
 velocities, RAS by the published metric, from both ends of its order, and plain runs with as much arithmetic as RAS.
 Full captions leave little open, short ones much. Distances are of decoded pictures and of latents, relative; what an
-arm is to another is the mean over the pictures of the logarithm of their ratio, with a 95 % bootstrap interval.
+arm is to another is said by `paired.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 from torch import Tensor
 
 import fastdit
+import paired
 from fastdit import tiny
 from fastdit.tiny import scenes
 
@@ -29,7 +30,6 @@ STEPS = 28  # the pipeline's default
 TRUTH_STEPS = 60  # of Heun
 GUIDANCE = 2.5
 SEED = 70_000  # of the first picture's noise
-RESAMPLES = 2000
 RESULTS = Path(__file__).with_name("results") / "ras-study.json"
 RATIOS = (0.5, 0.25)
 
@@ -91,7 +91,7 @@ def distances(found: Tensor, truth: Tensor) -> np.ndarray:
 
 def interval(values: np.ndarray) -> list[float]:
     """Mean, and the ends of its 95 % bootstrap interval."""
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    draws = np.random.default_rng(0).integers(len(values), size=(paired.RESAMPLES, len(values)))
     low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
     return [float(values.mean()), float(low), float(high)]
 
@@ -144,8 +144,7 @@ def study(pipe: Any, kind: str, count: int) -> dict[str, Any]:
         for other in others:
             found = {}
             for space in ("latent", "pixel"):
-                logs = np.log(off[change][space] / off[other][space])
-                found[space] = [math.exp(end) for end in interval(logs)]
+                found[space] = paired.ratio(off[change][space], off[other][space])
             ratios[f"{change} / {other}"] = found
             print(kind, f"{change} / {other}", json.dumps(found), flush=True)
     return {"arms": rows, "ratios": ratios}

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from fastdit import ops
 from machine import describe_machine
 
 HERE = Path(__file__).resolve().parent
@@ -75,19 +76,11 @@ def show(op: str, rows: list[dict]) -> None:
         )
 
 
-def main(ops: list[str]) -> None:
+def main(named: list[str]) -> None:
     machine = describe_machine()
     kind = f"cpu-{machine['cores']}core" if machine["gpu"] is None else machine["gpu"]
     kind = re.sub(r"[^a-z0-9]+", "-", str(kind).lower()).strip("-")
-    for op in ops or sorted(p.stem.removeprefix("bench_") for p in HERE.glob("bench_*.py")):
-        if op in (
-            "ecad",
-            "ralu",
-            "ras",
-            "step",
-            "train",
-        ):  # whole models; they have commands of their own
-            continue
+    for op in named or ops.FILES:
         rows = measure(op)
         path = HERE / "results" / f"{op}-{kind}-{machine['date']}.json"
         path.parent.mkdir(exist_ok=True)

@@ -146,7 +146,7 @@ def reused_share(pipe: Any, method: Callable[[], Any], steps: int) -> float:
     said = explained(pipe, method, steps)
     one = sum(float(some.sum()) for some in macs_of(pipe).values())
     rows = len(calls_of(pipe, steps))
-    return (said.dense_macs - said.macs) / (one * rows * said.rows)
+    return (said.dense_macs - said.macs) / (one * rows * said.batch)
 
 
 def calls_of(pipe: Any, steps: int) -> torch.Tensor:

@@ -1,5 +1,5 @@
 // Module fastdit._C: the CPU kernels. Row numbers and places are all that is checked here, since
-// only their values can be wrong: one out of range raises IndexError before anything is written.
+// only their values can be wrong: one out of range raises ArgumentError before anything is written.
 #include "bindings.h"
 
 #include "isa.h"
@@ -12,14 +12,19 @@ namespace {
 // interpreter's lock to another thread and waiting to have it back.
 constexpr int64_t kSmall = 32768;
 
+[[noreturn]] void refuse(const std::string& why) {
+  py::set_error(py::module_::import("fastdit.errors").attr("ArgumentError"), why.c_str());
+  throw py::error_already_set();
+}
+
 void check_rows(const Rows& rows, const Shape& shape, int64_t limit) {
   if (rows.data == nullptr) return;
   for (int64_t b = 0; b < shape.batch; ++b) {
     for (int64_t k = 0; k < shape.tokens; ++k) {
       const int64_t row = rows.at(b, k);
       if (row < 0 || row >= limit) {
-        throw py::index_error("rows: found " + std::to_string(row) +
-                              ", but the store has rows 0 to " + std::to_string(limit - 1));
+        refuse("rows: found " + std::to_string(row) + ", but the store has rows 0 to " +
+               std::to_string(limit - 1));
       }
     }
   }
@@ -121,10 +126,9 @@ void check_places(const Patchify& p) {
           place.y + place.side() <= p.grid[0] && place.x + place.side() <= p.grid[1]) {
         continue;
       }
-      throw py::index_error("table: found the token " + in_words(place) +
-                            " (level, y, x); accepted are those within the grid of " +
-                            std::to_string(p.grid[0]) + " x " + std::to_string(p.grid[1]) +
-                            " cells");
+      refuse("table: found the token " + in_words(place) +
+             " (level, y, x); accepted are those within the grid of " + std::to_string(p.grid[0]) +
+             " x " + std::to_string(p.grid[1]) + " cells");
     }
   }
 }
@@ -148,12 +152,12 @@ void check_split(const ResolutionTransition& p) {
   for (int64_t b = 0; b < p.shape.batch; ++b) {
     for (int64_t k = 0; k < p.split; ++k) {
       if (k > 0 && p.rows.at(b, k) <= p.rows.at(b, k - 1)) {
-        throw py::index_error("rows: got some that do not ascend; accepted are ascending ones");
+        refuse("rows: got some that do not ascend; accepted are ascending ones");
       }
       const Place place = p.table.at(b, p.rows.at(b, k));
       if (place.level < 1 || place.level > 30) {
-        throw py::index_error("rows: found the token " + in_words(place) +
-                              " (level, y, x); accepted are those of level 1 to 30");
+        refuse("rows: found the token " + in_words(place) +
+               " (level, y, x); accepted are those of level 1 to 30");
       }
     }
     for (int64_t i = 0, k = 0; p.raster > 0 && i < p.shape.tokens; ++i) {
@@ -162,10 +166,10 @@ void check_split(const ResolutionTransition& p) {
       const Place place = p.table.at(b, i);
       const Place last = is_split ? child_of(place, 3) : place;
       if (in_raster(p, is_split ? child_of(place, 0) : place) && in_raster(p, last)) continue;
-      throw py::index_error("table: found the token " + in_words(place) +
-                            " (level, y, x); accepted with raster are those that tile its " +
-                            std::to_string(p.out_tokens() / p.raster) + " x " +
-                            std::to_string(p.raster) + " cells");
+      refuse("table: found the token " + in_words(place) +
+             " (level, y, x); accepted with raster are those that tile its " +
+             std::to_string(p.out_tokens() / p.raster) + " x " + std::to_string(p.raster) +
+             " cells");
     }
   }
 }

@@ -1,4 +1,4 @@
-"""The exceptions fastdit raises on purpose.
+"""fastdit raises these exceptions on purpose.
 
 Every message names the argument, what was given, what is accepted, and where it helps the next step. All derive from
 :class:`FastDiTError`, and each also from the builtin a caller would expect, so `except ValueError` keeps working.
@@ -12,7 +12,7 @@ MAX_MESSAGE = 800
 
 
 class FastDiTError(Exception):
-    """Base of every error fastdit raises on purpose.
+    """This is the base of every error that fastdit raises on purpose.
 
     What a message quotes may come from a file, so one of more than MAX_MESSAGE characters loses its middle.
     """

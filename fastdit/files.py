@@ -1,4 +1,4 @@
-"""Files and folders that others chose or made: what is opened, how much is read, what counts as JSON, where to write.
+"""Files and folders that others chose or made are opened, read, parsed and written with bounds.
 
 Everything here raises OSError or ValueError, which the reader of a format turns into its own error; only the functions
 about folders name an argument themselves.
@@ -20,7 +20,7 @@ MAX_DIGITS = 308
 
 
 def check_regular(path: str | os.PathLike[str], most: int) -> None:
-    """Refuse what is no regular file, such as a pipe or a device, and one of more than `most` bytes."""
+    """This refuses what is no regular file, such as a pipe or a device, and one of more than `most` bytes."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is not a regular file")
@@ -29,7 +29,7 @@ def check_regular(path: str | os.PathLike[str], most: int) -> None:
 
 
 def read(path: str | os.PathLike[str], most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes."""
+    """This reads a regular file of at most `most` bytes."""
     check_regular(path, most)
     with open(path, "rb") as file:
         content = file.read(most + 1)
@@ -39,12 +39,12 @@ def read(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike[str], most: int) -> str:
-    """The same as text in UTF-8, without the mark that some editors begin it with."""
+    """This reads such a file as text in UTF-8, without the mark that some editors begin it with."""
     return read(path, most).decode("utf-8-sig")
 
 
 def parse(text: str, infinite: bool = False) -> Any:
-    """JSON data. A key that is there twice, NaN, infinities and numbers that no float can hold are refused.
+    """This parses JSON, and refuses a key that is there twice, NaN, infinities and what no float can hold.
 
     With `infinite` the words NaN, Infinity and -Infinity are taken, as Python's own `json` writes and reads them.
     """
@@ -61,7 +61,7 @@ def parse(text: str, infinite: bool = False) -> Any:
 
 
 def check_folder(path: str | os.PathLike[str], argument: str) -> None:
-    """Refuse, before the work, a folder that could not be made or written into after it.
+    """This refuses, before the work, a folder that could not be made or written into after it.
 
     Raises:
         ArgumentError: Naming the argument and what is in the way.
@@ -76,7 +76,7 @@ def check_folder(path: str | os.PathLike[str], argument: str) -> None:
 
 
 def make_folder(path: str | os.PathLike[str], argument: str) -> None:
-    """Make a folder and those above it, where they are not there.
+    """This makes a folder and those above it, where they are not there.
 
     Raises:
         ArgumentError: Naming the argument and why it cannot be made.

@@ -1,4 +1,4 @@
-"""What `patch` returns."""
+"""A handle is what `patch` returns."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastdit.account.explain import Explanation, explain_patched, run_speedup
+from fastdit.account.explain import Asked, Explanation, explain_patched, run_speedup
 from fastdit.account.measure import Measurement, measure
 from fastdit.account.previews import Previews
 from fastdit.account.report import Report, report_run
 from fastdit.errors import ArgumentError
 from fastdit.runtime.attach import remove
 from fastdit.runtime.install import LINK
-from fastdit.runtime.owners import Hand
+from fastdit.runtime.runs import ManualLoop
 
 if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
+    from fastdit.runtime.run import Run
 
 
 class Handle:
-    """What `patch` returns: look at, pause, and remove a patch."""
+    """A handle explains, reports, pauses and removes a patch."""
 
     def __init__(self, patched: Patched, transformer: nn.Module, pipeline: Any | None) -> None:
         self._patched = patched
@@ -40,42 +41,45 @@ class Handle:
         cfg: bool | None = None,
         text_tokens: int | None = None,
     ) -> Explanation:
-        """Predict what a run will do: backends, plan, FLOPs, bytes and cache size.
+        """This predicts what a run will do: backends, plan, FLOPs, bytes and cache size.
 
         Args:
             height, width: Image size in pixels; the pipeline's default if left out.
             batch: Images per run.
             steps: Transformer steps; the schedule's, else the pipeline's default.
-            cfg: Whether classifier-free guidance doubles the rows; by default what is usual for the family.
+            cfg: Whether classifier-free guidance doubles the batch; by default what is usual for the family.
             text_tokens: Text length; the family's usual one if left out.
 
         Raises:
             ScheduleError: A schedule does not fit `steps`.
             ArgumentError: A size is not positive.
         """
-        return explain_patched(
-            self._patched,
-            self._transformer,
-            self._pipeline,
-            height,
-            width,
-            batch,
-            steps,
-            cfg,
-            text_tokens,
-        )
+        asked = Asked(height, width, batch, steps, cfg, text_tokens)
+        return explain_patched(self._patched, self._transformer, self._pipeline, asked)
 
     def report(self) -> Report:
-        """What the last run of this thread or task did, or else the last of all.
+        """This tells what the last run of this thread or task did, or else the last of all.
 
-        Warns when a method that should reuse something reused nothing.
+        It warns when a method that should reuse something reused nothing.
         """
         patched = self._patched
-        run = patched.last_run()
+        run = patched.runs.last()
         return report_run(patched, run, *run_speedup(patched, run, self._transformer))
 
+    def last_run(self) -> Run | None:
+        """The run that :meth:`report` tells of, with all that it holds; None before the first."""
+        return self._patched.runs.last()
+
+    def live_runs(self) -> list[Run]:
+        """The runs in progress, of all threads; a loop that was given up counts until its thread goes on."""
+        return self._patched.runs.live()
+
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of all runs hold now."""
+        return self._patched.runs.cache_bytes()
+
     def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
-        """Wall seconds of `run()` on this machine, patched and stock in turns.
+        """This measures wall seconds of `run()` on this machine, patched and stock in turns.
 
         Args:
             run: Does the work, such as ``lambda: pipe("a red circle")``.
@@ -87,7 +91,7 @@ class Handle:
         return measure(run, self.disabled, self._transformer.device, repeats)
 
     def stage_pictures(self) -> np.ndarray:
-        """What the picture was going to be at the end of each stage of the last run, decoded by the pipeline's VAE.
+        """This decodes, with the pipeline's VAE, what the picture was to be at the end of each stage of the last run.
 
         Returns:
             uint8 [stages, B, H, W, 3]; half-size ones are drawn twice as large.
@@ -95,7 +99,7 @@ class Handle:
         Raises:
             ArgumentError: The last run had no stages.
         """
-        run = self._patched.last_run()
+        run = self._patched.runs.last()
         stages = None if run is None else run.resolution
         if stages is None or not stages.records:
             raise ArgumentError("stage_pictures needs a run in stages; the last one had none")
@@ -103,22 +107,22 @@ class Handle:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Run the stock model inside the `with`: the runs that this thread or task begins there.
+        """The runs that this thread or task begins inside the `with` are those of the stock model.
 
         A call of the transformer without a pipeline is stock inside the `with` whenever its loop began.
         """
-        seat, mark = self._patched.seat(), object()
+        local, mark = self._patched.runs.local(), object()
         try:
-            seat.disabled.add(mark)
+            local.disabled.add(mark)
             yield
         finally:
-            seat.disabled.discard(mark)
+            local.disabled.discard(mark)
 
     @contextmanager
     def watch(self) -> Iterator[Previews]:
-        """Keep what each step takes the clean image to be, for pictures of the image as it forms.
+        """This keeps what each step takes the clean image to be, for pictures of the image as it forms.
 
-        Of the last run that this thread or task begins inside the `with`.
+        The steps are those of the last run that this thread or task begins inside the `with`.
 
         Example:
             >>> with handle.watch() as frames:
@@ -133,16 +137,16 @@ class Handle:
                 raise ArgumentError(
                     f"watch() needs a patched pipeline with a {part} to decode with"
                 )
-        seat = self._patched.seat()
-        before, seat.watch = seat.watch, Previews(self._patched.adapter, self._pipeline)
+        local = self._patched.runs.local()
+        before, local.watch = local.watch, Previews(self._patched.adapter, self._pipeline)
         try:
-            yield seat.watch
+            yield local.watch
         finally:
-            seat.watch = before
+            local.watch = before
 
     @contextmanager
     def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:
-        """One run of a hand-written loop over `timesteps`, where no scheduler tells the steps.
+        """The `with` is one run of a hand-written loop over `timesteps`, where no scheduler tells the steps.
 
         A new value of the transformer's timestep argument is a new step; that read waits for a GPU. Call `advance()`
         after each step to spare it.
@@ -156,17 +160,16 @@ class Handle:
         """
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
-        seat, hand = self._patched.seat(), Hand()
+        runs = self._patched.runs
+        loop = ManualLoop(runs.local())
         try:
-            run = self._patched.begin_by_hand(seat, hand, len(timesteps))
-            if run is not None:
-                run.timesteps = timesteps
+            runs.begin_manual(loop, timesteps)
             yield self
         finally:
-            self._patched.end_by_hand(seat, hand)
+            runs.end_manual(loop)
 
     def advance(self, velocity: torch.Tensor | None = None) -> None:
-        """Say that a step of `run` is done, instead of letting the timestep argument tell.
+        """The user says that a step of `run` is done, instead of letting the timestep argument tell.
 
         Args:
             velocity: What the step was done with, guidance applied, as a pipeline gives it to its scheduler: RAS
@@ -176,17 +179,17 @@ class Handle:
         Raises:
             ArgumentError: No run is in progress here, or `velocity` is no tensor, or of another size than the picture.
         """
-        self._patched.advance(velocity)
+        self._patched.runs.advance(velocity)
 
     def reset(self) -> None:
-        """Drop the caches of this thread's or task's own loops and forget where they stand.
+        """This forgets this thread's or task's own loops and their caches, e.g. after an aborted one.
 
-        E.g. after an aborted loop over a bare transformer. A pipeline's run ends with its call, however that ends.
+        A pipeline's run ends with its call, however that ends.
         """
-        self._patched.reset()
+        self._patched.runs.reset()
 
     def unpatch(self) -> None:
-        """Remove the patch; the model is as it was before. A later patch of the same model is not affected.
+        """This removes the patch; the model is as it was before. A later patch of the same model is not affected.
 
         Raises:
             FastDiTError: A run is in progress.

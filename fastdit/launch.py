@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun says in the environment, and how its processes find each other."""
+"""A launcher such as torchrun says in the environment how its processes find each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_WORKERS = 1024
 
 
 def number(name: str, default: int) -> int:
-    """A whole number of the environment; `default` where it is not set.
+    """This reads a whole number of the environment; it is `default` where it is not set.
 
     Raises:
         ArgumentError: It is something else.
@@ -24,7 +24,7 @@ def number(name: str, default: int) -> int:
 
 
 def join(backend: str, **options: Any) -> None:
-    """Meet the other processes of the launch.
+    """This process meets the others of the launch.
 
     Raises:
         ArgumentError: The environment does not say where, or nobody is there.

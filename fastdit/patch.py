@@ -1,4 +1,4 @@
-"""The two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
+"""There are two verbs: `patch` puts fastdit under a pipeline or a transformer, `unpatch` takes it out again.
 
 Only instances are touched: the blocks' innermost forward, two native forward hooks on the transformer, the classes of
 the scheduler and the pipeline, and one instance attribute each as the link to the patch (`runtime/attach.py`).
@@ -8,6 +8,7 @@ Everything that can be refused is checked before anything changes.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,21 +26,16 @@ from fastdit.errors import ArgumentError, CompositionError, FastDiTError, Unsupp
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
-from fastdit.runtime import clock
+from fastdit.runtime import clock, levels
 from fastdit.runtime.arrivals import refuse_other_caches
-from fastdit.runtime.attach import Places, attach, remove
+from fastdit.runtime.attach import attach, remove, rewrites
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
-from fastdit.schedules.plan import check_composition
+from fastdit.runtime.run import nobody
+from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.schedules.solvers import noise_of
-
-OPS = ("gated_residual", "norm_modulate")
-#: where a method computes a part of the tokens
-TOKEN_OPS = ("qkv_prologue", "token_change", "token_select")
-#: where a method changes the resolution
-RESOLUTION_OPS = ("patchify", "unpatchify", "resolution_transition")
 
 
 def patch(
@@ -49,19 +45,18 @@ def patch(
     pack_weights: bool = False,
     cuda_graphs: bool = False,
 ) -> Handle:
-    """Make a diffusers pipeline or transformer run on fastdit.
+    """This makes a diffusers pipeline or transformer run on fastdit.
 
     Args:
         target: A pipeline with a supported `transformer`, or the transformer itself.
         methods: What to skip; none means :class:`Dense` (skip nothing).
         backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that
-            serves
-            each op's device and dtype. A backend named here or there is never silently replaced.
-        pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few rows, as RAS has
+            serves each op's device and dtype. A backend named here or there is never silently replaced.
+        pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few tokens, as RAS has
             them; see `blocks/packed.py`. For fp32 on a CPU whose torch has MKL.
-        cuda_graphs: Replay whole runs as CUDA graphs from the third of a kind on (size, batch, steps, settings); see
-            `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager, and
-            a warning says why.
+        cuda_graphs: Replay whole runs as CUDA graphs from the third of a signature (size, batch, steps, settings) on;
+            see `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager,
+            and a warning says why.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -87,17 +82,17 @@ def patch(
     _check_arguments(methods, pack_weights=pack_weights, cuda_graphs=cuda_graphs)
     methods = methods or (Dense(),)
     spec = adapter.spec(transformer)
+    blocks = tuple(block for _, block in adapter.blocks(transformer))
     check_composition(methods)
     for method in methods:
         method.check(spec)
     if any(method.writes for method in methods):
         names = " + ".join(method.name for method in methods)
-        refuse_other_caches(transformer, [b for _, b in adapter.blocks(transformer)], names)
+        refuse_other_caches(transformer, blocks, names)
     bound = ops.bind(backend)
     sparse = any("rows" in method.writes for method in methods)
     resizing = next((method for method in methods if "resolution" in method.writes), None)
-    used = OPS + TOKEN_OPS * sparse + RESOLUTION_OPS * (resizing is not None)
-    _check_backend(bound, transformer, used)
+    _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)
     if sparse:
         adapter.check_tokens(transformer)
@@ -114,47 +109,32 @@ def patch(
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
         )
-    eager = bound.backend == "reference"
-    blocks, wrapped = adapter.blocks(transformer), adapter.wrapped(transformer)
-    linears = []
+    linears: list[nn.Linear] = []
     if pack_weights:
         check_packable(transformer, bound.backend)
-        parts = [part for *_, part in wrapped]
-        found = linears_of([block for _, block in blocks])
-        linears = [layer for layer in found if layer not in parts]
-    places = Places(
-        blocks,
-        adapter.embedders(transformer) if sparse or resizing is not None else (),
-        () if eager else adapter.prompt_projections_of(transformer),
-        () if eager else adapter.condition_embeddings_of(transformer),
-        linears,
-        wrapped,
-    )
-    for module in (*places.modules(), *[transformer] * cuda_graphs):
+        wrapped = [part for *_, part in adapter.wrapped(transformer)]
+        linears = [layer for layer in linears_of(blocks) if layer not in wrapped]
+    embeds = sparse or resizing is not None
+    eager = bound.backend == "reference"
+    rewritten = rewrites(adapter, transformer, embeds, eager, linears)
+    for module in (*(module for module, _ in rewritten), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
         clock.check_scheduler(getattr(pipeline, "scheduler", None))
         for method in methods:
             method.check_sampler(noise_of(pipeline.scheduler))
-    patched = Patched(
-        adapter,
-        spec,
-        methods,
-        bound,
-        [block for _, block in blocks],
-        eager,
-        linears,
-        Graphs() if cuda_graphs else None,
-        pipeline,
-    )
+    graphs = Graphs() if cuda_graphs else None
+    weak = nobody if pipeline is None else weakref.ref(pipeline)
+    patched = Patched(adapter, spec, methods, bound, blocks, tuple(linears), graphs, weak)
     if adapter.restates and any(method.max_cache_bytes is not None for method in methods):
-        Cost(adapter, transformer, spec, Size(1, 1), 1, 1)  # counted here, not by the first request
+        Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
     remove(transformer, "patch")
-    attach(patched, transformer, pipeline, places)
+    attach(patched, transformer, pipeline, rewritten)
     if not adapter.restates and wraps == "components":
-        count = Cost(adapter, transformer, spec, Size(1024, 0), 1, 1)
+        count = Cost(adapter, transformer, Size(1024, 0))
+        components = sorted({name for kind in spec.kinds for name in kind.components})
         warnings.warn(
-            f"{type(transformer).__name__} has no adapter: its {_names(spec)} are wrapped as they are, about "
+            f"{type(transformer).__name__} has no adapter: its {', '.join(components)} are wrapped as they are, about "
             f"{count.reusable_share:.0%} of its arithmetic; the rest always runs, norms and residuals around reused "
             "ones too",
             stacklevel=2,
@@ -163,7 +143,7 @@ def patch(
 
 
 def unpatch(target: Any) -> None:
-    """Remove fastdit from a pipeline or transformer, also from a deep copy. Does nothing on one that has no patch.
+    """This removes fastdit from a pipeline or transformer, also from a deep copy, if it is there.
 
     Raises:
         FastDiTError: A run is in progress.
@@ -173,17 +153,17 @@ def unpatch(target: Any) -> None:
 
 
 def explain(target: Any, **kwargs: Any) -> Explanation:
-    """:meth:`Handle.explain` of a patched pipeline or transformer."""
+    """This is :meth:`Handle.explain` of a patched pipeline or transformer."""
     return handle_of(target).explain(**kwargs)
 
 
 def report(target: Any) -> Report:
-    """:meth:`Handle.report` of a patched pipeline or transformer."""
+    """This is :meth:`Handle.report` of a patched pipeline or transformer."""
     return handle_of(target).report()
 
 
 def handle_of(target: Any) -> Handle:
-    """The handle of a patched pipeline or transformer.
+    """This gives the handle of a patched pipeline or transformer.
 
     Raises:
         FastDiTError: It is not patched.
@@ -218,7 +198,7 @@ def _way_out(given: Any) -> str:
 
 
 def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
-    """(pipeline or None, transformer); a transformer wrapped by torch.compile is unwrapped."""
+    """This gives the pipeline, or None, and the transformer, which torch.compile may have wrapped."""
     pipeline = None if isinstance(target, nn.Module) else target
     transformer = target if pipeline is None else getattr(target, "transformer", None)
     transformer = getattr(transformer, "_orig_mod", transformer)
@@ -232,10 +212,6 @@ def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
             f"supported transformers: {', '.join(supported)}"
         )
     return pipeline, transformer
-
-
-def _names(spec: Any) -> str:
-    return ", ".join(sorted({name for kind in spec.kinds for name in kind.components}))
 
 
 def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> None:
@@ -254,7 +230,7 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
-    clock.check_flow(getattr(pipeline, "scheduler", None))
+    levels.check_flow(getattr(pipeline, "scheduler", None))
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(
             f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '

@@ -1,4 +1,4 @@
-"""A saved pipeline's folder, looked at before anything of it is loaded: what it holds may not run as code.
+"""A saved pipeline's folder is looked at before anything of it is loaded: what it holds may not run as code.
 
 diffusers takes classes from Python files of a folder: where the index names them, and in older versions also where a
 file is called None.py or as a library. transformers does where a configuration has an `auto_map`.
@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 16 << 20
 
 
 def index_of(folder: Path) -> dict[str, Any]:
-    """The index of a folder that has no code: its pipeline is one of diffusers, its parts of `LIBRARIES`.
+    """This reads the index of a folder without code, whose pipeline is one of diffusers and its parts of `LIBRARIES`.
 
     Raises:
         ArgumentError: Naming the folder and what is in the way.
@@ -59,7 +59,7 @@ def _check_class(name: Any) -> None:
 
 
 def _check_part(name: str, part: Any) -> None:
-    """[library, class], [None, None] for a part that is absent, or a setting, which is neither text nor a list."""
+    """A part is [library, class], [None, None] if it is absent, or a setting, which is neither text nor a list."""
     if not isinstance(part, (str, list)) or part == [None, None]:
         return
     if not (isinstance(part, list) and len(part) == 2 and part[0] in LIBRARIES):

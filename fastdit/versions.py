@@ -1,4 +1,4 @@
-"""Whether tensors are what they were: the same objects, unwritten since, or equal ones.
+"""Tensors are what they were if they are the same objects, unwritten since, or equal ones.
 
 Torch counts the writes to a tensor, but not to one made under `torch.inference_mode`: of such a one a copy is kept and
 compared, which waits for its device. Of others that are the same objects nothing is read.
@@ -16,12 +16,12 @@ Version = int | Tensor
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[Version, ...]:
-    """What :func:`same` needs to know of tensors as they are now."""
+    """This notes of tensors as they are now what :func:`same` needs to know."""
     return tuple(t.clone() if t.is_inference() else t._version for t in tensors)
 
 
 def same(held: Sequence[Tensor], before: Sequence[Version], tensors: Sequence[Tensor]) -> bool:
-    """Whether `tensors` are the `held` ones, whose versions were `before`; or, in new memory, equal ones.
+    """This tells whether `tensors` are the `held` ones, whose versions were `before`; or, in new memory, equal ones.
 
     A pipeline passes the same tensors at every step; only hand-written loops that build them anew have them compared.
     """
@@ -42,7 +42,7 @@ def same(held: Sequence[Tensor], before: Sequence[Version], tensors: Sequence[Te
 
 
 def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether the tensors of each pair hold the same; waits once for each device."""
+    """This tells whether the tensors of each pair hold the same; it waits once for each device."""
     found: dict[torch.device, list[Tensor]] = {}
     for a, b in pairs:
         if a.device.type != "cpu":

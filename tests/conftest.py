@@ -18,11 +18,8 @@ import torch
 
 import emulated
 from fastdit import ops
-from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
 from inputs import Runner
-
-SERVED = [op for op in ops.__all__ if hasattr(Backend, op)]
 
 
 def backend_labels() -> list[str]:
@@ -30,7 +27,7 @@ def backend_labels() -> list[str]:
     CUDA kernels in the emulator."""
     labels = []
     for name, backend in BACKENDS.items():
-        if not any(Runner(backend, name, op).dtypes() for op in SERVED):
+        if not any(Runner(backend, name, op).dtypes() for op in ops.OPS):
             continue
         if name == "cpu":
             from fastdit import _C

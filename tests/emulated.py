@@ -25,17 +25,7 @@ from fastdit.backends.cuda import Cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
 BUILT = CSRC.parent / "build" / "emulation"
-KERNELS = (
-    "blend.cu",
-    "collapse.cu",
-    "gated_residual.cu",
-    "norm_modulate.cu",
-    "patchify.cu",
-    "qkv_prologue.cu",
-    "resolution_transition.cu",
-    "token_change.cu",
-    "token_select.cu",
-)
+KERNELS = tuple(sorted(p.name for p in CSRC.glob("*.cu") if "__global__" in p.read_text()))
 HOST = ("bindings_cuda.cpp", "emulation.cpp")
 FLAGS = (
     "-std=c++17",

@@ -32,14 +32,14 @@ class BlendedDiT:
         for block in self.transformer.transformer_blocks:
             modules += [block.attn1, block.ff]
         for cell, module in enumerate(modules):
-            module.forward = self._wrap(module.forward, cell, r)
+            module.forward = self.wrap(module.forward, cell, r)
         try:
             yield
         finally:
             for module in modules:
                 del module.forward
 
-    def _wrap(self, forward, cell, r):
+    def wrap(self, forward, cell, r):
         def blend(*args, **kwargs):
             fresh = forward(*args, **kwargs)
             out = fresh

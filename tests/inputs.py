@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastdit import ops
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
-from fastdit.ops import blend as blend_op
-from fastdit.ops import collapse as collapse_op
-from fastdit.ops import gated_residual as gated_residual_op
-from fastdit.ops import norm_modulate as norm_modulate_op
-from fastdit.ops import patchify as patchify_op
-from fastdit.ops import qkv_prologue as qkv_prologue_op
-from fastdit.ops import resolution_transition as resolution_transition_op
-from fastdit.ops import sparse_attention as sparse_attention_op
-from fastdit.ops import token_change as token_change_op
-from fastdit.ops import token_select as token_select_op
-from fastdit.ops import unpatchify as unpatchify_op
 from fastdit.ops.patchify import in_patches
 from tolerance import Mismatch, bits
 
@@ -39,7 +31,19 @@ SHAPES = (
     (1, 1, 2305),
 )
 
+#: the backends that serve this machine's CPU
+SERVING = [
+    name
+    for name, backend in BACKENDS.items()
+    if backend.supports("gated_residual", torch.device("cpu"), torch.float32) is None
+]
+
 GUARD = 37  # elements either side; odd, so that what lies between is not aligned
+
+
+def checks_of(op_file: str) -> dict[str, Callable[[Runner], None]]:
+    """The checks of the ops of one of `ops.FILES`, by name."""
+    return importlib.import_module(f"test_{op_file}").CHECKS
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Runner:
         if BACKENDS.get(self.backend.name) is self.backend:
             name = self.backend.name
             places = {"fresh": fresh, "cache": cache, "rows": rows, "out": out}
-            return gated_residual_op(x, branches, gates, weights=weights, **places, backend=name)
+            return ops.gated_residual(x, branches, gates, weights=weights, **places, backend=name)
         self.backend.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
         return out
 
@@ -91,7 +95,7 @@ class Runner:
             affine = {"weight": weight, "bias": bias, "eps": eps, "rms": rms}
             residual = {"branch": branch, "gate": gate, "cache": cache}
             name = self.backend.name
-            return norm_modulate_op(
+            return ops.norm_modulate(
                 x, scale, shift, **affine, **residual, rows=rows, out=out, backend=name
             )
         self.backend.norm_modulate(
@@ -118,7 +122,7 @@ class Runner:
         if BACKENDS.get(self.backend.name) is self.backend:
             options = {"age": age, "high": high, "starvation": starvation, "metric": metric}
             options |= {"max_age": max_age, "rows": rows, "inverse": inverse}
-            return token_select_op(velocity, drops, keep, **options, backend=self.backend.name)
+            return ops.token_select(velocity, drops, keep, **options, backend=self.backend.name)
         self.backend.token_select(
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse
         )
@@ -130,7 +134,7 @@ class Runner:
         score = poisoned(rate.shape, torch.float32) if score is None else score
         if BACKENDS.get(self.backend.name) is self.backend:
             options = {"inverse": inverse, "score": score, "backend": self.backend.name}
-            return token_change_op(velocity, last, rate, level, levels, **options)
+            return ops.token_change(velocity, last, rate, level, levels, **options)
         self.backend.token_change(velocity, last, rate, level, levels, inverse, score)
         return score
 
@@ -161,7 +165,7 @@ class Runner:
             offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
             options = {"rows": rows, **offsets, "norm": norm, **affine, "eps": eps, **table}
             stream = (q, k, v, q_out, k_cache, v_cache)
-            qkv_prologue_op(*stream, **options, backend=self.backend.name)
+            ops.qkv_prologue(*stream, **options, backend=self.backend.name)
             return
         stream = (q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset)
         self.backend.qkv_prologue(*stream, norm, *affine.values(), eps, cos, sin)
@@ -171,14 +175,14 @@ class Runner:
         out = poisoned(size, field.dtype) if out is None else out
         if BACKENDS.get(self.backend.name) is self.backend:
             options = {"channels_last": channels_last, "out": out}
-            return patchify_op(field, table, **options, backend=self.backend.name)
+            return ops.patchify(field, table, **options, backend=self.backend.name)
         self.backend.patchify(field, table, in_patches(out, field, channels_last))
         return out
 
     def unpatchify(self, tokens, table, out, *, channels_last=False) -> Tensor:
         if BACKENDS.get(self.backend.name) is self.backend:
             options = {"channels_last": channels_last, "backend": self.backend.name}
-            return unpatchify_op(tokens, table, out, **options)
+            return ops.unpatchify(tokens, table, out, **options)
         self.backend.unpatchify(in_patches(tokens, out, channels_last), table, out)
         return out
 
@@ -206,7 +210,7 @@ class Runner:
             options = numbers | {"correlation": correlation, "unsplit": unsplit}
             options |= {"pixelwise": pixelwise, "raster": raster}
             options |= {"out": out, "out_table": out_table, "backend": self.backend.name}
-            return resolution_transition_op(x, table, rows, noise, **options)
+            return ops.resolution_transition(x, table, rows, noise, **options)
         unsplit = math.sqrt(1 - correlation) if unsplit is None else unsplit
         pull = math.sqrt(1 - 4 * correlation) - 1
         self.backend.resolution_transition(
@@ -228,7 +232,7 @@ class Runner:
         out = poisoned(fresh.shape, fresh.dtype) if out is None else out
         if BACKENDS.get(self.backend.name) is self.backend:
             residual = {"x": x, "gate": gate, "blended": blended}
-            return blend_op(fresh, cached, r, **residual, out=out, backend=self.backend.name)
+            return ops.blend(fresh, cached, r, **residual, out=out, backend=self.backend.name)
         self.backend.blend(fresh, cached, r, x, gate, blended, out)
         return out
 
@@ -250,14 +254,14 @@ class Runner:
         if out is None:
             out = poisoned((1 + max(groups), *first.shape), dtype or first.dtype)
         if BACKENDS.get(self.backend.name) is self.backend:
-            return collapse_op(branches, weights, groups, out=out, backend=self.backend.name)
+            return ops.collapse(branches, weights, groups, out=out, backend=self.backend.name)
         self.backend.collapse(branches, weights, groups, False, out)
         return out
 
     def sparse_attention(self, q, k, v, *, scale=None, out=None) -> Tensor:
         """The op makes its own output; with `out`, the backend writes there."""
         if out is None and BACKENDS.get(self.backend.name) is self.backend:
-            return sparse_attention_op(q, k, v, scale=scale, backend=self.backend.name)
+            return ops.sparse_attention(q, k, v, scale=scale, backend=self.backend.name)
         out = poisoned(q.shape, q.dtype) if out is None else out
         self.backend.sparse_attention(
             q, k, v, 1 / math.sqrt(q.shape[3]) if scale is None else scale, out

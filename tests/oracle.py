@@ -129,7 +129,7 @@ class Oracle:
         """Run the schedule inside the `with`, from its start."""
         wrapped = [(module, module.__dict__.get("forward")) for module, _ in self._components()]
         for module, name in list(self._components()):
-            module.forward = self._wrap(module.forward, *name)
+            module.forward = self.wrap(module.forward, *name)
         handle = self._transformer.register_forward_pre_hook(self._count)
         try:
             yield self
@@ -154,7 +154,7 @@ class Oracle:
         self._calls += 1
         self._uses.clear()
 
-    def _wrap(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
+    def wrap(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
         def cached(*args: Any, **kwargs: Any) -> Any:
             step, branch = divmod(self._calls, self._calls_per_step)
             cell = (kind, block, position)

@@ -34,6 +34,7 @@ def run(
     given: dict[str, Any],
     bits: Bits | None = None,
     choose: Callable[..., Any] | None = None,
+    orders: Bits | None = None,
 ) -> Tensor:
     """The latents [B, C, H, W] at the end, from initial ones, for the arguments of `tiny_models.arguments`.
 
@@ -41,8 +42,11 @@ def run(
         bits: Schedule of reused outputs over the whole run, block list -> bool [step, block, component].
         choose: ``choose(b, step, velocity, sigmas)`` says which tokens of image b the step after `step` computes, both
             counted from the first at full size, or None for all.
+        orders: Like `bits`: of the forecasts of what is reused.
     """
-    images = [_image(pipe, method, latents, given, b, bits, choose) for b in range(len(latents))]
+    images = [
+        _image(pipe, method, latents, given, b, bits, choose, orders) for b in range(len(latents))
+    ]
     return torch.stack(images)
 
 
@@ -54,6 +58,7 @@ def _image(
     b: int,
     bits: Bits | None,
     choose: Callable[..., Any] | None,
+    orders: Bits | None,
 ) -> Tensor:
     model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
     noise = latents[b]
@@ -116,7 +121,7 @@ def _image(
                 tokens.sort(key=lambda token: (token[1], token[2]))
         sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
         sparse = choose if stage.layout == "full" else None
-        with _leaving_out(pipe, stage, sigmas, bits, sparse, b) as whole:
+        with _leaving_out(pipe, stage, sigmas, bits, sparse, b, orders) as whole:
             for now, then in itertools.pairwise(sigmas):
                 velocity = whole(model(tokens, stage.layout, now, (gh, gw)))
                 tokens = [
@@ -140,15 +145,23 @@ def _image(
 
 @contextlib.contextmanager
 def _leaving_out(
-    pipe: Any, stage: Any, sigmas: Tensor, bits: Bits | None, choose: Any, b: int
+    pipe: Any,
+    stage: Any,
+    sigmas: Tensor,
+    bits: Bits | None,
+    choose: Any,
+    b: int,
+    orders: Bits | None,
 ) -> Iterator[Callable[[list[Tensor]], list[Tensor]]]:
     """Run a stage's part of the schedule and its sparse steps; yields what completes the velocities of a step."""
     if bits is not None:
         last = stage.first + stage.steps
         bits = {kind: some[stage.first : last] for kind, some in bits.items()}
+        drawn = {kind: some[stage.first : last] for kind, some in (orders or {}).items()}
+        drawn = {"orders": drawn, "levels": sigmas.tolist()} if orders else {}
     if choose is None:
-        cache = Oracle(pipe.transformer, bits, 2).installed() if bits else contextlib.nullcontext()
-        with cache:
+        cache = Oracle(pipe.transformer, bits, 2, **drawn).installed() if bits else None
+        with cache or contextlib.nullcontext():
             yield lambda velocity: velocity
         return
     led = SimpleNamespace(transformer=pipe.transformer, scheduler=Unchanged(sigmas))

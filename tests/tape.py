@@ -60,7 +60,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """Stands for `fastdit.runtime.graphs.CudaCapture`.
+    """Stands for `fastdit.runtime.capture.CudaCapture`.
 
     Attributes:
         tapes: All of them.

@@ -11,6 +11,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import ArgumentError, Cached, Dense, Schedule
+from fastdit.adapters import adapters
 from fastdit.adapters.base import NEEDS, Adapter
 from oracle import random_bits
 
@@ -19,6 +20,13 @@ pytestmark = pytest.mark.diffusers
 FAMILIES = list(tiny_models.FAMILIES)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 8, 16), (3, 12, 8)]  # batch, height, width
+
+
+def test_every_family_has_a_tiny_model():
+    """Which the tests of all families find. With an old diffusers some have none."""
+    tested = {tiny_models.adapter_of(form).family for form in FAMILIES}
+    assert set(adapters()) - tested == set(tiny_models.TOO_NEW)
+    assert set(FAMILIES) <= set(tiny_models.PIPELINES)
 
 
 def nothing_reused(model: torch.nn.Module) -> list[fastdit.methods.base.Method]:

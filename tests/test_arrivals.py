@@ -62,7 +62,7 @@ def test_a_processor_is_refused_by_name_where_it_would_be_left_out(name):
         UnsupportedModelError, match=r"of block 0 has the attention processor .*Doubled"
     ):
         generate(pipe, name, steps=STEPS)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     with handle.disabled():
         generate(pipe, name, steps=STEPS)
     attention.set_processor(before)
@@ -133,7 +133,7 @@ def test_caches_of_diffusers_are_refused_before_and_after(methods, cache):
     pipe.transformer.enable_cache(CACHES[cache](pipe))
     with pytest.raises(UnsupportedModelError, match=f"{cache}, another cache"):
         generate(pipe, "flux", steps=STEPS)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     pipe.transformer.disable_cache()
     same_bits(generate(pipe, "flux", steps=STEPS), expected)
 

@@ -26,7 +26,7 @@ class Wide(torch.nn.Module):
 
 
 @pytest.mark.parametrize("wide", [False, True], ids=["as they are", "fp32 norms"])
-@pytest.mark.parametrize("family", ["sd3", "sd3.5", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("family", tiny_models.forms("layouts"))
 def test_ras_equals_the_stock_model_given_the_same_latents(family, wide):
     model = tiny_models.transformer(family)
     if wide:

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 from fastdit import ops
 from fastdit.errors import ArgumentError
 from inputs import (
+    SERVING,
     SHAPES,
     Guarded,
     Runner,
@@ -277,7 +278,7 @@ def test_gradients_are_those_of_finite_differences(gate):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_gradients_are_those_of_torch(backend, dtype):
     """Only of what requires one, and added up over two uses of one router's output."""
     (fresh, cached, x), r = leaves(dtype, (2, 7, 40))

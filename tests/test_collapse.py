@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 from fastdit import ops
 from fastdit.errors import ArgumentError
 from inputs import (
+    SERVING,
     SHAPES,
     Guarded,
     Runner,
@@ -194,7 +195,7 @@ def test_collapse(check, runner):
     check(runner)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("count", [65, 84, 130])
 def test_more_branches_than_a_pass_takes(count, kind, backend):

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 STEPS = 3
-FAMILIES = ["sd3.5", "flux", "pixart-sigma", "dit", "lumina"]
+FAMILIES = tiny_models.one_each(tiny_models.forms(), -1)
 
 
 @pytest.fixture(autouse=True)

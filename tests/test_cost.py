@@ -54,10 +54,10 @@ def test_what_is_counted_equals_counts_by_hand(family):
     cost = Cost.of(tiny_models.transformer(family), 64, 0 if family == "dit" else 7)
     assert (
         sum(cell[2] for cell in cost.cells),
-        sum(cost._at(16)),
+        sum(cost.sparse_macs(16)),
         sum(cell[3] for cell in cost.cells) // 4,
         cost.overhead,
-        cost._prompt,
+        cost.prompt,
         cost.key_bytes() // 4,
         cost.prompt_bytes() // 4,
         cost.modulation_bytes(1) // 4,
@@ -92,26 +92,26 @@ def fora(cost, n):
 
 
 def test_pixart_is_counted_as_the_authors_do_to_the_last_digit(models):
-    cost = Cost.of(models["alpha-256"], image=256, text=120, rows=2)
-    attn1, attn2, ff = cost._linear[:3]
+    cost = Cost.of(models["alpha-256"], image=256, text=120, batch=2)
+    attn1, attn2, ff = cost.linear[:3]
     assert (attn1, attn2, ff) == (2717908992, 1995964416, 5435817984)
     assert cost.overhead == 1498447872
     assert cost.linear_macs(None, 1) == 285689806848
     assert cost.linear_macs(None, 20) == 5713796136960
     totals = [f"{fora(cost, n):.3f}" for n in (2, 3, 4, 5)]
     assert totals == ["2.872", "2.019", "1.451", "1.167"]
-    large = Cost.of(models["alpha-1024"], image=4096, text=120, rows=2)
+    large = Cost.of(models["alpha-1024"], image=4096, text=120, batch=2)
     assert f"{large.linear_macs(None, 20) / 1e12:.2f}" == "85.63"
 
 
 def test_flux_is_counted_as_the_authors_do_to_the_last_digit(models):
-    cost = Cost.of(models["flux"], image=256, text=512, rows=2)
+    cost = Cost.of(models["flux"], image=256, text=512, batch=2)
     assert cost.overhead == 19643498496
     assert cost.linear_macs(None, 1) == 9934575501312
     assert cost.linear_macs(None, 20) == 198691510026240
     totals = [f"{fora(cost, n):.2f}" for n in (2, 3, 4, 5)]
     assert totals == ["99.54", "69.80", "49.97", "40.05"]
-    large = Cost.of(models["flux"], image=4096, text=512, rows=2)
+    large = Cost.of(models["flux"], image=4096, text=512, batch=2)
     assert large.overhead == 22663397376
     assert f"{large.linear_macs(None, 20) / 1e12:.1f}" == "1190.2"
     assert f"{large.linear_macs(None, 8) / 1e12:.1f}" == "476.1"
@@ -120,22 +120,22 @@ def test_flux_is_counted_as_the_authors_do_to_the_last_digit(models):
 
 def test_closed_forms_of_every_component(models):
     """Section 6.6's formulas, component by component, with and without the products of attention."""
-    n, text, rows, d = 1024, 300, 2, 1152
-    cost = Cost.of(models["alpha-256"], n, text, rows)
+    n, text, batch, d = 1024, 300, 2, 1152
+    cost = Cost.of(models["alpha-256"], n, text, batch)
     linear = [4 * d * d * n, 2 * d * d * (n + text), 8 * d * d * n]
-    assert cost._linear[:3] == [rows * macs for macs in linear]
+    assert cost.linear[:3] == [batch * macs for macs in linear]
     products = [2 * n * n * d, 2 * n * text * d, 0]
     for cell, macs, extra in zip(cost.cells, linear, products, strict=False):
-        assert cell[2] == rows * (macs + extra)
+        assert cell[2] == batch * (macs + extra)
     d, joint = 3072, n + text
-    cost = Cost.of(models["flux"], n, text, rows)
-    assert cost._linear[:3] == [
-        rows * 4 * d * d * joint,
-        rows * 8 * d * d * n,
-        rows * 8 * d * d * text,
+    cost = Cost.of(models["flux"], n, text, batch)
+    assert cost.linear[:3] == [
+        batch * 4 * d * d * joint,
+        batch * 8 * d * d * n,
+        batch * 8 * d * d * text,
     ]
-    assert cost._linear[-3:] == [rows * k * d * d * joint for k in (3, 4, 5)]
-    assert cost.cells[-3][2] - cost._linear[-3] == rows * 2 * joint * joint * d
+    assert cost.linear[-3:] == [batch * k * d * d * joint for k in (3, 4, 5)]
+    assert cost.cells[-3][2] - cost.linear[-3] == batch * 2 * joint * joint * d
 
 
 def test_a_recomputed_attention_that_nobody_reads_counts_for_the_authors_only():
@@ -146,7 +146,7 @@ def test_a_recomputed_attention_that_nobody_reads_counts_for_the_authors_only():
     bits["single_transformer_blocks"][1, :, 2] = False  # proj_out is reused; its inputs compute
     bits["single_transformer_blocks"][2, :, :] = True
     wasteful = Schedule.from_bits(bits, names).bind(cost.spec, 3)
-    outputs = sum(cost._linear[-6:][2::3])
+    outputs = sum(cost.linear[-6:][2::3])
     assert cost.linear_macs(full, 3) - cost.linear_macs(wasteful, 3) == outputs
     spared = cost.macs(RunPlan(3, None, ())) - cost.macs(
         RunPlan(3, wasteful, lower(wasteful, cost.spec))
@@ -234,7 +234,7 @@ def test_measure_runs_both_ways_in_turns():
         with torch.no_grad(), handle.run(range(2)):
             for step in range(2):
                 model(**tiny_models.call("pixart-alpha", 1, step=step))
-            runs = handle._patched.live_runs()
+            runs = handle.live_runs()
             reused.append(bool(runs) and runs[0].records[1].reused)
 
     found = handle.measure(work, repeats=3)

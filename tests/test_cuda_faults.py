@@ -9,22 +9,14 @@ from __future__ import annotations
 import faulthandler
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernel_checks
-import test_blend
-import test_collapse
-import test_gated_residual
-import test_norm_modulate
-import test_patchify
-import test_qkv_prologue
-import test_resolution_transition
-import test_token_change
-import test_token_select
 from emulated import CSRC, Emulated, build, emulated, unavailable
-from inputs import Runner
+from inputs import Runner, checks_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,17 +32,6 @@ SELECT, KEYS = "token_select.cu", "token_select.h"
 CHANGE, NOTES = "token_change.cu", "token_change.h"
 PATCHIFY, PLACES = "patchify.cu", "places.h"
 TRANSITION, CHILDREN = "resolution_transition.cu", "resolution_transition.h"
-CHECKS = {
-    BLEND: test_blend.CHECKS | kernel_checks.CHECKS,
-    COLLAPSE: test_collapse.CHECKS | kernel_checks.CHECKS,
-    GATED: test_gated_residual.CHECKS | kernel_checks.CHECKS,
-    NORM: test_norm_modulate.CHECKS | kernel_checks.CHECKS,
-    PROLOGUE: test_qkv_prologue.CHECKS | kernel_checks.CHECKS,
-    SELECT: test_token_select.CHECKS,
-    CHANGE: test_token_change.CHECKS,
-    PATCHIFY: test_patchify.CHECKS,
-    TRANSITION: test_resolution_transition.CHECKS,
-}
 
 
 @dataclass(frozen=True)
@@ -65,7 +46,12 @@ class Fault:
     op: str = ""
 
     def found_by(self):
-        return CHECKS[self.op or self.file][self.check]
+        return check_of(self.op or self.file, self.check)
+
+
+def check_of(file: str, name: str):
+    """The check of that name, of the op whose kernel the file is or of all kernels."""
+    return (kernel_checks.CHECKS | checks_of(Path(file).stem))[name]
 
 
 FAULTS = {
@@ -598,4 +584,4 @@ def test_fault_is_caught(name):
     sorted({(f.op or f.file, f.check, f.dtype) for f in FAULTS.values()}, key=str),
 )
 def test_the_same_check_passes_without_the_fault(op, check, dtype):
-    CHECKS[op][check](OneDtype(emulated(), "emulated", dtype))
+    check_of(op, check)(OneDtype(emulated(), "emulated", dtype))

@@ -95,7 +95,7 @@ def test_more_tokens_than_are_numbered(run):
     field = (x.data_ptr(), (1 << 16, 1 << 15, 1, 1, 1, 1), (0,) * 6)
     options = (1, 0, 0.1, False, 0, table, table, 0)
     with pytest.raises(ValueError, match="2147483648 tokens; accepted is fewer"):
-        run.backend._module.token_select(0, field, table, None, *options, 0, 0)
+        run.backend.module.token_select(0, field, table, None, *options, 0, 0)
 
 
 # --- the backend's words, which need no GPU

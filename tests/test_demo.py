@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastdit
+import tiny_models
 from fastdit import tiny
 from fastdit.cli.demo import Settings, compare, equal_time_steps, resolve_steps, total_calls
 from fastdit.cli.distance import psnr, relative_l2
@@ -209,8 +210,7 @@ def test_resolve_steps(pipeline):
     every = [fastdit.Cached(fastdit.Schedule.every(2))]
     assert resolve_steps(pipeline, every, None) == 28
     assert resolve_steps(pipeline, every, 3) == 3
-    spec = fastdit.patch(pipeline)._patched.spec
-    fastdit.unpatch(pipeline)
+    spec = tiny_models.spec_of(pipeline)
     fixed = [fastdit.Cached(fastdit.Schedule.every(2).bind(spec, 5))]
     assert resolve_steps(pipeline, fixed, None) == 5
     with pytest.raises(ScheduleError, match="5 steps"):

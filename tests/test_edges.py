@@ -105,14 +105,14 @@ def test_a_weak_line_of_any_length_is_followed(size):
         ends = line.nonzero()
         strong[tuple(ends[end].tolist())] = True
         both = torch.stack([line, line])
-        found = edges._connected(both, torch.stack([strong, torch.zeros_like(strong)]))
+        found = edges.connected(both, torch.stack([strong, torch.zeros_like(strong)]))
         assert torch.equal(found[0], line)
         assert not found[1].any()
 
 
 def test_rounds_are_enough_without_stopping_early(monkeypatch):
     """As on a device, where nothing asks whether it is done: any pixels with any of them strong."""
-    monkeypatch.setattr(edges, "_settled", lambda before, after: False)
+    monkeypatch.setattr(edges, "settled", lambda before, after: False)
     g = generator(1)
     for share in (0.2, 0.4, 0.6):
         weak = torch.rand(3, 17, 22, generator=g) < share
@@ -124,7 +124,7 @@ def test_rounds_are_enough_without_stopping_early(monkeypatch):
         for _ in range(weak[0].numel()):
             grown = torch.nn.functional.max_pool2d(reached.float(), 3, 1, 1) > 0
             reached = weak & grown
-        assert torch.equal(edges._connected(weak, strong), reached)
+        assert torch.equal(edges.connected(weak, strong), reached)
 
 
 def test_grey_levels_round_down_and_clip():

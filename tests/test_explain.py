@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastdit
 import tiny_models
 from fastdit import Cached, Dense, Schedule
-from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
@@ -60,14 +59,13 @@ def test_predicted_macs_and_caches_of_a_run_are_exact(family, seed):
     bits, names = random_bits(model, STEPS, seed, compute=(0.2, 0.5, 0.8)[seed])
     handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
     predicted = handle.explain(**sizes(family, 2, 8, 16))
-    session = model.__dict__[LINK]
     held = []
 
     def run():
         with handle.run(range(STEPS)):
             for step in range(STEPS):
                 model(**tiny_models.call(family, 2, step=step))
-                held.append(session.cache_bytes())
+                held.append(handle.cache_bytes())
 
     counted = flops(run)
     assert 2 * predicted.macs == counted
@@ -87,11 +85,13 @@ def test_predicted_macs_count_fused_projections_and_adapters_once():
         assert flops(lambda: model(**tiny_models.call(family))) == 2 * before  # noqa: B023
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"])
+@pytest.mark.parametrize("name", tiny_models.one_each(FAMILIES, -1))
 @pytest.mark.parametrize("cfg", [True, False])
 def test_predicted_size_of_a_pipelines_run(name, cfg):
     """Rows, tokens and steps as the transformer really gets them."""
     pipe = tiny_models.pipeline(name)
+    if cfg and tiny_models.FAMILIES[name].reads_masks:
+        pytest.skip("its two prompts have unlike lengths, of which a prediction is told one")
     handle = fastdit.patch(pipe, Cached(Schedule.every(2)))
     text = 0 if name == "dit" else tiny_models.TEXT
     size = {} if name == "dit" else {"height": 8, "width": 16}
@@ -100,7 +100,7 @@ def test_predicted_size_of_a_pipelines_run(name, cfg):
     report = handle.report()
     assert predicted.image_tokens == report.tokens_per_step[0]
     assert predicted.cache_bytes == report.peak_cache_bytes
-    assert predicted.rows == 4 if cfg else 2
+    assert predicted.batch == 4 if cfg else 2
 
 
 @pytest.mark.parametrize("size", [8, 512, 16384])
@@ -148,9 +148,11 @@ def test_explain_changes_nothing():
 # ---- reports
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "pixart-sigma", "dit"])
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if not tiny_models.adapter_of(name).consumers]
+)
 def test_reports_count_what_the_oracle_counts(family):
-    """FLUX apart, whose dead work the oracle does and fastdit leaves out."""
+    """Where outputs have a single reader, the oracle does dead work that fastdit leaves out."""
     model = tiny_models.transformer(family)
     bits, names = random_bits(model, STEPS, 1)
     oracle = Oracle(model, bits)

@@ -30,19 +30,7 @@ def tables() -> dict[str, list[str]]:
     """Heading -> rows."""
     python = [
         f"| {words(fault.__name__)} | `{op}` of a backend in Python | {_names(checks)} |"
-        for op, faults in (
-            ("blend", test_faults.BLEND_FAULTS),
-            ("blend_backward", test_faults.BLEND_BACKWARD_FAULTS),
-            ("collapse", test_faults.COLLAPSE_FAULTS),
-            ("gated_residual", test_faults.RESIDUAL_FAULTS),
-            ("norm_modulate", test_faults.NORM_FAULTS),
-            ("patchify", test_faults.PATCHIFY_FAULTS),
-            ("qkv_prologue", test_faults.PROLOGUE_FAULTS),
-            ("resolution_transition", test_faults.TRANSITION_FAULTS),
-            ("token_change", test_faults.CHANGE_FAULTS),
-            ("token_select", test_faults.SELECT_FAULTS),
-            ("sparse_attention", test_faults.ATTENTION_FAULTS),
-        )
+        for op, faults in test_faults.FAULTS.items()
         for fault, checks in faults.items()
     ]
     triton = [

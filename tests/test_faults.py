@@ -12,19 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import test_blend
-import test_collapse
-import test_gated_residual
-import test_norm_modulate
-import test_patchify
-import test_qkv_prologue
-import test_resolution_transition
-import test_sparse_attention
-import test_token_change
-import test_token_select
+from fastdit import ops
 from fastdit.backends import reference
 from fastdit.backends.reference import Reference, gather_rows, per_token, scatter_rows
-from inputs import Runner, normal
+from inputs import Runner, checks_of, normal
 from tolerance import Mismatch, assert_close
 
 pytestmark = pytest.mark.kernels
@@ -1318,127 +1309,61 @@ def refuses(check, runner: Runner) -> bool:
     return False
 
 
-def pairs(faults):
-    return [pytest.param(f, c, id=f"{f.__name__}-{c}") for f, cs in faults.items() for c in cs]
+FAULTS = {
+    "blend": BLEND_FAULTS,
+    "blend_backward": BLEND_BACKWARD_FAULTS,
+    "collapse": COLLAPSE_FAULTS,
+    "gated_residual": RESIDUAL_FAULTS,
+    "norm_modulate": NORM_FAULTS,
+    "patchify": PATCHIFY_FAULTS,
+    "qkv_prologue": PROLOGUE_FAULTS,
+    "resolution_transition": TRANSITION_FAULTS,
+    "sparse_attention": ATTENTION_FAULTS,
+    "token_change": CHANGE_FAULTS,
+    "token_select": SELECT_FAULTS,
+}
+#: how a fault gets into a backend, or none does, where it does not stand for the whole function
+CARRIERS = {
+    "norm_modulate": lambda fault=NormFault: fault(),
+    "patchify": PatchifyFault,
+    "qkv_prologue": PrologueFault,
+    "resolution_transition": TransitionFault,
+    "token_change": ChangeFault,
+}
+FILES = {op: op.removesuffix("_backward") for op in FAULTS}
 
 
-@pytest.mark.parametrize(("fault", "check"), pairs(RESIDUAL_FAULTS))
-def test_gated_residual_fault_is_caught(fault, check):
+def carried(op, fault):
+    if op in CARRIERS:
+        return CARRIERS[op](fault)
     backend = Faulty()
-    backend.gated_residual = fault
-    assert refuses(test_gated_residual.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(NORM_FAULTS))
-def test_norm_modulate_fault_is_caught(fault, check):
-    assert refuses(test_norm_modulate.CHECKS[check], Runner(fault(), fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(SELECT_FAULTS))
-def test_token_select_fault_is_caught(fault, check):
-    backend = Faulty()
-    backend.token_select = fault
-    assert refuses(test_token_select.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(CHANGE_FAULTS))
-def test_token_change_fault_is_caught(fault, check):
-    backend = ChangeFault(fault)
-    assert refuses(test_token_change.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(PROLOGUE_FAULTS))
-def test_qkv_prologue_fault_is_caught(fault, check):
-    backend = PrologueFault(fault)
-    assert refuses(test_qkv_prologue.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(PATCHIFY_FAULTS))
-def test_patchify_fault_is_caught(fault, check):
-    backend = PatchifyFault(fault)
-    assert refuses(test_patchify.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(TRANSITION_FAULTS))
-def test_resolution_transition_fault_is_caught(fault, check):
-    backend = TransitionFault(fault)
-    assert refuses(test_resolution_transition.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(ATTENTION_FAULTS))
-def test_sparse_attention_fault_is_caught(fault, check):
-    backend = Faulty()
-    backend.sparse_attention = fault
-    assert refuses(test_sparse_attention.CHECKS[check], Runner(backend, fault.__name__))
-
-
-MODULES = [
-    "blend",
-    "collapse",
-    "gated_residual",
-    "norm_modulate",
-    "patchify",
-    "qkv_prologue",
-    "resolution_transition",
-    "token_change",
-    "token_select",
-    "sparse_attention",
-]
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(BLEND_FAULTS | BLEND_BACKWARD_FAULTS))
-def test_blend_fault_is_caught(fault, check):
-    backend = Faulty()
-    setattr(backend, "blend" if fault in BLEND_FAULTS else "blend_backward", fault)
-    assert refuses(test_blend.CHECKS[check], Runner(backend, fault.__name__))
-
-
-@pytest.mark.parametrize(("fault", "check"), pairs(COLLAPSE_FAULTS))
-def test_collapse_fault_is_caught(fault, check):
-    backend = Faulty()
-    backend.collapse = fault
-    assert refuses(test_collapse.CHECKS[check], Runner(backend, fault.__name__))
+    setattr(backend, op, fault)
+    return backend
 
 
 @pytest.mark.parametrize(
-    ("module", "faults"),
+    ("op", "fault", "check"),
     [
-        (test_blend, BLEND_FAULTS | BLEND_BACKWARD_FAULTS),
-        (test_collapse, COLLAPSE_FAULTS),
-        (test_gated_residual, RESIDUAL_FAULTS),
-        (test_norm_modulate, NORM_FAULTS),
-        (test_patchify, PATCHIFY_FAULTS),
-        (test_qkv_prologue, PROLOGUE_FAULTS),
-        (test_resolution_transition, TRANSITION_FAULTS),
-        (test_token_change, CHANGE_FAULTS),
-        (test_token_select, SELECT_FAULTS),
-        (test_sparse_attention, ATTENTION_FAULTS),
+        pytest.param(op, fault, check, id=f"{op}-{fault.__name__}-{check}")
+        for op, faults in FAULTS.items()
+        for fault, checks in faults.items()
+        for check in checks
     ],
-    ids=MODULES,
 )
-def test_every_check_catches_something(module, faults):
-    assert set(module.CHECKS) == {name for names in faults.values() for name in names}
+def test_a_fault_is_caught(op, fault, check):
+    assert refuses(checks_of(FILES[op])[check], Runner(carried(op, fault), fault.__name__))
 
 
-@pytest.mark.parametrize(
-    ("module", "carrier"),
-    [
-        (test_blend, Faulty()),
-        (test_collapse, Faulty()),
-        (test_gated_residual, Faulty()),
-        (test_norm_modulate, NormFault()),
-        (test_patchify, PatchifyFault()),
-        (test_qkv_prologue, PrologueFault()),
-        (test_resolution_transition, TransitionFault()),
-        (test_token_change, ChangeFault()),
-        (test_token_select, Faulty()),
-        (test_sparse_attention, Faulty()),
-    ],
-    ids=MODULES,
-)
-def test_a_fault_is_not_caught_for_its_carrier(module, carrier):
-    for check in module.CHECKS.values():
-        check(Runner(carrier, "carrier"))
+@pytest.mark.parametrize("file", ops.FILES)
+def test_every_check_catches_something(file):
+    faults = [names for op in FAULTS if FILES[op] == file for names in FAULTS[op].values()]
+    assert set(checks_of(file)) == {name for names in faults for name in names}
+
+
+@pytest.mark.parametrize("file", ops.FILES)
+def test_a_fault_is_not_caught_for_its_carrier(file):
+    for check in checks_of(file).values():
+        check(Runner(CARRIERS.get(file, Faulty)(), "carrier"))
 
 
 def test_the_rule_tells_an_error_of_three_times_stock():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from diffusers.models.attention_processor import JointAttnProcessor2_0
@@ -10,12 +12,12 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Dense, Schedule
+from fastdit.adapters import find_adapter
 from oracle import Oracle, random_bits
 
 pytestmark = pytest.mark.diffusers
 
-FAMILIES = [name for name in tiny_models.FAMILIES if name.startswith(("sd3", "flux"))]
-FAMILIES += ["qwen"] if tiny_models.HAS_QWEN else []
+FAMILIES = tiny_models.forms("fused_attentions")
 STEPS = 5
 
 
@@ -36,7 +38,13 @@ def fused(monkeypatch):
 
 
 def attentions(model):
-    return [module for module in model.modules() if getattr(module, "processor", None) is not None]
+    """Those of the blocks that an adapter restates."""
+    return [
+        module
+        for _, block in find_adapter(model).blocks(model)
+        for module in block.modules()
+        if getattr(module, "processor", None) is not None
+    ]
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 16), (3, 12, 8)], ids=str)
@@ -141,7 +149,8 @@ def test_what_is_told_to_processors_reaches_them(family, fused):
     """Stock processors warn of arguments that they do not know; ours would not be told."""
     model = tiny_models.transformer(family)
     fastdit.patch(model)
-    name = "attention_kwargs" if family == "qwen" else "joint_attention_kwargs"
+    known = inspect.signature(type(model).forward).parameters
+    name = "attention_kwargs" if "attention_kwargs" in known else "joint_attention_kwargs"
     model(**tiny_models.call(family, 2), **{name: {"unheard_of": 1}})
     assert not fused
     model(**tiny_models.call(family, 2), **{name: {}})

@@ -7,47 +7,31 @@ it back.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 import kernel_checks
-import test_blend
-import test_collapse
-import test_gated_residual
-import test_norm_modulate
-import test_patchify
-import test_qkv_prologue
-import test_resolution_transition
-import test_sparse_attention
-import test_token_change
-import test_token_select
+from fastdit import ops
 from fastdit.backends.base import Backend
 from fastdit.ops import BACKENDS
-from inputs import Runner, some_rows
+from inputs import Runner, checks_of, some_rows
 from test_resolution_transition import coarse
 
 SHARED = {
-    f"{op}-{name}": check
-    for op, checks in (
-        ("blend", test_blend.CHECKS),
-        ("collapse", test_collapse.CHECKS),
-        ("gated_residual", test_gated_residual.CHECKS),
-        ("norm_modulate", test_norm_modulate.CHECKS),
-        ("patchify", test_patchify.CHECKS),
-        ("qkv_prologue", test_qkv_prologue.CHECKS),
-        ("resolution_transition", test_resolution_transition.CHECKS),
-        ("sparse_attention", test_sparse_attention.CHECKS),
-        ("token_change", test_token_change.CHECKS),
-        ("token_select", test_token_select.CHECKS),
+    f"{name}-{check}": function
+    for name, checks in (
+        *((op_file, checks_of(op_file)) for op_file in ops.FILES),
         ("kernels", kernel_checks.CHECKS),
     )
-    for name, check in checks.items()
+    for check, function in checks.items()
 }
 
 
-class Mirrored(Backend):
-    """A backend on copies of its arguments' storages."""
+class Mirrored:
+    """A backend whose ops work on copies of their arguments' storages."""
 
     name = "mirrored"
 
@@ -57,43 +41,10 @@ class Mirrored(Backend):
     def supports(self, op, device, dtype):
         return self.backend.supports(op, self.device, dtype)
 
-    def blend(self, *arguments):
-        self._run("blend", arguments)
+    def __getattr__(self, op: str):
+        return functools.partial(self._run, op)
 
-    def blend_backward(self, *arguments):
-        self._run("blend_backward", arguments)
-
-    def collapse(self, *arguments):
-        self._run("collapse", arguments)
-
-    def gated_residual(self, *arguments):
-        self._run("gated_residual", arguments)
-
-    def norm_modulate(self, *arguments):
-        self._run("norm_modulate", arguments)
-
-    def token_select(self, *arguments):
-        self._run("token_select", arguments)
-
-    def token_change(self, *arguments):
-        self._run("token_change", arguments)
-
-    def qkv_prologue(self, *arguments):
-        self._run("qkv_prologue", arguments)
-
-    def patchify(self, *arguments):
-        self._run("patchify", arguments)
-
-    def unpatchify(self, *arguments):
-        self._run("unpatchify", arguments)
-
-    def resolution_transition(self, *arguments):
-        self._run("resolution_transition", arguments)
-
-    def sparse_attention(self, *arguments):
-        self._run("sparse_attention", arguments)
-
-    def _run(self, op: str, arguments: tuple) -> None:
+    def _run(self, op: str, *arguments) -> None:
         storages: dict[int, tuple[Tensor, Tensor]] = {}
 
         def there(value):

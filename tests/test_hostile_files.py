@@ -119,7 +119,7 @@ READERS = {
     "ledger of version 1": Reader(save_unsealed, read_ledger, SearchError),
     "training": Reader(
         lambda path: training(path.parent).fit(),
-        lambda path: training(path.parent)._resume(),
+        lambda path: training(path.parent).resume(),
         ArgumentError,
         "state.safetensors",
     ),

@@ -64,6 +64,17 @@ WITHOUT_CSRC = {"sparse_attention"}
 
 OP_HELPERS = {"__init__", "registry", "checks"}
 
+# What tests may read of others, who have no other name for it.
+FOREIGN = {
+    "torch": """_compiled_call_impl _dynamo _forward_hooks _forward_pre_hooks _local_scalar_dense _make_wrapper_subclass
+        _mkl_reorder_linear_weight _overloadpacket _parameters _sleep _subclasses _torchdynamo_orig_callable
+        _version""",
+    "diffusers": """_callback_tensor_inputs _current_timestep _diffusers_hook _fn_refs _guidance_scale _hf_hook
+        _internal_dict _interrupt _prepare_latent_image_ids _supports_gradient_checkpointing""",
+    "triton": "_LangPatchScope _get_np_dtype _init_args_hst _patch_lang _restore_args_dev",
+    "os": "_exit",
+}
+
 
 def imports(path: Path, module_scope: bool = False) -> list[str]:
     """Absolute names of what a file imports; only on loading it where module_scope is set."""
@@ -175,6 +186,33 @@ def test_files_of_an_op_share_its_name():
         if not (ROOT / name).exists() and not (name.startswith("csrc") and op in WITHOUT_CSRC)
     ]
     assert not missing, missing
+
+
+def test_tests_read_no_private_names():
+    """What a test needs to see of the library is public there. A test's own `self` is its own."""
+    foreign = {name for names in FOREIGN.values() for name in names.split()}
+    read = {
+        name: f"{path.name}:{node.lineno}"
+        for path in python_files("tests")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in private_names(node)
+    }
+    assert not {name: place for name, place in read.items() if name not in foreign}
+    assert foreign <= set(read), foreign - set(read)
+
+
+def private_names(node: ast.AST) -> list[str]:
+    """Names with one leading underscore that `x._name`, `setattr(x, "_name", ...)` or an import of a file has."""
+    names = []
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "super()"):
+        names = [node.attr]
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("getattr", "setattr")):
+        names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+    elif (
+        isinstance(node, ast.ImportFrom) and node.module != "fastdit"
+    ):  # whose modules `_C` and `_cuda` are
+        names = [alias.name for alias in node.names]
+    return [name for name in names if str(name).startswith("_") and name[:2] != "__"]
 
 
 def test_the_core_knows_no_model_and_no_paper():

@@ -13,7 +13,16 @@ from fastdit.runtime.install import is_installed
 from tiny_models import generate
 
 STEPS = 6
-NAMES = ["sd3", "sd3.5", "flux", "flux-dev", "dit", "sd3-img2img", "flux-img2img"]
+
+
+def says_inputs(name):
+    """Whether the family's adapter says what its adaLN layers are given, so that they can be computed ahead."""
+    model, given = tiny_models.transformer(name), tiny_models.call(name)
+    return tiny_models.adapter_of(name).layer_inputs(model, (), given, 1) is not None
+
+
+FORMS = [name for name in tiny_models.FAMILIES if says_inputs(name)]
+NAMES = [*FORMS, *tiny_models.IMAGE_TO_IMAGE]
 
 
 @pytest.fixture
@@ -35,8 +44,10 @@ def products(monkeypatch):
 
 def layers(model):
     return sum(
-        "AdaLayerNorm" in type(module).__name__ and name != "norm_out"
+        any(part in type(module).__name__ for part in ("AdaLayerNorm", "RMSNormZero"))
+        or name.endswith("_mod")
         for name, module in model.named_modules()
+        if name != "norm_out"
     )
 
 
@@ -55,7 +66,7 @@ def test_modulations_made_ahead_are_those_of_each_step(name, rows, products, mon
     assert sum(products) == 2 * 2 * steps * layers(pipe.transformer)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "dit"])
+@pytest.mark.parametrize("name", tiny_models.one_each(FORMS, -1))
 def test_explain_tells_their_bytes(name, monkeypatch):
     made = {}
     stock = modulation.Modulations.of
@@ -74,7 +85,7 @@ def test_explain_tells_their_bytes(name, monkeypatch):
     assert "modulations" in str(said)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+@pytest.mark.parametrize("name", ["sd3", "flux-dev"])  # without guidance in it, and with
 def test_timestep_and_prompt_are_embedded_once(name):
     pipe = tiny_models.pipeline(name)
     layer = pipe.transformer.time_text_embed.timestep_embedder.linear_1
@@ -125,7 +136,7 @@ def test_a_prompt_changed_in_the_run(change, products):
     assert len(products) == layers(pipe.transformer)  # not made ahead again
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev", "dit"])
+@pytest.mark.parametrize("name", tiny_models.one_each(FORMS, -1))
 def test_a_loop_that_goes_another_way_than_it_said(name, products):
     """Two steps as announced, then other timesteps, and another guidance; each as stock."""
     model = tiny_models.transformer(name, torch.float64)
@@ -169,7 +180,7 @@ def test_an_adapter_whose_scale_changes(target):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # the pooled prompt is an input of these
 def test_a_pooled_prompt_written_in_a_run_is_seen(name, mode):
     """By a callback; nobody counts the writes to tensors made in inference mode."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import truth
 from fastdit import ops
+from fastdit.backends.base import Backend
 from fastdit.errors import ArgumentError, BackendError, FastDiTError
+from fastdit.methods import methods
 from fastdit.ops.registry import BACKENDS
-from inputs import generator, normal, poisoned, some_rows
+from fastdit.schedules import plan
+from inputs import SERVING, generator, normal, poisoned, some_rows
 
 B, K, N, D = 2, 3, 7, 40
 FLOAT = torch.float32
@@ -93,7 +97,7 @@ WRONG_RESIDUAL = {
 
 
 @pytest.mark.parametrize("case", WRONG_RESIDUAL)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_gated_residual_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_RESIDUAL[case]
     arguments = {"x": X, "branches": [some(B, K, D, key=1)], "gates": [some(B, D)], **changes}
@@ -125,7 +129,7 @@ WRONG_NORM = {
 
 
 @pytest.mark.parametrize("case", WRONG_NORM)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_norm_modulate_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_NORM[case]
     arguments = {"x": some(B, K, D, key=2), **changes}
@@ -173,7 +177,7 @@ WRONG_SELECT = {
 
 
 @pytest.mark.parametrize("case", WRONG_SELECT)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_token_select_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_SELECT[case]
     arguments = {"velocity": FIELD, "drops": table(B, 8), "keep": 3, **changes}
@@ -183,7 +187,7 @@ def test_token_select_names_what_is_wrong(case, backend):
     assert accepted in str(error.value)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_tables_are_not_shared(backend):
     drops, buffer = table(B, 8), table(2, B, 8)
     for shared in (
@@ -320,7 +324,7 @@ def placed(tokens, places):
 
 
 @pytest.mark.parametrize("case", WRONG_PATCHIFY)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_patchify_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_PATCHIFY[case]
     arguments = {"field": FIELD, "table": squares(), **changes}
@@ -331,7 +335,7 @@ def test_patchify_names_what_is_wrong(case, backend):
 
 
 @pytest.mark.parametrize("case", WRONG_UNPATCHIFY)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_unpatchify_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_UNPATCHIFY[case]
     arguments = {"tokens": PATCHES, "table": squares(), "out": FIELD.clone(), **changes}
@@ -407,7 +411,7 @@ WRONG_TRANSITION = {
 
 
 @pytest.mark.parametrize("case", WRONG_TRANSITION)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_resolution_transition_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_TRANSITION[case]
     with pytest.raises(ArgumentError) as error:
@@ -501,7 +505,7 @@ WRONG_PROLOGUE = {
 
 
 @pytest.mark.parametrize("case", WRONG_PROLOGUE)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_qkv_prologue_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_PROLOGUE[case]
     with pytest.raises(ArgumentError) as error:
@@ -558,7 +562,7 @@ WRONG_BLEND = {
 
 
 @pytest.mark.parametrize("case", WRONG_BLEND)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_blend_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_BLEND[case]
     with pytest.raises(ArgumentError) as error:
@@ -607,7 +611,7 @@ WRONG_COLLAPSE = {
 
 
 @pytest.mark.parametrize("case", WRONG_COLLAPSE)
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_collapse_names_what_is_wrong(case, backend):
     changes, name, accepted = WRONG_COLLAPSE[case]
     with pytest.raises(ArgumentError) as error:
@@ -639,7 +643,7 @@ def test_caches_may_lie_side_by_side():
                 assert torch.equal(found[b, rows], expected[name][b, rows])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", SERVING)
 def test_written_memory_is_not_shared(backend):
     x, branch = some(B, K, D), some(B, K, D, key=1)
     buffer = some(2 * B * K * D)
@@ -682,15 +686,35 @@ def test_neighbours_in_one_buffer_are_not_shared_memory():
     assert torch.equal(layers[2], layers[1])
 
 
-# --- which backend
+# --- which ops there are
 
-ALL_OPS = [field.name for field in dataclasses.fields(ops.Ops) if field.name != "backend"]
+
+def test_every_file_of_the_folder_is_imported():
+    helpers = {"__init__", "checks", "registry"}
+    assert {path.stem for path in Path(ops.__path__[0]).glob("*.py")} - helpers == set(ops.FILES)
+
+
+def test_bound_ops_are_those_of_the_folder():
+    bound = ops.bind()
+    assert {name for name in vars(bound) if name != "backend"} == set(ops.OPS) <= set(ops.__all__)
+    assert all(hasattr(Backend, op) for op in ops.OPS)
+    with pytest.raises(AttributeError, match=r"op: got 'nonesuch'; there are blend, collapse"):
+        bound.nonesuch  # noqa: B018
+
+
+def test_what_a_method_needs_are_ops():
+    assert {*plan.OPS, *itertools.chain(*plan.OPS_OF_FIELD.values())} <= set(ops.OPS)
+    written = {field for method in methods().values() for field in method.writes}
+    assert set(plan.OPS_OF_FIELD) <= written
+
+
+# --- which backend
 
 
 def test_automatic_choice_follows_dtype():
     bound = ops.bind()
     assert bound.backend is None
-    for op in ALL_OPS:
+    for op in ops.OPS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert bound.backend_for(op, "cpu", dtype) == "cpu"
         assert bound.backend_for(op, "cpu", torch.float64) == "reference"
@@ -717,7 +741,7 @@ def test_bound_ops_run_where_they_say():
     assert torch.equal(ops.bind("cpu").gated_residual(x, [branch] * 2, [None] * 2), once)
 
 
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", SERVING)
 def test_environment_names_a_backend(name, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTDIT_BACKEND", name)
     assert ops.bind().backend == name

@@ -65,12 +65,12 @@ METHODS = {
     "ralu": lambda pipe: (STAGED,),
     "ralu+cached": lambda pipe: (STAGED, EVERY_2),
 }
-FAMILIES = ["sd3", "flux-dev", "pixart-sigma", "lumina"]
+FAMILIES = tiny_models.one_each(tiny_models.forms("layouts"), -1)
 CASES = [
     (name, method)
     for name in FAMILIES
     for method in METHODS
-    if not method.startswith("ralu") or name in ("sd3", "flux-dev")
+    if not method.startswith("ralu") or tiny_models.adapter_of(name).changes_resolution
 ]
 SOME = [("sd3", "cached"), ("flux-dev", "ras+cached"), ("sd3", "ralu"), ("pixart-sigma", "ras")]
 
@@ -167,7 +167,11 @@ def together(jobs, barrier=None):
 def idle(state):
     """Nothing of a run is left; of a call that had none when it was broken off there may be an empty shell."""
     call = state.here.call
-    return not state.live_runs() and state.cache_bytes() == 0 and (call is None or call.run is None)
+    return (
+        not state.runs.live()
+        and state.runs.cache_bytes() == 0
+        and (call is None or call.run is None)
+    )
 
 
 # ---- pipelines in threads
@@ -459,6 +463,7 @@ def test_a_call_before_a_loop_that_a_scheduler_leads(method):
     same_bits(led_loop(other, other.scheduler, 0, before=True), expected)
 
 
+# Three schedulers whose noise levels are made in different ways.
 @pytest.mark.parametrize("name", ["flux-dev", "pixart-sigma", "lumina"])
 def test_noise_levels_of_a_stranger_are_those_of_a_known_pipeline(name):
     """A schedule of another number of steps is mapped by noise level, also where levels depend on the size."""
@@ -584,7 +589,7 @@ def test_a_model_that_is_patched_in_the_midst_of_a_stock_run(method):
     else:
         draw(pipe, "sd3", method, callback_on_step_end=callback)
         state = pipe.transformer.__dict__[LINK]
-        assert sorted(state.last_run().records) == [2, 3]
+        assert sorted(state.runs.last().records) == [2, 3]
     same_bits(draw(pipe, "sd3", method, 1), serial("sd3", method)[1])
 
 
@@ -767,7 +772,7 @@ def test_an_interrupted_run_holds_nothing_while_the_autoencoder_decodes(
     held, during = [], []
 
     def count():
-        return state.cache_bytes() + sum(run.packed.nbytes for run in state.live_runs())
+        return state.runs.cache_bytes() + sum(run.packed.nbytes for run in state.runs.live())
 
     hooks = [
         pipe.vae.decoder.conv_in.register_forward_pre_hook(lambda *_: held.append(count())),
@@ -927,7 +932,7 @@ def test_the_hook_on_a_decoder_goes_with_the_last_pipeline_that_has_it():
     fastdit.unpatch(pipes[0])
     state, held = pipes[1].transformer.__dict__[LINK], []
     hook = pipes[1].vae.decoder.conv_in.register_forward_pre_hook(
-        lambda *_: held.append(state.cache_bytes())
+        lambda *_: held.append(state.runs.cache_bytes())
     )
     draw(pipes[1], "sd3", output_type="np", callback_on_step_end=interrupt_after(2))
     assert held == [0]
@@ -953,7 +958,7 @@ def test_unpatch_can_be_repeated_after_it_was_broken_off():
         fastdit.patch(pipes[0], EVERY_2, backend="reference")
         state = pipes[0].transformer.__dict__[LINK]
         for one in pipes[1:]:
-            state.follow(one)
+            state.followed.follow(one)
         broken = interrupted(lambda: fastdit.unpatch(pipes[0]), at, "/runtime/")
         fastdit.unpatch(pipes[0])
         assert everything(pipes) == before, at
@@ -1004,7 +1009,7 @@ def test_loops_that_tasks_give_up_go_with_them():
 
     asyncio.run(main())
     gc.collect()
-    assert len(state.live_runs()) <= 1  # the last, which the report is about
+    assert len(state.runs.live()) <= 1  # the last, which the report is about
 
 
 def test_runs_may_be_counted_while_others_begin():
@@ -1020,10 +1025,10 @@ def test_runs_may_be_counted_while_others_begin():
         before = sys.gettrace()
         sys.settrace(trace)
         try:
-            assert state.cache_bytes() == 0
+            assert state.runs.cache_bytes() == 0
         finally:
             sys.settrace(before)
-        assert len(state.live_runs()) > 2
+        assert len(state.runs.live()) > 2
         other.submit(stack.close).result()
     assert idle(state)
 

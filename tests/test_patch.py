@@ -24,7 +24,7 @@ from tiny_models import generate
 
 pytestmark = pytest.mark.diffusers
 
-PIPELINES = ["sd3.5", "flux-dev", "pixart-alpha", "dit", "lumina"]
+PIPELINES = tiny_models.one_each(tiny_models.forms(), -1)
 EVERY_2 = Cached(Schedule.every(2))
 
 
@@ -144,7 +144,7 @@ def test_a_patched_model_refuses_to_be_pickled_by_name():
     pickle.dumps(model)
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "pixart-alpha", "dit", "lumina"])
+@pytest.mark.parametrize("family", tiny_models.one_each(tiny_models.forms()))
 def test_a_copied_transformer_is_independent(family):
     model = tiny_models.transformer(family)
     fastdit.patch(model, EVERY_2, backend="reference")

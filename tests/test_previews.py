@@ -15,7 +15,7 @@ from fastdit.methods.ras import RAS
 from tiny_models import generate
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms("layouts"), -1))
 def test_the_last_frame_is_the_picture(name):
     pipe = tiny_models.pipeline(name)
     if name == "pixart-sigma":  # its last step goes to the estimate itself

@@ -12,9 +12,8 @@ from fastdit.runtime.install import is_installed
 from tiny_models import generate
 
 PROJECTIONS = {
-    "sd3": "context_embedder",
-    "flux": "context_embedder",
-    "pixart-sigma": "caption_projection",
+    name: tiny_models.adapter_of(name).prompt_projections[0]
+    for name in tiny_models.one_each(tiny_models.forms("prompt_projections"))
 }
 STEPS = 4
 
@@ -23,7 +22,7 @@ def counted(pipe, name):
     """The calls that reach the projection's own layer, through the class so that no hook is seen."""
     layer = next(
         part
-        for part in getattr(pipe.transformer, PROJECTIONS[name]).modules()
+        for part in pipe.transformer.get_submodule(PROJECTIONS[name]).modules()
         if isinstance(part, torch.nn.Linear)
     )
     calls = []
@@ -43,7 +42,7 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     expected = generate(pipe, name, steps=STEPS)
     calls = counted(pipe, name)
     fastdit.patch(pipe)
-    branches = 2 if name == "flux" else 1
+    branches = 1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2
     for run in (1, 2):
         assert distance(generate(pipe, name, steps=STEPS), expected) < 1e-5
         assert len(calls) == run * branches
@@ -51,10 +50,10 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     same_bits(generate(pipe, name, steps=STEPS), expected)
     assert len(calls) == (2 + STEPS) * branches
     fastdit.unpatch(pipe)
-    assert not is_installed(getattr(pipe.transformer, PROJECTIONS[name]))
+    assert not is_installed(pipe.transformer.get_submodule(PROJECTIONS[name]))
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # by one call and by two a step
 def test_the_prompt_outlives_a_change_of_resolution(name):
     pipe = tiny_models.pipeline(name)
     method = fastdit.RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
@@ -67,7 +66,7 @@ def test_the_prompt_outlives_a_change_of_resolution(name):
     assert len(calls) == (2 if name == "flux" else 1)
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])  # by a callback of each kind
 def test_a_prompt_swapped_in_a_run_is_projected_anew(name):
     """As stock does, whether the tensor is another one or is written into."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.models import embeddings
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.testing import CompileCounter
 
@@ -32,9 +33,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.account.cost import Cost
-from fastdit.adapters import base
 from fastdit.ops import bind
-from fastdit.patch import handle_of
 from fastdit.tokens.layout import Layout
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import mismatch
@@ -93,7 +92,11 @@ SOLVED = {
 
 #: a short run with all that matters
 SHORT = RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
-PACKED = ("flux", "qwen") if tiny_models.HAS_QWEN else ("flux",)
+STAGED = tiny_models.one_each(tiny_models.forms("changes_resolution"))
+#: those that the oracle of whole runs knows
+RESTATED = ["sd3", "flux"]
+#: those whose pipelines hold latents as tokens
+PACKED = tuple(name for name in STAGED if tiny_models.call(name)["hidden_states"].ndim == 3)
 SIZE = {"height": 16, "width": 24}  # latent pixels: 8 x 12 cells, 24 coarse tokens
 
 
@@ -284,10 +287,10 @@ def test_noise_is_white_after_each_transition(mode):
         before = run.now
         end = method.stages()[index - 1].sigmas[-1]
         tokens = torch.randn(batch, before.tokens, channels * 4) * end
-        run.now.write(tokens, run._field(latents), run.ops)
+        run.now.write(tokens, run.adapter.field(latents, run.now.cells), run.ops)
         run.finish(torch.zeros_like(latents), latents)
         assert run.index == index
-        found = run.now.read(run._field(latents), run.ops)
+        found = run.now.read(run.adapter.field(latents, run.now.cells), run.ops)
         pixels = found.unflatten(2, (channels, 4)).transpose(2, 3).flatten(1, 2)
         covariance = torch.stack([image @ image.T / channels for image in pixels])
         variance = method.stages()[index].deviation ** 2
@@ -355,7 +358,7 @@ def test_seeds_follow_each_image():
 
     def draws(latents):
         run.seed(latents)
-        return [torch.randn(8, generator=generator) for generator in run._generators]
+        return [torch.randn(8, generator=generator) for generator in run.generators]
 
     images = torch.randn(3, 4, 8, 8)
     together, alone = draws(images), draws(images[2:])
@@ -413,7 +416,7 @@ def test_a_run_is_that_of_the_restatement(name, batch, change):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", *PACKED])
+@pytest.mark.parametrize("name", STAGED)
 def test_one_resolution_is_the_stock_model(name):
     method = dataclasses.replace(SHORT, steps=(0, 0, 4))
     sigmas = list(method.stages()[0].sigmas[:-1])
@@ -425,7 +428,7 @@ def test_one_resolution_is_the_stock_model(name):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", *PACKED])
+@pytest.mark.parametrize("name", STAGED)
 def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     """To the end, from every other row and column of the noise."""
     method = dataclasses.replace(SHORT, steps=(4, 0, 0), ends=(1.0, 0.5, 0.5))
@@ -472,7 +475,7 @@ def test_a_batch_is_its_images(name, selector):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_callbacks_see_full_size_at_every_step(name):
     pipe = tiny_models.pipeline(name)
     fastdit.patch(pipe, SHORT)
@@ -501,7 +504,7 @@ def test_callbacks_see_full_size_at_every_step(name):
 
 @pytest.mark.diffusers
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # by a table, and by a module
 def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
     """Whatever the number of steps and of calls within one."""
     pipe = tiny_models.pipeline(name)
@@ -516,13 +519,13 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
 
         monkeypatch.setattr(kind, "forward", forward)
     else:
-        real = base._half_step_positions
+        real = embeddings.get_2d_sincos_pos_embed_from_grid
 
-        def positions(module, cells, device):
-            made.append(cells)
-            return real(module, cells, device)
+        def positions(width, grid, **kwargs):
+            made.append(tuple(grid.shape[1:]))
+            return real(width, grid, **kwargs)
 
-        monkeypatch.setattr(base, "_half_step_positions", positions)
+        monkeypatch.setattr(embeddings, "get_2d_sincos_pos_embed_from_grid", positions)
     fastdit.patch(pipe, SHORT)
     for _ in range(2):  # and anew in each run
         made.clear()
@@ -531,7 +534,7 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
         assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)])
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_lengths_are_aligned_where_asked(name):
     """24 coarse and 5 text tokens: the nearest to 7 splits that makes 24 + 3 k + 5 a multiple of 16 is 1 or 17."""
     pipe = tiny_models.pipeline(name)
@@ -555,7 +558,7 @@ def test_a_run_repeats_and_follows_its_seed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_other_dtypes(name, dtype):
     """A fixed number of steps of a chaotic model: near to the fp64 run where no token set differs."""
     method = dataclasses.replace(SHORT, split=1.0)
@@ -589,7 +592,7 @@ def test_other_dtypes(name, dtype):
         "group offload by leaf",
     ],
 )
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_adapters_and_offloading(name, feature):
     """Adapters equal the same run with their weights merged in; offloading changes nothing."""
     method = dataclasses.replace(SHORT, selector="edges")
@@ -639,7 +642,8 @@ def test_compiled_blocks_run_the_stages():
     wanted = generate(pipe, "flux", **given)
     torch._dynamo.reset()
     counter = CompileCounter()
-    for block in handle_of(pipe.transformer)._patched.blocks:
+    model = pipe.transformer
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
         block.compile(backend=counter)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         same_bits(generate(pipe, "flux", **given), wanted)
@@ -653,7 +657,7 @@ def test_compiled_blocks_run_the_stages():
 # --- refusals
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_another_number_of_steps_is_refused_by_set_timesteps(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
@@ -661,17 +665,17 @@ def test_another_number_of_steps_is_refused_by_set_timesteps(name):
         pipe.scheduler.set_timesteps(8)
     with pytest.raises(ScheduleError, match="num_inference_steps=7"):
         generate(pipe, name, steps=8, **SIZE)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_sizes_that_do_not_halve_are_refused(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ArgumentError, match="height and width must be multiples of 4 for RALU"):
         generate(pipe, name, steps=7, height=16, width=22)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     assert generate(pipe, name, steps=7, **SIZE).isfinite().all()
 
 
@@ -694,16 +698,16 @@ def test_models_and_schedulers_it_cannot_run_on():
         fastdit.patch(tiny_models.pipeline("sd3"), SHORT, SHORT)
 
 
-@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", tiny_models.IMAGE_TO_IMAGE)
 def test_a_run_that_does_not_start_from_noise_is_refused(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT)
     with pytest.raises(ScheduleError, match="RALU starts from noise, but this run begins at step"):
         generate(pipe, name, steps=7, **SIZE)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_a_scheduler_put_in_later_is_led_too(name):
     """Also in the very call in which it is met, when the pipeline has taken its timesteps."""
     pipe = tiny_models.pipeline(name)
@@ -759,7 +763,7 @@ def test_a_controlnet_is_refused():
             timestep=torch.ones(1),
             block_controlnet_hidden_states=[torch.randn(1, 96, 32)],
         )
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
 
 
 def test_gradients_are_refused():
@@ -786,7 +790,7 @@ def test_disabled_is_the_stock_pipeline():
 # --- together with other methods
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_a_schedule_that_reuses_nothing_changes_nothing(name):
     pipe = tiny_models.pipeline(name)
     fastdit.patch(pipe, SHORT, backend="reference")
@@ -795,13 +799,13 @@ def test_a_schedule_that_reuses_nothing_changes_nothing(name):
     same_bits(generate(pipe, name, steps=7, batch=2, **SIZE), alone)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_caches_drop_where_the_tokens_change(name):
     """Of 7 steps in stages of 2, 2 and 3 a schedule that computes once has to compute three times."""
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, SHORT, Cached(Schedule.every(7)))
     found = generate(pipe, name, steps=7, batch=2, **SIZE)
-    records = handle._patched.last_run().records
+    records = handle.last_run().records
     computing = [step for step, record in records.items() if record.computed]
     assert computing == [0, 2, 4]
     assert handle.explain(steps=7, **SIZE).reuse_share == pytest.approx(4 / 7)
@@ -809,7 +813,7 @@ def test_caches_drop_where_the_tokens_change(name):
     assert distance(found, generate(pipe, name, steps=7, batch=2, **SIZE)) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_tokens_are_left_out_at_full_resolution_only(name):
     method, ras = (
         dataclasses.replace(SHORT, steps=(2, 2, 6)),
@@ -834,7 +838,7 @@ THREE_STEPS = Cached(Schedule.from_bits(np.ones((3, 3, 1), dtype=bool), ("ff",))
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", RESTATED)
 def test_each_stage_has_a_schedule_of_its_own(name):
     """Together they are the run's; what a stage's schedule does not name computes."""
     pipe = tiny_models.pipeline(name, torch.float64)
@@ -863,6 +867,25 @@ def test_each_stage_has_a_schedule_of_its_own(name):
     assert said.methods == ("RALU", "PerStage")
 
 
+@pytest.mark.diffusers
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_forecasts_begin_anew_with_each_stage(name):
+    """What was computed of other tokens is drawn through no more."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+    bits, names = oracle.random_bits(pipe.transformer, 7, seed=6, compute=0.4)
+    generator = np.random.default_rng(0)
+    orders = {kind: generator.integers(0, 3, some.shape) for kind, some in bits.items()}
+    noise, latents = start_of(name, 2)
+    given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
+    schedule = Schedule.from_bits(bits, names, orders=orders)
+    handle = fastdit.patch(pipe, SHORT, Cached(schedule))
+    found = as_picture(name, pipe(**given).images)
+    handle.unpatch()
+    with torch.no_grad():
+        expected = ralu_oracle.run(pipe, SHORT, noise, given, bits, orders=orders)
+    within_contract(found, expected)
+
+
 def test_a_stage_takes_rows_by_its_own_noise_levels():
     """With `resample`, as the whole run would: its levels are RALU's, in `explain` too."""
     pipe = tiny_models.pipeline("sd3")
@@ -875,7 +898,7 @@ def test_a_stage_takes_rows_by_its_own_noise_levels():
             said = handle.explain(steps=7, **SIZE).resampled
         with pytest.warns(UserWarning, match="schedule of 20 steps"):
             generate(pipe, "sd3", steps=7, **SIZE)
-        assert handle._patched.last_run().plan.reuse.rows == said
+        assert handle.last_run().plan.reuse.rows == said
         found.append(said)
     assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
     sigmas = FlowMatchEulerDiscreteScheduler()
@@ -930,7 +953,7 @@ def test_schedules_that_fit_no_stage_are_named(make, error, message):
 @pytest.mark.diffusers
 @pytest.mark.parametrize("left_out", ["outputs", "tokens", "both"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", RESTATED)
 def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     """A random schedule over all stages; sparse steps at full size, chosen for one image by the published rule.
 
@@ -958,7 +981,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     handle = fastdit.patch(pipe, method, *methods)
     found = as_picture(name, pipe(**given).images)
     if left_out != "outputs":
-        history = handle._patched.last_run().tokens.history
+        history = handle.last_run().selection.history
         assert list(history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():
@@ -966,7 +989,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     within_contract(found, expected)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", STAGED)
 def test_leaving_tokens_out_counts_from_the_stage(name):
     """With only a full-size stage, it is leaving tokens out alone."""
     method, ras = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.blocks.forward import Stored
+from fastdit.blocks.active import Stored
 from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens.active import TokenRun
 from ras_oracle import RowOracle, published, random_rows
@@ -26,17 +25,8 @@ from snapshot import snapshot
 from test_coexistence import FEATURES
 from tiny_models import generate
 
-PIPELINES = [
-    "sd3",
-    "sd3.5",
-    "flux",
-    "flux-dev",
-    "pixart-alpha",
-    "pixart-sigma",
-    "lumina",
-    "lumina2",
-]
-PIPELINES += ["qwen"] if tiny_models.HAS_QWEN else []
+PIPELINES = tiny_models.forms("layouts")
+ONE_EACH, LAST_OF_EACH = (tiny_models.one_each(PIPELINES, which) for which in (0, -1))
 TOKENS = 32  # of the tiny pipelines' default size
 STEPS = 7
 COUNTS = {1: 16, 2: 20, 4: 8, 5: 8, 6: 31}
@@ -82,14 +72,14 @@ def token_run(method, steps, tokens, backend=None):
 
 
 def calls_per_step(name: str) -> int:
-    return 2 if name.startswith(("flux", "qwen", "lumina2")) else 1  # these guide by two calls
+    return 1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2
 
 
 def observed_run(pipe, name, method, backend=None, **kwargs):
     """(latents, rows of each step) of a patched run."""
     handle = fastdit.patch(pipe, method, backend=backend)
     latents = generate(pipe, name, **kwargs)
-    history = handle._patched.last_run().tokens.history
+    history = handle.last_run().selection.history
     handle.unpatch()
     return latents, history
 
@@ -240,7 +230,7 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
     for backend in ("reference", None):
         handle = fastdit.patch(pipe, Chosen(choose, COUNTS), *methods, backend=backend)
         found = generate(pipe, name, batch=batch, steps=STEPS)
-        tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+        tokens = list(handle.report().tokens_per_step)
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
@@ -269,7 +259,7 @@ def test_pixart_attention_mask(queries, backend):
     assert max(handle.report().tokens_per_step[1:]) < TOKENS
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # one stream of values, and joint ones
 def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
     """Step 0 computes everything that step 5 reuses; steps 1 to 4 compute the chosen tokens anew."""
     pipe = tiny_models.pipeline(name)
@@ -286,7 +276,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
         given.append((output, output.clone()))
 
     def look(pipe, step, timestep, kwargs):
-        slots = next(iter(handle._patched.last_run().branches.values())).slots if step < 5 else {}
+        slots = next(iter(handle.last_run().branches.values())).slots if step < 5 else {}
         storages.append({key: pointers(value) for key, value in slots.items()})
         return kwargs
 
@@ -302,7 +292,7 @@ def test_rows_are_written_into_a_copy_that_nobody_else_holds(name, chosen):
     assert all(torch.equal(output, before) for output, before in given)
 
 
-@pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeypatch):
     pipe = tiny_models.pipeline(name)
     bits, names = oracle.random_bits(pipe.transformer, 4, seed=0, compute=1.0)
@@ -313,7 +303,7 @@ def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeyp
     handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
     monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
     generate(pipe, name, steps=4)
-    records = handle._patched.last_run().records
+    records = handle.last_run().records
     assert [records[step].computed for step in (1, 3)] == [0, 0]
     assert records[2].computed > 0
 
@@ -389,13 +379,13 @@ def test_after_a_reset_keys_are_those_of_a_dense_step(chosen):
     keys = pipe.transformer.transformer_blocks[1].attn.to_k
 
     def look(module, args, output):
-        run = handle._patched.last_run()
+        run = handle.last_run()
         if run.step == 3:  # dense again
             seen["projected"] = output
 
     def compare(pipe, step, t, values):
         if step == 3:
-            branch = next(iter(handle._patched.last_run().branches.values()))
+            branch = next(iter(handle.last_run().branches.values()))
             held = branch.keys[1, "attn"].k[:, :TOKENS].flatten(2)
             assert torch.equal(held, seen["projected"])
             seen["compared"] = True
@@ -418,9 +408,9 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
 
         def poison(pipe, step, t, values, row=row):
             if step == 0:
-                next(iter(handle._patched.last_run().branches.values())).keys[2, "attn"].k[
-                    :, row
-                ] = float("nan")
+                next(iter(handle.last_run().branches.values())).keys[2, "attn"].k[:, row] = float(
+                    "nan"
+                )
             return {}
 
         found = generate(pipe, "sd3", steps=2, callback_on_step_end=poison)
@@ -439,19 +429,25 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
         ("lumina", 3, 1),
     ],
 )
-def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
+def test_one_launch_prepares_a_stream(name, attentions, streams, chosen, monkeypatch):
     """Also where a second attention or a single-stream block has one stream only."""
     counts = {1: 16, 2: 16}
     pipe = tiny_models.pipeline(name)
+    calls, stock = [], fastdit.ops.bind
+
+    def bind(backend):
+        bound = stock(backend)
+        real = bound.qkv_prologue
+
+        def spy(*args, **kwargs):
+            calls.append(handle.last_run().step)
+            real(*args, **kwargs)
+
+        bound.qkv_prologue = spy
+        return bound
+
+    monkeypatch.setattr(fastdit.ops, "bind", bind)
     handle = fastdit.patch(pipe, Chosen(random_rows(counts, TOKENS, 1), counts))
-    session, calls = handle._patched, []
-    real = session.ops.qkv_prologue
-
-    def spy(*args, **kwargs):
-        calls.append(session.last_run().step)
-        real(*args, **kwargs)
-
-    session.ops = dataclasses.replace(session.ops, qkv_prologue=spy)
     generate(pipe, name, steps=4)
     expected = attentions * streams * calls_per_step(name)
     assert [calls.count(step) for step in range(4)] == [expected] * 3 + [0]
@@ -460,7 +456,7 @@ def test_one_launch_prepares_a_stream(name, attentions, streams, chosen):
 # --- batches, sizes, guidance
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_a_batch_is_its_single_runs(name):
     """Each image has an active set of its own."""
     method = RAS(start=2, ratio=0.5, align=1, high_ratio=0.5, resets=(4,))
@@ -479,10 +475,7 @@ def test_a_batch_is_its_single_runs(name):
 
 def _noise(name, batch):
     g = torch.Generator().manual_seed(5)
-    height, width = tiny_models.HEIGHT, tiny_models.WIDTH
-    shape = (batch, tiny_models.LATENT, height, width)
-    if name.startswith("flux"):
-        shape = (batch, TOKENS, 4 * tiny_models.LATENT)
+    shape = tiny_models.call(name, batch)["hidden_states"].shape
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
@@ -496,7 +489,7 @@ def _single(pipe, name, method, i, latents):
     arguments |= {"num_images_per_prompt": 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
-    history = handle._patched.last_run().tokens.history
+    history = handle.last_run().selection.history
     handle.unpatch()
     return found, history
 
@@ -504,7 +497,7 @@ def _single(pipe, name, method, i, latents):
 @pytest.mark.diffusers
 @pytest.mark.parametrize("size", [(8, 16), (16, 8), (16, 24)])
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
-@pytest.mark.parametrize("name", ["sd3.5", "flux", "pixart-alpha", "lumina"])
+@pytest.mark.parametrize("name", ONE_EACH)
 def test_sizes_and_guidance(name, cfg, size, chosen):
     height, width = size
     tokens = height * width // 4
@@ -524,7 +517,7 @@ def test_sizes_and_guidance(name, cfg, size, chosen):
 @pytest.mark.parametrize(
     "feature", ["LoRA", "accelerate offload", "group offload by block", "group offload by leaf"]
 )
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_adapters_and_offloading(name, feature):
     """Adapters equal the same run with their weights merged in; offloading changes nothing."""
     found = {}
@@ -552,20 +545,20 @@ def test_guidance_that_skips_layers_keeps_its_own_keys():
     found = generate(pipe, "sd3.5", **given)
     assert torch.isfinite(found).all()
     assert 0 < distance(found, stock) < 1
-    assert len(handle._patched.last_run().records) == 8
+    assert handle.report().steps == 8
 
 
-@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", tiny_models.IMAGE_TO_IMAGE)
 def test_image_to_image_starts_dense(name):
     """Steps count from the first one that is executed."""
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=10)  # strength 0.6 executes 6
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = list(handle.report().tokens_per_step)
     assert tokens == [32, 32, 16, 16, 16, 16]
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])  # Heun's history, and a multistep one
 def test_the_scheduler_sees_a_whole_field(name):
     """Multistep solvers and Heun keep a history of model outputs: inactive tokens are in it."""
     pipe = tiny_models.pipeline(name, torch.float64)
@@ -582,14 +575,12 @@ def test_the_scheduler_sees_a_whole_field(name):
     pipe.scheduler.__class__ = Watched
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=()))
     generate(pipe, name, steps=6)
-    history = handle._patched.last_run().tokens.history
-    assert len(history) >= 4
-    for at, rows in history.items():
-        before, now = (
-            handle._patched.adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at)
-        )
-        inactive = torch.ones(TOKENS, dtype=torch.bool)
-        inactive[rows[0].long()] = False
+    chosen = handle.report().active
+    assert len(chosen) >= 4
+    adapter = find_adapter(pipe.transformer)
+    for at, active in chosen.items():
+        before, now = (adapter.patches(seen[i], 2).flatten(1, 2)[0] for i in (at - 1, at))
+        inactive = ~torch.from_numpy(active[0].ravel())
         same_bits(now[inactive], before[inactive])
         assert not torch.equal(now[~inactive], before[~inactive])
 
@@ -627,7 +618,7 @@ def test_an_aborted_run_leaves_nothing_behind():
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, "sd3", steps=6, callback_on_step_end=abort)
     same_bits(generate(pipe, "sd3", steps=6), expected)
-    assert handle._patched.cache_bytes() == 0
+    assert handle.cache_bytes() == 0
 
 
 def test_two_pipelines_in_turns_do_not_touch():
@@ -666,7 +657,7 @@ def test_guidance_switched_off_in_the_run():
         pipe, "sd3", steps=6, callback_on_step_end=drop, callback_on_step_end_tensor_inputs=watched
     )
     assert torch.isfinite(found).all()
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = list(handle.report().tokens_per_step)
     assert tokens == [32, 16, 16, 32, 16, 16]
 
 
@@ -696,7 +687,7 @@ def test_a_bare_transformer_needs_the_number_of_steps():
         for step in range(3):
             model(**tiny_models.call("sd3", step=step))
             handle.advance()
-    tokens = [record.tokens for record in handle._patched.last_run().records.values()]
+    tokens = list(handle.report().tokens_per_step)
     assert tokens == [32, 16, 16]
 
 
@@ -753,7 +744,7 @@ def test_parity_refuses_several_images_at_its_first_step():
     handle = fastdit.patch(pipe, RAS(start=2, align=1, resets=(), mode="parity"))
     with pytest.raises(ArgumentError, match=r'mode="parity" .* got a batch of 2'):
         generate(pipe, "sd3", batch=2, steps=5)
-    assert len(handle._patched.last_run().records) == 1
+    assert handle.report().steps == 1
     alone = generate(pipe, "sd3", steps=5)
     handle.reset()
     same_bits(generate(pipe, "sd3", steps=5), alone)
@@ -779,7 +770,7 @@ def test_a_run_too_short_is_refused_before_it_starts(method, words):
     handle = fastdit.patch(pipe, method)
     with pytest.raises(ScheduleError, match=words):
         generate(pipe, "sd3", steps=4)
-    assert not handle._patched.live_runs()
+    assert not handle.live_runs()
     generate(pipe, "sd3", steps=12)
 
 
@@ -848,7 +839,7 @@ def test_explain_knows_the_published_bounds():
     assert image_part == pytest.approx(2.87e9, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-sigma", "lumina"])
+@pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_the_report_counts_and_draws_tokens(name):
     pipe = tiny_models.pipeline(name)
     handle = fastdit.patch(pipe, RAS(start=1, align=1, resets=(3,)))

@@ -124,7 +124,7 @@ def test_after_a_run_in_stages_it_begins_at_full_size(name, batch):
     ras = RAS(0.5, metric="change", start=2, resets=(5,), align=1)
     handle = fastdit.patch(pipe, stages, ras)
     found = as_picture(name, pipe(**given).images)
-    history = handle._patched.last_run().tokens.history
+    history = handle.last_run().selection.history
     handle.unpatch()
     rules = [by_change(0.5, 7, 2, (5,), packed=name == "flux") for _ in range(batch)]
     seen = {}
@@ -151,7 +151,7 @@ def test_a_schedule_beside_it_reads_the_same_rows():
     cached = fastdit.Cached(fastdit.Schedule.from_bits(bits, names))
     handle = fastdit.patch(pipe, RAS(**SETTINGS), cached)
     assert distance(generate(pipe, "sd3", steps=STEPS), expected) <= 1e-9
-    assert_same_choice(handle._patched.last_run().tokens.history, truth.history)
+    assert_same_choice(handle.last_run().selection.history, truth.history)
 
 
 # --- the rule without a model
@@ -251,12 +251,12 @@ def test_a_loop_without_a_scheduler_has_its_timesteps():
                 mask = mask.repeat_interleave(2, 2).repeat_interleave(2, 3) > 0
                 fresh = torch.where(mask, fresh, velocity)
             velocity = fresh
-            run = handle._patched.last_run()
+            run = handle.last_run()
             handle.advance(velocity)
             rows = rule(step, velocity, timesteps)
             if rows is not None:
                 chosen[step + 1] = rows
-    history = run.tokens.history
+    history = run.selection.history
     assert sorted(history) == [4, 5, 6]
     for step, rows in history.items():
         assert rows.tolist() == chosen[step].tolist()

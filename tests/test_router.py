@@ -232,8 +232,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
 
 def fitting(pipe, steps=4, value=None, seed=3, **more):
     """A router with random logits, or all of one value, for a pipeline's transformer."""
-    spec = fastdit.patch(pipe)._patched.spec
-    fastdit.unpatch(pipe)
+    spec = tiny_models.spec_of(pipe)
     generator = np.random.default_rng(seed)
     logits = {}
     for kind in spec.kinds:
@@ -245,7 +244,7 @@ def fitting(pipe, steps=4, value=None, seed=3, **more):
     return fastdit.Router(logits, names, spec.family, **more)
 
 
-@pytest.mark.parametrize("name", ["dit", "flux"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms()))
 def test_logits_of_five_are_bit_equal_to_stock(name):
     pipe = tiny_models.pipeline(name)
     stock = tiny_models.generate(pipe, name)
@@ -253,14 +252,14 @@ def test_logits_of_five_are_bit_equal_to_stock(name):
     same_bits(tiny_models.generate(pipe, name), stock)
 
 
-@pytest.mark.parametrize("name", ["pixart-sigma", "flux"])
+@pytest.mark.parametrize("name", ["pixart-sigma", "flux"])  # blocks of one kind, and of two
 def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
     from fastdit.search.genome import Genome
     from fastdit.search.seeds import first_population
 
     pipe = tiny_models.pipeline(name)
     found = fitting(pipe)
-    genome = Genome(fastdit.patch(pipe)._patched.spec, found.steps)
+    genome = Genome(tiny_models.spec_of(pipe), found.steps)
     family, read = found.sweep([0.25, 0.5, 0.75]), []
     for number, schedule in enumerate(family):
         schedule.save(tmp_path / f"{number}.json", layout="ecad")
@@ -269,7 +268,7 @@ def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
     assert len({genome.vector(schedule).tobytes() for schedule in family} & set(seeds)) == 3
 
 
-@pytest.mark.parametrize("name", ["sd3", "pixart-sigma"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms()))
 def test_a_router_runs_as_its_schedule(name, tmp_path):
     pipe = tiny_models.pipeline(name)
     found = fitting(pipe)
@@ -279,7 +278,9 @@ def test_a_router_runs_as_its_schedule(name, tmp_path):
     handle = fastdit.patch(pipe, fastdit.HarmoniCa(tmp_path / "router.safetensors", tau=0.4))
     same_bits(tiny_models.generate(pipe, name), expected)
     report = handle.report()
-    explained = handle.explain(tiny_models.HEIGHT, tiny_models.WIDTH, text_tokens=tiny_models.TEXT)
+    square = tiny_models.FAMILIES[name].square  # it draws at one size
+    size = () if square else (tiny_models.HEIGHT, tiny_models.WIDTH)
+    explained = handle.explain(*size, text_tokens=tiny_models.TEXT)
     assert explained.reuse_share == pytest.approx(report.reuse_share)
     assert explained.flop_speedup == pytest.approx(report.flop_speedup)
     assert report.reuse_share > 0.1

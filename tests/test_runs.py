@@ -90,10 +90,10 @@ def test_after_a_scheduler_was_swapped_a_sibling_with_the_old_one_goes_on():
     for one in (pipe, sibling, pipe, sibling):
         same_bits(generate(one, "sd3"), expected)
         assert handle.report().reused == 2 * 8
-        assert handle._patched.cache_bytes() == 0
+        assert handle.cache_bytes() == 0
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms("changes_resolution")))
 @pytest.mark.parametrize(
     "method",
     [RAS_METHOD, STAGES, dataclasses.replace(STAGES, selector="edges")],
@@ -121,7 +121,7 @@ def test_sigmas_of_the_users_own_are_refused_where_stages_decide_them():
         for one in (pipe, with_own_scheduler(pipe)):
             with pytest.raises(fastdit.ScheduleError, match="sigmas cannot be given to a run"):
                 generate(one, name, steps=5, sigmas=sigmas, **SIZE)
-            assert not handle._patched.live_runs()
+            assert not handle.live_runs()
         same_bits(generate(pipe, name, steps=5, **SIZE), expected)
 
 
@@ -202,9 +202,10 @@ def test_a_loop_that_tells_its_velocity_chooses_the_tokens_of_a_pipeline():
 
 @pytest.mark.parametrize("velocity", [1.0, torch.zeros(3), torch.zeros(1, 4, 8, 12)])
 def test_a_velocity_that_is_none_is_refused(velocity):
-    handle = fastdit.patch(tiny_models.transformer("sd3"), RAS(start=1, align=1))
+    model = tiny_models.transformer("sd3")
+    handle = fastdit.patch(model, RAS(start=1, align=1))
     with torch.no_grad(), handle.run(range(3)):
-        handle._transformer(**tiny_models.call("sd3"))
+        model(**tiny_models.call("sd3"))
         with pytest.raises(ArgumentError, match="velocity"):
             handle.advance(velocity=velocity)
 
@@ -231,7 +232,7 @@ def test_a_scheduler_that_is_never_stepped_is_followed_by_timestep(calls):
     handle = fastdit.patch(pipe, Dense(), backend="reference")
     same_bits(loop(), stock)
     handle = fastdit.patch(pipe, EVERY_2, backend="reference")
-    found = loop(lambda: held.append(handle._patched.cache_bytes()))
+    found = loop(lambda: held.append(handle.cache_bytes()))
     assert max(held) == max(held[:4])
     assert (
         handle.report().reused == calls * 9 * 3
@@ -256,8 +257,7 @@ def test_a_scheduler_that_is_never_stepped_is_followed_by_timestep(calls):
 
 def router_of(pipe, name, **conditions):
     """Every second step of four."""
-    spec = fastdit.patch(pipe)._patched.spec
-    fastdit.unpatch(pipe)
+    spec = tiny_models.spec_of(pipe)
     logits = {
         kind.name: np.where(np.arange(4)[:, None, None] % 2 == 0, 5.0, -5.0)
         * np.ones((4, kind.count, len(kind.components)))

@@ -191,7 +191,7 @@ def mating(size: int = 1680, population: int = 72, cells=(), **operators):
     """(pymoo's problem, its mating) for independent random rows, and the rows."""
     rows = np.random.default_rng(0).random((population, size)) < 0.5
     algorithm = Nsga2(rows, population, 2, Operators(**operators), cells)
-    return algorithm._problem, algorithm._algorithm.mating, rows
+    return algorithm.problem, algorithm.algorithm.mating, rows
 
 
 def test_mutation_flips_a_bit_in_every_twentieth_child():
@@ -308,8 +308,8 @@ def test_the_uncached_schedule_is_infeasible():
     asked = algorithm.ask()
     reused = (~asked).sum(axis=1)
     algorithm.tell(np.where(reused == 0, 0.0, 1.0)[:, None] * np.ones((1, 2)), reused)
-    violation = algorithm._algorithm.pop.get("CV").ravel()
-    assert violation[(algorithm._algorithm.pop.get("X").astype(bool)).all(axis=1)] == 1.0
+    violation = algorithm.algorithm.pop.get("CV").ravel()
+    assert violation[(algorithm.algorithm.pop.get("X").astype(bool)).all(axis=1)] == 1.0
     assert sorted(violation) == [0, 0, 0, 1]
 
 

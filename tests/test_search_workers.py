@@ -83,7 +83,7 @@ def test_worker_processes_find_the_same_and_end(folder, alone, tmp_path):
     factory = functools.partial(load_pipeline, folder, "float32")
     with closing(Processes(factory, WORK, 2)) as workers:
         ecad(factory, tmp_path, WORK, SETTINGS, workers=workers)
-        processes = list(workers._processes)
+        processes = list(workers.processes)
         assert ledger_of(tmp_path) == ledger_of(alone)
         wrong = Task("any", "losses", b"too few bits", 3, 0, 1)
         with pytest.raises(fastdit.errors.ScheduleError, match="cannot hold"):
@@ -125,7 +125,7 @@ def test_ray_actors_find_the_same(folder, alone, tmp_path, monkeypatch):
         wrong = Task("any", "losses", b"too few bits", 3, 0, 1)
         with pytest.raises(fastdit.errors.ScheduleError, match="cannot hold"):
             list(workers.run([wrong]))
-        for actor in workers._actors:
+        for actor in workers.actors:
             ray.kill(actor)
         with pytest.raises(SearchError, match="actor ended"):
             list(workers.run([wrong]))

@@ -15,7 +15,7 @@ from fastdit.runtime.install import LINK
 from oracle import Oracle, random_bits
 from tiny_models import generate
 
-NAMES = ["sd3", "flux-dev", "pixart-sigma", "dit", "lumina"]
+NAMES = tiny_models.one_each(tiny_models.forms(), -1)
 EVERY_2 = Cached(Schedule.every(2))
 
 
@@ -39,16 +39,16 @@ def test_caches_are_gone_before_the_autoencoder_decodes(name):
     decode = pipe.vae.decode
 
     def watch(*args, **kwargs):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         return decode(*args, **kwargs)
 
     pipe.vae.decode = watch
     during = []
-    pipe.transformer.register_forward_hook(lambda *_: during.append(session.cache_bytes()))
+    pipe.transformer.register_forward_hook(lambda *_: during.append(session.runs.cache_bytes()))
     pipe(**tiny_models.arguments(name, output_type="np"))
     assert held == [0]
     assert max(during) > 0
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
     assert session.here.call is None
 
 
@@ -58,7 +58,7 @@ def test_an_aborted_run_leaves_no_state(where):
     expected = generate(pipe, "sd3", seed=2)
 
     def fail(*args, **kwargs):
-        if session.last_run().step == 1:
+        if session.runs.last().step == 1:
             raise Stop
 
     options, hook = {}, None
@@ -74,7 +74,7 @@ def test_an_aborted_run_leaves_no_state(where):
     if hook is not None:
         hook.remove()
     same_bits(generate(pipe, "sd3", seed=2), expected)
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
 
 
 def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
@@ -82,28 +82,30 @@ def test_an_aborted_run_leaves_nothing_though_its_exception_is_kept():
     held = []
 
     def fail(pipe, step, timestep, tensors):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         raise Stop
 
     with pytest.raises(Stop) as kept:
         generate(pipe, "sd3", callback_on_step_end=fail)
     assert held[0] > 0
-    assert session.cache_bytes() == 0
-    assert not session.live_runs()
+    assert session.runs.cache_bytes() == 0
+    assert not session.runs.live()
     assert kept.value is not None
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux-dev"])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if hasattr(tiny_models.PIPELINES[name].pipeline, "interrupt")]
+)
 def test_caches_of_an_interrupted_run_are_gone_before_the_autoencoder_decodes(name):
     pipe, session = patched(name)
     held = []
     decode = pipe.vae.decode
     pipe.vae.decode = lambda *args, **kwargs: (
-        held.append(session.cache_bytes()) or decode(*args, **kwargs)
+        held.append(session.runs.cache_bytes()) or decode(*args, **kwargs)
     )
 
     def interrupt(pipe, step, timestep, tensors):
-        held.append(session.cache_bytes())
+        held.append(session.runs.cache_bytes())
         pipe._interrupt = step == 2
         return tensors
 
@@ -123,7 +125,7 @@ def test_an_interrupted_run_ends_with_the_pipeline_call():
 
     generate(pipe, "sd3", seed=1, callback_on_step_end=interrupt)
     assert fastdit.report(pipe).steps == 2
-    assert session.cache_bytes() == 0
+    assert session.runs.cache_bytes() == 0
     same_bits(generate(pipe, "sd3", seed=2), expected)
 
 
@@ -143,7 +145,7 @@ def test_runs_of_other_sizes_batches_and_steps_follow_each_other(name):
     expected = [generate(patched(name)[0], name, **options) for options in variants]
     for options, wanted in zip(variants, expected, strict=True):
         same_bits(generate(pipe, name, **options), wanted)
-        assert session.cache_bytes() == 0
+        assert session.runs.cache_bytes() == 0
 
 
 # ---- inside a run
@@ -241,16 +243,15 @@ def test_inference_mode_and_no_grad_may_follow_each_other_inside_a_run():
 # ---- image to image
 
 
-@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+@pytest.mark.parametrize("name", tiny_models.IMAGE_TO_IMAGE)
 def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
     pipe = tiny_models.pipeline(name)
     bits, names = random_bits(pipe.transformer, 5, 0, compute=-1)  # all reused but step 3
     for kind in bits:
         bits[kind][3] = True
-    fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)))
+    handle = fastdit.patch(pipe, Cached(Schedule.from_bits(bits, names)))
     generate(pipe, name, steps=5, cfg=False)  # strength 0.6: steps 2, 3 and 4
-    session = pipe.transformer.__dict__[LINK]
-    records = session.last_run().records
+    records = handle.last_run().records
     assert sorted(records) == [2, 3, 4]
     computed = [records[step].computed for step in (2, 3, 4)]
     assert computed == [computed[0], computed[0], 0]
@@ -260,7 +261,7 @@ def test_image_to_image_computes_first_and_indexes_by_scheduler_step(name):
 # ---- loops without a scheduler
 
 
-@pytest.fixture(params=["pixart-sigma", "lumina"])
+@pytest.fixture(params=["pixart-sigma", "lumina"])  # of timesteps that fall, and that rise
 def loop(request):
     """A bare transformer, its inputs, and the oracle's outputs for a random schedule; Lumina's timesteps rise."""
     model = tiny_models.transformer(request.param)
@@ -279,17 +280,17 @@ def test_a_loop_inside_run_is_followed_by_timestep(loop):
         with handle.run(torch.arange(5)):
             for given, wanted in zip(inputs, expected, strict=True):
                 same_bits(model(**given)[0], wanted)
-        assert model.__dict__[LINK].cache_bytes() == 0
+        assert handle.cache_bytes() == 0
 
 
 def test_a_loop_with_advance_needs_no_timesteps(loop):
     handle, model, inputs, _ = loop
     same = [{**given, "timestep": inputs[0]["timestep"]} for given in inputs]
     fastdit.unpatch(model)
-    bits = {kind: layer.bits for kind, layer in handle._patched.methods[0].source.layers.items()}
+    bits, names = random_bits(model, 5, 2)
     with Oracle(model, bits).installed():
         expected = [model(**given)[0] for given in same]
-    handle = fastdit.patch(model, handle._patched.methods[0], backend="reference")
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)), backend="reference")
     for _ in range(2):
         with handle.run(range(5)):
             for given, wanted in zip(same, expected, strict=True):

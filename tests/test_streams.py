@@ -19,6 +19,7 @@ from fastdit.blocks.forward import Forward
 from oracle import Oracle, random_bits
 
 STEPS = 4
+FAMILIES = tiny_models.one_each(tiny_models.forms(), -1)
 KINDS = ("transformer_blocks", "single_transformer_blocks", "layers")
 
 
@@ -74,7 +75,7 @@ def record_outputs(which):
 
 
 @pytest.mark.parametrize("which", [{0, 1, 2, 3}, {1}, {0, 2}], ids=str)
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hooks_on_blocks_see_stock_values_that_never_change(family, which):
     for seed in range(2):
         expected, seen = compare(family, seed=seed, observe=record_outputs(which))
@@ -88,7 +89,7 @@ def test_hooks_on_blocks_see_stock_values_that_never_change(family, which):
                 same_bits(tensor, copy)
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
     """Whether a residual may wait is decided anew at each block, so a hook may appear at any step."""
     model = tiny_models.transformer(family, torch.float64)
@@ -115,6 +116,7 @@ def test_hooks_that_come_and_go_inside_a_run_see_stock_values(family):
             within_contract(actual, wanted, bound=FORWARD_FP64)
 
 
+# Of one stream; where there are two, blocks give views of a joint one or tensors of their own.
 @pytest.mark.parametrize("family", ["pixart-sigma", "dit", "lumina"])
 def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     """What reads a stream next rounds by its layout, and patch embeddings leave it transposed."""
@@ -130,7 +132,7 @@ def test_streams_keep_the_memory_layout_of_stock_on_reference(family):
     assert strides == stock
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_hook_may_replace_a_blocks_output(family):
     def halve(model):
         def hook(module, args, output):
@@ -143,7 +145,7 @@ def test_a_hook_may_replace_a_blocks_output(family):
     compare(family, observe=halve)
 
 
-@pytest.mark.parametrize("family", ["sd3.5", "flux", "pixart-alpha", "dit", "lumina"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_of_the_transformer_are_never_written(family):
     model = tiny_models.transformer(family)
     fastdit.patch(model, Cached(Schedule.every(2)))
@@ -190,7 +192,7 @@ def test_controlnet_residuals_of_flux(repeat, seed):
 
 
 @pytest.mark.parametrize("skipped", [[0], [1], [2], [0, 1], [1, 2], [0, 1, 2]], ids=str)
-@pytest.mark.parametrize("family", ["sd3", "sd3.5"])
+@pytest.mark.parametrize("family", ["sd3", "sd3.5"])  # diffusers skips layers of no other
 def test_skipped_layers_of_sd3(family, skipped):
     for seed in range(2):
         compare(family, {"skip_layers": skipped}, seed)

@@ -56,9 +56,9 @@ def table(made):
 def restated(made):
     """The oracle's view of the next epoch of a DiT training: model, scheduler, latents, labels, first logits."""
     pipe = made.trainee.pipeline
-    state = made._generator.get_state()
-    given = made._draw()()
-    made._generator.set_state(state)
+    state = made.generator.get_state()
+    given = made.draw()()
+    made.generator.set_state(state)
     count = len(given["class_labels"])
     dtype = pipe.transformer.dtype
     noise = [torch.randn(1, 4, 8, 8, generator=g, dtype=dtype) for g in given["generator"]]
@@ -92,6 +92,7 @@ def test_epochs_equal_the_plain_restatement(scheduler, keep):
     assert (table(made)[1:] < -0.4).any(), "every slot was renewed: the case tests little"
 
 
+# A run for each of hundreds of logits: these have between them all forms of guidance and of blocks.
 @pytest.mark.parametrize("name", ["dit", "sd3.5", "flux", "pixart-sigma"])
 def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
     """Of what `update` minimises, in fp64; guidance, dropped channels and two calls in a step are inside."""
@@ -106,10 +107,10 @@ def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
         return seen[step][0]
 
     made.update = update
-    state = made._generator.get_state()
+    state = made.generator.get_state()
 
     def epoch():
-        made._generator.set_state(state)
+        made.generator.set_state(state)
         made.train_epoch()
         return dict(seen)
 
@@ -165,7 +166,7 @@ def test_the_clamp_does_not_reach_what_inference_computes():
     assert made.router().schedule().reuse_share == 0
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "pixart-alpha"])
+@pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms()))
 def test_every_family_trains(name):
     """Against a strong penalty every logit falls, and the file that comes out runs."""
     made = training(name, beta=1e3, lambda_form=None)
@@ -301,7 +302,7 @@ def test_lambda_equals_whole_runs(form):
         lambda *_: calls.append(1)
     )
     with made.trainee:
-        found = proxy.estimate(form, made.trainee, rows, made._draw(), 0.1, "blended")
+        found = proxy.estimate(form, made.trainee, rows, made.draw(), 0.1, "blended")
     handle.remove()
     assert len(calls) == STEPS * (STEPS + 1) // 2
     plain = {
@@ -315,7 +316,7 @@ def test_the_sensitivity_does_not_depend_on_how_much_is_cached():
     """Where little is cached it is the same to first order, as the released form falls with the square."""
     pipe = tiny_models.pipeline("dit", torch.float64)
     made = training(pipe=pipe)
-    arguments, found = made._draw(), {}
+    arguments, found = made.draw(), {}
     for form in ("released", "sensitivity"):
         for logit in (5.0, 4.0):
             rows = [torch.sigmoid(torch.full_like(row, logit)) for row in made.rows]
@@ -336,7 +337,7 @@ def test_lambda_of_the_last_step_is_the_schedulers_own_factor():
     made = training("sd3", pipe=pipe, dtype=torch.float64)
     rows = rows_of(made, 2.0)
     with made.trainee:
-        found = proxy.estimate("sensitivity", made.trainee, rows, made._draw(), 0.1, "fresh")
+        found = proxy.estimate("sensitivity", made.trainee, rows, made.draw(), 0.1, "fresh")
     sigmas = pipe.scheduler.sigmas
     assert float(found[-1]) == pytest.approx(float(sigmas[-1] - sigmas[-2]) ** 2, rel=1e-4)
 
@@ -353,16 +354,16 @@ def test_the_changes_of_the_latents_add_up():
     total = sum(after - before for before, after in itertools.pairwise(runs))
     torch.testing.assert_close(total, cached - dense)
     with made.trainee:
-        found = proxy.estimate("released", made.trainee, rows, made._draw(), 0.1, "blended")
+        found = proxy.estimate("released", made.trainee, rows, made.draw(), 0.1, "blended")
     np.testing.assert_allclose(found.numpy(), np.array(weights, np.float32), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # guided by one call and by two
 def test_lambda_is_near_zero_where_everything_computes_and_positive_where_it_does_not(name):
     made = training(name)
     full = [torch.full_like(row, 5.0) for row in made.rows]
     rows = [torch.sigmoid(row) for row in full]
-    arguments = made._draw()
+    arguments = made.draw()
     with made.trainee:
         near = proxy.estimate("released", made.trainee, rows, arguments, 0.1, "blended")
         rows[2] = torch.sigmoid(-full[2])
@@ -456,13 +457,13 @@ class Flops(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", ["dit", "sd3"])
+@pytest.mark.parametrize("name", ["dit", "sd3"])  # blocks of one stream, and of two
 def test_an_iteration_costs_about_three_forwards(name):
     """Teacher, student, and a backward pass that reaches no weight."""
     made = training(name, lambda_form=None, batch=4)
     with sdpa_kernel(SDPBackend.MATH):  # products that torch has formulas for
         with made.trainee, Flops() as dense:
-            proxy.Sampling(made.trainee, [STOCK] * STEPS, 0.1, "blended").run(made._draw()())
+            proxy.Sampling(made.trainee, [STOCK] * STEPS, 0.1, "blended").run(made.draw()())
         with Flops() as counter:
             made.train_epoch()
     one = dense.total / STEPS

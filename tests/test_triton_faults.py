@@ -14,8 +14,9 @@ from types import ModuleType
 
 import pytest
 
+from fastdit import ops
 from fastdit.backends.triton import Triton
-from inputs import Runner
+from inputs import Runner, checks_of
 from interpreter import INTERPRETED
 
 if not INTERPRETED:
@@ -24,46 +25,9 @@ if not INTERPRETED:
         allow_module_level=True,
     )
 
-import test_blend
-import test_collapse
-import test_gated_residual
-import test_norm_modulate
-import test_patchify
-import test_qkv_prologue
-import test_resolution_transition
-import test_sparse_attention
-import test_token_change
-import test_token_select
 import test_triton_kernels
 import triton_kernels
-from triton_faults import (
-    ATTENTION,
-    BLEND,
-    CHANGE,
-    COLLAPSE,
-    FAULTS,
-    FP16,
-    GATED,
-    NORM,
-    PATCHIFY,
-    PROLOGUE,
-    SELECT,
-    TRANSITION,
-    Fault,
-)
-
-SHARED = {
-    BLEND: test_blend,
-    COLLAPSE: test_collapse,
-    GATED: test_gated_residual,
-    NORM: test_norm_modulate,
-    PROLOGUE: test_qkv_prologue,
-    SELECT: test_token_select,
-    CHANGE: test_token_change,
-    PATCHIFY: test_patchify,
-    TRANSITION: test_resolution_transition,
-    ATTENTION: test_sparse_attention,
-}
+from triton_faults import FAULTS, FP16, Fault
 
 
 class Planted(Triton):
@@ -77,48 +41,9 @@ class Planted(Triton):
     def supports(self, op, device, dtype):
         return None if dtype == self.fault.dtype else "another dtype finds this fault"
 
-    def _run(self, file: str, op: str, arguments: tuple) -> None:
-        call = getattr(self.module if self.fault.op == file else super(), op)
-        call(*arguments)
-
-    def blend(self, *arguments):
-        self._run(BLEND, "blend", arguments)
-
-    def blend_backward(self, *arguments):
-        self._run(BLEND, "blend_backward", arguments)
-
-    def collapse(self, *arguments):
-        self._run(COLLAPSE, "collapse", arguments)
-
-    def gated_residual(self, *arguments):
-        self._run(GATED, "gated_residual", arguments)
-
-    def norm_modulate(self, *arguments):
-        self._run(NORM, "norm_modulate", arguments)
-
-    def qkv_prologue(self, *arguments):
-        self._run(PROLOGUE, "qkv_prologue", arguments)
-
-    def sparse_attention(self, *arguments):
-        self._run(ATTENTION, "sparse_attention", arguments)
-
-    def token_select(self, *arguments):
-        self._run(SELECT, "token_select", arguments)
-
-    def token_change(self, *arguments):
-        self._run(CHANGE, "token_change", arguments)
-
-    def patchify(self, *arguments):
-        self._run(PATCHIFY, "patchify", arguments)
-
-    def unpatchify(self, tokens, table, field):
-        if self.fault.op == PATCHIFY:
-            self.module.patchify(field, table, tokens, draw=True)
-        else:
-            super().unpatchify(tokens, table, field)
-
-    def resolution_transition(self, *arguments):
-        self._run(TRANSITION, "resolution_transition", arguments)
+    def kernel(self, name: str, file: str | None = None) -> Callable[..., None]:
+        planted = (file or name) == self.fault.op
+        return getattr(self.module, name) if planted else super().kernel(name, file)
 
 
 def planted(fault: Fault, folder: Path) -> Planted:
@@ -136,8 +61,7 @@ def planted(fault: Fault, folder: Path) -> Planted:
 
 
 def check_of(fault: Fault) -> Callable[[Runner], None]:
-    shared = SHARED[fault.op]
-    return (shared.CHECKS | test_triton_kernels.CHECKS)[fault.check]
+    return (checks_of(fault.op) | test_triton_kernels.CHECKS)[fault.check]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -150,7 +74,7 @@ def test_a_fault_is_found(name, tmp_path):
     assert isinstance(found.value, AssertionError) or "AssertionError" in str(found.value)
 
 
-@pytest.mark.parametrize("op", list(SHARED))
+@pytest.mark.parametrize("op", ops.FILES)
 def test_a_copy_without_fault_passes(op, tmp_path):
     for fault in {f.check: f for f in FAULTS.values() if f.op == op}.values():
         control = Fault(op, (), fault.check, FP16)

@@ -14,16 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from fastdit import ops
+
 HERE = Path(__file__).parent
 # The op tests size their repeats for compiled kernels; test_triton_kernels.py has smaller ones.
 SELECTION = "triton and not triton-check_repeats"
-FILES = (
-    "test_blend.py",
-    "test_collapse.py",
-    "test_gated_residual.py",
-    "test_patchify.py",
-    "test_token_change.py",
-)
 #: of ops whose checks take minutes, those that take seconds; `make kernels` runs the others
 SHORT = {
     "test_norm_modulate.py": "not check_branch and not check_rows",
@@ -35,6 +30,7 @@ SHORT = {
     "test_triton_kernels.py": "not check_more_tiles_than_partial_sums and not check_model_widths "
     "and not however_the_keys_are_shared",
 }
+FILES = tuple(name for op in ops.FILES if (name := f"test_{op}.py") not in SHORT)
 RUNS = (
     *((file, SELECTION) for file in FILES),
     *((file, f"{SELECTION} and ({checks})") for file, checks in SHORT.items()),

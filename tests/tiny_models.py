@@ -43,6 +43,10 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from fastdit.adapters import find_adapter
+from fastdit.adapters.base import Adapter
+from fastdit.spec import ModelSpec
+
 logging.set_verbosity_error()
 
 TEXT = 5
@@ -175,6 +179,8 @@ class Family:
     build: Callable[[], nn.Module]
     square: bool = False
     cfg_in_one_call: bool = True
+    #: prompts of one run may have unlike lengths, which the model takes from the host
+    reads_masks: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -186,8 +192,11 @@ FAMILIES: dict[str, Family] = {
     "pixart-sigma": Family(functools.partial(pixart, sigma=True)),
     "dit": Family(dit, square=True),
     "lumina": Family(lumina),
-    "lumina2": Family(lumina2, cfg_in_one_call=False),
-} | ({"qwen": Family(qwen, cfg_in_one_call=False)} if HAS_QWEN else {})
+    "lumina2": Family(lumina2, cfg_in_one_call=False, reads_masks=True),
+} | ({"qwen": Family(qwen, cfg_in_one_call=False, reads_masks=True)} if HAS_QWEN else {})
+
+#: families that this diffusers lacks
+TOO_NEW = [] if HAS_QWEN else ["qwen"]
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -211,6 +220,32 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 def transformer(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A random transformer of a form in FAMILIES."""
     return randomise(FAMILIES[name].build(), seed).to(dtype)
+
+
+@functools.cache
+def adapter_of(name: str) -> Adapter:
+    """The adapter of a form in FAMILIES."""
+    with torch.device("meta"):
+        return find_adapter(FAMILIES[name].build())
+
+
+def forms(can: str = "family") -> list[str]:
+    """The forms in FAMILIES whose adapters have the member that says what they can do: "layouts" for a part of the
+    tokens, "changes_resolution", "fused_attentions" and the like. Each is a pipeline in PIPELINES too."""
+    return [name for name in FAMILIES if getattr(adapter_of(name), can)]
+
+
+def one_each(names: list[str], which: int = 0) -> list[str]:
+    """Of each family the first of these forms, or with -1 the last: where all of them would take long."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(adapter_of(name).family, []).append(name)
+    return [several[which] for several in families.values()]
+
+
+def spec_of(pipe: Any) -> ModelSpec:
+    """The kinds of blocks of a pipeline's transformer."""
+    return find_adapter(pipe.transformer).spec(pipe.transformer)
 
 
 def call(
@@ -377,6 +412,8 @@ PIPELINES: dict[str, Pipe] = {
     "lumina": Pipe("lumina", LuminaPipeline, FlowMatchEulerDiscreteScheduler),
     "lumina2": Pipe("lumina2", Lumina2Pipeline, FlowMatchEulerDiscreteScheduler),
 } | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
+
+IMAGE_TO_IMAGE = [name for name, entry in PIPELINES.items() if entry.image_to_image]
 
 
 def pipeline(

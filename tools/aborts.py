@@ -113,7 +113,7 @@ def trial(name, methods, aborts, generator):
                 found["went on"] += 1
             except Gone:
                 found["broken off"] += 1
-            held = state.cache_bytes(), len(state.live_runs())
+            held = state.runs.cache_bytes(), len(state.runs.live())
             if held != (0, 0):
                 found["held"] += 1
                 print(f"  {kind}, at {breaker.where}: {held[0]} bytes in {held[1]} live runs")

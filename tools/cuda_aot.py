@@ -26,17 +26,7 @@ from budget import Usage, cuobjdump, hold, usages
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("cuda_budget.json")
 ARCHITECTURES = ("80", "89", "90a", "100a", "120")
-KERNELS = (
-    "blend",
-    "collapse",
-    "gated_residual",
-    "norm_modulate",
-    "patchify",
-    "qkv_prologue",
-    "resolution_transition",
-    "token_change",
-    "token_select",
-)
+KERNELS = sorted(p.stem for p in (ROOT / "csrc").glob("*.cu") if "__global__" in p.read_text())
 
 
 def nvcc() -> str | None:
@@ -57,14 +47,16 @@ def compile_for(architecture: str, op: str, folder: Path) -> dict[str, Usage]:
 
 
 def readable(mangled: str) -> str:
-    """gated_residual_kernel<fd::bf16, 4, true> as `gated_residual bf16 x4 aligned`,
+    """gated_residual_kernel<fd::bf16, 4, true, false> as `gated_residual bf16 x4 aligned`,
     collapse_kernel<fd::bf16, float, true> as `collapse bf16 fp32 aligned`,
     patchify_kernel<fd::bf16> as `patchify bf16`, token_keys_kernel<fd::bf16> as
     `token_select keys bf16`, token_change_kernel<fd::bf16> as `token_change bf16`."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    if found := re.search(r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)>", name):
-        op, dtype, count, aligned = found.groups()
-        return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}"
+    counted = r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)(?:, (true|false))?>"
+    if found := re.search(counted, name):
+        op, dtype, count, aligned, weighted = found.groups()
+        form = " weighted" * (weighted == "true")
+        return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}{form}"
     if found := re.search(r"(patchify|resolution_transition)_kernel<(?:fd::)?(\w+)>", name):
         return f"{found[1]} {_short(found[2])}"
     if found := re.search(r"(\w+)_kernel<((?:(?:fd::)?\w+, )+)(true|false)>", name):

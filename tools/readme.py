@@ -21,18 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import fastdit
+from fastdit import ops
 from fastdit.adapters import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
-OPS = (
-    "gated_residual",
-    "norm_modulate",
-    "patchify",
-    "resolution_transition",
-    "sparse_attention",
-)
 #: what stands between a begin marker and an end marker is written here
 SECTION = re.compile(
     r"(<!-- begin (\w+): written by tools/readme\.py, do not edit -->\n).*?(<!-- end -->)",
@@ -66,6 +60,8 @@ def results() -> list[str]:
             "## Runs in stages on a CPU",
             *_ralu(json.loads(path.read_text())),
         ]
+    for path in RESULTS.glob("testbed.json"):
+        lines += ["", "## Distance to the solution", *_testbed(json.loads(path.read_text()))]
     for path in sorted(RESULTS.glob("quality-*.json")):
         found = json.loads(path.read_text())
         lines += ["", f"## Quality of {found['study'].upper()}", *_quality(found)]
@@ -301,7 +297,7 @@ def _plain(text: str) -> str:
 def kernels() -> list[str]:
     """What docs/kernels.md shows: single ops, and what a GPU measured."""
     lines = []
-    for op in OPS:
+    for op in ops.FILES:
         for path in sorted(RESULTS.glob(f"{op}-cpu-*.json"))[-1:]:
             lines += _op(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("gpu-check-*.json")):
@@ -665,6 +661,44 @@ def _ralu(result: dict[str, Any]) -> list[str]:
             "factors of a dense covariance at each transition, of which one was timed."
         ),
     ]
+
+
+def _testbed(result: dict[str, Any]) -> list[str]:
+    """The table of `testbed.py`: an arm a row, a condition a column."""
+    conditions = result["conditions"]
+    heads = [f"{c['captions']} captions, guidance {c['guidance']:g}" for c in conditions]
+    own = ", ".join(f"{c['truth']['median']:.4f}" for c in conditions)
+    lines = [
+        "",
+        (
+            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in the "
+            "package. The truth is Heun's method in 60 steps (its own error, estimated from 30: medians "
+            f"{own}); the error of a picture is the relative distance of its latents to it. Each cell is the geometric "
+            "mean of the ratio of an arm's error to that of the best of Euler and AB2 on the trailing grid and UniPC, "
+            "with as many evaluations of the model (equal arithmetic), its 95 % interval, and the share of clean "
+            "pictures, less that baseline's: below 1 the arm wins. RALU draws other pictures, which a distance cannot "
+            f"judge ({_machine(result['machine'])}; `benchmarks/testbed.py`)."
+        ),
+        "",
+        "![median error over evaluations](testbed.png)",
+        "",
+        "| | evaluations | " + " | ".join(heads) + " |",
+        "|---|---|" + "---|" * len(heads),
+    ]
+    for rows in zip(*(c["rows"] for c in conditions), strict=True):
+        if "ratios" not in rows[0]:
+            continue
+        cells = []
+        for row, condition in zip(rows, conditions, strict=True):
+            medians = {one["arm"]: one["median"] for one in condition["rows"]}
+            best = min(row["ratios"], key=medians.__getitem__)
+            ratio, cleaner = row["ratios"][best], row["cleaner"][best]
+            cells.append(
+                f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] {best.split()[0]}; "
+                f"{cleaner['value']:.0%} ({cleaner['less']:+.0%})"
+            )
+        lines.append(f"| {rows[0]['arm']} | {rows[0]['evaluations']:.1f} | {' | '.join(cells)} |")
+    return lines
 
 
 def _quality(result: dict[str, Any]) -> list[str]:

@@ -100,7 +100,7 @@ def main():
             f"{given.name} {given.method}{' packed' if given.pack else ''}: {done} requests, {wrong} wrong, "
             f"{len(gc.get_objects())} objects, {process.memory_info().rss / 2**20:.1f} MB "
             f"(at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:.0f}), "
-            f"{len(state.live_runs())} live runs, {state.cache_bytes()} bytes of caches",
+            f"{len(state.runs.live())} live runs, {state.runs.cache_bytes()} bytes of caches",
             flush=True,
         )
     return wrong

@@ -65,18 +65,22 @@ def instances() -> dict[str, Callable[[int], None]]:
     def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def residual(width: int, count: int, dtype: torch.dtype, sparse: bool):
+    def residual(
+        width: int, count: int, dtype: torch.dtype, sparse: bool, weights: tuple[int, ...] = ()
+    ):
         x = new(batch, tokens, width, dtype=dtype)
         store = new(batch, layout, width, dtype=dtype)
         gate = new(batch, width, dtype=dtype)
         rows = new(batch, tokens, dtype=torch.int32) if sparse else None
         branches = [store if sparse and i else x for i in range(count)]
+        by = new(*weights, dtype=torch.float32) if weights else None
 
         def call(architecture: int) -> None:
             launch = launch_for("gated_residual", width, batch * tokens, architecture)
             cache = store if sparse else None
             fresh = 0 if sparse else -1
-            gated_residual(x, branches, [gate] * count, fresh, cache, rows, x, launch=launch)
+            gates = [gate] * count
+            gated_residual(x, branches, gates, fresh, cache, rows, x, by, launch=launch)
 
         return call
 
@@ -200,6 +204,10 @@ def instances() -> dict[str, Callable[[int], None]]:
         "gated_residual bf16 D1152 k8 rows cache": residual(1152, 8, bf16, True),
         "gated_residual bf16 D1536 k64": residual(1536, 64, bf16, False),
         "gated_residual fp32 D2432 k2 rows cache": residual(2432, 2, fp32, True),
+        "gated_residual bf16 D3072 k8 weights": residual(3072, 8, bf16, False, (8,)),
+        "gated_residual bf16 D1536 k4 rows weights": residual(
+            1536, 4, bf16, True, (4, batch, tokens)
+        ),
         "norm_modulate bf16 D1152": norm(1152, bf16, False),
         "norm_modulate bf16 D1536 rms": norm(1536, bf16, False, rms=True),
         "norm_modulate fp16 D2304": norm(2304, fp16, False),

@@ -1,4 +1,4 @@
-"""What the steps of a model cost: multiply-accumulates, bytes moved, cache size.
+"""The steps of a model cost multiply-accumulates, bytes moved, and cache.
 
 Counted are the multiply-accumulates of layers and of attention products; norms and activations are not. The cache size
 is the sum of the slots that are kept after the worst step. A copy without weights is counted (see `counts.py`), so the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,88 +23,84 @@ from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, kept_of
 from fastdit.schedules.collapse import StepSums, passes
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.schedule import Schedule
-from fastdit.spec import ModelSpec
 
 
+@dataclass(eq=False, repr=False)
 class Cost:
-    """Sums over the components of a model for one size; per-component values are computed once.
+    """A cost sums over the components of a model for one size; per-component values are computed once.
 
-    Args:
-        adapter, transformer, spec: A family's adapter, a model (on the meta device if you like), its kinds.
-        size: Image and text tokens of a row.
-        rows: Batch times branches of guidance.
+    Attributes:
+        adapter, transformer: A family's adapter, and a model (on the meta device if you like).
+        size: Image and text tokens of a picture.
+        batch: Pictures times branches of guidance.
         itemsize: Bytes of an element.
+        cells: (block over all kinds, component, MACs, bytes, adds to the stream itself) of each.
     """
 
+    adapter: Any
+    transformer: nn.Module
+    size: Size
+    batch: int = 1
+    itemsize: int = 1
+
     @classmethod
-    def of(cls, transformer: nn.Module, image: int, text: int, rows: int = 1) -> Cost:
-        """The costs of a transformer, in its own dtype.
+    def of(cls, transformer: nn.Module, image: int, text: int, batch: int = 1) -> Cost:
+        """This gives the costs of a transformer, in its own dtype.
 
         Raises:
             UnsupportedModelError: No adapter knows the model.
         """
-        adapter = find_adapter(transformer)
-        spec, itemsize = adapter.spec(transformer), transformer.dtype.itemsize
-        return cls(adapter, transformer, spec, Size(image, text), rows, itemsize)
+        adapter, size = find_adapter(transformer), Size(image, text)
+        return cls(adapter, transformer, size, batch, transformer.dtype.itemsize)
 
-    def __init__(
-        self,
-        adapter: Any,
-        transformer: nn.Module,
-        spec: ModelSpec,
-        size: Size,
-        rows: int,
-        itemsize: int,
-    ) -> None:
+    def __post_init__(self) -> None:
         first: dict[str, int] = {}
-        for index, (kind, _) in enumerate(adapter.blocks(transformer)):
+        for index, (kind, _) in enumerate(self.adapter.blocks(self.transformer)):
             first.setdefault(kind, index)
-        self._adapter, self.size, self.rows, self.itemsize = adapter, size, rows, itemsize
-        self._transformer, self.spec = transformer, spec
-        self._counts = counts_of(adapter, transformer, size)
+        self.spec = self.adapter.spec(self.transformer)
+        self._counts = counts_of(self.adapter, self.transformer, self.size)
         self._sparse: dict[int, list[int]] = {}
-        self.cells = []  # (block over all kinds, component, MACs, bytes, adds to the stream itself)
-        for kind, block, component in spec.components():
+        self.cells = []
+        for kind, block, component in self.spec.components():
             index = first[kind.name] + block
             macs, elements = (self._of(what, index, component) for what in ("macs", "slot"))
             adds = component not in kind.consumers
-            self.cells.append((index, component, macs, elements * itemsize, adds))
-        self.overhead, self._prompt = self._of("outside"), self._of("prompt")
-        self.stream = (size.image + size.text) * adapter.width(transformer) * rows * itemsize
-        # the parts of the gates that all blocks share, kept beside sums
-        self._shared = 2 * adapter.width(transformer) * rows * itemsize
+            self.cells.append((index, component, macs, elements * self.itemsize, adds))
+        self.overhead, self.prompt = self._of("outside"), self._of("prompt")
+        token = self.adapter.width(self.transformer) * self.batch * self.itemsize
+        self.stream = (self.size.image + self.size.text) * token
+        self._shared = 2 * token  # the parts of the gates that all blocks share, kept beside sums
 
     def _of(self, what: str, *where: Any) -> int:
-        """A count of all rows."""
-        return self._counts.of(what, *where).at(self.size) * self.rows
+        """This is a count of the whole batch."""
+        return self._counts.of(what, *where).at(self.size) * self.batch
 
     @property
     def exact(self) -> bool:
-        """Whether the model was counted; without an adapter, and before its first call of this size, it cannot be."""
+        """The model was counted; without an adapter, and before its first call of this size, it cannot be."""
         return self._counts.exact
 
     @property
     def reusable_share(self) -> float:
-        """Share of the arithmetic of a step that is in components: the most that reuse can spare."""
+        """This share of the arithmetic of a step is in components: the most that reuse can spare."""
         inside = sum(macs for _, _, macs, _, _ in self.cells)
         return inside / max(1, inside + self.overhead)
 
     def component_macs(self) -> dict[str, np.ndarray]:
-        """Block kind -> multiply-accumulates [blocks, components] of one step, 0 for what the model lacks."""
+        """Each block kind has multiply-accumulates [blocks, components] of a step, 0 for what the model lacks."""
         found = {k.name: np.zeros((k.count, len(k.components))) for k in self.spec.kinds}
         for (kind, block, component), cell in zip(self.spec.components(), self.cells, strict=True):
             found[kind.name][block, kind.components.index(component)] = cell[2]
         return found
 
     def at(self, image: int) -> Cost:
-        """The costs of the same model on so many image tokens."""
+        """These are the costs of the same model on so many image tokens."""
         if image == self.size.image:
             return self
-        size = Size(image, self.size.text)
-        return Cost(self._adapter, self._transformer, self.spec, size, self.rows, self.itemsize)
+        return replace(self, size=Size(image, self.size.text))
 
     def reuse_share(self, plan: RunPlan) -> float:
-        """Share of the cells that do not run."""
+        """This share of the cells does not run; of a model without any, the share of the steps."""
         if not self.cells:
             return sum(map(bool, plan.forecasts)) / plan.steps
         skipped = sum(
@@ -114,54 +111,50 @@ class Cost:
         return skipped / (plan.steps * len(self.cells))
 
     def macs(self, plan: RunPlan, tokens: Sequence[int] = (), keeps_prompt: bool = False) -> int:
-        """Multiply-accumulates of a run whose steps compute so many image tokens; all if not said.
+        """A run whose steps compute so many image tokens, all if not said, takes these multiply-accumulates.
 
         `keeps_prompt` where the prompt is projected at the first step only, as a patched model does.
         """
-        total = (1 - plan.steps) * self._prompt if keeps_prompt else 0
+        total = (1 - plan.steps) * self.prompt if keeps_prompt else 0
         for step in range(plan.steps):
             if plan.order_of(step):
                 continue
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
             outside = self._counts.of("outside").at(Size(count, self.size.text))
-            total += outside * self.rows + sum(
+            total += outside * self.batch + sum(
                 macs
-                for (index, component, *_), macs in zip(self.cells, self._at(count), strict=True)
+                for (index, component, *_), macs in zip(
+                    self.cells, self.sparse_macs(count), strict=True
+                )
                 if actions is None or actions[index][component] & COMPUTE
             )
         return total
 
     def linear_macs(self, schedule: Schedule | None, steps: int) -> int:
-        """Multiply-accumulates of a run's linear layers, the products of attention left out: ECAD's count (spec 6.6).
+        """A run's linear layers take so many, the products of attention left out: ECAD's count (spec 6.6).
 
         A component whose bit computes is counted even if nobody reads it, and all tokens are. `schedule` is bound to
         the model; None computes everything.
         """
         total = steps * self.overhead
-        bits = (
-            {}
-            if schedule is None
-            else {
-                (kind, name): layer.bits[:, :, index].sum(axis=0)
-                for kind, layer in schedule.layers.items()
-                for index, name in enumerate(layer.components)
-            }
-        )
-        for (kind, block, component), macs in zip(
-            self.spec.components(), self._linear, strict=True
-        ):
+        bits = {
+            (kind, name): layer.bits[:, :, index].sum(axis=0)
+            for kind, layer in (() if schedule is None else schedule.layers.items())
+            for index, name in enumerate(layer.components)
+        }
+        for (kind, block, component), macs in zip(self.spec.components(), self.linear, strict=True):
             times = bits.get((kind.name, component))
             total += macs * (steps if times is None else int(times[block]))
         return total
 
     @functools.cached_property
-    def _linear(self) -> list[int]:
-        """MACs of every cell without products of attention."""
+    def linear(self) -> list[int]:
+        """These are the MACs of every cell without products of attention."""
         return [self._of("layers", index, component) for index, component, *_ in self.cells]
 
-    def _at(self, count: int) -> list[int]:
-        """MACs of every cell for `count` active image tokens, whose attentions still read the keys of all.
+    def sparse_macs(self, count: int) -> list[int]:
+        """Every cell takes these MACs for `count` active image tokens, whose attentions still read the keys of all.
 
         Of the products (count + t) ask and (image + t) are asked, t being the text where it asks too.
         """
@@ -172,29 +165,29 @@ class Cost:
                 image, text = terms.values[3], terms.values[5]
                 asked = count + (size.text if text else 0)
                 spared = image * asked * (self.size.image - count)
-                found.append((terms.at(size) + spared) * self.rows)
+                found.append((terms.at(size) + spared) * self.batch)
             self._sparse[count] = found
         return self._sparse[count]
 
     def key_bytes(self) -> int:
-        """Bytes of the keys and values that a method keeps which leaves tokens out, one CFG branch's rows."""
+        """A method that leaves tokens out keeps keys and values of so many bytes."""
         keys = (self._counts.keys(block, self.size) for block in range(self.spec.block_count))
-        return sum(keys) * self.rows * self.itemsize
+        return sum(keys) * self.batch * self.itemsize
 
     def prompt_bytes(self) -> int:
-        """Bytes of the projected prompt that a patched model keeps, one CFG branch's rows."""
+        """The projected prompt that a patched model keeps has so many bytes."""
         return self._of("prompt_slot") * self.itemsize
 
-    def modulation_bytes(self, rows: int) -> int:
-        """Bytes of so many rows of the modulations made ahead."""
-        return self._counts.of("modulation").at(self.size) * rows * self.itemsize
+    def modulation_bytes(self, conditions: int) -> int:
+        """The modulations made ahead for so many conditions have so many bytes."""
+        return self._counts.of("modulation").at(self.size) * conditions * self.itemsize
 
     def bytes_of_outputs(self) -> int:
-        """Bytes of all outputs that are added to the stream in one step."""
+        """All outputs that are added to the stream in one step have so many bytes."""
         return sum(moved for _, _, _, moved, adds in self.cells if adds)
 
     def residual_bytes(self, plan: RunPlan) -> int:
-        """Bytes moved by residual updates: each output once, and the stream read and written once per update.
+        """Residual updates move so many bytes: each output once, and the stream read and written once per update.
 
         An update is a maximal run of reused components together with the computed one that ends it. Outputs kept as
         sums are read once more, when those are made.
@@ -220,7 +213,7 @@ class Cost:
     def cache_bytes(
         self, plan: RunPlan, itemsize: int | None = None, estimated: bool = False
     ) -> int:
-        """Most bytes kept after any step; `itemsize` is that of kept outputs, the model's if not said.
+        """At most so many bytes are kept after any step; `itemsize` is that of kept outputs, the model's if not said.
 
         Raises:
             UnsupportedModelError: They are not known, and no estimate will do.
@@ -228,9 +221,9 @@ class Cost:
         if not self.exact and not estimated:
             raise UnsupportedModelError(
                 f"max_cache_bytes needs the size of every output, which is not known of "
-                f"{type(self._transformer).__name__}: it has no adapter, and its call cannot be made without weights"
+                f"{type(self.transformer).__name__}: it has no adapter, and its call cannot be made without weights"
             )
-        most = 0
+        most, kept_size = 0, itemsize or self.itemsize
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})
             outputs = sum(
@@ -242,8 +235,5 @@ class Cost:
             )
             if sums.kept:
                 outputs += 3 * sums.kept * self.cells[0][3]
-            most = max(
-                most,
-                outputs * (itemsize or self.itemsize) // self.itemsize + sums.kept * self._shared,
-            )
+            most = max(most, outputs * kept_size // self.itemsize + sums.kept * self._shared)
         return most

@@ -1,4 +1,4 @@
-"""What the parts of a model cost, counted on an example of it and not written down by anybody.
+"""The parts of a model cost what is counted on an example of it; nobody writes it down.
 
 The stock transformer runs on a copy without weights (see `skeleton.py`), and each form of block once more as its
 adapter restates it, with each component reused in turn: what is spared then is that component's cost, and what its
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastdit.account.skeleton import Macs, Skeleton, Visit, made_once, structure
 from fastdit.adapters.base import ROWS, Size
@@ -54,7 +54,7 @@ class Terms:
     values: tuple[int, ...]
 
     def at(self, size: Size) -> int:
-        """This is its value for one row of this size."""
+        """This is its value for one picture of this size."""
         return sum(a * b for a, b in zip(self.values, _monomials(size), strict=True))
 
 
@@ -62,7 +62,7 @@ _NOTHING = Terms((0,) * 6)
 
 
 class Counts:
-    """The counts of one structure are per row of the batch.
+    """The counts of one structure are per picture of the batch.
 
     Attributes:
         exact: Whether they are counts, or estimates.
@@ -70,17 +70,17 @@ class Counts:
 
     exact = True
 
-    def __init__(self, adapter: Any, transformer: nn.Module, sizes: Any, rows: int = ROWS) -> None:
+    def __init__(self, adapter: Any, transformer: nn.Module, sizes: Any, batch: int = ROWS) -> None:
         skeleton = Skeleton(adapter, transformer)
-        self._forms = {key: index for index, key in enumerate(skeleton.times())}
+        self._forms = {key: index for index, key in enumerate(skeleton.times)}
         self._of = [self._forms[key] for key in skeleton.forms]
-        found = [self._measured(adapter, skeleton, size, rows) for size in sizes]
+        found = [self._measured(adapter, skeleton, size, batch) for size in sizes]
         names = sorted(set().union(*found), key=str)
         values = np.array([[one[name] for name in names] for one in found], dtype=np.int64)
         self._terms = dict(zip(names, _fitted(sizes, values), strict=True))
 
     def keys(self, block: int, size: Size) -> int:
-        """A row has so many elements in a block's keys and values of image tokens."""
+        """A picture has so many elements in a block's keys and values of image tokens."""
         return sum(
             terms.at(size)
             for (what, form, _), terms in self._terms.items()
@@ -97,13 +97,13 @@ class Counts:
         form = None if block is None else self._of[block]
         return self._terms.get((what, form, component), _NOTHING)
 
-    def _measured(self, adapter: Any, skeleton: Skeleton, size: Size, rows: int) -> dict[Any, int]:
+    def _measured(self, adapter: Any, skeleton: Skeleton, size: Size, batch: int) -> dict[Any, int]:
         example = skeleton.run(adapter.example(skeleton.transformer, size))
         found: dict[Any, int] = defaultdict(int)
         found["outside", None, None] = example.macs
         found["prompt", None, None] = example.prompt
         found["prompt_slot", None, None] = example.prompt_elements
-        for key, times in skeleton.times().items():
+        for key, times in skeleton.times.items():
             if key not in example.visits:  # the call has nothing for these blocks
                 continue
             for (what, component), value in _block(adapter, example.visits[key]).items():
@@ -113,7 +113,7 @@ class Counts:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
-        return {name: value // rows for name, value in found.items()}
+        return {name: value // batch for name, value in found.items()}
 
 
 class Estimates(Counts):
@@ -136,7 +136,7 @@ class Estimates(Counts):
 
 
 class _Asked(Forward):
-    """A forward that notes how wide modulations are."""
+    """This is a forward that notes how wide modulations are."""
 
     width = 0
 
@@ -147,7 +147,7 @@ class _Asked(Forward):
 
 
 def _block(adapter: Any, visit: Visit) -> dict[Any, int]:
-    """Counts of the components of a block."""
+    """These are the counts of the components of a block."""
     kind, block = visit.kind, visit.block
     names = [n for n in adapter.components[kind] if adapter.has_component(kind, block, n)]
     consumers, parts = adapter.consumers.get(kind, {}), adapter.parts(kind, block)
@@ -155,8 +155,8 @@ def _block(adapter: Any, visit: Visit) -> dict[Any, int]:
     keys: dict[str, int] = defaultdict(int)
 
     def run(reused: Any) -> tuple[Macs, _Asked]:
-        row = {n: KEEP | (REUSE if n in reused else COMPUTE) for n in names}
-        forward = _Asked(None, [block], actions=[row], slots=slots)
+        flags = {n: KEEP | (REUSE if n in reused else COMPUTE) for n in names}
+        forward = _Asked(None, [block], actions=[flags], slots=slots)
         forward.start_block(0)
         for name, part in parts.items():
             part.__dict__["forward"] = functools.partial(_ask, forward, name, part)
@@ -174,7 +174,8 @@ def _block(adapter: Any, visit: Visit) -> dict[Any, int]:
         with_, without = run(inputs)[0] if inputs else full, run({*inputs, name})[0]
         found["macs", name] = with_.total - without.total
         found["layers", name] = with_.layers - without.layers
-        found["slot", name] = sum(_elements(v) for key, v in slots.items() if key[1] == name)
+        kept = tree_leaves([value for key, value in slots.items() if key[1] == name])
+        found["slot", name] = sum(tensor.numel() for tensor in kept if tensor is not None)
     for part in parts.values():
         del part.__dict__["forward"]
     return found
@@ -184,10 +185,9 @@ def _ask(forward: Forward, name: str, part: nn.Module, *args: Any, **kwargs: Any
     return forward.component(name, lambda: type(part).forward(part, *args, **kwargs))
 
 
-@contextmanager
-def _noting_keys(block: nn.Module, keys: dict[str, int]) -> Iterator[None]:
-    """Attention -> elements of the keys it projects, of both streams where it has two."""
-    hooks = []
+def _noting_keys(block: nn.Module, keys: dict[str, int]) -> ExitStack:
+    """This notes how many elements the keys of each attention have, of both streams where it has two."""
+    hooks = ExitStack()
     for path, module in block.named_modules():
         owner, _, name = path.rpartition(".")
         if name in ("to_k", "add_k_proj"):
@@ -195,18 +195,8 @@ def _noting_keys(block: nn.Module, keys: dict[str, int]) -> Iterator[None]:
             def note(module: Any, args: Any, output: Tensor, owner: str = owner) -> None:
                 keys[owner] += output.numel()
 
-            hooks.append(module.register_forward_hook(note))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _elements(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel()
-    return sum(_elements(part) for part in value if part is not None)
+            hooks.enter_context(module.register_forward_hook(note))
+    return hooks
 
 
 def _monomials(size: Size) -> tuple[int, ...]:
@@ -215,7 +205,7 @@ def _monomials(size: Size) -> tuple[int, ...]:
 
 
 def _fitted(sizes: Any, values: np.ndarray) -> list[Terms]:
-    """The polynomial through each column of values; a constant where there is one size alone."""
+    """This gives the polynomial through each column of values; a constant where there is one size alone."""
     if len(sizes) == 1:
         return [Terms((int(value), 0, 0, 0, 0, 0)) for value in values[0]]
     table = np.array([_monomials(size) for size in sizes], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Measured latency: the same work patched and stock, in turns, on the machine at hand."""
+"""Latency is measured: the same work patched and stock, in turns, on the machine at hand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastdit.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Measurement:
-    """Wall clock of a piece of work.
+    """This is the wall clock of a piece of work; `print` it.
 
     Attributes:
         seconds, stock_seconds: Medians, patched and stock.
@@ -43,7 +43,7 @@ def measure(
     device: torch.device,
     repeats: int,
 ) -> Measurement:
-    """Time `run` as it is and inside `disabled`, `repeats` times in turns after a warm-up of each.
+    """This times `run` as it is and inside `disabled`, `repeats` times in turns after a warm-up of each.
 
     Raises:
         ArgumentError: `run` cannot be called, or `repeats` is not a positive int.

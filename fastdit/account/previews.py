@@ -1,4 +1,4 @@
-"""The image as it forms: what each step of a run takes the clean image to be.
+"""Previews show the image as it forms: what each step of a run takes the clean image to be.
 
 A latent after a few steps is mostly noise. What looks like the image is the estimate that the step itself makes: where
 the straight line from the sample along the model's output ends. It is decoded only when somebody looks.
@@ -7,7 +7,6 @@ the straight line from the sample along the model's output ends. It is decoded o
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,11 +17,11 @@ from fastdit.errors import ArgumentError
 
 
 class Previews:
-    """The estimates of one run's steps, as `Handle.watch` collects them.
+    """These are the estimates of one run's steps, as `Handle.watch` collects them.
 
     Attributes:
         latents: One estimate for each executed step, as the pipeline holds its latents.
-        grid: Rows and columns of tokens, which packed latents do not show.
+        grid: Tokens down and across, which packed latents do not show.
     """
 
     def __init__(self, adapter: Any, pipeline: Any) -> None:
@@ -30,11 +29,11 @@ class Previews:
         self._adapter = adapter
         self._pipeline = pipeline
         self.grid: tuple[int, int] = (0, 0)
-        self._run: Callable[[], Any] = lambda: None
+        self._run: Any = None
 
     def begin(self, run: Any) -> bool:
-        """Forget an earlier run and watch this one; not one that begins inside a run that is watched."""
-        before = self._run()
+        """An earlier run is forgotten and this one watched, unless it begins inside a run that is watched."""
+        before = self._run and self._run()
         if before is not None and before.live and before.first is not None:
             return False
         self._run = weakref.ref(run)
@@ -42,12 +41,12 @@ class Previews:
         return True
 
     def add(self, scheduler: Any, velocity: Tensor, timestep: Any, sample: Tensor) -> None:
-        """Keep the estimate of the step that `scheduler` is about to do."""
+        """This keeps the estimate of the step that `scheduler` is about to do."""
         self.latents.append(estimate(scheduler, velocity, timestep, sample))
 
     @torch.no_grad()
     def pictures(self, sample: int = 0) -> list[np.ndarray]:
-        """One picture for each executed step, uint8 [H, W, 3]; decodes with the pipeline's VAE.
+        """The pipeline's VAE decodes one picture for each executed step, uint8 [H, W, 3].
 
         Args:
             sample: Which image of the batch.
@@ -72,10 +71,10 @@ class Previews:
 
 
 def estimate(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
-    """The clean sample that a step sees, in the sample's dtype.
+    """This is the clean sample that a step sees, in the sample's dtype.
 
     For flow models the end of the line, x + (sigma_end - sigma) v; for others DDIM's x0 (arXiv 2010.02502, eq. 12) from
-    noise or velocity. A scheduler of another kind gives its sample as it is.
+    noise or velocity. Any other scheduler gives its sample as it is.
     """
     prediction = scheduler.config.get("prediction_type")
     if prediction in (None, "flow_prediction") and hasattr(scheduler, "sigmas"):

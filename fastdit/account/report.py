@@ -1,7 +1,8 @@
-"""What a run did, from its own record."""
+"""A report tells what a run did, from its own record."""
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ from fastdit.errors import ArgumentError
 
 @dataclass(frozen=True)
 class StageReport:
-    """One stage of a run whose resolution changes.
+    """This is one stage of a run whose resolution changes.
 
     Attributes:
         layout: "coarse", "mixed" or "full".
         steps: Steps of it.
         tokens: Image tokens of each.
         sigmas: Noise levels of its first step and of its end.
-        coarse: bool [B, gh, gw] on the CPU: cells that belong to a coarse token.
+        coarse: bool [B, gh, gw] on the CPU: which tokens of the full size a coarse one stands for.
     """
 
     layout: str
@@ -33,12 +34,12 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The last run.
+    """This is what the last run did; `print` it.
 
     Attributes:
         methods: Names of the methods patched in.
         steps: Steps executed.
-        tokens_per_step: Image tokens through the blocks at each executed step, per batch row.
+        tokens_per_step: Image tokens of a picture through the blocks at each executed step.
         computed, reused: Components run and reused, over all steps and calls.
         seconds: Wall time from the run's start to its last step, on the host.
         peak_cache_bytes: Most bytes held by caches at once.
@@ -53,13 +54,13 @@ class Report:
     """
 
     methods: tuple[str, ...]
-    steps: int
-    tokens_per_step: tuple[int, ...]
-    computed: int
-    reused: int
-    seconds: float
-    peak_cache_bytes: int
-    live: bool
+    steps: int = 0
+    tokens_per_step: tuple[int, ...] = ()
+    computed: int = 0
+    reused: int = 0
+    seconds: float = 0.0
+    peak_cache_bytes: int = 0
+    live: bool = True
     active: Mapping[int, np.ndarray] = field(default_factory=dict)
     first: int = 0
     flop_speedup: float = 1.0
@@ -70,11 +71,11 @@ class Report:
 
     @property
     def reuse_share(self) -> float:
-        """Share of the components that were reused."""
+        """This share of the components was reused."""
         return self.reused / max(1, self.reused + self.computed)
 
     def token_map(self, frames: Any = None, sample: int = 0, scale: int = 8) -> np.ndarray:
-        """The tokens computed at each step as pictures, a stack that video writers take as it is.
+        """This draws the tokens computed at each step as pictures, a stack that video writers take as it is.
 
         Args:
             frames: What to lay the map over: one picture, or one for each executed step (the image as it forms), PIL or
@@ -94,20 +95,14 @@ class Report:
         if not 0 <= sample < batch:
             raise ArgumentError(f"sample must be 0 to {batch - 1}, got {sample}")
         pictures = _pictures(frames, self.steps, [side * scale for side in grid])
-        first = self.first
-        for step in range(self.steps):
-            mask = self.active.get(first + step)
-            if mask is not None:
-                rows, columns = (
-                    np.arange(size) * side // size
-                    for size, side in zip(pictures.shape[1:3], grid, strict=True)
-                )
-                dark = ~mask[sample][rows[:, None], columns]
-                pictures[step][dark] //= 3
+        for step, picture in enumerate(pictures, self.first):
+            if step in self.active:
+                mask = self.active[step][sample]
+                picture[~_at_pixels(mask, picture)] //= 3
         return pictures
 
     def resolution_map(self, frames: Any = None, sample: int = 0, scale: int = 8) -> np.ndarray:
-        """The tokens of each stage as pictures: each outlined, coarse ones twice as large.
+        """This draws the tokens of each stage as pictures: each outlined, coarse ones twice as large.
 
         Args:
             frames: What to draw over: one picture, or one for each stage that ran, as for `token_map`.
@@ -127,15 +122,11 @@ class Report:
             raise ArgumentError(f"sample must be 0 to {batch - 1}, got {sample}")
         grid = self.stages[0].coarse.shape[1:]
         pictures = _pictures(frames, len(self.stages), [side * scale for side in grid])
-        rows, columns = (
-            np.arange(size) * side // size
-            for size, side in zip(pictures.shape[1:3], grid, strict=True)
-        )
         for picture, stage in zip(pictures, self.stages, strict=True):
             coarse = stage.coarse[sample if stage.coarse.shape[0] > 1 else 0]
             number = np.arange(coarse.size).reshape(coarse.shape)
             number = np.where(coarse, np.kron(number[::2, ::2], np.ones((2, 2), int)), number)
-            token = number[rows[:, None], columns]
+            token = _at_pixels(number, picture)
             edge = np.zeros(token.shape, bool)
             edge[:, 1:] |= token[:, 1:] != token[:, :-1]
             edge[1:] |= token[1:] != token[:-1]
@@ -160,8 +151,8 @@ class Report:
         )
 
 
-def _doubt(methods: Sequence[Any], run: Any) -> str:
-    if not any("rows" in method.writes for method in methods):
+def _doubt(patched: Any, run: Any) -> str:
+    if patched.writer("rows") is None:
         return "Does the schedule reuse anything at this number of steps?"
     return (
         f"At no step was one of {run.image_tokens} image tokens left out: a number of active tokens that RAS rounds "
@@ -169,44 +160,43 @@ def _doubt(methods: Sequence[Any], run: Any) -> str:
     )
 
 
-def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool = True) -> Report:
-    """The report of a run, or of none; warns when a method did nothing."""
+def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Report:
+    """This makes the report of a run, or of none, and warns when a method did nothing."""
     names = tuple(method.name for method in patched.methods)
-    records = [] if run is None else [run.records[step] for step in sorted(run.records)]
+    if run is None:
+        return Report(names, live=not patched.acts)
+    records = [run.records[step] for step in sorted(run.records)]
     reused = sum(record.reused for record in records)
-    acts = any(method.writes for method in patched.methods)
-    active = _active(patched.adapter, run)
-    stages = _stages(run)
-    live = reused > 0 or bool(active) or any(s.coarse.any() for s in stages) or not acts
+    active, stages = _active(patched.adapter, run), _stages(run)
+    live = bool(reused or active or any(s.coarse.any() for s in stages) or not patched.acts)
     if records and not live:
         warnings.warn(
             f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
-            f"was saved. {_doubt(patched.methods, run)}",
+            f"was saved. {_doubt(patched, run)}",
             stacklevel=3,
         )
     return Report(
-        names,
-        len(records),
-        tuple(record.tokens for record in records),
-        sum(record.computed for record in records),
-        reused,
-        run.seconds if run is not None else 0.0,
-        run.peak_bytes if run is not None else 0,
-        live,
-        active,
-        (run.first or 0) if run is not None else 0,
-        flop_speedup,
-        stages,
-        run.packed_bytes if run is not None else 0,
-        str(run.trace or "") if run is not None else "",
-        exact,
+        methods=names,
+        steps=len(records),
+        tokens_per_step=tuple(record.tokens for record in records),
+        computed=sum(record.computed for record in records),
+        reused=reused,
+        seconds=run.seconds,
+        peak_cache_bytes=run.peak_bytes,
+        live=live,
+        active=active,
+        first=run.first or 0,
+        flop_speedup=flop_speedup,
+        stages=stages,
+        packed_bytes=run.packed_bytes,
+        graphs=str(run.trace or ""),
+        exact=exact,
     )
 
 
 def _stages(run: Any) -> tuple[StageReport, ...]:
-    """The stages that have ended; waits for the device."""
-    resolution = None if run is None else run.resolution
-    if resolution is None:
+    """These are the stages that have ended; it waits for the device."""
+    if run.resolution is None:
         return ()
     return tuple(
         StageReport(
@@ -216,27 +206,36 @@ def _stages(run: Any) -> tuple[StageReport, ...]:
             (record.stage.sigmas[0], record.stage.sigmas[-1]),
             record.layout.levels().bool().cpu().numpy(),
         )
-        for record in resolution.records
+        for record in run.resolution.records
     )
 
 
 def _active(adapter: Any, run: Any) -> dict[int, np.ndarray]:
-    """Step -> mask of the tokens it computed; waits for the device once."""
-    tokens = None if run is None else run.tokens
-    if tokens is None or not tokens.tokens:
+    """Each sparse step has a mask of the tokens it computed; it waits for the device once."""
+    selection = run.selection
+    if selection is None or not selection.tokens:
         return {}
     grid = adapter.grid(run.latents, run.positions, run.patch)
     found = {}
-    for step, rows in tokens.history.items():
-        if tokens.first + step in run.records:
-            mask = np.zeros((rows.shape[0], tokens.tokens), dtype=bool)
+    for step, rows in selection.history.items():
+        if selection.first + step in run.records:
+            mask = np.zeros((rows.shape[0], selection.tokens), dtype=bool)
             np.put_along_axis(mask, rows.cpu().numpy().astype(np.int64), True, axis=1)
-            found[tokens.first + step] = mask.reshape(rows.shape[0], *grid)
+            found[selection.first + step] = mask.reshape(rows.shape[0], *grid)
     return found
 
 
+def _at_pixels(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """Each pixel of a picture gets the value of its token."""
+    down, across = (
+        np.arange(size) * side // size
+        for size, side in zip(picture.shape[:2], values.shape, strict=True)
+    )
+    return values[down[:, None], across]
+
+
 def _pictures(frames: Any, steps: int, size: Sequence[int]) -> np.ndarray:
-    """[steps, H, W, 3] to draw on."""
+    """This gives pictures [steps, H, W, 3] to draw on."""
     if frames is None:
         return np.full((steps, *size, 3), 255, dtype=np.uint8)
     several = isinstance(frames, (list, tuple)) or getattr(frames, "ndim", 3) == 4
@@ -253,11 +252,5 @@ def _pictures(frames: Any, steps: int, size: Sequence[int]) -> np.ndarray:
 
 
 def ranges(tokens: tuple[int, ...]) -> str:
-    """(256, 256, 64) -> '2 x 256, 1 x 64'."""
-    parts: list[list[int]] = []
-    for count in tokens:
-        if parts and parts[-1][1] == count:
-            parts[-1][0] += 1
-        else:
-            parts.append([1, count])
-    return ", ".join(f"{times} x {count}" for times, count in parts)
+    """This shortens (256, 256, 64) to '2 x 256, 1 x 64'."""
+    return ", ".join(f"{len(list(same))} x {count}" for count, same in itertools.groupby(tokens))

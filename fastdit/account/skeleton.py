@@ -1,4 +1,4 @@
-"""A transformer's example call on a copy of it without weights, on the meta device: what its blocks are given.
+"""A skeleton is a copy of a transformer without weights, whose example call shows what the blocks are given.
 
 The copy has the structure of the model and nothing else: no hooks, no compilers, no other attention backend, and one
 module for all blocks of one form. So it costs milliseconds, needs no device and no memory, and whatever is done to the
@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from fastdit.runtime.install import LINK
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: what instances carry that is not structure
-_ADDED = (
-    "forward",
-    "_old_forward",
-    "_hf_hook",
-    "_diffusers_hook",
-    "_compiled_call_impl",
-    "_fastdit",
-)
+_ADDED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl", LINK)
 _KEPT = 64
 _PLAIN = (int, float, str, bool, tuple)
 
@@ -44,9 +39,8 @@ class Macs(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        from torch.utils.flop_counter import (
-            flop_registry,
-        )  # which imports triton where there is one
+        # Only here, since it imports triton where there is one.
+        from torch.utils.flop_counter import flop_registry
 
         super().__init__()
         self.layers = self.products = 0
@@ -54,6 +48,7 @@ class Macs(TorchDispatchMode):
 
     @property
     def total(self) -> int:
+        """This is the sum of both."""
         return self.layers + self.products
 
     def __torch_dispatch__(
@@ -125,7 +120,7 @@ def form(module: nn.Module) -> tuple[Any, ...]:
 
 
 def forms(adapter: Any, transformer: nn.Module) -> list[Any]:
-    """Each block has a form, which those that cost the same share."""
+    """Each block has a kind and a form, which those that cost the same share."""
     return [(kind, form(block)) for kind, block in adapter.blocks(transformer)]
 
 
@@ -146,14 +141,18 @@ def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
 
 
 class Skeleton:
-    """A skeleton is the copy. Equal blocks are one module, which runs once in a call; the others get its outputs."""
+    """Equal blocks are one module, which runs once in a call; the others get its outputs.
+
+    Attributes:
+        forms, times: The form of each block, and how many have each form.
+    """
 
     def __init__(self, adapter: Any, transformer: nn.Module) -> None:
         self._adapter, self._dtype = adapter, transformer.dtype
         self._made: dict[Any, nn.Module] = {}
         blocks = adapter.blocks(transformer)
         self.forms = forms(adapter, transformer)
-        self._kinds = {key: kind for key, (kind, _) in zip(self.forms, blocks, strict=True)}
+        self.times = Counter(self.forms)
         self._twins = {id(block): key for key, (_, block) in zip(self.forms, blocks, strict=True)}
         self.transformer = self._copy(transformer)
 
@@ -169,7 +168,7 @@ class Skeleton:
                 spared += found.visits[key].macs
                 return found.visits[key].output
             before = counter.total
-            here = found.visits[key] = Visit(self._kinds[key], block, args, kwargs)
+            here = found.visits[key] = Visit(key[0], block, args, kwargs)
             here.output = type(block).forward(block, *args, **kwargs)
             here.macs = counter.total - before
             return here.output
@@ -181,7 +180,7 @@ class Skeleton:
             found.prompt_elements += output.numel()
             return output
 
-        for key in self._kinds:
+        for key in self.times:
             _bind(self._made[key], visit, key)
         for module in self._adapter.prompt_projections_of(self.transformer):
             _bind(module, project, module)
@@ -190,10 +189,6 @@ class Skeleton:
         found.macs = counter.total + spared
         return found
 
-    def times(self) -> Counter[Any]:
-        """This counts the blocks of each form."""
-        return Counter(self.forms)
-
     def _copy(self, module: nn.Module) -> nn.Module:
         key = self._twins.get(id(module), id(module))
         if key not in self._made:
@@ -201,7 +196,7 @@ class Skeleton:
         return self._made[key]
 
     def _linear(self, module: nn.Module) -> nn.Module | None:
-        """A plain layer for one that may keep its weights in another form."""
+        """A plain layer stands for one that may keep its weights in another form."""
         if not isinstance(module, nn.Linear):
             return None
         dtype = module.weight.dtype if module.weight.dtype in FLOATS else self._dtype
@@ -215,8 +210,8 @@ class Skeleton:
         state |= {"_chunk_size": None} if "_chunk_size" in state else {}
         state |= {"fused_projections": False} if "fused_projections" in state else {}
         made.__dict__.update(state)
-        for kind in ("_parameters", "_buffers"):
-            getattr(made, kind).update((k, self._meta(v)) for k, v in getattr(module, kind).items())
+        for part in ("_parameters", "_buffers"):
+            getattr(made, part).update((k, self._meta(v)) for k, v in getattr(module, part).items())
         for name, child in module._modules.items():
             made._modules[name] = None if child is None else self._copy(child)
         if getattr(module, "processor", None) is not None:
@@ -232,7 +227,7 @@ class Skeleton:
         return torch.empty(value.shape, dtype=dtype, device="meta")
 
     def _processor(self, module: nn.Module) -> Any:
-        """The family's own attention processor, on torch's own attention."""
+        """A family has an attention processor of its own, which runs on torch's own attention here."""
         names = self._adapter.processors
         for place in (
             sys.modules[type(module).__module__],

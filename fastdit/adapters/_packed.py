@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, batch_index, place_of
+from fastdit.adapters.arguments import place_of
+from fastdit.adapters.base import Adapter
+from fastdit.adapters.latents import batch_index
 from fastdit.tokens.layout import SIDE, Layout
 
 

@@ -10,7 +10,6 @@ What its components cost is not written down: the model is counted on the adapte
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdit.adapters.arguments import argument_of, arguments_of
+from fastdit.adapters.latents import Pictures
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.observe import observed, private
 from fastdit.spec import BlockKind, ModelSpec
-from fastdit.tokens.layout import SIDE, Layout
 
 #: which members a family says for what methods do: for all of them, for those that write "reuse", "rows" (a part of
 #: the tokens) or "resolution", and for what is spared beside them; the others have one meaning for all families
@@ -81,7 +81,7 @@ class Size:
     text: int
 
 
-class Adapter:
+class Adapter(Pictures):
     """Base of all adapters.
 
     Attributes:
@@ -103,7 +103,6 @@ class Adapter:
         processors: Names of diffusers' attention processors that the family's own attention stands in for, the one
             that models come with first.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
-        shifts_latents: Whether the pipelines add the VAE's shift before they decode.
         restates: Whether it restates block forwards, which the drift guard then checks.
         timesteps_per_unit: What the pipelines divide the scheduler's timesteps by.
         timesteps_rise: Whether the timestep argument rises from noise to image; elsewhere it falls.
@@ -125,7 +124,6 @@ class Adapter:
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
     processors: Sequence[str] = ()
-    shifts_latents = False
     restates = True
     timesteps_rise = False
     timesteps_per_unit = 1
@@ -317,21 +315,6 @@ class Adapter:
             if attention is not None
         )
 
-    def embedders(self, transformer: nn.Module) -> list[nn.Module]:
-        """Modules whose forward adds positions to the tokens, and so must know the rows."""
-        return [transformer.pos_embed]
-
-    def embed(self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor) -> Any:
-        """The embedded active tokens [B, K, D], positions added, of patches [B, C, p, K p] laid side by side.
-
-        `shape` is that of the whole latents.
-        """
-        return _embedded(
-            module,
-            patches,
-            lambda: _positions(module, shape[-2], shape[-1], patches.device)[0][rows],
-        )
-
     # ---- the prompt
 
     #: paths of the modules that turn the prompt alone into text tokens, the same at every step
@@ -380,166 +363,6 @@ class Adapter:
         unit = self.timesteps_per_unit
         return timesteps if unit == 1 else timesteps.to(dtype) / unit
 
-    def patch(self, transformer: nn.Module) -> int:
-        """Side of a patch in latent pixels."""
-        return transformer.config.patch_size
-
-    def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
-        """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
-        return latents[-2] // patch, latents[-1] // patch
-
-    def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The pipeline's latents as [B, C, H, W]; `grid` has the rows and columns of tokens."""
-        return latents
-
-    def decode(self, latents: Tensor, vae: Any) -> Tensor:
-        """The picture [B, 3, H, W], -1 to 1, of latents [B, C, h, w]."""
-        shift = (vae.config.shift_factor or 0.0) if self.shifts_latents else 0.0
-        latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
-        return vae.decode(latents, return_dict=False)[0]
-
-    def patches(self, velocity: Tensor, patch: int) -> Tensor:
-        """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
-        grid = velocity.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
-        return grid.permute(0, 2, 4, 3, 5, 1)
-
-    def gather_inputs(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with the active patches only, laid side by side as an image of one row, [B, C, p, K p]."""
-        args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        patch = self.patch(transformer)
-        latents = owner[key]
-        count = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
-        tokens = self.patches(latents, patch).flatten(3).flatten(1, 2)  # [B, N, p p C]
-        active = tokens[batch_index(rows), rows].unflatten(-1, (patch, patch, -1))
-        owner[key] = active.permute(0, 4, 2, 1, 3).flatten(3)  # [B, C, p, K, p] -> [B, C, p, K p]
-        self._gather_residuals(transformer, args, kwargs, rows, count)
-        return tuple(args), kwargs
-
-    #: arguments with per-token residuals of a ControlNet, lists of [B, N, D]
-    residual_arguments: Sequence[str] = ()
-
-    def _gather_residuals(
-        self,
-        transformer: nn.Module,
-        args: list[Any],
-        kwargs: dict[str, Any],
-        rows: Tensor,
-        count: int,
-    ) -> None:
-        for name in self.residual_arguments:
-            owner, key = place_of(transformer, args, kwargs, name)
-            if owner is not None and owner[key] is not None:
-                index = batch_index(rows), rows
-                owner[key] = [
-                    r[index] if r.ndim == 3 and r.shape[1] == count else r for r in owner[key]
-                ]
-
-    def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
-        """`full` [B, C, H, W] with the patches at `rows` replaced by those of `sample` [B, C, p, K p]."""
-        merged = full.clone()
-        grid = self.patches(merged, patch)
-        new = sample.unflatten(-1, (-1, patch)).permute(0, 3, 2, 4, 1)  # [B, K, p, p, C]
-        down, across = rows // grid.shape[2], rows % grid.shape[2]
-        grid[batch_index(rows), down, across] = new
-        return merged
-
-    # ---- tokens of two sizes
-
-    #: whether :meth:`reduce_inputs` and the others of this section are for this family
-    changes_resolution = False
-
-    def check_resolution(self, transformer: nn.Module) -> None:
-        """Refuse a model that cannot run on tokens of two sizes.
-
-        Raises:
-            UnsupportedModelError: Naming the model.
-        """
-        if not self.changes_resolution or self.patch(transformer) != SIDE:
-            raise UnsupportedModelError(
-                f"{type(transformer).__name__} cannot change its resolution during a run; that takes an adapter that "
-                f"says how, and patches of {SIDE} x {SIDE}"
-            )
-
-    def cells(self, call: Call, patch: int) -> tuple[int, int]:
-        """Rows and columns of tokens at full resolution."""
-        return self.grid(call.hidden_states.shape, call.positions, patch)
-
-    def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
-        """The pipeline's latents as [B, gh, gw, 2, 2, C], a view."""
-        return self.patches(latents, SIDE)
-
-    def reduce_inputs(
-        self,
-        transformer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        layout: Layout,
-        ops: Any,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with the tokens of a layout: a half-size picture of coarse ones, or patches side by side."""
-        args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        latents = owner[key]
-        if layout.kind == "coarse":
-            owner[key] = latents[..., ::2, ::2].contiguous()
-        else:
-            tokens = layout.read(self.field(latents, layout.cells), ops)
-            patches = tokens.unflatten(2, (-1, SIDE, SIDE))  # [B, n, C, 2, 2]
-            owner[key] = patches.permute(0, 2, 3, 1, 4).flatten(3)
-        return tuple(args), kwargs
-
-    def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
-        """The output of such a call at full size, shaped like `latents`."""
-        if layout.kind == "coarse":
-            return sample.repeat_interleave(2, -1).repeat_interleave(2, -2)
-        full = sample.new_empty(sample.shape[:2] + latents.shape[2:])
-        patches = sample.unflatten(-1, (-1, SIDE)).permute(0, 3, 1, 2, 4)  # [B, n, C, 2, 2]
-        layout.write(patches.flatten(2), self.field(full, layout.cells), ops)
-        return full
-
-    def embed_layout(
-        self, module: nn.Module, layout: Layout, memory: dict[Any, Any], patches: Tensor
-    ) -> Tensor:
-        """The embedded tokens of a layout, positions added; `memory` lives as long as the layout.
-
-        Where tokens are mixed, the coarse keep their places in a half-size picture, and each split one's four have
-        places half a step apart.
-        """
-        if layout.kind != "mixed":
-            return type(module).forward(module, patches)
-
-        def positions() -> Tensor:
-            if "positions" not in memory:
-                table = _half_step_positions(module, layout.cells, patches.device)
-                _, y, x = layout.table.long().unbind(-1)
-                memory["positions"] = table[y * layout.cells[1] + x]
-            return memory["positions"].repeat(
-                patches.shape[0] // memory["positions"].shape[0], 1, 1
-            )
-
-        return _embedded(module, patches, positions)
-
-    #: whether tokens of two sizes may need the family's own attention, see :meth:`owns_attention`
-    replaces_attention = False
-
-    def owns_attention(self, layout: Layout, batch: int) -> bool:
-        """Whether the stock attention cannot run a layout."""
-        return False
-
-    def refuse_residuals(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """Refuse a ControlNet's residuals, which are for the tokens at full resolution."""
-        for name in self.residual_arguments:
-            owner, key = place_of(transformer, args, kwargs, name)
-            if owner is not None and owner[key] is not None:
-                raise ArgumentError(
-                    f"{name}: a ControlNet's residuals are for the full resolution; RALU accepts none"
-                )
-
     # ---- an example
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
@@ -577,97 +400,11 @@ def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> N
     places[module] = place
 
 
-def place_of(
-    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
-) -> tuple[Any, Any]:
-    """Where an argument of the transformer is: (args or kwargs, its key there), or (None, None)."""
-    if name in kwargs:
-        return kwargs, name
-    names = forward_arguments(type(transformer))
-    position = names.index(name) if name in names else len(args)
-    return (args, position) if position < len(args) else (None, None)
-
-
-def arguments_of(
-    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The arguments of a call of the transformer by name, as far as they were given."""
-    if not args:
-        return kwargs
-    return {**dict(zip(forward_arguments(type(transformer)), args, strict=False)), **kwargs}
-
-
-def argument_of(
-    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
-) -> Any:
-    """An argument of a call of the transformer; None if it was not given."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = forward_arguments(type(transformer))
-    position = names.index(name) if name in names else len(args)
-    return args[position] if position < len(args) else None
-
-
 def _module_at(transformer: Any, path: str) -> Any:
     """The module at a path, or None."""
     for name in path.split("."):
         transformer = getattr(transformer, name, None)
     return transformer
-
-
-def batch_index(rows: Tensor) -> Tensor:
-    return torch.arange(rows.shape[0], device=rows.device)[:, None]
-
-
-def _embedded(module: nn.Module, patches: Tensor, positions: Callable[[], Tensor]) -> Tensor:
-    """The tokens [B, K, D] of patches, as diffusers' `PatchEmbed` makes them, with positions [B or 1, K, D] added."""
-    tokens = module.proj(patches).flatten(2).transpose(1, 2)
-    if module.layer_norm:
-        tokens = module.norm(tokens)
-    return tokens if module.pos_embed is None else (tokens + positions()).to(tokens.dtype)
-
-
-def _positions(module: nn.Module, height: int, width: int, device: torch.device) -> Tensor:
-    """The position table [1, N, D] of a `PatchEmbed` for latents of this size, as its forward picks it."""
-    if module.pos_embed_max_size:
-        return module.cropped_pos_embed(height, width)
-    down, across = height // module.patch_size, width // module.patch_size
-    if (module.height, module.width) == (down, across):
-        return module.pos_embed
-    from diffusers.models.embeddings import get_2d_sincos_pos_embed
-
-    table = get_2d_sincos_pos_embed(
-        embed_dim=module.pos_embed.shape[-1],
-        grid_size=(down, across),
-        base_size=module.base_size,
-        interpolation_scale=module.interpolation_scale,
-        device=device,
-        output_type="pt",
-    )
-    return table.float().unsqueeze(0)
-
-
-def _half_step_positions(module: nn.Module, cells: tuple[int, int], device: torch.device) -> Tensor:
-    """Positions [gh gw, D] of a `PatchEmbed`, row by row, at the half steps of a picture of half as many patches."""
-    from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
-
-    size = module.pos_embed_max_size
-    places = []
-    for side in cells:
-        steps = torch.arange(side, device=device, dtype=torch.float32) / 2
-        if size:  # the picture lies in the middle of a table
-            steps = (size - side // 2) // 2 + steps
-        places.append(steps / ((size or side // 2) / module.base_size) / module.interpolation_scale)
-    down, across = places
-    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"))
-    table = get_2d_sincos_pos_embed_from_grid(module.pos_embed.shape[-1], grid, output_type="pt")
-    return table.float().to(module.pos_embed.dtype)
-
-
-@functools.cache
-def forward_arguments(cls: type) -> tuple[str, ...]:
-    """Names of the arguments of ``cls.forward``, without self."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def chunk_gates(modulation: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -12,14 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import (
-    Adapter,
-    Size,
-    argument_of,
-    blank,
-    chunk_gates,
-    picture,
-)
+from fastdit.adapters.arguments import argument_of
+from fastdit.adapters.base import Adapter, Size, blank, chunk_gates, picture
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import UnsupportedModelError

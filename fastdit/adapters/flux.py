@@ -15,14 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
-from fastdit.adapters.base import (
-    Call,
-    Size,
-    blank,
-    chunk_gates,
-)
+from fastdit.adapters.base import Call, Size, blank, chunk_gates
 from fastdit.blocks.attention import Part, Rotation, attend, joint_attention, projections
-from fastdit.blocks.forward import Forward, gathered, joint_normed
+from fastdit.blocks.forward import Forward
+from fastdit.blocks.residual import gathered, joint_normed
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import Layout
 

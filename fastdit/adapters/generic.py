@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Call, Size, arguments_of, forward_arguments, place_once
+from fastdit.adapters.arguments import arguments_of, forward_arguments
+from fastdit.adapters.base import Adapter, Call, Size, place_once
 from fastdit.spec import ModelSpec
 
 if TYPE_CHECKING:

@@ -20,15 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import (
-    Adapter,
-    Size,
-    blank,
-    chunk_gates,
-    picture,
-)
+from fastdit.adapters.base import Adapter, Size, blank, chunk_gates, picture
 from fastdit.blocks.attention import Part, Rotation, attend
-from fastdit.blocks.forward import Forward, gathered
+from fastdit.blocks.forward import Forward
+from fastdit.blocks.residual import gathered
 
 
 def lumina_block(

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import ROWS, Adapter, Size, argument_of, blank, chunk_gates, picture
+from fastdit.adapters.arguments import argument_of
+from fastdit.adapters.base import ROWS, Adapter, Size, blank, chunk_gates, picture
 from fastdit.blocks.attention import Rotation, self_attention
-from fastdit.blocks.forward import Forward, Residual
+from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import LayerInputs
+from fastdit.blocks.residual import Residual
 from fastdit.observe import private
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
-from fastdit.adapters.base import Call, Size, blank, chunk_gates, forward_arguments
+from fastdit.adapters.arguments import forward_arguments
+from fastdit.adapters.base import Call, Size, blank, chunk_gates
 from fastdit.blocks.attention import Rotation, joint_attention
 from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError

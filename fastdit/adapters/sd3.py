@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import (
-    Adapter,
-    Size,
-    blank,
-    chunk_gates,
-    picture,
-)
+from fastdit.adapters.base import Adapter, Size, blank, chunk_gates, picture
 from fastdit.blocks.attention import joint_attention, self_attention
 from fastdit.blocks.forward import Forward
 

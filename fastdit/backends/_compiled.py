@@ -30,7 +30,7 @@ class Compiled(Backend):
     """A backend whose ops are functions of a compiled module."""
 
     def __init__(self, module: ModuleType | None):
-        self._module = module
+        self.module = module
 
     def _context(self, x: Tensor, stored: int) -> tuple[int, ...]:
         """The arguments after the op's own; `stored` rows are in every store used at `rows`."""
@@ -44,7 +44,7 @@ class Compiled(Backend):
         batch, tokens, width = x.shape
         # Stores of another length than K need their strides told.
         operand = _address if rows is None else strided
-        self._module.gated_residual(
+        self.module.gated_residual(
             DTYPE_CODES[x.dtype],
             batch,
             tokens,
@@ -67,7 +67,7 @@ class Compiled(Backend):
     ):
         batch, tokens, width = out.shape
         operand = _address if rows is None else strided
-        self._module.norm_modulate(
+        self.module.norm_modulate(
             DTYPE_CODES[x.dtype],
             batch,
             tokens,
@@ -89,7 +89,7 @@ class Compiled(Backend):
 
     def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
         keys = self._scratch((2, *drops.shape), drops.device)
-        self._module.token_select(
+        self.module.token_select(
             DTYPE_CODES[velocity.dtype],
             _view(velocity),
             _table(drops),
@@ -106,7 +106,7 @@ class Compiled(Backend):
         )
 
     def token_change(self, velocity, last, rate, level, levels, inverse, score):
-        self._module.token_change(
+        self.module.token_change(
             DTYPE_CODES[velocity.dtype],
             _view(velocity),
             _view(last),
@@ -126,7 +126,7 @@ class Compiled(Backend):
         _, stored, kv_heads, head = k_cache.shape
         if cos is not None:
             stored = min(stored, cos.shape[-2])
-        self._module.qkv_prologue(
+        self.module.qkv_prologue(
             DTYPE_CODES[q.dtype],
             batch,
             tokens,
@@ -158,7 +158,7 @@ class Compiled(Backend):
         self._patchify(field, table, tokens, True)
 
     def _patchify(self, field, table, tokens, draw):
-        self._module.patchify(
+        self.module.patchify(
             DTYPE_CODES[field.dtype],
             _view(field),
             _view(tokens),
@@ -171,7 +171,7 @@ class Compiled(Backend):
         self, x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out,
         out_table,
     ):  # fmt: skip
-        self._module.resolution_transition(
+        self.module.resolution_transition(
             DTYPE_CODES[x.dtype],
             *x.shape,
             strided(x),
@@ -191,7 +191,7 @@ class Compiled(Backend):
         )
 
     def blend(self, fresh, cached, r, x, gate, blended, out):
-        self._module.blend(
+        self.module.blend(
             DTYPE_CODES[fresh.dtype],
             *fresh.shape,
             _address(fresh),
@@ -206,7 +206,7 @@ class Compiled(Backend):
 
     def blend_backward(self, grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r):
         partial = None if grad_r is None else self._scratch((PARTIALS,), grad.device)
-        self._module.blend_backward(
+        self.module.blend_backward(
             DTYPE_CODES[grad.dtype],
             *grad.shape,
             _address(grad),
@@ -224,7 +224,7 @@ class Compiled(Backend):
     def collapse(self, branches, weights, groups, accumulate, sums):
         first = branches[0]
         width = first.shape[2]
-        self._module.collapse(
+        self.module.collapse(
             DTYPE_CODES[first.dtype],
             DTYPE_CODES[sums.dtype],
             *first.shape,

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_BRANCHES = 64  # of one `gated_residual`, as csrc says
 METRICS = ("std", "l2norm")  # of token_select
 
 

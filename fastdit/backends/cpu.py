@@ -13,7 +13,6 @@ import torch
 from torch import get_num_threads
 
 from fastdit.backends._compiled import DTYPE_CODES, Compiled, load, strided
-from fastdit.errors import ArgumentError
 
 _C, _MISSING = load("_C")
 if _C is None:  # every wheel has it: most likely a checkout, started in, stands before the wheel
@@ -34,34 +33,16 @@ class Cpu(Compiled):
             return f"it runs on the cpu, not on {device.type}"
         if dtype not in DTYPE_CODES:
             return f"it has float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        return None if self._module else _MISSING
+        return None if self.module else _MISSING
 
     def _context(self, x, stored):
         return stored, get_num_threads()
-
-    def gated_residual(self, *arguments):
-        try:
-            super().gated_residual(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def norm_modulate(self, *arguments):
-        try:
-            super().norm_modulate(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def qkv_prologue(self, *arguments):
-        try:
-            super().qkv_prologue(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
 
     attends = True
 
     def sparse_attention(self, q, k, v, scale, out):
         batch, queries, heads, head = q.shape
-        self._module.sparse_attention(
+        self.module.sparse_attention(
             DTYPE_CODES[q.dtype],
             batch,
             queries,
@@ -82,30 +63,12 @@ class Cpu(Compiled):
         return (
             self.supports("sparse_attention", q.device, q.dtype) is None
             and q.dtype is torch.float32
-            and self._module.build_info()["isa"] == "avx512"
+            and self.module.build_info()["isa"] == "avx512"
             and q.shape[1] >= LEAST_QUERIES
             and k.shape[1] >= LEAST_KEYS
             and q.shape[3] <= MOST_HEAD
             and q.shape[0] * q.shape[2] >= get_num_threads()
         )
-
-    def patchify(self, *arguments):
-        try:
-            super().patchify(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def unpatchify(self, *arguments):
-        try:
-            super().unpatchify(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
-
-    def resolution_transition(self, *arguments):
-        try:
-            super().resolution_transition(*arguments)
-        except IndexError as error:
-            raise ArgumentError(str(error)) from None
 
 
 BACKEND = Cpu(_C)

@@ -30,14 +30,14 @@ class Cuda(Compiled):
     def supports(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype not in DTYPE_CODES:
             return f"it has float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        if self._module is None:
+        if self.module is None:
             return f"{_MISSING}; install where nvcc is found"
         if device.type != "cuda":
             return f"it runs on CUDA devices, not on {device.type}"
         return refuse_device(device, CAPABILITY) or self._refuse_build(device)
 
     def _refuse_build(self, device: torch.device) -> str | None:
-        built = self._module.info()["archs"]
+        built = self.module.info()["archs"]
         found = torch.cuda.get_device_capability(device)
         if runs_on(built, found):
             return None

@@ -47,44 +47,44 @@ class Triton(Backend):
             return "it runs on CUDA devices, and on the cpu only with TRITON_INTERPRET=1"
         return f"it runs on CUDA devices, not on {device.type}"
 
-    def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
-        _kernel("gated_residual")(x, branches, gates, fresh, cache, rows, out, weights)
+    @staticmethod
+    @functools.cache
+    def kernel(name: str, file: str | None = None) -> Callable[..., None]:
+        """The launcher `name` of a file of triton_kernels, by default the one of that name."""
+        return getattr(importlib.import_module(f"triton_kernels.{file or name}"), name)
 
-    def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
-    ):
-        _kernel("norm_modulate")(
-            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
-        )
+    def gated_residual(self, *arguments):
+        self.kernel("gated_residual")(*arguments)
 
-    def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
-        _kernel("token_select")(
-            velocity, drops, age, high, starvation, metric, max_age, rows, inverse
-        )
+    def norm_modulate(self, *arguments):
+        self.kernel("norm_modulate")(*arguments)
+
+    def token_select(self, *arguments):
+        self.kernel("token_select")(*arguments)
 
     def token_change(self, *arguments):
-        _kernel("token_change")(*arguments)
+        self.kernel("token_change")(*arguments)
 
     def qkv_prologue(self, *arguments):
-        _kernel("qkv_prologue")(*arguments)
+        self.kernel("qkv_prologue")(*arguments)
 
     def blend(self, *arguments):
-        _kernel("blend")(*arguments)
+        self.kernel("blend")(*arguments)
 
     def blend_backward(self, *arguments):
-        _kernel("blend_backward", "blend")(*arguments)
+        self.kernel("blend_backward", "blend")(*arguments)
 
     def collapse(self, *arguments):
-        _kernel("collapse")(*arguments)
+        self.kernel("collapse")(*arguments)
 
     def patchify(self, field, table, tokens):
-        _kernel("patchify")(field, table, tokens)
+        self.kernel("patchify")(field, table, tokens)
 
     def unpatchify(self, tokens, table, field):
-        _kernel("patchify")(field, table, tokens, draw=True)
+        self.kernel("patchify")(field, table, tokens, draw=True)
 
     def resolution_transition(self, *arguments):
-        _kernel("resolution_transition")(*arguments)
+        self.kernel("resolution_transition")(*arguments)
 
     attends = True
 
@@ -94,7 +94,7 @@ class Triton(Backend):
                 f"backend 'triton' cannot run sparse_attention in torch.float32 with d of {q.shape[3]}: "
                 f"its sums are exact enough up to {FP32_HEAD_DIM}; use another backend, or 16 bits"
             )
-        _kernel("sparse_attention")(q, k, v, scale, out)
+        self.kernel("sparse_attention")(q, k, v, scale, out)
 
     def outruns_torch(self, q: Tensor, k: Tensor) -> bool:
         """At sizes in the table of `triton_kernels/launch.py`."""
@@ -104,11 +104,6 @@ class Triton(Backend):
 
         measured = faster_than_torch(q, k) is not None
         return measured and self.supports("sparse_attention", q.device, q.dtype) is None
-
-
-@functools.cache
-def _kernel(op: str, file: str | None = None) -> Callable[..., None]:
-    return getattr(importlib.import_module(f"triton_kernels.{file or op}"), op)
 
 
 BACKEND = Triton()

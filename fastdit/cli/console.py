@@ -278,7 +278,10 @@ def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> Re
         plan = RunPlan(schedule.steps, schedule, lower(schedule, count.spec))
         true, true_dense = count.macs(plan), count.macs(RunPlan(schedule.steps, None, ()))
         lines += [
-            Fact("counted on", f"{model}, {count.rows} rows of {count.size.image} image tokens"),
+            Fact(
+                "counted on",
+                f"{model}, a batch of {count.batch} with {count.size.image} image tokens",
+            ),
             Fact("linear MACs", f"{macs} of {dense}: {dense / macs:.2f}x fewer"),
             Fact("with attention", f"{true} of {true_dense}: {true_dense / true:.2f}x fewer"),
             Fact(

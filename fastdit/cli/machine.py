@@ -17,7 +17,7 @@ import torch
 from fastdit import ops
 from fastdit.errors import BackendError
 from fastdit.ops.registry import ENVIRONMENT
-from fastdit.patch import OPS
+from fastdit.schedules.plan import OPS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

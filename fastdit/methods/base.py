@@ -21,7 +21,7 @@ from fastdit.spec import ModelSpec
 
 
 class NoiseLevels(Protocol):
-    """The noise levels of runs of any number of steps, see :class:`fastdit.runtime.clock.Levels`."""
+    """The noise levels of runs of any number of steps, see :class:`fastdit.runtime.levels.Levels`."""
 
     def of(self, steps: int) -> list[float]: ...
 

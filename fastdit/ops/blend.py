@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from fastdit.backends.reference import gate_gradient
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 SCHEMA = (
     "blend(Tensor fresh, Tensor cached, Tensor r, Tensor? x, Tensor? gate, Tensor(a!)? blended, "
@@ -43,6 +43,7 @@ BACKWARD_SCHEMA = (
 )
 
 
+@op
 def blend(
     fresh: Tensor,
     cached: Tensor,
@@ -175,10 +176,10 @@ def _check(fresh, cached, r, x, gate, blended, out) -> None:
     read = (("fresh", fresh), ("cached", cached), ("r", r), ("gate", gate))
     if blended is not None:
         checks.operand("blended", blended, shape, dtype, device)
-        _check_written("blended", blended, (*read, ("x", x)))
+        checks.alone("blended", blended, (*read, ("x", x)))
     if out is not None:
         checks.operand("out", out, shape, dtype, device)
-        _check_written("out", out, (*read, ("blended", blended)))
+        checks.alone("out", out, (*read, ("blended", blended)))
         if x is not None:
             checks.disjoint_or_same("out", out, "x", x)
 
@@ -194,17 +195,10 @@ def _check_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_
         checks.operand("fresh", fresh, shape, dtype, device)
         checks.operand("cached", cached, shape, dtype, device)
         checks.scalar("grad_r", grad_r, dtype, device)
-        _check_written("grad_r", grad_r, read)
+        checks.alone("grad_r", grad_r, read)
         read.append(("grad_r", grad_r))
     for name, t in (("grad_fresh", grad_fresh), ("grad_cached", grad_cached)):
         if t is not None:
             checks.operand(name, t, shape, dtype, device)
-            _check_written(name, t, read)
+            checks.alone(name, t, read)
             read.append((name, t))
-
-
-def _check_written(name: str, t: Tensor, read) -> None:
-    checks.written(name, t)
-    for other_name, other in read:
-        if other is not None:
-            checks.disjoint(name, t, other_name, other)

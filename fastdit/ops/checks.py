@@ -7,7 +7,7 @@ worked out afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -217,6 +217,14 @@ def written(name: str, t: Tensor) -> None:
     for size, stride in zip(t.shape, t.stride(), strict=True):
         if size > 1 and stride == 0:
             _refuse(name, f"strides {t.stride()}", "a tensor without expanded dimensions")
+
+
+def alone(name: str, t: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
+    """A tensor that is written must overlap neither itself nor others."""
+    written(name, t)
+    for other_name, other in others:
+        if other is not None:
+            disjoint(name, t, other_name, other)
 
 
 def disjoint(name: str, t: Tensor, other_name: str, other: Tensor) -> None:

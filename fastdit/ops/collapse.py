@@ -29,7 +29,7 @@ from torch import Tensor
 from fastdit.backends.reference import collapsed
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 MAX_SUMS = 4
 PASS = 64  # branches
@@ -40,6 +40,7 @@ SCHEMA = (
 )
 
 
+@op
 def collapse(
     branches: Sequence[Tensor],
     weights: Sequence[Tensor | None],
@@ -140,8 +141,5 @@ def _check(branches, weights, groups, dtype, out) -> None:
 def _check_out(branches, weights, fewest, accepted, out) -> None:
     first = branches[0]
     checks.sums("out", out, fewest, MAX_SUMS, first.shape, accepted, first.device)
-    checks.written("out", out)
-    for i, (branch, by) in enumerate(zip(branches, weights, strict=True)):
-        checks.disjoint("out", out, f"branches[{i}]", branch)
-        if by is not None:
-            checks.disjoint("out", out, f"weights[{i}]", by)
+    read = [(f"branches[{i}]", branch) for i, branch in enumerate(branches)]
+    checks.alone("out", out, (*read, *((f"weights[{i}]", by) for i, by in enumerate(weights))))

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastdit.backends.base import MAX_BRANCHES
 from fastdit.backends.reference import residual_sum
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
-MAX_BRANCHES = 64
 _BRANCHES = tuple(f"branches[{i}]" for i in range(MAX_BRANCHES))  # names for messages, made once
 _GATES = tuple(f"gates[{i}]" for i in range(MAX_BRANCHES))
 
@@ -37,6 +37,7 @@ SCHEMA = (
 )
 
 
+@op
 def gated_residual(
     x: Tensor,
     branches: Sequence[Tensor],

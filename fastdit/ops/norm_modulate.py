@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdit.backends.reference import gather_rows, modulated_norm
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, requires_grad, resolve, traced
 
 # Two schemas, so that tracers know x to be written only where it is.
 SCHEMA = (
@@ -36,6 +36,7 @@ RESIDUAL_SCHEMA = (
 )
 
 
+@op
 def norm_modulate(
     x: Tensor,
     scale: Tensor | None = None,

@@ -23,9 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, refuse_gradients, resolve, traced
 
 PATCHIFY = (
     "patchify(Tensor field, Tensor table, bool channels_last, Tensor(a!) out, str? backend) -> ()"
@@ -36,6 +35,7 @@ UNPATCHIFY = (
 )
 
 
+@op
 def patchify(
     field: Tensor,
     table: Tensor,
@@ -69,7 +69,7 @@ def patchify(
         >>> packed.shape  # [B, gh gw, 4 C]: a token of it is a patch of one pixel
         >>> tokens = patchify(packed.view(B, gh, gw, 1, 1, 4 * C), table)
     """
-    _refuse_gradient("field", field, out)
+    refuse_gradients("field, out", field, out)
     if traced():
         out = _new(field, table) if out is None else out
         torch.ops.fastdit.patchify.default(field, table, channels_last, out, backend)
@@ -81,6 +81,7 @@ def patchify(
     return out
 
 
+@op
 def unpatchify(
     tokens: Tensor,
     table: Tensor,
@@ -109,7 +110,7 @@ def unpatchify(
         >>> field = velocity.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 3, 5, 1)
         >>> unpatchify(projected, table, field, channels_last=True)  # fills velocity
     """
-    _refuse_gradient("tokens", tokens, out)
+    refuse_gradients("tokens, out", tokens, out)
     if traced():
         torch.ops.fastdit.unpatchify.default(tokens, table, channels_last, out, backend)
     else:
@@ -133,7 +134,7 @@ def _patchify(field, table, channels_last, out, backend=None) -> None:
     """Also what torch.ops calls once a trace runs."""
     size = _check(field, table)
     checks.operand("out", out, size, field.dtype, field.device)
-    _check_memory(out, "field", field, table)
+    checks.alone("out", out, (("field", field), ("table", table)))
     patches = in_patches(out, field, channels_last)
     resolve("patchify", field.device, field.dtype, backend)(field, table, patches)
 
@@ -142,7 +143,7 @@ def _unpatchify(tokens, table, channels_last, out, backend=None) -> None:
     """Also what torch.ops calls once a trace runs."""
     size = _check(out, table, "out")
     checks.operand("tokens", tokens, size, out.dtype, out.device)
-    _check_memory(out, "tokens", tokens, table)
+    checks.alone("out", out, (("tokens", tokens), ("table", table)))
     patches = in_patches(tokens, out, channels_last)
     resolve("unpatchify", out.device, out.dtype, backend)(patches, table, out)
 
@@ -156,17 +157,3 @@ def _check(field: Tensor, table: Tensor, name: str = "field") -> tuple[int, int,
     shape = checks.field(name, field)
     count = checks.token_table(table, shape[0], field.device)
     return shape[0], count, shape[3:].numel()
-
-
-def _check_memory(out: Tensor, name: str, read: Tensor, table: Tensor) -> None:
-    checks.written("out", out)
-    checks.disjoint("out", out, name, read)
-    checks.disjoint("out", out, "table", table)
-
-
-def _refuse_gradient(name: str, read: Tensor, written: Tensor | None) -> None:
-    if torch.is_grad_enabled() and requires_grad(read, written):
-        raise ArgumentError(
-            f"{name}, out: got a tensor that requires a gradient; accepted is none (the op writes "
-            "in place: use torch.no_grad())"
-        )

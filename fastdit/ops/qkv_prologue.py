@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, refuse_gradients, resolve, traced
 
 NORMS = (None, "rms", "rms_rounded", "layer")
 AFFINE = ("q_weight", "q_bias", "k_weight", "k_bias")
@@ -43,6 +43,7 @@ SCHEMA = (
 )
 
 
+@op
 def qkv_prologue(
     q: Tensor,
     k: Tensor,
@@ -91,11 +92,7 @@ def qkv_prologue(
         >>> qkv_prologue(*image, q_out, k_cache, v_cache, q_offset=512, kv_offset=512, **table)
     """
     affine = (q_weight, q_bias, k_weight, k_bias)
-    if torch.is_grad_enabled() and requires_grad(q, k, v, q_out, k_cache, v_cache, affine):
-        raise ArgumentError(
-            "q, k, v: got a tensor that requires a gradient; accepted is none (the op writes in "
-            "place: use torch.no_grad())"
-        )
+    refuse_gradients("q, k, v", q, k, v, q_out, k_cache, v_cache, affine)
     stream = (q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset)
     if traced():
         torch.ops.fastdit.qkv_prologue.default(*stream, norm, *affine, eps, cos, sin, backend)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,9 +23,19 @@ from fastdit.backends.base import Backend
 from fastdit.discover import discover
 from fastdit.errors import ArgumentError, BackendError
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 ENVIRONMENT = "FASTDIT_BACKEND"
 LIBRARY = torch.library.Library("fastdit", "DEF")
 BACKENDS: Mapping[str, Backend] = discover(fastdit.backends, "BACKEND")
+#: the public function of each op by its name; a file of this folder adds to it by `@op`
+OPS: dict[str, Callable[..., Any]] = {}
+
+
+def op(function: F) -> F:
+    """Mark the public function of an op, which `bind` and all that goes over the ops then find."""
+    OPS[function.__name__] = function
+    return function
 
 
 def requested_backend(name: str | None = None) -> str | None:
@@ -115,3 +126,12 @@ def requires_grad(*values) -> bool:
         elif isinstance(value, (list, tuple)) and requires_grad(*value):
             return True
     return False
+
+
+def refuse_gradients(names: str, *values) -> None:
+    """Of an op that writes in place only: nothing it is given may require a gradient while grad is enabled."""
+    if torch.is_grad_enabled() and requires_grad(*values):
+        raise ArgumentError(
+            f"{names}: got a tensor that requires a gradient; accepted is none (the op writes in "
+            "place: use torch.no_grad())"
+        )

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, requires_grad, resolve, traced
+from fastdit.ops.registry import define, op, refuse_gradients, resolve, traced
 
 SCHEMA = (
     "resolution_transition(Tensor x, Tensor table, Tensor rows, Tensor noise, float scale, "
@@ -46,6 +46,7 @@ SCHEMA = (
 )
 
 
+@op
 def resolution_transition(
     x: Tensor,
     table: Tensor,
@@ -97,11 +98,7 @@ def resolution_transition(
         >>> x, table = resolution_transition(x, table, coarse, noise, scale=0.218, deviation=0.902,
         ...                                  correlation=0.0177, raster=64)  # 4096, in order
     """
-    if torch.is_grad_enabled() and requires_grad(x, noise, out):
-        raise ArgumentError(
-            "x, noise: got a tensor that requires a gradient; accepted is none (the op writes in "
-            "place: use torch.no_grad())"
-        )
+    refuse_gradients("x, noise", x, noise, out)
     if not isinstance(correlation, (int, float)) or not 0 <= correlation <= 0.25:
         raise ArgumentError(f"correlation: got {correlation!r}; accepted is a number from 0 to 1/4")
     pull = math.sqrt(1 - 4 * correlation) - 1

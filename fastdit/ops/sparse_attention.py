@@ -26,12 +26,13 @@ from torch import Tensor
 from fastdit.backends.base import Backend, attention
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import BACKENDS, choose, define, named, requires_grad, traced
+from fastdit.ops.registry import BACKENDS, choose, define, named, op, requires_grad, traced
 
 HEAD_DIMS = range(1, 257)
 SCHEMA = "sparse_attention(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, str? backend) -> ()"
 
 
+@op
 def sparse_attention(
     q: Tensor,
     k: Tensor,

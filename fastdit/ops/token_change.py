@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, resolve, traced
+from fastdit.ops.registry import define, op, resolve, traced
 
 SCHEMA = (
     "token_change(Tensor velocity, Tensor(a!) last, Tensor(b!) rate, Tensor(c!) level, Tensor levels, "
@@ -35,6 +35,7 @@ SCHEMA = (
 )
 
 
+@op
 def token_change(
     velocity: Tensor,
     last: Tensor,

@@ -34,7 +34,7 @@ from torch import Tensor
 from fastdit.backends.base import METRICS
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, resolve, traced
+from fastdit.ops.registry import define, op, resolve, traced
 
 LARGEST = torch.finfo(torch.float32).max
 SCHEMA = (
@@ -43,6 +43,7 @@ SCHEMA = (
 )
 
 
+@op
 def token_select(
     velocity: Tensor,
     drops: Tensor,

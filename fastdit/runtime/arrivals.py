@@ -1,4 +1,4 @@
-"""What came to a model after it was patched: looked for at each run's first call, and refused by name where a method
+"""What came to a model after it was patched is looked for at each run's first call, and refused by name where a method
 would leave it out or be spoilt by it.
 
 Hooks, LoRA and schedulers are honoured elsewhere; what is refused here needs another `fastdit.patch`, or to go.
@@ -76,7 +76,7 @@ def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], met
 
 
 def _hooked(transformer: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that caches are attached to and that have a hook of diffusers."""
+    """These are the modules that caches are attached to and that have a hook of diffusers."""
     if "_diffusers_hook" in transformer.__dict__:
         yield "the transformer", transformer
     for index, block in enumerate(blocks):

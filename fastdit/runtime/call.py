@@ -1,7 +1,7 @@
-"""One call of the transformer: what it computes, on which tokens, from which caches.
+"""A call of the transformer computes some components, on some tokens, from the caches of its branch.
 
-A :class:`Call` is made before the transformer's forward and gone after it. The rewritten forwards of blocks and other
-modules find it by thread, so calls of other threads, and calls inside a call, have their own.
+It is made before the transformer's forward and gone after it. The rewritten forwards of blocks and other modules find
+it by thread, so calls of other threads, and calls inside a call, have their own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from fastdit.account.cost import Cost
 from fastdit.adapters.base import Size
 from fastdit.blocks import attention
-from fastdit.blocks.forward import Forward, Tokens
+from fastdit.blocks.active import Tokens
+from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
@@ -29,38 +30,19 @@ from fastdit.versions import same, versions
 
 
 class Call:
-    """One call of the transformer of a run.
+    """This is one call of the transformer of a run.
 
     Attributes:
         run, transformer, outer: Its run and model, and the call in this thread that it interrupts, or None.
         arguments: What the adapter reads off the call.
         branch: Its caches.
         layout: Of its tokens, where a method decides it.
-        rows: Of its image tokens [B, K] that pass; None where all do.
+        rows: Indices [B, K] of the image tokens that pass; None where all do.
         forward: What its blocks ask; None before it is prepared, and in a call that runs stock or is forecast.
         forecast: What stands for the model's output; None where the model runs.
         tokens: How many image tokens pass.
         immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
-
-    __slots__ = (
-        "_args",
-        "_kwargs",
-        "_place",
-        "_smaller",
-        "arguments",
-        "branch",
-        "forecast",
-        "forward",
-        "immediate",
-        "layout",
-        "outer",
-        "rows",
-        "run",
-        "tokens",
-        "trace",
-        "transformer",
-    )
 
     def __init__(self, outer: Call | None) -> None:
         self.outer = outer
@@ -73,13 +55,13 @@ class Call:
     def begin(
         self,
         run: Run,
-        place: Any,
+        key: Any,
         transformer: nn.Module,
         arguments: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Choose what this call at `place` of `run` computes.
+        """This chooses what a call of `run` computes, whose branch has this `key`.
 
         Returns:
             The arguments of a call of the active tokens alone; None where all tokens pass.
@@ -87,7 +69,7 @@ class Call:
         patched = run.patched
         adapter = patched.adapter
         self.run, self.transformer, self.arguments = run, transformer, arguments
-        self._place = place
+        self._key = key
         self.trace: Trace | None = None
         self.rows = self.layout = None
         run.patch = adapter.patch(transformer)
@@ -112,7 +94,7 @@ class Call:
         )
         self.trace = self._follow_trace(args, kwargs) if patched.graphs is not None else None
         if self.trace is not None:
-            args, kwargs = self._enter(args, kwargs)
+            args, kwargs = self.trace.enter(self, args, kwargs)
             self.arguments = adapter.call(transformer, args, kwargs)
         self._args, self._kwargs = args, kwargs
         self.prepare()
@@ -125,7 +107,7 @@ class Call:
         return adapter.gather_inputs(transformer, args, kwargs, self.rows)
 
     def prepare(self) -> None:
-        """Choose what the blocks compute, and from what; once more where the call could not be captured."""
+        """This chooses what the blocks compute, and from what; once more where the call could not be captured."""
         run, arguments, trace = self.run, self.arguments, self.trace
         patched = run.patched
         immediate = self.immediate
@@ -147,8 +129,8 @@ class Call:
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
         ahead = None if immediate else self._foresee()
-        if trace is not None and not trace.agrees((self.tokens, collapses, ahead is not None)):
-            run.drop_caches()
+        state = self.tokens, collapses, ahead is not None
+        if trace is not None and not trace.agrees(run, state):
             self.prepare()
             return
         # What has nothing to be forecast from computes.
@@ -168,7 +150,7 @@ class Call:
             compiled=patched.compiled_call(self.transformer, run),
             tokens=self._tokens(count, keeps),
             layouts=patched.adapter.layouts,
-            precision=patched.precision(arguments),
+            precision=patched.precision(arguments.hidden_states.dtype),
             modulations=ahead,
             step=run.step,
             weights=run.forecast_weights if patched.forecasts else None,
@@ -176,11 +158,11 @@ class Call:
         )
 
     def _branch(self) -> Branch:
-        """The caches of this call; dropped when they were made for other shapes, dtypes or embeddings."""
+        """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""
         run, arguments = self.run, self.arguments
-        branch = run.branches.get(self._place)
+        branch = run.branches.get(self._key)
         if branch is None:
-            branch = run.branches[self._place] = Branch()
+            branch = run.branches[self._key] = Branch()
         autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
         stage = run.resolution.index if run.resolution is not None else 0
         signature = (*arguments.signature, autocast, stage)
@@ -202,7 +184,7 @@ class Call:
         return branch
 
     def _tokens(self, count: int, keeps: bool) -> Tokens | None:
-        """What the adapter's own attention needs; None where the stock one runs."""
+        """The adapter's own attention is told of these tokens; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
         if keeps:
@@ -215,9 +197,8 @@ class Call:
         return None
 
     def _fuses_attention(self) -> bool:
-        """Whether the adapter's own attention stands in for the stock one to spare its copies.
-
-        Not where somebody looks into it, changed it, compiled it, or tells it something.
+        """The adapter's own attention stands in for the stock one to spare its copies, unless somebody looks into that
+        one, changed it, compiled it, or tells it something.
         """
         patched = self.run.patched
         adapter = patched.adapter
@@ -233,7 +214,7 @@ class Call:
         )
 
     def _foresee(self) -> Modulations | None:
-        """The modulations of the steps to come; None where it is not known what the model will be given.
+        """These are the modulations of the steps to come; None where it is not known what the model will be given.
 
         The first call of a branch compares the timestep it is given with the one foreseen, later ones only where that
         does not wait for a device. Once a run has gone another way, its steps make their own.
@@ -270,7 +251,7 @@ class Call:
         return branch.modulations
 
     def _check_cache_bytes(self, collapses: bool) -> None:
-        """Refuse a run whose caches will not fit, at its first call of each branch."""
+        """This refuses a run whose caches will not fit, at its first call of each branch."""
         run, arguments = self.run, self.arguments
         patched = run.patched
         most = patched.max_cache_bytes
@@ -279,62 +260,37 @@ class Call:
             return
         run.bytes_checked = (branches, arguments.signature)
         dtype = arguments.hidden_states.dtype
-        kept = patched.precision(arguments) or (dtype,)
-        rows = arguments.hidden_states.shape[0] * branches
+        kept = patched.precision(dtype) or (dtype,)
+        batch = arguments.hidden_states.shape[0] * branches
         size = Size(arguments.tokens, arguments.text)
-        count = Cost(patched.adapter, self.transformer, patched.spec, size, rows, dtype.itemsize)
+        count = Cost(patched.adapter, self.transformer, size, batch, dtype.itemsize)
         plan = run.plan if collapses else replace(run.plan, sums=())
         needed = count.cache_bytes(plan, kept[0].itemsize)
-        needed += 0 if run.tokens is None else count.key_bytes()
+        needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
         if needed > most:
             raise ArgumentError(
                 f"the caches of this run need {needed} bytes ({arguments.tokens} image and {arguments.text} text "
-                f"tokens in {rows} rows), max_cache_bytes is {most}; allow as many, keep them in a lower precision "
-                "(cache_dtype), or draw fewer or smaller images at once"
+                f"tokens in a batch of {batch}), max_cache_bytes is {most}; allow as many, keep them in a lower "
+                "precision (cache_dtype), or draw fewer or smaller images at once"
             )
 
     # ---- replayed runs
 
     def _follow_trace(self, args: Any, kwargs: Any) -> Trace | None:
-        """What captures or replays the run that this call belongs to; None where it is eager."""
+        """The trace captures or replays the run that this call belongs to; None where it is eager."""
         run = self.run
         if run.trace is None:
-            run.trace = self._begin_trace(args, kwargs)
+            run.trace = run.patched.graphs.begin(self, args, kwargs)
         if not isinstance(run.trace, Trace) or run.trace.mode == "left":
             return None
         if self.immediate:
-            run.trace.leave()
-            run.drop_caches()
+            run.trace.leave(run)
             return None
         return run.trace
 
-    def _begin_trace(self, args: Any, kwargs: Any) -> Trace | str:
-        run = self.run
-        why = None
-        if self.immediate:
-            why = "since gradients, autocast or the reference backend are wanted"
-        elif run.steps is None:
-            why = "since nobody says how many steps it has"
-        elif run.plan.reuse is not None and run.plan.reuse.rows:
-            why = "since its schedule is mapped to other noise levels"
-        elif run.patched.forecasts:
-            why = "since its outputs are forecast, by weights that may be others in the next run"
-        key = run.steps, run.first
-        return run.patched.graphs.begin(run.patched, self.transformer, key, args, kwargs, why)
-
-    def _enter(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments as graphs read them; the caches are dropped where the run leaves its recording."""
-        run, arguments = self.run, self.arguments
-        changing = arguments.hidden_states, arguments.timestep
-        place = run.step, run.calls - 1
-        args, kwargs = self.trace.enter(place, args, kwargs, changing, arguments.embeddings)
-        if self.trace.mode == "left":
-            run.drop_caches()
-        return args, kwargs
-
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The transformer's forward, of a graph where there is one."""
+        """This runs the transformer's forward, by a graph where there is one."""
         if self.forecast is not None:
             return self.forecast
         patched, stock = self.run.patched, type(self.transformer).forward
@@ -354,9 +310,8 @@ class Call:
             return stock(self.transformer, *given[0], **given[1])
 
         try:
-            return self.trace.run(compute, self.forward, self.arguments.hidden_states.device)
+            return self.trace.run(compute, self)
         except CaptureError:
-            self.run.drop_caches()
             self.prepare()
             self.run.patched.here.forward = self.forward
             return compute()
@@ -364,7 +319,7 @@ class Call:
     # ---- what modules ask
 
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of a module that embeds patches and adds their positions."""
+        """This computes a module that embeds patches and adds their positions, for the tokens that pass."""
         adapter = self.run.patched.adapter
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape
@@ -375,7 +330,7 @@ class Call:
         return type(module).forward(module, *args, **kwargs)
 
     def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The output of a module that depends on the prompt alone: computed once a run, exactly.
+        """A module that depends on the prompt alone is computed once a run, exactly.
 
         A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
         """
@@ -389,7 +344,7 @@ class Call:
     # ---- after the transformer's forward
 
     def finish(self, output: Any) -> Any:
-        """Note what was done, and give the velocities of all tokens.
+        """This notes what was done, and gives the velocities of all tokens.
 
         Returns:
             The output in place of the transformer's; None to leave that.
@@ -427,7 +382,7 @@ class Call:
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:
-    """The transformer's output with another sample."""
+    """This is the transformer's output with another sample."""
     if isinstance(output, tuple):
         return (sample, *output[1:])
     output.sample = sample

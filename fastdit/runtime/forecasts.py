@@ -18,7 +18,7 @@ from fastdit.errors import UnsupportedModelError
 
 
 class Outputs:
-    """The last outputs of the model in one guidance branch.
+    """These are the last outputs of the model in one guidance branch.
 
     Attributes:
         nodes: Their tensors, and other parts, laid flat.
@@ -29,7 +29,7 @@ class Outputs:
         self._shape: Any = None
 
     def add(self, step: int, output: Any, levels: Sequence[float], order: int) -> None:
-        """Keep what the model gave at a step, and of what there is only what forecasts of `order` are drawn through.
+        """This keeps what the model gave at a step, and what forecasts of `order` are drawn through, no more.
 
         Raises:
             UnsupportedModelError: It holds no tensors.

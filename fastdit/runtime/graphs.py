@@ -1,25 +1,23 @@
-"""Whole runs as CUDA graphs: one for each transformer call, replayed in the order of their capture.
+"""Whole runs become CUDA graphs: one for each transformer call, replayed in the order of their capture.
 
 Where a step is short, a GPU waits for Python; a replay is one launch. What a static plan does at each step is known
 before the run, so every call of it is a graph of its own: which components run, where their outputs are kept, the
-modulations made ahead. The first run of a kind is eager and warms up what may not happen while capturing, the second is
-captured and replayed call by call, later ones are replayed.
+modulations made ahead. Runs that do the same with arguments of the same shapes have one signature. The first run of a
+signature is eager and warms up what may not happen while capturing, the second is captured and replayed call by call,
+later ones are replayed.
 
-The graphs of one kind of run share a memory pool. A slot lives there from the call that makes it to the last one that
+The graphs of one signature share a memory pool. A slot lives there from the call that makes it to the last one that
 reads it, as in the run that was captured, and other calls' intermediates lie around it. That holds only in the same
 order from the first call on: a run that leaves it (a prompt swapped on the way) drops its caches and goes on eagerly.
-It holds for one run at a time, too: a recording is leased, and another run of its kind meanwhile is eager. Kinds have
-pools of their own, so that runs of two of them may go on at once.
+It holds for one run at a time, too: a recording is leased, and another run of its signature meanwhile is eager.
+Signatures have pools of their own, so that runs of two of them may go on at once.
 
 What comes from outside is copied to where the graphs read it: arguments, the rows of active tokens, timesteps. Weights
-are read where they lie, so a run whose weights or settings are elsewhere than before is another kind of run.
+are read where they lie, so a run whose weights or settings are elsewhere than before has another signature.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -27,62 +25,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastdit.observe import observed
+from fastdit.runtime import capture
+from fastdit.runtime.capture import Replay, described, fingerprint, why_eager
 
-#: kinds of run that are kept: sizes, batches, numbers of steps
-KINDS = 8
-_CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
-
-Replay = Callable[[], None]
-
-#: two captures at once would each see the other's allocations
-_capturing = threading.Lock()
-
-
-class CudaCapture:
-    """Captures what a function launches, on one stream, into one memory pool."""
-
-    def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None
-        self._pool: Any = None
-
-    @staticmethod
-    def serves(device: torch.device) -> bool:
-        """Whether it can capture there."""
-        return device.type == "cuda"
-
-    def __call__(self, compute: Callable[[], Any], device: torch.device) -> tuple[Replay, Any]:
-        """(what runs it, what `compute` returned, to be filled by a replay)."""
-        with _capturing, torch.cuda.device(device):
-            if self._stream is None:
-                gc.collect()  # a graph that is destroyed meanwhile would break the capture
-                self._stream = torch.cuda.Stream()
-                self._pool = torch.cuda.graph_pool_handle()
-            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    output = compute()
-                except BaseException:
-                    _abandon(graph)
-                    raise
-                graph.capture_end()
-            current.wait_stream(self._stream)
-        return graph.replay, output
-
-
-def _abandon(graph: torch.cuda.CUDAGraph) -> None:
-    """End a capture that failed, whatever the driver says of it."""
-    with contextlib.suppress(RuntimeError):
-        graph.capture_end()
+#: recordings that are kept: one for each signature of size, batch, number of steps
+MAX_RECORDINGS = 8
 
 
 class Inputs:
-    """Where the graphs of one place in a step read its arguments, and what was last copied there."""
+    """The graphs of one call within a step read its arguments here."""
 
     def __init__(self, leaves: Sequence[Any]) -> None:
         with torch.inference_mode(False):  # written to in whatever mode a later run has
@@ -92,11 +46,11 @@ class Inputs:
         self.forget()
 
     def forget(self) -> None:
-        """A new run: whatever is given is copied."""
+        """A new run begins: whatever is given is copied."""
         self._sources: list[tuple[Any, int]] = [(None, 0)] * len(self.buffers)
 
     def fill(self, leaves: Sequence[Any], changing: Sequence[Any], kept: Sequence[Any]) -> bool:
-        """Copy what is new; whether one of `kept`, which caches depend on, is another than before in this run.
+        """What is new is copied, and this tells whether one of `kept`, which caches depend on, is so in this run.
 
         One of `changing` is always copied. A tensor that is the same object, unwritten since, is not, nor one of `kept`
         in new memory that is equal, which waits for the device as it does without graphs.
@@ -121,10 +75,10 @@ class Inputs:
 
 @dataclass
 class RecordedCall:
-    """One transformer call of a recording.
+    """This is one transformer call of a recording.
 
     Attributes:
-        place: (step, call within it).
+        index: (step, call within it).
         given: What its arguments look like.
         renewed: Whether it was given other embeddings than the step before.
         state: What was decided about it outside its graph.
@@ -134,7 +88,7 @@ class RecordedCall:
         computed, reused: Components.
     """
 
-    place: tuple[int, int]
+    index: tuple[int, int]
     given: Any
     renewed: bool
     state: Any = None
@@ -147,7 +101,7 @@ class RecordedCall:
 
 @dataclass
 class Recording:
-    """One kind of run.
+    """A recording has the calls of the runs of one signature.
 
     Attributes:
         capture: What captures its calls, into a pool of its own.
@@ -166,7 +120,7 @@ class Recording:
     _lease: dict[str, weakref.ref[Trace]] = field(default_factory=dict)
 
     def lease(self, trace: Trace) -> bool:
-        """Give it to the one run that may warm it up, capture or replay it; False where another has it."""
+        """The recording goes to the one run that may warm it up, capture or replay it; False where another has it."""
         mine = weakref.ref(trace)
         found = self._lease.setdefault("to", mine)
         if found() is None:  # a loop was given up in its midst
@@ -177,7 +131,7 @@ class Recording:
         return found() is trace
 
     def is_leased_to(self, trace: Trace) -> bool:
-        """Whether it is this run that has it."""
+        """This tells whether it is this run that has it."""
         found = self._lease.get("to")
         return found is not None and found() is trace
 
@@ -187,13 +141,13 @@ class Recording:
 
     @property
     def mode(self) -> str:
-        """What the next run of this kind does."""
+        """The next run is warming up, captured or replayed."""
         if self.ready:
             return "replayed"
         return "warming up" if self.length is None else "captured"
 
     def clear(self) -> None:
-        """Begin anew."""
+        """The recording begins anew."""
         self.calls.clear()
         self.inputs.clear()
         self.held.clear()
@@ -201,45 +155,36 @@ class Recording:
 
 
 class Graphs:
-    """The recordings of a patched model."""
+    """A patched model has recordings, and tells once why a run has none."""
 
     def __init__(self) -> None:
         self.failure: str | None = None
-        self._recordings: dict[Any, Recording] = {}
+        self.recordings: dict[Any, Recording] = {}
         self._told: set[str] = set()
 
-    def begin(
-        self,
-        patched: Any,
-        transformer: nn.Module,
-        key: Any,
-        args: Any,
-        kwargs: Any,
-        why: str | None = None,
-    ) -> Trace | str:
-        """Follow a run from its first call on; or why it is eager, beside a reason `why` that the caller has.
-
-        Args:
-            key: What the run does, beside its arguments.
-        """
-        leaves, spec = tree_flatten((args, kwargs))
-        why = why or self.failure or _why_eager(patched, transformer, leaves)
+    def begin(self, call: Any, args: Any, kwargs: Any) -> Trace | str:
+        """A run is followed from its first `call` on; or this says why it is eager."""
+        run, (leaves, spec) = call.run, tree_flatten((args, kwargs))
+        why = self.failure or why_eager(call, leaves)
         if why is not None:
             if why not in self._told:
                 self._told.add(why)
                 warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
             return why
-        key = key, described(leaves, spec), fingerprint(transformer)
-        recording = self._recordings.pop(key, None) or Recording(CudaCapture())
-        recording = self._recordings.setdefault(key, recording)  # the last used is the last
-        for other in list(self._recordings)[:-KINDS]:
-            self._recordings.pop(other, None)
+        given = described(leaves, spec)
+        signature = run.steps, run.first, given, fingerprint(call.transformer)
+        recording = self.recordings.pop(signature, None) or Recording(capture.CudaCapture())
+        recording = self.recordings.setdefault(signature, recording)  # the last used is the last
+        for other in list(self.recordings)[:-MAX_RECORDINGS]:
+            self.recordings.pop(other, None)
         trace = Trace(self, recording)
-        return trace if recording.lease(trace) else "since another run of its kind is in progress"
+        return (
+            trace if recording.lease(trace) else "since another run of its signature is in progress"
+        )
 
 
 class Trace:
-    """One run that warms up, is captured, or is replayed.
+    """A trace is one run that warms up, is captured, or is replayed.
 
     Attributes:
         mode: "warming up", "captured" or "replayed"; "left" once it has gone another way and runs eagerly.
@@ -257,44 +202,40 @@ class Trace:
 
     @property
     def substitutes(self) -> bool:
-        """Whether the transformer is given tensors that stay where they are."""
+        """This tells whether the transformer is given tensors that stay where they are."""
         return self.mode in ("captured", "replayed")
 
-    def enter(
-        self,
-        place: tuple[int, int],
-        args: Any,
-        kwargs: Any,
-        changing: Sequence[Any],
-        kept: Sequence[Any],
-    ) -> tuple[Any, Any]:
-        """The arguments of the call at `place`, copied to where graphs read them; `mode` may be "left" after it."""
+    def enter(self, call: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """This copies a call's arguments to where graphs read them; `mode` may be "left" after it."""
         self._count += 1
         if not self.substitutes:
             return args, kwargs
         leaves, spec = tree_flatten((args, kwargs))
         recording, given = self._recording, described(leaves, spec)
+        run, arguments = call.run, call.arguments
+        index = run.step, run.calls - 1
         known = recording.calls[self._count - 1] if self._count <= len(recording.calls) else None
         if self.mode == "replayed" and (
-            known is None or known.place != place or known.given != given
+            known is None or known.index != index or known.given != given
         ):
-            self.leave()
+            self.leave(run)
             return args, kwargs
-        inputs = recording.inputs.get((place[1], given))
+        inputs = recording.inputs.get((index[1], given))
         if inputs is None:
-            inputs = recording.inputs[place[1], given] = Inputs(leaves)
-        renewed = inputs.fill(leaves, changing, kept)
+            inputs = recording.inputs[index[1], given] = Inputs(leaves)
+        changing = arguments.hidden_states, arguments.timestep
+        renewed = inputs.fill(leaves, changing, arguments.embeddings)
         if self.mode == "replayed":
             if known.renewed != renewed:
-                self.leave()
+                self.leave(run)
                 return args, kwargs
             self._call = known
         else:
-            self._call = RecordedCall(place, given, renewed)
+            self._call = RecordedCall(index, given, renewed)
         return tree_unflatten(inputs.buffers, spec)
 
     def hold(self, name: Any, value: Tensor) -> Tensor:
-        """A tensor made outside of the graphs, copied to where they read it."""
+        """This copies a tensor made outside of the graphs to where they read it."""
         if not self.substitutes:
             return value
         key = name, tuple(value.shape), value.dtype
@@ -305,47 +246,50 @@ class Trace:
         held[key].copy_(value)
         return held[key]
 
-    def agrees(self, state: Any) -> bool:
-        """Whether what was decided about this call is what was captured; else the run is left."""
+    def agrees(self, run: Any, state: Any) -> bool:
+        """What was decided about this call must be what was captured; else the run is left, and this says so."""
         if self.mode == "captured":
             self._call.state = state
         elif self.mode == "replayed" and self._call.state != state:
-            self.leave()
+            self.leave(run)
             return False
         return True
 
-    def leave(self) -> None:
-        """The run goes another way than the one that was captured, or cannot be captured."""
+    def leave(self, run: Any) -> None:
+        """The run goes another way than the one that was captured, or cannot be captured. Its caches go."""
         self.mode = "left"
         self._recording.clear()
         self._recording.give_back()
+        run.drop_caches()
 
-    def run(self, compute: Callable[[], Any], forward: Any, device: torch.device) -> Any:
-        """The transformer's output, of a graph where there is one.
+    def run(self, compute: Callable[[], Any], call: Any) -> Any:
+        """This gives the transformer's output, of a graph where there is one.
 
         Raises:
-            CaptureError: What `compute` does cannot be captured; its caches are as a failed call left them.
+            CaptureError: What `compute` does cannot be captured.
         """
-        call = self._call
+        own, forward = self._call, call.forward
         if self.mode == "captured":
             try:
-                call.replay, output = self._recording.capture(compute, device)
+                device = call.arguments.hidden_states.device
+                own.replay, output = self._recording.capture(compute, device)
             except Exception as error:
-                self._graphs.failure = f"a call could not be captured: {_first_line(error)}"
-                self.leave()
+                line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                self._graphs.failure = f"a call could not be captured: {line}"
+                self.leave(call.run)
                 raise CaptureError from error
-            call.sample, call.rebuild = _parts(output)
-            call.computed, call.reused = forward.computed, forward.reused
-            self._recording.calls.append(call)
+            own.sample, own.rebuild = _parts(output)
+            own.computed, own.reused = forward.computed, forward.reused
+            self._recording.calls.append(own)
         elif self.mode == "replayed":
-            forward.take_counts(call.computed, call.reused)
+            forward.take_counts(own.computed, own.reused)
         else:
             return compute()
-        call.replay()
-        return call.rebuild(call.sample.clone())  # the next call may lie there
+        own.replay()
+        return own.rebuild(own.sample.clone())  # the next call may lie there
 
     def end(self, peak_bytes: int) -> int:
-        """The run is over, or was broken off; the most bytes that its caches held."""
+        """The run is over, or was broken off; this gives the most bytes that its caches held."""
         recording = self._recording
         if not recording.is_leased_to(self):
             return peak_bytes
@@ -363,71 +307,11 @@ class Trace:
 
 
 class CaptureError(Exception):
-    """A call that cannot be captured; it is to be done again without."""
-
-
-def described(leaves: Sequence[Any], spec: Any) -> Any:
-    """What decides which graph arguments are for: their structure, shapes, dtypes and constants."""
-    return (
-        repr(spec),
-        tuple(
-            (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
-            for leaf in leaves
-        ),
-    )
-
-
-def fingerprint(transformer: nn.Module) -> int:
-    """Of where weights lie and how modules are set: what a graph holds fixed."""
-    found: list[Any] = []
-    for module in transformer.modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        found += [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        processor = getattr(module, "processor", None)
-        found += [*_settings(module), id(processor)]
-        if processor is not None:
-            found += _settings(processor)
-    return hash(tuple(found))
-
-
-def _settings(thing: Any) -> list[Any]:
-    """Its attributes that are plain values, or lists of them."""
-    values = getattr(thing, "__dict__", {}).values()
-    lists = (tuple(value) for value in values if isinstance(value, (list, tuple)))
-    return [value for value in values if isinstance(value, _CONSTANTS)] + [
-        value for value in lists if all(isinstance(part, _CONSTANTS) for part in value)
-    ]
-
-
-def _why_eager(patched: Any, transformer: nn.Module, leaves: Sequence[Any]) -> str | None:
-    """Why a run cannot be replayed; None where it can."""
-    device = transformer.device
-    if not CudaCapture.serves(device):
-        return f"since the transformer is on {device.type}"
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            if leaf.device != device:
-                return f"since it is given a tensor on {leaf.device.type}"
-        elif not isinstance(leaf, _CONSTANTS):
-            return f"since it is given a {type(leaf).__name__}"
-    hooks = (*transformer._forward_hooks.values(), *transformer._forward_pre_hooks.values())
-    if any(getattr(hook, "__self__", None) is not patched for hook in hooks):
-        return "since somebody else's hooks are on the transformer"
-    for name, module in transformer.named_modules():
-        if hasattr(module, "base_layer"):
-            return f"since {name} carries an adapter whose scale may change"
-        if module is not transformer and observed(module):
-            return f"since hooks are on {name}"
-        if module._compiled_call_impl is not None:
-            return f"since {name or 'the transformer'} is compiled"
-    registry = transformer.__dict__.get("_diffusers_hook")
-    if "_old_forward" in transformer.__dict__ or (registry is not None and registry.hooks):
-        return "since offloading or caching hooks are on the transformer"
-    return None
+    """A call cannot be captured, and is to be done again without."""
 
 
 def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """An output's sample, and what makes such an output of another sample."""
+    """This gives an output's sample, and what makes such an output of another sample."""
     if isinstance(output, tuple):
         return output[0], lambda sample: (sample, *output[1:])
     return output.sample, lambda sample: type(output)(sample=sample)
@@ -435,7 +319,3 @@ def _parts(output: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
 
 def _among(tensor: Tensor, tensors: Sequence[Any]) -> bool:
     return any(tensor is other for other in tensors)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

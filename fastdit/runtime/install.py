@@ -1,4 +1,4 @@
-"""Put a rewritten forward into a module instance, below every hook, and take it out again.
+"""A rewritten forward goes into a module instance, below every hook, and out again.
 
 Classes are never touched. diffusers' hook registry and accelerate both keep the forward they found when they were
 attached; the rewritten one goes where that reference is, so hooks stay outside whether they came before or after.
@@ -23,12 +23,12 @@ LINK = "_fastdit"
 
 
 def check_installable(module: nn.Module) -> None:
-    """Refuse a module whose innermost forward is neither its class's nor ours.
+    """This refuses a module whose innermost forward is neither its class's nor ours.
 
     Raises:
         UnsupportedModelError: Somebody else has replaced the instance's forward.
     """
-    if not is_installed(module) and _stock_place(module) is None and "forward" in module.__dict__:
+    if not is_installed(module) and _stock_holder(module) is None and "forward" in module.__dict__:
         replaced = module.__dict__["forward"]
         raise UnsupportedModelError(
             f"the forward of this {type(module).__name__} was replaced on the instance by "
@@ -36,73 +36,57 @@ def check_installable(module: nn.Module) -> None:
         )
 
 
-def install(module: nn.Module, link: Any, compiles: bool = False) -> None:
-    """Replace the innermost forward of `module` by one that calls ``link(module, *args, **kwargs)``.
+def install(module: nn.Module, link: Any) -> None:
+    """The innermost forward of `module` becomes one that calls ``link(module, *args, **kwargs)``.
 
-    One that `compiles` is the class's own where torch's compiler traces it; others stay eager.
+    Of a link that `compiles` it is the class's own where torch's compiler traces it; others stay eager.
     :func:`check_installable` must have passed, and nothing of ours be installed.
     """
-    owner, key = _stock_place(module) or (module.__dict__, "forward")
+    holder, key = _stock_holder(module) or (module.__dict__, "forward")
     module.__dict__[LINK] = link
-    _set(owner, key, types.MethodType(_rewritten(type(module), compiles), module))
+    rewritten = _rewritten(type(module), getattr(link, "compiles", False))
+    holder[key] = types.MethodType(rewritten, module)
 
 
 def uninstall(module: nn.Module) -> None:
-    """Undo :func:`install`, wherever our forward sits now. Does nothing on a module that has none."""
-    for owner, key in _places(module):
-        if hasattr(_function(_get(owner, key)), _MARK):
-            if owner is module.__dict__ and key == "forward":
-                del owner[key]
+    """This undoes :func:`install`, wherever our forward is now. It does nothing on a module that has none."""
+    for holder, key in _holders(module):
+        if hasattr(_function(holder, key), _MARK):
+            if holder is module.__dict__ and key == "forward":
+                del holder[key]
             else:
-                _set(owner, key, types.MethodType(type(module).forward, module))
+                holder[key] = types.MethodType(type(module).forward, module)
     module.__dict__.pop(LINK, None)
 
 
 def is_installed(module: nn.Module) -> bool:
-    """Whether :func:`install` is in effect on the module."""
-    return any(hasattr(_function(_get(owner, key)), _MARK) for owner, key in _places(module))
+    """This tells whether :func:`install` is in effect on the module."""
+    return any(hasattr(_function(*holder), _MARK) for holder in _holders(module))
 
 
-def _stock_place(module: nn.Module) -> tuple[Any, str] | None:
-    """Where hooks keep the class's own forward, if they do."""
+def _stock_holder(module: nn.Module) -> tuple[dict[str, Any], str] | None:
+    """This finds where hooks keep the class's own forward, if they do."""
     stock = type(module).forward
-    return next(
-        (place for place in _places(module) if _function(_get(*place)) is stock),
-        None,
-    )
+    return next((holder for holder in _holders(module) if _function(*holder) is stock), None)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[Any, str]]:
-    for reference in _hook_references(module):
-        yield reference, "original_forward"
-        yield reference, "forward"
+def _holders(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """The module's forward is in one of these dicts, under this key, or under several."""
+    registry = module.__dict__.get("_diffusers_hook")
+    for reference in () if registry is None else registry._fn_refs:
+        yield vars(reference), "original_forward"
+        yield vars(reference), "forward"
     yield module.__dict__, "_old_forward"
     yield module.__dict__, "forward"
 
 
-def _hook_references(module: nn.Module) -> list[Any]:
-    registry = module.__dict__.get("_diffusers_hook")
-    return list(registry._fn_refs) if registry is not None else []
-
-
-def _function(method: Any) -> Any:
-    return getattr(method, "__func__", None)
-
-
-def _get(owner: Any, key: str) -> Any:
-    return owner.get(key) if isinstance(owner, dict) else getattr(owner, key)
-
-
-def _set(owner: Any, key: str, value: Any) -> None:
-    if isinstance(owner, dict):
-        owner[key] = value
-    else:
-        setattr(owner, key, value)
+def _function(holder: dict[str, Any], key: str) -> Any:
+    return getattr(holder.get(key), "__func__", None)
 
 
 @functools.cache
 def _rewritten(cls: type[nn.Module], compiles: bool) -> Callable:
-    """The dispatcher for blocks of class `cls`; it shows the signature of the forward it stands for."""
+    """This makes the dispatcher for blocks of class `cls`, with the signature of the forward it stands for."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if compiles and torch.compiler.is_compiling():

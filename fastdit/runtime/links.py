@@ -1,10 +1,12 @@
-"""What the rewritten forwards of a patched model call; a deep copy of the model gets links to its own patch.
+"""The rewritten forwards of a patched model call these links; a deep copy of the model gets links to its own patch.
 
 Each finds the call in progress in its thread. Outside of one, and in one that is stock, the module's own forward runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,28 +16,17 @@ if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
 
 
-class Link:
-    """Base of all: knows the patched model."""
+@dataclass(eq=False, repr=False)
+class BlockLink:
+    """The adapter's forward stands for a block's.
 
-    __slots__ = ("patched",)
-
-    def __init__(self, patched: Patched) -> None:
-        self.patched = patched
-
-
-class BlockLink(Link):
-    """Of a block.
-
-    Stock too where gradients are wanted and no plan acts: another order of the same operations would accumulate them in
-    another order.
+    The block is stock too where gradients are wanted and no plan acts: another order of the same operations would
+    accumulate them in another order.
     """
 
-    __slots__ = ("index", "kind")
-
-    def __init__(self, patched: Patched, kind: str, index: int) -> None:
-        super().__init__(patched)
-        self.kind = kind
-        self.index = index
+    patched: Patched
+    kind: str
+    index: int
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         patched = self.patched
@@ -53,15 +44,13 @@ class BlockLink(Link):
         return adapter.forwards[self.kind](module, forward, *args, **kwargs)
 
 
-class ComponentLink(Link):
-    """Of a component that was wrapped as it is."""
+@dataclass(eq=False, repr=False)
+class ComponentLink:
+    """A component that is wrapped as it is runs only where the plan says so."""
 
-    __slots__ = ("index", "name")
-
-    def __init__(self, patched: Patched, index: int, name: str) -> None:
-        super().__init__(patched)
-        self.index = index
-        self.name = name
+    patched: Patched
+    index: int
+    name: str
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         def compute() -> Any:
@@ -73,22 +62,11 @@ class ComponentLink(Link):
         return forward.component(self.name, compute)
 
 
-class EmbedLink(Link):
-    """Of a module that embeds patches, or their positions."""
+@dataclass(eq=False, repr=False)
+class ConditionLink:
+    """The module that embeds timestep and prompt for all adaLN layers is left out where these were made ahead."""
 
-    __slots__ = ()
-
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = self.patched.here.call
-        if call is None or call.run is None:
-            return type(module).forward(module, *args, **kwargs)
-        return call.embed(module, *args, **kwargs)
-
-
-class ConditionLink(Link):
-    """Of the module that embeds timestep and prompt for all adaLN layers."""
-
-    __slots__ = ()
+    patched: Patched
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward = self.patched.here.forward
@@ -97,25 +75,21 @@ class ConditionLink(Link):
         return type(module).forward(module, *args, **kwargs) if found is None else found
 
 
-class PromptLink(Link):
-    """Of a projection of the prompt."""
+@dataclass(eq=False, repr=False)
+class CallLink:
+    """A method of the call in progress computes the module.
 
-    __slots__ = ()
+    Attributes:
+        method: Gets it of the call.
+        compiles: Torch's compiler traces the module's own forward.
+    """
 
-    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = self.patched.here.call
-        if call is None or call.forward is None:
-            return type(module).forward(module, *args, **kwargs)
-        return call.project_prompt(module, *args, **kwargs)
-
-
-class LinearLink(Link):
-    """Of a block's linear layer, whose weights are kept packed."""
-
-    __slots__ = ()
+    patched: Patched
+    method: Callable[[Any], Callable[..., Any]]
+    compiles: bool = False
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self.patched.here.call
         if call is None or call.forward is None:
             return type(module).forward(module, *args, **kwargs)
-        return call.run.packed.linear(module, *args, **kwargs)
+        return self.method(call)(module, *args, **kwargs)

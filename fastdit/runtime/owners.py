@@ -1,4 +1,4 @@
-"""Whose call is this: which call of which pipeline, or which thread's or task's own loop.
+"""A transformer call has an owner: a call of a pipeline, or a thread's or task's own loop.
 
 A pipeline's `__call__` runs in one thread from beginning to end, so the calls under way in a thread lie on a stack. The
 nearest `__call__` among a transformer call's callers whose `self` holds the transformer names the pipeline; modular
@@ -6,7 +6,7 @@ pipelines are named by an argument `components` of their blocks. A patched pipel
 enclosed (`pipelines.py`): its calls say where they begin and end. One that is met for the first time is followed from
 within, by an object in its frame that dies with it.
 
-A loop without a pipeline belongs to its :class:`Place`: a thread, or one task of an event loop. Tasks inherit the
+A loop without a pipeline belongs to its :class:`Worker`: a thread, or one task of an event loop. Tasks inherit the
 context of the task that made them, but not its runs.
 """
 
@@ -17,6 +17,7 @@ import inspect
 import itertools
 import sys
 import threading
+import traceback
 import weakref
 from contextvars import ContextVar
 from types import FrameType
@@ -26,44 +27,43 @@ from torch import nn
 
 from fastdit.runtime.install import LINK
 
-_number = itertools.count().__next__
+#: calls and loops are numbered in the order in which they begin
+number = itertools.count().__next__
 #: where a pipeline keeps the models whose patches follow it
 _TRANSFORMERS = ("transformer", "transformer_2")
 #: what lies between a call of a module and its hooks
 _MACHINERY = ("torch.", "fastdit.runtime.", "accelerate.", "diffusers.hooks.")
 #: a name that no code can have
-_TOKEN = "\0fastdit"
+_SENTINEL = "\0fastdit"
 
 
 class PipelineCall:
-    """A call of a pipeline that is under way.
+    """This is a call of a pipeline that is under way.
 
     Attributes:
         pipeline: Whose.
         frame: id of the frame of its `__call__`, which lives as long; 0 before it was seen.
         runs: Patched model -> its run; None where it runs stock.
-        born: Its place in the order in which calls and loops began.
-        live: False once it is over.
+        born: Its number in the order in which calls and loops began.
+        over: Whether it has ended.
     """
-
-    __slots__ = ("__weakref__", "_stack", "born", "followed", "frame", "live", "pipeline", "runs")
 
     def __init__(self, pipeline: Any, frame: int = 0) -> None:
         self.pipeline = pipeline
         self.frame = frame
         self.followed = bool(frame)
         self.runs: dict[Any, Any] = {}
-        self.born = _number()
-        self.live = True
-        self._stack = _thread.calls
+        self.born = number()
+        self.over = False
+        self._stack = thread.calls
 
     def begin(self) -> None:
-        """It is under way in this thread."""
+        """The call is under way in this thread from now on."""
         self._stack.append(self)
 
     def end(self) -> None:
-        """It has returned, or was broken off: so are its runs. What was broken off here is made up."""
-        self.live = False
+        """The call has returned, or was broken off: so are its runs. A second time makes up what the first left."""
+        self.over = True
         if self in self._stack:
             self._stack.remove(self)
         while self.runs:
@@ -74,28 +74,23 @@ class PipelineCall:
 
 
 class _Thread(threading.local):
+    """The calls of pipelines that are under way in a thread are its own, outermost first."""
+
     def __init__(self) -> None:
         self.calls: list[PipelineCall] = []
 
 
-_thread = _Thread()
+thread = _Thread()
 
 
-class _Token:
-    """Lives in the frame of a pipeline's `__call__`."""
-
-    __slots__ = ("__weakref__",)
-
-
-def calls() -> list[PipelineCall]:
-    """The calls of pipelines that are under way in this thread, outermost first."""
-    return _thread.calls
+class _Sentinel:
+    """A sentinel lives in the frame of a pipeline's `__call__`, and dies with it."""
 
 
 def calling(patched: Any, depth: int = 2) -> tuple[PipelineCall | None, FrameType | None]:
-    """The call of a pipeline that a call of `patched`'s transformer belongs to, and the frame in which it is made."""
+    """This finds the pipeline's call that makes a call of `patched`'s transformer, and the frame that makes it."""
     frame: FrameType | None = sys._getframe(depth)
-    under_way = _thread.calls
+    under_way = thread.calls
     if under_way and under_way[-1].followed:
         _prune()
     top = under_way[-1] if under_way else None
@@ -112,23 +107,21 @@ def calling(patched: Any, depth: int = 2) -> tuple[PipelineCall | None, FrameTyp
 
 
 def setting(scheduler: Any, depth: int = 2) -> PipelineCall | None:
-    """The call of a pipeline that is setting the timesteps of its `scheduler`."""
-    frame: FrameType | None = sys._getframe(depth)
-    if _thread.calls and _thread.calls[-1].followed:
+    """This finds the pipeline's call that is setting the timesteps of its `scheduler`."""
+    if thread.calls and thread.calls[-1].followed:
         _prune()
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(sys._getframe(depth)):
         if frame.f_code.co_name == "__call__":
             pipeline = _named_by(
                 frame, lambda found: getattr(found, "scheduler", None) is scheduler
             )
             if pipeline is not None:
                 return _call_of(pipeline, frame)
-        frame = frame.f_back
     return None
 
 
 def caller(depth: int = 1) -> Any:
-    """Where in the user's own code a module is called, for what runs in its hooks."""
+    """This tells a module's hooks where in the user's own code the module is called."""
     frame: FrameType | None = sys._getframe(depth)
     while frame is not None and frame.f_globals.get("__name__", "").startswith(_MACHINERY):
         frame = frame.f_back
@@ -136,18 +129,16 @@ def caller(depth: int = 1) -> Any:
 
 
 def is_inside(transformer: nn.Module) -> bool:
-    """Whether the caller runs inside the transformer's forward."""
+    """This tells whether the caller runs inside the transformer's forward."""
     forward = inspect.unwrap(type(transformer).forward).__code__
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code is forward and frame.f_locals.get("self") is transformer:
-            return True
-        frame = frame.f_back
-    return False
+    return any(
+        frame.f_code is forward and frame.f_locals.get("self") is transformer
+        for frame, _ in traceback.walk_stack(sys._getframe(2))
+    )
 
 
 def holds(pipeline: Any, patched: Any) -> bool:
-    """Whether `patched` is of one of the pipeline's transformers."""
+    """This tells whether `patched` is of one of the pipeline's transformers."""
     for name in _TRANSFORMERS:
         model = getattr(pipeline, name, None)
         model = getattr(model, "_orig_mod", model)
@@ -157,7 +148,7 @@ def holds(pipeline: Any, patched: Any) -> bool:
 
 
 def _named_by(frame: FrameType, fits: Any) -> Any:
-    """The pipeline that a frame names as `self` or `components`, if it `fits`."""
+    """This gives the pipeline that a frame names as `self` or `components`, if it `fits`."""
     values = frame.f_locals
     for name in ("self", "components"):
         found = values.get(name)
@@ -172,41 +163,38 @@ def _named_by(frame: FrameType, fits: Any) -> Any:
 
 
 def _call_of(pipeline: Any, frame: FrameType) -> PipelineCall:
-    """The innermost call of a pipeline that is under way; one that was not known is followed from here."""
-    own = frame
-    while own is not None and not (
-        own.f_code.co_name == "__call__" and own.f_locals.get("self") is pipeline
-    ):
-        own = own.f_back
-    own = frame if own is None else own
-    for call in reversed(_thread.calls):
+    """This gives the innermost call of a pipeline that is under way; one that was not known is followed from here."""
+    own = next(
+        (
+            outer
+            for outer, _ in traceback.walk_stack(frame)
+            if outer.f_code.co_name == "__call__" and outer.f_locals.get("self") is pipeline
+        ),
+        frame,
+    )
+    for call in reversed(thread.calls):
         if call.pipeline is pipeline:
             if not call.frame:
                 call.frame = id(own)
             return call
     call = PipelineCall(pipeline, id(own))
-    token = _Token()
-    weakref.finalize(token, call.end).atexit = False
-    own.f_locals[_TOKEN] = token
-    call.begin()  # last: whatever breaks off before, the token ends it
+    sentinel = _Sentinel()
+    weakref.finalize(sentinel, call.end).atexit = False
+    own.f_locals[_SENTINEL] = sentinel
+    call.begin()  # last: whatever breaks off before, the sentinel ends it
     return call
 
 
 def _prune() -> None:
-    """End the followed calls that have returned, though an exception still holds their frames."""
-    running, frame = set(), sys._getframe(1)
-    while frame is not None:
-        running.add(id(frame))
-        frame = frame.f_back
-    for call in list(_thread.calls):
+    """This ends the followed calls that have returned, though an exception still holds their frames."""
+    running = {id(frame) for frame, _ in traceback.walk_stack(sys._getframe(1))}
+    for call in list(thread.calls):
         if call.followed and call.frame not in running:
             call.end()
 
 
-class Place:
-    """A thread, or one task of an event loop in it."""
-
-    __slots__ = ("__weakref__", "_task", "_thread")
+class Worker:
+    """A worker is a thread, or one task of an event loop in it."""
 
     def __init__(self) -> None:
         self._thread = weakref.ref(threading.current_thread())
@@ -214,7 +202,7 @@ class Place:
         self._task = None if task is None else weakref.ref(task)
 
     def is_here(self) -> bool:
-        """Whether this is where the caller runs."""
+        """This tells whether the caller runs in it."""
         task = self._task
         return self._thread() is threading.current_thread() and (
             _current_task() is (None if task is None else task())
@@ -222,7 +210,7 @@ class Place:
 
     @property
     def gone(self) -> bool:
-        """Whether nothing can run there any more."""
+        """This tells whether nothing can run in it any more."""
         thread = self._thread()
         if thread is None or not thread.is_alive():
             return True
@@ -231,16 +219,21 @@ class Place:
         task = self._task()
         return task is None or task.done()
 
+    @property
+    def over(self) -> bool:
+        """Its loop goes on no more where it is gone, or the caller's own, which begins another."""
+        return self.gone or self.is_here()
 
-_place: ContextVar[Place | None] = ContextVar("fastdit", default=None)
+
+_worker: ContextVar[Worker | None] = ContextVar("fastdit", default=None)
 
 
-def here() -> Place:
-    """Where the caller runs."""
-    found = _place.get()
+def here() -> Worker:
+    """This gives the worker that the caller runs in."""
+    found = _worker.get()
     if found is None or not found.is_here():
-        found = Place()
-        _place.set(found)
+        found = Worker()
+        _worker.set(found)
     return found
 
 
@@ -249,39 +242,3 @@ def _current_task() -> Any:
         return asyncio.current_task()
     except RuntimeError:
         return None
-
-
-class Hand:
-    """A `with handle.run(...)` that is open.
-
-    Attributes:
-        run: What it leads; None where it was begun while disabled.
-        born: Its place in the order in which calls and loops began.
-    """
-
-    __slots__ = ("born", "run")
-
-    def __init__(self) -> None:
-        self.run: Any = None
-        self.born = _number()
-
-
-class Seat:
-    """What goes on with one patched model in one :class:`Place`, outside of pipelines.
-
-    Attributes:
-        run: The run of a loop that is led by a scheduler, or followed by timestep.
-        hands: The `with handle.run(...)` that are open, the innermost last.
-        disabled: The `with handle.disabled()` that are open.
-        watch: What collects previews of the runs that begin, inside `with handle.watch()`.
-        last: The run that made the last call here.
-    """
-
-    __slots__ = ("disabled", "hands", "last", "run", "watch")
-
-    def __init__(self) -> None:
-        self.run: Any = None
-        self.hands: list[Hand] = []
-        self.disabled: set[Any] = set()
-        self.watch: Any = None
-        self.last: Any = None

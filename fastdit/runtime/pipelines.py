@@ -1,4 +1,4 @@
-"""Enclose a pipeline: its calls tell where they begin and end, and an interrupted one frees caches before it decodes.
+"""An enclosed pipeline tells where its calls begin and end; an interrupted one frees caches before it decodes.
 
 The instance's class is swapped, as the scheduler's is (`disguise.py`).
 """
@@ -21,18 +21,8 @@ _decoders: weakref.WeakKeyDictionary[nn.Module, weakref.WeakValueDictionary[int,
 )
 
 
-def can_enclose(pipeline: Any) -> bool:
-    """Whether the pipeline is an ordinary object: somebody's own may have slots, and is then followed from within."""
-    cls = type(pipeline)
-    return bool(
-        cls.__weakrefoffset__
-        and cls.__dictoffset__
-        and not any(base.__dict__.get("__slots__") for base in cls.__mro__)
-    )
-
-
 def enclose(pipeline: Any, patched: Any) -> None:
-    """Let the pipeline tell of its calls, for `patched`. A second time does nothing."""
+    """From now on an ordinary pipeline tells of its calls, for `patched`. A second time does nothing."""
     followers = pipeline.__dict__.setdefault(LINK, [])
     if not any(follower is patched for follower in followers):
         followers.append(patched)
@@ -45,17 +35,16 @@ def enclose(pipeline: Any, patched: Any) -> None:
 
 
 def release(pipeline: Any, patched: Any) -> None:
-    """Undo :func:`enclose`; with its last follower the pipeline is as it was."""
+    """This undoes :func:`enclose`; without its last follower the pipeline is as it was."""
     followers = pipeline.__dict__.get(LINK, [])
     followers[:] = [follower for follower in followers if follower is not patched]
-    if followers:
-        return
-    _unhook(pipeline)
-    take_off(pipeline)
+    if not followers:
+        _unhook(pipeline)
+        take_off(pipeline)
 
 
 def _unhook(pipeline: Any) -> None:
-    """Take the hooks off the decoders that no other pipeline has, also off one that it had before, or as a copy."""
+    """The decoders that no other pipeline has lose their hooks, also one that it had before, or as a copy."""
     own = _decoder(pipeline)
     for decoder in {own, *(found() for found in _decoders.keyrefs())} - {None}:
         users = _decoders.get(decoder, {})
@@ -69,7 +58,7 @@ def _unhook(pipeline: Any) -> None:
 
 
 class _Interrupt:
-    """A pipeline's `_interrupt`: once a callback has set it, the run needs its caches no more."""
+    """It stands for a pipeline's `_interrupt`: once a callback has set it, the run needs its caches no more."""
 
     def __get__(self, pipeline: Any, owner: type) -> Any:
         if pipeline is None or "_interrupt" not in pipeline.__dict__:
@@ -79,7 +68,7 @@ class _Interrupt:
     def __set__(self, pipeline: Any, value: Any) -> None:
         pipeline.__dict__["_interrupt"] = value
         if value:  # where another thread sets it, the caches go when the pipeline decodes
-            _drop_caches(next((c for c in owners.calls() if c.pipeline is pipeline), None))
+            _drop_caches(next((c for c in owners.thread.calls if c.pipeline is pipeline), None))
 
 
 def _drop_caches(call: owners.PipelineCall | None) -> None:
@@ -89,8 +78,8 @@ def _drop_caches(call: owners.PipelineCall | None) -> None:
 
 
 def before_decoding(decoder: nn.Module, args: Any) -> None:
-    """An interrupted run needs its caches no more when its pipeline decodes; a preview in a callback does."""
-    for call in reversed(owners.calls()):
+    """This frees the caches of an interrupted run whose pipeline decodes; a preview in a callback needs them still."""
+    for call in reversed(owners.thread.calls):
         if _decoder(call.pipeline) is decoder:
             if getattr(call.pipeline, "_interrupt", False):
                 _drop_caches(call)

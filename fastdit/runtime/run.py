@@ -1,4 +1,4 @@
-"""A run: one pass of one pipeline, or of one hand-written loop, over its timesteps.
+"""A run is one pass of one pipeline, or of one hand-written loop, over its timesteps.
 
 Everything that a pass makes lives in its :class:`Run`, and goes when it ends: caches, packed weights, what methods
 keep, the place in a recording of graphs. Of an ended run only what the report tells is left.
@@ -22,9 +22,9 @@ from fastdit.blocks.nodes import Weights
 from fastdit.blocks.packed import PackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
-from fastdit.runtime.clock import Levels
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
+from fastdit.runtime.levels import Levels
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.solvers import step_levels
@@ -33,11 +33,15 @@ from fastdit.schedules.solvers import step_levels
 OPEN_STEPS = 1000
 
 
+def nobody() -> None:
+    """This stands for a weak reference to nothing."""
+
+
 @dataclass
 class StepRecord:
-    """What one step did: tokens through the blocks, components computed and reused, summed over its calls.
+    """A record is what one step did: tokens through the blocks, components computed and reused by all its calls.
 
-    Of its last call also what its blocks were told; nothing where all compute.
+    Of its last call it has what the blocks were told, too; nothing where all compute.
     """
 
     tokens: int = 0
@@ -48,7 +52,7 @@ class StepRecord:
 
 @dataclass(eq=False)
 class Branch:
-    """The caches of one CFG branch: of the transformer calls at one place within the steps of a run.
+    """A branch holds the caches of one CFG branch: of the calls at one place in the code within the steps of a run.
 
     One that is met again is the same object, and a key for what methods keep of it.
     """
@@ -68,7 +72,7 @@ class Branch:
     versions: tuple[Any, ...] = ()
 
     def clear(self) -> None:
-        """Free everything, also for whoever still holds on to the branch."""
+        """Everything is freed, also for whoever still holds on to the branch."""
         self.slots.clear()
         self.owned.clear()
         self.prompts.clear()
@@ -79,91 +83,86 @@ class Branch:
         self.embeddings = self.versions = ()
 
 
+@dataclass(eq=False, repr=False)
 class Run:
-    """One pass over the timesteps.
+    """A run is one pass over the timesteps.
 
     Attributes:
         patched: The model that runs.
         steps: How many there are; None where nobody says.
         plan: What each step computes.
         levels: The noise levels, where a scheduler has them.
-        by_hand: Begun by `with handle.run(...)`.
+        manual: Begun by `with handle.run(...)`.
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
-        tokens, resolution: Those of them that choose the tokens, and their sizes; or None.
+        selection, resolution: Those of them that choose the active tokens, and the tokens' sizes; or None.
         timesteps: As given to `handle.run`.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
-        owner: The call of a pipeline, or the thread or task, that it belongs to; None once that is gone. See
-            `owners.py`.
         follower: What the scheduler that leads it knows of it.
         live: False once it has ended.
+        branches, family, outputs, positions, latents, patch: What its calls leave behind for each other.
+        calls: How many there were in this step, so far.
+        records: Step -> what it did, which the report tells.
     """
 
-    def __init__(
-        self,
-        patched: Any,
-        steps: int | None,
-        plan: RunPlan,
-        scheduler: Any = None,
-        levels: Levels | None = None,
-        by_hand: bool = False,
-    ) -> None:
-        self.patched = patched
-        self.steps = steps
-        self.plan = plan
-        self.levels = levels
-        self.by_hand = by_hand
-        self.led = scheduler is not None
-        self.step = 0
-        self.first: int | None = None
-        self.methods: tuple[MethodRun, ...] = ()
-        self.tokens: Any = None
-        self.resolution: Any = None
-        self.timesteps: Sequence[Any] | None = None
-        self.pipeline: Callable[[], Any] = _nobody
-        self.guidance: dict[str, Any] = {}
-        self.follower: Any = None
-        self.live = True
+    patched: Any
+    steps: int | None
+    plan: RunPlan
+    levels: Levels | None = None
+    manual: bool = False
+    step: int = 0
+    first: int | None = None
+    methods: tuple[MethodRun, ...] = ()
+    selection: Any = None
+    resolution: Any = None
+    timesteps: Sequence[Any] | None = None
+    pipeline: Callable[[], Any] = nobody
+    guidance: dict[str, Any] = field(default_factory=dict)
+    follower: Any = None
+    live: bool = True
+    branches: dict[Any, Branch] = field(default_factory=dict)
+    family: dict[str, Any] = field(default_factory=dict)
+    packed: PackedWeights = field(default_factory=PackedWeights)
+    weights: Weights | None = None
+    previews: Any = None
+    trace: Trace | str | None = None
+    outputs: list[Tensor] = field(default_factory=list)
+    bytes_checked: Any = None
+    image_tokens: int = 0
+    text_tokens: int = 0
+    patch: Any = 1
+    latents: Sequence[int] = ()
+    positions: Tensor | None = None
+    calls: int = 0
+    records: dict[int, StepRecord] = field(default_factory=dict)
+    packed_bytes: int = 0
+    peak_bytes: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
         self._ended = False
-        # What calls leave behind for each other.
-        self.branches: dict[Any, Branch] = {}
-        self.family: dict[str, Any] = {}
-        self.packed = PackedWeights()
-        self.weights: Weights | None = None
-        self.previews: Any = None
-        self.trace: Trace | str | None = None
-        self.outputs: list[Tensor] = []
-        self.bytes_checked: Any = None
-        self.image_tokens = self.text_tokens = 0
-        self.patch: Any = 1
-        self.latents: Sequence[int] = ()
-        self.positions: Tensor | None = None
-        # What the report tells.
-        self.records: dict[int, StepRecord] = {}
-        self.packed_bytes = self.peak_bytes = 0
-        self.started = time.perf_counter()
-        self.seconds = 0.0
+        self.led = self.levels is not None
         # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
-        self._scheduler = _nobody if scheduler is None else weakref.ref(scheduler)
+        self._scheduler = weakref.ref(self.levels.scheduler) if self.led else nobody
         # A thread or task keeps its runs, and the report the last run of a pipeline: neither is to be kept by them.
-        self._owner: Callable[[], Any] = _nobody
-        self._by_timestep = scheduler is None
+        self._owner: Callable[[], Any] = nobody
+        self._by_timestep = not self.led
         self._doubts = False
         self._timestep: Any = None  # of the calls of this step, as a tensor or as a number
         self._sites: dict[Any, int] = {}
         self._usual: dict[Any, int] | None = None
-        self.calls = 0  # of this step, so far
 
     @property
     def scheduler(self) -> Any:
-        """The scheduler that tells the steps; None where there is none, or it is gone."""
+        """It tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
 
     @property
     def forecast_weights(self) -> Weights:
-        """The weights of its forecasts, from the noise levels that the scheduler, or the user, says."""
+        """Its forecasts have these weights, from the noise levels that the scheduler, or the user, says."""
         if self.weights is None:
             self.weights = Weights(self.noise_levels)
         return self.weights
@@ -178,6 +177,7 @@ class Run:
 
     @property
     def owner(self) -> Any:
+        """The run belongs to this call of a pipeline, or worker (`owners.py`); None once that is gone."""
         return self._owner()
 
     @owner.setter
@@ -185,18 +185,18 @@ class Run:
         self._owner = weakref.ref(owner)
 
     def take(self, methods: Iterable[MethodRun]) -> None:
-        """Begin with what the methods keep."""
+        """The run begins with what the methods keep."""
         self.methods = tuple(methods)
         for made in self.methods:
             if "rows" in made.method.writes:
-                self.tokens = made
+                self.selection = made
             if "resolution" in made.method.writes:
                 self.resolution = made
 
     # ---- where it stands
 
-    def place(self, site: Any, timestep: Any) -> Any:
-        """The branch that a call at `site` in the pipeline's code belongs to; the step is brought up to date.
+    def locate(self, site: Any, timestep: Any) -> Any:
+        """This gives the key of the branch of a call at `site` in the pipeline's code, and brings the step up to date.
 
         A pipeline calls its transformer at the same places, and there as often, in every step. So one that calls more
         often either has several conditions or never tells its scheduler that a step is done: then the timestep tells.
@@ -205,8 +205,8 @@ class Run:
             ScheduleError: There are more steps than were announced, or a method needs the scheduler to tell them.
         """
         if self.first is None and self.led:
-            # Image-to-image enters the schedule late, a model that was patched in mid-run later still; rows of a plan
-            # are scheduler indices.
+            # Image-to-image enters the schedule late, a model that was patched in mid-run later still; a plan has the
+            # scheduler's indices.
             scheduler = self.scheduler
             begun = getattr(scheduler, "step_index", None) or getattr(
                 scheduler, "_begin_index", None
@@ -231,7 +231,7 @@ class Run:
         return site, count
 
     def follow(self, timestep: Any) -> bool:
-        """Take another timestep for another step; whether it is one. Reads the value, so it waits for a GPU."""
+        """Another timestep is another step, and this tells whether it is one. It waits for a GPU to read the value."""
         value = value_of(timestep)
         another = self._timestep is not None and value != value_of(self._timestep)
         if another:
@@ -240,14 +240,14 @@ class Run:
         return another
 
     def rises(self, timestep: Any) -> bool:
-        """Whether a call is noisier than the one before, so that it belongs to another run."""
+        """A call that is noisier than the one before belongs to another run."""
         if self._timestep is None:
             return False
         before, now = value_of(self._timestep), value_of(timestep)
         return now < before if self.patched.adapter.timesteps_rise else now > before
 
     def _cross_check(self, timestep: Any) -> None:
-        """A call more than there usually are in a step: with another timestep it is none of this step.
+        """A call more than there usually are in a step is none of this step, if its timestep is another.
 
         Then what came before was a call before the loop, and its caches are of no use; or, if that happens again before
         the scheduler says that a step is done, nobody tells the steps but the timestep.
@@ -263,7 +263,7 @@ class Run:
         if not self._doubts:
             self._doubts = True
             if isinstance(self.trace, Trace):
-                self.trace.leave()
+                self.trace.leave(self)
             self.drop_caches()
             self._sites.clear()
             self._timestep = timestep
@@ -309,24 +309,19 @@ class Run:
         self.calls = 0
 
     def advance(self, velocity: Tensor | None) -> None:
-        """The user says that a step is done."""
+        """The user says that a step is done, so the timestep need not tell."""
         self._by_timestep = False
         self.end_step(Step(velocity=velocity))
 
     # ---- what it holds
 
-    def check_open(self) -> None:
-        """Refuse a call after the last step of a run that the user leads."""
-        if not self.live:
-            raise ScheduleError(one_call_too_many(self.steps))
-
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
-        """Lower a schedule anew for steps of which some compute a part of the tokens only."""
+        """The plan is made anew for steps of which some compute a part of the tokens only."""
         if self.plan.reuse is not None:
             self.plan = self.patched.plan(self.steps, partial, self.levels)
 
     def drop_caches(self) -> None:
-        """Free all caches; a run that goes on computes what it misses."""
+        """All caches are freed; a run that goes on computes what it misses."""
         for branch in self.branches.values():
             branch.clear()
         self.branches.clear()
@@ -336,7 +331,7 @@ class Run:
         self.packed.clear()
 
     def cache_bytes(self) -> int:
-        """Bytes held by slots now; storages counted once."""
+        """The caches hold so many bytes now; each storage counts once."""
         storages = {}
         for branch in list(self.branches.values()):
             kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
@@ -352,7 +347,7 @@ class Run:
         return sum(storages.values())
 
     def end(self) -> None:
-        """The run is over, or was broken off: only what the report tells stays. What was broken off here is made up."""
+        """The run is over, or was broken off: only what the report tells stays. A second time makes up the rest."""
         if self._ended:
             return
         if self.live:
@@ -365,24 +360,20 @@ class Run:
             method.end()
         self.timesteps = self._timestep = None
         self.levels = None  # they hold the scheduler
-        self.patched.forget(self)
+        self.patched.runs.forget(self)
         self._ended = True
 
 
 def value_of(timestep: Any) -> float:
-    """A timestep argument as a number; waits for a GPU."""
+    """This reads a timestep argument as a number; it waits for a GPU."""
     if isinstance(timestep, Tensor):
         return float(timestep.reshape(-1)[0])
     return float(timestep or 0)
 
 
 def one_call_too_many(steps: int) -> str:
-    """The message for a call after the last step."""
+    """This is the message for a call after the last step."""
     return (
         f"the transformer was called for step {steps + 1} of a run of {steps} steps; "
         "call reset() on the handle before another run"
     )
-
-
-def _nobody() -> None:
-    """In place of a weak reference to nothing."""

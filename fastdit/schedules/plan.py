@@ -21,6 +21,13 @@ from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
 
+#: the ops of every run, and those of runs whose methods decide a field of the plan
+OPS = ("gated_residual", "norm_modulate")
+OPS_OF_FIELD = {
+    "rows": ("qkv_prologue", "token_change", "token_select"),
+    "resolution": ("patchify", "unpatchify", "resolution_transition"),
+}
+
 
 class PlanningMethod(Protocol):
     """The part of a method that planning needs."""
@@ -79,6 +86,12 @@ def check_composition(methods: Sequence[PlanningMethod]) -> None:
             owner[field] = method.name
 
 
+def ops_of(methods: Sequence[PlanningMethod]) -> tuple[str, ...]:
+    """The names of the ops that runs with these methods call."""
+    written = {field for method in methods for field in method.writes}
+    return (*OPS, *(op for field, ops in OPS_OF_FIELD.items() if field in written for op in ops))
+
+
 def plan_run(
     methods: Sequence[PlanningMethod],
     spec: ModelSpec,
@@ -90,7 +103,7 @@ def plan_run(
 ) -> RunPlan:
     """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
-    `levels` knows the run's noise levels (`clock.Levels`), for schedules made for other numbers of steps. `collapse`
+    `levels` knows the run's noise levels (`levels.Levels`), for schedules made for other numbers of steps. `collapse`
     allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
     `repeats` some steps are at the noise level of the one before, whose outputs they replace in forecasts.
 

@@ -90,26 +90,26 @@ class Nsga2:
 
         bits = seeds.shape[1]
         self._operators = operators
-        self._problem = Problem(n_var=bits, n_obj=objectives, n_ieq_constr=1, vtype=bool)
+        self.problem = Problem(n_var=bits, n_obj=objectives, n_ieq_constr=1, vtype=bool)
         make = _by_steps if operators.unit == "step" else _by_bits
         crossover, mutation = make(operators, bits, cells)
-        self._algorithm = NSGA2(
+        self.algorithm = NSGA2(
             pop_size=population,
             sampling=np.array(seeds, dtype=bool),
             crossover=crossover,
             mutation=mutation,
             eliminate_duplicates=True,
         )
-        self._algorithm.setup(
-            self._problem, termination=NoTermination(), seed=operators.seed, verbose=False
+        self.algorithm.setup(
+            self.problem, termination=NoTermination(), seed=operators.seed, verbose=False
         )
         self._asked: Any = None
 
     def ask(self) -> np.ndarray:
         """The next generation, bool [n, bits]; empty if the population has no new children left."""
-        self._asked = self._algorithm.ask()
+        self._asked = self.algorithm.ask()
         if self._asked is None or len(self._asked) == 0:
-            return np.zeros((0, self._problem.n_var), dtype=bool)
+            return np.zeros((0, self.problem.n_var), dtype=bool)
         return self._asked.get("X").astype(bool)
 
     def exchange(self, vectors: np.ndarray) -> None:
@@ -120,7 +120,7 @@ class Nsga2:
 
     def survivors(self) -> np.ndarray:
         """The population, bool [n, bits]."""
-        return self._algorithm.pop.get("X").astype(bool)
+        return self.algorithm.pop.get("X").astype(bool)
 
     def tell(self, values: np.ndarray, reused: np.ndarray) -> None:
         """What the vectors asked for are worth: objectives [n, objectives], cells reused [n]."""
@@ -129,10 +129,10 @@ class Nsga2:
 
         violation = self._operators.min_difference - np.asarray(reused, dtype=float)
         static = StaticProblem(
-            self._problem, F=np.asarray(values, dtype=float), G=violation[:, None]
+            self.problem, F=np.asarray(values, dtype=float), G=violation[:, None]
         )
         Evaluator().eval(static, self._asked)
-        self._algorithm.tell(infills=self._asked)
+        self.algorithm.tell(infills=self._asked)
 
 
 def _by_bits(operators: Operators, bits: int, cells: Sequence[Any]) -> tuple[Any, Any]:

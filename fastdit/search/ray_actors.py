@@ -44,11 +44,11 @@ class RayActors:
         if gpus is None:
             gpus = 1 if ray.cluster_resources().get("GPU") else 0
         actor = ray.remote(Evaluator).options(num_cpus=work.threads, num_gpus=gpus)
-        self._actors = [actor.remote(factory, work) for _ in range(count)]
+        self.actors = [actor.remote(factory, work) for _ in range(count)]
 
     def facts(self) -> dict[str, Any]:
         """See :class:`~fastdit.search.workers.Workers`."""
-        return self._ray.get(self._actors[0].facts.remote())
+        return self._ray.get(self.actors[0].facts.remote())
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Measured]:
         """See :class:`~fastdit.search.workers.Workers`; latency is measured by one actor."""
@@ -61,7 +61,7 @@ class RayActors:
                 task = waiting.pop()
                 busy[actor.measure.remote(task)] = (actor, task)
 
-        for actor in self._actors[: 1 if alone else None]:
+        for actor in self.actors[: 1 if alone else None]:
             give(actor)
         while busy:
             (ready,), _ = self._ray.wait(list(busy), num_returns=1)
@@ -77,7 +77,7 @@ class RayActors:
 
     def close(self) -> None:
         """End the actors, and the local cluster if this started it."""
-        for actor in self._actors:
+        for actor in self.actors:
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()

@@ -76,13 +76,13 @@ class Processes:
 
     def __init__(self, factory: Callable[[], Any], work: Work, count: int) -> None:
         context = multiprocessing.get_context("spawn")  # a forked child may inherit held locks
-        self._processes, self._pipes = [], []
+        self.processes, self._pipes = [], []
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, factory, work), daemon=True)
             process.start()
             theirs.close()
-            self._processes.append(process)
+            self.processes.append(process)
             self._pipes.append(ours)
 
     def facts(self) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Processes:
         """End the processes."""
         for pipe in self._pipes:
             pipe.close()
-        for process in self._processes:
+        for process in self.processes:
             process.join(5)
             if process.is_alive():
                 process.kill()
@@ -132,7 +132,7 @@ class Processes:
         return result
 
     def _lost(self, pipe: Connection) -> None:
-        process = self._processes[self._pipes.index(pipe)]
+        process = self.processes[self._pipes.index(pipe)]
         process.join(5)
         raise SearchError(
             f"a worker process ended with exit code {process.exitcode}; what was measured is in the "

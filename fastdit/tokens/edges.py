@@ -50,7 +50,7 @@ def canny(grey: Tensor, low: int = 100, high: int = 200) -> Tensor:
     dx, dy = (d.squeeze(1).to(torch.int32) for d in (dx, dy))
     norm = dx.abs() + dy.abs()
     ridge = _is_ridge(norm, dx, dy) & (norm > low)
-    return _connected(ridge, ridge & (norm > high))
+    return connected(ridge, ridge & (norm > high))
 
 
 def edge_energy(image: Tensor, cells: tuple[int, int], clipped: bool = False) -> Tensor:
@@ -117,7 +117,7 @@ def _is_ridge(norm: Tensor, dx: Tensor, dy: Tensor) -> Tensor:
     return torch.where(ordinate < tangent, across, torch.where(steep, along, diagonal))
 
 
-def _connected(weak: Tensor, strong: Tensor) -> Tensor:
+def connected(weak: Tensor, strong: Tensor) -> Tensor:
     """The pixels of `weak` with a way of 8 neighbours through `weak` to one of `strong`.
 
     Trees of pixels with labels that fall towards the root, all strong pixels under root 0. In a
@@ -139,15 +139,15 @@ def _connected(weak: Tensor, strong: Tensor) -> Tensor:
         parent = roots.scatter_reduce(1, label, nearest, "amin")
         for _ in range(max(1, halvings - round_ // 2)):  # a chain holds each tree at most once
             before, parent = parent, parent.gather(1, parent)
-            if _settled(before, parent):
+            if settled(before, parent):
                 break
         before, label = label, parent.gather(1, label)
-        if _settled(before, label):
+        if settled(before, label):
             break
     return (label == 0).unflatten(1, (height, width))
 
 
-def _settled(before: Tensor, after: Tensor) -> bool:
+def settled(before: Tensor, after: Tensor) -> bool:
     """Only where there is no device to wait for."""
     return after.device.type == "cpu" and torch.equal(before, after)
 

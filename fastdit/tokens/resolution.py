@@ -50,6 +50,7 @@ class ResolutionRun(MethodRun):
         stages: All of them.
         now: The layout of the stage's tokens; None before the run's first call.
         records: The stages that have ended.
+        generators: One for each image of the batch, for the noise between stages.
         memory: Free space of the adapter that lives as long as the stage: tables of positions.
     """
 
@@ -61,7 +62,7 @@ class ResolutionRun(MethodRun):
         self.records: list[StageRecord] = []
         self.memory: dict[Any, Any] = {}
         self.adapter, self.ops = run.patched.adapter, run.patched.ops
-        self._generators: list[torch.Generator] = []
+        self.generators: list[torch.Generator] = []
         self._text = 0
 
     # ---- hooks
@@ -111,7 +112,7 @@ class ResolutionRun(MethodRun):
     def end(self) -> None:
         """Only the records stay."""
         self.memory.clear()
-        self._generators.clear()
+        self.generators.clear()
 
     # ---- stages
 
@@ -130,12 +131,12 @@ class ResolutionRun(MethodRun):
 
     def seed(self, latents: Tensor) -> None:
         """Make a generator for each of the initial latents [B, ...]."""
-        self._generators = []
+        self.generators = []
         for image in latents:
             content = image.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
             digest = hashlib.blake2b(content, digest_size=7).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-            self._generators.append(generator)
+            self.generators.append(generator)
 
     def project(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
@@ -189,7 +190,7 @@ class ResolutionRun(MethodRun):
         rows = self._all_coarse(batch) if full else self._chosen()
         count = before.tokens + 3 * rows.shape[1]
         eps = torch.stack(
-            [torch.randn(count, width, generator=generator) for generator in self._generators]
+            [torch.randn(count, width, generator=generator) for generator in self.generators]
         )
         x, table = self.ops.resolution_transition(
             x,

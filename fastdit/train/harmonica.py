@@ -200,7 +200,7 @@ class HarmoniCa:
         self.save_every = _whole("save_every", save_every)
         self.report = report
         self.trainee = Trainee(pipeline, checkpointing)
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
         self._start()
 
     # ---- the whole
@@ -211,7 +211,7 @@ class HarmoniCa:
         Raises:
             ArgumentError: The folder holds a training with other settings, or a damaged one.
         """
-        self._resume()
+        self.resume()
         while self.epoch < self.settings.epochs:
             began = time.perf_counter()
             losses, weighted = self.train_epoch()
@@ -247,7 +247,7 @@ class HarmoniCa:
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
         """One trajectory; (mean squared error, minimised loss) of each step, [T] each, the first step's 0."""
-        arguments = self._draw()
+        arguments = self.draw()
         with self.trainee:
             form = self.settings.lambda_form
             if form is not None and self.epoch % self.settings.lambda_every == 0:
@@ -296,11 +296,11 @@ class HarmoniCa:
 
     # ---- what to draw
 
-    def _draw(self) -> Callable[[], dict[str, Any]]:
+    def draw(self) -> Callable[[], dict[str, Any]]:
         """The epoch's prompts and noise; the result makes the pipeline's arguments, each time from the same seeds."""
         count = self.settings.batch
-        chosen = torch.randint(len(self.prompts), (count,), generator=self._generator).tolist()
-        seeds = torch.randint(2**62, (count,), generator=self._generator).tolist()
+        chosen = torch.randint(len(self.prompts), (count,), generator=self.generator).tolist()
+        seeds = torch.randint(2**62, (count,), generator=self.generator).tolist()
         prompts = self.ranks.share([self.prompts[i] for i in chosen])
         seeds = self.ranks.share(seeds)
 
@@ -371,7 +371,7 @@ class HarmoniCa:
         self.ranks.wait()
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"weights": self.weights, "generator": self._generator.get_state()}
+        tensors = {"weights": self.weights, "generator": self.generator.get_state()}
         tensors["beta"] = torch.tensor(self.beta, dtype=torch.float64)
         for step, row in enumerate(self.rows):
             tensors[f"logits.{step}"] = row.detach()
@@ -384,7 +384,7 @@ class HarmoniCa:
         facts["conditions"] = self.conditions.facts
         return json.dumps(facts, sort_keys=True)
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         from safetensors import SafetensorError, safe_open
 
         if self.folder is None or not (path := self.folder / STATE).exists():
@@ -435,7 +435,7 @@ class HarmoniCa:
                     f"{name} must be finite, {like.dtype} of shape {tuple(like.shape)}, "
                     f"got {found.dtype} of shape {tuple(found.shape)}"
                 )
-        self._generator.set_state(tensors["generator"])
+        self.generator.set_state(tensors["generator"])
         self.epoch, self.weights = epoch, tensors["weights"]
         self.beta = float(tensors["beta"])
         with torch.no_grad():

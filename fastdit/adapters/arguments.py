@@ -1,0 +1,47 @@
+"""Where an argument of a transformer's call is, by name, however it was given."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+
+@functools.cache
+def forward_arguments(cls: type) -> tuple[str, ...]:
+    """Names of the arguments of ``cls.forward``, without self."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+def place_of(
+    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+) -> tuple[Any, Any]:
+    """Where an argument of the transformer is: (args or kwargs, its key there), or (None, None)."""
+    if name in kwargs:
+        return kwargs, name
+    names = forward_arguments(type(transformer))
+    position = names.index(name) if name in names else len(args)
+    return (args, position) if position < len(args) else (None, None)
+
+
+def arguments_of(
+    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call of the transformer by name, as far as they were given."""
+    if not args:
+        return kwargs
+    return {**dict(zip(forward_arguments(type(transformer)), args, strict=False)), **kwargs}
+
+
+def argument_of(
+    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
+) -> Any:
+    """An argument of a call of the transformer; None if it was not given."""
+    if name in kwargs or not args:
+        return kwargs.get(name)
+    names = forward_arguments(type(transformer))
+    position = names.index(name) if name in names else len(args)
+    return args[position] if position < len(args) else None

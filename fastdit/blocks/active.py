@@ -1,0 +1,128 @@
+"""A part of the tokens: which of them a call computes, and what was kept of all.
+
+Slots hold references to module outputs, copies only in a lower precision. Where a step computes some tokens, a slot has
+to outlive that: the first such step copies it, and the rows of this and later steps are written into the copy, which
+nobody else holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A kept output of all tokens, [B, N, D], of which the active rows [B, K] are meant; the residual reads them there.
+
+    `index` [B K] are these rows in the samples laid end to end.
+    """
+
+    whole: Tensor
+    rows: Tensor
+    index: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.rows.shape, *self.whole.shape[2:]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    def gathered(self) -> Tensor:
+        """A copy of the rows."""
+        return self.whole.flatten(0, 1).index_select(0, self.index).view(self.shape)
+
+    def renewed(self, fresh: Tensor, owned: bool) -> Tensor:
+        """All tokens with the rows replaced, in place where `whole` is `owned`: made by this, so contiguous."""
+        tokens, fresh = self.whole.flatten(0, 1), fresh.to(self.dtype).flatten(0, 1)
+        if not owned:
+            return tokens.index_copy(0, self.index, fresh).view(self.whole.shape)
+        tokens.index_copy_(0, self.index, fresh)
+        return self.whole
+
+
+class Tokens:
+    """Which image tokens a call computes, and where the keys and values of all of them live.
+
+    Attributes:
+        count: Image tokens, N.
+        rows: [B, K] active ones, or None for all.
+        texts: [B] text tokens before each image in a joint stream whose texts are unlike long, see `take_texts`; None
+            where all are as long.
+        keys: Attention -> its keys and values.
+        ops: The ops that stand for modules in attention; None where only modules will do.
+        memory: Free space of the adapter that lives as long as the keys: `rotation`.
+    """
+
+    def __init__(
+        self, count: int, rows: Tensor | None, keys: dict[Any, Any], memory: Any, ops: Any
+    ) -> None:
+        self.count = count
+        self.rows = rows
+        self.texts: Tensor | None = None
+        self.keys = keys
+        self.memory = memory
+        self.ops = ops
+        self._joint: dict[int, Tensor] = {}
+        self._index: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def active(self) -> int:
+        """Image tokens that pass."""
+        return self.count if self.rows is None else self.rows.shape[1]
+
+    def take_texts(self, mask: Tensor) -> Tensor:
+        """Note how long texts are, by a mask [B, S] of this call's [text, image, padding], and give the keys'."""
+        if self.rows is None:
+            return mask
+        self.texts = mask.sum(dim=1) - self.active
+        places = torch.arange(mask.shape[1] - self.active + self.count, device=mask.device)
+        return places < self.texts[:, None] + self.count
+
+    def joint_rows(self, text: int) -> Tensor | None:
+        """Rows of [text, image] that are active: all text, [B, text + K]; and all padding, where there is any."""
+        if self.rows is None:
+            return None
+        if text not in self._joint:
+            active = self.active
+            places = torch.arange(text + active, device=self.rows.device)
+            image = (places - (text if self.texts is None else self.texts[:, None])).expand(
+                self.rows.shape[0], -1
+            )
+            chosen = self.rows.gather(1, image.clamp(0, active - 1)) + places - image
+            behind = torch.where(image < active, chosen, places - active + self.count)
+            self._joint[text] = torch.where(image < 0, places, behind)
+        return self._joint[text]
+
+    def stored(self, held: Any, layout: Sequence[str]) -> Any:
+        """A component's kept output for this call's tokens."""
+        if isinstance(held, (tuple, list)):
+            return tuple(self._stored(h, part) for h, part in zip(held, layout, strict=False))
+        return self._stored(held, layout[0])
+
+    def renewed(self, held: Any, value: Any, layout: Sequence[str], owned: bool) -> Any:
+        """A component's kept output with its active rows replaced, in place where it is `owned`."""
+        if isinstance(held, (tuple, list)):
+            parts = zip(self.stored(held, layout), value, strict=False)
+            return tuple(_renewed(part, fresh, owned) for part, fresh in parts)
+        return _renewed(self.stored(held, layout), value, owned)
+
+    def _stored(self, held: Tensor | None, part: str) -> Tensor | Stored | None:
+        if held is None or part == "text":  # all text is active
+            return held
+        count = held.shape[1]
+        rows = self.rows if part == "image" else self.joint_rows(count - self.count)
+        if (part, count) not in self._index:
+            first = torch.arange(rows.shape[0], device=rows.device)[:, None] * count
+            self._index[part, count] = (first + rows).flatten()
+        return Stored(held, rows, self._index[part, count])
+
+
+def _renewed(held: Any, fresh: Tensor | None, owned: bool) -> Tensor | None:
+    return held.renewed(fresh, owned) if isinstance(held, Stored) else fresh

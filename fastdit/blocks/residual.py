@@ -1,0 +1,218 @@
+"""A residual stream within a block: what is added waits until somebody reads it; see `forward.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastdit.backends.base import MAX_BRANCHES
+from fastdit.blocks.active import Stored
+from fastdit.blocks.nodes import Drawn
+from fastdit.observe import observed
+from fastdit.schedules.forecast import MAX_ORDER
+
+if TYPE_CHECKING:
+    from fastdit.blocks.forward import Forward
+
+Gate = Tensor | None
+#: what residuals take
+Branch = Tensor | Stored | Drawn
+
+
+class Residual:
+    """One residual stream inside one block: ``h + sum_i gate_i * branch_i``, added late.
+
+    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D] or None for 1.
+    """
+
+    __slots__ = ("_branch_first", "_forward", "_h", "_stream", "_waiting")
+
+    def __init__(self, forward: Forward, stream: str, h: Tensor, branch_first: bool) -> None:
+        self._forward = forward
+        self._stream = stream
+        self._h = h
+        self._branch_first = branch_first
+        self._waiting = forward._waiting.setdefault(stream, [])
+
+    def add(self, branch: Branch, gate: Gate = None) -> None:
+        """Add ``gate * branch``, now or when the stream is next read."""
+        forward = self._forward
+        if forward.immediate or not self.suits(branch, gate):
+            branch = gathered(branch)
+            branch = branch if gate is None else _rows(gate) * branch
+            self._h = branch + self.read() if self._branch_first else self.read() + branch
+            return
+        held = branch.whole if isinstance(branch, Stored) else branch
+        if isinstance(branch, Drawn):
+            if any(value.stride(-1) != 1 for value in branch.values):
+                branch = gathered(branch)
+        elif held.stride(-1) != 1:
+            branch = gathered(branch).contiguous()
+        self._waiting.append((branch, gate))
+
+    def add_component(
+        self, name: str, compute: Callable[[], Tensor], gate: Gate, shared: Tensor
+    ) -> None:
+        """Add :meth:`Forward.component`, or the sums that it is in.
+
+        `shared` [B, G, D] is what the gates of all blocks have in common; see :class:`~fastdit.spec.BlockKind`.
+        """
+        forward = self._forward
+        if forward.sums is None:
+            self.add(forward.component(name, compute), gate)
+        else:
+            forward.sums.add(forward, self, name, compute, gate, shared)
+
+    def suits(self, branch: Branch, gate: Gate) -> bool:
+        """Whether the ops take this branch of the stream."""
+        return branch.shape == self._h.shape and self._suits(branch, gate)
+
+    def normed(
+        self, norm: nn.Module, scale: Gate, shift: Gate, out: Tensor | None = None
+    ) -> Tensor:
+        """``norm(h) * (1 + scale) + shift`` [B, n, D], the input of a component.
+
+        `norm` is a LayerNorm or RMSNorm module; scale and shift may be None.
+        """
+        forward = self._forward
+        if not self.takes_op(norm, scale):
+            normed = norm(self.read())
+            normed = normed if scale is None else normed * (1 + _rows(scale))
+            return normed if shift is None else normed + _rows(shift)
+        branch = gate = None
+        alone = self._waiting[0][0] if len(self._waiting) == 1 else None
+        if isinstance(alone, Tensor) and self._is_owned():
+            branch, gate = self._waiting.pop()
+        if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
+            self._h = forward._owned[self._stream] = self._h.contiguous()
+        return forward.ops.norm_modulate(
+            self._h,
+            scale,
+            shift,
+            branch=branch,
+            gate=gate,
+            out=out,
+            **norm_parameters(norm),
+        )
+
+    def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
+        """Whether :meth:`normed` uses the op, or torch as diffusers does."""
+        return not self._forward.immediate and is_plain(norm, self._h) and self._suits(scale)
+
+    def _suits(self, *vectors: Gate) -> bool:
+        """Whether the ops take these operands: the stream's dtype, and no more batch rows than it has.
+
+        Autocast mixes dtypes, and a prompt given once for several images has fewer rows than its modulation.
+        """
+        h = self._h
+        return all(
+            v is None or (v.dtype is h.dtype and v.shape[0] in (1, h.shape[0])) for v in vectors
+        )
+
+    def read(self) -> Tensor:
+        """The stream with everything added."""
+        stored = [(b.whole, gate) for b, gate in self._waiting if isinstance(b, Stored)]
+        computed = [(b, gate) for b, gate in self._waiting if not isinstance(b, Stored)]
+        if stored:
+            rows = next(b.rows for b, _ in self._waiting if isinstance(b, Stored))
+        for first in range(0, len(stored), MAX_BRANCHES - 1):
+            # Beside those read at rows, the op takes one that was computed.
+            fresh, computed = computed[:1], computed[1:]
+            pairs = [*fresh, *stored[first : first + MAX_BRANCHES - 1]]
+            self._add_up(pairs, fresh=len(fresh) - 1, rows=rows)
+        most = MAX_BRANCHES if self._forward.weights is None else MAX_BRANCHES // (1 + MAX_ORDER)
+        for first in range(0, len(computed), most):
+            self._add_up(computed[first : first + most])
+        self._waiting.clear()
+        return self._h
+
+    def _add_up(self, pairs: Sequence[tuple[Any, Gate]], **at: Any) -> None:
+        nodes = [b.nodes if isinstance(b, Drawn) else () for b, _ in pairs]
+        if any(nodes):
+            forward = self._forward
+            at["weights"] = forward.weights.of(forward.step, nodes, self._h)
+            parts = ((b.values if isinstance(b, Drawn) else (b,), gate) for b, gate in pairs)
+            pairs = [(value, gate) for values, gate in parts for value in values]
+        branches, gates = zip(*pairs, strict=True)
+        self._h = self._forward.ops.gated_residual(
+            self._h, branches, gates, out=self._h if self._is_owned() else None, **at
+        )
+        self._forward._owned[self._stream] = self._h
+
+    def clip_to_half(self) -> None:
+        """Clip to fp16's finite range, as FLUX does after a block in that dtype."""
+        if self._h.dtype is torch.float16:
+            self._h = self.read().clip(-65504, 65504)
+
+    def leave(self) -> Tensor:
+        """The block's output. What still waits is added here unless the next block is sure to take it over."""
+        if self._forward._may_wait():
+            return self._h
+        h = self.read()
+        self._forward._owned.pop(self._stream, None)  # somebody may hold on to it
+        return h
+
+    def discard(self) -> None:
+        """Forget what still waits: the stream ends in this block and nobody reads it."""
+        self._waiting.clear()
+
+    def _is_owned(self) -> bool:
+        """Whether `h` was made here and was seen by nobody else, so that it may be updated in place."""
+        return self._forward._owned.get(self._stream) is self._h
+
+
+def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:
+    """The streams' normed and modulated rows one after the other, [B, sum n, D], without joining the streams first."""
+    first = streams[0]._h
+    if not all(stream.takes_op(norm, scale) for stream in streams):
+        return torch.cat([stream.normed(norm, scale, shift) for stream in streams], dim=1)
+    lengths = [stream._h.shape[1] for stream in streams]
+    out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
+    for stream, part in zip(streams, out.split(lengths, dim=1), strict=True):
+        stream.normed(norm, scale, shift, out=part)
+    return out
+
+
+def gathered(value: Any) -> Any:
+    """A component's output whose :class:`Stored` and :class:`Drawn` parts are written down."""
+    if isinstance(value, tuple):
+        return tuple(gathered(part) for part in value)
+    return value.gathered() if isinstance(value, (Stored, Drawn)) else value
+
+
+def _rows(vector: Tensor) -> Tensor:
+    """[B, D] -> [B, 1, D]; already per-token vectors stay."""
+    return vector.unsqueeze(1) if vector.ndim == 2 else vector
+
+
+def is_plain(norm: nn.Module, h: Tensor) -> bool:
+    """Whether the op may stand in for the module: a norm over the last axis, in the stream's dtype, no hooks."""
+    weight = getattr(norm, "weight", None)
+    return (
+        (type(norm).__name__ == "LayerNorm" or _is_rms(norm, h))
+        and not observed(norm)
+        and (weight is None or weight.dtype is h.dtype)
+    )
+
+
+def _is_rms(norm: nn.Module, h: Tensor) -> bool:
+    """Whether it is an RMSNorm as the op computes it: in fp64 it takes the variance in fp32, as diffusers does.
+
+    Torch's own does not, and without an eps it takes one that depends on the dtype.
+    """
+    if isinstance(norm, nn.RMSNorm):
+        return norm.eps is not None and h.dtype is not torch.float64
+    return type(norm).__name__ == "RMSNorm"
+
+
+def norm_parameters(norm: nn.Module) -> dict[str, Any]:
+    """A plain norm's arguments to `norm_modulate`."""
+    return {
+        "weight": norm.weight,
+        "bias": getattr(norm, "bias", None),
+        "eps": norm.eps,
+        "rms": type(norm).__name__ == "RMSNorm",
+    }

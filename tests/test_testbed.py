@@ -1,0 +1,83 @@
+"""The testbed: its statistics and its solver against what is known, and that it goes on where it stopped."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import arms
+import testbed
+from ab2 import AB2Scheduler
+from fastdit import tiny
+from fastdit.tiny.captions import parse
+from paired import ratio, share
+
+
+def test_ratios_are_paired():
+    """Pictures of unlike difficulty: each is twice as far, so all intervals close on 2."""
+    others = np.array([1e-4, 1e-2, 1.0, 3.0])
+    found = ratio(2 * others, others)
+    assert all(value == pytest.approx(2.0) for value in found.values())
+    flipped = ratio(np.array([1.0, 1.0, 1.0, 100.0]), np.ones(4))
+    assert flipped["median"] == pytest.approx(1.0)
+    assert flipped["value"] == pytest.approx(100**0.25)
+    assert flipped["low"] == pytest.approx(1.0)
+    assert flipped["high"] > 3
+
+
+def test_shares_are_paired():
+    flags = np.array([True] * 8 + [False] * 2)
+    found = share(flags, np.array([True] * 5 + [False] * 5))
+    assert found["value"] == 0.8
+    assert found["less"] == pytest.approx(0.3)
+    assert found["low"] < 0.3 < found["high"]
+    assert share(flags, flags)["low"] == share(flags, flags)["high"] == 0.0
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_ab2_integrates_a_line_exactly_after_its_first_step(shift):
+    scheduler = AB2Scheduler(shift=shift)
+    for _ in range(2):  # and begins anew
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist())
+        sigmas = scheduler.sigmas.double()
+        x = torch.zeros(1, dtype=torch.float64)
+        for t, sigma in zip(scheduler.timesteps, sigmas, strict=False):
+            x = scheduler.step((3 * sigma + 1).view(1), t, x, return_dict=False)[0]
+        first = (sigmas[1] - sigmas[0]) * (3 * sigmas[0] + 1)
+        rest = 1.5 * (sigmas[-1] ** 2 - sigmas[1] ** 2) + sigmas[-1] - sigmas[1]
+        assert float(x) == pytest.approx(float(first + rest), abs=1e-5)
+
+
+def test_open_captions_say_shapes_and_leave_the_rest():
+    texts = testbed.prompts("open", 32)
+    assert len(set(texts)) > 16
+    for text in texts:
+        objects = parse(text).objects
+        assert 1 <= len(objects) <= 2
+        assert all(one.size is None and one.place is None for one in objects)
+    assert testbed.prompts("open", 16) == texts[:16]
+    assert testbed.prompts("full", 16) == testbed.prompts("full", 32)[:16]
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    pipe = tiny.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.stock_scheduler = pipe.scheduler
+    bed = testbed.Bed(pipe, "open", 2.5, 32, tmp_path)
+    name, arm = arms.plain("unipc", 2)
+    whole = bed.latents(name, arm, 32)
+    path = next(bed.folder.glob("*.npy"))
+    np.save(path, whole[:16])
+    seen: list[int] = []
+    pipe.transformer.register_forward_pre_hook(lambda *_: seen.append(1))
+    np.testing.assert_array_equal(bed.latents(name, arm, 32), whole)
+    assert len(seen) == 2  # steps of one batch
+    assert testbed.away(whole, whole).max() == pytest.approx(1e-9)
+    assert bed.arithmetic(arm) == 2.0
+    dense = arms.Arm("euler", 4, arms.every(2, 1))
+    assert bed.arithmetic(dense) == pytest.approx(2.0, rel=0.05)
