@@ -726,7 +726,7 @@ def test_a_nan_in_the_velocity_is_kept_active():
         ({"start": 2.5}, "start"),
         ({"high_ratio": -0.1}, "high_ratio must be a number in [0, 1]"),
         ({"starvation": -1}, "starvation"),
-        ({"metric": "variance"}, 'metric must be "std" or "l2norm"'),
+        ({"metric": "variance"}, "metric must be one of std, l2norm, change, got 'variance'"),
         ({"mode": "fast"}, 'mode must be "corrected" or "parity"'),
         ({"resets": 12}, "resets must be a sequence"),
         ({"resets": (0,)}, "resets"),

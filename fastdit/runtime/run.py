@@ -164,13 +164,16 @@ class Run:
     def forecast_weights(self) -> Weights:
         """Its forecasts have these weights, from the noise levels that the scheduler, or the user, says."""
         if self.weights is None:
-            scheduler = self.scheduler
-            if scheduler is not None:
-                levels = step_levels(scheduler)
-            else:
-                levels = [] if self.timesteps is None else [float(t) for t in self.timesteps]
-            self.weights = Weights(levels)
+            self.weights = Weights(self.noise_levels)
         return self.weights
+
+    @property
+    def noise_levels(self) -> list[float]:
+        """The noise level of each step, as the scheduler or the user says; empty where nobody does. Read it once."""
+        scheduler = self.scheduler
+        if scheduler is not None:
+            return step_levels(scheduler)
+        return [] if self.timesteps is None else [float(t) for t in self.timesteps]
 
     @property
     def owner(self) -> Any:
