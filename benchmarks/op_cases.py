@@ -65,6 +65,8 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
             yield norm_modulate(shape, branch)
     for shape in shapes:
         yield token_select(shape)
+    for shape in shapes:
+        yield token_change(shape)
     for form in forms(shapes):
         yield qkv_prologue(form)
     for shape in shapes:
@@ -185,6 +187,40 @@ def token_select(shape: Shape) -> Case:
         return found
 
     return Case("token_select", "half of the tokens", shape, 1, make, width=64)
+
+
+def token_change(shape: Shape) -> Case:
+    """After a step that computed half of the tokens; packed latents of 16 channels."""
+
+    def eager(field: Tensor, last: Tensor, numbers: Tensor, computed: Tensor) -> Tensor:
+        rate, level = numbers
+        moved = (field.float() - last.float()).flatten(3).norm(dim=-1).flatten(1)
+        rate.copy_(torch.where(computed, moved / (0.5 - level).abs(), rate))
+        level.copy_(torch.where(computed, 0.5, level))
+        last.copy_(torch.where(computed.view(*field.shape[:3], 1, 1, 1), field, last))
+        return rate * (0.4 - level).abs()
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        size = (shape.batch, 1, shape.tokens, 16, 2, 2)
+        field = torch.randn(size, device=device, dtype=dtype).permute(0, 1, 2, 4, 5, 3)
+        last, numbers = field.clone(), torch.ones(2, shape.batch, shape.tokens, device=device)
+        score, levels = numbers[0].clone(), torch.tensor([0.5, 0.4], device=device)
+        inverse = torch.arange(shape.tokens, device=device, dtype=torch.int32) % 2 - 1
+        inverse = inverse.expand(shape.batch, -1).contiguous()
+        computed = inverse >= 0
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(field, last, numbers, computed),
+            "compile": lambda: compiled(field, last, numbers, computed),
+        }
+        for name in backends("token_change", device, dtype):
+            run = BACKENDS[name].token_change
+            found[name] = lambda run=run: run(field, last, *numbers, levels, inverse, score)
+        return found
+
+    # Of half of the tokens the velocity is read, and what was kept is read and written.
+    return Case("token_change", "half of the tokens", shape, 1.5, make, width=64)
 
 
 def qkv_prologue(form: Form) -> Case:

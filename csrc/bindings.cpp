@@ -75,6 +75,13 @@ void token_select(int dtype, const py::tuple& velocity, py::handle drops, py::ha
   launch(FD_BY_ISA(token_select), p, p.batch * p.tokens() * pixels * p.channels, threads);
 }
 
+void token_change(int dtype, const py::tuple& velocity, const py::tuple& last, py::handle rate,
+                  py::handle level, uintptr_t levels, py::handle inverse, py::handle score,
+                  int64_t /* stored: none */, int threads) {
+  TokenChange p = token_change_of(dtype, velocity, last, rate, level, levels, inverse, score);
+  launch(FD_BY_ISA(token_change), p, p.elements(), threads);
+}
+
 void qkv_prologue(int dtype, int64_t batch, int64_t tokens, int heads, int kv_heads, int head,
                   py::handle q, py::handle k, py::handle v, py::handle q_out, py::handle k_cache,
                   py::handle v_cache, py::handle rows, int norm, py::handle q_weight,
@@ -226,6 +233,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("collapse", &fd::collapse);
   m.def("gated_residual", &fd::gated_residual);
   m.def("norm_modulate", &fd::norm_modulate);
+  m.def("token_change", &fd::token_change);
   m.def("token_select", &fd::token_select);
   m.def("qkv_prologue", &fd::qkv_prologue);
   m.def("patchify", &fd::patchify);

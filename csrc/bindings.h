@@ -22,6 +22,7 @@
 #include "patchify.h"
 #include "qkv_prologue.h"
 #include "resolution_transition.h"
+#include "token_change.h"
 #include "token_select.h"
 
 namespace fd {
@@ -65,6 +66,11 @@ inline Table table(py::handle h) {
   if (h.is_none()) return {};
   const auto [address, batch_stride] = h.cast<std::pair<int64_t, int64_t>>();
   return {reinterpret_cast<int32_t*>(address), batch_stride};
+}
+
+inline Numbers numbers(py::handle h) {
+  const auto [address, batch_stride] = h.cast<std::pair<int64_t, int64_t>>();
+  return {reinterpret_cast<float*>(address), batch_stride};
 }
 
 inline Places places(py::handle h) {
@@ -155,6 +161,35 @@ inline TokenSelect token_select_of(int dtype, const py::tuple& velocity, py::han
   p.rows = table(rows);
   p.inverse = table(inverse);
   p.keys = reinterpret_cast<uint32_t*>(keys);
+  return p;
+}
+
+// velocity, last: (address, shape, strides), of six dimensions.
+inline TokenChange token_change_of(int dtype, const py::tuple& velocity, const py::tuple& last,
+                                   py::handle rate, py::handle level, uintptr_t levels,
+                                   py::handle inverse, py::handle score) {
+  const auto shape = velocity[1].cast<std::array<int64_t, 6>>();
+  const auto stride = velocity[2].cast<std::array<int64_t, 6>>();
+  const auto last_stride = last[2].cast<std::array<int64_t, 6>>();
+  TokenChange p;
+  p.dtype = dtype_of(dtype);
+  p.velocity = reinterpret_cast<const void*>(integer(velocity[0].ptr()));
+  p.last = reinterpret_cast<void*>(integer(last[0].ptr()));
+  for (int i = 0; i < 6; ++i) {
+    p.stride[i] = stride[i];
+    p.last_stride[i] = last_stride[i];
+  }
+  p.batch = shape[0];
+  p.grid[0] = shape[1];
+  p.grid[1] = shape[2];
+  p.patch[0] = shape[3];
+  p.patch[1] = shape[4];
+  p.channels = shape[5];
+  p.rate = numbers(rate);
+  p.level = numbers(level);
+  p.levels = number(levels);
+  p.inverse = table(inverse);
+  p.score = numbers(score);
   return p;
 }
 

@@ -128,6 +128,16 @@ class Runner:
         )
         return rows, inverse
 
+    def token_change(
+        self, velocity, last, rate, level, levels, *, inverse=None, score=None
+    ) -> Tensor:
+        score = poisoned(rate.shape, torch.float32) if score is None else score
+        if BACKENDS.get(self.backend.name) is self.backend:
+            options = {"inverse": inverse, "score": score, "backend": self.backend.name}
+            return ops.token_change(velocity, last, rate, level, levels, **options)
+        self.backend.token_change(velocity, last, rate, level, levels, inverse, score)
+        return score
+
     def qkv_prologue(
         self,
         q,

@@ -449,3 +449,60 @@ def published(
         return order[low : tokens - high][None]
 
     return choose
+
+
+def by_change(
+    ratio: float,
+    steps: int,
+    start: int,
+    resets: tuple[int, ...],
+    patch: int = 2,
+    packed: bool = False,
+    max_age: int | None = None,
+) -> Choose:
+    """Tokens by how wrong their kept velocities are, in fp64, token by token."""
+    known: list[list[dict[str, Any]]] = []
+    chosen: list[Any] = [None]
+
+    def choose(step: int, velocity: Tensor, sigmas: Tensor) -> Tensor | None:
+        if packed:
+            tokens = velocity
+        else:
+            tokens = F.unfold(velocity, patch, stride=patch).transpose(1, 2)
+        batch, count, _ = tokens.shape
+        known.extend([{"age": 0} for _ in range(count)] for _ in range(batch - len(known)))
+        for b in range(batch):
+            for i, token in enumerate(known[b]):
+                if chosen[0] is None or i in chosen[0][b]:
+                    now, level = tokens[b, i].double(), float(sigmas[step])
+                    if "value" in token and level != token["level"]:
+                        change = math.dist(now.tolist(), token["value"].tolist())
+                        token["rate"] = change / abs(level - token["level"])
+                    token.update(value=now, level=level)
+        dense = step + 1 < start or step + 1 in resets or step + 1 >= steps
+        keep = count - int((1 - ratio) * count)
+        if dense or keep == count:
+            chosen[0] = None
+            for of_image in known:
+                for token in of_image:
+                    token["age"] = 0
+            return None
+        coming, picked = float(sigmas[step + 1]), []
+        for of_image in known:
+
+            def last_dropped(i: int, of_image: Any = of_image) -> Any:
+                token = of_image[i]
+                forced = max_age is not None and token["age"] >= max_age
+                unknown = "rate" not in token
+                score = 0.0 if unknown else token["rate"] * abs(coming - token["level"])
+                return forced, unknown, score, i
+
+            order = sorted(range(count), key=last_dropped)
+            kept = sorted(order[count - keep :])
+            for i, token in enumerate(of_image):
+                token["age"] = 0 if i in kept else token["age"] + 1
+            picked.append(kept)
+        chosen[0] = picked
+        return torch.tensor(picked)
+
+    return choose

@@ -68,7 +68,7 @@ def test_only_the_row_index_is_read_in_small_pieces():
     for kernel, allowed in budget("triton").items():
         # These read words one by one: they are few, and a view has any strides. So does what adds
         # parts up: of attention two words for each of its rows, of a gradient one for each block.
-        few = ("token_select", "patchify", "resolution_transition")
+        few = ("token_change", "token_select", "patchify", "resolution_transition")
         adds = any(name in kernel for name in ("added_parts", "sum_kernel"))
         if not kernel.startswith(few) and not adds:
             assert allowed["narrow"] <= 2, kernel

@@ -29,6 +29,7 @@ BLEND, COLLAPSE = "blend.cu", "collapse.cu"
 GATED, NORM, PROLOGUE = "gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu"
 REDUCE, VECTOR, ELEMENT = "reduce.h", "vector.h", "element.h"
 SELECT, KEYS = "token_select.cu", "token_select.h"
+CHANGE, NOTES = "token_change.cu", "token_change.h"
 PATCHIFY, PLACES = "patchify.cu", "places.h"
 TRANSITION, CHILDREN = "resolution_transition.cu", "resolution_transition.h"
 
@@ -369,6 +370,64 @@ FAULTS = {
     "NaN counts as a large metric": Fault(
         KEYS, "  if (as_bits(metric) == kInfinity) key = kNoMetric;\n", "",
         "check_special_values", BF16, SELECT,
+    ),
+    # token_change
+    "rows and columns of a velocity's patch are swapped": Fault(
+        CHANGE, "y * p.stride[3] + x * p.stride[4]", "x * p.stride[3] + y * p.stride[4]",
+        "check_layouts",
+    ),
+    "channels of what is kept are taken to be next to each other": Fault(
+        CHANGE, "last[c * p.last_stride[5]] = value", "last[c] = value", "check_layouts"
+    ),
+    "tokens past the last are noted": Fault(
+        CHANGE, "  if (i >= count) return;\n", "", "check_inputs_and_guards"
+    ),
+    "the tokens of the last block are not noted": Fault(
+        CHANGE, "grid((count + kThreads - 1) / kThreads)", "grid(count / kThreads + (count < kThreads))",
+        "check_sizes",
+    ),
+    "tokens that were left out are noted": Fault(
+        CHANGE, "if (p.computed(b, token)) ", "", "check_tokens_that_were_left_out"
+    ),
+    "what was computed is not kept": Fault(
+        CHANGE, "last[c * p.last_stride[5]] = value;", "", "check_sizes"
+    ),
+    "changes are added up without a square": Fault(
+        CHANGE, "fmaf(change, change, squares)", "squares + fabsf(change)", "check_patches"
+    ),
+    "of a patch the last pixel counts": Fault(
+        CHANGE, "sum += squares", "sum = squares", "check_sizes"
+    ),
+    "NaN is no change": Fault(
+        CHANGE, "squares = fmaf(", "if (change == change) squares = fmaf(", "check_special_values"
+    ),
+    "a change has been rounded": Fault(
+        CHANGE, "float change = to_float(value) - to_float(last[c * p.last_stride[5]])",
+        "float change = to_float(from_float<bf16>(to_float(value))) - to_float(last[c * p.last_stride[5]])",
+        "check_small_changes", FP32,
+    ),
+    "a rate is taken over no distance": Fault(
+        NOTES, "if (gap > 0.0f) rate", "rate", "check_equal_levels", BF16, CHANGE
+    ),
+    "a first value has a rate": Fault(
+        NOTES, "gap > 0.0f", "!(gap == 0.0f)", "check_first_values", BF16, CHANGE
+    ),
+    "levels are to fall": Fault(
+        NOTES, "fabsf(levels[1] - level.row(b)[token])", "(level.row(b)[token] - levels[1])",
+        "check_rising_levels", BF16, CHANGE,
+    ),
+    "tokens age by the last step alone": Fault(
+        NOTES, "levels[1] - level.row(b)[token]", "levels[1] - levels[0]",
+        "check_tokens_that_were_left_out", BF16, CHANGE,
+    ),
+    "every sample has the levels of the first": Fault(
+        NOTES, "levels[0] - level.row(b)[token]", "levels[0] - level.row(0)[token]",
+        "check_samples_are_apart", BF16, CHANGE,
+    ),
+    "numbers are taken to be contiguous": Fault(
+        NOTES, "float* row(int64_t batch) const { return data + batch * batch_stride; }",
+        "float* row(int64_t batch) const { return data + batch * 28; }",
+        "check_strided_tables", BF16, CHANGE,
     ),
     # patchify
     "elements past the last are written": Fault(

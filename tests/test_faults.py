@@ -502,6 +502,140 @@ SELECT_FAULTS = {
 }
 
 
+# --- token_change: each is given the arguments by name
+
+CHANGE_NAMES = ("velocity", "last", "rate", "level", "levels", "inverse", "score")
+
+
+class ChangeFault(Faulty):
+    """Runs the reference on arguments that a fault may have changed."""
+
+    def __init__(self, fault=None):
+        self.fault = fault
+
+    def token_change(self, *arguments):
+        call = dict(zip(CHANGE_NAMES, arguments, strict=True))
+        if self.fault is None:
+            noted(call)
+        else:
+            self.fault(call)
+
+
+def noted(call, **changes) -> None:
+    CORRECT.token_change(**(call | changes))
+
+
+def every_token_taken_for_computed(call):
+    noted(call, inverse=None)
+
+
+def last_value_not_kept(call):
+    noted(call, last=call["last"].clone())
+
+
+def level_not_kept(call):
+    noted(call, level=call["level"].clone())
+
+
+def rate_over_no_distance(call):
+    level = call["level"]
+    level.copy_(torch.where(level == call["levels"][0], level - 1e-6, level))
+    noted(call)
+
+
+def aged_by_the_last_step(call):
+    noted(call)
+    now, coming = call["levels"]
+    call["score"].copy_(call["rate"] * (coming - now).abs())
+
+
+def levels_are_to_fall(call):
+    noted(call)
+    gap = call["level"] - call["levels"][1]
+    call["score"].copy_(call["rate"] * gap)
+
+
+def contiguous_last_assumed(call):
+    last = call["last"]
+    noted(call, last=last.as_strided(last.shape, torch.empty(last.shape).stride()))
+
+
+def numbers_taken_to_be_contiguous(call):
+    narrow = {
+        name: call[name].as_strided(call[name].shape, (call[name].shape[1], 1))
+        for name in ("rate", "level", "score")
+    }
+    noted(call, **narrow)
+
+
+def distance_from_squares(call):
+    v, last = (call[name].float() for name in ("velocity", "last"))
+    computed = call["inverse"] is None or call["inverse"] >= 0
+    squares = (v.square() - 2 * v * last + last.square()).flatten(3).sum(-1).flatten(1)
+    gap = (call["levels"][0] - call["level"]).abs()
+    noted(call)
+    found = torch.where(computed & (gap > 0), squares.clamp(min=0).sqrt() / gap, call["rate"])
+    call["rate"].copy_(found)
+
+
+def first_channel_only(call):
+    last = call["last"].clone()
+    noted(call, velocity=call["velocity"][..., :1], last=last[..., :1])
+    call["last"].copy_(torch.where(last == call["last"], last, call["velocity"]))
+
+
+def samples_share_a_level(call):
+    level = call["level"]
+    level.copy_(level[:1].expand_as(level))
+    noted(call)
+
+
+def no_number_is_no_change(call):
+    noted(call, velocity=call["velocity"].nan_to_num(0.0, 0.0, 0.0))
+
+
+def a_first_value_has_a_rate(call):
+    call["level"].nan_to_num_(0.0)
+    noted(call)
+
+
+def score_overrun(call):
+    noted(call)
+    tail_of(call["score"])
+
+
+def change_by_threads(call):
+    noted(call)
+    if torch.get_num_threads() > 1:
+        call["score"].mul_(1.01)
+
+
+def changes_of_an_empty_batch_refused(call):
+    if len(call["velocity"]) == 0:
+        raise AssertionError("no sample")
+    noted(call)
+
+
+CHANGE_FAULTS = {
+    every_token_taken_for_computed: ["check_tokens_that_were_left_out", "check_sizes"],
+    last_value_not_kept: ["check_sizes", "check_patches"],
+    level_not_kept: ["check_sizes"],
+    rate_over_no_distance: ["check_equal_levels"],
+    aged_by_the_last_step: ["check_tokens_that_were_left_out", "check_sizes"],
+    levels_are_to_fall: ["check_rising_levels"],
+    contiguous_last_assumed: ["check_layouts"],
+    numbers_taken_to_be_contiguous: ["check_strided_tables"],
+    distance_from_squares: ["check_small_changes"],
+    first_channel_only: ["check_sizes", "check_patches"],
+    samples_share_a_level: ["check_samples_are_apart"],
+    no_number_is_no_change: ["check_special_values"],
+    a_first_value_has_a_rate: ["check_first_values"],
+    score_overrun: ["check_inputs_and_guards"],
+    change_by_threads: ["check_repeats"],
+    changes_of_an_empty_batch_refused: ["check_empty"],
+}
+
+
 # --- qkv_prologue: each is given the arguments by name, and changes them or what comes of them
 
 PROLOGUE_NAMES = (
@@ -1185,6 +1319,7 @@ FAULTS = {
     "qkv_prologue": PROLOGUE_FAULTS,
     "resolution_transition": TRANSITION_FAULTS,
     "sparse_attention": ATTENTION_FAULTS,
+    "token_change": CHANGE_FAULTS,
     "token_select": SELECT_FAULTS,
 }
 #: how a fault gets into a backend, or none does, where it does not stand for the whole function
@@ -1193,6 +1328,7 @@ CARRIERS = {
     "patchify": PatchifyFault,
     "qkv_prologue": PrologueFault,
     "resolution_transition": TransitionFault,
+    "token_change": ChangeFault,
 }
 FILES = {op: op.removesuffix("_backward") for op in FAULTS}
 

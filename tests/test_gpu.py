@@ -128,8 +128,13 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
     tokens, finer = (state.new_empty(2, count, 1, 1, 64) for count in (100, 220))
     sums = torch.zeros(2, *x.shape, device=device)
     r = torch.rand((), device=device)
+    kept, noted = torch.randn_like(state), torch.rand(4, 2, 400, device=device)
+    rate, level, score, levels = *noted[:3], noted[3, 0, :2]
+    computed = torch.arange(400, device=device, dtype=torch.int32).expand(2, -1) % 2 - 1
 
     def call() -> None:
+        last = kept.view_as(field)
+        backend.token_change(field, last, rate, level, levels, computed, score)
         backend.gated_residual(h, [branch, store], [gate, None], 0, cache, rows, h)
         affine = (gate, gate, None, None, 1e-6, False)
         backend.norm_modulate(x, *affine, h, gate, cache, rows, out)
@@ -145,7 +150,7 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
         backend.collapse([x, store], [gate, None], [1, 0], False, sums)
         backend.blend(h, branch, r, out, gate, None, out)
 
-    return (x, store, cache, h, branch, out, state, sums, r), call
+    return (x, store, cache, h, branch, out, state, sums, r, kept, noted), call
 
 
 def results(tensors, call, start) -> list[Tensor]:

@@ -204,6 +204,70 @@ def test_tables_are_not_shared(backend):
     assert int(side_by_side.sum()) == 2 * B * 5
 
 
+def change(**changes):
+    """Arguments of token_change by name, with changes."""
+    numbers = torch.ones(2, B, 8)
+    given = {"velocity": FIELD, "last": some(*FIELD.shape, key=1), "rate": numbers[0]}
+    return given | {"level": numbers[1], "levels": torch.tensor([0.5, 0.25])} | changes
+
+
+WRONG_CHANGE = {
+    "velocity of rank 5": ({"velocity": FIELD[0]}, "velocity", "rank 6"),
+    "velocity of integers": ({"velocity": FIELD.int()}, "velocity", "float64"),
+    "last not a tensor": ({"last": None}, "last", "a tensor"),
+    "last dtype": ({"last": FIELD.half()}, "last", "torch.float32"),
+    "last device": ({"last": FIELD.to("meta")}, "last", "cpu"),
+    "last shape": ({"last": FIELD[:, :1].clone()}, "last", str(list(FIELD.shape))),
+    "last expanded": (
+        {"last": some(*FIELD[:1].shape).expand_as(FIELD)},
+        "last",
+        "without expanded",
+    ),
+    "last is the velocity": ({"last": FIELD}, "last", "of its own"),
+    "last wants a gradient": ({"last": FIELD.clone().requires_grad_()}, "last", "it is written"),
+    "rate missing": ({"rate": None}, "rate", f"[{B}, 8]"),
+    "rate dtype": ({"rate": torch.ones(B, 8).double()}, "rate", "torch.float32"),
+    "rate shape": ({"rate": torch.ones(B, 7)}, "rate", f"[{B}, 8]"),
+    "level dtype": ({"level": torch.ones(B, 8).half()}, "level", "torch.float32"),
+    "level device": ({"level": torch.ones(B, 8, device="meta")}, "level", "cpu"),
+    "level transposed": ({"level": torch.ones(8, B).T}, "level", "last stride"),
+    "levels numbers": ({"levels": (0.5, 0.25)}, "levels", "a tensor [2]"),
+    "levels of all steps": ({"levels": torch.ones(8)}, "levels", "[2]"),
+    "levels dtype": ({"levels": torch.ones(2).double()}, "levels", "torch.float32"),
+    "inverse dtype": ({"inverse": table(B, 8).long()}, "inverse", "int32"),
+    "inverse shape": ({"inverse": table(B, 3)}, "inverse", f"[{B}, 8]"),
+    "score shape": ({"score": torch.ones(B, 7)}, "score", f"[{B}, 8]"),
+    "score expanded": ({"score": torch.ones(1, 8).expand(B, 8)}, "score", "without expanded"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CHANGE)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_token_change_names_what_is_wrong(case, backend):
+    changes, name, accepted = WRONG_CHANGE[case]
+    with pytest.raises(ArgumentError) as error:
+        ops.token_change(**change(**changes), backend=backend)
+    assert str(error.value).startswith(f"{name}: got")
+    assert accepted in str(error.value)
+
+
+def test_what_is_noted_is_not_shared():
+    numbers = torch.ones(B, 8)
+    for names in (("rate", "level"), ("level", "score")):
+        with pytest.raises(ArgumentError, match="shares with"):
+            ops.token_change(**change(**dict.fromkeys(names, numbers)))
+    levels = torch.ones(B, 8)
+    with pytest.raises(ArgumentError, match="level: got memory it shares with levels"):
+        ops.token_change(**change(level=levels, levels=levels[0, :2]))
+
+
+def test_noting_a_change_has_no_gradient():
+    velocity = FIELD.clone().requires_grad_()
+    score = ops.token_change(**change(velocity=velocity))
+    assert not score.requires_grad
+    assert torch.equal(score, ops.token_change(**change()))
+
+
 def squares(batch=B):
     """The tokens of level 1 over the 2 x 4 cells of FIELD."""
     places = torch.tensor([[1, 0, 0], [1, 0, 2]], dtype=torch.int32)
@@ -893,6 +957,8 @@ def opcheck_samples():
     tables = (table(B, 3), table(B, 8), None)
     yield "token_select", (FIELD, table(B, 8), None, 2, 0.1, "std", None, *tables)
     yield "token_select", (FIELD, table(B, 8), table(B, 8), 0, 0.1, "l2norm", 4, *tables)
+    yield "token_change", (*change().values(), None, torch.ones(B, 8), None)
+    yield "token_change", (*change().values(), table(B, 8) - 1, torch.ones(B, 8), "reference")
     yield "patchify", (FIELD, squares(), False, some(B, 2, 12, key=4), None)
     yield "unpatchify", (PATCHES, squares(), True, some(*FIELD.shape, key=4), None)
     given = transition()
@@ -929,6 +995,8 @@ def test_meta_tensors_give_shapes():
         rows, inverse = ops.token_select(field, drops, 3)
         assert (rows.shape, inverse.shape) == ((B, 3), (B, 8))
         assert rows.dtype is inverse.dtype is torch.int32
+        noted = {name: t.to("meta") for name, t in change().items()}
+        assert ops.token_change(**noted).shape == (B, 8)
         assert ops.patchify(field, squares().to("meta")).shape == (B, 2, 12)
         given = {
             name: value.to("meta") if isinstance(value, torch.Tensor) else value
@@ -952,13 +1020,14 @@ def test_dispatch_modes_see_the_ops():
         inside = ops.gated_residual(x, [branch], [None])
         ops.norm_modulate(x)
         ops.token_select(FIELD, table(B, 8), 3)
+        ops.token_change(**change())
         tokens = ops.patchify(FIELD, squares())
         ops.unpatchify(tokens, squares(), FIELD.clone())
         ops.resolution_transition(**transition())
     assert {"fastdit::patchify", "fastdit::unpatchify"} <= set(seen.names)
     assert "fastdit::resolution_transition" in seen.names
     assert "fastdit::gated_residual" in seen.names
-    assert "fastdit::token_select" in seen.names
+    assert {"fastdit::token_change", "fastdit::token_select"} <= set(seen.names)
     assert "fastdit::norm_modulate" in seen.names
     assert torch.equal(inside, ops.gated_residual(x, [branch], [None]))
 

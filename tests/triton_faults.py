@@ -13,6 +13,7 @@ FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BLEND, COLLAPSE = "blend", "collapse"
 GATED, NORM = "gated_residual", "norm_modulate"
 PROLOGUE, SELECT = "qkv_prologue", "token_select"
+CHANGE = "token_change"
 PATCHIFY, TRANSITION = "patchify", "resolution_transition"
 ATTENTION = "sparse_attention"
 
@@ -239,6 +240,58 @@ FAULTS = {
     ),
     "age is not set back": one(
         SELECT, "tl.where(kept, 0, old + 1)", "tl.where(kept, old, old + 1)", "check_max_age"
+    ),
+    # token_change
+    "rows and columns of a kept patch are swapped": one(
+        CHANGE, "y * last_strides[3] + x * last_strides[4]",
+        "x * last_strides[3] + y * last_strides[4]", "check_layouts",
+    ),
+    "rows and columns of a velocity's patch are swapped": one(
+        CHANGE, "y * strides[3] + x * strides[4]", "x * strides[3] + y * strides[4]",
+        "check_layouts",
+    ),
+    "channels past C are kept": one(
+        CHANGE, "tl.store(own, value, mask=inside)", "tl.store(own, value, mask=computed[:, None])",
+        "check_inputs_and_guards",
+    ),
+    "tokens past the last are scored": one(
+        CHANGE, "off, mask=active)", "off, mask=at <= total)", "check_inputs_and_guards"
+    ),
+    "tokens that were left out are noted": one(
+        CHANGE, "computed = active & (place >= 0)", "computed = active",
+        "check_tokens_that_were_left_out",
+    ),
+    "what was computed is not kept": one(
+        CHANGE, "tl.store(own, value, mask=inside)", "pass", "check_sizes"
+    ),
+    "of a patch the last pixel counts": one(
+        CHANGE, "squares += tl.sum(change", "squares = tl.sum(change", "check_sizes"
+    ),
+    "a rate is taken over no distance": one(
+        CHANGE, "computed & (gap > 0.0)", "computed & (gap >= 0.0)", "check_equal_levels"
+    ),
+    "a first value has a rate": one(
+        CHANGE, "computed & (gap > 0.0)", "computed & (gap != 0.0)", "check_first_values"
+    ),
+    "levels are to fall": one(
+        CHANGE, "tl.abs(tl.load(levels + 1) - before)", "(before - tl.load(levels + 1))",
+        "check_rising_levels",
+    ),
+    "tokens age by the last step alone": one(
+        CHANGE, "tl.load(levels + 1) - before", "tl.load(levels + 1) - now",
+        "check_tokens_that_were_left_out",
+    ),
+    "NaN is no change": one(
+        CHANGE, "tl.sum(change * change, axis=1)",
+        "tl.sum(tl.where(change == change, change * change, 0.0), axis=1)", "check_special_values",
+    ),
+    "every sample has the levels of the first": one(
+        CHANGE, "tl.load(level.start + b * level.batch + token", "tl.load(level.start + token",
+        "check_samples_are_apart",
+    ),
+    "a table of numbers is taken to be contiguous": one(
+        CHANGE, "tl.store(score.start + b * score.batch", "tl.store(score.start + b * tokens",
+        "check_strided_tables",
     ),
     # qkv_prologue
     "k is stored one row early": one(

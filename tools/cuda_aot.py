@@ -4,8 +4,9 @@
     python tools/cuda_aot.py --update    # write what was found as the new budget
 
 Needs nvcc, and the cuobjdump of the triton wheel. An aligned kernel may read the row index, and x
-where it is transposed, in small pieces; so do token_select, patchify and resolution_transition all
-they need, which is little and of any strides. Everything else goes in 16 bytes at a time.
+where it is transposed, in small pieces; so do token_change, token_select, patchify and
+resolution_transition all they need, which is little and of any strides. Everything else goes in 16
+bytes at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def readable(mangled: str) -> str:
     """gated_residual_kernel<fd::bf16, 4, true, false> as `gated_residual bf16 x4 aligned`,
     collapse_kernel<fd::bf16, float, true> as `collapse bf16 fp32 aligned`,
     patchify_kernel<fd::bf16> as `patchify bf16`, token_keys_kernel<fd::bf16> as
-    `token_select keys bf16`."""
+    `token_select keys bf16`, token_change_kernel<fd::bf16> as `token_change bf16`."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     counted = r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)(?:, (true|false))?>"
     if found := re.search(counted, name):
@@ -64,6 +65,8 @@ def readable(mangled: str) -> str:
         return f"{op} {types} {'aligned' if aligned == 'true' else 'any'}"
     if re.search(r"\bsum_kernel\(", name):
         return "blend_backward sum"
+    if found := re.search(r"token_change_kernel<(?:fd::)?(\w+)>", name):
+        return f"token_change {_short(found[1])}"
     if found := re.search(r"token_(\w+)_kernel(?:<(?:fd::)?(\w+)>)?\(", name):
         part = {"select": "rows"}.get(found[1], found[1])
         return f"token_select {part} {_short(found[2] or '')}".rstrip()

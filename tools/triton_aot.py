@@ -57,6 +57,7 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.qkv_prologue import qkv_prologue
     from triton_kernels.resolution_transition import resolution_transition
     from triton_kernels.sparse_attention import sparse_attention
+    from triton_kernels.token_change import token_change
     from triton_kernels.token_select import token_select
 
     batch, tokens, layout = 2, 1024, 4096
@@ -111,6 +112,20 @@ def instances() -> dict[str, Callable[[int], None]]:
 
         def call(architecture: int) -> None:
             token_select(field, *tables, rows, inverse)
+
+        return call
+
+    def change(dtype: torch.dtype, channels_first: bool, sparse: bool):
+        if channels_first:  # latents [B, C, H, W]
+            field = new(batch, 16, 64, 2, 64, 2, dtype=dtype).permute(0, 2, 4, 3, 5, 1)
+        else:  # packed tokens [B, N, 4 C]
+            field = new(batch, 64, 64, 16, 2, 2, dtype=dtype).permute(0, 1, 2, 4, 5, 3)
+        rate, level, score = (new(batch, layout, dtype=torch.float32) for _ in range(3))
+        inverse = new(batch, layout, dtype=torch.int32) if sparse else None
+        levels = new(2, dtype=torch.float32)
+
+        def call(architecture: int) -> None:
+            token_change(field, field, rate, level, levels, inverse, score)
 
         return call
 
@@ -212,6 +227,9 @@ def instances() -> dict[str, Callable[[int], None]]:
         "blend_backward fp32 D1536": mixture_backward(1536, fp32, False),
         "collapse bf16 D1152 k8 in 3": sums(1152, 8, bf16, 3),
         "collapse fp32 D1152 k28 in 3": sums(1152, 28, fp32, 3),
+        "token_change bf16 packed rows": change(bf16, False, True),
+        "token_change fp16 latents": change(fp16, True, False),
+        "token_change fp32 latents rows": change(fp32, True, True),
         "token_select bf16 packed": select(bf16, False, "std"),
         "token_select fp16 latents age": select(fp16, True, "std", 5),
         "token_select fp32 latents l2norm": select(fp32, True, "l2norm"),

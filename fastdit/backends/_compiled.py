@@ -105,6 +105,19 @@ class Compiled(Backend):
             *self._context(velocity, 0),
         )
 
+    def token_change(self, velocity, last, rate, level, levels, inverse, score):
+        self.module.token_change(
+            DTYPE_CODES[velocity.dtype],
+            _view(velocity),
+            _view(last),
+            _table(rate),
+            _table(level),
+            levels.data_ptr(),
+            None if inverse is None else _table(inverse),
+            _table(score),
+            *self._context(velocity, 0),
+        )
+
     def qkv_prologue(
         self, q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset,
         norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin,

@@ -86,6 +86,20 @@ class Backend:
         """rows = the K tokens that stay active, ascending; the others are counted in drops."""
         raise TypeError(f"backend {self.name} has no token_select")
 
+    def token_change(
+        self,
+        velocity: Tensor,  # [B, gh, gw, ph, pw, C], of any strides
+        last: Tensor,  # like velocity, written where a token was computed
+        rate: Tensor,  # fp32 [B, N], written where a token was computed
+        level: Tensor,  # fp32 [B, N], written where a token was computed
+        levels: Tensor,  # fp32 [2], of the step that is done and of the next
+        inverse: Tensor | None,  # int32 [B, N], -1 where a token was not computed
+        score: Tensor,  # fp32 [B, N], written
+    ) -> None:
+        """rate = |velocity - last| / |levels[0] - level|, last = velocity and level = levels[0] where a token was
+        computed; score = rate |levels[1] - level|."""
+        raise TypeError(f"backend {self.name} has no token_change")
+
     def qkv_prologue(
         self,
         q: Tensor,  # [B, K, H d]

@@ -329,6 +329,18 @@ class Reference(Backend):
         if age is not None:
             age.add_(1).masked_fill_(kept, 0)
 
+    def token_change(self, velocity, last, rate, level, levels, inverse, score):
+        now, coming = levels.unbind()
+        computed = torch.ones_like(rate, dtype=torch.bool) if inverse is None else inverse >= 0
+        exact = torch.promote_types(velocity.dtype, torch.float32)
+        moved = (velocity.to(exact) - last.to(exact)).flatten(3).norm(dim=-1).flatten(1)
+        gap = (now - level).abs()
+        rate.copy_(torch.where(computed & (gap > 0), moved.to(torch.float32) / gap, rate))
+        level.copy_(torch.where(computed, now, level))
+        patches = computed.view(*velocity.shape[:3], 1, 1, 1)
+        last.copy_(torch.where(patches, velocity, last))
+        score.copy_(rate * (coming - level).abs())
+
     def qkv_prologue(
         self, q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset,
         norm, q_weight, q_bias, k_weight, k_bias, eps, cos, sin,

@@ -62,6 +62,9 @@ class Triton(Backend):
     def token_select(self, *arguments):
         self.kernel("token_select")(*arguments)
 
+    def token_change(self, *arguments):
+        self.kernel("token_change")(*arguments)
+
     def qkv_prologue(self, *arguments):
         self.kernel("qkv_prologue")(*arguments)
 

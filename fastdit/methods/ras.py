@@ -2,8 +2,9 @@
 
 After `start` dense steps, and except at the dense steps `resets`, a step computes K of the N image tokens. The others
 keep their keys and values, and the velocity of the last step at which they were active, so every token moves at every
-step. Which tokens are active is decided by the velocity of the step before: per token, the standard deviation over the
-latent channels (eq. 1).
+step. Which tokens are active is decided by the velocity of the step before: per token, by the standard deviation over
+the latent channels (eq. 1), or, with the metric "change", which is not the paper's, by how wrong the velocity that is
+kept for it has become (`tokens/change.py`).
 
 Two modes. `"parity"` follows the published implementation: its lists of dropped tokens, metric in the model's dtype,
 drop counters that start at -(S + 1) and make a dropped token's metric larger, unstable ties. `"corrected"` differs
@@ -24,9 +25,13 @@ from torch import Tensor
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode
 from fastdit.tokens.active import TokenRun
+from fastdit.tokens.change import ChangeRun
 
 #: resets of the published runs, by number of steps
 PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}
+METRICS = ("std", "l2norm", "change")
+#: what stands for arguments that are left out, with the published metrics
+HIGH_RATIO, STARVATION = 1.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class RASRun(TokenRun):
             coming.keep,
             age=self._age,
             high=coming.high,
-            starvation=method.starvation,
+            starvation=method.rate_of_drops,
             metric=method.metric,
             max_age=method.max_age,
         )
@@ -119,7 +124,7 @@ class RASRun(TokenRun):
         )  # the sigmas' own difference, not rounded first
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
         metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
-        metric = (metric * torch.exp(method.starvation * self._drops)).to(metric.dtype)
+        metric = (metric * torch.exp(method.rate_of_drops * self._drops)).to(metric.dtype)
         order = torch.sort(metric).indices
         low = self.tokens - coming.keep - coming.high
         dropped = torch.cat([order[:low], order[self.tokens - coming.high :]])
@@ -135,14 +140,17 @@ class RAS(Method):
         ratio: Mean share of active tokens in a sparse step, in (0, 1]. 1 skips nothing.
         start: Dense steps before the first sparse one, at least 1.
         resets: Dense steps in between. None is the published choice for the number of steps.
-        metric: "std" or "l2norm" over the latent channels.
-        high_ratio: Share of the dropped tokens taken from the large end of the metric; 1 drops the tokens with the
-            largest, as the paper's text says.
-        starvation: k in exp(k D), D the times a token was dropped.
+        metric: "std" or "l2norm" over the latent channels, or "change": how wrong a token's kept velocity is, which is
+            its last observed change per noise level times how far the level has moved since. Not in "parity".
+        high_ratio: Share of the dropped tokens taken from the large end of the metric; 1, which None stands for, drops
+            the tokens with the largest, as the paper's text says. Not with "change", which drops the smallest.
+        starvation: k in exp(k D), D the times a token was dropped; None stands for 0.1. Not with "change", whose tokens
+            come back by their age.
         schedule: None for the same number of tokens at all steps, or `Linear`.
         mode: "corrected" or "parity". The published rule knows one image, so parity refuses more.
         align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
         max_age: A token that was inactive for so many steps is active at the next; None for no bound. Not in "parity".
+            With "change" it bounds what a velocity that did not change at all would be left out.
         family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
@@ -154,8 +162,8 @@ class RAS(Method):
     start: int = 4
     resets: Sequence[int] | None = None
     metric: str = "std"
-    high_ratio: float = 1.0
-    starvation: float = 0.1
+    high_ratio: float | None = None
+    starvation: float | None = None
     schedule: Linear | None = None
     mode: str = "corrected"
     align: int = 64
@@ -167,15 +175,19 @@ class RAS(Method):
 
     def __post_init__(self) -> None:
         _number("ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1)
-        _number("high_ratio", self.high_ratio, "in [0, 1]", lambda x: 0 <= x <= 1)
-        _number("starvation", self.starvation, "at least 0", lambda x: x >= 0)
+        if self.high_ratio is not None:
+            _number("high_ratio", self.high_ratio, "in [0, 1]", lambda x: 0 <= x <= 1)
+        if self.starvation is not None:
+            _number("starvation", self.starvation, "at least 0", lambda x: x >= 0)
         _whole("start", self.start)
         _whole("align", self.align)
         if self.max_age is not None:
             _whole("max_age", self.max_age)
-        if self.metric not in ("std", "l2norm"):
-            raise ArgumentError(f'metric must be "std" or "l2norm", got {self.metric!r}')
+        if self.metric not in METRICS:
+            raise ArgumentError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         check_mode(self)
+        if self.metric == "change":
+            self._check_change()
         if self.schedule is not None and not isinstance(self.schedule, Linear):
             raise ArgumentError(
                 f"schedule must be None or Linear(step, every), got {self.schedule!r}"
@@ -200,9 +212,30 @@ class RAS(Method):
             raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         return replace(PRESETS[name], **changes)
 
-    def begin(self, run: Any) -> RASRun:
+    def _check_change(self) -> None:
+        """Refuse what has no meaning beside the metric "change"."""
+        if self.mode == "parity":
+            raise ArgumentError(
+                'metric must be "std" or "l2norm" with mode="parity", which is the published rule, got "change"'
+            )
+        for name, why in (
+            ("high_ratio", "it drops the tokens with the smallest change"),
+            ("starvation", "a token's age brings it back"),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                raise ArgumentError(
+                    f'{name} must be None with metric="change", got {value!r}: {why}'
+                )
+
+    @property
+    def rate_of_drops(self) -> float:
+        """k of exp(k D)."""
+        return STARVATION if self.starvation is None else self.starvation
+
+    def begin(self, run: Any) -> TokenRun:
         """The choice of tokens in one run."""
-        return RASRun(self, run)
+        return ChangeRun(self, run) if self.metric == "change" else RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
         """Refuse a run that `start` or explicit resets do not fit.
@@ -250,16 +283,18 @@ class RAS(Method):
 
     def active(self, steps: int, tokens: int) -> list[ActiveTokens | None]:
         """What each step computes; None where it is dense."""
+        share = 0.0 if self.metric == "change" else HIGH_RATIO
+        share = share if self.high_ratio is None else self.high_ratio
         found: list[ActiveTokens | None] = []
         for count in self.dropped(steps, tokens):
             if self.mode == "parity":
-                low, high = int(count * (1 - self.high_ratio)), int(count * self.high_ratio)
+                low, high = int(count * (1 - share)), int(count * share)
                 count = low + high
             else:
                 units = round((tokens - count) / self.align)
                 keep = min(tokens, max(1, units) * self.align)
                 count = tokens - keep if count else 0
-                high = round(count * self.high_ratio)
+                high = round(count * share)
             found.append(ActiveTokens(tokens - count, high) if count else None)
         return found
 

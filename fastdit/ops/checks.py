@@ -171,6 +171,27 @@ def table(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> N
         _unit_stride(name, t)
 
 
+def numbers(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """fp32 numbers: [B, N], or a list of them."""
+    if not isinstance(t, Tensor):
+        _refuse(name, type(t).__name__, f"a tensor {list(shape)}")
+    if t.dtype is not torch.float32:
+        _refuse(name, str(t.dtype), "torch.float32")
+    if t.device != device:
+        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
+    if tuple(t.shape) != tuple(shape):
+        _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
+    if not t.is_contiguous():
+        _unit_stride(name, t)
+
+
+def like(name: str, t: Tensor, first: Tensor) -> None:
+    """A tensor of the shape, dtype and device of the first argument, with any strides."""
+    _same_kind(name, t, first.dtype, first.device)
+    if t.shape != first.shape:
+        _refuse(name, f"shape {list(t.shape)}", f"shape {list(first.shape)}")
+
+
 def token_table(t: Tensor, batch: int, device: torch.device) -> int:
     """(level, y, x) of each token, int32 [B, n, 3] with any batch stride. Returns n."""
     if not isinstance(t, Tensor) or t.dim() != 3:

@@ -19,7 +19,7 @@ from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Weights
-from fastdit.blocks.packed import PackedWeights
+from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
@@ -124,7 +124,7 @@ class Run:
     live: bool = True
     branches: dict[Any, Branch] = field(default_factory=dict)
     family: dict[str, Any] = field(default_factory=dict)
-    packed: PackedWeights = field(default_factory=PackedWeights)
+    prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
     weights: Weights | None = None
     previews: Any = None
     trace: Trace | str | None = None
@@ -164,13 +164,16 @@ class Run:
     def forecast_weights(self) -> Weights:
         """Its forecasts have these weights, from the noise levels that the scheduler, or the user, says."""
         if self.weights is None:
-            scheduler = self.scheduler
-            if scheduler is not None:
-                levels = step_levels(scheduler)
-            else:
-                levels = [] if self.timesteps is None else [float(t) for t in self.timesteps]
-            self.weights = Weights(levels)
+            self.weights = Weights(self.noise_levels)
         return self.weights
+
+    @property
+    def noise_levels(self) -> list[float]:
+        """The noise level of each step, as the scheduler or the user says; empty where nobody does. Read it once."""
+        scheduler = self.scheduler
+        if scheduler is not None:
+            return step_levels(scheduler)
+        return [] if self.timesteps is None else [float(t) for t in self.timesteps]
 
     @property
     def owner(self) -> Any:
@@ -324,8 +327,8 @@ class Run:
         self.branches.clear()
         self.family.clear()
         self.outputs.clear()
-        self.packed_bytes = max(self.packed_bytes, self.packed.nbytes)
-        self.packed.clear()
+        self.packed_bytes = max(self.packed_bytes, self.prepacked.nbytes)
+        self.prepacked.clear()
 
     def cache_bytes(self) -> int:
         """The caches hold so many bytes now; each storage counts once."""

@@ -24,7 +24,7 @@ from fastdit.spec import BlockKind, ModelSpec
 #: the ops of every run, and those of runs whose methods decide a field of the plan
 OPS = ("gated_residual", "norm_modulate")
 OPS_OF_FIELD = {
-    "rows": ("qkv_prologue", "token_select"),
+    "rows": ("qkv_prologue", "token_change", "token_select"),
     "resolution": ("patchify", "unpatchify", "resolution_transition"),
 }
 

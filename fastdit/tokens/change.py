@@ -1,0 +1,102 @@
+"""Tokens chosen by how wrong their kept velocities are: RAS with the metric "change".
+
+A token's score is the change of the velocity that the scheduler was given, between the last two computations of the
+token, per unit of noise level, times how far the level has moved since the last one. What is kept for that lies on the
+device, a copy of the velocity and three numbers a token; the op `token_change` says the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdit.tokens.active import TokenRun
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the tokens of a batch of pictures.
+
+    Attributes:
+        last: [B, gh, gw, p, p, C], the velocities that were computed last.
+        rate: fp32 [B, N], how fast they changed.
+        level: fp32 [B, N], the noise levels they were computed at.
+        levels: fp32 [steps], those of the run.
+        drops: int32 [B, N], how often each token was left out.
+        age: int32 [B, N], for how many steps; None where nothing bounds that.
+    """
+
+    last: Tensor
+    rate: Tensor
+    level: Tensor
+    levels: Tensor
+    drops: Tensor
+    age: Tensor | None
+
+
+class ChangeRun(TokenRun):
+    """The rule in one run.
+
+    A step may compute more tokens than were chosen, after a prompt was swapped: those count as not computed, so that
+    they are rather too early among the active ones than too late.
+    """
+
+    def __init__(self, method: Any, run: Any) -> None:
+        super().__init__(method, run)
+        self._kept: Kept | None = None
+        self._inverse: Tensor | None = None
+
+    def choose(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor | None:
+        """The tokens whose kept velocities are the most wrong; looked at after dense steps, too."""
+        step = self.run.step
+        if not any(self.plan[step - self.first + 1 :]):
+            return None
+        if self._kept is None or len(self._kept.last) != len(velocity):
+            self._kept, self._inverse = self._begin(velocity), None
+        kept, ops = self._kept, self.run.patched.ops
+        score = ops.token_change(
+            velocity,
+            kept.last,
+            kept.rate,
+            kept.level,
+            kept.levels[step : step + 2],
+            inverse=self._inverse,
+        )
+        if coming is None:  # every token is active there
+            self._inverse = None
+            if kept.age is not None:
+                kept.age.zero_()
+            return None
+        rows, self._inverse = ops.token_select(
+            score.view(*velocity.shape[:3], 1, 1, 1),
+            kept.drops,
+            coming.keep,
+            age=kept.age,
+            starvation=0.0,
+            metric="l2norm",
+            max_age=self.method.max_age,
+        )
+        return rows
+
+    def end(self) -> None:
+        """Only the history stays."""
+        super().end()
+        self._kept = self._inverse = None
+
+    def _begin(self, velocity: Tensor) -> Kept:
+        """Nothing was computed yet. Where nobody says the noise levels they count the steps."""
+        run, batch, device = self.run, len(velocity), velocity.device
+        numbers = torch.full((2, batch, self.tokens), float("inf"), device=device)
+        numbers[1] = float("nan")
+        counts = torch.zeros(2, batch, self.tokens, dtype=torch.int32, device=device)
+        levels = run.noise_levels or range(run.steps)
+        return Kept(
+            torch.zeros_like(velocity),
+            *numbers,
+            torch.tensor(levels, dtype=torch.float32, device=device),
+            counts[0],
+            counts[1] if self.method.max_age else None,
+        )
