@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import ArgumentError, Cached, Dense, Schedule
 from fastdit.adapters import adapters
 from fastdit.adapters.base import NEEDS, Adapter
-from fastdit.adapters.latents import Pictures
 from oracle import random_bits
 
 pytestmark = pytest.mark.diffusers
@@ -149,8 +150,9 @@ def test_the_base_says_which_member_is_for_what():
         *("prompt_projections_of", "condition_embeddings_of"),
     }
     said = [name for names in NEEDS.values() for name in names.split()]
-    named = {**vars(Pictures), **vars(Adapter), **Adapter.__annotations__}
-    members = {name for name in named if name[0] != "_"}
+    bases = Adapter.__mro__[:-1]
+    members = {name for cls in bases for name in (*vars(cls), *inspect.get_annotations(cls))}
+    members = {name for name in members if name[0] != "_"}
     assert sorted(said) == sorted(members - shared)
 
 

@@ -83,7 +83,7 @@ def test_a_component_is_not_set_by_name_and_in_its_group():
 
 
 def test_arguments():
-    with pytest.raises(ScheduleError, match="source must be a Schedule"):
+    with pytest.raises(ScheduleError, match=r"must be a Schedule, .* got int"):
         ECAD(3)
     with pytest.raises(ArgumentError, match=r"resample must be None or \"sigma\", got 'time'"):
         ECAD(made_for(4), resample="time")
