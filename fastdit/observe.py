@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 
-def private(module: nn.Module) -> bool:
+def unobserved(module: nn.Module) -> bool:
     """Whether nobody looks into it or scales it: no hook, no adapter of peft."""
     return not any(observed(part) or hasattr(part, "base_layer") for part in module.modules())
 

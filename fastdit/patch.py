@@ -20,7 +20,7 @@ from fastdit.account.explain import Explanation
 from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
 from fastdit.adapters.base import Size
-from fastdit.blocks.packed import check_packable, linears_of
+from fastdit.blocks.prepacked import check_packable, linears_of
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
@@ -53,7 +53,7 @@ def patch(
         backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that
             serves each op's device and dtype. A backend named here or there is never silently replaced.
         pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few tokens, as RAS has
-            them; see `blocks/packed.py`. For fp32 on a CPU whose torch has MKL.
+            them; see `blocks/prepacked.py`. For fp32 on a CPU whose torch has MKL.
         cuda_graphs: Replay whole runs as CUDA graphs from the third of a signature (size, batch, steps, settings) on;
             see `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager,
             and a warning says why.

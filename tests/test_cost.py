@@ -15,8 +15,8 @@ import tiny_models
 from fastdit import ECAD, ArgumentError, Schedule
 from fastdit.account.cost import Cost
 from fastdit.cli import commands
+from fastdit.cli.statistics import statistics
 from fastdit.schedules.plan import RunPlan, lower
-from fastdit.schedules.statistics import statistics
 from fastdit.spec import BlockKind, ModelSpec
 from oracle import random_bits
 from snapshot import snapshot

@@ -26,10 +26,10 @@ from safetensors.torch import load as load_tensors
 
 import fastdit
 import tiny_models
+from fastdit.cli.saved import INDEX, index_of
 from fastdit.cli.search import prompts_of
 from fastdit.errors import MAX_MESSAGE, ArgumentError, ScheduleError, SearchError
 from fastdit.files import parse
-from fastdit.saved import INDEX, index_of
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.router import Router
 from fastdit.schedules.schedule import Schedule

@@ -159,6 +159,7 @@ def test_the_tree_is_flat_and_without_circles():
     assert not found.circles, found.circles
     assert len(found.chain) <= 10, " -> ".join(found.chain)
     assert len(found.flat) <= 14, found.flat
+    assert found.longest[0] <= 450, found.longest
 
 
 def test_diffusers_is_not_imported_with_the_library():

@@ -772,7 +772,7 @@ def test_an_interrupted_run_holds_nothing_while_the_autoencoder_decodes(
     held, during = [], []
 
     def count():
-        return state.runs.cache_bytes() + sum(run.packed.nbytes for run in state.runs.live())
+        return state.runs.cache_bytes() + sum(run.prepacked.nbytes for run in state.runs.live())
 
     hooks = [
         pipe.vae.decoder.conv_in.register_forward_pre_hook(lambda *_: held.append(count())),

@@ -217,7 +217,7 @@ def test_one_split_token_and_its_four():
     places = (table[0, :, 1:] / 2).tolist()
     assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 1.5], [1.5, 1], [1.5, 1.5]]
     layout = Layout((4, 4), table, 3)
-    assert layout.kind == "mixed"
+    assert layout.form == "mixed"
     assert layout.levels()[0].tolist() == [[1, 1, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2
     rows = torch.arange(3)[None]
     full, _ = ops.resolution_transition(
@@ -287,10 +287,10 @@ def test_noise_is_white_after_each_transition(mode):
         before = run.now
         end = method.stages()[index - 1].sigmas[-1]
         tokens = torch.randn(batch, before.tokens, channels * 4) * end
-        run.now.write(tokens, run.adapter.field(latents, run.now.cells), run.ops)
+        run.now.write(tokens, run.adapter.field(latents, run.now.grid), run.ops)
         run.finish(torch.zeros_like(latents), latents)
         assert run.index == index
-        found = run.now.read(run.adapter.field(latents, run.now.cells), run.ops)
+        found = run.now.read(run.adapter.field(latents, run.now.grid), run.ops)
         pixels = found.unflatten(2, (channels, 4)).transpose(2, 3).flatten(1, 2)
         covariance = torch.stack([image @ image.T / channels for image in pixels])
         variance = method.stages()[index].deviation ** 2

@@ -17,7 +17,7 @@ import tiny_models
 from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.blocks.active import Stored
+from fastdit.blocks.active import CachedRows
 from fastdit.methods.ras import ActiveTokens
 from fastdit.tokens.active import TokenRun
 from ras_oracle import RowOracle, published, random_rows
@@ -301,7 +301,9 @@ def test_what_is_reused_is_read_at_the_rows_and_not_copied(name, chosen, monkeyp
     counts = {1: 16, 2: 20, 3: 12}
     method = Chosen(random_rows(counts, TOKENS, 1), counts)
     handle = fastdit.patch(pipe, method, fastdit.Cached(fastdit.Schedule.from_bits(bits, names)))
-    monkeypatch.setattr(Stored, "gathered", lambda self: pytest.fail("a kept output was copied"))
+    monkeypatch.setattr(
+        CachedRows, "gathered", lambda self: pytest.fail("a kept output was copied")
+    )
     generate(pipe, name, steps=4)
     records = handle.last_run().records
     assert [records[step].computed for step in (1, 3)] == [0, 0]

@@ -14,7 +14,7 @@ from diffusers import DPMSolverMultistepScheduler
 import fastdit
 import fastdit.tiny
 from fastdit.cli.loading import load_model
-from fastdit.saved import INDEX, index_of
+from fastdit.cli.saved import INDEX, index_of
 from saved_pipelines import save_dit, save_sd3
 
 CODE = """

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastdit.account.skeleton import Macs, Skeleton, Visit, made_once, structure
-from fastdit.adapters.base import ROWS, Size
+from fastdit.adapters.base import BATCH, Size
 from fastdit.blocks.forward import Forward
 from fastdit.schedules.actions import COMPUTE, KEEP, REUSE
 
@@ -70,7 +70,9 @@ class Counts:
 
     exact = True
 
-    def __init__(self, adapter: Any, transformer: nn.Module, sizes: Any, batch: int = ROWS) -> None:
+    def __init__(
+        self, adapter: Any, transformer: nn.Module, sizes: Any, batch: int = BATCH
+    ) -> None:
         skeleton = Skeleton(adapter, transformer)
         self._forms = {key: index for index, key in enumerate(skeleton.times)}
         self._of = [self._forms[key] for key in skeleton.forms]

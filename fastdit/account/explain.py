@@ -17,7 +17,7 @@ from fastdit.account.cost import Cost
 from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
 from fastdit.blocks.modulation import ahead
-from fastdit.blocks.packed import packs
+from fastdit.blocks.prepacked import packs
 from fastdit.errors import ArgumentError
 from fastdit.runtime.levels import predicted_levels
 from fastdit.schedules.actions import COMPUTE

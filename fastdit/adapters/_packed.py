@@ -75,14 +75,14 @@ class Packed(Adapter):
         """The layout's tokens go on; `embed_layout` says where they are."""
         args, kwargs = list(args), dict(kwargs)
         owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        owner[key] = layout.read(self.field(owner[key], layout.cells), ops)
+        owner[key] = layout.read(self.field(owner[key], layout.grid), ops)
         self._cut_positions(transformer, args, kwargs, layout.tokens)
         return tuple(args), kwargs
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
         """Tokens [B, n, 4 C] are drawn at full size, [B, N, 4 C]."""
         full = sample.new_empty(sample.shape[0], latents.shape[1], sample.shape[2])
-        layout.write(sample, self.field(full, layout.cells), ops)
+        layout.write(sample, self.field(full, layout.grid), ops)
         return full
 
     def embed(

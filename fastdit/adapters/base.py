@@ -23,7 +23,7 @@ from fastdit.adapters.arguments import argument_of, arguments_of
 from fastdit.adapters.latents import Pictures
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError, UnsupportedModelError
-from fastdit.observe import observed, private
+from fastdit.observe import observed, unobserved
 from fastdit.spec import BlockKind, ModelSpec
 
 #: which members a family says for what methods do: for all of them, for those that write "reuse", "rows" (a part of
@@ -35,13 +35,13 @@ NEEDS: Mapping[str, str] = {
     "reuse": "components consumers groups shared_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches gather_inputs scatter_output moved_tokens grid "
     "latent_image decode shifts_latents",
-    "resolution": "changes_resolution check_resolution cells field reduce_inputs expand_output embed_layout "
+    "resolution": "changes_resolution check_resolution full_grid field reduce_inputs expand_output embed_layout "
     "replaces_attention owns_attention",
     "spared": "fused_attentions prompt_projections condition_embedding condition_arguments layer_inputs "
     "embed_condition timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
-ROWS = 2
+BATCH = 2
 #: arguments of transformers that go on to attention processors
 _ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 
@@ -338,7 +338,7 @@ class Adapter(Pictures):
     ) -> LayerInputs | None:
         """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
         embeds = self.condition_embeddings_of(transformer)
-        if not embeds or not private(embeds[0]):
+        if not embeds or not unobserved(embeds[0]):
             return None
         names = (self.image_argument, *self.condition_arguments)
         latents, *told = (argument_of(transformer, args, kwargs, name) for name in names)
@@ -366,7 +366,7 @@ class Adapter(Pictures):
     # ---- an example
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
-        """Arguments of a call of :data:`ROWS` rows of a size, on the meta device: what is counted and compared."""
+        """Arguments of a call of :data:`BATCH` rows of a size, on the meta device: what is counted and compared."""
         raise NotImplementedError
 
     def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
@@ -376,7 +376,7 @@ class Adapter(Pictures):
 
 def blank(transformer: nn.Module, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of an example's rows [2, ...], in the model's dtype if not said."""
-    return torch.empty(ROWS, *shape, dtype=dtype or transformer.dtype, device="meta")
+    return torch.empty(BATCH, *shape, dtype=dtype or transformer.dtype, device="meta")
 
 
 def picture(transformer: nn.Module, size: Size) -> Tensor:

@@ -210,9 +210,9 @@ class Flux(Packed):
             tokens, rows = len(own), int(own[:, 1].max()) + 1
         return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
 
-    def cells(self, call: Call, patch: int) -> tuple[int, int]:
+    def full_grid(self, call: Call, patch: int) -> tuple[int, int]:
         """Read off the positions, which must be those of one picture; waits for the device."""
-        height, width = super().cells(call, patch)
+        height, width = super().full_grid(call, patch)
         count = call.hidden_states.shape[1]
         ids = call.positions.reshape(-1, call.positions.shape[-1])
         expected = Layout.uniform((height, width), 0, ids.device).table[0]
@@ -234,7 +234,7 @@ class Flux(Packed):
         if key not in memory:
             places = layout.table.float()
             images, count = places.shape[:2]
-            if layout.kind == "full":
+            if layout.form == "full":
                 memory[key] = type(module).forward(module, ids)
             else:
                 places = torch.cat([torch.zeros_like(places[..., :1]), places[..., 1:] / 2], dim=-1)

@@ -126,7 +126,7 @@ class Pictures:
                 f"says how, and patches of {SIDE} x {SIDE}"
             )
 
-    def cells(self, call: Call, patch: int) -> tuple[int, int]:
+    def full_grid(self, call: Call, patch: int) -> tuple[int, int]:
         """Rows and columns of tokens at full resolution."""
         return self.grid(call.hidden_states.shape, call.positions, patch)
 
@@ -146,21 +146,21 @@ class Pictures:
         args, kwargs = list(args), dict(kwargs)
         owner, key = place_of(transformer, args, kwargs, "hidden_states")
         latents = owner[key]
-        if layout.kind == "coarse":
+        if layout.form == "coarse":
             owner[key] = latents[..., ::2, ::2].contiguous()
         else:
-            tokens = layout.read(self.field(latents, layout.cells), ops)
+            tokens = layout.read(self.field(latents, layout.grid), ops)
             patches = tokens.unflatten(2, (-1, SIDE, SIDE))  # [B, n, C, 2, 2]
             owner[key] = patches.permute(0, 2, 3, 1, 4).flatten(3)
         return tuple(args), kwargs
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
         """The output of such a call at full size, shaped like `latents`."""
-        if layout.kind == "coarse":
+        if layout.form == "coarse":
             return sample.repeat_interleave(2, -1).repeat_interleave(2, -2)
         full = sample.new_empty(sample.shape[:2] + latents.shape[2:])
         patches = sample.unflatten(-1, (-1, SIDE)).permute(0, 3, 1, 2, 4)  # [B, n, C, 2, 2]
-        layout.write(patches.flatten(2), self.field(full, layout.cells), ops)
+        layout.write(patches.flatten(2), self.field(full, layout.grid), ops)
         return full
 
     def embed_layout(
@@ -171,14 +171,14 @@ class Pictures:
         Where tokens are mixed, the coarse keep their places in a half-size picture, and each split one's four have
         places half a step apart.
         """
-        if layout.kind != "mixed":
+        if layout.form != "mixed":
             return type(module).forward(module, patches)
 
         def positions() -> Tensor:
             if "positions" not in memory:
-                table = _half_step_positions(module, layout.cells, patches.device)
+                table = _half_step_positions(module, layout.grid, patches.device)
                 _, y, x = layout.table.long().unbind(-1)
-                memory["positions"] = table[y * layout.cells[1] + x]
+                memory["positions"] = table[y * layout.grid[1] + x]
             return memory["positions"].repeat(
                 patches.shape[0] // memory["positions"].shape[0], 1, 1
             )

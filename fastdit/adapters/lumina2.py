@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import argument_of
-from fastdit.adapters.base import ROWS, Adapter, Size, blank, chunk_gates, picture
+from fastdit.adapters.base import BATCH, Adapter, Size, blank, chunk_gates, picture
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import LayerInputs
 from fastdit.blocks.residual import Residual
-from fastdit.observe import private
+from fastdit.observe import unobserved
 
 
 def noise_block(
@@ -141,7 +141,7 @@ class Lumina2(Adapter):
     ) -> LayerInputs | None:
         """The layers are given the embedded timestep."""
         embed = transformer.time_caption_embed
-        if not private(embed.timestep_embedder):
+        if not unobserved(embed.timestep_embedder):
             return None
         latents = argument_of(transformer, args, kwargs, "hidden_states")
 
@@ -160,7 +160,7 @@ class Lumina2(Adapter):
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """The example has pictures and prompts of unlike length, whose mask is read on the host."""
-        mask = torch.ones(ROWS, size.text, dtype=torch.int64).tril(size.text - 2)
+        mask = torch.ones(BATCH, size.text, dtype=torch.int64).tril(size.text - 2)
         return {
             "hidden_states": picture(transformer, size),
             "timestep": blank(transformer),

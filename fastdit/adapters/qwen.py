@@ -117,12 +117,12 @@ class Qwen(Packed):
         frames, rows, columns = _shapes(positions)[0]
         return frames * rows, columns
 
-    def cells(self, call: Call, patch: int) -> tuple[int, int]:
+    def full_grid(self, call: Call, patch: int) -> tuple[int, int]:
         """The tokens must be those of one picture."""
         shapes = _shapes(call.positions)
         if len(shapes) > 1 or shapes[0][0] > 1:
             raise ArgumentError(f"img_shapes must be those of one picture for RALU, got {shapes}")
-        return super().cells(call, patch)
+        return super().full_grid(call, patch)
 
     def decode(self, latents: Tensor, vae: Any) -> Tensor:
         """Its VAE is one of videos."""
@@ -137,9 +137,9 @@ class Qwen(Packed):
         self, module: nn.Module, layout: Layout, memory: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Below full resolution positions are those of a picture of half the size, in steps of a half."""
-        if layout.kind == "full":
+        if layout.form == "full":
             return type(module).forward(module, *args, **kwargs)
-        length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.cells]
+        length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.grid]
         if length not in memory:
             level, *places = layout.table.float().cpu().unbind(-1)
             places = [p / 2 - (n - n // 2) for p, n in zip(places, sides, strict=True)]

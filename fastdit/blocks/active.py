@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Stored:
+class CachedRows:
     """A kept output of all tokens, [B, N, D], of which the active rows [B, K] are meant; the residual reads them there.
 
     `index` [B K] are these rows in the samples laid end to end.
@@ -47,7 +47,7 @@ class Stored:
         return self.whole
 
 
-class Tokens:
+class ActiveTokens:
     """Which image tokens a call computes, and where the keys and values of all of them live.
 
     Attributes:
@@ -113,7 +113,7 @@ class Tokens:
             return tuple(_renewed(part, fresh, owned) for part, fresh in parts)
         return _renewed(self.stored(held, layout), value, owned)
 
-    def _stored(self, held: Tensor | None, part: str) -> Tensor | Stored | None:
+    def _stored(self, held: Tensor | None, part: str) -> Tensor | CachedRows | None:
         if held is None or part == "text":  # all text is active
             return held
         count = held.shape[1]
@@ -121,8 +121,8 @@ class Tokens:
         if (part, count) not in self._index:
             first = torch.arange(rows.shape[0], device=rows.device)[:, None] * count
             self._index[part, count] = (first + rows).flatten()
-        return Stored(held, rows, self._index[part, count])
+        return CachedRows(held, rows, self._index[part, count])
 
 
 def _renewed(held: Any, fresh: Tensor | None, owned: bool) -> Tensor | None:
-    return held.renewed(fresh, owned) if isinstance(held, Stored) else fresh
+    return held.renewed(fresh, owned) if isinstance(held, CachedRows) else fresh

@@ -106,8 +106,8 @@ def attend(
     """Attention of the parts' queries, one after the other, over all `length` keys.
 
     Args:
-        tokens: The call's :class:`~fastdit.blocks.forward.Tokens`; the keys and values of attention `key` are made here
-            when all tokens pass.
+        tokens: The call's :class:`~fastdit.blocks.active.ActiveTokens`; the keys and values of attention `key` are made
+            here when all tokens pass.
         parts: The streams, in the order of the joint sequence.
         rotation: Of all rows, or None.
         scale: Of the products; None for 1 / sqrt(d).

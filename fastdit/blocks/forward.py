@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.blocks.active import Tokens
+from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Drawn, Nodes, Weights
 from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, norm_parameters
 from fastdit.blocks.segments import EAGER, segments_like
 from fastdit.blocks.sums import Sums
-from fastdit.observe import observed, private
+from fastdit.observe import observed, unobserved
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
 
 #: of a component's output; the name alone, or with the number of a further call of it in the same block
@@ -62,7 +62,7 @@ class Forward:
         defer: bool = False,
         family: dict[str, Any] | None = None,
         compiled: Callable[..., Any] | None = None,
-        tokens: Tokens | None = None,
+        tokens: ActiveTokens | None = None,
         layouts: Mapping[str, Sequence[str]] | None = None,
         precision: tuple[torch.dtype, torch.dtype] | None = None,
         modulations: Modulations | None = None,
@@ -125,7 +125,7 @@ class Forward:
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.
 
-        Where a call has some of the tokens, what comes from a slot is :class:`Stored`: residuals take it as it is,
+        Where a call has some of the tokens, what comes from a slot is :class:`CachedRows`: residuals take it as it is,
         anything else through :func:`gathered`.
 
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
@@ -149,11 +149,11 @@ class Forward:
             else:
                 self._owned_slots.discard(key)
                 # The rows of a value that was never held whole cannot stand for it later.
-                held = None if sparse else self.packed(value)
+                held = None if sparse else self.to_slot(value)
         else:
             value = self.tokens.stored(held, self._layouts[name]) if sparse else held
             if self._precision is not None:
-                value = self.unpacked(gathered(value))
+                value = self.from_slot(gathered(value))
         if flags & KEEP and held is not None:
             self.slots[key] = held
         else:
@@ -174,10 +174,10 @@ class Forward:
             self.computed += 1
             levels = self.weights.levels
             nodes = (nodes or Nodes()).with_node(
-                self.step, self.packed(value), levels, max(1, count)
+                self.step, self.to_slot(value), levels, max(1, count)
             )
         else:
-            used = nodes._replace(values=tuple(map(self.unpacked, nodes.values)))
+            used = nodes._replace(values=tuple(map(self.from_slot, nodes.values)))
             value = used.drawn(self.step, order_of(flags), self.weights)
             value = gathered(value) if self.immediate else value
         if count:
@@ -215,11 +215,11 @@ class Forward:
             return branch[:, :text], branch[:, text:]
         return branch.whole[:, :text], self.tokens.stored(branch.whole[:, text:], ("image",))
 
-    def packed(self, value: Any) -> Any:
+    def to_slot(self, value: Any) -> Any:
         """A value as slots keep it."""
         return value if self._precision is None else _cast(value, self._precision[0])
 
-    def unpacked(self, held: Any) -> Any:
+    def from_slot(self, held: Any) -> Any:
         """A value out of a slot."""
         return held if self._precision is None else _cast(held, self._precision[1])
 
@@ -231,7 +231,7 @@ class Forward:
             compute = functools.partial(self._compiled_as, use, compute)
         # Looked up as they lie: attributes of modules are found by a call each.
         linear = norm._modules.get("linear") or next(reversed(norm._modules.values()))
-        if self.modulations is None or not private(linear):
+        if self.modulations is None or not unobserved(linear):
             return compute(*given)
         return self.modulations.of(norm, compute)
 
@@ -282,7 +282,7 @@ class Forward:
         return max(0, self._planned - self.computed)
 
     @property
-    def settled(self) -> bool:
+    def complete(self) -> bool:
         """Whether no residual waits; anything else at the end of a call is a defect of an adapter."""
         return not any(self._waiting.values())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.backends.base import MAX_BRANCHES
-from fastdit.blocks.active import Stored
+from fastdit.blocks.active import CachedRows
 from fastdit.blocks.nodes import Drawn
 from fastdit.observe import observed
 from fastdit.schedules.forecast import MAX_ORDER
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Gate = Tensor | None
 #: what residuals take
-Branch = Tensor | Stored | Drawn
+Branch = Tensor | CachedRows | Drawn
 
 
 class Residual:
@@ -45,7 +45,7 @@ class Residual:
             branch = branch if gate is None else _rows(gate) * branch
             self._h = branch + self.read() if self._branch_first else self.read() + branch
             return
-        held = branch.whole if isinstance(branch, Stored) else branch
+        held = branch.whole if isinstance(branch, CachedRows) else branch
         if isinstance(branch, Drawn):
             if any(value.stride(-1) != 1 for value in branch.values):
                 branch = gathered(branch)
@@ -114,10 +114,10 @@ class Residual:
 
     def read(self) -> Tensor:
         """The stream with everything added."""
-        stored = [(b.whole, gate) for b, gate in self._waiting if isinstance(b, Stored)]
-        computed = [(b, gate) for b, gate in self._waiting if not isinstance(b, Stored)]
+        stored = [(b.whole, gate) for b, gate in self._waiting if isinstance(b, CachedRows)]
+        computed = [(b, gate) for b, gate in self._waiting if not isinstance(b, CachedRows)]
         if stored:
-            rows = next(b.rows for b, _ in self._waiting if isinstance(b, Stored))
+            rows = next(b.rows for b, _ in self._waiting if isinstance(b, CachedRows))
         for first in range(0, len(stored), MAX_BRANCHES - 1):
             # Beside those read at rows, the op takes one that was computed.
             fresh, computed = computed[:1], computed[1:]
@@ -177,10 +177,10 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
 
 
 def gathered(value: Any) -> Any:
-    """A component's output whose :class:`Stored` and :class:`Drawn` parts are written down."""
+    """A component's output whose :class:`CachedRows` and :class:`Drawn` parts are written down."""
     if isinstance(value, tuple):
         return tuple(gathered(part) for part in value)
-    return value.gathered() if isinstance(value, (Stored, Drawn)) else value
+    return value.gathered() if isinstance(value, (CachedRows, Drawn)) else value
 
 
 def _rows(vector: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Sums:
     def _use(self, forward: Any, stream: Any, held: tuple[Tensor, Tensor], shared: Tensor) -> None:
         sums, before = held
         change = shared - before
-        first, *groups = forward.unpacked(sums)
+        first, *groups = forward.from_slot(sums)
         stream.add(first)
         for group, gate in zip(groups, change.unbind(1), strict=True):
             stream.add(group, gate)
@@ -102,5 +102,5 @@ class Sums:
         for waiting in (making.cells, making.outputs, making.gates):
             waiting.clear()
         if end and making.done == len(total.cells):
-            sums = forward.packed(making.sums.to(output.dtype))
+            sums = forward.to_slot(making.sums.to(output.dtype))
             forward.slots[total] = sums, shared.clone()

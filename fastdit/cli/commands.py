@@ -7,9 +7,7 @@ diffusers, drawing) is imported by the command that needs it.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,15 +16,14 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
-from fastdit.cli import options
-from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
+from fastdit.cli import arguments, options
+from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.files import check_folder
 
 if TYPE_CHECKING:
     from fastdit.cli.demo import Settings
     from fastdit.cli.loading import Model
     from fastdit.methods.base import Method
-    from fastdit.schedules.schedule import Schedule
 
 REFUSED, INTERRUPTED = 2, 130
 
@@ -123,14 +120,14 @@ def demo(
 
     For a DiT pipeline the prompts are class numbers.
     """
-    _check_output(out, "--out")
-    methods = _methods(schedule, every, default=() if ralu else (2, 3))
-    methods |= _ralu(ralu or ())
+    arguments.check_output(out, "--out")
+    methods = arguments.methods(schedule, every, default=() if ralu else (2, 3))
+    methods |= arguments.ralu(ralu or ())
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
-    loaded = _load(model, dtype)
+    loaded = arguments.load(model, dtype)
     from fastdit.cli.demo import Settings, resolve_steps
 
     steps = resolve_steps(loaded.pipeline, list(methods.values()), steps, backend)
@@ -185,8 +182,10 @@ def explain(
     dtype: options.Dtype = None,
 ) -> None:
     """Say what a patched model will do, without running it: plan, compute, bytes, caches."""
-    (method,) = _methods(schedule, None if every is None else [every], default=(2,)).values()
-    loaded = _load(model, dtype)
+    (method,) = arguments.methods(
+        schedule, None if every is None else [every], default=(2,)
+    ).values()
+    loaded = arguments.load(model, dtype)
     from fastdit import patch
     from fastdit.cli.console import explanation_text
 
@@ -252,7 +251,7 @@ def search(
     )
     costs, operators = tuple(cost or ("true-macs",)), Operators.of(unit, seed)
     settings = Settings(generations, population, costs, race, operators, even_steps, surrogate)
-    seeds = [_read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
+    seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)
     view.run(Console(), out, factory, work, settings, seeds, workers, ray)
 
@@ -261,10 +260,10 @@ def search(
 def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
     """Print a schedule's facts, and which share of the blocks computes at each step."""
     if png is not None:
-        _check_output(png, "--png")
+        arguments.check_output(png, "--png")
     from fastdit.cli.console import schedule_facts
 
-    found = _read_schedule(file, "FILE")
+    found = arguments.read_schedule(file, "FILE")
     Console().print(schedule_facts(found, str(file)), soft_wrap=True)
     if png is not None:
         from fastdit.cli.raster import save_raster
@@ -279,7 +278,7 @@ def stats(file: options.ScheduleFile, pixels: options.Side = 256) -> None:
     from fastdit.cli.console import schedule_statistics
     from fastdit.cli.published import published_cost
 
-    found = _read_schedule(file, "FILE")
+    found = arguments.read_schedule(file, "FILE")
     cost = published_cost(found, pixels)
     Console().print(schedule_statistics(found, cost), soft_wrap=True)
 
@@ -289,7 +288,7 @@ def convert(
     file: options.ScheduleFile, out: options.NewFile, layout: options.Layout = "ecad"
 ) -> None:
     """Write a schedule again in the layout of ECAD's released files, or in this package's."""
-    found = _read_schedule(file, "FILE")
+    found = arguments.read_schedule(file, "FILE")
     try:
         found.save(out, layout)
     except OSError as error:
@@ -335,7 +334,7 @@ def train_router(
     --raw --lambda-form released --keep blended --spread 1 --lr 0.01 --beta 7e-8 --batch 32
     --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
-    _check_output(out, "--out", ".safetensors")
+    arguments.check_output(out, "--out", ".safetensors")
     if checkpoints is not None:
         check_folder(checkpoints, "--checkpoints")
     import torch
@@ -345,7 +344,7 @@ def train_router(
     from fastdit.train.ranks import take_device
 
     take_device()
-    loaded = _load(model, dtype)
+    loaded = arguments.load(model, dtype)
     from fastdit.cli.training import swap_scheduler, training_prompts
     from fastdit.train import HarmoniCa
 
@@ -406,54 +405,3 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-
-
-# ---- arguments
-
-
-def _methods(
-    schedule: Path | None, every: list[int] | None, default: tuple[int, ...]
-) -> dict[str, Method]:
-    """Name -> method for --schedule or --every."""
-    if schedule is not None and every:
-        raise ArgumentError("--schedule and --every exclude each other: give one of them")
-    from fastdit import Cached, Schedule
-
-    if schedule is not None:
-        return {schedule.stem: Cached(_read_schedule(schedule, "--schedule"))}
-    return {f"every({n})": Cached(Schedule.every(n)) for n in every or default}
-
-
-def _ralu(presets: Sequence[str]) -> dict[str, Method]:
-    """Name -> method for --ralu."""
-    from fastdit import RALU
-
-    return {f"RALU {name}": RALU.preset(name) for name in presets}
-
-
-def _read_schedule(path: Path, argument: str) -> Schedule:
-    from fastdit.schedules.schedule import Schedule
-
-    try:
-        return Schedule.load(path)
-    except ScheduleError as error:
-        raise ScheduleError(f"{argument} {error}") from error
-
-
-def _check_output(path: Path, argument: str, suffix: str = ".png") -> None:
-    """Refuse before the work what could not be written after it."""
-    if path.suffix.lower() != suffix:
-        raise ArgumentError(f"{argument} must end in {suffix}, got {path}")
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir():
-        raise ArgumentError(f"{argument} {path} cannot be written: its folder does not exist")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise ArgumentError(f"{argument} {path} cannot be written: permission denied")
-
-
-def _load(folder: Path | None, dtype: str | None) -> Model:
-    from fastdit.cli.loading import load_model
-
-    name = "the embedded model" if folder is None else str(folder)
-    with Console(stderr=True).status(f"loading {name}"):
-        return load_model(folder, dtype)

@@ -246,8 +246,8 @@ def schedule_facts(schedule: Schedule, name: str) -> RenderableType:
 
 def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> RenderableType:
     """What a schedule's bits say, and its cost on a model named with it."""
+    from fastdit.cli.statistics import statistics
     from fastdit.schedules.plan import RunPlan, lower
-    from fastdit.schedules.statistics import statistics
 
     found = statistics(schedule, cost[1].spec if cost is not None else None)
     eager, each, runs = found.traffic

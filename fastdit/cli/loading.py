@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdit.cli.saved import INDEX, index_of
 from fastdit.errors import ArgumentError, UnsupportedModelError
-from fastdit.saved import INDEX, index_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS = (

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from fastdit.launch import MAX_WORKERS
+from fastdit.cli.launch import MAX_WORKERS
 from fastdit.schedules.schedule_file import MAX_COUNT
 
 MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn

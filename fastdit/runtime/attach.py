@@ -40,7 +40,7 @@ def rewrites(
         found += _of_call("project_prompt", adapter.prompt_projections_of(transformer))
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
-    found += _of_call("run.packed.linear", linears, compiles=True)
+    found += _of_call("run.prepacked.linear", linears, compiles=True)
     found += [
         (module, partial(ComponentLink, index=index, name=name)) for index, name, module in wrapped
     ]

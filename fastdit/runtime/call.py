@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from fastdit.account.cost import Cost
 from fastdit.adapters.base import Size
 from fastdit.blocks import attention
-from fastdit.blocks.active import Tokens
+from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
-from fastdit.observe import private
+from fastdit.observe import unobserved
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
@@ -84,7 +84,7 @@ class Call:
                     run.step, order, run.forecast_weights, run.patched.ops
                 )
                 return None
-        self._smaller = self.layout is not None and self.layout.kind != "full"
+        self._smaller = self.layout is not None and self.layout.form != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
         self.immediate = (
@@ -183,17 +183,17 @@ class Call:
             branch.versions = versions(arguments.embeddings)
         return branch
 
-    def _tokens(self, count: int, keeps: bool) -> Tokens | None:
+    def _tokens(self, count: int, keeps: bool) -> ActiveTokens | None:
         """The adapter's own attention is told of these tokens; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
         if keeps:
-            return Tokens(count, self.rows, branch.keys, branch, ops)
+            return ActiveTokens(count, self.rows, branch.keys, branch, ops)
         owns = self.layout is not None and patched.adapter.owns_attention(
             self.layout, self.arguments.hidden_states.shape[0]
         )
         if owns or (ops is not None and self._fuses_attention()):
-            return Tokens(count, None, None, branch, ops)
+            return ActiveTokens(count, None, None, branch, ops)
         return None
 
     def _fuses_attention(self) -> bool:
@@ -334,7 +334,7 @@ class Call:
 
         A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
         """
-        if self.forward.immediate or not private(module):
+        if self.forward.immediate or not unobserved(module):
             return type(module).forward(module, *args, **kwargs)
         kept = self.branch.prompts
         if module not in kept:
@@ -350,17 +350,17 @@ class Call:
             The output in place of the transformer's; None to leave that.
 
         Raises:
-            RuntimeError: A residual was left waiting: an adapter's last block did not settle its streams.
+            RuntimeError: A residual was left waiting: an adapter's last block did not leave its streams.
         """
         run, forward = self.run, self.forward
         record = run.records.setdefault(run.step, StepRecord())
         if forward is None:
             record.reused += run.patched.spec.component_count or 1
             return None
-        if not forward.settled:
+        if not forward.complete:
             raise RuntimeError(
                 f"a residual was left waiting: the last block of the {run.patched.adapter.family} adapter did not "
-                "settle its streams"
+                "leave its streams"
             )
         record.tokens, record.actions = self.tokens, forward.actions
         record.computed += forward.computed if run.patched.blocks else 1

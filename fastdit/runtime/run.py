@@ -19,7 +19,7 @@ from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Weights
-from fastdit.blocks.packed import PackedWeights
+from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
@@ -124,7 +124,7 @@ class Run:
     live: bool = True
     branches: dict[Any, Branch] = field(default_factory=dict)
     family: dict[str, Any] = field(default_factory=dict)
-    packed: PackedWeights = field(default_factory=PackedWeights)
+    prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
     weights: Weights | None = None
     previews: Any = None
     trace: Trace | str | None = None
@@ -327,8 +327,8 @@ class Run:
         self.branches.clear()
         self.family.clear()
         self.outputs.clear()
-        self.packed_bytes = max(self.packed_bytes, self.packed.nbytes)
-        self.packed.clear()
+        self.packed_bytes = max(self.packed_bytes, self.prepacked.nbytes)
+        self.prepacked.clear()
 
     def cache_bytes(self) -> int:
         """The caches hold so many bytes now; each storage counts once."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdit import launch
+from fastdit.cli import launch
 from fastdit.errors import ArgumentError
 from fastdit.search import cost
 from fastdit.search.genome import Genome

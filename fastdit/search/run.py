@@ -8,7 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from fastdit import files, launch
+from fastdit import files
+from fastdit.cli import launch
 from fastdit.errors import ArgumentError
 from fastdit.schedules.schedule import Schedule
 from fastdit.search.baselines import measure_baselines

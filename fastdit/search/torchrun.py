@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from fastdit import launch
+from fastdit.cli import launch
 from fastdit.errors import FastDiTError, SearchError
 from fastdit.search.evaluator import Evaluator, Task, Work
 from fastdit.search.workers import Measured

@@ -19,7 +19,7 @@ import torch
 import transformers
 from diffusers import StableDiffusion3Pipeline
 
-from fastdit.saved import index_of
+from fastdit.cli.saved import index_of
 
 ASSETS = Path(__file__).parent / "assets"
 GUIDANCE_SCALE = 2.5  # chosen by score on held-out prompts

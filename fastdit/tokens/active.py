@@ -112,7 +112,7 @@ class TokenRun(MethodRun):
         return self.plan[step] if step < len(self.plan) else None
 
     def _acts(self, call: Any) -> bool:
-        return call.layout is None or call.layout.kind == "full"
+        return call.layout is None or call.layout.form == "full"
 
     def lay_out(self, tokens: int) -> None:
         """Lay out the plan, now that the number of tokens is known."""

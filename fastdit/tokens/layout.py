@@ -23,28 +23,28 @@ class Layout:
     """The tokens of one stage.
 
     Attributes:
-        cells: Rows and columns of cells.
+        grid: Rows and columns of cells.
         table: int32 [B, n, 3], level (1 for coarse), y and x of each token's first cell, coarse tokens first;
             [1, n, 3] where all images have the same.
         coarse: How many tokens are coarse.
     """
 
-    def __init__(self, cells: tuple[int, int], table: Tensor, coarse: int) -> None:
-        self.cells = cells
+    def __init__(self, grid: tuple[int, int], table: Tensor, coarse: int) -> None:
+        self.grid = grid
         self.table = table
         self.coarse = coarse
 
     @classmethod
-    def uniform(cls, cells: tuple[int, int], level: int, device: torch.device) -> Layout:
+    def uniform(cls, grid: tuple[int, int], level: int, device: torch.device) -> Layout:
         """All cells, or all squares of 2 x 2 cells, in raster order."""
         step = 1 << level
-        y, x = (torch.arange(0, side, step, dtype=torch.int32, device=device) for side in cells)
+        y, x = (torch.arange(0, side, step, dtype=torch.int32, device=device) for side in grid)
         places = torch.cartesian_prod(y, x)
         table = torch.cat([torch.full_like(places[:, :1], level), places], dim=1)[None]
-        return cls(cells, table, table.shape[1] if level else 0)
+        return cls(grid, table, table.shape[1] if level else 0)
 
     @property
-    def kind(self) -> str:
+    def form(self) -> str:
         """ "coarse", "full" or "mixed"."""
         if self.coarse == self.tokens:
             return "coarse"
@@ -65,7 +65,7 @@ class Layout:
     def levels(self) -> Tensor:
         """uint8 [B, gh, gw]: 1 where a coarse token covers the cell."""
         level, y, x = self.table.long().unbind(-1)
-        picture = level.new_zeros((level.shape[0], *self.cells), dtype=torch.uint8)
+        picture = level.new_zeros((level.shape[0], *self.grid), dtype=torch.uint8)
         batch = torch.arange(level.shape[0], device=level.device)[:, None]
         picture[batch, y, x] = level.to(torch.uint8)
         firsts = picture[:, ::2, ::2]  # a coarse token's first cell has even places

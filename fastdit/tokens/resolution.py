@@ -80,7 +80,7 @@ class ResolutionRun(MethodRun):
             )
         if self.now is None:
             arguments = call.arguments
-            cells = self.adapter.cells(arguments, run.patch)
+            cells = self.adapter.full_grid(arguments, run.patch)
             if any(side % 2 for side in cells):
                 scale = run.patch * getattr(run.pipeline(), "vae_scale_factor", 8)
                 raise ArgumentError(
@@ -140,7 +140,7 @@ class ResolutionRun(MethodRun):
 
     def project(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
-        if self.now.kind != "full":
+        if self.now.form != "full":
             state = self._field(latents)
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
@@ -176,7 +176,7 @@ class ResolutionRun(MethodRun):
         for record in self.records:
             estimate = record.estimate
             decoded = torch.cat([self._decoded(one) for one in estimate.split(1)])
-            side = 2 if record.layout.kind == "coarse" else 1
+            side = 2 if record.layout.form == "coarse" else 1
             decoded = decoded.repeat_interleave(side, -1).repeat_interleave(side, -2)
             levels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             found.append(levels.permute(0, 2, 3, 1).cpu().numpy())
@@ -202,13 +202,11 @@ class ResolutionRun(MethodRun):
             correlation=noise,
             unsplit=1.0 if parity else math.sqrt(1 - noise),
             pixelwise=not parity,
-            raster=before.cells[1] if full else None,
+            raster=before.grid[1] if full else None,
         )
         coarse = before.coarse - rows.shape[1]
         self.now = (
-            Layout.uniform(before.cells, 0, x.device)
-            if full
-            else Layout(before.cells, table, coarse)
+            Layout.uniform(before.grid, 0, x.device) if full else Layout(before.grid, table, coarse)
         )
         return x
 
@@ -221,15 +219,15 @@ class ResolutionRun(MethodRun):
         return torch.arange(self.now.coarse, device=self.now.table.device).expand(batch, -1)
 
     def _chosen(self) -> Tensor:
-        method, cells = self.method, tuple(side // 2 for side in self.now.cells)
+        method, cells = self.method, tuple(side // 2 for side in self.now.grid)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
         energy = selection.energy(method.selector, clean, cells, self._decoded, clipped)
         return top_rows(energy, method.split_count(self.now.tokens, self._text))
 
     def _picture(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
-        height, width = self.now.cells
-        if self.now.kind == "coarse":
+        height, width = self.now.grid
+        if self.now.form == "coarse":
             height, width = height // 2, width // 2
             grid = tokens.unflatten(1, (height, width)).unflatten(3, (-1, SIDE, SIDE))
         else:
@@ -241,4 +239,4 @@ class ResolutionRun(MethodRun):
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _field(self, latents: Tensor) -> Tensor:
-        return self.adapter.field(latents, self.now.cells)
+        return self.adapter.field(latents, self.now.grid)

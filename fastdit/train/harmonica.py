@@ -20,7 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,65 +30,17 @@ from torch import Tensor
 
 from fastdit import files
 from fastdit.account.cost import Cost
-from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
 from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
 from fastdit.schedules.schedule_file import MAX_FILE_BYTES, expect
 from fastdit.train import proxy
-from fastdit.train.pair import Pair
 from fastdit.train.ranks import Ranks
-from fastdit.train.student import COMPUTE, Trainee, squares
+from fastdit.train.settings import Progress, Settings, one_of, real, share, whole
+from fastdit.train.student import Trainee
+from fastdit.train.trajectory import Trajectory
 
 KEEPS = ("blended", "fresh")
 STATE = "state.safetensors"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One epoch.
-
-    Attributes:
-        epoch: How many are done.
-        loss: Mean squared error of the guided output, mean over the steps.
-        weighted: The same weighted by lambda, and the penalty added: what was minimised.
-        reuse: Share of all cells that the threshold reuses (CUR).
-        mac_reuse: The same weighted by multiply-accumulates.
-        seconds: Of this epoch.
-    """
-
-    epoch: int
-    loss: float
-    weighted: float
-    reuse: float
-    mac_reuse: float
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"epoch {self.epoch}: loss {self.loss:.3e}, weighted {self.weighted:.3e}, "
-            f"reuse {self.reuse:.1%} of cells, {self.mac_reuse:.1%} of arithmetic, {self.seconds:.1f} s"
-        )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the result of a training, beside the model and the prompts; see :class:`HarmoniCa`."""
-
-    steps: int
-    beta: float
-    target: float | None
-    lr: float
-    epochs: int
-    batch: int
-    lambda_form: str | None
-    lambda_every: int
-    normalise: bool
-    pairs: bool
-    whole_steps: bool
-    tau: float
-    keep: str
-    spread: float
-    seed: int
 
 
 class HarmoniCa:
@@ -160,21 +112,21 @@ class HarmoniCa:
     ) -> None:
         self.ranks = Ranks()
         self.settings = Settings(
-            _whole("steps", steps, 2),
-            _real("beta", beta),
-            None if target is None else _share("target", target),
-            _real("lr", lr),
-            _whole("epochs", epochs),
-            _whole("batch", batch),
-            _one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
-            _whole("lambda_every", lambda_every),
+            whole("steps", steps, 2),
+            real("beta", beta),
+            None if target is None else share("target", target),
+            real("lr", lr),
+            whole("epochs", epochs),
+            whole("batch", batch),
+            one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
+            whole("lambda_every", lambda_every),
             bool(normalise),
             bool(pairs),
             bool(whole_steps),
             check_tau(tau),
-            _one_of("keep", keep, KEEPS),
-            _real("spread", spread),
-            _whole("seed", seed, 0),
+            one_of("keep", keep, KEEPS),
+            real("spread", spread),
+            whole("seed", seed, 0),
         )
         if batch % self.ranks.count:
             raise ArgumentError(
@@ -197,7 +149,7 @@ class HarmoniCa:
         if folder is not None:
             files.check_folder(folder, "folder")
         self.folder = None if folder is None else Path(folder)
-        self.save_every = _whole("save_every", save_every)
+        self.save_every = whole("save_every", save_every)
         self.report = report
         self.trainee = Trainee(pipeline, checkpointing)
         self.generator = torch.Generator().manual_seed(seed)
@@ -262,7 +214,7 @@ class HarmoniCa:
                     self.settings.keep,
                     lambda values: self.ranks.mean(values, self._device),
                 )
-            trajectory = _Trajectory(self)
+            trajectory = Trajectory(self)
             self.trainee.run(trajectory, arguments())
         if self.settings.target is not None:
             self.beta *= math.exp(self.settings.target - self.spared())
@@ -462,55 +414,6 @@ class HarmoniCa:
         )
 
 
-class _Trajectory:
-    """One training run: drives the pipeline, and trains at each step."""
-
-    def __init__(self, training: HarmoniCa) -> None:
-        self._training = training
-        self._slots: dict[int, Slots] = {}
-        self._ratios: Tensor | None = None
-        steps = len(training.rows)
-        self.losses = [0.0] * steps
-        self.weighted = [0.0] * steps
-
-    def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
-        """Teacher and student; where nothing is trained the model alone, which fills the slots."""
-        training = self._training
-        settings, held = training.settings, self._slots.get(branch, {})
-        if not training.rows[step].requires_grad:
-            student = training.trainee.blend(COMPUTE, held, settings.tau, settings.keep)
-            output = forward(student)
-        else:
-            teacher = forward(None)
-            with torch.enable_grad():
-                if self._ratios is None:
-                    self._ratios = torch.sigmoid(training.rows[step])
-                student = training.trainee.blend(self._ratios, held, settings.tau, settings.keep)
-                output = Pair.of(forward(student), teacher)
-        self._slots[branch] = held | student.written
-        return output
-
-    def step(self, step: int, prediction: Tensor) -> Tensor:
-        """Train on what the pipeline made of the outputs; the student's goes on, or in pairs the teacher's."""
-        if not self._training.rows[step].requires_grad:
-            return prediction
-        if not isinstance(prediction, Pair):
-            raise ArgumentError(
-                "the pipeline gave its scheduler a prediction that is cut off from the transformer's output"
-            )
-        student, teacher = prediction.__dict__["student"], prediction.__dict__["teacher"]
-        with torch.enable_grad():
-            loss = squares(teacher, student).mean()
-            self.losses[step] = float(loss.detach())
-            self.weighted[step] = self._training.update(step, loss, self._ratios)
-        self._ratios = None
-        return teacher if self._training.settings.pairs else student.detach()
-
-    def stepped(self, step: int, latents: Tensor) -> bool:
-        """Over after the last row."""
-        return step == len(self._training.rows) - 1
-
-
 def _joined(prompts: Sequence[Any]) -> dict[str, Any]:
     """The pipeline's arguments for these prompts together."""
     first = prompts[0]
@@ -522,30 +425,3 @@ def _joined(prompts: Sequence[Any]) -> dict[str, Any]:
             for name, value in first.items()
         }
     return {"prompt" if isinstance(first, str) else "class_labels": list(prompts)}
-
-
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
-def _real(name: str, value: Any) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (fits and math.isfinite(value) and value >= 0):
-        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
-    return float(value)
-
-
-def _share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ArgumentError(f"{name} must be a number in (0, 1), got {value!r}")
-    return float(value)
-
-
-def _one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
-    if value not in accepted:
-        raise ArgumentError(
-            f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}"
-        )
-    return value

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastdit import launch
+from fastdit.cli import launch
 from fastdit.errors import ArgumentError
 
 

@@ -28,7 +28,7 @@ class _Held:
     packed_for: tuple[int, int, int] | None = None
 
 
-class PackedWeights:
+class PrepackedWeights:
     """Weights of linear layers, each laid out for one number of rows.
 
     A layer's are laid out at the second of two calls in succession with as many rows and the same weights. A single

@@ -12,8 +12,8 @@ import fastdit
 import test_generic
 import tiny_models
 from contract import distance, same_bits
-from fastdit.blocks import packed
-from fastdit.blocks.packed import PackedWeights
+from fastdit.blocks import prepacked
+from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ArgumentError, BackendError
 from fastdit.runtime.install import is_installed
 from tiny_models import generate
@@ -36,7 +36,7 @@ def layer():
 @pytest.fixture
 def few_rows(monkeypatch):
     """The models of the tests have fewer rows than anybody would pack for."""
-    monkeypatch.setattr(packed, "LEAST_ROWS", 2)
+    monkeypatch.setattr(prepacked, "LEAST_ROWS", 2)
 
 
 @pytest.mark.parametrize("shape", [(65, 96), (2, 128, 96), (4, 192, 96)])
@@ -44,7 +44,7 @@ def few_rows(monkeypatch):
 @torch.no_grad()
 def test_a_packed_layer_is_as_exact_as_torch(shape, bias):
     torch.manual_seed(1)
-    layer, x, weights = nn.Linear(96, 160, bias=bias), torch.randn(shape), PackedWeights()
+    layer, x, weights = nn.Linear(96, 160, bias=bias), torch.randn(shape), PrepackedWeights()
     exact = copy.deepcopy(layer).double()(x.double())
     for call in range(3):
         assert_close(f"call {call}", weights.linear(layer, x), exact, layer(x))
@@ -63,7 +63,7 @@ def test_the_second_call_of_as_many_rows_lays_out(layer, monkeypatch):
         return lay_out(weight, rows)
 
     monkeypatch.setattr(torch.ops.mkl, "_mkl_reorder_linear_weight", counted)
-    weights = PackedWeights()
+    weights = PrepackedWeights()
     for rows in (80, 80, 80, 96, 80, 96, 96, 96, 64, 2049, 96, 80, 80):
         weights.linear(layer, torch.randn(rows, 96))
     assert made == [80, 96, 80]
@@ -74,7 +74,7 @@ def test_the_second_call_of_as_many_rows_lays_out(layer, monkeypatch):
 @pytest.mark.parametrize("how", ["written", "replaced", "moved"])
 @torch.no_grad()
 def test_weights_that_change_are_laid_out_anew(layer, how):
-    weights, x = PackedWeights(), torch.randn(80, 96)
+    weights, x = PrepackedWeights(), torch.randn(80, 96)
     for _ in range(2):
         weights.linear(layer, x)
     if how == "written":
@@ -88,7 +88,7 @@ def test_weights_that_change_are_laid_out_anew(layer, how):
 
 
 def test_gradients_other_dtypes_and_autocast_go_as_torch_does(layer):
-    weights, x = PackedWeights(), torch.randn(80, 96, requires_grad=True)
+    weights, x = PrepackedWeights(), torch.randn(80, 96, requires_grad=True)
     for _ in range(3):
         same_bits(weights.linear(layer, x), layer(x))
     weights.linear(layer, x).sum().backward()
@@ -115,7 +115,7 @@ def test_a_run_with_packed_weights_is_the_run_without(name, few_rows):
     report = handle.report()
     assert 0 < report.packed_bytes <= handle.explain(steps=STEPS).packed_bytes
     assert "packed weights" in str(report)
-    assert handle.last_run().packed.nbytes == 0  # nothing outlives the run
+    assert handle.last_run().prepacked.nbytes == 0  # nothing outlives the run
     with handle.disabled():
         stock = generate(pipe, name, steps=STEPS)
     handle.unpatch()
@@ -170,13 +170,13 @@ ODD_WEIGHTS = {
 @pytest.mark.parametrize("kind", ODD_WEIGHTS)
 @torch.no_grad()
 def test_weights_that_are_no_plain_parameter_go_as_torch_does(kind, few_rows):
-    layer, weights, x = nn.Linear(32, 32), PackedWeights(), torch.randn(80, 32)
+    layer, weights, x = nn.Linear(32, 32), PrepackedWeights(), torch.randn(80, 32)
     ODD_WEIGHTS[kind](layer)
     for _ in range(3):
         same_bits(weights.linear(layer, x), layer(x))
     assert weights.nbytes == 0
     model = tiny_models.transformer("sd3")
-    linears = packed.linears_of([model])
+    linears = prepacked.linears_of([model])
     for one in linears[1:]:
         ODD_WEIGHTS[kind](one)
     handle = fastdit.patch(model, pack_weights=True)
@@ -190,7 +190,7 @@ def test_weights_that_are_no_plain_parameter_go_as_torch_does(kind, few_rows):
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @torch.no_grad()
 def test_sparse_weights_go_as_torch_does():
-    layer, weights, x = nn.Linear(32, 32, bias=False), PackedWeights(), torch.randn(80, 32)
+    layer, weights, x = nn.Linear(32, 32, bias=False), PrepackedWeights(), torch.randn(80, 32)
     layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
     for _ in range(3):
         same_bits(weights.linear(layer, x), layer(x))

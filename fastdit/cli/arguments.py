@@ -1,0 +1,65 @@
+"""What commands make of their arguments, or refuse before any work is done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from fastdit.errors import ArgumentError, ScheduleError
+
+if TYPE_CHECKING:
+    from fastdit.cli.loading import Model
+    from fastdit.methods.base import Method
+    from fastdit.schedules.schedule import Schedule
+
+
+def methods(
+    schedule: Path | None, every: list[int] | None, default: tuple[int, ...]
+) -> dict[str, Method]:
+    """Name -> method for --schedule or --every."""
+    if schedule is not None and every:
+        raise ArgumentError("--schedule and --every exclude each other: give one of them")
+    from fastdit import Cached, Schedule
+
+    if schedule is not None:
+        return {schedule.stem: Cached(read_schedule(schedule, "--schedule"))}
+    return {f"every({n})": Cached(Schedule.every(n)) for n in every or default}
+
+
+def ralu(presets: Sequence[str]) -> dict[str, Method]:
+    """Name -> method for --ralu."""
+    from fastdit import RALU
+
+    return {f"RALU {name}": RALU.preset(name) for name in presets}
+
+
+def read_schedule(path: Path, argument: str) -> Schedule:
+    from fastdit.schedules.schedule import Schedule
+
+    try:
+        return Schedule.load(path)
+    except ScheduleError as error:
+        raise ScheduleError(f"{argument} {error}") from error
+
+
+def check_output(path: Path, argument: str, suffix: str = ".png") -> None:
+    """Refuse before the work what could not be written after it."""
+    if path.suffix.lower() != suffix:
+        raise ArgumentError(f"{argument} must end in {suffix}, got {path}")
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir():
+        raise ArgumentError(f"{argument} {path} cannot be written: its folder does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ArgumentError(f"{argument} {path} cannot be written: permission denied")
+
+
+def load(folder: Path | None, dtype: str | None) -> Model:
+    from fastdit.cli.loading import load_model
+
+    name = "the embedded model" if folder is None else str(folder)
+    with Console(stderr=True).status(f"loading {name}"):
+        return load_model(folder, dtype)

@@ -1,0 +1,66 @@
+"""One trajectory of a training: teacher and student at each step, on a stock pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastdit.blocks.forward import Forward, Slots
+from fastdit.errors import ArgumentError
+from fastdit.train.pair import Pair
+from fastdit.train.student import COMPUTE, squares
+
+if TYPE_CHECKING:
+    from fastdit.train.harmonica import HarmoniCa
+
+
+class Trajectory:
+    """One training run: drives the pipeline, and trains at each step."""
+
+    def __init__(self, training: HarmoniCa) -> None:
+        self._training = training
+        self._slots: dict[int, Slots] = {}
+        self._ratios: Tensor | None = None
+        steps = len(training.rows)
+        self.losses = [0.0] * steps
+        self.weighted = [0.0] * steps
+
+    def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
+        """Teacher and student; where nothing is trained the model alone, which fills the slots."""
+        training = self._training
+        settings, held = training.settings, self._slots.get(branch, {})
+        if not training.rows[step].requires_grad:
+            student = training.trainee.blend(COMPUTE, held, settings.tau, settings.keep)
+            output = forward(student)
+        else:
+            teacher = forward(None)
+            with torch.enable_grad():
+                if self._ratios is None:
+                    self._ratios = torch.sigmoid(training.rows[step])
+                student = training.trainee.blend(self._ratios, held, settings.tau, settings.keep)
+                output = Pair.of(forward(student), teacher)
+        self._slots[branch] = held | student.written
+        return output
+
+    def step(self, step: int, prediction: Tensor) -> Tensor:
+        """Train on what the pipeline made of the outputs; the student's goes on, or in pairs the teacher's."""
+        if not self._training.rows[step].requires_grad:
+            return prediction
+        if not isinstance(prediction, Pair):
+            raise ArgumentError(
+                "the pipeline gave its scheduler a prediction that is cut off from the transformer's output"
+            )
+        student, teacher = prediction.__dict__["student"], prediction.__dict__["teacher"]
+        with torch.enable_grad():
+            loss = squares(teacher, student).mean()
+            self.losses[step] = float(loss.detach())
+            self.weighted[step] = self._training.update(step, loss, self._ratios)
+        self._ratios = None
+        return teacher if self._training.settings.pairs else student.detach()
+
+    def stepped(self, step: int, latents: Tensor) -> bool:
+        """Over after the last row."""
+        return step == len(self._training.rows) - 1
