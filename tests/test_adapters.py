@@ -13,6 +13,7 @@ from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import ArgumentError, Cached, Dense, Schedule
 from fastdit.adapters import adapters
 from fastdit.adapters.base import NEEDS, Adapter
+from fastdit.adapters.latents import Pictures
 from oracle import random_bits
 
 pytestmark = pytest.mark.diffusers
@@ -148,7 +149,8 @@ def test_the_base_says_which_member_is_for_what():
         *("prompt_projections_of", "condition_embeddings_of"),
     }
     said = [name for names in NEEDS.values() for name in names.split()]
-    members = {name for name in {**vars(Adapter), **Adapter.__annotations__} if name[0] != "_"}
+    named = {**vars(Pictures), **vars(Adapter), **Adapter.__annotations__}
+    members = {name for name in named if name[0] != "_"}
     assert sorted(said) == sorted(members - shared)
 
 
