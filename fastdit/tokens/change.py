@@ -42,6 +42,11 @@ class ChangeRun(TokenRun):
 
     A step may compute more tokens than were chosen, after a prompt was swapped: those count as not computed, so that
     they are rather too early among the active ones than too late.
+
+    Attributes:
+        kept: What is kept of the tokens; None before the first step, and after the last.
+        inverse: int32 [B, N], where each token is among the active ones of the step in progress, -1 where it is not;
+            None where all are.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
