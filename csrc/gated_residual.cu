@@ -92,10 +92,10 @@ void launch(const GatedResidual& p, void* stream) {
   }
 }
 
-// A single branch takes few registers, so more rows are in flight. Weights are of several.
+// A single branch takes few registers, so more rows are in flight. Weights take some themselves.
 template <class T>
 void launch(const GatedResidual& p, void* stream) {
-  if (p.weights) return launch<T, kGroup, true>(p, stream);
+  if (p.weights) return launch<T, kGroup / 2, true>(p, stream);
   p.count == 1 ? launch<T, 1, false>(p, stream) : launch<T, kGroup, false>(p, stream);
 }
 
