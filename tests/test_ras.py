@@ -469,7 +469,7 @@ def test_a_batch_is_its_single_runs(name):
     del noise
     for i in range(4):
         given = noise_of(name, 4)[i : i + 1]
-        single, alone = drawn_alone(pipe, name, method, i, given)
+        single, alone = single_run(pipe, name, method, i, given)
         for step, rows in alone.items():
             assert rows[0].tolist() == history[step][i].tolist()
         assert distance(single[0], whole[i]) <= 1e-9
@@ -481,7 +481,7 @@ def noise_of(name, batch):
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
-def drawn_alone(pipe, name, method, i, latents):
+def single_run(pipe, name, method, i, latents):
     """Image `i` of a batch of 4 alone: with its own prompt where the batch has several."""
     arguments = tiny_models.arguments(name, batch=4, steps=6, dtype=torch.float64)
     prompts = arguments["prompt_embeds"].shape[0]

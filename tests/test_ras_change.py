@@ -17,7 +17,7 @@ from contract import distance, within_contract
 from fastdit import RAS, ArgumentError
 from ras_oracle import RowOracle, by_change
 from test_ralu import SHORT, SIZE, as_picture, start_of
-from test_ras import TOKENS, calls_per_step, drawn_alone, noise_of, observed_run
+from test_ras import TOKENS, calls_per_step, noise_of, observed_run, single_run
 from tiny_models import arguments, generate
 
 STEPS, START, RESETS = 14, 4, (8,)
@@ -107,7 +107,7 @@ def test_a_batch_is_its_single_runs(name):
     whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=noise_of(name, 4))
     assert not torch.equal(history[2][0], history[2][1])
     for i in range(4):
-        single, alone = drawn_alone(pipe, name, method, i, noise_of(name, 4)[i : i + 1])
+        single, alone = single_run(pipe, name, method, i, noise_of(name, 4)[i : i + 1])
         for step, rows in alone.items():
             assert rows[0].tolist() == history[step][i].tolist()
         assert distance(single[0], whole[i]) <= 1e-9
