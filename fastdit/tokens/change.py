@@ -44,9 +44,8 @@ class ChangeRun(TokenRun):
     they are rather too early among the active ones than too late.
 
     Attributes:
-        kept: What is kept of the tokens; None before the first step, and after the last.
-        inverse: int32 [B, N], where each token is among the active ones of the step in progress, -1 where it is not;
-            None where all are.
+        kept: What is known of the tokens' velocities; None before the first step that is looked at.
+        inverse: The inverse map of the last choice, see `token_select`; None after a dense step.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
