@@ -88,7 +88,8 @@ void launch(const GatedResidual& p, void* stream) {
   if (all_aligned<T>(p)) {
     FD_LAUNCH((gated_residual_kernel<T, kBranches, true, kWeighted>), grid, block, stream, p, rows);
   } else {
-    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p, rows);
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p,
+              rows);
   }
 }
 
