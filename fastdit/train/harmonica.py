@@ -15,7 +15,6 @@ no graph, draws come from a private generator, and lambda is shared by all proce
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -32,15 +31,14 @@ from fastdit import files
 from fastdit.account.cost import Cost
 from fastdit.errors import ArgumentError
 from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
-from fastdit.schedules.schedule_file import MAX_FILE_BYTES, expect
-from fastdit.train import proxy
+from fastdit.train import checkpoint, proxy
+from fastdit.train.prompts import arguments_of, check_prompts
 from fastdit.train.ranks import Ranks
 from fastdit.train.settings import Progress, Settings, one_of, real, share, whole
 from fastdit.train.student import Trainee
 from fastdit.train.trajectory import Trajectory
 
 KEEPS = ("blended", "fresh")
-STATE = "state.safetensors"
 
 
 class HarmoniCa:
@@ -132,16 +130,7 @@ class HarmoniCa:
             raise ArgumentError(
                 f"batch must be a multiple of the {self.ranks.count} processes, got {batch}"
             )
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-            raise ArgumentError(
-                f"prompts must be a sequence of at least one prompt, got {prompts!r:.80}"
-            )
-        if not any(all(isinstance(p, kind) for p in prompts) for kind in (str, int, Mapping)):
-            raise ArgumentError(
-                "prompts must be all texts, all class numbers, or all mappings of pipeline arguments, "
-                f"got {sorted({type(prompt).__name__ for prompt in prompts})}"
-            )
-        self.prompts = list(prompts)
+        self.prompts = check_prompts(prompts)
         self.arguments = dict(arguments or {})
         for name, value in self.arguments.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -170,10 +159,15 @@ class HarmoniCa:
             self.epoch += 1
             done = self.epoch == self.settings.epochs
             if self.folder is not None and (done or self.epoch % self.save_every == 0):
-                self._save()
+                checkpoint.save(self, self.folder)
             if self.report is not None and self.ranks.rank == 0:
                 self.report(self._progress(losses, weighted, time.perf_counter() - began))
         return self.router()
+
+    def resume(self) -> None:
+        """The training goes on from its folder's last checkpoint, if there is one."""
+        if self.folder is not None:
+            checkpoint.resume(self, self.folder)
 
     def router(self) -> Router:
         """The router as it is now."""
@@ -256,17 +250,8 @@ class HarmoniCa:
         prompts = self.ranks.share([self.prompts[i] for i in chosen])
         seeds = self.ranks.share(seeds)
 
-        def arguments() -> dict[str, Any]:
-            # One generator for each image: what it is made of depends on its own seed alone.
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            return {
-                **_joined(prompts),
-                "num_inference_steps": self.settings.steps,
-                "generator": generators,
-                **self.arguments,
-            }
-
-        return arguments
+        steps = self.settings.steps
+        return lambda: arguments_of(prompts, steps, seeds) | self.arguments
 
     # ---- state
 
@@ -274,9 +259,8 @@ class HarmoniCa:
         """Before the first epoch: look at a run, then draw the logits."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         with self.trainee:
-            generators = [torch.Generator().manual_seed(0)]
-            call = {**_joined(self.prompts[:1]), "num_inference_steps": self.settings.steps}
-            found, text = self.trainee.look({**call, "generator": generators, **self.arguments})
+            call = arguments_of(self.prompts[:1], self.settings.steps, [0])
+            found, text = self.trainee.look(call | self.arguments)
         if found.guidance is None and "guidance_scale" in self.arguments:
             found = replace(found, guidance=float(self.arguments["guidance_scale"]))
         self.conditions = found
@@ -309,96 +293,6 @@ class HarmoniCa:
             self._prices = macs / macs.mean()
         self.epoch = 0
 
-    def _save(self) -> None:
-        """One safetensors file with JSON facts in its header, replaced only when it is complete."""
-        if self.ranks.rank == 0:
-            from safetensors.torch import save
-
-            plain = {name: t.cpu().contiguous().clone() for name, t in self._tensors().items()}
-            files.make_folder(self.folder, "folder")
-            new = self.folder / f"{STATE}.new"
-            # Not `save_file`, whose files nobody but their owner may read.
-            new.write_bytes(save(plain, {"fastdit": self._facts()}))
-            os.replace(new, self.folder / STATE)
-        self.ranks.wait()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"weights": self.weights, "generator": self.generator.get_state()}
-        tensors["beta"] = torch.tensor(self.beta, dtype=torch.float64)
-        for step, row in enumerate(self.rows):
-            tensors[f"logits.{step}"] = row.detach()
-            for name, value in self.optimizer.state.get(row, {}).items():
-                tensors[f"optimizer.{name}.{step}"] = value
-        return tensors
-
-    def _facts(self) -> str:
-        facts = {"epoch": self.epoch, "settings": asdict(self.settings)}
-        facts["conditions"] = self.conditions.facts
-        return json.dumps(facts, sort_keys=True)
-
-    def resume(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        if self.folder is None or not (path := self.folder / STATE).exists():
-            return
-        try:
-            files.check_regular(path, MAX_FILE_BYTES)
-            with safe_open(str(path), framework="pt") as file:
-                facts = files.parse((file.metadata() or {}).get("fastdit", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expect(facts, "its metadata", {"epoch": int, "settings": dict, "conditions": dict})
-            self._check_same(facts)
-            self._take(facts["epoch"], tensors)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"folder {str(self.folder)!r} holds no {STATE} to go on from: {error}"
-            ) from error
-
-    def _check_same(self, facts: dict[str, Any]) -> None:
-        now = json.loads(self._facts())
-        # More epochs than last time are a longer training, not another one.
-        for found in (facts, now):
-            found["settings"].pop("epochs", None)
-        if different := [
-            name
-            for part in ("settings", "conditions")
-            for name in now[part]
-            if now[part][name] != facts[part].get(name)
-        ]:
-            raise ArgumentError(
-                f"it is of a training with other {', '.join(different)}: give these again, or another folder"
-            )
-
-    def _take(self, epoch: int, tensors: dict[str, Tensor]) -> None:
-        """Go on from what a file says, once all of it is seen to be what a training leaves."""
-        wanted = {name: tensor.cpu() for name, tensor in self._tensors().items()}
-        for step, row in enumerate(self.rows):
-            if row.requires_grad:
-                moments = {"step": torch.zeros(()), "exp_avg": row, "exp_avg_sq": row}
-                wanted |= {f"optimizer.{key}.{step}": like for key, like in moments.items()}
-        if epoch < 1:
-            raise ValueError(f"its epoch must be at least 1, got {epoch}")
-        if wrong := sorted(set(tensors) ^ set(wanted)):
-            raise ValueError(f"it must have exactly the tensors of a training, not so are {wrong}")
-        for name, like in wanted.items():
-            found = tensors[name]
-            if found.shape != like.shape or found.dtype != like.dtype or not found.isfinite().all():
-                raise ValueError(
-                    f"{name} must be finite, {like.dtype} of shape {tuple(like.shape)}, "
-                    f"got {found.dtype} of shape {tuple(found.shape)}"
-                )
-        self.generator.set_state(tensors["generator"])
-        self.epoch, self.weights = epoch, tensors["weights"]
-        self.beta = float(tensors["beta"])
-        with torch.no_grad():
-            for step, row in enumerate(self.rows):
-                row.copy_(tensors[f"logits.{step}"])
-        for name in wanted:
-            if name.startswith("optimizer."):
-                _, key, step = name.split(".")
-                place = "cpu" if key == "step" else self._device
-                self.optimizer.state[self.rows[int(step)]][key] = tensors[name].to(place)
-
     def _progress(self, losses: Tensor, weighted: Tensor, seconds: float) -> Progress:
         router = self.router()
         bits = {kind: layer.bits for kind, layer in router.schedule().layers.items()}
@@ -412,16 +306,3 @@ class HarmoniCa:
             spared / total,
             seconds,
         )
-
-
-def _joined(prompts: Sequence[Any]) -> dict[str, Any]:
-    """The pipeline's arguments for these prompts together."""
-    first = prompts[0]
-    if isinstance(first, Mapping):
-        return {
-            name: torch.cat([prompt[name] for prompt in prompts])
-            if isinstance(value, Tensor)
-            else value
-            for name, value in first.items()
-        }
-    return {"prompt" if isinstance(first, str) else "class_labels": list(prompts)}
