@@ -61,11 +61,6 @@ class StepSums:
         return len(set(self.made.values()) | {s for s in self.used.values() if s.last > self.step})
 
 
-def saving(outputs: int, uses: int) -> int:
-    """Bytes spared, in outputs, by sums of so many outputs that so many steps use."""
-    return uses * (outputs - 3) - passes(outputs)
-
-
 def passes(outputs: int) -> int:
     """Bytes moved to make sums, in outputs: every output is read, and the sums written, after a chunk read too."""
     return outputs + 3 + 6 * ((outputs - 1) // CHUNK)
@@ -74,12 +69,10 @@ def passes(outputs: int) -> int:
 def find_sums(computes: np.ndarray, cells: Sequence[Cell]) -> list[StepSums]:
     """The sums of every step, for `computes` bool [steps, cells]; the first step computes everything."""
     steps = len(computes)
-    until = np.full(
-        computes.shape, steps
-    )  # the next step from this one on at which the cell computes
+    # The next step from each one on at which the output is computed.
+    until = np.full((steps + 1, len(cells)), steps)
     for step in reversed(range(steps)):
-        later = until[step + 1] if step + 1 < steps else steps
-        until[step] = np.where(computes[step], step, later)
+        until[step] = np.where(computes[step], step, until[step + 1])
     covered = np.zeros(len(cells), dtype=int)  # in a sum up to before this step
     found: list[Sum] = []
     for step in range(1, steps):
@@ -89,7 +82,7 @@ def find_sums(computes: np.ndarray, cells: Sequence[Cell]) -> list[StepSums]:
             for members in _classes(run, until[step]):
                 members = [cell for cell in members if covered[cell] <= step]
                 end = int(until[step, members[0]]) if members else step
-                if saving(len(members), end - step) > 0:
+                if (end - step) * (len(members) - 3) > passes(len(members)):  # outputs read less
                     covered[members] = end
                     found.append(Sum(tuple(cells[i] for i in members), step - 1, end - 1))
     return [

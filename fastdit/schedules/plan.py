@@ -171,47 +171,43 @@ def lower(
     some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind, some, fresh, forecasts, repeats)
-        for step in range(schedule.steps):
-            for block in range(kind.count):
-                row = {
+        bits, orders = schedule.layers[kind.name].filled(kind)
+        bits[list(fresh)] = True
+        flags = _lower_kind(kind, bits, orders, some, forecasts, repeats)
+        for step, blocks in enumerate(actions):
+            blocks += (
+                {
                     component: int(flags[component][step, block])
                     for component in kind.components
                     if (block, component) not in kind.absent
                 }
-                actions[step].append(row)
+                for block in range(kind.count)
+            )
     return actions
 
 
 def _lower_kind(
-    schedule: Schedule,
     kind: BlockKind,
+    bits: np.ndarray,
+    orders: np.ndarray,
     partial: np.ndarray,
-    fresh: Sequence[int],
     forecasts: Sequence[int],
     repeats: bool,
 ) -> dict[str, np.ndarray]:
-    layer = schedule.layers[kind.name]
-    always = np.ones((schedule.steps, kind.count), dtype=bool)
-    bits = {c: layer.bits[:, :, layer.components.index(c)].copy() for c in layer.components}
-    for computes in bits.values():
-        computes[list(fresh)] = True
-    bits = {c: bits.get(c, always) for c in kind.components}
     flags: dict[str, np.ndarray] = {}
     # A consumer is lowered before what it consumes: whether it runs decides whether its inputs are read.
     for component in sorted(kind.components, key=lambda c: c in kind.consumers):
         consumer = kind.consumers.get(component)
         # With partial steps an attention that nobody reads still renews keys and values, so it runs.
         dead = consumer is not None and not partial.any()
-        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always.copy()
+        read = np.ones(bits.shape[:2], dtype=bool)
+        if dead:
+            read = (flags[consumer] & COMPUTE).astype(bool)
         read[np.array(forecasts, dtype=bool).nonzero()] = False
-        orders = (
-            layer.orders[:, :, layer.components.index(component)]
-            if component in layer.components
-            else np.zeros(read.shape, dtype=np.uint8)
-        )
-        renews = partial | repeats if orders.any() else partial
-        flags[component] = _lower_component(bits[component], read, renews, orders)
+        place = kind.components.index(component)
+        order = orders[:, :, place]
+        renews = partial | repeats if order.any() else partial
+        flags[component] = _lower_component(bits[:, :, place], read, renews, order)
     return flags
 
 

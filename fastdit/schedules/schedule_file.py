@@ -49,9 +49,14 @@ def _digits(values: np.ndarray) -> list[str]:
     return ["".join(map(str, row.ravel().astype(int))) for row in values]
 
 
-def dumps(document: Mapping[str, Any]) -> str:
+def dumps(document: Mapping[str, Any], indent: int | None = 1) -> str:
+    """The document becomes text, of one line without `indent`.
+
+    Raises:
+        ScheduleError: Its provenance is no plain data.
+    """
     try:
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(document, indent=indent, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
 

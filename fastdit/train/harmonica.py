@@ -29,12 +29,13 @@ from torch import Tensor
 
 from fastdit import files
 from fastdit.account.cost import Cost
+from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError
 from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
 from fastdit.train import checkpoint, proxy
 from fastdit.train.prompts import arguments_of, check_prompts
 from fastdit.train.ranks import Ranks
-from fastdit.train.settings import Progress, Settings, one_of, real, share, whole
+from fastdit.train.settings import Progress, Settings
 from fastdit.train.student import Trainee
 from fastdit.train.trajectory import Trajectory
 
@@ -111,9 +112,9 @@ class HarmoniCa:
         self.ranks = Ranks()
         self.settings = Settings(
             whole("steps", steps, 2),
-            real("beta", beta),
-            None if target is None else share("target", target),
-            real("lr", lr),
+            _at_least_0("beta", beta),
+            None if target is None else real("target", target, "in (0, 1)", lambda x: 0 < x < 1),
+            _at_least_0("lr", lr),
             whole("epochs", epochs),
             whole("batch", batch),
             one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
@@ -123,7 +124,7 @@ class HarmoniCa:
             bool(whole_steps),
             check_tau(tau),
             one_of("keep", keep, KEEPS),
-            real("spread", spread),
+            _at_least_0("spread", spread),
             whole("seed", seed, 0),
         )
         if batch % self.ranks.count:
@@ -306,3 +307,7 @@ class HarmoniCa:
             spared / total,
             seconds,
         )
+
+
+def _at_least_0(name: str, value: Any) -> float:
+    return real(name, value, "of at least 0", lambda x: x >= 0)
