@@ -898,7 +898,7 @@ def test_a_stage_takes_rows_by_its_own_noise_levels():
             said = handle.explain(steps=7, **SIZE).resampled
         with pytest.warns(UserWarning, match="schedule of 20 steps"):
             generate(pipe, "sd3", steps=7, **SIZE)
-        assert handle.last_run().plan.reuse.rows == said
+        assert handle.last_run().plan.reuse.taken == said
         found.append(said)
     assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
     sigmas = FlowMatchEulerDiscreteScheduler()

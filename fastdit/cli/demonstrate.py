@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from fastdit.cli import console as view
-from fastdit.cli.demo import Settings, compare, total_calls
 from fastdit.cli.loading import Model, calls, default_prompts, judge_of, messages_once
 from fastdit.cli.machine import describe
-from fastdit.methods.base import Method
+
+if TYPE_CHECKING:
+    from fastdit.cli.demo import Settings
+    from fastdit.methods.base import Method
 
 
 def run(
     model: Model, prompts: list[str], methods: dict[str, Method], settings: Settings, out: Path
 ) -> None:
     """The methods are compared on the prompts, the figures printed, and the grid written to `out`."""
+    from fastdit.cli.demo import compare, total_calls
+
     console = Console()
     where = f"{describe(model.device)}, {model.dtype}"
     prompts = prompts or default_prompts(model)

@@ -116,10 +116,10 @@ def _joined(spec: ModelSpec, parts: Sequence[Schedule]) -> Schedule:
         bits[kind.name], orders[kind.name] = map(np.concatenate, zip(*filled, strict=True))
     components = {kind.name: kind.components for kind in spec.kinds}
     joined = Schedule.from_bits(bits, components, orders=orders)
-    if not any(part.rows for part in parts):
+    if not any(part.taken for part in parts):
         return joined
     return replace(
-        joined, rows=tuple(step for part in parts for step in part.rows or range(part.steps))
+        joined, taken=tuple(step for part in parts for step in part.taken or range(part.steps))
     )
 
 

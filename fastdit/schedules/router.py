@@ -338,9 +338,9 @@ def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
 
     try:
         files.check_regular(path, MAX_FILE_BYTES)
-        if zipfile.is_zipfile(path):  # what it holds may be packed to a thousandth of its size
-            with zipfile.ZipFile(path) as packed:
-                if sum(part.file_size for part in packed.infolist()) > MAX_FILE_BYTES:
+        if zipfile.is_zipfile(path):  # what it holds may be compressed to a thousandth of its size
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > MAX_FILE_BYTES:
                     raise ScheduleError(f"it unpacks to more than {MAX_FILE_BYTES} bytes")
         # Both projects store their command line beside the tensors, a class without behaviour.
         with torch.serialization.safe_globals([argparse.Namespace]):

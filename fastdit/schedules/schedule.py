@@ -57,12 +57,12 @@ class Schedule:
     Attributes:
         layers: Block kind (the transformer's attribute, e.g. ``"transformer_blocks"``) -> :class:`Layer`.
         provenance: Free JSON data about its origin; not part of equality or of the hash.
-        rows: Where it was resampled, the other schedule's step that each step was taken from; else empty.
+        taken: The other schedule's step that each step was taken from, where it was resampled; else empty.
     """
 
     layers: Mapping[str, Layer]
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    rows: tuple[int, ...] = ()
+    taken: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         layers = self.layers.values() if isinstance(self.layers, Mapping) else ()
@@ -192,22 +192,22 @@ class Schedule:
             return self
         return replace(self, layers=MappingProxyType({**self.layers, **layers}))
 
-    def resampled(self, rows: Sequence[int]) -> Schedule:
-        """The schedule whose step i is this one's step ``rows[i]``.
+    def resampled(self, taken: Sequence[int]) -> Schedule:
+        """The schedule whose step i is this one's step ``taken[i]``.
 
         Step 0 computes everything, as everywhere.
 
         Raises:
-            ScheduleError: A row is not one of this schedule's steps.
+            ScheduleError: One of them is no step of this schedule.
         """
-        rows = [int(row) for row in rows]
-        if not rows or min(rows) < 0 or max(rows) >= self.steps:
-            raise ScheduleError(f"rows must be steps 0 to {self.steps - 1}, got {rows}")
+        taken = [int(step) for step in taken]
+        if not taken or min(taken) < 0 or max(taken) >= self.steps:
+            raise ScheduleError(f"taken must be steps 0 to {self.steps - 1}, got {taken}")
         layers = {
-            kind: _layer(kind, layer.bits[rows], layer.components, layer.orders[rows])
+            kind: _layer(kind, layer.bits[taken], layer.components, layer.orders[taken])
             for kind, layer in self.layers.items()
         }
-        return replace(self, layers=MappingProxyType(layers), rows=tuple(rows))
+        return replace(self, layers=MappingProxyType(layers), taken=tuple(taken))
 
     def check(self, spec: ModelSpec) -> None:
         """Check block kinds, block counts and component names against a model; see :meth:`bind`."""

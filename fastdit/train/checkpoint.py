@@ -62,9 +62,9 @@ def resume(training: HarmoniCa, folder: Path) -> None:
 def _tensors(training: HarmoniCa) -> dict[str, Tensor]:
     tensors = {"weights": training.weights, "generator": training.generator.get_state()}
     tensors["beta"] = torch.tensor(training.beta, dtype=torch.float64)
-    for step, row in enumerate(training.rows):
-        tensors[f"logits.{step}"] = row.detach()
-        for name, value in training.optimizer.state.get(row, {}).items():
+    for step, logits in enumerate(training.logits):
+        tensors[f"logits.{step}"] = logits.detach()
+        for name, value in training.optimizer.state.get(logits, {}).items():
             tensors[f"optimizer.{name}.{step}"] = value
     return tensors
 
@@ -93,9 +93,9 @@ def _check_same(facts: dict[str, Any], now: dict[str, Any]) -> None:
 def _take(training: HarmoniCa, epoch: int, tensors: dict[str, Tensor]) -> None:
     """The training takes over what a file says, once all of it is seen to be what a training leaves."""
     wanted = {name: tensor.cpu() for name, tensor in _tensors(training).items()}
-    for step, row in enumerate(training.rows):
-        if row.requires_grad:
-            moments = {"step": torch.zeros(()), "exp_avg": row, "exp_avg_sq": row}
+    for step, logits in enumerate(training.logits):
+        if logits.requires_grad:
+            moments = {"step": torch.zeros(()), "exp_avg": logits, "exp_avg_sq": logits}
             wanted |= {f"optimizer.{key}.{step}": like for key, like in moments.items()}
     if epoch < 1:
         raise ValueError(f"its epoch must be at least 1, got {epoch}")
@@ -112,11 +112,11 @@ def _take(training: HarmoniCa, epoch: int, tensors: dict[str, Tensor]) -> None:
     training.epoch, training.weights = epoch, tensors["weights"]
     training.beta = float(tensors["beta"])
     with torch.no_grad():
-        for step, row in enumerate(training.rows):
-            row.copy_(tensors[f"logits.{step}"])
+        for step, logits in enumerate(training.logits):
+            logits.copy_(tensors[f"logits.{step}"])
     for name in wanted:
         if name.startswith("optimizer."):
             _, key, step = name.split(".")
-            row = training.rows[int(step)]
-            place = "cpu" if key == "step" else row.device
-            training.optimizer.state[row][key] = tensors[name].to(place)
+            logits = training.logits[int(step)]
+            place = "cpu" if key == "step" else logits.device
+            training.optimizer.state[logits][key] = tensors[name].to(place)

@@ -172,17 +172,17 @@ class HarmoniCa:
 
     def router(self) -> Router:
         """The router as it is now."""
-        table = torch.stack([row.detach() for row in self.rows]).cpu().numpy()
-        logits = {
+        table = torch.stack([logits.detach() for logits in self.logits]).cpu().numpy()
+        found = {
             kind.name: np.full((len(table), kind.count, len(kind.components)), np.inf, np.float32)
             for kind in self.trainee.spec.kinds
         }
         for k, (kind, block, component) in enumerate(self.trainee.spec.components()):
-            logits[kind.name][:, block, kind.components.index(component)] = table[:, k]
+            found[kind.name][:, block, kind.components.index(component)] = table[:, k]
         origin = {"training": asdict(self.settings), "epochs": self.epoch}
         components = {kind.name: kind.components for kind in self.trainee.spec.kinds}
         return Router(
-            logits,
+            found,
             components,
             self.trainee.spec.family,
             self.conditions,
@@ -199,11 +199,11 @@ class HarmoniCa:
             form = self.settings.lambda_form
             if form is not None and self.epoch % self.settings.lambda_every == 0:
                 with torch.no_grad():
-                    rows = [torch.sigmoid(row) for row in self.rows]
+                    ratios = [torch.sigmoid(logits) for logits in self.logits]
                 self.weights = proxy.estimate(
                     form,
                     self.trainee,
-                    rows,
+                    ratios,
                     arguments,
                     self.settings.tau,
                     self.settings.keep,
@@ -224,21 +224,21 @@ class HarmoniCa:
     def spared(self) -> float:
         """Share of the components' arithmetic that 1 - r leaves out, the first step included."""
         with torch.no_grad():
-            kept = torch.stack([torch.sigmoid(row) @ self._prices for row in self.rows[1:]])
-        return 1 - (1 + float(kept.sum()) / float(self._prices.sum())) / len(self.rows)
+            kept = torch.stack([torch.sigmoid(logits) @ self._prices for logits in self.logits[1:]])
+        return 1 - (1 + float(kept.sum()) / float(self._prices.sum())) / len(self.logits)
 
     def update(self, step: int, loss: Tensor, ratios: Tensor) -> float:
         """Move the logits of one step down the gradient of its loss; what was minimised."""
         minimised = self.weight(step) * loss + self.beta * (self._prices * ratios).sum()
         self.optimizer.zero_grad(set_to_none=True)
         minimised.backward()
-        row = self.rows[step]
-        row.grad = self.ranks.mean(row.grad, self._device)
+        logits = self.logits[step]
+        logits.grad = self.ranks.mean(logits.grad, self._device)
         if self.settings.whole_steps:
-            row.grad.fill_(row.grad.sum())  # of the one logit that all entries hold
+            logits.grad.fill_(logits.grad.sum())  # of the one logit that all entries hold
         self.optimizer.step()
         with torch.no_grad():
-            row.clamp_(-LIMIT, LIMIT)
+            logits.clamp_(-LIMIT, LIMIT)
         return float(minimised.detach())
 
     # ---- what to draw
@@ -268,19 +268,19 @@ class HarmoniCa:
         self._device = next(self.trainee.transformer.parameters()).device
         cost = Cost.of(self.trainee.transformer, found.image_tokens, text)
         self._macs = cost.component_macs()
-        steps, cells = len(found.timesteps), len(self.trainee.cells)
-        drawn = torch.randn(steps, cells, generator=generator)
+        steps, count = len(found.timesteps), len(self.trainee.places)
+        drawn = torch.randn(steps, count, generator=generator)
         if self.settings.whole_steps:
-            drawn = drawn[:, :1].expand(-1, cells).clone()
+            drawn = drawn[:, :1].expand(-1, count).clone()
         first = self.settings.spread * drawn
         first = first.clamp(-LIMIT, LIMIT)
         fixed = slice(0, None, 2) if self.settings.pairs else slice(0, 1)
         first[fixed] = LIMIT
-        self.rows = [torch.nn.Parameter(row.to(self._device)) for row in first]
-        for row in self.rows[fixed]:
-            row.requires_grad_(False)
+        self.logits = [torch.nn.Parameter(own.to(self._device)) for own in first]
+        for logits in self.logits[fixed]:
+            logits.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            [row for row in self.rows if row.requires_grad],
+            [logits for logits in self.logits if logits.requires_grad],
             lr=self.settings.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
@@ -288,7 +288,7 @@ class HarmoniCa:
         )
         self.weights = torch.ones(steps)
         self.beta = self.settings.beta
-        self._prices = torch.ones(cells, device=self._device)
+        self._prices = torch.ones(count, device=self._device)
         if self.settings.target is not None:
             macs = torch.tensor([float(cell[2]) for cell in cost.cells], device=self._device)
             self._prices = macs / macs.mean()
@@ -297,8 +297,8 @@ class HarmoniCa:
     def _progress(self, losses: Tensor, weighted: Tensor, seconds: float) -> Progress:
         router = self.router()
         bits = {kind: layer.bits for kind, layer in router.schedule().layers.items()}
-        trained = [step for step, row in enumerate(self.rows) if row.requires_grad]
-        total = len(self.rows) * sum(float(macs.sum()) for macs in self._macs.values())
+        trained = [step for step, logits in enumerate(self.logits) if logits.requires_grad]
+        total = len(self.logits) * sum(float(macs.sum()) for macs in self._macs.values())
         spared = sum(float(((~bits[kind]) * macs).sum()) for kind, macs in self._macs.items())
         return Progress(
             self.epoch,
