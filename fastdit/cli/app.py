@@ -46,7 +46,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-schedules = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at schedule files.")
+schedules = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    help="Look at schedule files, or convert them.",
+)
 app.add_typer(schedules, name="schedule")
 
 
@@ -61,7 +65,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def fastdit(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Faster diffusion transformers for Hugging Face diffusers.

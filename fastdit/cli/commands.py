@@ -23,6 +23,7 @@ def demo(
     out: options.Picture = Path("fastdit-demo.png"),
     every: options.SeveralEvery = None,
     schedule: options.Schedule = None,
+    order: options.Order = None,
     ralu: options.Ralu = None,
     steps: options.Steps = None,
     seed: options.Seed = 0,
@@ -35,13 +36,14 @@ def demo(
 ) -> None:
     """Draw the same seeds unpatched, by a schedule, and by fewer steps in the schedule's time.
 
-    Writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched. With --ralu a second
-    grid, FILE-stages.png, shows the picture and its tokens at the end of each stage.
+    It writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched.
+
+    With --ralu a second grid, FILE-stages.png, shows the picture and its tokens at the end of each stage.
 
     For a DiT pipeline the prompts are class numbers.
     """
     arguments.check_output(out, "--out")
-    methods = arguments.methods(schedule, every, default=() if ralu else (2, 3))
+    methods = arguments.methods(schedule, every, order, default=() if ralu else (2, 3))
     methods |= arguments.ralu(ralu or ())
     if threads is not None:
         import torch
@@ -61,6 +63,7 @@ def explain(
     model: options.Model = None,
     schedule: options.Schedule = None,
     every: options.Every = None,
+    order: options.Order = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
     batch: options.Batch = 1,
@@ -71,7 +74,7 @@ def explain(
 ) -> None:
     """Say what a patched model will do, without running it: plan, compute, bytes, caches."""
     (method,) = arguments.methods(
-        schedule, None if every is None else [every], default=(2,)
+        schedule, None if every is None else [every], order, default=(2,)
     ).values()
     loaded = arguments.load(model, dtype)
     from fastdit import patch
@@ -110,9 +113,9 @@ def search(
     backend: options.Backend = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Search schedules that trade quality for time (ECAD: NSGA-II). Needs the extra "search".
+    """Search schedules that trade quality for time, as ECAD does (NSGA-II); the extra "search" must be installed.
 
-    Killed or ended, the same command goes on where it was; more --generations continue it.
+    The same command takes up a search that was killed; with more --generations it continues one that has ended.
 
     Under torchrun, every rank draws and the first one leads.
     """
@@ -162,7 +165,7 @@ def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
 
 @schedules.command("stats")
 def stats(file: options.ScheduleFile, pixels: options.Side = 256) -> None:
-    """Count what the bits say: reuse, ages, runs, dead work; and the cost on the model it was published for."""
+    """Count what a schedule says: reuse, ages, runs, dead work, and its cost on the model it was published for."""
     from fastdit.cli.console import schedule_statistics
     from fastdit.cli.published import published_cost
 
@@ -215,10 +218,12 @@ def train_router(
 ) -> None:
     """Learn which components to reuse at each step: a HarmoniCa router for `fastdit.HarmoniCa`.
 
-    Needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
+    Training needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
 
-    The router in the package is the defaults' with --whole-steps --target 0.5
-    --scheduler FlowMatchHeunDiscreteScheduler. The published run on DiT is
+    The router in the package was trained by the defaults with
+    --whole-steps --target 0.5 --scheduler FlowMatchHeunDiscreteScheduler.
+
+    The published run on DiT is
     --raw --lambda-form released --keep blended --spread 1 --lr 0.01 --beta 7e-8 --batch 32
     --epochs 2000 --lambda-every 50 --guidance 1.5.
     """

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastdit.errors import ScheduleError
-from fastdit.schedules.schedule_file import expect
 
 if TYPE_CHECKING:
     from fastdit.schedules.schedule import Schedule
@@ -43,8 +42,17 @@ def parse(
     if unknown := sorted(set(document) - {ROOT, "config", "metrics"}):
         raise ScheduleError(f"the file may have {ROOT}, config and metrics, got also {unknown}")
     header = document[ROOT]
-    given = header if isinstance(header, dict) else {}
-    expect(header, ROOT, REQUIRED | {name: OPTIONAL[name] for name in OPTIONAL if name in given})
+    if not isinstance(header, dict):
+        raise ScheduleError(f"{ROOT} must be an object, got {type(header).__name__}")
+    if missing := sorted(set(REQUIRED) - set(header)):
+        raise ScheduleError(f"{ROOT} lacks {missing}")
+    if unknown := sorted(set(header) - set(REQUIRED) - set(OPTIONAL)):
+        raise ScheduleError(f"{ROOT} has unknown fields {unknown}")
+    for name, kind in {**REQUIRED, **OPTIONAL}.items():
+        if name in header and type(header[name]) is not kind:
+            raise ScheduleError(
+                f"{ROOT}.{name} must be {kind.__name__}, got {type(header[name]).__name__}"
+            )
     steps = _count(header, "num_inference_steps", MAX_STEPS)
     counts = {
         kind: _count(header, field, max_count)
