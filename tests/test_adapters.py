@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -148,7 +150,9 @@ def test_the_base_says_which_member_is_for_what():
         *("prompt_projections_of", "condition_embeddings_of"),
     }
     said = [name for names in NEEDS.values() for name in names.split()]
-    members = {name for name in {**vars(Adapter), **Adapter.__annotations__} if name[0] != "_"}
+    bases = Adapter.__mro__[:-1]
+    members = {name for cls in bases for name in (*vars(cls), *inspect.get_annotations(cls))}
+    members = {name for name in members if name[0] != "_"}
     assert sorted(said) == sorted(members - shared)
 
 

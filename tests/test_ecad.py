@@ -83,7 +83,7 @@ def test_a_component_is_not_set_by_name_and_in_its_group():
 
 
 def test_arguments():
-    with pytest.raises(ScheduleError, match="source must be"):
+    with pytest.raises(ScheduleError, match=r"must be a Schedule, .* got int"):
         ECAD(3)
     with pytest.raises(ArgumentError, match=r"resample must be None or \"sigma\", got 'time'"):
         ECAD(made_for(4), resample="time")
@@ -258,5 +258,5 @@ def test_wrong_caps(most):
 
 
 def test_wrong_precisions():
-    with pytest.raises(ArgumentError, match="cache_dtype must be a name"):
+    with pytest.raises(ArgumentError, match="cache_dtype must be a name, 'bfloat16' or 'float16'"):
         ECAD(made_for(4), cache_dtype="int8")

@@ -425,7 +425,7 @@ def test_costs_are_exact_once_a_call_was_seen(found):
     report = handle.report()
     assert report.flop_speedup == 4 * dense / done
     assert f"{1 - done / (4 * dense):.1%} of the arithmetic" in str(report)
-    side = 8 * 4 * find_adapter(model, wraps=True).patch(model)
+    side = 8 * 4 * find_adapter(model, generic="components").patch(model)
     said = handle.explain(steps=4, cfg=False, height=side, width=side)
     assert said.exact
     assert said.image_tokens == report.tokens_per_step[0] == 16

@@ -464,24 +464,24 @@ def test_a_batch_is_its_single_runs(name):
     method = RAS(start=2, ratio=0.5, align=1, high_ratio=0.5, resets=(4,))
     pipe = tiny_models.pipeline(name, torch.float64)
     noise = tiny_models.arguments(name, batch=4, dtype=torch.float64)
-    whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=_noise(name, 4))
+    whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=noise_of(name, 4))
     assert not torch.equal(history[2][0], history[2][1])
     del noise
     for i in range(4):
-        given = _noise(name, 4)[i : i + 1]
-        single, alone = _single(pipe, name, method, i, given)
+        given = noise_of(name, 4)[i : i + 1]
+        single, alone = single_run(pipe, name, method, i, given)
         for step, rows in alone.items():
             assert rows[0].tolist() == history[step][i].tolist()
         assert distance(single[0], whole[i]) <= 1e-9
 
 
-def _noise(name, batch):
+def noise_of(name, batch):
     g = torch.Generator().manual_seed(5)
     shape = tiny_models.call(name, batch)["hidden_states"].shape
     return torch.randn(shape, generator=g, dtype=torch.float64)
 
 
-def _single(pipe, name, method, i, latents):
+def single_run(pipe, name, method, i, latents):
     """Image `i` of a batch of 4 alone: with its own prompt where the batch has several."""
     arguments = tiny_models.arguments(name, batch=4, steps=6, dtype=torch.float64)
     prompts = arguments["prompt_embeds"].shape[0]

@@ -17,7 +17,7 @@ from contract import distance, within_contract
 from fastdit import RAS, ArgumentError
 from ras_oracle import RowOracle, by_change
 from test_ralu import SHORT, SIZE, as_picture, start_of
-from test_ras import TOKENS, _noise, _single, calls_per_step, observed_run
+from test_ras import TOKENS, calls_per_step, noise_of, observed_run, single_run
 from tiny_models import arguments, generate
 
 STEPS, START, RESETS = 14, 4, (8,)
@@ -104,10 +104,10 @@ def test_solvers_that_compute_twice_at_a_level(name, scheduler):
 def test_a_batch_is_its_single_runs(name):
     pipe, method = tiny_models.pipeline(name, torch.float64), RAS(**SETTINGS | {"resets": (5,)})
     method = dataclasses.replace(method, start=2)
-    whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=_noise(name, 4))
+    whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=noise_of(name, 4))
     assert not torch.equal(history[2][0], history[2][1])
     for i in range(4):
-        single, alone = _single(pipe, name, method, i, _noise(name, 4)[i : i + 1])
+        single, alone = single_run(pipe, name, method, i, noise_of(name, 4)[i : i + 1])
         for step, rows in alone.items():
             assert rows[0].tolist() == history[step][i].tolist()
         assert distance(single[0], whole[i]) <= 1e-9
@@ -224,11 +224,11 @@ def test_it_forgets_a_run_and_its_dense_end():
     made, observe = token_run(method, 5, 4)
     observe([0.0] * 4)
     assert observe([1.0, 2.0, 3.0, 4.0]) == [2, 3]
-    kept = made._kept
+    kept = made.kept
     observe([1.0, 2.0, 9.0, 9.0])  # nothing is left out any more
     assert kept.level.tolist() == [[1.0] * 4]
     made.end()
-    assert made._kept is made._inverse is None
+    assert made.kept is made.inverse is None
 
 
 def test_a_loop_without_a_scheduler_has_its_timesteps():

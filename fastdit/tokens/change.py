@@ -46,31 +46,31 @@ class ChangeRun(TokenRun):
 
     def __init__(self, method: Any, run: Any) -> None:
         super().__init__(method, run)
-        self._kept: Kept | None = None
-        self._inverse: Tensor | None = None
+        self.kept: Kept | None = None
+        self.inverse: Tensor | None = None
 
     def choose(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor | None:
         """The tokens whose kept velocities are the most wrong; looked at after dense steps, too."""
         step = self.run.step
         if not any(self.plan[step - self.first + 1 :]):
             return None
-        if self._kept is None or len(self._kept.last) != len(velocity):
-            self._kept, self._inverse = self._begin(velocity), None
-        kept, ops = self._kept, self.run.patched.ops
+        if self.kept is None or len(self.kept.last) != len(velocity):
+            self.kept, self.inverse = self._begin(velocity), None
+        kept, ops = self.kept, self.run.patched.ops
         score = ops.token_change(
             velocity,
             kept.last,
             kept.rate,
             kept.level,
             kept.levels[step : step + 2],
-            inverse=self._inverse,
+            inverse=self.inverse,
         )
         if coming is None:  # every token is active there
-            self._inverse = None
+            self.inverse = None
             if kept.age is not None:
                 kept.age.zero_()
             return None
-        rows, self._inverse = ops.token_select(
+        rows, self.inverse = ops.token_select(
             score.view(*velocity.shape[:3], 1, 1, 1),
             kept.drops,
             coming.keep,
@@ -84,7 +84,7 @@ class ChangeRun(TokenRun):
     def end(self) -> None:
         """Only the history stays."""
         super().end()
-        self._kept = self._inverse = None
+        self.kept = self.inverse = None
 
     def _begin(self, velocity: Tensor) -> Kept:
         """Nothing was computed yet. Where nobody says the noise levels they count the steps."""
