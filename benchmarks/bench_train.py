@@ -70,7 +70,7 @@ def work(contender: str, steps: int, batch: int) -> tuple[Any, int]:
             proxy.Sampling(made.trainee, [STOCK] * steps, 0.1, "blended").run(made.draw()())
 
     def estimate() -> None:
-        rows = [torch.sigmoid(row.detach()) for row in made.rows]
+        rows = [torch.sigmoid(row.detach()) for row in made.logits]
         with made.trainee:
             proxy.estimate(made.settings.lambda_form, made.trainee, rows, made.draw(), 0.1, "fresh")
 

@@ -132,7 +132,7 @@ def mutation(
     genome: Genome, operators: Operators
 ) -> Callable[[np.ndarray, np.random.Generator], None]:
     """What changes a vector, bool [genome size], in place, as the search's mutation changes one that it changes."""
-    shape, parts = (genome.steps, len(genome.cells)), moves.parts_of(genome.cells)
+    shape, parts = (genome.steps, len(genome.components)), moves.parts_of(genome.components)
 
     def by_steps(vector: np.ndarray, rng: np.random.Generator) -> None:
         moves.move(vector.reshape(shape), parts, rng)

@@ -54,7 +54,7 @@ class FakeWorkers:
             found = {"costs": {"true-macs": 250.0 * share}}
             losses = [4.0 * (1 - share)] * (task.last - task.first)
         else:
-            reused = ~GENOME.effective(GENOME.unpack(task.bits))
+            reused = ~GENOME.effective(GENOME.from_bytes(task.bits))
             found = {"costs": {"true-macs": float(COST @ ~reused)}}
             losses = (HARM[task.first : task.last] @ reused).tolist()
         if task.what == "latency":

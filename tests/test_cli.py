@@ -153,6 +153,25 @@ def test_explain(folder):
     assert "attn █··█··" in output
 
 
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_explain_takes_an_order(folder, schedule_file, order):
+    pipeline = load_model(folder).pipeline
+    sources = {"--every": (3, fastdit.Schedule.every(3)), "--schedule": (schedule_file,) * 2}
+    for option, (given, source) in sources.items():
+        handle = fastdit.patch(pipeline, fastdit.Cached(source, order=order))
+        expected = str(handle.explain(steps=4))
+        fastdit.unpatch(pipeline)
+        found = run("explain", "--model", folder, option, given, "--order", order, "--steps", 4)
+        assert found.split() == expected.split()
+    refused = run("explain", "--model", folder, "--order", 3, code=2)
+    assert "'--order'" in refused
+
+
+def test_demo_names_the_order(folder, tmp_path):
+    asked = ("demo", PROMPT, "--model", folder, "--out", tmp_path / "grid.png", "--repeats", 1)
+    assert "every(2), order 1" in run(*asked, "--steps", 3, "--every", 2, "--order", 1)
+
+
 def test_explain_takes_a_schedule_size_and_backend(folder, schedule_file):
     output = run(
         *("explain", "--model", folder, "--schedule", schedule_file, "--backend", "reference"),

@@ -168,7 +168,7 @@ def test_statistics_of_a_schedule_counted_by_hand():
         dtype=bool,
     )
     found = statistics(Schedule.from_bits(bits, ["a", "b"]))
-    assert (found.steps, found.cells, found.reused) == (4, 4, 10)
+    assert (found.steps, found.components, found.reused) == (4, 4, 10)
     assert found.reuse_share == 10 / 16
     assert found.idle_steps == (2,)
     assert found.computed == {"a": 3, "b": 3}

@@ -112,7 +112,7 @@ def test_compare_draws_what_plain_calls_draw(pipeline):
     assert [arm.rival for arm in found.arms] == [None, "every(2)", None]
     total = total_calls(2, 1, found.settings)
     assert heard == [(done, total) for done in range(total)]
-    for row, image, prompt in zip(found.cells, expected, PROMPTS, strict=True):
+    for row, image, prompt in zip(found.pictures, expected, PROMPTS, strict=True):
         assert np.array_equal(row[0].image, image)
         assert row[0].psnr == math.inf
         fewer = plain(pipeline, prompt, found.arms[1].steps, seed=7)
@@ -128,7 +128,7 @@ def test_the_schedule_arm_is_what_patch_gives(pipeline):
     image = plain(pipeline, "x", 3, seed=0)
     ratio = with_patch.explain(steps=3).flop_speedup
     with_patch.unpatch()
-    assert np.array_equal(found.cells[0][2].image, image)
+    assert np.array_equal(found.pictures[0][2].image, image)
     assert found.arms[2].compute_ratio == ratio > 1
 
 
@@ -139,14 +139,14 @@ def test_facts_of_a_comparison(pipeline):
     assert found.speedup(0) == 1.0
     ratios = [
         before / after
-        for row in found.cells
+        for row in found.pictures
         for before, after in zip(row[0].seconds, row[2].seconds, strict=True)
     ]
     assert found.speedup(2) == pytest.approx(float(np.median(ratios)))
     assert found.speedup(2, 1) == pytest.approx(float(np.median(ratios[3:])))
     assert len(found.seconds(1)) == 6
-    assert found.cells[0][0].right == (1, 1)
-    assert found.cells[1][0].right is None
+    assert found.pictures[0][0].right == (1, 1)
+    assert found.pictures[1][0].right is None
     assert found.right(0) == (1, 1)
 
 
@@ -163,13 +163,13 @@ def test_a_run_in_stages_shows_them(pipeline):
     ratio = handle.explain().flop_speedup
     handle.unpatch()
     assert found.arms[2].compute_ratio == pytest.approx(ratio * 3 / 4)
-    cell = found.cells[1][2]
+    cell = found.pictures[1][2]
     assert np.array_equal(cell.image, image)
     assert [stage.layout for stage in cell.stages] == ["coarse", "mixed", "full"]
     assert [stage.steps for stage in cell.stages] == [1, 1, 2]
     for stage, picture in zip(cell.stages, pictures, strict=True):
         assert np.array_equal(stage.image, picture)
-    assert not found.cells[1][0].stages
+    assert not found.pictures[1][0].stages
 
 
 def _judge(images, prompts):
@@ -239,7 +239,7 @@ def test_dit_takes_classes(tmp_path):
     found = compare(
         model.pipeline, calls(model.pipeline, ["1"]), ["1"], EVERY_2, Settings(2, repeats=1)
     )
-    assert found.cells[0][0].image.shape == (16, 16, 3)
+    assert found.pictures[0][0].image.shape == (16, 16, 3)
 
 
 def test_a_pipeline_without_prompts_is_refused_by_name(tmp_path):

@@ -176,16 +176,16 @@ def test_how_many_tokens_are_split(split, align, text, count):
         ({"steps": (1.5, 2, 3)}, "steps must be three whole numbers"),
         ({"ends": (0.5, 0.4, 1.0)}, "ends must rise to 1"),
         ({"ends": (0.3, 0.45, 0.9)}, "ends must rise to 1"),
-        ({"ends": (0.0, 0.45, 1.0)}, "ends must be in"),
-        ({"shifts": (1.0, 0.0, 1.0)}, "shifts must be above 0"),
+        ({"ends": (0.0, 0.45, 1.0)}, "ends must be a number in"),
+        ({"shifts": (1.0, 0.0, 1.0)}, "shifts must be a number above 0"),
         ({"shifts": None}, "shifts and noise belong together"),
-        ({"noise": 0.3}, "noise must be in"),
+        ({"noise": 0.3}, "noise must be a number in"),
         ({"noise": None}, "shifts and noise belong together"),
-        ({"split": 1.5}, "split must be in"),
+        ({"split": 1.5}, "split must be a number in"),
         ({"selector": "canny"}, "selector must be one of edges, gradient, variance"),
         ({"mode": "exact"}, 'mode must be "corrected" or "parity"'),
         ({"align": 0}, "align must be a whole number"),
-        ({"base_shift": -1.0}, "base_shift must be above 0"),
+        ({"base_shift": -1.0}, "base_shift must be a number above 0"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -898,7 +898,7 @@ def test_a_stage_takes_rows_by_its_own_noise_levels():
             said = handle.explain(steps=7, **SIZE).resampled
         with pytest.warns(UserWarning, match="schedule of 20 steps"):
             generate(pipe, "sd3", steps=7, **SIZE)
-        assert handle.last_run().plan.reuse.rows == said
+        assert handle.last_run().plan.reuse.taken == said
         found.append(said)
     assert found[1] == (0, 1, *found[0][2:4], 0, 1, 2)
     sigmas = FlowMatchEulerDiscreteScheduler()

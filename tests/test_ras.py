@@ -755,7 +755,7 @@ def test_parity_refuses_several_images_at_its_first_step():
 def test_wrong_presets_and_linear_schedules():
     with pytest.raises(ArgumentError, match="preset must be one of sd3, lumina-next, flux"):
         RAS.preset("sdxl")
-    with pytest.raises(ArgumentError, match="every must be at least 1"):
+    with pytest.raises(ArgumentError, match="every must be a whole number of at least 1"):
         Linear(64, 0)
 
 

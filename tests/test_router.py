@@ -144,7 +144,7 @@ def damaged(path, **changes):
     [
         ({"format": "other"}, "format"),
         ({"version": 2}, "newer fastdit"),
-        ({"components": {KIND: ["attn1"]}}, "2 components"),
+        ({"components": {KIND: ["attn1"]}}, r"shape \[steps, blocks, 1\]"),
         ({"components": {"others": ["attn1", "ff"]}}, "block kinds"),
         ({"tau": 7}, "tau"),
         ({"conditions": {"shape": 1}}, "shape"),

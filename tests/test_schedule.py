@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastdit
-from fastdit import Cached, Schedule, ScheduleError
+from fastdit import ECAD, Cached, PerStage, Schedule, ScheduleError
+from fastdit.schedules.actions import COMPUTE, REUSE
+from fastdit.schedules.plan import plan_run
 from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import BlockKind, ModelSpec
 
@@ -142,6 +144,196 @@ def test_a_schedule_for_something_else_is_refused_by_name():
         Schedule.from_bits({"layers": np.ones((4, 3, 1), bool)}, {"layers": ["ff"]}).bind(SPEC, 4)
 
 
+# ---- orders
+
+#: the hash of PLAIN, as it was before schedules had orders
+PLAIN = Schedule.from_bits([[[1, 1], [1, 1]], [[0, 1], [1, 0]]], ["attn", "ff"])
+PLAIN_SHA256 = "c7998dff07d69cfe88b0345b96d23236f5118e51168490992a81f931d5eb7aef"
+
+
+def random_orders(seed=0, steps=4):
+    """The random schedule, every reused output of an order of its own; the first of them of order 2."""
+    plain, generator = random_schedule(seed, steps), np.random.default_rng(seed)
+    bits = {kind: layer.bits.copy() for kind, layer in plain.layers.items()}
+    bits["transformer_blocks"][1, 0, 0] = False
+    orders = {kind: generator.integers(0, 3, each.shape) for kind, each in bits.items()}
+    orders["transformer_blocks"][1, 0, 0] = 2
+    names = {kind: layer.components for kind, layer in plain.layers.items()}
+    return Schedule.from_bits(bits, names, {"seed": seed}, orders)
+
+
+def orders_of(schedule, kind="transformer_blocks"):
+    return schedule.layers[kind].orders
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9))
+@settings(max_examples=50, deadline=None)
+def test_orders_round_trip(seed, steps):
+    schedule = random_orders(seed, steps)
+    content = json.loads(schedule.to_json())
+    assert content["version"] == 2
+    again = Schedule.from_json(schedule.to_json())
+    assert again == schedule
+    assert again.forecasts
+    for kind, layer in schedule.layers.items():
+        assert (orders_of(again, kind) == layer.orders).all()
+        assert not layer.orders[layer.bits].any()  # what computes is not drawn
+        flat = layer.orders.reshape(steps, -1)
+        assert content["blocks"][kind]["orders"] == ["".join(map(str, row)) for row in flat]
+
+
+def test_a_file_without_orders_is_what_it_was():
+    content = json.loads(PLAIN.to_json())
+    assert (content["version"], content["sha256"]) == (1, PLAIN_SHA256)
+    assert set(content["blocks"]["transformer_blocks"]) == {"count", "components", "bits"}
+    assert PLAIN.with_order(0).to_json() == PLAIN.to_json()
+
+
+def test_orders_are_content():
+    one, two = PLAIN.with_order(1), PLAIN.with_order(2)
+    assert len({PLAIN, one, two, PLAIN.with_order(1)}) == 3
+    text = one.to_json()
+    assert '"0110"' in text  # bits and orders are not the same here: reused are 1001
+    with pytest.raises(ScheduleError, match="damaged or was edited"):
+        Schedule.from_json(text.replace('"1001"', '"2001"'))
+
+
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [
+        (["000000"] * 3, r"blocks\.transformer_blocks\.orders must have 4 strings"),
+        (["000000", "000000", "00000", "000000"], r"orders\[2\] must be a string of 6 characters"),
+        (["000000", "000003", "000000", "000000"], r"orders\[1\] must be .* 0, 1 or 2"),
+        (["000000", "00000x", "000000", "000000"], r"orders\[1\] must be .* 0, 1 or 2"),
+        (["000000", 0, "000000", "000000"], r"orders\[1\]"),
+        ("000000", r"blocks\.transformer_blocks\.orders must be list"),
+        (None, r"blocks\.transformer_blocks\.orders must be list"),
+    ],
+    ids=str,
+)
+def test_orders_of_a_file_that_are_none_are_refused_by_place(orders, message):
+    content = json.loads(random_orders().to_json())
+    content["blocks"]["transformer_blocks"]["orders"] = orders
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.from_json(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [(1, "fields"), (3, "version must be 1 or 2, got 3")]
+)
+def test_orders_in_a_file_of_another_version_are_refused(version, message):
+    content = json.loads(random_orders().to_json()) | {"version": version}
+    with pytest.raises(ScheduleError, match=message):
+        Schedule.from_json(json.dumps(content))
+
+
+def test_a_file_of_version_2_without_orders_is_refused():
+    with pytest.raises(ScheduleError, match=r"blocks\.\w+ must have exactly .*'orders'"):
+        Schedule.from_json(json.dumps(document(version=2)))
+
+
+@pytest.mark.parametrize(
+    "orders",
+    [3, -1, 0.5, "1", True, [[[0, 3], [0, 0]]] * 2, [[[0, 0]]] * 3, [[1], [1, 2]], {"other": 1}],
+    ids=str,
+)
+def test_orders_of_another_form_are_refused(orders):
+    bits = PLAIN.layers["transformer_blocks"].bits
+    with pytest.raises(ScheduleError, match="orders"):
+        Schedule.from_bits(bits, ["attn", "ff"], orders=orders)
+
+
+@pytest.mark.parametrize("order", [3, -1, 1.0, "1", None, True, [[[1]]]], ids=str)
+def test_one_order_of_another_form_is_refused(order):
+    for make in (PLAIN.with_order, Schedule.every(2).with_order, lambda o: Schedule.every(2, o)):
+        with pytest.raises(ScheduleError, match="order must be 0, 1 or 2"):
+            make(order)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_one_order_for_all_that_is_reused(order):
+    for schedule in (PLAIN, random_orders()):
+        changed = schedule.with_order(order)
+        for kind, layer in changed.layers.items():
+            assert (layer.bits == schedule.layers[kind].bits).all()
+            assert (layer.orders == np.where(layer.bits, 0, order)).all()
+        assert changed.forecasts == (order > 0)
+        assert Cached(schedule, order=order).source == changed
+        assert changed.provenance == schedule.provenance
+    bound = Schedule.every(3).with_order(order).bind(SPEC, 7)
+    assert orders_of(bound)[:, 0, 0].tolist() == [0, order, order] * 2 + [0]
+
+
+def test_no_order_leaves_those_of_the_schedule():
+    assert Cached(random_orders()).source == random_orders()
+
+
+def test_groups_keep_orders():
+    kind = BlockKind("transformer_blocks", 2, ("a", "b", "c"), groups={"ab": ("a", "b")})
+    bits, orders = [[[1, 1]] * 2, [[0, 0]] * 2, [[0, 1]] * 2], [[[0, 0]] * 2, [[2, 1], [1, 0]]] * 2
+    made = Schedule.from_bits(bits, ["c", "ab"], orders=orders[:3])
+    layer = made.bind(ModelSpec("toy", (kind,)), 3).layers["transformer_blocks"]
+    assert layer.components == ("c", "a", "b")
+    assert layer.orders.tolist()[1] == [[2, 1, 1], [1, 0, 0]]
+    assert layer.orders.tolist()[2] == [[0, 0, 0], [0, 0, 0]]
+
+
+def test_a_resampled_schedule_keeps_orders():
+    schedule, taken = random_orders(), [0, 1, 1, 2, 3]
+    again = schedule.resampled(taken)
+    assert again.taken == tuple(taken)
+    for kind, layer in schedule.layers.items():
+        assert (orders_of(again, kind) == layer.orders[taken]).all()
+    # The first step computes, whichever it was taken from.
+    assert not orders_of(schedule.resampled([1, 2]))[0].any()
+    assert orders_of(schedule)[1].any()
+
+
+@pytest.mark.parametrize("taken", [[], [4], [-1]])
+def test_a_step_that_is_none_is_not_taken(taken):
+    with pytest.raises(ScheduleError, match="taken must be steps 0 to 3"):
+        random_orders().resampled(taken)
+
+
+def test_the_ecad_layout_has_no_orders(tmp_path):
+    with pytest.raises(ScheduleError, match=r"ECAD layout has no place for orders"):
+        random_orders().save(tmp_path / "orders.json", "ecad")
+    assert not list(tmp_path.iterdir())
+    random_orders().with_order(0).save(tmp_path / "plain.json", "ecad")
+    assert Schedule.load(tmp_path / "plain.json") == random_orders().with_order(0)
+    assert ECAD(tmp_path / "plain.json", order=1).source == random_orders().with_order(1)
+
+
+def test_stages_join_orders():
+    """A stage without a method, one that names a part of the components, and one by every third step."""
+    part = Schedule.from_bits([[[1]] * 3, [[0]] * 3], ["ff"], orders=2)
+    method = PerStage(None, Cached(part), Cached(Schedule.every(3, order=1)))
+    assert method.forecasts
+    joined = method.staged_schedule(SPEC, [2, 2, 4]).layers["transformer_blocks"]
+    assert joined.bits[:, 0].tolist() == [
+        *([True, True], [True, True]),
+        *([True, True], [True, False]),
+        *([True, True], [False, False], [False, False], [True, True]),
+    ]
+    assert joined.orders[:, 0].tolist() == [
+        *([0, 0], [0, 0]),
+        *([0, 0], [0, 2]),
+        *([0, 0], [1, 1], [1, 1], [0, 0]),
+    ]
+    assert (joined.orders == joined.orders[:, :1]).all()
+
+
+def test_a_forecast_of_the_whole_output_needs_every_component():
+    """A component that a schedule does not name computes, so the model runs."""
+    part = Schedule.from_bits([[[1]] * 3, [[0]] * 3], ["ff"], orders=1)
+    found = plan_run([Cached(part)], SPEC, 2)
+    assert [found.order_of(step) for step in range(2)] == [0, 0]
+    assert found.actions[1][0]["attn"] & COMPUTE
+    assert found.actions[1][0]["ff"] & REUSE
+    whole = Schedule.from_bits([[[1, 1]] * 3, [[0, 0]] * 3], ["ff", "attn"], orders=1)
+    assert plan_run([Cached(whole)], SPEC, 2).order_of(1) == 1
+
+
 # ---- equality and the file
 
 
@@ -225,7 +417,7 @@ def test_text_that_is_no_schedule(text):
         ({"version": 3}, "version"),
         ({"version": "1"}, "version"),
         ({"version": True}, "version"),
-        ({"steps": 5}, "5 rows"),
+        ({"steps": 5}, "5 strings"),
         ({"steps": 4.0}, "steps"),
         ({"steps": True}, "steps"),
         ({"steps": 0}, "steps"),

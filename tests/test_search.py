@@ -70,7 +70,7 @@ def whole(request, tmp_path_factory):
 
 def test_a_vector_runs_step_by_step_then_block_by_block():
     genome = Genome(FLUX, 3)
-    assert genome.cells[:5] == (
+    assert genome.components[:5] == (
         ("transformer_blocks", 0, "full_attn"),
         ("transformer_blocks", 0, "full_ff"),
         ("transformer_blocks", 1, "full_attn"),
@@ -82,7 +82,7 @@ def test_a_vector_runs_step_by_step_then_block_by_block():
     schedule = genome.schedule(vector)
     assert (~schedule.layers["single_transformer_blocks"].bits).nonzero() == ([2], [1], [0])
     assert (genome.vector(schedule) == vector).all()
-    assert (genome.unpack(genome.pack(vector)) == vector).all()
+    assert (genome.from_bytes(genome.to_bytes(vector)) == vector).all()
 
 
 def test_bits_that_change_nothing_do_not_make_another_candidate():
@@ -230,7 +230,7 @@ def test_crossover_cuts_two_parents_at_four_points():
 
 def step_moves(count: int = 3000):
     """Rows before and after a child was made by steps, and the masks of a part of a step."""
-    cells = Genome(FLUX, 9).cells
+    cells = Genome(FLUX, 9).components
     parts, rng = moves.parts_of(cells), np.random.default_rng(6)
     for _ in range(count):
         before = np.repeat(rng.random((9, 1)) < rng.uniform(0.1, 0.9), len(cells), axis=1)
@@ -240,7 +240,7 @@ def step_moves(count: int = 3000):
 
 
 def test_parts_are_blocks_and_components_of_a_kind():
-    cells = Genome(FLUX, 9).cells
+    cells = Genome(FLUX, 9).components
     parts = [tuple(cells[i] for i in np.flatnonzero(mask)) for mask in moves.parts_of(cells)]
     assert len(parts) == 4 + 5
     for part in parts:
@@ -273,7 +273,7 @@ def test_moves_add_drop_shift_and_split_steps(monkeypatch):
 
 
 def test_steps_are_crossed_whole():
-    problem, operators, rows = mating(cells=Genome(PIXART, 20).cells, unit="step")
+    problem, operators, rows = mating(cells=Genome(PIXART, 20).components, unit="step")
     pairs = np.stack([np.random.default_rng(7).permutation(72)[:2] for _ in range(200)])
     pairs[:, 1] = (pairs[:, 0] + 1 + np.arange(200)) % 72
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]

@@ -24,7 +24,7 @@ def schedules(count: int, seed: int) -> np.ndarray:
     """Random vectors of all densities, step 0 computing, none the uncached run."""
     rng = np.random.default_rng(seed)
     vectors = rng.random((count, GENOME.size)) < rng.uniform(0.1, 0.95, (count, 1))
-    vectors[:, : len(GENOME.cells)] = True
+    vectors[:, : len(GENOME.components)] = True
     return vectors[[GENOME.reused(vector) > 0 for vector in vectors]]
 
 
@@ -73,7 +73,7 @@ def test_age_counts_and_not_only_the_bits():
         return np.column_stack([np.log10((ages**2).sum(axis=(1, 2))), (~reused).mean(axis=(1, 2))])
 
     known = schedules(120, 3)
-    young, old = (np.ones((1, STEPS, len(GENOME.cells)), dtype=bool) for _ in range(2))
+    young, old = (np.ones((1, STEPS, len(GENOME.components)), dtype=bool) for _ in range(2))
     young[0, [1, 3]] = False
     old[0, [1, 2]] = False
     found = Surrogate(rows(known), aged(known))(np.concatenate([young, old]))

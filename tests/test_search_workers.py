@@ -54,7 +54,7 @@ def ledger_of(out: Path) -> list[str]:
 def test_paired_losses_are_distances_to_the_unpatched_pictures(folder):
     evaluator = Evaluator(functools.partial(load_pipeline, folder, "float32"), WORK)
     vector = seeds.fora(evaluator.genome, 3)
-    found = evaluator.measure(Task("any", "losses", evaluator.genome.pack(vector), 3, 0, 3))
+    found = evaluator.measure(Task("any", "losses", evaluator.genome.to_bytes(vector), 3, 0, 3))
 
     pipeline = load_pipeline(folder, "float32")
 

@@ -45,12 +45,12 @@ def banded(seed, steps, blocks):
 @given(st.integers(0, 2**32), st.integers(2, 24), st.integers(1, 28))
 def test_sums_are_allowed_and_pay(seed, steps, blocks):
     bits = banded(seed, steps, blocks).reshape(steps, -1)
-    cells = [(index // 3, PARTS[index % 3]) for index in range(bits.shape[1])]
-    plan = find_sums(bits, cells)
+    slots = [(index // 3, PARTS[index % 3]) for index in range(bits.shape[1])]
+    plan = find_sums(bits, slots)
     assert [step.step for step in plan] == list(range(steps))
     found = {s for step in plan for s in step.made.values()}
     for s in found:
-        places = [cells.index(cell) for cell in s.cells]
+        places = [slots.index(slot) for slot in s.slots]
         assert places == sorted(places)
         life = bits[s.made + 1 : s.last + 1]
         between = life[:, places[0] : places[-1] + 1]
@@ -59,13 +59,13 @@ def test_sums_are_allowed_and_pay(seed, steps, blocks):
         ends = s.last + 1
         assert ends == steps or bits[ends, places].all()  # so nobody wants the outputs again
         assert len(life) * (len(places) - 3) > passes(len(places))  # reads spared against made
-        assert all(plan[s.made].made[cell] is s for cell in s.cells)
+        assert all(plan[s.made].made[slot] is s for slot in s.slots)
     for number, step in enumerate(plan):
         assert set(step.used.values()) == {s for s in found if s.made < number <= s.last}
         kept = {s for s in found if s.made <= number < s.last}
         assert step.kept == len(kept)
-        holding = [cell for s in kept for cell in s.cells]
-        assert len(holding) == len(set(holding))  # a cell is in one sum at a time
+        holding = [slot for s in kept for slot in s.slots]
+        assert len(holding) == len(set(holding))  # a slot is in one sum at a time
         assert 3 * len(kept) < len(holding) or not kept  # and memory never grows
 
 
@@ -74,7 +74,7 @@ def test_every_collapses_whole_steps_that_are_used_more_than_once(n, uses):
     computes = np.broadcast_to((np.arange(10 * n) % n == 0)[:, None], (10 * n, 84))
     plan = find_sums(computes, [(i // 3, PARTS[i % 3]) for i in range(84)])
     found = {s for step in plan for s in step.made.values()}
-    assert {(len(s.cells), s.last - s.made) for s in found} == ({(84, uses)} if uses > 1 else set())
+    assert {(len(s.slots), s.last - s.made) for s in found} == ({(84, uses)} if uses > 1 else set())
     assert {s.made % n for s in found} <= {0}
 
 

@@ -50,7 +50,7 @@ def training(name="dit", pipe=None, dtype=torch.float32, **more):
 
 
 def table(made):
-    return torch.stack([row.detach() for row in made.rows])
+    return torch.stack([row.detach() for row in made.logits])
 
 
 def restated(made):
@@ -80,7 +80,7 @@ def test_epochs_equal_the_plain_restatement(scheduler, keep):
     made = training(pipe=pipe, lambda_form=None, tau=0.4, keep=keep, lr=0.5)
     made.weights = torch.rand(STEPS)
     pipe.transformer.requires_grad_(False)
-    logits = [torch.nn.Parameter(row.detach().clone()) for row in made.rows]
+    logits = [torch.nn.Parameter(row.detach().clone()) for row in made.logits]
     optimizer = torch.optim.AdamW(logits[1:], lr=0.5, weight_decay=0)
     for _ in range(2):
         expected = harmonica_oracle.train(
@@ -97,13 +97,13 @@ def test_epochs_equal_the_plain_restatement(scheduler, keep):
 def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
     """Of what `update` minimises, in fp64; guidance, dropped channels and two calls in a step are inside."""
     made = training(name, dtype=torch.float64, lambda_form=None, steps=3)
-    made.rows = [torch.nn.Parameter(row.detach().double()) for row in made.rows]
+    made.logits = [torch.nn.Parameter(row.detach().double()) for row in made.logits]
     made.weights = torch.tensor([0.0, 0.7, 0.9])
     seen = {}
 
     def update(step, loss, ratios):
         minimised = made.weight(step) * loss.double() + made.settings.beta * ratios.sum()
-        seen[step] = float(minimised.detach()), torch.autograd.grad(minimised, made.rows[step])[0]
+        seen[step] = float(minimised.detach()), torch.autograd.grad(minimised, made.logits[step])[0]
         return seen[step][0]
 
     made.update = update
@@ -115,16 +115,16 @@ def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
         return dict(seen)
 
     first = epoch()
-    count = len(made.trainee.cells)
+    count = len(made.trainee.places)
     cells = range(1, count, count // 3)
     for cell in cells:
         ends = {}
         for steps in (2, 1, -1, -2):
             with torch.no_grad():
-                made.rows[2][cell] += steps * 2e-2
+                made.logits[2][cell] += steps * 2e-2
             ends[steps] = epoch()[2][0]
             with torch.no_grad():
-                made.rows[2][cell] -= steps * 2e-2
+                made.logits[2][cell] -= steps * 2e-2
         # Four points, since parts of the pipelines compute in fp32 and a small step would show that.
         measured = (8 * (ends[1] - ends[-1]) - (ends[2] - ends[-2])) / (12 * 2e-2)
         assert measured == pytest.approx(float(first[2][1][cell]), rel=1e-4, abs=1e-7)
@@ -138,14 +138,14 @@ def test_only_the_logits_of_the_running_step_move():
     def update(step, loss, ratios):
         result = original(step, loss, ratios)
         moved.append((step, (table(made) != before).any(dim=1).nonzero().flatten().tolist()))
-        assert [row.grad is not None for row in made.rows] == [s == step for s in range(STEPS)]
+        assert [row.grad is not None for row in made.logits] == [s == step for s in range(STEPS)]
         return result
 
     made.update = update
     made.train_epoch()
     assert moved == [(1, [1]), (2, [1, 2]), (3, [1, 2, 3])]
-    assert not any(p.requires_grad for p in [made.rows[0]])
-    assert (made.rows[0] == 5).all()
+    assert not any(p.requires_grad for p in [made.logits[0]])
+    assert (made.logits[0] == 5).all()
 
 
 @pytest.mark.parametrize(("beta", "bound"), [(1e3, -5), (-1e3, 5)])
@@ -161,7 +161,7 @@ def test_the_clamp_does_not_reach_what_inference_computes():
     """At logits of 5 the schedule computes everything: a trained table is never worse than its bounds allow."""
     made = training(spread=0.0)
     with torch.no_grad():
-        for row in made.rows:
+        for row in made.logits:
             row.fill_(5.0)
     assert made.router().schedule().reuse_share == 0
 
@@ -221,7 +221,8 @@ def student_call(row, slots, keep="blended", tau=0.4, t=500):
 def random_slots(trainee, like, seed=5):
     generator = torch.Generator().manual_seed(seed)
     return {
-        key: torch.randn(like.shape, generator=generator, dtype=like.dtype) for key in trainee.cells
+        key: torch.randn(like.shape, generator=generator, dtype=like.dtype)
+        for key in trainee.places
     }
 
 
@@ -230,15 +231,15 @@ def test_a_slot_is_renewed_where_the_ratio_exceeds_tau(keep):
     row = torch.tensor([0.9, 0.1, 0.41, 0.4, 0.0, 1.0])
     filled, _, trainee = student_call(COMPUTE, {})
     fresh = filled["student"].written
-    assert set(fresh) == set(trainee.cells)
+    assert set(fresh) == set(trainee.places)
     slots = random_slots(trainee, next(iter(fresh.values())))
     held = dict(slots)
     found, _, _ = student_call(row, slots, keep)
     written = found["student"].written
-    assert {trainee.cells[key] for key in written} == {0, 2, 5}
+    assert {trainee.places[key] for key in written} == {0, 2, 5}
     assert slots == held, "what was handed in is the caller's"
     # the first component's input does not depend on any blend
-    first = next(key for key, cell in trainee.cells.items() if cell == 0)
+    first = next(key for key, cell in trainee.places.items() if cell == 0)
     blended = 0.9 * fresh[first] + 0.1 * held[first]
     expected = blended if keep == "blended" else fresh[first]
     torch.testing.assert_close(written[first], expected, rtol=1e-6, atol=1e-7)
@@ -269,7 +270,7 @@ def test_a_reused_component_goes_through_the_current_gate():
     outputs = []
     for t in (100, 700):
         given = {"timestep": torch.tensor([t, t]), "class_labels": torch.tensor([1, 2])}
-        student = trainee.blend(torch.zeros(len(trainee.cells)), slots, 0.1, "fresh")
+        student = trainee.blend(torch.zeros(len(trainee.places)), slots, 0.1, "fresh")
         student.start_block(0)
         with torch.no_grad():
             out = trainee.adapter.forwards["transformer_blocks"](block, student, h, **given)
@@ -286,7 +287,7 @@ def test_a_reused_component_goes_through_the_current_gate():
 def rows_of(made, spread, seed=2):
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.sigmoid(spread * torch.randn(row.shape, generator=generator)) for row in made.rows
+        torch.sigmoid(spread * torch.randn(row.shape, generator=generator)) for row in made.logits
     ]
 
 
@@ -319,7 +320,7 @@ def test_the_sensitivity_does_not_depend_on_how_much_is_cached():
     arguments, found = made.draw(), {}
     for form in ("released", "sensitivity"):
         for logit in (5.0, 4.0):
-            rows = [torch.sigmoid(torch.full_like(row, logit)) for row in made.rows]
+            rows = [torch.sigmoid(torch.full_like(row, logit)) for row in made.logits]
             with made.trainee:
                 found[form, logit] = proxy.estimate(
                     form, made.trainee, rows, arguments, 0.1, "fresh"
@@ -361,7 +362,7 @@ def test_the_changes_of_the_latents_add_up():
 @pytest.mark.parametrize("name", ["sd3", "flux"])  # guided by one call and by two
 def test_lambda_is_near_zero_where_everything_computes_and_positive_where_it_does_not(name):
     made = training(name)
-    full = [torch.full_like(row, 5.0) for row in made.rows]
+    full = [torch.full_like(row, 5.0) for row in made.logits]
     rows = [torch.sigmoid(row) for row in full]
     arguments = made.draw()
     with made.trainee:
@@ -388,17 +389,17 @@ def test_a_target_steers_beta_and_weighs_the_penalty_by_arithmetic():
     made = training("sd3", target=0.6, lambda_form=None, spread=1.0)
     transformer, image = made.trainee.transformer, made.conditions.image_tokens
     macs = np.array([c[2] for c in Cost.of(transformer, image, tiny_models.TEXT).cells], float)
-    table_of = torch.sigmoid(torch.stack([row.detach() for row in made.rows[1:]])).numpy()
+    table_of = torch.sigmoid(torch.stack([row.detach() for row in made.logits[1:]])).numpy()
     spared = ((1 - table_of) * macs).sum() / (STEPS * macs.sum())
     assert made.spared() == pytest.approx(spared, rel=1e-5)
     made.train_epoch()
     assert made.beta == pytest.approx(made.settings.beta * np.exp(0.6 - made.spared()))
-    ratios = torch.sigmoid(made.rows[1])
+    ratios = torch.sigmoid(made.logits[1])
     made.update(1, torch.zeros(()), ratios)
-    row = torch.sigmoid(made.rows[1].detach())
+    row = torch.sigmoid(made.logits[1].detach())
     slope = made.beta * torch.tensor(macs / macs.mean()) * row * (1 - row)
     # what the step before the last update had; a step of lr moved the logits a little
-    torch.testing.assert_close(made.rows[1].grad.double(), slope, rtol=0.2, atol=0)
+    torch.testing.assert_close(made.logits[1].grad.double(), slope, rtol=0.2, atol=0)
 
 
 def test_whole_steps_have_one_logit():
@@ -407,7 +408,7 @@ def test_whole_steps_have_one_logit():
     made, apart = (training(whole_steps=whole, **still) for whole in (True, False))
     for each in (made, apart):
         each.train_epoch()
-    same_bits(made.rows[-1].grad, apart.rows[-1].grad.sum().expand_as(made.rows[-1]))
+    same_bits(made.logits[-1].grad, apart.logits[-1].grad.sum().expand_as(made.logits[-1]))
     made = training(whole_steps=True, lambda_form=None, spread=0.0)
     made.train_epoch()
     assert (table(made) == table(made)[:, :1]).all()
@@ -421,7 +422,7 @@ def test_pairs_train_every_second_step_on_the_teachers_latents():
     pipe = tiny_models.pipeline("dit", torch.float64)
     made = training(pipe=pipe, lambda_form=None, pairs=True, keep="fresh")
     model, scheduler, x, labels, guidance = restated(made)
-    before = [row.detach().clone() for row in made.rows]
+    before = [row.detach().clone() for row in made.logits]
     expected = [0.0] * STEPS
     with torch.no_grad():
         for step, t in enumerate(scheduler.timesteps):
@@ -434,7 +435,9 @@ def test_pairs_train_every_second_step_on_the_teachers_latents():
             x = scheduler.step(target, t, x).prev_sample
     losses, _ = made.train_epoch()
     torch.testing.assert_close(losses, torch.tensor(expected), rtol=1e-5, atol=0)
-    moved = [(row.detach() != old).any().item() for row, old in zip(made.rows, before, strict=True)]
+    moved = [
+        (row.detach() != old).any().item() for row, old in zip(made.logits, before, strict=True)
+    ]
     assert moved == [False, True, False, True]
     assert made.router().schedule().layers["transformer_blocks"].bits[::2].all()
 
@@ -694,15 +697,15 @@ def test_stock_ddim_pairs_other_steps_on_such_a_list():
     ("changes", "message"),
     [
         ({"steps": 1}, "steps must be a whole number of at least 2, got 1"),
-        ({"beta": -1.0}, "beta must be a finite number >= 0"),
+        ({"beta": -1.0}, "beta must be a number of at least 0"),
         ({"target": 1.0}, r"target must be a number in \(0, 1\), got 1.0"),
         ({"lr": float("nan")}, "lr must be"),
         ({"batch": 0}, "batch must be"),
         (
             {"lambda_form": "paper"},
-            "lambda_form must be one of 'released', 'published', 'sensitivity', None",
+            "lambda_form must be one of released, published, sensitivity, None",
         ),
-        ({"keep": "both"}, "keep must be one of 'blended', 'fresh'"),
+        ({"keep": "both"}, "keep must be one of blended, fresh"),
         ({"tau": 1}, "tau must be"),
         ({"seed": -1}, "seed must be"),
     ],

@@ -206,7 +206,7 @@ class Cost:
             total += self.bytes_of_outputs() + 2 * updates * self.stream
         for sums in plan.sums:
             output = self.cells[0][3]
-            total += sum(passes(len(s.cells)) for s in set(sums.made.values())) * output
+            total += sum(passes(len(s.slots)) for s in set(sums.made.values())) * output
             total += (3 * len(set(sums.used.values())) - len(sums.used)) * output
         return total
 

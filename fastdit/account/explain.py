@@ -202,7 +202,7 @@ def explain_patched(
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
         raster=raster(plan, spec),
-        resampled=plan.reuse.rows if plan.reuse is not None else (),
+        resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial)),
         reusable_share=count.reusable_share,
         exact=count.exact,
@@ -219,7 +219,7 @@ def _collapse(patched: Any, plan: RunPlan, partial: bool) -> str:
         return "off: steps compute a part of the tokens"
     if not patched.may_collapse():
         return "off: hooks look at blocks"
-    lengths = sorted(len(s.cells) for step in plan.sums for s in set(step.made.values()))
+    lengths = sorted(len(s.slots) for step in plan.sums for s in set(step.made.values()))
     if not lengths:
         return "none: no run of reused outputs stays long enough to pay"
     between = f"{lengths[0]} to {lengths[-1]}" if lengths[0] < lengths[-1] else f"{lengths[0]}"

@@ -21,7 +21,7 @@ from fastdit.schedules.collapse import CHUNK, StepSums, Sum
 class _Making:
     """A sum that is being made: outputs that wait for their chunk, and how many were added up."""
 
-    cells: list[Any] = field(default_factory=list)
+    slots: list[Any] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     gates: list[Tensor | None] = field(default_factory=list)
     sums: Tensor | None = None
@@ -51,19 +51,19 @@ class Sums:
         shared: Tensor,
     ) -> None:
         """Add a component of the running block to the stream, by itself or, at the first of a sum, with all of it."""
-        cell, step = (forward.index, name), self._plan.step
-        used = self._plan.used.get(cell)
+        slot, step = (forward.index, name), self._plan.step
+        used = self._plan.used.get(slot)
         if used is not None and used in forward.slots:
-            if cell == used.cells[0]:
+            if slot == used.slots[0]:
                 self._use(forward, stream, forward.slots[used], shared)
-            if cell == used.cells[-1] and used.last == step:
+            if slot == used.slots[-1] and used.last == step:
                 del forward.slots[used]
             return
         output = forward.component(name, compute)
         stream.add(output, gate)
-        making = self._plan.made.get(cell, used)
+        making = self._plan.made.get(slot, used)
         if making is not None and making.last > step and stream.suits(output, gate):
-            self._make(forward, making, cell, output, gate, shared)
+            self._make(forward, making, slot, output, gate, shared)
 
     def _use(self, forward: Any, stream: Any, held: tuple[Tensor, Tensor], shared: Tensor) -> None:
         sums, before = held
@@ -77,30 +77,30 @@ class Sums:
         self,
         forward: Any,
         total: Sum,
-        cell: Any,
+        slot: Any,
         output: Tensor,
         gate: Tensor | None,
         shared: Tensor,
     ) -> None:
         making = self._making.setdefault(total, _Making())
-        making.cells.append(cell)
+        making.slots.append(slot)
         making.outputs.append(output if output.stride(-1) == 1 else output.contiguous())
         making.gates.append(gate)
-        end = cell == total.cells[-1]
+        end = slot == total.slots[-1]
         if not end and len(making.outputs) < CHUNK:
             return
         if making.sums is None:
             wide = torch.promote_types(output.dtype, torch.float32)
             making.sums = output.new_empty((1 + shared.shape[1], *output.shape), dtype=wide)
-        groups = [self._groups[name] for _, name in making.cells]
+        groups = [self._groups[name] for _, name in making.slots]
         forward.ops.collapse(
             making.outputs, making.gates, groups, out=making.sums, accumulate=making.done > 0
         )
         making.done += len(making.outputs)
-        for done in making.cells:
+        for done in making.slots:
             forward.slots.pop(done, None)
-        for waiting in (making.cells, making.outputs, making.gates):
+        for waiting in (making.slots, making.outputs, making.gates):
             waiting.clear()
-        if end and making.done == len(total.cells):
+        if end and making.done == len(total.slots):
             sums = forward.to_slot(making.sums.to(output.dtype))
             forward.slots[total] = sums, shared.clone()

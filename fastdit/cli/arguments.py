@@ -18,16 +18,18 @@ if TYPE_CHECKING:
 
 
 def methods(
-    schedule: Path | None, every: list[int] | None, default: tuple[int, ...]
+    schedule: Path | None, every: list[int] | None, order: int | None, default: tuple[int, ...]
 ) -> dict[str, Method]:
-    """Name -> method for --schedule or --every."""
+    """Name -> method for --schedule or --every, and for --order."""
     if schedule is not None and every:
         raise ArgumentError("--schedule and --every exclude each other: give one of them")
     from fastdit import Cached, Schedule
 
+    said = f", order {order}" if order else ""
     if schedule is not None:
-        return {schedule.stem: Cached(read_schedule(schedule, "--schedule"))}
-    return {f"every({n})": Cached(Schedule.every(n)) for n in every or default}
+        found = read_schedule(schedule, "--schedule")
+        return {f"{schedule.stem}{said}": Cached(found, order=order)}
+    return {f"every({n}){said}": Cached(Schedule.every(n), order=order) for n in every or default}
 
 
 def ralu(presets: Sequence[str]) -> dict[str, Method]:

@@ -1,99 +1,19 @@
 """The command line: `fastdit demo`, `explain`, `search`, `schedule`, `train-router`, `backends`.
 
-Reads arguments, calls the library, prints. Errors the library raises on purpose, and those of files
-and disks, end as one red line and exit code 2, Ctrl-C as exit code 130. What is heavy (torch,
-diffusers, drawing) is imported by the command that needs it.
+A command reads its arguments, calls the library and prints. It imports what is heavy (torch, diffusers) by itself.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
-from rich.text import Text
-from typer.core import TyperGroup
 
 from fastdit.cli import arguments, options
-from fastdit.errors import ArgumentError, FastDiTError
+from fastdit.cli.app import INTERRUPTED, app, schedules
+from fastdit.errors import ArgumentError
 from fastdit.files import check_folder
-
-if TYPE_CHECKING:
-    from fastdit.cli.demo import Settings
-    from fastdit.cli.loading import Model
-    from fastdit.methods.base import Method
-
-REFUSED, INTERRUPTED = 2, 130
-
-
-class Commands(TyperGroup):
-    """Commands whose expected failures end without a traceback."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; see the module's description."""
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # typer's own business: whoever read the output has enough
-        except (FastDiTError, OSError) as error:
-            from fastdit.cli.console import printable
-
-            line = printable(" ".join(str(error).split()))
-            Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
-            raise typer.Exit(REFUSED) from None
-        except KeyboardInterrupt:
-            Console(stderr=True).print("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
-
-
-app = typer.Typer(
-    cls=Commands,
-    name="fastdit",
-    no_args_is_help=True,
-    rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-schedules = typer.Typer(cls=Commands, no_args_is_help=True, help="Look at schedule files.")
-app.add_typer(schedules, name="schedule")
-
-
-def _version(wanted: bool) -> None:
-    if wanted:
-        from fastdit import __version__
-
-        typer.echo(f"fastdit {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def fastdit(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
-    ] = False,
-) -> None:
-    """Faster diffusion transformers for Hugging Face diffusers.
-
-    [bold]Examples[/bold]
-
-      fastdit demo
-
-      fastdit demo "a large red circle at the left on a white background" --every 3
-
-      fastdit demo --ralu sd3-2x --every 2
-
-      fastdit demo "a fox in the snow" --model ./PixArt-XL-2-512x512 --steps 20
-
-      fastdit explain --model ./FLUX.1-dev --every 2 --height 1024 --width 1024
-
-      fastdit search --model ./PixArt-XL-2-256x256 --prompts prompts.txt --out found
-
-      fastdit schedule show ecad.json --png ecad.png
-
-      fastdit schedule stats ecad.json
-    """
 
 
 @app.command()
@@ -103,6 +23,7 @@ def demo(
     out: options.Picture = Path("fastdit-demo.png"),
     every: options.SeveralEvery = None,
     schedule: options.Schedule = None,
+    order: options.Order = None,
     ralu: options.Ralu = None,
     steps: options.Steps = None,
     seed: options.Seed = 0,
@@ -115,13 +36,14 @@ def demo(
 ) -> None:
     """Draw the same seeds unpatched, by a schedule, and by fewer steps in the schedule's time.
 
-    Writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched. With --ralu a second
-    grid, FILE-stages.png, shows the picture and its tokens at the end of each stage.
+    It writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched.
+
+    With --ralu a second grid, FILE-stages.png, shows the picture and its tokens at the end of each stage.
 
     For a DiT pipeline the prompts are class numbers.
     """
     arguments.check_output(out, "--out")
-    methods = arguments.methods(schedule, every, default=() if ralu else (2, 3))
+    methods = arguments.methods(schedule, every, order, default=() if ralu else (2, 3))
     methods |= arguments.ralu(ralu or ())
     if threads is not None:
         import torch
@@ -129,43 +51,11 @@ def demo(
         torch.set_num_threads(threads)
     loaded = arguments.load(model, dtype)
     from fastdit.cli.demo import Settings, resolve_steps
+    from fastdit.cli.demonstrate import run
 
     steps = resolve_steps(loaded.pipeline, list(methods.values()), steps, backend)
     settings = Settings(steps, seed, repeats, height, width, backend)
-    _run_demo(loaded, list(prompts or ()), methods, settings, out)
-
-
-def _run_demo(
-    model: Model, prompts: list[str], methods: dict[str, Method], settings: Settings, out: Path
-) -> None:
-    from fastdit.cli import console as view
-    from fastdit.cli.demo import compare, total_calls
-    from fastdit.cli.loading import calls, default_prompts, judge_of, messages_once
-    from fastdit.cli.machine import describe
-
-    console = Console()
-    where = f"{describe(model.device)}, {model.dtype}"
-    prompts = prompts or default_prompts(model)
-    asked = calls(model.pipeline, prompts, settings.height, settings.width)
-    console.print(
-        f"[bold]fastdit demo[/bold]: {model.name} on {where}\n"
-        f"prompts: {len(prompts)}, steps: {settings.steps}, seed: {settings.seed}, "
-        f"timed calls per picture: {settings.repeats}\n"
-        f"{total_calls(len(prompts), len(methods), settings)} pipeline calls: warm-up, "
-        "how many steps take equal time, then all arms in turn",
-        highlight=False,
-    )
-    with messages_once(), view.progress_bar(console) as advance:
-        found = compare(
-            model.pipeline, asked, prompts, methods, settings, judge_of(model), progress=advance
-        )
-    console.print(view.comparison_table(found))
-    view.comparison_picture(found, model, where).save(out, format="PNG")
-    console.print(f"pictures: {out}", highlight=False, soft_wrap=True)
-    if stages := view.stages_picture(found, model):
-        path = out.with_name(f"{out.stem}-stages.png")
-        stages.save(path, format="PNG")
-        console.print(f"stages: {path}", highlight=False, soft_wrap=True)
+    run(loaded, list(prompts or ()), methods, settings, out)
 
 
 @app.command()
@@ -173,6 +63,7 @@ def explain(
     model: options.Model = None,
     schedule: options.Schedule = None,
     every: options.Every = None,
+    order: options.Order = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
     batch: options.Batch = 1,
@@ -183,7 +74,7 @@ def explain(
 ) -> None:
     """Say what a patched model will do, without running it: plan, compute, bytes, caches."""
     (method,) = arguments.methods(
-        schedule, None if every is None else [every], default=(2,)
+        schedule, None if every is None else [every], order, default=(2,)
     ).values()
     loaded = arguments.load(model, dtype)
     from fastdit import patch
@@ -222,9 +113,9 @@ def search(
     backend: options.Backend = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Search schedules that trade quality for time (ECAD: NSGA-II). Needs the extra "search".
+    """Search schedules that trade quality for time, as ECAD does (NSGA-II); the extra "search" must be installed.
 
-    Killed or ended, the same command goes on where it was; more --generations continue it.
+    The same command takes up a search that was killed; with more --generations it continues one that has ended.
 
     Under torchrun, every rank draws and the first one leads.
     """
@@ -274,7 +165,7 @@ def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
 
 @schedules.command("stats")
 def stats(file: options.ScheduleFile, pixels: options.Side = 256) -> None:
-    """Count what the bits say: reuse, ages, runs, dead work; and the cost on the model it was published for."""
+    """Count what a schedule says: reuse, ages, runs, dead work, and its cost on the model it was published for."""
     from fastdit.cli.console import schedule_statistics
     from fastdit.cli.published import published_cost
 
@@ -327,10 +218,12 @@ def train_router(
 ) -> None:
     """Learn which components to reuse at each step: a HarmoniCa router for `fastdit.HarmoniCa`.
 
-    Needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
+    Training needs no pictures. Under torchrun or accelerate launch, each process takes a part of a batch.
 
-    The router in the package is the defaults' with --whole-steps --target 0.5
-    --scheduler FlowMatchHeunDiscreteScheduler. The published run on DiT is
+    The router in the package was trained by the defaults with
+    --whole-steps --target 0.5 --scheduler FlowMatchHeunDiscreteScheduler.
+
+    The published run on DiT is
     --raw --lambda-form released --keep blended --spread 1 --lr 0.01 --beta 7e-8 --batch 32
     --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
@@ -395,10 +288,8 @@ def backends() -> None:
 
 def main() -> None:
     """The console script `fastdit`."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # the name of a file may be no text, or not of this locale
+    # The name of a file may be no text, or not of this locale.
+    for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:

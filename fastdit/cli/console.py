@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from fastdit.account.cost import Cost
     from fastdit.account.explain import Explanation
-    from fastdit.cli.demo import Arm, Cell, Comparison, Progress, Stage
+    from fastdit.cli.demo import Arm, Comparison, Picture, Progress, Stage
     from fastdit.cli.loading import Model
     from fastdit.schedules.schedule import Schedule
 
@@ -83,20 +83,20 @@ def comparison_table(comparison: Comparison) -> RenderableType:
         table.add_column("right", justify="right", no_wrap=True)
     for index, arm in enumerate(comparison.arms):
         seconds = comparison.seconds(index)
-        column = [row[index] for row in comparison.cells]
-        cells = [
+        column = [row[index] for row in comparison.pictures]
+        entries = [
             arm.name,
             str(arm.steps),
             _short(median(seconds)),
             f"{_short(min(seconds))}-{_short(max(seconds))}",
             f"{comparison.speedup(index):.2f}x",
             f"{1 / arm.compute_ratio:.0%}",
-            _decibels(median(cell.psnr for cell in column)) if index else "-",
-            f"{median(cell.relative_l2 for cell in column):.2g}" if index else "-",
+            _decibels(median(picture.psnr for picture in column)) if index else "-",
+            f"{median(picture.relative_l2 for picture in column):.2g}" if index else "-",
         ]
         if judged:
-            cells.append(_of(comparison.right(index)))
-        table.add_row(*cells)
+            entries.append(_of(comparison.right(index)))
+        table.add_row(*entries)
     notes = [Text(_meaning(comparison, judged), style="dim")]
     if (spread := _unsteadiness(comparison)) > STEADY:
         notes.append(Text(f"{BUSY} by up to {spread:.1f}x: {ADVICE}", style="yellow"))
@@ -105,7 +105,11 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 def _unsteadiness(comparison: Comparison) -> float:
     """The largest ratio between two timed calls that draw the same picture in the same way."""
-    return max(max(cell.seconds) / min(cell.seconds) for row in comparison.cells for cell in row)
+    return max(
+        max(picture.seconds) / min(picture.seconds)
+        for row in comparison.pictures
+        for picture in row
+    )
 
 
 def _meaning(comparison: Comparison, judged: bool) -> str:
@@ -135,11 +139,11 @@ def comparison_picture(comparison: Comparison, model: Model, where: str) -> Imag
     rows = []
     for index, prompt in enumerate(comparison.prompts):
         tiles = [
-            Tile(cell.image, _labels(cell, comparison.speedup(arm, index), arm == 0))
-            for arm, cell in enumerate(comparison.cells[index])
+            Tile(picture.image, _labels(picture, comparison.speedup(arm, index), arm == 0))
+            for arm, picture in enumerate(comparison.pictures[index])
         ]
         rows.append(Row(prompt, tuple(tiles)))
-    height, width = comparison.cells[0][0].image.shape[:2]
+    height, width = comparison.pictures[0][0].image.shape[:2]
     title = f"fastdit demo: {model.name}, {width} x {height}, {where}, seed {settings.seed}"
     footer = MEANING.format(timed=_timed(settings.repeats, "per picture"))
     return draw_grid(title, headers, rows, footer)
@@ -150,11 +154,13 @@ def stages_picture(comparison: Comparison, model: Model) -> Image.Image | None:
     from fastdit.cli.grid import Row, Tile, draw_grid
 
     rows = []
-    for prompt, cells in zip(comparison.prompts, comparison.cells, strict=True):
-        for arm, cell in zip(comparison.arms, cells, strict=True):
-            tiles = [Tile(stage.image / 255, (_stage(stage),)) for stage in cell.stages]
+    for prompt, pictures in zip(comparison.prompts, comparison.pictures, strict=True):
+        for arm, picture in zip(comparison.arms, pictures, strict=True):
+            tiles = [Tile(stage.image / 255, (_stage(stage),)) for stage in picture.stages]
             if tiles:
-                rows.append(Row(f"{arm.name}: {prompt}", (*tiles, Tile(cell.image, ("result",)))))
+                rows.append(
+                    Row(f"{arm.name}: {prompt}", (*tiles, Tile(picture.image, ("result",))))
+                )
     if not rows:
         return None
     count = max(len(row.tiles) for row in rows)
@@ -175,15 +181,15 @@ def _detail(arm: Arm) -> str:
     return f"{arm.steps} steps" + ("" if arm.rival is None else f", the time of {arm.rival}")
 
 
-def _labels(cell: Cell, speedup: float, is_reference: bool) -> tuple[str, ...]:
-    seconds = f"{_short(median(cell.seconds))} s"
-    judged = "" if cell.right is None else f"objects right {_of(cell.right)}"
+def _labels(picture: Picture, speedup: float, is_reference: bool) -> tuple[str, ...]:
+    seconds = f"{_short(median(picture.seconds))} s"
+    judged = "" if picture.right is None else f"objects right {_of(picture.right)}"
     if is_reference:
         lines = (f"{seconds} · reference", judged)
     else:
         lines = (
             f"{seconds} · {speedup:.2f}x",
-            f"PSNR {_decibels(cell.psnr, ' dB')} · rel. L2 {cell.relative_l2:.2g}",
+            f"PSNR {_decibels(picture.psnr, ' dB')} · rel. L2 {picture.relative_l2:.2g}",
             judged,
         )
     return tuple(line for line in lines if line)
@@ -252,7 +258,7 @@ def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> Re
     found = statistics(schedule, cost[1].spec if cost is not None else None)
     eager, each, runs = found.traffic
     lines = [
-        Fact("steps", f"{found.steps} of {found.cells} components"),
+        Fact("steps", f"{found.steps} of {found.components} components"),
         Fact("reused", f"{found.reused} ({found.reuse_share:.1%}), in {found.runs} runs"),
         Fact("idle steps", ", ".join(map(str, found.idle_steps)) or "none"),
         Fact("ages", f"{found.mean_age:.2f} steps in the mean, {found.longest_reuse} at most"),

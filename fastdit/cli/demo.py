@@ -76,7 +76,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Cell:
+class Picture:
     """One picture and what it cost.
 
     Attributes:
@@ -113,25 +113,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found: ``cells[prompt][arm]``, the first arm being unpatched."""
+    """What :func:`compare` found: ``pictures[prompt][arm]``, the first arm being unpatched."""
 
     prompts: tuple[str, ...]
     arms: tuple[Arm, ...]
-    cells: tuple[tuple[Cell, ...], ...]
+    pictures: tuple[tuple[Picture, ...], ...]
     settings: Settings
 
     def seconds(self, arm: int) -> list[float]:
         """All timed calls of an arm, repeats of one prompt after the other."""
-        return [value for row in self.cells for value in row[arm].seconds]
+        return [value for row in self.pictures for value in row[arm].seconds]
 
     def speedup(self, arm: int, prompt: int | None = None) -> float:
         """Median over interleaved pairs of unpatched to the arm's seconds; of one prompt or all."""
-        rows = self.cells if prompt is None else [self.cells[prompt]]
+        rows = self.pictures if prompt is None else [self.pictures[prompt]]
         return median(ratio for row in rows for ratio in _ratios(row[0].seconds, row[arm].seconds))
 
     def right(self, arm: int) -> tuple[int, int] | None:
         """(objects right, objects named) over the judged prompts, or None where nobody judged."""
-        judged = [row[arm].right for row in self.cells if row[arm].right is not None]
+        judged = [row[arm].right for row in self.pictures if row[arm].right is not None]
         return (sum(r for r, _ in judged), sum(n for _, n in judged)) if judged else None
 
 
@@ -167,14 +167,14 @@ def compare(
         steps = equal_time_steps(settings.steps, share)
         arms += [Arm("fewer steps", steps, None, settings.steps / steps, arm.name), arm]
     images, seconds, stages = _measure(runs, arms)
-    cells = tuple(
+    pictures = tuple(
         tuple(
-            _cell(image, spent, images[row][0], judge, prompt, ends)
+            _picture(image, spent, images[row][0], judge, prompt, ends)
             for image, spent, ends in zip(images[row], seconds[row], stages[row], strict=True)
         )
         for row, prompt in enumerate(prompts)
     )
-    return Comparison(tuple(prompts), tuple(arms), cells, settings)
+    return Comparison(tuple(prompts), tuple(arms), pictures, settings)
 
 
 def resolve_steps(
@@ -256,15 +256,15 @@ def _ratios(seconds: Sequence[float], others: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(seconds, others, strict=True)]
 
 
-def _cell(
+def _picture(
     image: np.ndarray,
     seconds: Sequence[float],
     reference: np.ndarray,
     judge: Judge | None,
     prompt: str,
     stages: tuple[Stage, ...],
-) -> Cell:
-    return Cell(
+) -> Picture:
+    return Picture(
         image,
         tuple(seconds),
         psnr(image, reference),

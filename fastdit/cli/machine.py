@@ -23,7 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def devices() -> tuple[str, ...]:
-    """The kinds of device torch can use here."""
+    """The types of device torch can use here."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 

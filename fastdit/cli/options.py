@@ -1,6 +1,6 @@
 """The arguments of the commands: their types, bounds and help, one name each.
 
-Declarations only; what they mean is in `cli.py`.
+These are declarations; what is done with them is in `commands.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from fastdit.cli.launch import MAX_WORKERS
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.schedules.schedule_file import MAX_COUNT
 
 MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn
@@ -34,29 +35,44 @@ _at_least_0 = _real("a finite number of at least 0", lambda x: x >= 0)
 
 Prompts = Annotated[
     list[str] | None,
-    typer.Argument(metavar="PROMPT", help="A row each; four that suit the model if left out."),
+    typer.Argument(
+        metavar="PROMPT",
+        help="Prompts, a line of pictures for each; four that suit the model if left out.",
+    ),
 ]
 Model = Annotated[
     Path | None,
     typer.Option(
         "--model",
         metavar="FOLDER",
-        help="A diffusers pipeline saved on this disk; the embedded model if left out.",
+        help="Folder of a saved diffusers pipeline; the model in the package if left out.",
     ),
 ]
 Schedule = Annotated[
     Path | None,
-    typer.Option("--schedule", metavar="FILE", help="A schedule file, in place of --every."),
+    typer.Option("--schedule", metavar="FILE", help="Schedule file to run, in place of --every."),
 ]
 Every = Annotated[
-    int | None, typer.Option(min=1, help="Compute at every n-th step. [dim]default: 2[/dim]")
+    int | None,
+    typer.Option(
+        min=1, help="Compute at every N-th step and reuse between. [dim]\\[default: 2][/dim]"
+    ),
 ]
 SeveralEvery = Annotated[
     list[int] | None,
     typer.Option(
         "--every",
         min=1,
-        help="Compute at every n-th step; may be given again. [dim]default: 2 and 3[/dim]",
+        help="Compute at every N-th step and reuse between; may be given again. [dim]\\[default: 2 and 3][/dim]",
+    ),
+]
+Order = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=MAX_ORDER,
+        help="How a reused output is drawn: 0 repeats the last computed one, 1 is the line through two, 2 the "
+        "parabola through three; 0, or what the schedule says, if left out.",
     ),
 ]
 Ralu = Annotated[
@@ -69,59 +85,81 @@ Ralu = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(min=1, max=MAX_COUNT, help="Steps; the schedule's, else the pipeline's default."),
+    typer.Option(
+        min=1,
+        max=MAX_COUNT,
+        help="Inference steps; the schedule's, else the pipeline's default, if left out.",
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of every picture.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed calls per picture.")]
-Pixels = Annotated[int | None, typer.Option(min=1, max=MAX_SIZE, help="Pixels.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the random numbers.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed pipeline calls per picture.")]
+Pixels = Annotated[
+    int | None, typer.Option(min=1, max=MAX_SIZE, help="In pixels; the pipeline's if left out.")
+]
 Batch = Annotated[int, typer.Option(min=1, max=MAX_SIZE, help="Images per run.")]
 Guidance = Annotated[
     bool | None,
     typer.Option(
         "--cfg/--no-cfg",
-        help="Whether guidance doubles the rows; what is usual for the family if left out.",
+        help="Whether guidance doubles the batch; what is usual for the family if left out.",
     ),
 ]
 Backend = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="For all ops; see [bold]fastdit backends[/bold]."),
+    typer.Option(
+        metavar="NAME",
+        help="Backend of all ops; the fastest of each if left out. See [bold]fastdit backends[/bold].",
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="float32, bfloat16 or float16. [dim]default: float32, on a GPU bfloat16[/dim]",
+        help="float32, bfloat16 or float16. [dim]\\[default: float32, on a GPU bfloat16][/dim]",
     ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_WORKERS, help="CPU threads; torch's default if left out."),
 ]
-Picture = Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Where the pictures go.")]
+Picture = Annotated[Path, typer.Option("--out", metavar="FILE.png", help="Picture file to write.")]
 ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule file.")]
 Raster = Annotated[
     Path | None,
-    typer.Option("--png", metavar="FILE.png", help="Draw every block, step and component here."),
+    typer.Option(
+        "--png",
+        metavar="FILE.png",
+        help="Picture of every block, step and component to write.",
+    ),
 ]
 Side = Annotated[
     int,
-    typer.Option("--pixels", min=16, max=MAX_SIZE, help="Side of the image whose cost is counted."),
+    typer.Option(
+        "--pixels",
+        min=16,
+        max=MAX_SIZE,
+        help="Side, in pixels, of the square image whose cost is counted.",
+    ),
 ]
-NewFile = Annotated[Path, typer.Argument(metavar="OUT", help="Where the schedule goes.")]
-Layout = Annotated[str, typer.Option(metavar="NAME", help="ecad or fastdit.")]
+NewFile = Annotated[Path, typer.Argument(metavar="OUT", help="Schedule file to write.")]
+Layout = Annotated[
+    str, typer.Option(metavar="NAME", help="ecad, the layout of ECAD's released files, or fastdit.")
+]
 
 # ---- search
 
 Folder = Annotated[
     Path,
-    typer.Option("--out", metavar="FOLDER", help="Of the result; a search in it is resumed."),
+    typer.Option(
+        "--out", metavar="FOLDER", help="Folder of the result; a search in it is resumed."
+    ),
 ]
 PromptFile = Annotated[
     Path | None,
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="One prompt a line; scenes of its training for the embedded model if left out.",
+        help="A text file with one prompt a line; for the model in the package, scenes of its training if left out.",
     ),
 ]
 SearchSteps = Annotated[int, typer.Option("--steps", min=2, max=MAX_COUNT, help="Inference steps.")]
@@ -129,7 +167,7 @@ Generations = Annotated[int, typer.Option(min=0, help="Generations after the see
 Population = Annotated[
     int | None,
     typer.Option(
-        min=2, max=MAX_SIZE, help="Schedules per generation. [dim]default: the paper's[/dim]"
+        min=2, max=MAX_SIZE, help="Schedules per generation; the paper's number if left out."
     ),
 ]
 Costs = Annotated[
@@ -137,54 +175,74 @@ Costs = Annotated[
     typer.Option(
         "--cost",
         metavar="NAME",
-        help="macs, true-macs or latency; may be given again. [dim]default: true-macs[/dim]",
+        help="What to spare: macs, true-macs or latency; may be given again. [dim]\\[default: true-macs][/dim]",
     ),
 ]
-Quality = Annotated[str, typer.Option(metavar="NAME", help="paired, task, clip or image-reward.")]
+Quality = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="How to judge: paired, task, clip or image-reward."),
+]
 QualityPath = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Weights of clip or image-reward; nothing is downloaded."),
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder with the weights of clip or image-reward; nothing is downloaded.",
+    ),
 ]
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MAX_SIZE, help="Pictures per prompt.")]
 Race = Annotated[
-    int, typer.Option(min=0, help="Judge on so many pictures first, and stop with losers; 0: all.")
+    int,
+    typer.Option(
+        min=0,
+        help="Pictures to judge on before losers are given up; 0 judges on all.",
+    ),
 ]
 Unit = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="What children inherit and change: bit, as in the paper, or whole steps: step.",
+        help="What children inherit and change: a bit, as in the paper, or a whole step.",
     ),
 ]
 Seeds = Annotated[
     list[Path] | None,
     typer.Option(
-        "--seed-schedule", metavar="FILE", help="A schedule to begin with; may be given again."
+        "--seed-schedule", metavar="FILE", help="Schedule file to begin with; may be given again."
     ),
 ]
 EvenSteps = Annotated[
     bool,
-    typer.Option("--even-steps", help="Begin with whole steps, evenly spread, beside the paper's."),
+    typer.Option(
+        "--even-steps",
+        help="Begin with schedules of evenly spread whole steps too, beside the paper's.",
+    ),
 ]
 Surrogate = Annotated[
     int,
     typer.Option(
         min=0,
-        help="Generations bred on predictions between two that are measured; 0, as in the paper: none.",
+        help="Generations bred on predictions between two that are measured; the paper has 0.",
     ),
 ]
-SearchSeed = Annotated[int, typer.Option("--seed", min=0, max=2**63 - 1, help="Of the search.")]
-ImageSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the first picture.")]
+SearchSeed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the search.")
+]
+ImageSeed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the first picture.")]
 SearchBatch = Annotated[
     int, typer.Option("--batch", min=1, max=MAX_SIZE, help="Pictures per pipeline call.")
 ]
 Workers = Annotated[
     int,
-    typer.Option(min=1, max=MAX_WORKERS, help="Processes that draw; the result is the same."),
+    typer.Option(
+        min=1, max=MAX_WORKERS, help="Processes that draw; their number does not change the result."
+    ),
 ]
 Ray = Annotated[
     str | None,
-    typer.Option(metavar="ADDRESS", help="Draw on this Ray cluster, or on a 'local' one."),
+    typer.Option(
+        metavar="ADDRESS",
+        help="Ray cluster to draw on, or local for one on this machine; none if left out.",
+    ),
 ]
 WorkerThreads = Annotated[
     int, typer.Option("--threads", min=1, max=MAX_WORKERS, help="CPU threads per worker.")
@@ -193,20 +251,22 @@ WorkerThreads = Annotated[
 # ---- train-router
 
 RouterFile = Annotated[
-    Path, typer.Option("--out", metavar="FILE.safetensors", help="Where the router goes.")
+    Path, typer.Option("--out", metavar="FILE.safetensors", help="Router file to write.")
 ]
 Checkpoints = Annotated[
     Path | None,
     typer.Option(
-        "--checkpoints", metavar="FOLDER", help="Save here, and go on with what is found here."
+        "--checkpoints",
+        metavar="FOLDER",
+        help="Folder of checkpoints; a training in it is resumed.",
     ),
 ]
 RouterSteps = Annotated[
-    int, typer.Option("--steps", min=2, max=MAX_COUNT, help="Steps of the sampler.")
+    int, typer.Option("--steps", min=2, max=MAX_COUNT, help="Inference steps to train for.")
 ]
-Epochs = Annotated[int, typer.Option(min=1, help="Trajectories.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Trajectories to train on.")]
 TrainingBatch = Annotated[
-    int, typer.Option(min=1, max=MAX_SIZE, help="Images of a trajectory, all processes.")
+    int, typer.Option(min=1, max=MAX_SIZE, help="Images of a trajectory, over all processes.")
 ]
 Beta = Annotated[
     float, typer.Option(callback=_at_least_0, help="Weight of the compute penalty, at least 0.")
@@ -215,50 +275,69 @@ Target = Annotated[
     float | None,
     typer.Option(
         callback=_real("a number in (0, 1)", lambda x: 0 < x < 1),
-        help="Share of the arithmetic to spare, in (0, 1); beta is steered to it, not fixed.",
+        help="Share of the arithmetic to spare, in (0, 1), to which beta is steered; beta stays as it is if left out.",
     ),
 ]
 Pairs = Annotated[
-    bool, typer.Option("--pairs", help="Every second step computes: as Learning-to-Cache trains.")
+    bool, typer.Option("--pairs", help="Compute every second step, as Learning-to-Cache trains.")
 ]
 WholeSteps = Annotated[
-    bool, typer.Option("--whole-steps", help="One logit for all components of a step.")
+    bool, typer.Option("--whole-steps", help="Learn one logit for all components of a step.")
 ]
 Scheduler = Annotated[
     str | None,
     typer.Option(
-        metavar="CLASS", help="A scheduler of diffusers to train for, in place of the pipeline's."
+        metavar="CLASS",
+        help="Scheduler class of diffusers to train for; the pipeline's if left out.",
     ),
 ]
 Rate = Annotated[
     float,
-    typer.Option("--lr", callback=_at_least_0, help="How far a logit moves in a trajectory."),
+    typer.Option(
+        "--lr",
+        callback=_at_least_0,
+        help="Learning rate: about how far a logit moves in a trajectory.",
+    ),
 ]
 LambdaForm = Annotated[
     str,
-    typer.Option(metavar="NAME", help="released, published, sensitivity, or none for lambda = 1."),
+    typer.Option(
+        metavar="NAME",
+        help="Estimate of lambda, the weight of a step's error: "
+        "released, published, sensitivity, or none for 1.",
+    ),
 ]
-LambdaEvery = Annotated[int, typer.Option(min=1, help="Trajectories between two estimates.")]
+LambdaEvery = Annotated[
+    int, typer.Option(min=1, help="Trajectories between two estimates of lambda.")
+]
 Raw = Annotated[
-    bool, typer.Option("--raw", help="Do not divide lambda by its mean, as the published code.")
+    bool,
+    typer.Option(
+        "--raw", help="Take lambda as it is, as the published code does, not divided by its mean."
+    ),
 ]
 Tau = Annotated[
     float,
     typer.Option(
         callback=_real("a number in [0, 1)", lambda x: 0 <= x < 1),
-        help="Components above it compute; in [0, 1).",
+        help="Threshold in [0, 1); components whose ratio is above it compute.",
     ),
 ]
 Keep = Annotated[
-    str, typer.Option(metavar="NAME", help="What slots are renewed with: fresh or blended.")
+    str, typer.Option(metavar="NAME", help="Which output is kept for reuse: fresh or blended.")
 ]
-Spread = Annotated[float, typer.Option(callback=_at_least_0, help="Deviation of the first logits.")]
+Spread = Annotated[
+    float, typer.Option(callback=_at_least_0, help="Standard deviation of the first logits.")
+]
 Checkpointing = Annotated[
-    bool, typer.Option("--checkpointing", help="Spare memory: run blocks again going backward.")
+    bool,
+    typer.Option(
+        "--checkpointing", help="Spare memory: run each block again in the backward pass."
+    ),
 ]
 GuidanceScale = Annotated[
     float | None,
     typer.Option(
-        "--guidance", callback=_finite, help="Guidance scale; the pipeline's if left out."
+        "--guidance", callback=_finite, help="Guidance scale; the pipeline's default if left out."
     ),
 ]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fastdit.search.archive import Candidate
 
 SHOWN = 12  # points of the front in the table
-EMBEDDED_PROMPTS = 3  # of each kind of scene
+EMBEDDED_PROMPTS = 3  # of scenes with one object, and with two
 
 
 def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
@@ -37,10 +37,10 @@ def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
             raise ArgumentError("--prompts FILE is needed with --model: the prompts to judge by")
         from fastdit import tiny
 
-        kinds = [
+        scenes = [
             tiny.prompts(EMBEDDED_PROMPTS, split="train", objects=count, seed=1) for count in (1, 2)
         ]
-        return tuple(prompt for pair in zip(*kinds, strict=True) for prompt in pair)
+        return tuple(prompt for pair in zip(*scenes, strict=True) for prompt in pair)
     try:
         lines = files.read_text(file, MAX_FILE_BYTES).splitlines()
     except (OSError, ValueError) as error:
@@ -139,11 +139,11 @@ def front_table(
         table.add_column(name, justify="right", no_wrap=True)
     for index in _thinned(len(front)):
         loss, *spent = front[index].values
-        cells = []
+        entries = []
         for name, value in zip(costs, spent, strict=True):
             dense = (uncached or {}).get(name)
-            cells.append(f"{value:.3g}" if dense is None else f"{value / dense:.1%}")
-        table.add_row(f"{index + 1:02d}", f"{loss:.4g}", *cells)
+            entries.append(f"{value:.3g}" if dense is None else f"{value / dense:.1%}")
+        table.add_row(f"{index + 1:02d}", f"{loss:.4g}", *entries)
     return table
 
 

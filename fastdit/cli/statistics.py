@@ -19,17 +19,17 @@ from fastdit.spec import BlockKind, ModelSpec
 
 @dataclass(frozen=True)
 class ScheduleStatistics:
-    """The figures. A cell is one component of one block; a step has as many bits as there are cells.
+    """The figures. A step has one bit for each component of each block.
 
     Attributes:
-        steps, cells: Steps, and bits of one step.
+        steps, components: Steps, and bits of one step.
         reused: Bits that reuse, over all steps.
         idle_steps: Steps at which nothing computes.
         computed: Component -> how often it computes, over all steps and blocks.
         blocks_per_step: Component -> the number of blocks in which it computes, at each step.
-        longest_reuse: The most steps in a row that a cell is reused.
+        longest_reuse: The most steps in a row that a component is reused.
         mean_age: Mean number of steps since a reused value was computed; 0 where nothing is reused.
-        never_renewed: Cells that compute at step 0 only, as (kind, block, component).
+        never_renewed: Components that compute at step 0 only, as (kind, block, component).
         whole_blocks: Block kind -> share of the (step, block) in which all components compute or all are reused.
         runs: Maximal runs of reused components in running order within a step.
         dead: Component -> how often it computes although nobody reads the value before it is replaced.
@@ -38,7 +38,7 @@ class ScheduleStatistics:
     """
 
     steps: int
-    cells: int
+    components: int
     reused: int
     idle_steps: tuple[int, ...]
     computed: Mapping[str, int]
@@ -54,7 +54,7 @@ class ScheduleStatistics:
     @property
     def reuse_share(self) -> float:
         """Share of all bits that reuse."""
-        return self.reused / (self.steps * self.cells)
+        return self.reused / (self.steps * self.components)
 
     @property
     def traffic(self) -> tuple[int, int, int]:
@@ -69,7 +69,7 @@ def statistics(schedule: Schedule, spec: ModelSpec | None = None) -> ScheduleSta
     spec = spec or spec_of(schedule)
     bound = schedule.bind(spec, schedule.steps)
     parts = [
-        (kind, layer, _present(kind, layer.components))  # the last ff_context of SD3 is no cell
+        (kind, layer, _present(kind, layer.components))  # the last ff_context of SD3 is none
         for kind in spec.kinds
         for layer in (bound.layers[kind.name],)
     ]
@@ -88,14 +88,14 @@ def statistics(schedule: Schedule, spec: ModelSpec | None = None) -> ScheduleSta
         per_step[component] = per_step.get(component, 0) + flat[:, column].astype(int)
     return ScheduleStatistics(
         steps=schedule.steps,
-        cells=flat.shape[1],
+        components=flat.shape[1],
         reused=int((~flat).sum()),
         idle_steps=tuple(np.flatnonzero(~flat.any(axis=1)).tolist()),
         computed=computed,
         blocks_per_step={name: tuple(counts.tolist()) for name, counts in per_step.items()},
         longest_reuse=int(ages.max()),
         mean_age=float(ages[~flat].mean()) if (~flat).any() else 0.0,
-        never_renewed=tuple(names[cell] for cell in np.flatnonzero(~flat[1:].any(axis=0)))
+        never_renewed=tuple(names[i] for i in np.flatnonzero(~flat[1:].any(axis=0)))
         if schedule.steps > 1
         else (),
         whole_blocks={kind.name: _whole(layer.bits, present) for kind, layer, present in parts},
@@ -121,7 +121,7 @@ def _present(kind: BlockKind, components: tuple[str, ...]) -> np.ndarray:
 
 
 def _ages(computes: np.ndarray) -> np.ndarray:
-    """Steps since each cell last computed, [steps, cells]."""
+    """Steps since each component last computed, [steps, components]."""
     steps = np.arange(len(computes))[:, None]
     return steps - np.maximum.accumulate(np.where(computes, steps, 0), axis=0)
 

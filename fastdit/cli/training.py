@@ -40,9 +40,9 @@ def swap_scheduler(pipeline: Any, name: str) -> None:
     """
     import diffusers
 
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not hasattr(kind, "from_config"):
+    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if not hasattr(scheduler_class, "from_config"):
         raise ArgumentError(
             f"--scheduler must be a scheduler class of diffusers, such as DDIMScheduler, got {name!r}"
         )
-    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)

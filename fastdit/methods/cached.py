@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels, check_noise
 from fastdit.schedules.schedule import Every, Schedule
@@ -53,7 +54,7 @@ class Cached(Method):
             )
 
         most = self.max_cache_bytes
-        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 0):
+        if most is not None and (not is_whole(most) or most < 0):
             raise ArgumentError(
                 f"max_cache_bytes must be an int of at least 0 or None, got {most!r}"
             )

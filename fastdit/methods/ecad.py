@@ -1,7 +1,7 @@
 """ECAD: an evolved schedule of what to reuse (arXiv 2506.15682), on the runtime of `Cached`.
 
 The schedule is made for one model, sampler and number of steps. Another number is refused, or, if asked, each step
-takes the row of the schedule's step with the nearest noise level; the paper says nothing of that, and its quality is
+is taken from the schedule's step with the nearest noise level; the paper says nothing of that, and its quality is
 not known.
 """
 
@@ -30,8 +30,8 @@ class ECAD(Cached):
 
     Attributes:
         source: A :class:`~fastdit.Schedule`, or the path of a schedule file, of this package's layout or of ECAD's.
-        resample: What to do in a run of another number of steps: None refuses it; "sigma" gives each step the row of
-            the schedule's step whose noise level is nearest, with a warning that names the rows.
+        resample: What to do in a run of another number of steps: None refuses it; "sigma" takes each step from
+            the schedule's step whose noise level is nearest, with a warning that names these.
         family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
@@ -64,7 +64,7 @@ class ECAD(Cached):
         return cls(source, **{"family": source.provenance.get("family"), **arguments})
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule bound to the model, its rows mapped to the run's noise levels where that was asked for.
+        """The schedule bound to the model, its steps mapped to the run's noise levels where that was asked for.
 
         Raises:
             ScheduleError: The number of steps does not fit, or no scheduler tells the noise levels.
@@ -77,12 +77,12 @@ class ECAD(Cached):
                 f"the schedule has {source.steps} steps but the run has {steps}, and no scheduler tells the noise "
                 'levels that resample="sigma" needs: run a pipeline, or a schedule made for as many steps'
             )
-        rows = nearest(levels.of(source.steps), levels.of(steps))
+        taken = nearest(levels.of(source.steps), levels.of(steps))
         warnings.warn(
-            f"ECAD runs a schedule of {source.steps} steps in {steps}, by noise level: its rows {rows}",
+            f"ECAD runs a schedule of {source.steps} steps in {steps}, by noise level: its steps {taken}",
             stacklevel=2,
         )
-        return source.resampled(rows).bind(spec, steps)
+        return source.resampled(taken).bind(spec, steps)
 
 
 def nearest(made: list[float], wanted: list[float]) -> list[int]:

@@ -13,7 +13,8 @@ import numpy as np
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels
-from fastdit.schedules.schedule import Schedule
+from fastdit.methods.cached import Cached
+from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
 
@@ -92,16 +93,14 @@ class PerStage(Method):
         own = None if levels is None else levels.of(sum(stages))
         parts, first = [], 0
         for index, (method, steps) in enumerate(zip(self.methods, stages, strict=True)):
-            part = None
-            if method is not None:
-                here = None if levels is None else levels.with_own(own[first : first + steps])
-                try:
-                    part = method.schedule(spec, steps, here)
-                except ScheduleError as error:
-                    raise ScheduleError(
-                        f"stage {index + 1} of {len(stages)}, with {steps} steps: {error}"
-                    ) from error
-            parts.append((steps, part))
+            here = None if own is None else levels.with_own(own[first : first + steps])
+            try:
+                part = (method or Cached(Every(1))).schedule(spec, steps, here)
+            except ScheduleError as error:
+                raise ScheduleError(
+                    f"stage {index + 1} of {len(stages)}, with {steps} steps: {error}"
+                ) from error
+            parts.append(part)
             first += steps
         return _joined(spec, parts)
 
@@ -109,31 +108,19 @@ class PerStage(Method):
         return [method for method in self.methods if method is not None]
 
 
-def _joined(spec: ModelSpec, parts: Sequence[tuple[int, Schedule | None]]) -> Schedule:
-    """One schedule of all stages; what a stage's schedule does not name computes."""
+def _joined(spec: ModelSpec, parts: Sequence[Schedule]) -> Schedule:
+    """One schedule has the steps of all stages; what a stage's schedule does not name computes."""
     bits, orders = {}, {}
     for kind in spec.kinds:
-        computes, drawn = [], []
-        for steps, part in parts:
-            shape = steps, kind.count, len(kind.components)
-            computes.append(np.ones(shape, dtype=bool))
-            drawn.append(np.zeros(shape, dtype=np.uint8))
-            if part is not None:
-                layer = part.layers[kind.name]
-                places = [kind.components.index(name) for name in layer.components]
-                computes[-1][:, :, places] = layer.bits
-                drawn[-1][:, :, places] = layer.orders
-        bits[kind.name], orders[kind.name] = np.concatenate(computes), np.concatenate(drawn)
+        filled = [part.layers[kind.name].filled(kind) for part in parts]
+        bits[kind.name], orders[kind.name] = map(np.concatenate, zip(*filled, strict=True))
     components = {kind.name: kind.components for kind in spec.kinds}
     joined = Schedule.from_bits(bits, components, orders=orders)
-    if not any(part is not None and part.rows for _, part in parts):
+    if not any(part.taken for part in parts):
         return joined
-    rows = [
-        row
-        for steps, part in parts
-        for row in (part.rows if part is not None and part.rows else range(steps))
-    ]
-    return replace(joined, rows=tuple(rows))
+    return replace(
+        joined, taken=tuple(step for part in parts for step in part.taken or range(part.steps))
+    )
 
 
 METHOD = PerStage

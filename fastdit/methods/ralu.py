@@ -17,11 +17,11 @@ latents, never from a global generator.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fastdit.checks import is_whole, one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode
 from fastdit.tokens import stages
@@ -72,15 +72,11 @@ class RALU(Method):
 
     def __post_init__(self) -> None:
         self._check_stages()
-        _number("split", self.split, "in [0, 1]", lambda x: 0 <= x <= 1)
-        _number("base_shift", self.base_shift, "above 0", lambda x: x > 0)
-        if self.selector not in SELECTORS:
-            raise ArgumentError(
-                f"selector must be one of {', '.join(SELECTORS)}, got {self.selector!r}"
-            )
+        real("split", self.split, "in [0, 1]", lambda x: 0 <= x <= 1)
+        real("base_shift", self.base_shift, "above 0", lambda x: x > 0)
+        one_of("selector", self.selector, SELECTORS)
         check_mode(self)
-        if not _is_whole(self.align) or self.align < 1:
-            raise ArgumentError(f"align must be a whole number of at least 1, got {self.align!r}")
+        whole("align", self.align)
         if (self.shifts is None) != (self.noise is None):
             given = "shifts" if self.noise is None else "noise"
             raise ArgumentError(
@@ -90,19 +86,19 @@ class RALU(Method):
             self._solve()
             return
         for shift in _triple("shifts", self.shifts):
-            _number("shifts", shift, "above 0", lambda x: x > 0)
+            real("shifts", shift, "above 0", lambda x: x > 0)
         object.__setattr__(self, "shifts", tuple(self.shifts))
-        _number("noise", self.noise, "in (0, 1/4]", lambda x: 0 < x <= 0.25)
+        real("noise", self.noise, "in (0, 1/4]", lambda x: 0 < x <= 0.25)
 
     def _check_stages(self) -> None:
         for name in ("steps", "ends"):
             object.__setattr__(self, name, tuple(_triple(name, getattr(self, name))))
-        if not all(_is_whole(count) and count >= 0 for count in self.steps) or not any(self.steps):
+        if not all(is_whole(count) and count >= 0 for count in self.steps) or not any(self.steps):
             raise ArgumentError(
                 f"steps must be three whole numbers of at least 0, not all 0, got {self.steps!r}"
             )
         for end in self.ends:
-            _number("ends", end, "in (0, 1]", lambda x: 0 < x <= 1)
+            real("ends", end, "in (0, 1]", lambda x: 0 < x <= 1)
         reached = self._of_stages(self.ends)
         if reached[-1] != 1 or any(a >= b for a, b in itertools.pairwise(reached)):
             raise ArgumentError(
@@ -119,7 +115,7 @@ class RALU(Method):
         object.__setattr__(self, "shifts", shifts)
         object.__setattr__(self, "noise", 1 / z**2)
 
-    def _of_stages(self, values: Sequence[Any]) -> tuple[Any, ...]:
+    def _of_stages(self, values: Iterable[Any]) -> tuple[Any, ...]:
         """Those of the stages that have steps."""
         return tuple(value for value, count in zip(values, self.steps, strict=True) if count)
 
@@ -133,8 +129,7 @@ class RALU(Method):
         "sd35-turbo", whose shifts and noise were never published and are solved as the others were.
         They run on that model's family only; `family=None` lets them run on any.
         """
-        if name not in PRESETS:
-            raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        one_of("preset", name, PRESETS)
         return replace(PRESETS[name], **changes)
 
     @staticmethod
@@ -183,16 +178,10 @@ class RALU(Method):
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages that have steps, in running order."""
-        ends = self._of_stages(self.ends)
         found: list[Stage] = []
         first, entry = 0, (0.0, 1.0, 0.0)
-        for layout, steps, end, shift in zip(
-            self._of_stages(LAYOUTS),
-            self._of_stages(self.steps),
-            ends,
-            self._of_stages(self.shifts),
-            strict=True,
-        ):
+        parts = zip(LAYOUTS, self.steps, self.ends, self.shifts, strict=True)
+        for layout, steps, end, shift in self._of_stages(parts):
             start, scale, deviation = entry
             sigmas = tuple(stages.sigma_grid(start, end, shift, steps))
             found.append(Stage(layout, first, sigmas, scale, deviation))
@@ -227,16 +216,6 @@ def _triple(name: str, values: Any) -> Sequence[Any]:
     if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or len(values) != 3:
         raise ArgumentError(f"{name} must be three numbers, one for each stage, got {values!r}")
     return values
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _number(name: str, value: Any, accepted: str, holds: Any) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (fits and holds(value)):
-        raise ArgumentError(f"{name} must be {accepted}, got {value!r}")
 
 
 def _published(family: str, *settings: Any, **more: Any) -> RALU:

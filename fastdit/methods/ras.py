@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.checks import is_whole, one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode
 from fastdit.tokens.active import TokenRun
@@ -42,11 +43,9 @@ class Linear:
     every: int
 
     def __post_init__(self) -> None:
-        for name, value in (("step", self.step), ("every", self.every)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ArgumentError(f"{name} must be an int, got {value!r}")
-        if self.every < 1:
-            raise ArgumentError(f"every must be at least 1, got {self.every}")
+        if not is_whole(self.step):
+            raise ArgumentError(f"step must be an int, got {self.step!r}")
+        whole("every", self.every)
 
 
 @dataclass(frozen=True)
@@ -174,17 +173,16 @@ class RAS(Method):
     writes = frozenset({"rows"})
 
     def __post_init__(self) -> None:
-        _number("ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1)
+        real("ratio", self.ratio, "in (0, 1]", lambda x: 0 < x <= 1)
         if self.high_ratio is not None:
-            _number("high_ratio", self.high_ratio, "in [0, 1]", lambda x: 0 <= x <= 1)
+            real("high_ratio", self.high_ratio, "in [0, 1]", lambda x: 0 <= x <= 1)
         if self.starvation is not None:
-            _number("starvation", self.starvation, "at least 0", lambda x: x >= 0)
-        _whole("start", self.start)
-        _whole("align", self.align)
+            real("starvation", self.starvation, "at least 0", lambda x: x >= 0)
+        whole("start", self.start)
+        whole("align", self.align)
         if self.max_age is not None:
-            _whole("max_age", self.max_age)
-        if self.metric not in METRICS:
-            raise ArgumentError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+            whole("max_age", self.max_age)
+        one_of("metric", self.metric, METRICS)
         check_mode(self)
         if self.metric == "change":
             self._check_change()
@@ -198,7 +196,7 @@ class RAS(Method):
                     f"resets must be a sequence of steps or None, got {self.resets!r}"
                 )
             for step in self.resets:
-                _whole("resets", step)
+                whole("resets", step)
             object.__setattr__(self, "resets", tuple(sorted(set(self.resets))))
 
     @classmethod
@@ -208,8 +206,7 @@ class RAS(Method):
         They run on that model's family only; `family=None` lets them run on any.
         FLUX was never published by RAS's authors: its settings are SD3's with the code's default `high_ratio`.
         """
-        if name not in PRESETS:
-            raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        one_of("preset", name, PRESETS)
         return replace(PRESETS[name], **changes)
 
     def _check_change(self) -> None:
@@ -297,17 +294,6 @@ class RAS(Method):
                 high = round(count * share)
             found.append(ActiveTokens(tokens - count, high) if count else None)
         return found
-
-
-def _number(name: str, value: Any, accepted: str, holds: Any) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (fits and holds(value)):
-        raise ArgumentError(f"{name} must be a number {accepted}, got {value!r}")
-
-
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 PRESETS = {

@@ -95,7 +95,7 @@ def why_eager(call: Any, leaves: Sequence[Any]) -> str | None:
         return "since gradients, autocast or the reference backend are wanted"
     if run.steps is None:
         return "since nobody says how many steps it has"
-    if run.plan.reuse is not None and run.plan.reuse.rows:
+    if run.plan.reuse is not None and run.plan.reuse.taken:
         return "since its schedule is mapped to other noise levels"
     if run.patched.forecasts:
         return "since its outputs are forecast, by weights that may be others in the next run"

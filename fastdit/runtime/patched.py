@@ -137,7 +137,7 @@ class Patched:
         if plan is not None:
             return plan
         plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager, repeats)
-        if plan.reuse is None or not plan.reuse.rows:
+        if plan.reuse is None or not plan.reuse.taken:
             if len(self._plans) >= PLANS:
                 self._plans = {}
             self._plans[key] = plan

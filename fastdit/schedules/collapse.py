@@ -5,7 +5,7 @@ that are reused at several steps add to the stream
 
     sum_i gate_i(t) C_i = sum_i gate_i(s) C_i + sum_g (tau_g(t) - tau_g(s)) sum_{i in group g} C_i
 
-exactly, with s any one step and g the kind of gate (ECAD spec section 10, which takes the tables for gate_i(s); the
+exactly, with s any one step and g a group of gates (ECAD spec section 10, which takes the tables for gate_i(s); the
 difference form does not cancel where tau is large). The sums are made at step s, while the outputs pass anyway; from
 then on a step reads three tensors for n, and the outputs are not kept.
 
@@ -24,8 +24,8 @@ import numpy as np
 #: outputs added up in one pass; as many are held until then
 CHUNK = 32
 
-#: (block over all kinds, component)
-Cell = tuple[int, str]
+#: (block over all kinds, component): where an output is kept
+Slot = tuple[int, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class Sum:
     """Outputs kept as sums.
 
     Attributes:
-        cells: Whose, in running order.
+        slots: Where those outputs were kept, in running order.
         made, last: The step that makes the sums, and the last one that uses them; from made + 1 on all do.
     """
 
-    cells: tuple[Cell, ...]
+    slots: tuple[Slot, ...]
     made: int
     last: int
 
@@ -48,12 +48,12 @@ class StepSums:
 
     Attributes:
         step: Its number.
-        made, used: Cell -> the sum it enters, or is part of, at this step.
+        made, used: Slot -> the sum it enters, or is part of, at this step.
     """
 
     step: int
-    made: dict[Cell, Sum]
-    used: dict[Cell, Sum]
+    made: dict[Slot, Sum]
+    used: dict[Slot, Sum]
 
     @property
     def kept(self) -> int:
@@ -61,64 +61,57 @@ class StepSums:
         return len(set(self.made.values()) | {s for s in self.used.values() if s.last > self.step})
 
 
-def saving(outputs: int, uses: int) -> int:
-    """Bytes spared, in outputs, by sums of so many outputs that so many steps use."""
-    return uses * (outputs - 3) - passes(outputs)
-
-
 def passes(outputs: int) -> int:
     """Bytes moved to make sums, in outputs: every output is read, and the sums written, after a chunk read too."""
     return outputs + 3 + 6 * ((outputs - 1) // CHUNK)
 
 
-def find_sums(computes: np.ndarray, cells: Sequence[Cell]) -> list[StepSums]:
-    """The sums of every step, for `computes` bool [steps, cells]; the first step computes everything."""
+def find_sums(computes: np.ndarray, slots: Sequence[Slot]) -> list[StepSums]:
+    """The sums of every step, for `computes` bool [steps, slots]; the first step computes everything."""
     steps = len(computes)
-    until = np.full(
-        computes.shape, steps
-    )  # the next step from this one on at which the cell computes
+    # The next step from each one on at which the output is computed.
+    until = np.full((steps + 1, len(slots)), steps)
     for step in reversed(range(steps)):
-        later = until[step + 1] if step + 1 < steps else steps
-        until[step] = np.where(computes[step], step, later)
-    covered = np.zeros(len(cells), dtype=int)  # in a sum up to before this step
+        until[step] = np.where(computes[step], step, until[step + 1])
+    covered = np.zeros(len(slots), dtype=int)  # in a sum up to before this step
     found: list[Sum] = []
     for step in range(1, steps):
         if (computes[step] | (covered > step)).all():
             continue
-        for run in _split(range(len(cells)), computes[step]):
+        for run in _split(range(len(slots)), computes[step]):
             for members in _classes(run, until[step]):
-                members = [cell for cell in members if covered[cell] <= step]
+                members = [slot for slot in members if covered[slot] <= step]
                 end = int(until[step, members[0]]) if members else step
-                if saving(len(members), end - step) > 0:
+                if (end - step) * (len(members) - 3) > passes(len(members)):  # outputs read less
                     covered[members] = end
-                    found.append(Sum(tuple(cells[i] for i in members), step - 1, end - 1))
+                    found.append(Sum(tuple(slots[i] for i in members), step - 1, end - 1))
     return [
         StepSums(
             step,
-            {cell: s for s in found if s.made == step for cell in s.cells},
-            {cell: s for s in found if s.made < step <= s.last for cell in s.cells},
+            {slot: s for s in found if s.made == step for slot in s.slots},
+            {slot: s for s in found if s.made < step <= s.last for slot in s.slots},
         )
         for step in range(steps)
     ]
 
 
 def _classes(run: Sequence[int], until: np.ndarray) -> list[list[int]]:
-    """The cells of a run by the step that ends their reuse, apart where a cell between them computes before."""
+    """The slots of a run by the step that ends their reuse, apart where one between them is computed before."""
     found, stack = [], [list(run)]
     while stack:
         part = stack.pop()
         ends = until[part] == until[part].min()
-        found.append([cell for cell, end in zip(part, ends, strict=True) if end])
+        found.append([slot for slot, end in zip(part, ends, strict=True) if end])
         stack += _split(part, ends)
     return found
 
 
-def _split(cells: Sequence[int], at: np.ndarray) -> list[list[int]]:
-    """The maximal runs of cells that are not marked."""
+def _split(slots: Sequence[int], at: np.ndarray) -> list[list[int]]:
+    """The maximal runs of slots that are not marked."""
     runs: list[list[int]] = [[]]
-    for cell, marked in zip(cells, at, strict=True):
+    for slot, marked in zip(slots, at, strict=True):
         if marked:
             runs.append([])
         else:
-            runs[-1].append(cell)
+            runs[-1].append(slot)
     return [run for run in runs if run]

@@ -113,22 +113,22 @@ def plan_run(
     stages = [s for m in methods if "resolution" in m.writes for s in m.stages()]
     fresh = [stage.first for stage in stages]
     lengths = [stage.steps for stage in stages] or [steps]
-    reuse = None
-    for method in methods:
-        if "reuse" in method.writes:
-            reuse = method.staged_schedule(spec, lengths, levels)
-    forecasts = _forecasts(reuse, fresh) if reuse is not None and reuse.forecasts else ()
+    reusing = (method for method in methods if "reuse" in method.writes)
+    reuse = next((method.staged_schedule(spec, lengths, levels) for method in reusing), None)
+    forecasts = _forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
 
-def _forecasts(schedule: Schedule, fresh: Sequence[int]) -> tuple[int, ...]:
+def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tuple[int, ...]:
     """This gives the order of each step's forecast where all of it is drawn by one, 0 elsewhere."""
-    layers = schedule.layers.values()
+    layers = [schedule.layers[kind.name].filled(kind) for kind in spec.kinds]
+    if not layers:  # a model without blocks that are known, whose schedule is of its output
+        layers = [(layer.bits, layer.orders) for layer in schedule.layers.values()]
     bits, orders = (
         np.concatenate([each.reshape(schedule.steps, -1) for each in parts], axis=1)
-        for parts in ([layer.bits for layer in layers], [layer.orders for layer in layers])
+        for parts in zip(*layers, strict=True)
     )
     whole = ~bits.any(axis=1) & (orders == orders[:, :1]).all(axis=1)
     whole[list(fresh)] = False
@@ -139,9 +139,9 @@ def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequenc
     """Sums for a model whose gates allow them and a schedule that makes them pay."""
     if not spec.shared_gates or any(flags & DRAWN for row in actions[0] for flags in row.values()):
         return ()
-    cells = [(block, name) for block, row in enumerate(actions[0]) for name in row]
-    computes = [[step[block][name] & COMPUTE for block, name in cells] for step in actions]
-    sums = find_sums(np.array(computes, dtype=bool), cells)
+    slots = [(block, name) for block, row in enumerate(actions[0]) for name in row]
+    computes = [[step[block][name] & COMPUTE for block, name in slots] for step in actions]
+    sums = find_sums(np.array(computes, dtype=bool), slots)
     return sums if any(step.made for step in sums) else ()
 
 
@@ -171,47 +171,43 @@ def lower(
     some = np.array(partial, dtype=bool) if len(partial) else np.zeros(schedule.steps, dtype=bool)
     actions: list[list[dict[str, int]]] = [[] for _ in range(schedule.steps)]
     for kind in spec.kinds:
-        flags = _lower_kind(schedule, kind, some, fresh, forecasts, repeats)
-        for step in range(schedule.steps):
-            for block in range(kind.count):
-                row = {
+        bits, orders = schedule.layers[kind.name].filled(kind)
+        bits[list(fresh)] = True
+        flags = _lower_kind(kind, bits, orders, some, forecasts, repeats)
+        for step, blocks in enumerate(actions):
+            blocks += (
+                {
                     component: int(flags[component][step, block])
                     for component in kind.components
                     if (block, component) not in kind.absent
                 }
-                actions[step].append(row)
+                for block in range(kind.count)
+            )
     return actions
 
 
 def _lower_kind(
-    schedule: Schedule,
     kind: BlockKind,
+    bits: np.ndarray,
+    orders: np.ndarray,
     partial: np.ndarray,
-    fresh: Sequence[int],
     forecasts: Sequence[int],
     repeats: bool,
 ) -> dict[str, np.ndarray]:
-    layer = schedule.layers[kind.name]
-    always = np.ones((schedule.steps, kind.count), dtype=bool)
-    bits = {c: layer.bits[:, :, layer.components.index(c)].copy() for c in layer.components}
-    for computes in bits.values():
-        computes[list(fresh)] = True
-    bits = {c: bits.get(c, always) for c in kind.components}
     flags: dict[str, np.ndarray] = {}
     # A consumer is lowered before what it consumes: whether it runs decides whether its inputs are read.
     for component in sorted(kind.components, key=lambda c: c in kind.consumers):
         consumer = kind.consumers.get(component)
         # With partial steps an attention that nobody reads still renews keys and values, so it runs.
         dead = consumer is not None and not partial.any()
-        read = (flags[consumer] & COMPUTE).astype(bool) if dead else always.copy()
+        read = np.ones(bits.shape[:2], dtype=bool)
+        if dead:
+            read = (flags[consumer] & COMPUTE).astype(bool)
         read[np.array(forecasts, dtype=bool).nonzero()] = False
-        orders = (
-            layer.orders[:, :, layer.components.index(component)]
-            if component in layer.components
-            else np.zeros(read.shape, dtype=np.uint8)
-        )
-        renews = partial | repeats if orders.any() else partial
-        flags[component] = _lower_component(bits[component], read, renews, orders)
+        place = kind.components.index(component)
+        order = orders[:, :, place]
+        renews = partial | repeats if order.any() else partial
+        flags[component] = _lower_component(bits[:, :, place], read, renews, order)
     return flags
 
 

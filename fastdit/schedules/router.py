@@ -9,7 +9,6 @@ executes nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from fastdit import files
+from fastdit.checks import real
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.schedule import DEFAULT_KIND, Schedule, check_names
-from fastdit.schedules.schedule_file import MAX_BITS, MAX_FILE_BYTES, expect
+from fastdit.schedules.schedule import DEFAULT_KIND, Schedule, check_kinds, check_names, check_steps
+from fastdit.schedules.schedule_file import MAX_BITS, MAX_FILE_BYTES, dumps, expect
 from fastdit.spec import ModelSpec
 
 FORMAT = "fastdit.router"
@@ -73,11 +73,7 @@ class Router:
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        if not self.logits or set(self.logits) != set(self.components):
-            raise ScheduleError(
-                f"logits has block kinds {sorted(self.logits)}, components has {sorted(self.components)}; "
-                "they must be the same and not empty"
-            )
+        check_kinds(logits=self.logits, components=self.components)
         logits, names = {}, {}
         for kind, given in self.logits.items():
             names[kind] = check_names(kind, self.components[kind])
@@ -85,25 +81,17 @@ class Router:
                 array = np.array(given, dtype=np.float32)
             except (TypeError, ValueError) as error:
                 raise ScheduleError(f"logits of {kind!r} must be numbers: {error}") from error
-            if array.ndim != 3 or 0 in array.shape or not (array > -np.inf).all():
+            shaped = array.ndim == 3 and array.shape[2] == len(names[kind]) and 0 not in array.shape
+            if not (shaped and (array > -np.inf).all()):
                 raise ScheduleError(
-                    f"logits of {kind!r} must be numbers of shape [steps, blocks, components], inf where the model "
-                    f"has no such component, got {array.shape}"
-                )
-            if array.shape[2] != len(names[kind]):
-                raise ScheduleError(
-                    f"logits of {kind!r} are for {array.shape[2]} components, "
-                    f"named are {list(names[kind])}"
+                    f"logits of {kind!r} must be numbers of shape [steps, blocks, {len(names[kind])}] without empty "
+                    f"axes, inf where the model has no such component, got {array.shape}"
                 )
             array.setflags(write=False)
             logits[kind] = array
         if not any(np.isfinite(array).any() for array in logits.values()):
             raise ScheduleError("logits must be finite for at least one component, all are inf")
-        steps = {kind: len(array) for kind, array in logits.items()}
-        if len(set(steps.values())) > 1:
-            raise ScheduleError(
-                f"logits must have the same number of steps for every block kind, got {steps}"
-            )
+        check_steps("logits", {kind: len(array) for kind, array in logits.items()})
         object.__setattr__(self, "logits", MappingProxyType(logits))
         object.__setattr__(self, "components", MappingProxyType(names))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
@@ -173,22 +161,25 @@ class Router:
         Raises:
             ArgumentError: A target is out of reach, or the weights do not fit the logits.
         """
-        place, weight = [], []
-        total = 0.0
+        weights = {}
         for kind, array in self.logits.items():
             costs = np.ones(array.shape[1:]) if macs is None else np.asarray(macs[kind], float)
             if costs.shape != array.shape[1:] or (costs < 0).any():
                 raise ArgumentError(
                     f"macs of {kind!r} must be numbers >= 0 of shape {array.shape[1:]}, got {costs.shape}"
                 )
-            costs = np.where(np.isfinite(array), np.broadcast_to(costs, array.shape), 0.0)
-            total += costs.sum()
-            for cell in np.argwhere(np.isfinite(array)):
-                if cell[0] > 0:
-                    place.append((float(array[tuple(cell)]), *cell.tolist(), kind))
-                    weight.append(costs[tuple(cell)])
-        order = sorted(range(len(place)), key=lambda i: place[i][:4])
-        shares = np.concatenate([[0.0], np.cumsum([weight[i] for i in order])]) / total
+            weights[kind] = np.where(np.isfinite(array), costs, 0.0)
+        cells = sorted(
+            (
+                (float(array[cell]), cell, kind)
+                for kind, array in self.logits.items()
+                for cell in map(tuple, np.argwhere(np.isfinite(array)).tolist())
+                if cell[0] > 0
+            ),
+            key=lambda each: each[:2],
+        )
+        total = sum(each.sum() for each in weights.values())
+        shares = np.cumsum([0.0, *(weights[kind][cell] for _, cell, kind in cells)]) / total
         found = []
         for target in targets:
             if not 0 <= target <= shares[-1] + 1e-9:
@@ -198,9 +189,8 @@ class Router:
                 )
             count = int(np.abs(shares - target).argmin())
             bits = {kind: np.ones(array.shape, dtype=bool) for kind, array in self.logits.items()}
-            for i in order[:count]:
-                _, step, block, component, kind = place[i]
-                bits[kind][step, block, component] = False
+            for _, cell, kind in cells[:count]:
+                bits[kind][cell] = False
             found.append(self._schedule(bits, {"target": float(target)}))
         return found
 
@@ -237,12 +227,8 @@ class Router:
             "provenance": dict(self.provenance),
         }
         tensors = {_TENSOR + kind: np.array(array) for kind, array in self.logits.items()}
-        try:
-            header = json.dumps(facts, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
         # Not `save_file`, whose files nobody but their owner may read.
-        Path(path).write_bytes(save(tensors, metadata={"fastdit": header}))
+        Path(path).write_bytes(save(tensors, metadata={"fastdit": dumps(facts, None)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
@@ -340,9 +326,7 @@ def check_tau(tau: Any) -> float:
     Raises:
         ArgumentError: It is not a number in [0, 1).
     """
-    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not 0 <= tau < 1:
-        raise ArgumentError(f"tau must be a number in [0, 1), got {tau!r}")
-    return float(tau)
+    return real("tau", tau, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
@@ -354,9 +338,9 @@ def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
 
     try:
         files.check_regular(path, MAX_FILE_BYTES)
-        if zipfile.is_zipfile(path):  # what it holds may be packed to a thousandth of its size
-            with zipfile.ZipFile(path) as packed:
-                if sum(part.file_size for part in packed.infolist()) > MAX_FILE_BYTES:
+        if zipfile.is_zipfile(path):  # what it holds may be compressed to a thousandth of its size
+            with zipfile.ZipFile(path) as archive:
+                if sum(part.file_size for part in archive.infolist()) > MAX_FILE_BYTES:
                     raise ScheduleError(f"it unpacks to more than {MAX_FILE_BYTES} bytes")
         # Both projects store their command line beside the tensors, a class without behaviour.
         with torch.serialization.safe_globals([argparse.Namespace]):

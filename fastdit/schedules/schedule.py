@@ -19,23 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fastdit import files
+from fastdit.checks import is_whole
 from fastdit.errors import ScheduleError
 from fastdit.schedules import ecad_file, schedule_file
 from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.spec import BlockKind, ModelSpec
 
 DEFAULT_KIND = "transformer_blocks"
-
-
-class Bindable(Protocol):
-    """Anything that becomes a :class:`Schedule` once model and number of steps are known."""
-
-    def bind(self, spec: ModelSpec, steps: int) -> Schedule: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +41,14 @@ class Layer:
     bits: np.ndarray
     orders: np.ndarray
 
+    def filled(self, kind: BlockKind) -> tuple[np.ndarray, np.ndarray]:
+        """Bits and orders get all components of the model's kind; one that the layer does not name computes."""
+        shape = len(self.bits), kind.count, len(kind.components)
+        bits, orders = np.ones(shape, dtype=bool), np.zeros(shape, dtype=np.uint8)
+        places = [kind.components.index(name) for name in self.components]
+        bits[:, :, places], orders[:, :, places] = self.bits, self.orders
+        return bits, orders
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -54,12 +57,12 @@ class Schedule:
     Attributes:
         layers: Block kind (the transformer's attribute, e.g. ``"transformer_blocks"``) -> :class:`Layer`.
         provenance: Free JSON data about its origin; not part of equality or of the hash.
-        rows: Where it was resampled, the other schedule's step that each step was taken from; else empty.
+        taken: The other schedule's step that each step was taken from, where it was resampled; else empty.
     """
 
     layers: Mapping[str, Layer]
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    rows: tuple[int, ...] = ()
+    taken: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         layers = self.layers.values() if isinstance(self.layers, Mapping) else ()
@@ -99,28 +102,14 @@ class Schedule:
             )
         bits = bits if several else {DEFAULT_KIND: bits}
         components = components if several else {DEFAULT_KIND: components}
-        if not bits or set(bits) != set(components):
-            raise ScheduleError(
-                f"bits has block kinds {sorted(map(str, bits))}, components has {sorted(map(str, components))}; "
-                "they must be the same and not empty"
-            )
-        orders = 0 if orders is None else orders
         if not isinstance(orders, Mapping):
-            orders = dict.fromkeys(bits, orders)
-        if set(orders) != set(bits):
-            raise ScheduleError(
-                f"orders has block kinds {sorted(map(str, orders))}, bits has {sorted(map(str, bits))}; they must be "
-                "the same"
-            )
+            orders = dict.fromkeys(bits, 0 if orders is None else orders)
+        check_kinds(bits=bits, components=components, orders=orders)
         layers = {
             str(kind): _layer(str(kind), bits[kind], components[kind], orders[kind])
             for kind in bits
         }
-        steps = {kind: layer.bits.shape[0] for kind, layer in layers.items()}
-        if len(set(steps.values())) > 1:
-            raise ScheduleError(
-                f"bits must have the same number of steps for every block kind, got {steps}"
-            )
+        check_steps("bits", {kind: len(layer.bits) for kind, layer in layers.items()})
         return cls(MappingProxyType(layers), MappingProxyType(dict(provenance or {})))
 
     @staticmethod
@@ -155,9 +144,7 @@ class Schedule:
         return hashlib.sha256(schedule_file.canonical(schedule_file.content(self))).hexdigest()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Schedule) and schedule_file.content(self) == schedule_file.content(
-            other
-        )
+        return isinstance(other, Schedule) and self.sha256 == other.sha256
 
     def __hash__(self) -> int:
         return hash(self.sha256)
@@ -177,6 +164,7 @@ class Schedule:
         Raises:
             ScheduleError: It is not 0, 1 or 2.
         """
+        check_order(order)
         layers = {
             kind: _layer(kind, layer.bits, layer.components, order)
             for kind, layer in self.layers.items()
@@ -204,22 +192,22 @@ class Schedule:
             return self
         return replace(self, layers=MappingProxyType({**self.layers, **layers}))
 
-    def resampled(self, rows: Sequence[int]) -> Schedule:
-        """The schedule whose step i is this one's step ``rows[i]``.
+    def resampled(self, taken: Sequence[int]) -> Schedule:
+        """The schedule whose step i is this one's step ``taken[i]``.
 
         Step 0 computes everything, as everywhere.
 
         Raises:
-            ScheduleError: A row is not one of this schedule's steps.
+            ScheduleError: One of them is no step of this schedule.
         """
-        rows = [int(row) for row in rows]
-        if not rows or min(rows) < 0 or max(rows) >= self.steps:
-            raise ScheduleError(f"rows must be steps 0 to {self.steps - 1}, got {rows}")
+        taken = [int(step) for step in taken]
+        if not taken or min(taken) < 0 or max(taken) >= self.steps:
+            raise ScheduleError(f"taken must be steps 0 to {self.steps - 1}, got {taken}")
         layers = {
-            kind: _layer(kind, layer.bits[rows], layer.components, layer.orders[rows])
+            kind: _layer(kind, layer.bits[taken], layer.components, layer.orders[taken])
             for kind, layer in self.layers.items()
         }
-        return replace(self, layers=MappingProxyType(layers), rows=tuple(rows))
+        return replace(self, layers=MappingProxyType(layers), taken=tuple(taken))
 
     def check(self, spec: ModelSpec) -> None:
         """Check block kinds, block counts and component names against a model; see :meth:`bind`."""
@@ -252,7 +240,7 @@ class Schedule:
         """The schedule as JSON text; see the module's description."""
         content = schedule_file.content(self)
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
-        return schedule_file.dumps(document)
+        return schedule_file.dumps(document) + "\n"
 
     def to_ecad_json(self) -> str:
         """The schedule in the layout of ECAD's released files.
@@ -260,7 +248,7 @@ class Schedule:
         Raises:
             ScheduleError: The layout has no place for a block kind of this schedule.
         """
-        return schedule_file.dumps(ecad_file.document(self))
+        return schedule_file.dumps(ecad_file.document(self)) + "\n"
 
     def save(self, path: str | os.PathLike[str], layout: str = "fastdit") -> None:
         """Write to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
@@ -298,10 +286,6 @@ class Schedule:
             document = files.parse(text.removeprefix("\ufeff"))
         except ValueError as error:
             raise ScheduleError(f"not valid JSON: {error}") from error
-        return cls._from_document(document)
-
-    @classmethod
-    def _from_document(cls, document: Any) -> Schedule:
         if isinstance(document, dict) and ecad_file.ROOT in document:
             return cls.from_bits(*ecad_file.parse(document, schedule_file.MAX_COUNT))
         schedule = cls.from_bits(*schedule_file.parse(document))
@@ -325,7 +309,7 @@ class Every:
     order: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 1:
+        if not is_whole(self.n) or self.n < 1:
             raise ScheduleError(f"n must be an int >= 1, got {self.n!r}")
         check_order(self.order)
 
@@ -340,18 +324,14 @@ class Every:
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
         """The schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
-        computes = np.arange(steps) % self.n == 0
-        origin = {"every": self.n}
-        if not spec.kinds:
-            return Schedule.from_bits(computes[:, None, None], ("output",), origin, self.order)
+        computes = np.arange(steps)[:, None, None] % self.n == 0
+        kinds = spec.kinds or (BlockKind(DEFAULT_KIND, 1, ("output",)),)
         bits = {
-            kind.name: np.broadcast_to(
-                computes[:, None, None], (steps, kind.count, len(kind.components))
-            )
-            for kind in spec.kinds
+            kind.name: np.broadcast_to(computes, (steps, kind.count, len(kind.components)))
+            for kind in kinds
         }
-        components = {kind.name: kind.components for kind in spec.kinds}
-        return Schedule.from_bits(bits, components, origin, self.order)
+        components = {kind.name: kind.components for kind in kinds}
+        return Schedule.from_bits(bits, components, {"every": self.n}, self.order)
 
     def check(self, spec: ModelSpec) -> None:
         """Fits every model."""
@@ -377,6 +357,30 @@ def check_order(order: Any) -> None:
     """
     if type(order) is not int or not 0 <= order <= MAX_ORDER:
         raise ScheduleError(f"order must be 0, 1 or 2, got {order!r}")
+
+
+def check_kinds(**parts: Mapping[Any, Any]) -> None:
+    """Refuse mappings by block kind that have other kinds than the first of them, or none.
+
+    Raises:
+        ScheduleError: Naming the kinds of each.
+    """
+    first, *others = map(set, parts.values())
+    if not first or any(kinds != first for kinds in others):
+        said = (f"{name} has block kinds {sorted(map(str, part))}" for name, part in parts.items())
+        raise ScheduleError(f"{', '.join(said)}; they must be the same and not empty")
+
+
+def check_steps(name: str, steps: Mapping[str, int]) -> None:
+    """Refuse block kinds of unlike numbers of steps.
+
+    Raises:
+        ScheduleError: Naming them.
+    """
+    if len(set(steps.values())) > 1:
+        raise ScheduleError(
+            f"{name} must have the same number of steps for every block kind, got {steps}"
+        )
 
 
 def check_names(kind: Any, components: Any) -> tuple[str, ...]:
@@ -422,8 +426,6 @@ def _layer(kind: str, bits: Any, components: Any, orders: Any = 0) -> Layer:
         )
     array = array.astype(bool)
     array[0] = True  # there is nothing to reuse at the first step
-    if np.ndim(orders) == 0:
-        check_order(orders)
     try:
         drawn = np.broadcast_to(np.asarray(orders), array.shape)
     except (TypeError, ValueError) as error:

@@ -49,9 +49,14 @@ def _digits(values: np.ndarray) -> list[str]:
     return ["".join(map(str, row.ravel().astype(int))) for row in values]
 
 
-def dumps(document: Mapping[str, Any]) -> str:
+def dumps(document: Mapping[str, Any], indent: int | None = 1) -> str:
+    """The document becomes text, of one line without `indent`.
+
+    Raises:
+        ScheduleError: Its provenance is no plain data.
+    """
     try:
-        return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        return json.dumps(document, indent=indent, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
 
@@ -72,11 +77,11 @@ def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ..
         raise ScheduleError(
             f"{where} must have exactly the fields {sorted(fields)}, got {sorted(document)}"
         )
-    for name, kinds in fields.items():
-        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-        if type(document[name]) not in kinds:
+    for name, types in fields.items():
+        types = types if isinstance(types, tuple) else (types,)
+        if type(document[name]) not in types:
             raise ScheduleError(
-                f"{where}.{name} must be {' or '.join(kind.__name__ for kind in kinds)}, "
+                f"{where}.{name} must be {' or '.join(each.__name__ for each in types)}, "
                 f"got {type(document[name]).__name__}"
             )
 
@@ -134,14 +139,14 @@ def parse(document: Any) -> tuple[Any, ...]:
     return found["bits"], found["components"], document["provenance"], found["orders"] or None
 
 
-def _values(rows: list[Any], where: str, shape: tuple[int, int], digits: str) -> np.ndarray:
+def _values(strings: list[Any], where: str, shape: tuple[int, int], digits: str) -> np.ndarray:
     """This reads [steps, width] digits."""
     steps, width = shape
-    if len(rows) != steps:
-        raise ScheduleError(f"{where} must have {steps} rows, one per step, got {len(rows)}")
-    for step, row in enumerate(rows):
-        if not isinstance(row, str) or len(row) != width or row.strip(digits):
+    if len(strings) != steps:
+        raise ScheduleError(f"{where} must have {steps} strings, one per step, got {len(strings)}")
+    for step, string in enumerate(strings):
+        if not isinstance(string, str) or len(string) != width or string.strip(digits):
             raise ScheduleError(
-                f"{where}[{step}] must be a string of {width} characters {' or '.join(digits)}"
+                f"{where}[{step}] must be a string of {width} characters {', '.join(digits[:-1])} or {digits[-1]}"
             )
-    return np.frombuffer("".join(rows).encode(), dtype=np.uint8) - ord("0")
+    return np.frombuffer("".join(strings).encode(), dtype=np.uint8) - ord("0")

@@ -117,7 +117,7 @@ class Archive:
         return [self.seen[key] for key in keys]
 
     def _task(self, key: str, vector: np.ndarray, what: str, first: int = 0, last: int = 0) -> Task:
-        return Task(key, what, self.genome.pack(vector), self.work.steps, first, last)
+        return Task(key, what, self.genome.to_bytes(vector), self.work.steps, first, last)
 
     def fewer_steps(self, counts: Sequence[int], progress: Progress = silent) -> list[Point]:
         """The unpatched model at other numbers of steps, judged like everything else."""

@@ -93,7 +93,7 @@ class Task:
     Attributes:
         key: The candidate's name in the ledger.
         what: "losses", or "latency" in seconds per picture.
-        bits: The packed vector; None runs the unpatched model.
+        bits: The vector as bytes; None runs the unpatched model.
         steps: Inference steps; other than the work's only for the unpatched model.
         first, last: The items to draw, from `first` to before `last`.
     """
@@ -152,7 +152,7 @@ class Evaluator:
             share = task.steps / self.work.steps
             return {"costs": {k: v * share for k, v in dense.items()}, **self._result(task)}
         # A bit that nobody reads costs nothing, so that equal keys have equal costs.
-        with self._patched(self.genome.effective(self.genome.unpack(task.bits))) as handle:
+        with self._patched(self.genome.effective(self.genome.from_bytes(task.bits))) as handle:
             costs = cost.counted(handle, self.work.steps, self.work.arguments)
             return {"costs": costs, **self._result(task, handle)}
 

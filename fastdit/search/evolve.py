@@ -158,7 +158,7 @@ def evolve(
     try:
         archive = Archive(genome, work, settings.costs, settings.race, ledger, workers)
         algorithm = Nsga2(
-            first, population, 1 + len(settings.costs), settings.operators, genome.cells
+            first, population, 1 + len(settings.costs), settings.operators, genome.components
         )
         loop = _Loop(archive, algorithm, ledger, settings, watch)
         for number in range(settings.generations + 1):

@@ -35,28 +35,28 @@ class Genome:
     steps: int
 
     @cached_property
-    def cells(self) -> tuple[tuple[str, int, str], ...]:
+    def components(self) -> tuple[tuple[str, int, str], ...]:
         """(kind, block, component) of each bit of one step, in order."""
         return tuple((kind.name, block, name) for kind, block, name in self.spec.components())
 
     @property
     def size(self) -> int:
         """Bits of a vector."""
-        return self.steps * len(self.cells)
+        return self.steps * len(self.components)
 
     def schedule(self, vector: np.ndarray, provenance: Mapping[str, Any] | None = None) -> Schedule:
         """The schedule that a vector, bool [size], stands for."""
-        rows = vector.reshape(self.steps, len(self.cells))
-        bits, components = {}, {}
+        table = vector.reshape(self.steps, len(self.components))
+        bits, named = {}, {}
         for kind in self.spec.kinds:
-            present = {name for owner, _, name in self.cells if owner == kind.name}
+            present = {name for owner, _, name in self.components if owner == kind.name}
             names = tuple(name for name in kind.components if name in present)
             bits[kind.name] = np.ones((self.steps, kind.count, len(names)), dtype=bool)
-            components[kind.name] = names
-        for column, (kind_name, block, name) in enumerate(self.cells):
-            index = components[kind_name].index(name)
-            bits[kind_name][:, block, index] = rows[:, column]
-        return Schedule.from_bits(bits, components, provenance)
+            named[kind.name] = names
+        for column, (kind_name, block, name) in enumerate(self.components):
+            index = named[kind_name].index(name)
+            bits[kind_name][:, block, index] = table[:, column]
+        return Schedule.from_bits(bits, named, provenance)
 
     def vector(self, schedule: Schedule) -> np.ndarray:
         """The vector of a schedule, bool [size]; a component that the schedule does not name computes.
@@ -65,12 +65,12 @@ class Genome:
             ScheduleError: The schedule is for another model or another number of steps.
         """
         schedule = schedule.bind(self.spec, self.steps)
-        rows = np.ones((self.steps, len(self.cells)), dtype=bool)
-        for column, (kind, block, name) in enumerate(self.cells):
+        table = np.ones((self.steps, len(self.components)), dtype=bool)
+        for column, (kind, block, name) in enumerate(self.components):
             layer = schedule.layers[kind]
             if name in layer.components:
-                rows[:, column] = layer.bits[:, block, layer.components.index(name)]
-        return rows.ravel()
+                table[:, column] = layer.bits[:, block, layer.components.index(name)]
+        return table.ravel()
 
     def effective(self, vector: np.ndarray) -> np.ndarray:
         """The vector without what changes nothing: step 0 computes, and what nobody reads does not."""
@@ -85,15 +85,15 @@ class Genome:
         """Number of cells that differ from the uncached run."""
         return int((~self.effective(vector)).sum())
 
-    def pack(self, vector: np.ndarray) -> bytes:
+    def to_bytes(self, vector: np.ndarray) -> bytes:
         """Eight bits a byte."""
         return np.packbits(vector).tobytes()
 
-    def unpack(self, packed: bytes) -> np.ndarray:
-        """The reverse of :meth:`pack`."""
-        bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8))
+    def from_bytes(self, data: bytes) -> np.ndarray:
+        """The reverse of :meth:`to_bytes`."""
+        bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
         if not self.size <= bits.size < self.size + 8:
-            raise ScheduleError(f"{len(packed)} bytes cannot hold {self.size} bits")
+            raise ScheduleError(f"{len(data)} bytes cannot hold {self.size} bits")
         return bits[: self.size].astype(bool)
 
     def _flags(self, vector: np.ndarray) -> np.ndarray:
@@ -105,8 +105,8 @@ class Genome:
             first += kind.count
         return np.array(
             [
-                row[offsets[kind] + block][name]
-                for row in actions
-                for kind, block, name in self.cells
+                blocks[offsets[kind] + block][name]
+                for blocks in actions
+                for kind, block, name in self.components
             ]
         )

@@ -15,25 +15,25 @@ PART_SHARE, SHIFT_SHARE = 0.2, 0.4  # of the moves; the others add or drop a ste
 ANOTHER = 0.5  # probability that a move is followed by a further one
 
 
-def parts_of(cells: Sequence[tuple[str, int, str]]) -> np.ndarray:
-    """Masks, bool [n, cells]: what a move of a part may take, each block and each component of a kind.
+def parts_of(components: Sequence[tuple[str, int, str]]) -> np.ndarray:
+    """Masks, bool [n, components]: what a move of a part may take, each block and each component of a kind.
 
     Args:
-        cells: (kind, block, component) of each bit of a step.
+        components: (kind, block, component) of each bit of a step.
     """
-    blocks = [cell[:2] for cell in cells]
-    components = [(kind, name) for kind, _, name in cells]
+    blocks = [each[:2] for each in components]
+    names = [(kind, name) for kind, _, name in components]
     return np.array(
         [
             [own == group for own in owners]
-            for owners in (blocks, components)
+            for owners in (blocks, names)
             for group in dict.fromkeys(owners)
         ]
     )
 
 
-def move(rows: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
-    """Change a schedule, bool [steps, cells] with True computing, in place; step 0 stays as it is.
+def move(bits: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
+    """Change a schedule, bool [steps, components] with True computing, in place; step 0 stays as it is.
 
     One move, and with probability `ANOTHER` one more, again and again. A move adds or drops a step, as probably the one
     as the other whatever there are more of; or has two neighbouring steps trade places; or adds or drops a part of a
@@ -43,39 +43,39 @@ def move(rows: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
         draw = rng.random()
         if draw < PART_SHARE:
             columns = parts[rng.integers(len(parts))]
-            _toggle(rows, columns, rng)
+            _toggle(bits, columns, rng)
         elif draw < PART_SHARE + SHIFT_SHARE:
-            _shift(rows, rng)
+            _shift(bits, rng)
         else:
-            _toggle(rows, np.ones(rows.shape[1], dtype=bool), rng)
+            _toggle(bits, np.ones(bits.shape[1], dtype=bool), rng)
         if rng.random() >= ANOTHER:
             return
 
 
-def _toggle(rows: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> None:
+def _toggle(bits: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> None:
     """At a random step, compute the columns that mostly reuse, or the reverse."""
-    if len(rows) < 2:
+    if len(bits) < 2:
         return
-    computes = rows[1:, columns].mean(axis=1) >= 0.5
+    computes = bits[1:, columns].mean(axis=1) >= 0.5
     wanted = bool(rng.random() < 0.5)
     steps = np.flatnonzero(computes != wanted)
     if not len(steps):
         wanted, steps = not wanted, np.arange(len(computes))
-    rows[1 + rng.choice(steps), columns] = wanted
+    bits[1 + rng.choice(steps), columns] = wanted
 
 
-def _shift(rows: np.ndarray, rng: np.random.Generator) -> None:
+def _shift(bits: np.ndarray, rng: np.random.Generator) -> None:
     """Two neighbouring steps that differ trade places."""
-    steps = 1 + np.flatnonzero((rows[1:-1] != rows[2:]).any(axis=1))
+    steps = 1 + np.flatnonzero((bits[1:-1] != bits[2:]).any(axis=1))
     if len(steps):
         step = rng.choice(steps)
-        rows[[step, step + 1]] = rows[[step + 1, step]]
+        bits[[step, step + 1]] = bits[[step + 1, step]]
 
 
 def cross(
     one: np.ndarray, other: np.ndarray, cuts: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two schedules, bool [steps, cells], with what lies between every second pair of cuts exchanged.
+    """Two schedules, bool [steps, components], with what lies between every second pair of cuts exchanged.
 
     Args:
         one, other: Parents; left as they are.

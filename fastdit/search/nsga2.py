@@ -72,7 +72,7 @@ class Nsga2:
         population: Members that survive, and children per generation.
         objectives: How many.
         operators: See :class:`Operators`.
-        cells: (kind, block, component) of each bit of a step, as of :class:`~fastdit.search.genome.Genome`.
+        components: (kind, block, component) of each bit of a step, as of :class:`~fastdit.search.genome.Genome`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Nsga2:
         population: int,
         objectives: int,
         operators: Operators,
-        cells: Sequence[tuple[str, int, str]] = (),
+        components: Sequence[tuple[str, int, str]] = (),
     ) -> None:
         require_pymoo()
         from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -92,7 +92,7 @@ class Nsga2:
         self._operators = operators
         self.problem = Problem(n_var=bits, n_obj=objectives, n_ieq_constr=1, vtype=bool)
         make = _by_steps if operators.unit == "step" else _by_bits
-        crossover, mutation = make(operators, bits, cells)
+        crossover, mutation = make(operators, bits, components)
         self.algorithm = NSGA2(
             pop_size=population,
             sampling=np.array(seeds, dtype=bool),
@@ -135,7 +135,7 @@ class Nsga2:
         self.algorithm.tell(infills=self._asked)
 
 
-def _by_bits(operators: Operators, bits: int, cells: Sequence[Any]) -> tuple[Any, Any]:
+def _by_bits(operators: Operators, bits: int, components: Sequence[Any]) -> tuple[Any, Any]:
     """The paper's crossover and mutation."""
     from pymoo.operators.crossover.pntx import PointCrossover
     from pymoo.operators.mutation.bitflip import BitflipMutation
@@ -148,13 +148,13 @@ def _by_bits(operators: Operators, bits: int, cells: Sequence[Any]) -> tuple[Any
     )
 
 
-def _by_steps(operators: Operators, bits: int, cells: Sequence[Any]) -> tuple[Any, Any]:
+def _by_steps(operators: Operators, bits: int, components: Sequence[Any]) -> tuple[Any, Any]:
     """Crossover and mutation of `moves.py`."""
     from pymoo.core.crossover import Crossover
     from pymoo.core.mutation import Mutation
 
-    parts = moves.parts_of(cells)
-    shape = (bits // len(cells), len(cells))
+    parts = moves.parts_of(components)
+    shape = (bits // len(components), len(components))
 
     class StepCrossover(Crossover):
         def _do(self, problem: Any, X: Any, *args: Any, random_state: Any = None, **_: Any) -> Any:

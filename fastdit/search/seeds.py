@@ -3,7 +3,7 @@
 * uncached; infeasible, and kept as the paper keeps it.
 * FORA grids: all components every n steps.
 * attention only every n steps, feed-forward always.
-* evenly spaced: at some steps, some blocks reuse one kind of component.
+* evenly spaced: at some steps, some blocks reuse one role of component.
 * TGATE without the averaging of its cross-attention, for models that have a cross-attention of their own.
 
 A population smaller than the families takes from each in turn; a larger one is filled by crossing them.
@@ -56,7 +56,7 @@ def first_population(
     mine = [uncached(genome), *(genome.vector(schedule) for schedule in given)]
     for vector in (*mine, *_in_turn(genome)):
         if len(found) < population:
-            found.setdefault(genome.pack(vector), vector)
+            found.setdefault(genome.to_bytes(vector), vector)
     _fill(found, genome, population, np.random.default_rng(seed))
     return np.stack(list(found.values()))
 
@@ -93,7 +93,7 @@ def evenly_spread_steps(genome: Genome) -> list[np.ndarray]:
     """
     found = []
     for count in range(1, genome.steps):
-        rows = np.zeros((genome.steps, len(genome.cells)), dtype=bool)
+        rows = np.zeros((genome.steps, len(genome.components)), dtype=bool)
         rows[np.arange(count) * genome.steps // count] = True
         found.append(rows.ravel())
     return found
@@ -169,14 +169,14 @@ def _fill(
         vector = np.where(swapped, sources[other], sources[one])
         if attempt > 10 * population:
             vector = rng.random(genome.size) < 0.5
-        found.setdefault(genome.pack(vector), vector)
+        found.setdefault(genome.to_bytes(vector), vector)
     raise ArgumentError(
         f"population {population} is more than the {2 ** min(genome.size, 60)} schedules there are"
     )
 
 
 def _roles(genome: Genome) -> list[str]:
-    """ "attention", "cross" or "feed_forward" of each cell of a step."""
+    """ "attention", "cross" or "feed_forward" of each component of a step."""
     cross = CROSS.get(genome.spec.family, ())
     return [
         "cross"
@@ -184,7 +184,7 @@ def _roles(genome: Genome) -> list[str]:
         else "attention"
         if "attn" in name or name == "to_out"
         else "feed_forward"
-        for _, _, name in genome.cells
+        for _, _, name in genome.components
     ]
 
 
@@ -195,10 +195,10 @@ def _build(genome: Genome, computes: Callable[[int, int, str], bool]) -> np.ndar
         offsets[kind.name] = first
         first += kind.count
     roles = _roles(genome)
-    cells = [
+    blocks = [
         (offsets[kind] + block, role)
-        for (kind, block, _), role in zip(genome.cells, roles, strict=True)
+        for (kind, block, _), role in zip(genome.components, roles, strict=True)
     ]
     return np.array(
-        [computes(step, block, role) for step in range(genome.steps) for block, role in cells]
+        [computes(step, block, role) for step in range(genome.steps) for block, role in blocks]
     )

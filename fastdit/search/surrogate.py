@@ -30,24 +30,24 @@ class Surrogate:
     """Predicts objectives, the loss first, from those of measured schedules.
 
     Args:
-        rows: What was measured, bool [n, steps, cells].
+        bits: What was measured, bool [n, steps, components].
         values: Its objectives, [n, objectives].
         logarithmic: Whether the loss is given as its decimal logarithm.
     """
 
-    def __init__(self, rows: np.ndarray, values: np.ndarray, logarithmic: bool = True) -> None:
-        where, trend = _where(rows), _trend(rows)
+    def __init__(self, bits: np.ndarray, values: np.ndarray, logarithmic: bool = True) -> None:
+        where, trend = _where(bits), _trend(bits)
         self._slope = np.array([0.0, 1.0, 0.0])  # as much loss as is reused
         free = [0, 2] if logarithmic else [0, 1, 2]
         rest = values[:, 0] - trend @ self._slope * logarithmic
         self._slope[free] = np.linalg.lstsq(trend[:, free], rest, rcond=None)[0]
         self._loss = _Ridge(_exponential(where), where, values[:, 0] - trend @ self._slope)
-        self._costs = [_Ridge(_linear, _computed(rows), column) for column in values.T[1:]]
+        self._costs = [_Ridge(_linear, _computed(bits), column) for column in values.T[1:]]
 
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """[m, objectives] of bool [m, steps, cells]."""
-        computed = _computed(rows)
-        loss = _trend(rows) @ self._slope + self._loss(_where(rows))
+    def __call__(self, bits: np.ndarray) -> np.ndarray:
+        """[m, objectives] of bool [m, steps, components]."""
+        computed = _computed(bits)
+        loss = _trend(bits) @ self._slope + self._loss(_where(bits))
         columns = [loss, *(costs(computed) for costs in self._costs)]
         return np.column_stack(columns).round(DIGITS)
 
@@ -76,7 +76,7 @@ def propose(
         generations: To be bred on predictions.
         logarithmic: Whether the first of `values` is a logarithm.
     """
-    surrogate = Surrogate(_rows(genome, measured), values, logarithmic)
+    surrogate = Surrogate(_bits_of(genome, measured), values, logarithmic)
     front = non_dominated(values)
     # The uncached run is worth nothing by itself, but what reuses a little descends from it.
     algorithm = Nsga2(
@@ -84,14 +84,14 @@ def propose(
         BREADTH * len(children),
         values.shape[1],
         replace(operators, min_difference=0),
-        genome.cells,
+        genome.components,
     )
     for _ in range(generations + 1):
         vectors = algorithm.ask()
         if not len(vectors):
             break
-        rows = _rows(genome, vectors)
-        algorithm.tell(surrogate(rows), (~rows).sum(axis=(1, 2)))
+        bits = _bits_of(genome, vectors)
+        algorithm.tell(surrogate(bits), (~bits).sum(axis=(1, 2)))
     fresh: dict[str, np.ndarray] = {}
     for vector in algorithm.survivors():
         key = genome.key(vector)
@@ -100,7 +100,7 @@ def propose(
     if not fresh:
         return children
     bred = np.stack(list(fresh.values()))
-    chosen = _enlarging(surrogate(_rows(genome, bred)), values[front], reference, len(children))
+    chosen = _enlarging(surrogate(_bits_of(genome, bred)), values[front], reference, len(children))
     return np.concatenate([bred[chosen], children[: len(children) - len(chosen)]])
 
 
@@ -135,36 +135,36 @@ class _Ridge:
         return self._mean + self._kernel(inputs, self._inputs) @ self._weights
 
 
-def _rows(genome: Genome, vectors: np.ndarray) -> np.ndarray:
-    """[n, steps, cells] of vectors; step 0 computes."""
-    rows = vectors.reshape(len(vectors), genome.steps, len(genome.cells)).copy()
-    rows[:, 0] = True
-    return rows
+def _bits_of(genome: Genome, vectors: np.ndarray) -> np.ndarray:
+    """[n, steps, components] of vectors; step 0 computes."""
+    bits = vectors.reshape(len(vectors), genome.steps, len(genome.components)).copy()
+    bits[:, 0] = True
+    return bits
 
 
-def _computed(rows: np.ndarray) -> np.ndarray:
-    return rows.reshape(len(rows), -1) - 0.5
+def _computed(bits: np.ndarray) -> np.ndarray:
+    return bits.reshape(len(bits), -1) - 0.5
 
 
-def _staleness(rows: np.ndarray) -> np.ndarray:
-    """log(1 + steps since a cell was computed), [n, steps x cells]."""
-    ages = np.zeros(rows.shape)
-    for step in range(1, rows.shape[1]):
-        ages[:, step] = np.where(rows[:, step], 0, ages[:, step - 1] + 1)
-    return np.log1p(ages).reshape(len(rows), -1)
+def _staleness(bits: np.ndarray) -> np.ndarray:
+    """log(1 + steps since a component was computed), [n, steps x components]."""
+    ages = np.zeros(bits.shape)
+    for step in range(1, bits.shape[1]):
+        ages[:, step] = np.where(bits[:, step], 0, ages[:, step - 1] + 1)
+    return np.log1p(ages).reshape(len(bits), -1)
 
 
-def _where(rows: np.ndarray) -> np.ndarray:
+def _where(bits: np.ndarray) -> np.ndarray:
     """The direction of the staleness, and its size: few stale cells are as far from few others as many from many."""
-    stale = _staleness(rows)
+    stale = _staleness(bits)
     size = np.linalg.norm(stale, axis=1, keepdims=True) + 1e-9
     return np.concatenate([stale / size, MAGNITUDE * np.log(size)], axis=1)
 
 
-def _trend(rows: np.ndarray) -> np.ndarray:
+def _trend(bits: np.ndarray) -> np.ndarray:
     """What a loss follows at large, [n, 3]: how much is reused, and how stale that is, as decimal logarithms."""
-    reused, stale = (~rows).sum(axis=(1, 2)) + 1.0, _staleness(rows).sum(axis=1) + 1.0
-    return np.column_stack([np.ones(len(rows)), np.log10(reused), np.log10(stale / reused)])
+    reused, stale = (~bits).sum(axis=(1, 2)) + 1.0, _staleness(bits).sum(axis=1) + 1.0
+    return np.column_stack([np.ones(len(bits)), np.log10(reused), np.log10(stale / reused)])
 
 
 def _linear(one: np.ndarray, other: np.ndarray) -> np.ndarray:

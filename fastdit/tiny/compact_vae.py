@@ -44,15 +44,15 @@ def compact_batch(config: CompactTraining, step: int) -> torch.Tensor:
     """Pictures ``[n, 3, h, w]`` in [-1, 1]: six of eight steps whole scenes at half size,
     one at full size (a quarter as many), one confetti."""
     rng = np.random.default_rng((config.seed, 6, step))
-    kind = step % 8
-    count = max(1, config.batch // 4) if kind == 3 else config.batch
+    turn = step % 8
+    count = max(1, config.batch // 4) if turn == 3 else config.batch
     pictures = []
     for _ in range(count):
-        if kind == 7:
+        if turn == 7:
             pictures.append(confetti(rng))
             continue
         scene = scenes.sample_scene(rng, objects=1 if rng.random() < 0.2 else 2)
-        pictures.append(scenes.render(scene, 128 if kind == 3 else 64, rng))
+        pictures.append(scenes.render(scene, 128 if turn == 3 else 64, rng))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
 
 

@@ -67,15 +67,15 @@ def vae_batch(config: VaeTraining, step: int) -> torch.Tensor:
     at full size (a quarter as many).
     """
     rng = np.random.default_rng((config.seed, 1, step))
-    kind = step % 8
-    count = max(1, config.batch // 4) if kind == 7 else config.batch
+    turn = step % 8
+    count = max(1, config.batch // 4) if turn == 7 else config.batch
     pictures = []
     for _ in range(count):
-        if kind < 5:
+        if turn < 5:
             pictures.append(confetti(rng))
             continue
         scene = scenes.sample_scene(rng, objects=int(rng.integers(1, 3)))
-        pictures.append(scenes.render(scene, 128 if kind == 7 else 64, rng))
+        pictures.append(scenes.render(scene, 128 if turn == 7 else 64, rng))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
 
 

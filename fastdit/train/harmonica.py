@@ -15,7 +15,6 @@ no graph, draws come from a private generator, and lambda is shared by all proce
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -30,17 +29,17 @@ from torch import Tensor
 
 from fastdit import files
 from fastdit.account.cost import Cost
+from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError
 from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
-from fastdit.schedules.schedule_file import MAX_FILE_BYTES, expect
-from fastdit.train import proxy
+from fastdit.train import checkpoint, proxy
+from fastdit.train.prompts import arguments_of, check_prompts
 from fastdit.train.ranks import Ranks
-from fastdit.train.settings import Progress, Settings, one_of, real, share, whole
+from fastdit.train.settings import Progress, Settings
 from fastdit.train.student import Trainee
 from fastdit.train.trajectory import Trajectory
 
 KEEPS = ("blended", "fresh")
-STATE = "state.safetensors"
 
 
 class HarmoniCa:
@@ -113,9 +112,9 @@ class HarmoniCa:
         self.ranks = Ranks()
         self.settings = Settings(
             whole("steps", steps, 2),
-            real("beta", beta),
-            None if target is None else share("target", target),
-            real("lr", lr),
+            _at_least_0("beta", beta),
+            None if target is None else real("target", target, "in (0, 1)", lambda x: 0 < x < 1),
+            _at_least_0("lr", lr),
             whole("epochs", epochs),
             whole("batch", batch),
             one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
@@ -125,23 +124,14 @@ class HarmoniCa:
             bool(whole_steps),
             check_tau(tau),
             one_of("keep", keep, KEEPS),
-            real("spread", spread),
+            _at_least_0("spread", spread),
             whole("seed", seed, 0),
         )
         if batch % self.ranks.count:
             raise ArgumentError(
                 f"batch must be a multiple of the {self.ranks.count} processes, got {batch}"
             )
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not prompts:
-            raise ArgumentError(
-                f"prompts must be a sequence of at least one prompt, got {prompts!r:.80}"
-            )
-        if not any(all(isinstance(p, kind) for p in prompts) for kind in (str, int, Mapping)):
-            raise ArgumentError(
-                "prompts must be all texts, all class numbers, or all mappings of pipeline arguments, "
-                f"got {sorted({type(prompt).__name__ for prompt in prompts})}"
-            )
-        self.prompts = list(prompts)
+        self.prompts = check_prompts(prompts)
         self.arguments = dict(arguments or {})
         for name, value in self.arguments.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -170,24 +160,29 @@ class HarmoniCa:
             self.epoch += 1
             done = self.epoch == self.settings.epochs
             if self.folder is not None and (done or self.epoch % self.save_every == 0):
-                self._save()
+                checkpoint.save(self, self.folder)
             if self.report is not None and self.ranks.rank == 0:
                 self.report(self._progress(losses, weighted, time.perf_counter() - began))
         return self.router()
 
+    def resume(self) -> None:
+        """The training goes on from its folder's last checkpoint, if there is one."""
+        if self.folder is not None:
+            checkpoint.resume(self, self.folder)
+
     def router(self) -> Router:
         """The router as it is now."""
-        table = torch.stack([row.detach() for row in self.rows]).cpu().numpy()
-        logits = {
+        table = torch.stack([logits.detach() for logits in self.logits]).cpu().numpy()
+        found = {
             kind.name: np.full((len(table), kind.count, len(kind.components)), np.inf, np.float32)
             for kind in self.trainee.spec.kinds
         }
         for k, (kind, block, component) in enumerate(self.trainee.spec.components()):
-            logits[kind.name][:, block, kind.components.index(component)] = table[:, k]
+            found[kind.name][:, block, kind.components.index(component)] = table[:, k]
         origin = {"training": asdict(self.settings), "epochs": self.epoch}
         components = {kind.name: kind.components for kind in self.trainee.spec.kinds}
         return Router(
-            logits,
+            found,
             components,
             self.trainee.spec.family,
             self.conditions,
@@ -204,11 +199,11 @@ class HarmoniCa:
             form = self.settings.lambda_form
             if form is not None and self.epoch % self.settings.lambda_every == 0:
                 with torch.no_grad():
-                    rows = [torch.sigmoid(row) for row in self.rows]
+                    ratios = [torch.sigmoid(logits) for logits in self.logits]
                 self.weights = proxy.estimate(
                     form,
                     self.trainee,
-                    rows,
+                    ratios,
                     arguments,
                     self.settings.tau,
                     self.settings.keep,
@@ -229,21 +224,21 @@ class HarmoniCa:
     def spared(self) -> float:
         """Share of the components' arithmetic that 1 - r leaves out, the first step included."""
         with torch.no_grad():
-            kept = torch.stack([torch.sigmoid(row) @ self._prices for row in self.rows[1:]])
-        return 1 - (1 + float(kept.sum()) / float(self._prices.sum())) / len(self.rows)
+            kept = torch.stack([torch.sigmoid(logits) @ self._prices for logits in self.logits[1:]])
+        return 1 - (1 + float(kept.sum()) / float(self._prices.sum())) / len(self.logits)
 
     def update(self, step: int, loss: Tensor, ratios: Tensor) -> float:
         """Move the logits of one step down the gradient of its loss; what was minimised."""
         minimised = self.weight(step) * loss + self.beta * (self._prices * ratios).sum()
         self.optimizer.zero_grad(set_to_none=True)
         minimised.backward()
-        row = self.rows[step]
-        row.grad = self.ranks.mean(row.grad, self._device)
+        logits = self.logits[step]
+        logits.grad = self.ranks.mean(logits.grad, self._device)
         if self.settings.whole_steps:
-            row.grad.fill_(row.grad.sum())  # of the one logit that all entries hold
+            logits.grad.fill_(logits.grad.sum())  # of the one logit that all entries hold
         self.optimizer.step()
         with torch.no_grad():
-            row.clamp_(-LIMIT, LIMIT)
+            logits.clamp_(-LIMIT, LIMIT)
         return float(minimised.detach())
 
     # ---- what to draw
@@ -256,17 +251,8 @@ class HarmoniCa:
         prompts = self.ranks.share([self.prompts[i] for i in chosen])
         seeds = self.ranks.share(seeds)
 
-        def arguments() -> dict[str, Any]:
-            # One generator for each image: what it is made of depends on its own seed alone.
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            return {
-                **_joined(prompts),
-                "num_inference_steps": self.settings.steps,
-                "generator": generators,
-                **self.arguments,
-            }
-
-        return arguments
+        steps = self.settings.steps
+        return lambda: arguments_of(prompts, steps, seeds) | self.arguments
 
     # ---- state
 
@@ -274,28 +260,27 @@ class HarmoniCa:
         """Before the first epoch: look at a run, then draw the logits."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         with self.trainee:
-            generators = [torch.Generator().manual_seed(0)]
-            call = {**_joined(self.prompts[:1]), "num_inference_steps": self.settings.steps}
-            found, text = self.trainee.look({**call, "generator": generators, **self.arguments})
+            call = arguments_of(self.prompts[:1], self.settings.steps, [0])
+            found, text = self.trainee.look(call | self.arguments)
         if found.guidance is None and "guidance_scale" in self.arguments:
             found = replace(found, guidance=float(self.arguments["guidance_scale"]))
         self.conditions = found
         self._device = next(self.trainee.transformer.parameters()).device
         cost = Cost.of(self.trainee.transformer, found.image_tokens, text)
         self._macs = cost.component_macs()
-        steps, cells = len(found.timesteps), len(self.trainee.cells)
-        drawn = torch.randn(steps, cells, generator=generator)
+        steps, count = len(found.timesteps), len(self.trainee.places)
+        drawn = torch.randn(steps, count, generator=generator)
         if self.settings.whole_steps:
-            drawn = drawn[:, :1].expand(-1, cells).clone()
+            drawn = drawn[:, :1].expand(-1, count).clone()
         first = self.settings.spread * drawn
         first = first.clamp(-LIMIT, LIMIT)
         fixed = slice(0, None, 2) if self.settings.pairs else slice(0, 1)
         first[fixed] = LIMIT
-        self.rows = [torch.nn.Parameter(row.to(self._device)) for row in first]
-        for row in self.rows[fixed]:
-            row.requires_grad_(False)
+        self.logits = [torch.nn.Parameter(own.to(self._device)) for own in first]
+        for logits in self.logits[fixed]:
+            logits.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
-            [row for row in self.rows if row.requires_grad],
+            [logits for logits in self.logits if logits.requires_grad],
             lr=self.settings.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
@@ -303,107 +288,17 @@ class HarmoniCa:
         )
         self.weights = torch.ones(steps)
         self.beta = self.settings.beta
-        self._prices = torch.ones(cells, device=self._device)
+        self._prices = torch.ones(count, device=self._device)
         if self.settings.target is not None:
             macs = torch.tensor([float(cell[2]) for cell in cost.cells], device=self._device)
             self._prices = macs / macs.mean()
         self.epoch = 0
 
-    def _save(self) -> None:
-        """One safetensors file with JSON facts in its header, replaced only when it is complete."""
-        if self.ranks.rank == 0:
-            from safetensors.torch import save
-
-            plain = {name: t.cpu().contiguous().clone() for name, t in self._tensors().items()}
-            files.make_folder(self.folder, "folder")
-            new = self.folder / f"{STATE}.new"
-            # Not `save_file`, whose files nobody but their owner may read.
-            new.write_bytes(save(plain, {"fastdit": self._facts()}))
-            os.replace(new, self.folder / STATE)
-        self.ranks.wait()
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {"weights": self.weights, "generator": self.generator.get_state()}
-        tensors["beta"] = torch.tensor(self.beta, dtype=torch.float64)
-        for step, row in enumerate(self.rows):
-            tensors[f"logits.{step}"] = row.detach()
-            for name, value in self.optimizer.state.get(row, {}).items():
-                tensors[f"optimizer.{name}.{step}"] = value
-        return tensors
-
-    def _facts(self) -> str:
-        facts = {"epoch": self.epoch, "settings": asdict(self.settings)}
-        facts["conditions"] = self.conditions.facts
-        return json.dumps(facts, sort_keys=True)
-
-    def resume(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        if self.folder is None or not (path := self.folder / STATE).exists():
-            return
-        try:
-            files.check_regular(path, MAX_FILE_BYTES)
-            with safe_open(str(path), framework="pt") as file:
-                facts = files.parse((file.metadata() or {}).get("fastdit", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            expect(facts, "its metadata", {"epoch": int, "settings": dict, "conditions": dict})
-            self._check_same(facts)
-            self._take(facts["epoch"], tensors)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ArgumentError(
-                f"folder {str(self.folder)!r} holds no {STATE} to go on from: {error}"
-            ) from error
-
-    def _check_same(self, facts: dict[str, Any]) -> None:
-        now = json.loads(self._facts())
-        # More epochs than last time are a longer training, not another one.
-        for found in (facts, now):
-            found["settings"].pop("epochs", None)
-        if different := [
-            name
-            for part in ("settings", "conditions")
-            for name in now[part]
-            if now[part][name] != facts[part].get(name)
-        ]:
-            raise ArgumentError(
-                f"it is of a training with other {', '.join(different)}: give these again, or another folder"
-            )
-
-    def _take(self, epoch: int, tensors: dict[str, Tensor]) -> None:
-        """Go on from what a file says, once all of it is seen to be what a training leaves."""
-        wanted = {name: tensor.cpu() for name, tensor in self._tensors().items()}
-        for step, row in enumerate(self.rows):
-            if row.requires_grad:
-                moments = {"step": torch.zeros(()), "exp_avg": row, "exp_avg_sq": row}
-                wanted |= {f"optimizer.{key}.{step}": like for key, like in moments.items()}
-        if epoch < 1:
-            raise ValueError(f"its epoch must be at least 1, got {epoch}")
-        if wrong := sorted(set(tensors) ^ set(wanted)):
-            raise ValueError(f"it must have exactly the tensors of a training, not so are {wrong}")
-        for name, like in wanted.items():
-            found = tensors[name]
-            if found.shape != like.shape or found.dtype != like.dtype or not found.isfinite().all():
-                raise ValueError(
-                    f"{name} must be finite, {like.dtype} of shape {tuple(like.shape)}, "
-                    f"got {found.dtype} of shape {tuple(found.shape)}"
-                )
-        self.generator.set_state(tensors["generator"])
-        self.epoch, self.weights = epoch, tensors["weights"]
-        self.beta = float(tensors["beta"])
-        with torch.no_grad():
-            for step, row in enumerate(self.rows):
-                row.copy_(tensors[f"logits.{step}"])
-        for name in wanted:
-            if name.startswith("optimizer."):
-                _, key, step = name.split(".")
-                place = "cpu" if key == "step" else self._device
-                self.optimizer.state[self.rows[int(step)]][key] = tensors[name].to(place)
-
     def _progress(self, losses: Tensor, weighted: Tensor, seconds: float) -> Progress:
         router = self.router()
         bits = {kind: layer.bits for kind, layer in router.schedule().layers.items()}
-        trained = [step for step, row in enumerate(self.rows) if row.requires_grad]
-        total = len(self.rows) * sum(float(macs.sum()) for macs in self._macs.values())
+        trained = [step for step, logits in enumerate(self.logits) if logits.requires_grad]
+        total = len(self.logits) * sum(float(macs.sum()) for macs in self._macs.values())
         spared = sum(float(((~bits[kind]) * macs).sum()) for kind, macs in self._macs.items())
         return Progress(
             self.epoch,
@@ -414,14 +309,5 @@ class HarmoniCa:
         )
 
 
-def _joined(prompts: Sequence[Any]) -> dict[str, Any]:
-    """The pipeline's arguments for these prompts together."""
-    first = prompts[0]
-    if isinstance(first, Mapping):
-        return {
-            name: torch.cat([prompt[name] for prompt in prompts])
-            if isinstance(value, Tensor)
-            else value
-            for name, value in first.items()
-        }
-    return {"prompt" if isinstance(first, str) else "class_labels": list(prompts)}
+def _at_least_0(name: str, value: Any) -> float:
+    return real(name, value, "of at least 0", lambda x: x >= 0)

@@ -4,8 +4,8 @@ Two published forms of lambda. As *released*, a telescoping chain: starting from
 more step caches in each run, and lambda is the mean squared change of the final latents. As *published*, each step is
 compared by the squared norm between a run that caches everywhere and one that does not at this step.
 
-Both contain the error that lambda is to weigh: where a row of the router computes, lambda falls to 0 and nothing but
-the penalty moves that row, until the next estimate. A third form, not of the paper, divides it out. The *sensitivity*
+Both contain the error that lambda is to weigh: where a step of the router computes, lambda falls to 0 and nothing but
+the penalty moves that step, until the next estimate. A third form, not of the paper, divides it out. The *sensitivity*
 is the released lambda over the mean squared change of the prediction at that step; then lambda_i times the loss of step
 i is, to first order, how far caching there moves the final latents.
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastdit.blocks.forward import Forward, Slots
-from fastdit.train.student import COMPUTE, STOCK, Row, Trainee, squares
+from fastdit.train.student import COMPUTE, STOCK, Ratios, Trainee, squares
 
 FORMS = ("released", "published", "sensitivity")
 
@@ -35,7 +35,7 @@ class Sampling:
 
     Attributes:
         trainee: What runs.
-        rows: One for each step: weights [N], COMPUTE (and store), or STOCK (compute, store nothing).
+        ratios: Of each step: r [N], COMPUTE (and store), or STOCK (compute, store nothing).
         tau, keep: See :class:`~fastdit.train.HarmoniCa`.
         record: The transformer's outputs, one list for each step with one entry for each call. Steps already in it are
             not run; those that run are added.
@@ -46,7 +46,7 @@ class Sampling:
     """
 
     trainee: Trainee
-    rows: Sequence[Row]
+    ratios: Sequence[Ratios]
     tau: float
     keep: str
     record: list[list[Tensor]] = field(default_factory=list)
@@ -70,11 +70,11 @@ class Sampling:
         """From the record, or from the model."""
         if step < self._replayed:
             return self.record[step][branch].clone()  # a pipeline may write into what it gets
-        if self.rows[step] is STOCK:
+        if self.ratios[step] is STOCK:
             output = forward(None)
         else:
             held = self.slots.get(branch, {})
-            student = self.trainee.blend(self.rows[step], held, self.tau, self.keep)
+            student = self.trainee.blend(self.ratios[step], held, self.tau, self.keep)
             output = forward(student)
             self.slots[branch] = held | student.written
         if branch == 0:
@@ -90,13 +90,13 @@ class Sampling:
     def stepped(self, step: int, latents: Tensor) -> bool:
         """Over at the last step."""
         self.latents = latents
-        return step == (len(self.rows) - 1 if self.stop is None else self.stop)
+        return step == (len(self.ratios) - 1 if self.stop is None else self.stop)
 
 
 def estimate(
     form: str,
     trainee: Trainee,
-    rows: Sequence[Tensor],
+    ratios: Sequence[Tensor],
     arguments: Callable[[], Mapping[str, Any]],
     tau: float,
     keep: str,
@@ -106,29 +106,29 @@ def estimate(
 
     Args:
         form: One of FORMS.
-        rows: r of every step, [T][N].
+        ratios: r of every step, [T][N].
         arguments: Makes the pipeline's arguments anew, with generators that start over.
         mean: Takes means over this process's images to means over everybody's.
     """
     if form == "published":
-        return mean(_published(trainee, list(rows), arguments, tau, keep))
-    moved, changed = mean(_chain(trainee, list(rows), arguments, tau, keep))
+        return mean(_published(trainee, list(ratios), arguments, tau, keep))
+    moved, changed = mean(_chain(trainee, list(ratios), arguments, tau, keep))
     return torch.where(changed > 0, moved / changed, 0.0) if form == "sensitivity" else moved
 
 
 def _chain(
     trainee: Trainee,
-    rows: list[Row],
+    ratios: list[Ratios],
     arguments: Callable[[], Any],
     tau: float,
     keep: str,
 ) -> Tensor:
     """[2, T]: mean squared change of the final latents, and of what the scheduler got at the step itself."""
-    steps = len(rows)
+    steps = len(ratios)
     found = torch.zeros(2, steps)
     before = Sampling(trainee, [COMPUTE] + [STOCK] * (steps - 1), tau, keep).run(arguments())
     for step in range(1, steps):
-        chain = [COMPUTE, *rows[1 : step + 1], *[STOCK] * (steps - 1 - step)]
+        chain = [COMPUTE, *ratios[1 : step + 1], *[STOCK] * (steps - 1 - step)]
         # Up to this step the run before is the same; its slots were last written at the step before.
         run = Sampling(trainee, chain, tau, keep, before.record[:step], before.slots)
         run.run(arguments())
@@ -140,17 +140,17 @@ def _chain(
 
 
 def _published(
-    trainee: Trainee, rows: list[Row], arguments: Callable[[], Any], tau: float, keep: str
+    trainee: Trainee, ratios: list[Ratios], arguments: Callable[[], Any], tau: float, keep: str
 ) -> Tensor:
-    steps = len(rows)
-    rows = [COMPUTE, *rows[1:]]
-    base = Sampling(trainee, rows, tau, keep, stop=0).run(arguments())
+    steps = len(ratios)
+    ratios = [COMPUTE, *ratios[1:]]
+    base = Sampling(trainee, ratios, tau, keep, stop=0).run(arguments())
     masked = []
     for step in range(1, steps):
-        once = [*rows[:step], COMPUTE, *rows[step + 1 :]]
+        once = [*ratios[:step], COMPUTE, *ratios[step + 1 :]]
         fork = Sampling(trainee, once, tau, keep, base.record, base.slots).run(arguments())
         masked.append(fork.latents)
-        base = Sampling(trainee, rows, tau, keep, base.record, base.slots, stop=step)
+        base = Sampling(trainee, ratios, tau, keep, base.record, base.slots, stop=step)
         base.run(arguments())
     weights = torch.zeros(steps)
     for step, latents in enumerate(masked, start=1):

@@ -1,13 +1,8 @@
-"""What a training is told, and what it tells: its settings, the checks of them, and an epoch's progress."""
+"""What a training is told, its settings, and what it tells, an epoch's progress."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from fastdit.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -56,30 +51,3 @@ class Settings:
     keep: str
     spread: float
     seed: int
-
-
-def whole(name: str, value: Any, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    return value
-
-
-def real(name: str, value: Any) -> float:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (fits and math.isfinite(value) and value >= 0):
-        raise ArgumentError(f"{name} must be a finite number >= 0, got {value!r}")
-    return float(value)
-
-
-def share(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ArgumentError(f"{name} must be a number in (0, 1), got {value!r}")
-    return float(value)
-
-
-def one_of(name: str, value: Any, accepted: Sequence[Any]) -> Any:
-    if value not in accepted:
-        raise ArgumentError(
-            f"{name} must be one of {', '.join(map(repr, accepted))}, got {value!r}"
-        )
-    return value

@@ -24,9 +24,9 @@ from fastdit.errors import ArgumentError
 from fastdit.runtime.install import LINK, check_installable, install, uninstall
 from fastdit.schedules.conditions import Conditions
 
-#: what a step may weigh its components by: a row of weights, or one of these two
+#: what a step may weigh its components by: a ratio for each, or one of these two
 COMPUTE, STOCK = "compute", "stock"
-Row = Tensor | str
+Ratios = Tensor | str
 
 
 class Driver(Protocol):
@@ -52,18 +52,18 @@ class BlendForward(Forward):
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        cells: Mapping[tuple[int, str], int],
-        row: Row,
+        places: Mapping[tuple[int, str], int],
+        ratios: Ratios,
         slots: Slots,
         tau: float,
         keep: str,
     ) -> None:
         super().__init__(ops.bind("reference"), blocks, slots=dict(slots))
         self.written: Slots = {}
-        self._cells = cells
+        self._places = places
         self._keep = keep
-        self._weights = row.unbind() if isinstance(row, Tensor) else None
-        self._renew = (row > tau).tolist() if isinstance(row, Tensor) else None
+        self._weights = ratios.unbind() if isinstance(ratios, Tensor) else None
+        self._renew = (ratios > tau).tolist() if isinstance(ratios, Tensor) else None
 
     def computes(self, component: str) -> bool:
         """Everything runs."""
@@ -78,8 +78,8 @@ class BlendForward(Forward):
         if self._weights is None or held is None:
             out, renew = fresh, True
         else:
-            cell = self._cells[key]
-            out, renew = _blend(fresh, held, self._weights[cell]), self._renew[cell]
+            place = self._places[key]
+            out, renew = _blend(fresh, held, self._weights[place]), self._renew[place]
         if renew:
             self.written[key] = _detached(out if self._keep == "blended" else fresh)
         return out
@@ -90,7 +90,7 @@ class Trainee:
 
     Attributes:
         pipeline, transformer, adapter, spec, blocks: What runs.
-        cells: (block over all kinds, component) -> k, in running order; N of them.
+        places: (block over all kinds, component) -> its place k among the N ratios of a step, in running order.
     """
 
     def __init__(self, pipeline: Any, checkpointing: bool = False) -> None:
@@ -118,7 +118,7 @@ class Trainee:
         for kind in self.spec.kinds:
             first[kind.name] = count
             count += kind.count
-        self.cells = {
+        self.places = {
             (first[kind.name] + block, component): k
             for k, (kind, block, component) in enumerate(self.spec.components())
         }
@@ -170,9 +170,9 @@ class Trainee:
             "before its driver said so: training needs a scheduler that every prediction goes through"
         )
 
-    def blend(self, row: Row, slots: Slots, tau: float, keep: str) -> BlendForward:
-        """A student's call; `row` [N] are its weights, COMPUTE stands for all ones."""
-        return BlendForward(self.blocks, self.cells, row, slots, tau, keep)
+    def blend(self, ratios: Ratios, slots: Slots, tau: float, keep: str) -> BlendForward:
+        """A student's call; `ratios` [N] say how much of each output is fresh, COMPUTE stands for all ones."""
+        return BlendForward(self.blocks, self.places, ratios, slots, tau, keep)
 
     def look(self, arguments: Mapping[str, Any]) -> tuple[Conditions, int]:
         """What a run is like and its number of text tokens, learned from a run's first transformer call."""

@@ -24,7 +24,7 @@ class Trajectory:
         self._training = training
         self._slots: dict[int, Slots] = {}
         self._ratios: Tensor | None = None
-        steps = len(training.rows)
+        steps = len(training.logits)
         self.losses = [0.0] * steps
         self.weighted = [0.0] * steps
 
@@ -32,14 +32,14 @@ class Trajectory:
         """Teacher and student; where nothing is trained the model alone, which fills the slots."""
         training = self._training
         settings, held = training.settings, self._slots.get(branch, {})
-        if not training.rows[step].requires_grad:
+        if not training.logits[step].requires_grad:
             student = training.trainee.blend(COMPUTE, held, settings.tau, settings.keep)
             output = forward(student)
         else:
             teacher = forward(None)
             with torch.enable_grad():
                 if self._ratios is None:
-                    self._ratios = torch.sigmoid(training.rows[step])
+                    self._ratios = torch.sigmoid(training.logits[step])
                 student = training.trainee.blend(self._ratios, held, settings.tau, settings.keep)
                 output = Pair.of(forward(student), teacher)
         self._slots[branch] = held | student.written
@@ -47,7 +47,7 @@ class Trajectory:
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
         """Train on what the pipeline made of the outputs; the student's goes on, or in pairs the teacher's."""
-        if not self._training.rows[step].requires_grad:
+        if not self._training.logits[step].requires_grad:
             return prediction
         if not isinstance(prediction, Pair):
             raise ArgumentError(
@@ -62,5 +62,5 @@ class Trajectory:
         return teacher if self._training.settings.pairs else student.detach()
 
     def stepped(self, step: int, latents: Tensor) -> bool:
-        """Over after the last row."""
-        return step == len(self._training.rows) - 1
+        """Over after the last step."""
+        return step == len(self._training.logits) - 1
