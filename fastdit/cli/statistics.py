@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdit.schedules.actions import COMPUTE
+from fastdit.schedules.layer import Layer
 from fastdit.schedules.plan import lower
-from fastdit.schedules.schedule import Layer, Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
 
 

@@ -14,8 +14,9 @@ from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, NoiseLevels, check_noise
 from fastdit.methods.ecad import PRESETS
 from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.layer import check_order
 from fastdit.schedules.router import TAU, Router, check_tau
-from fastdit.schedules.schedule import Schedule, check_order
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 PRESET = "router.safetensors"

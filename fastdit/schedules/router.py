@@ -22,7 +22,8 @@ from fastdit import files
 from fastdit.checks import real
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.schedule import DEFAULT_KIND, Schedule, check_kinds, check_names, check_steps
+from fastdit.schedules.layer import check_kinds, check_names, check_steps
+from fastdit.schedules.schedule import DEFAULT_KIND, Schedule
 from fastdit.schedules.schedule_file import MAX_BITS, MAX_FILE_BYTES, dumps, expect
 from fastdit.spec import ModelSpec
 

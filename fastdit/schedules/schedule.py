@@ -27,27 +27,17 @@ from fastdit import files
 from fastdit.checks import is_whole
 from fastdit.errors import ScheduleError
 from fastdit.schedules import ecad_file, schedule_file
-from fastdit.schedules.forecast import MAX_ORDER
+from fastdit.schedules.layer import (
+    Layer,
+    check_kinds,
+    check_order,
+    check_steps,
+    make_layer,
+    ungrouped,
+)
 from fastdit.spec import BlockKind, ModelSpec
 
 DEFAULT_KIND = "transformer_blocks"
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One block kind: ``bits`` (bool) and ``orders`` (uint8) are read-only arrays [steps, blocks, components]."""
-
-    components: tuple[str, ...]
-    bits: np.ndarray
-    orders: np.ndarray
-
-    def filled(self, kind: BlockKind) -> tuple[np.ndarray, np.ndarray]:
-        """Bits and orders get all components of the model's kind; one that the layer does not name computes."""
-        shape = len(self.bits), kind.count, len(kind.components)
-        bits, orders = np.ones(shape, dtype=bool), np.zeros(shape, dtype=np.uint8)
-        places = [kind.components.index(name) for name in self.components]
-        bits[:, :, places], orders[:, :, places] = self.bits, self.orders
-        return bits, orders
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +96,7 @@ class Schedule:
             orders = dict.fromkeys(bits, 0 if orders is None else orders)
         check_kinds(bits=bits, components=components, orders=orders)
         layers = {
-            str(kind): _layer(str(kind), bits[kind], components[kind], orders[kind])
+            str(kind): make_layer(str(kind), bits[kind], components[kind], orders[kind])
             for kind in bits
         }
         check_steps("bits", {kind: len(layer.bits) for kind, layer in layers.items()})
@@ -166,7 +156,7 @@ class Schedule:
         """
         check_order(order)
         layers = {
-            kind: _layer(kind, layer.bits, layer.components, order)
+            kind: make_layer(kind, layer.bits, layer.components, order)
             for kind, layer in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers))
@@ -184,7 +174,7 @@ class Schedule:
                 f"use num_inference_steps={self.steps}, or a schedule made for {steps}"
             )
         layers = {
-            kind.name: _ungrouped(self.layers[kind.name], kind)
+            kind.name: ungrouped(self.layers[kind.name], kind)
             for kind in spec.kinds
             if set(self.layers[kind.name].components) & set(kind.groups)
         }
@@ -204,7 +194,7 @@ class Schedule:
         if not taken or min(taken) < 0 or max(taken) >= self.steps:
             raise ScheduleError(f"taken must be steps 0 to {self.steps - 1}, got {taken}")
         layers = {
-            kind: _layer(kind, layer.bits[taken], layer.components, layer.orders[taken])
+            kind: make_layer(kind, layer.bits[taken], layer.components, layer.orders[taken])
             for kind, layer in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers), taken=tuple(taken))
@@ -335,106 +325,3 @@ class Every:
 
     def check(self, spec: ModelSpec) -> None:
         """Fits every model."""
-
-
-def _ungrouped(layer: Layer, kind: BlockKind) -> Layer:
-    """The layer with every group replaced by its components."""
-    parts = [
-        (component, index)
-        for index, name in enumerate(layer.components)
-        for component in kind.groups.get(name, (name,))
-    ]
-    names, places = zip(*parts, strict=True)
-    places = list(places)
-    return _layer(kind.name, layer.bits[:, :, places], names, layer.orders[:, :, places])
-
-
-def check_order(order: Any) -> None:
-    """Refuse what is no order of a forecast.
-
-    Raises:
-        ScheduleError: Naming what was given.
-    """
-    if type(order) is not int or not 0 <= order <= MAX_ORDER:
-        raise ScheduleError(f"order must be 0, 1 or 2, got {order!r}")
-
-
-def check_kinds(**parts: Mapping[Any, Any]) -> None:
-    """Refuse mappings by block kind that have other kinds than the first of them, or none.
-
-    Raises:
-        ScheduleError: Naming the kinds of each.
-    """
-    first, *others = map(set, parts.values())
-    if not first or any(kinds != first for kinds in others):
-        said = (f"{name} has block kinds {sorted(map(str, part))}" for name, part in parts.items())
-        raise ScheduleError(f"{', '.join(said)}; they must be the same and not empty")
-
-
-def check_steps(name: str, steps: Mapping[str, int]) -> None:
-    """Refuse block kinds of unlike numbers of steps.
-
-    Raises:
-        ScheduleError: Naming them.
-    """
-    if len(set(steps.values())) > 1:
-        raise ScheduleError(
-            f"{name} must have the same number of steps for every block kind, got {steps}"
-        )
-
-
-def check_names(kind: Any, components: Any) -> tuple[str, ...]:
-    """The component names of a block kind.
-
-    Raises:
-        ScheduleError: They, or the kind, are no names: distinct strings of characters that can be printed.
-    """
-    if isinstance(components, str) or not isinstance(components, Sequence):
-        raise ScheduleError(
-            f"components of {kind!r} must be a sequence of names, got {components!r}"
-        )
-    names = tuple(components)
-    if (
-        not names
-        or not all(isinstance(name, str) and name and name.isprintable() for name in (kind, *names))
-        or len(set(names)) < len(names)
-    ):
-        raise ScheduleError(
-            f"components of {kind!r} must be distinct non-empty strings of printable characters, and so must the "
-            f"block kind, got {names!r}"
-        )
-    return names
-
-
-def _layer(kind: str, bits: Any, components: Any, orders: Any = 0) -> Layer:
-    names = check_names(kind, components)
-    try:
-        array = np.asarray(bits)
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(
-            f"bits of {kind!r} must be a regular [step][block][component] array: {error}"
-        ) from error
-    if array.dtype != bool and not (
-        np.issubdtype(array.dtype, np.integer) and array.size and np.isin(array, (0, 1)).all()
-    ):
-        raise ScheduleError(
-            f"bits of {kind!r} must be bool or 0/1, got {array.dtype} with shape {array.shape}"
-        )
-    if array.ndim != 3 or 0 in array.shape or array.shape[2] != len(names):
-        raise ScheduleError(
-            f"bits of {kind!r} must have shape [steps, blocks, {len(names)}] without empty axes, got {array.shape}"
-        )
-    array = array.astype(bool)
-    array[0] = True  # there is nothing to reuse at the first step
-    try:
-        drawn = np.broadcast_to(np.asarray(orders), array.shape)
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(
-            f"orders of {kind!r} must be shaped like its bits, {array.shape}: {error}"
-        ) from error
-    if not np.issubdtype(drawn.dtype, np.integer) or not np.isin(drawn, range(MAX_ORDER + 1)).all():
-        raise ScheduleError(f"orders of {kind!r} must be 0, 1 or 2")
-    drawn = np.where(array, 0, drawn).astype(np.uint8)  # what computes is not drawn
-    for each in (array, drawn):
-        each.setflags(write=False)
-    return Layer(names, array, drawn)
