@@ -26,7 +26,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 @dataclass(frozen=True)
 class ECAD(Cached):
-    """Run an evolved schedule.
+    """This method runs an evolved schedule.
 
     Attributes:
         source: A :class:`~fastdit.Schedule`, or the path of a schedule file, of this package's layout or of ECAD's.
@@ -51,7 +51,7 @@ class ECAD(Cached):
 
     @classmethod
     def preset(cls, model: str, name: str, **arguments: Any) -> ECAD:
-        """A schedule that ships with the package: `name` of `model`; `arguments` are the others.
+        """This runs a schedule that ships with the package, `name` of `model`; `arguments` are the others.
 
         Raises:
             ArgumentError: There is none; names those that are there.
@@ -64,7 +64,7 @@ class ECAD(Cached):
         return cls(source, **{"family": source.provenance.get("family"), **arguments})
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule bound to the model, its steps mapped to the run's noise levels where that was asked for.
+        """The schedule is bound to the model, its steps mapped to the run's noise levels where that was asked for.
 
         Raises:
             ScheduleError: The number of steps does not fit, or no scheduler tells the noise levels.
@@ -86,7 +86,7 @@ class ECAD(Cached):
 
 
 def nearest(made: list[float], wanted: list[float]) -> list[int]:
-    """For each wanted level the index of the nearest one made, the earlier of two."""
+    """Each wanted level gets the index of the nearest one made, the earlier of two."""
     distance = np.abs(np.subtract.outer(np.asarray(wanted), np.asarray(made)))
     return distance.argmin(axis=1).tolist()
 

@@ -24,7 +24,7 @@ PRESET = "router.safetensors"
 
 @dataclass(frozen=True)
 class HarmoniCa(Method):
-    """Run a router at a threshold.
+    """This method runs a router at a threshold.
 
     Attributes:
         source: A :class:`~fastdit.Router`, or the path of a router file.
@@ -60,7 +60,7 @@ class HarmoniCa(Method):
 
     @classmethod
     def preset(cls, model: str, **arguments: Any) -> HarmoniCa:
-        """The router of `model` that ships with the package; `arguments` are the others.
+        """This runs the router of `model` that ships with the package; `arguments` are the others.
 
         Raises:
             ArgumentError: There is none; names the models that have one.
@@ -73,7 +73,7 @@ class HarmoniCa(Method):
 
     @property
     def run_steps(self) -> int:
-        """The router's number of steps."""
+        """The router has this number of steps."""
         return self.source.steps
 
     def check(self, spec: ModelSpec) -> None:
@@ -82,16 +82,16 @@ class HarmoniCa(Method):
 
     @property
     def made_for(self) -> Conditions | None:
-        """The runs that the router was trained for; None where `strict` is off."""
+        """The router was trained for these runs; None where `strict` is off."""
         return self.source.conditions if self.strict else None
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule at the threshold, bound to the model and the number of steps."""
+        """The schedule at the threshold is bound to the model and the number of steps."""
         return self.source.schedule(self.tau).with_order(self.order).bind(spec, steps)
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return self.order > 0
 
     def check_sampler(self, noise: str) -> None:

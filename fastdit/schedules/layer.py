@@ -15,7 +15,7 @@ from fastdit.spec import BlockKind
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One block kind: ``bits`` (bool) and ``orders`` (uint8) are read-only arrays [steps, blocks, components]."""
+    """One block kind has ``bits`` (bool) and ``orders`` (uint8), read-only arrays [steps, blocks, components]."""
 
     components: tuple[str, ...]
     bits: np.ndarray
@@ -31,7 +31,7 @@ class Layer:
 
 
 def ungrouped(layer: Layer, kind: BlockKind) -> Layer:
-    """The layer with every group replaced by its components."""
+    """Every group of the layer gives way to its components."""
     parts = [
         (component, index)
         for index, name in enumerate(layer.components)
@@ -43,7 +43,7 @@ def ungrouped(layer: Layer, kind: BlockKind) -> Layer:
 
 
 def check_order(order: Any) -> None:
-    """Refuse what is no order of a forecast.
+    """This refuses what is no order of a forecast.
 
     Raises:
         ScheduleError: Naming what was given.
@@ -53,7 +53,7 @@ def check_order(order: Any) -> None:
 
 
 def check_kinds(**parts: Mapping[Any, Any]) -> None:
-    """Refuse mappings by block kind that have other kinds than the first of them, or none.
+    """This refuses mappings by block kind that have other kinds than the first of them, or none.
 
     Raises:
         ScheduleError: Naming the kinds of each.
@@ -65,7 +65,7 @@ def check_kinds(**parts: Mapping[Any, Any]) -> None:
 
 
 def check_steps(name: str, steps: Mapping[str, int]) -> None:
-    """Refuse block kinds of unlike numbers of steps.
+    """This refuses block kinds of unlike numbers of steps.
 
     Raises:
         ScheduleError: Naming them.
@@ -77,7 +77,7 @@ def check_steps(name: str, steps: Mapping[str, int]) -> None:
 
 
 def check_names(kind: Any, components: Any) -> tuple[str, ...]:
-    """The component names of a block kind.
+    """This gives the component names of a block kind.
 
     Raises:
         ScheduleError: They, or the kind, are no names: distinct strings of characters that can be printed.

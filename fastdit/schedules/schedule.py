@@ -72,7 +72,7 @@ class Schedule:
         provenance: Mapping[str, Any] | None = None,
         orders: Any = 0,
     ) -> Schedule:
-        """Make a schedule from ``bits[step][block][component]``, True = compute.
+        """This makes a schedule from ``bits[step][block][component]``, where True computes.
 
         Args:
             bits: Nested lists, an array or a tensor of bool or 0/1; for a model with several block kinds (FLUX) a
@@ -104,7 +104,7 @@ class Schedule:
 
     @staticmethod
     def every(n: int, order: int = 0) -> Every:
-        """The FORA-style schedule: every component computes at steps 0, n, 2n, ... and is reused between.
+        """In this schedule, FORA's, every component computes at steps 0, n, 2n, ... and is reused between.
 
         It is bound to the model and to the number of steps when a run starts, so it fits any.
         """
@@ -114,23 +114,23 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
+        """It has so many steps."""
         return next(iter(self.layers.values())).bits.shape[0]
 
     @property
     def reuse_share(self) -> float:
-        """Share of all (step, block, component) cells that are reused."""
+        """This share of all (step, block, component) cells is reused."""
         cells = sum(layer.bits.size for layer in self.layers.values())
         return sum(int((~layer.bits).sum()) for layer in self.layers.values()) / cells
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return any(layer.orders.any() for layer in self.layers.values())
 
     @property
     def sha256(self) -> str:
-        """Hash of the content (not of the provenance), equal for equal schedules."""
+        """This hash is over the content, not the provenance, and equal for equal schedules."""
         return hashlib.sha256(schedule_file.canonical(schedule_file.content(self))).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -162,7 +162,7 @@ class Schedule:
         return replace(self, layers=MappingProxyType(layers))
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """Check that the schedule fits the model and the number of steps, and return it in the model's components.
+        """This checks that the schedule fits the model and the number of steps, and gives it in the model's components.
 
         Raises:
             ScheduleError: Naming what differs.
@@ -183,7 +183,7 @@ class Schedule:
         return replace(self, layers=MappingProxyType({**self.layers, **layers}))
 
     def resampled(self, taken: Sequence[int]) -> Schedule:
-        """The schedule whose step i is this one's step ``taken[i]``.
+        """Step i of the new schedule is this one's step ``taken[i]``.
 
         Step 0 computes everything, as everywhere.
 
@@ -200,7 +200,7 @@ class Schedule:
         return replace(self, layers=MappingProxyType(layers), taken=tuple(taken))
 
     def check(self, spec: ModelSpec) -> None:
-        """Check block kinds, block counts and component names against a model; see :meth:`bind`."""
+        """This checks block kinds, block counts and component names against a model; see :meth:`bind`."""
         expected = {kind.name: kind for kind in spec.kinds}
         if set(self.layers) != set(expected):
             raise ScheduleError(
@@ -227,13 +227,13 @@ class Schedule:
     # ---- file
 
     def to_json(self) -> str:
-        """The schedule as JSON text; see the module's description."""
+        """This writes the schedule as JSON text, see `schedule_file.py`."""
         content = schedule_file.content(self)
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
         return schedule_file.dumps(document) + "\n"
 
     def to_ecad_json(self) -> str:
-        """The schedule in the layout of ECAD's released files.
+        """This writes the schedule in the layout of ECAD's released files.
 
         Raises:
             ScheduleError: The layout has no place for a block kind of this schedule.
@@ -241,7 +241,7 @@ class Schedule:
         return schedule_file.dumps(ecad_file.document(self)) + "\n"
 
     def save(self, path: str | os.PathLike[str], layout: str = "fastdit") -> None:
-        """Write to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
+        """This writes to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
 
         Raises:
             ScheduleError: `layout` is neither, or has no place for a block kind.
@@ -253,7 +253,7 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a schedule file, of this package's layout or of ECAD's.
+        """This reads a schedule file, of this package's layout or of ECAD's.
 
         Raises:
             ScheduleError: The file cannot be read, or is not a valid schedule; names the file and what is wrong.
@@ -269,7 +269,10 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Parse JSON text of :meth:`to_json` or of ECAD's layout. Raises ScheduleError on anything else."""
+        """This reads JSON text of :meth:`to_json` or of ECAD's layout.
+
+        Raises:
+            ScheduleError: It is anything else."""
         if not isinstance(text, str):
             raise ScheduleError(f"text must be a str, got {type(text).__name__}")
         try:
@@ -288,7 +291,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Every:
-    """`Schedule.every(n)`: not yet bound to a model or to a number of steps.
+    """`Schedule.every(n)` gives this; it is not yet bound to a model or to a number of steps.
 
     Attributes:
         n: Compute at every n-th step, n >= 1; n = 1 computes always.
@@ -305,7 +308,7 @@ class Every:
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return self.order > 0
 
     def with_order(self, order: int) -> Every:
@@ -313,7 +316,7 @@ class Every:
         return replace(self, order=order)
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """The schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
+        """This is the schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
         computes = np.arange(steps)[:, None, None] % self.n == 0
         kinds = spec.kinds or (BlockKind(DEFAULT_KIND, 1, ("output",)),)
         bits = {
@@ -324,4 +327,4 @@ class Every:
         return Schedule.from_bits(bits, components, {"every": self.n}, self.order)
 
     def check(self, spec: ModelSpec) -> None:
-        """Fits every model."""
+        """It fits every model."""

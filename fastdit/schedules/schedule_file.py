@@ -66,7 +66,7 @@ def canonical(content: Mapping[str, Any]) -> bytes:
 
 
 def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Refuse what is no object with exactly these fields of these types.
+    """This refuses what is no object with exactly these fields of these types.
 
     Raises:
         ScheduleError: Naming the place and the field.
