@@ -96,11 +96,7 @@ class MethodRun:
 
 
 def check_mode(method: Any) -> None:
-    """This refuses a `mode` other than "corrected" or "parity"; "fixed", the old word for the first, is warned of.
-
-    Raises:
-        ArgumentError: Naming what was given.
-    """
+    """A `mode` is "corrected", once called "fixed", which is warned of, or "parity"; another is an ArgumentError."""
     if method.mode == "fixed":
         warnings.warn('mode="fixed" is called "corrected" now', DeprecationWarning, stacklevel=4)
         object.__setattr__(method, "mode", "corrected")
@@ -109,11 +105,7 @@ def check_mode(method: Any) -> None:
 
 
 def check_noise(method: Method, noise: str) -> None:
-    """This refuses forecasts, and warns of repeats, under a sampler that draws noise; "" is one that draws none.
-
-    Raises:
-        ArgumentError: Naming what draws the noise.
-    """
+    """Under a sampler that draws noise forecasts are an ArgumentError, and repeats are warned of; "" draws none."""
     if not noise:
         return
     if method.forecasts:

@@ -56,11 +56,7 @@ class ECAD(Cached):
         Raises:
             ArgumentError: There is none; names those that are there.
         """
-        files = {(path.parent.name, path.stem): path for path in PRESETS.glob("*/*.json")}
-        if (model, name) not in files:
-            known = ", ".join(f"{m}/{n}" for m, n in sorted(files)) or "none"
-            raise ArgumentError(f"no preset {name!r} of {model!r}; there are: {known}")
-        source = Schedule.load(files[model, name])
+        source = Schedule.load(shipped(model, name, ".json"))
         return cls(source, **{"family": source.provenance.get("family"), **arguments})
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
@@ -83,6 +79,15 @@ class ECAD(Cached):
             stacklevel=2,
         )
         return source.resampled(taken).bind(spec, steps)
+
+
+def shipped(model: str, name: str, suffix: str) -> Path:
+    """The package has this file for a model; ArgumentError says what there is instead."""
+    files = {(path.parent.name, path.stem): path for path in PRESETS.glob(f"*/*{suffix}")}
+    if (model, name) not in files:
+        known = ", ".join(f"{m}/{n}" for m, n in sorted(files)) or "none"
+        raise ArgumentError(f"no preset {name!r} of {model!r}; there are: {known}")
+    return files[model, name]
 
 
 def nearest(made: list[float], wanted: list[float]) -> list[int]:

@@ -10,16 +10,14 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.errors import ScheduleError
 from fastdit.methods.base import Method, NoiseLevels, check_noise
-from fastdit.methods.ecad import PRESETS
+from fastdit.methods.ecad import shipped
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.layer import check_order
 from fastdit.schedules.router import TAU, Router, check_tau
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
-
-PRESET = "router.safetensors"
 
 
 @dataclass(frozen=True)
@@ -65,11 +63,7 @@ class HarmoniCa(Method):
         Raises:
             ArgumentError: There is none; names the models that have one.
         """
-        files = {path.parent.name: path for path in PRESETS.glob(f"*/{PRESET}")}
-        if model not in files:
-            known = ", ".join(sorted(files)) or "none"
-            raise ArgumentError(f"no router of {model!r}; there are: {known}")
-        return cls(files[model], **arguments)
+        return cls(shipped(model, "router", ".safetensors"), **arguments)
 
     @property
     def run_steps(self) -> int:

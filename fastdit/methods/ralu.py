@@ -165,11 +165,7 @@ class RALU(Method):
         return [sigma for stage in self.stages() for sigma in stage.sigmas[:-1]]
 
     def check_steps(self, steps: int) -> None:
-        """This refuses a run of another number of steps.
-
-        Raises:
-            ScheduleError: Naming both.
-        """
+        """A run of another number of steps is a ScheduleError that names both."""
         if steps != self.run_steps:
             raise ScheduleError(
                 f"RALU has stages of {', '.join(map(str, self.steps))} steps, {self.run_steps} together, but the run "

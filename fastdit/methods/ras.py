@@ -235,11 +235,7 @@ class RAS(Method):
         return ChangeRun(self, run) if self.metric == "change" else RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
-        """This refuses a run that `start` or explicit resets do not fit.
-
-        Raises:
-            ScheduleError: Naming the argument, its value and the number of steps.
-        """
+        """A run that `start` or explicit resets do not fit is a ScheduleError that says which."""
         if self.ratio < 1 and self.start >= steps:
             raise ScheduleError(
                 f"RAS start={self.start} leaves no sparse step in a run of {steps} steps; accepted is 1 to {steps - 1}"

@@ -43,21 +43,13 @@ def ungrouped(layer: Layer, kind: BlockKind) -> Layer:
 
 
 def check_order(order: Any) -> None:
-    """This refuses what is no order of a forecast.
-
-    Raises:
-        ScheduleError: Naming what was given.
-    """
+    """This raises ScheduleError for what is no order of a forecast."""
     if type(order) is not int or not 0 <= order <= MAX_ORDER:
         raise ScheduleError(f"order must be 0, 1 or 2, got {order!r}")
 
 
 def check_kinds(**parts: Mapping[Any, Any]) -> None:
-    """This refuses mappings by block kind that have other kinds than the first of them, or none.
-
-    Raises:
-        ScheduleError: Naming the kinds of each.
-    """
+    """This raises ScheduleError for mappings by block kind that have none, or not the same ones."""
     first, *others = map(set, parts.values())
     if not first or any(kinds != first for kinds in others):
         said = (f"{name} has block kinds {sorted(map(str, part))}" for name, part in parts.items())
@@ -65,11 +57,7 @@ def check_kinds(**parts: Mapping[Any, Any]) -> None:
 
 
 def check_steps(name: str, steps: Mapping[str, int]) -> None:
-    """This refuses block kinds of unlike numbers of steps.
-
-    Raises:
-        ScheduleError: Naming them.
-    """
+    """This raises ScheduleError for block kinds of unlike numbers of steps."""
     if len(set(steps.values())) > 1:
         raise ScheduleError(
             f"{name} must have the same number of steps for every block kind, got {steps}"
@@ -77,11 +65,7 @@ def check_steps(name: str, steps: Mapping[str, int]) -> None:
 
 
 def check_names(kind: Any, components: Any) -> tuple[str, ...]:
-    """This gives the component names of a block kind.
-
-    Raises:
-        ScheduleError: They, or the kind, are no names: distinct strings of characters that can be printed.
-    """
+    """Component names are distinct strings that can be printed, as the kind's name is; others are a ScheduleError."""
     if isinstance(components, str) or not isinstance(components, Sequence):
         raise ScheduleError(
             f"components of {kind!r} must be a sequence of names, got {components!r}"

@@ -322,11 +322,7 @@ class Router:
 
 
 def check_tau(tau: Any) -> float:
-    """A threshold in [0, 1) passes, as a float.
-
-    Raises:
-        ArgumentError: It is not a number in [0, 1).
-    """
+    """A threshold passes as a float; ArgumentError says that it is no number in [0, 1)."""
     return real("tau", tau, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
