@@ -80,11 +80,13 @@ def arms() -> Iterator[tuple[str, Arm]]:
         yield f"unipc {2 * count}, every 2, V of order 2", Arm("unipc", 2 * count, every(2, 2))
         yield f"unipc {2 * count}, halves, order 1", Arm("unipc", 2 * count, halves)
         yield f"unipc {4 * count}, every 4, V", Arm("unipc", 4 * count, every(4, 1))
-    for ratio in (0.5, 0.25):
-        yield (
-            f"RAS {ratio}",
-            Arm("stock", 28, lambda pipe, steps, r=ratio: fastdit.RAS(ratio=r, align=8)),
-        )
+    for metric in ("std", "change"):
+        for ratio in (0.5, 0.25):
+            given = {"ratio": ratio, "metric": metric, "align": 8}
+            yield (
+                f"RAS {ratio} {metric}",
+                Arm("stock", 28, lambda pipe, steps, g=given: fastdit.RAS(**g)),
+            )
     for speed in ("2x", "3x"):
         preset = fastdit.RALU.preset(f"sd3-{speed}")
         yield f"RALU {speed}", Arm("stock", preset.run_steps, lambda pipe, steps, p=preset: p)

@@ -144,7 +144,8 @@ def study(pipe: Any, kind: str, count: int) -> dict[str, Any]:
         for other in others:
             found = {}
             for space in ("latent", "pixel"):
-                found[space] = paired.ratio(off[change][space], off[other][space])
+                ratio_of = paired.ratio(off[change][space], off[other][space])
+                found[space] = [ratio_of[end] for end in ("value", "low", "high")]
             ratios[f"{change} / {other}"] = found
             print(kind, f"{change} / {other}", json.dumps(found), flush=True)
     return {"arms": rows, "ratios": ratios}

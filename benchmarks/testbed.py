@@ -194,11 +194,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
             "V": "V",
             "repeated": "repeated",
             "halves": "halves",
-            "RAS": "RAS",
+            "RAS, std": "std",
+            "RAS, change": "change",
             "ECAD": "ECAD",
             "RALU": "RALU",
         }
-        for marker, (label, key) in zip("osd^vx", groups.items(), strict=True):
+        for marker, (label, key) in zip("osd^*vx", groups.items(), strict=True):
             some = [r for r in rows if "ratios" in r and key in r["arm"]]
             if label != "RALU":  # other pictures, which a distance cannot judge
                 axis.plot(
@@ -209,6 +210,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
                     label=label,
                 )
         axis.set(xscale="log", yscale="log", xlabel="evaluations of the model")
+        axis.set_xticks([3, 5, 7, 10, 14, 20], ["3", "5", "7", "10", "14", "20"], minor=False)
+        axis.minorticks_off()
         axis.set_title(f"{study['captions']} captions, guidance {study['guidance']:g}", fontsize=10)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("median distance to the solution")

@@ -129,7 +129,8 @@ template <class T, bool kWeighted>
 void all_rows(const GatedResidual& p) {
   const int64_t count = p.shape.batch * p.shape.tokens;
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1)
-  for (int64_t r = 0; r < count; ++r) one_row<T, kWeighted>(p, r / p.shape.tokens, r % p.shape.tokens);
+  for (int64_t r = 0; r < count; ++r)
+    one_row<T, kWeighted>(p, r / p.shape.tokens, r % p.shape.tokens);
 }
 
 }  // namespace

@@ -88,14 +88,15 @@ void launch(const GatedResidual& p, void* stream) {
   if (all_aligned<T>(p)) {
     FD_LAUNCH((gated_residual_kernel<T, kBranches, true, kWeighted>), grid, block, stream, p, rows);
   } else {
-    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p, rows);
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p,
+              rows);
   }
 }
 
-// A single branch takes few registers, so more rows are in flight. Weights are of several.
+// A single branch takes few registers, so more rows are in flight. Weights take some themselves.
 template <class T>
 void launch(const GatedResidual& p, void* stream) {
-  if (p.weights) return launch<T, kGroup, true>(p, stream);
+  if (p.weights) return launch<T, kGroup / 2, true>(p, stream);
   p.count == 1 ? launch<T, 1, false>(p, stream) : launch<T, kGroup, false>(p, stream);
 }
 

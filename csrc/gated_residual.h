@@ -25,11 +25,11 @@ struct GatedResidual {
   Operand branches[kMaxBranches];  // [B, K, D], or [B, N, D] read at rows
   Operand gates[kMaxBranches];     // broadcast to [B, K, D]; null: ungated
   Weights weights;
-  Operand cache;                   // [B, N, D] written at rows; null: none
-  Rows rows;                       // applies to the cache and to all branches but the fresh one
-  Shape shape;                     // B, K, D
-  int count = 0;                   // of branches, 1 to kMaxBranches
-  int fresh = -1;                  // the branch computed in this step; -1: none
+  Operand cache;   // [B, N, D] written at rows; null: none
+  Rows rows;       // applies to the cache and to all branches but the fresh one
+  Shape shape;     // B, K, D
+  int count = 0;   // of branches, 1 to kMaxBranches
+  int fresh = -1;  // the branch computed in this step; -1: none
   Dtype dtype = Dtype::kFloat32;
   int threads = 1;  // on the CPU
 };

@@ -29,13 +29,15 @@ class Toy(Backend):
             return f"it has gated_residual, not {op}"
         return None if dtype is torch.float32 else f"it has float32, not {dtype}"
 
-    def gated_residual(self, x, branches, gates, fresh, cache, rows, out):
+    def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
         if cache is not None:
             scatter_rows(cache, rows, branches[fresh])
         total = x.double()
         for i, (branch, gate) in enumerate(zip(branches, gates)):
             if rows is not None and i != fresh:
                 branch = gather_rows(branch, rows)
+            if weights is not None:
+                branch = branch.double() * (weights[i] if weights.ndim == 1 else weights[i][..., None])
             total = total + branch.double() * (1.0 if gate is None else per_token(gate).double())
         out.copy_(total)
 

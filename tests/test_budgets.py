@@ -68,8 +68,9 @@ def test_only_the_row_index_is_read_in_small_pieces():
     for kernel, allowed in budget("triton").items():
         # These read words one by one: they are few, and a view has any strides. So does what adds
         # parts up: of attention two words for each of its rows, of a gradient one for each block.
+        # And of weights one for each branch.
         few = ("token_change", "token_select", "patchify", "resolution_transition")
-        adds = any(name in kernel for name in ("added_parts", "sum_kernel"))
+        adds = any(name in kernel for name in ("added_parts", "sum_kernel", "weights"))
         if not kernel.startswith(few) and not adds:
             assert allowed["narrow"] <= 2, kernel
     for kernel, allowed in budget("cuda").items():

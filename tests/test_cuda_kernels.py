@@ -96,6 +96,9 @@ def test_more_tokens_than_are_numbered(run):
     options = (1, 0, 0.1, False, 0, table, table, 0)
     with pytest.raises(ValueError, match="2147483648 tokens; accepted is fewer"):
         run.backend.module.token_select(0, field, table, None, *options, 0, 0)
+    noted = (table, table, x.data_ptr(), None, table)
+    with pytest.raises(ValueError, match="2147483648 tokens; accepted is fewer"):
+        run.backend.module.token_change(0, field, field, *noted, 0, 0)
 
 
 # --- the backend's words, which need no GPU

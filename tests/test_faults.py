@@ -32,130 +32,159 @@ class Faulty(Reference):
 # --- gated_residual: each is called with the backend's own arguments
 
 
-def next_row(x, branches, gates, fresh, cache, rows, out):
+def next_row(x, branches, gates, fresh, cache, rows, out, weights=None):
     moved = [
         b if rows is None or i == fresh else b.roll(-1, dims=1) for i, b in enumerate(branches)
     ]
-    CORRECT.gated_residual(x, moved, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, moved, gates, fresh, cache, rows, out, weights)
 
 
-def wrong_batch_gate(x, branches, gates, fresh, cache, rows, out):
+def wrong_batch_gate(x, branches, gates, fresh, cache, rows, out, weights=None):
     gates = [g if g is None or g.dim() == 1 else g.roll(1, dims=0) for g in gates]
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
 
 
-def first_token_gate(x, branches, gates, fresh, cache, rows, out):
+def first_token_gate(x, branches, gates, fresh, cache, rows, out, weights=None):
     gates = [g[:, :1] if g is not None and g.dim() == 3 else g for g in gates]
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
 
 
-def ungated(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, [None] * len(gates), fresh, cache, rows, out)
+def ungated(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, [None] * len(gates), fresh, cache, rows, out, weights)
 
 
-def sixteen_branches_at_most(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches[:16], gates[:16], fresh, cache, rows, out)
+def sixteen_branches_at_most(x, branches, gates, fresh, cache, rows, out, weights=None):
+    weights = None if weights is None else weights[:16]
+    CORRECT.gated_residual(x, branches[:16], gates[:16], fresh, cache, rows, out, weights)
 
 
-def contiguous_branches_assumed(x, branches, gates, fresh, cache, rows, out):
+def contiguous_branches_assumed(x, branches, gates, fresh, cache, rows, out, weights=None):
     dense = [b.as_strided(b.shape, (b.shape[1] * b.shape[2], b.shape[2], 1)) for b in branches]
-    CORRECT.gated_residual(x, dense, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, dense, gates, fresh, cache, rows, out, weights)
 
 
-def fresh_read_at_rows(x, branches, gates, fresh, cache, rows, out):
+def fresh_read_at_rows(x, branches, gates, fresh, cache, rows, out, weights=None):
     if fresh >= 0 and rows is not None:
         clamped = rows.clamp(max=branches[fresh].shape[1] - 1)
         branches = [gather_rows(b, clamped) if i == fresh else b for i, b in enumerate(branches)]
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
 
 
-def cache_unwritten(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, None, rows, out)
+def cache_unwritten(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, None, rows, out, weights)
 
 
-def cache_at_next_row(x, branches, gates, fresh, cache, rows, out):
+def cache_at_next_row(x, branches, gates, fresh, cache, rows, out, weights=None):
     if cache is not None:
         index = torch.arange(x.shape[1]).expand(x.shape[:2]) if rows is None else rows
         scatter_rows(cache, (index + 1) % cache.shape[1], branches[fresh])
-    CORRECT.gated_residual(x, branches, gates, fresh, None, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, None, rows, out, weights)
 
 
-def other_cache_rows_cleared(x, branches, gates, fresh, cache, rows, out):
+def other_cache_rows_cleared(x, branches, gates, fresh, cache, rows, out, weights=None):
     if cache is not None:
         cache.zero_()
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
 
 
-def cache_by_arithmetic(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def cache_by_arithmetic(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     if cache is not None:
         cache.add_(0.0)
 
 
-def tail_unwritten(x, branches, gates, fresh, cache, rows, out):
+def tail_unwritten(x, branches, gates, fresh, cache, rows, out, weights=None):
     before = out.clone()
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     whole = out.shape[-1] // 8 * 8
     out[..., whole:] = before[..., whole:]
 
 
-def tail_overrun(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def tail_overrun(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     end = out.storage_offset() + out.numel()
     if out.is_contiguous() and end + 1 < out.untyped_storage().nbytes() // out.element_size():
         out.as_strided((1,), (1,), end).fill_(0.0)
 
 
-def out_written_before_x_is_read(x, branches, gates, fresh, cache, rows, out):
+def out_written_before_x_is_read(x, branches, gates, fresh, cache, rows, out, weights=None):
     out.zero_()
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
 
 
-def input_overwritten(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def input_overwritten(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     branches[0].neg_()
 
 
-def coarse_sums(x, branches, gates, fresh, cache, rows, out):
+def coarse_sums(x, branches, gates, fresh, cache, rows, out, weights=None):
     coarse = torch.float32 if x.dtype is torch.float64 else torch.bfloat16
-    total = reference.residual_sum(x, branches, gates, fresh, rows)
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+    total = reference.residual_sum(x, branches, gates, fresh, rows, weights)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     out.copy_(total.to(coarse))
 
 
-def depends_on_threads(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def depends_on_threads(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     step = torch.finfo(out.dtype).eps
     out.mul_(1 + step * torch.get_num_threads())
 
 
-def depends_on_position(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def depends_on_position(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     if rows is not None:
         step = torch.finfo(out.dtype).eps
         out.mul_(1 + step * torch.arange(out.shape[1], dtype=out.dtype).view(1, -1, 1))
 
 
-def rows_take_another_path(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def rows_take_another_path(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     if rows is not None:
         out.mul_(1 + torch.finfo(out.dtype).eps)
 
 
-def nan_hidden(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def nan_hidden(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     out.nan_to_num_()
 
 
-def zero_without_sign(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def zero_without_sign(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     out.add_(0.0)
 
 
-def cache_written_without_rows_to_write(x, branches, gates, fresh, cache, rows, out):
-    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+def cache_written_without_rows_to_write(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
     if cache is not None and x.numel() == 0:
         cache.zero_()
+
+
+def unweighted(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out)
+
+
+def weight_of_the_first_branch(x, branches, gates, fresh, cache, rows, out, weights=None):
+    weights = None if weights is None else weights[:1].expand(weights.shape).contiguous()
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
+
+
+def weight_of_the_row(x, branches, gates, fresh, cache, rows, out, weights=None):
+    if weights is not None and weights.ndim > 1 and rows is not None:
+        index = rows.long().clamp(max=x.shape[1] - 1).expand(weights.shape)
+        weights = weights.gather(2, index)
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
+
+
+def cache_weighted(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
+    if weights is not None and cache is not None:
+        cache.mul_(2)
+
+
+def weighted_sums_are_coarse(x, branches, gates, fresh, cache, rows, out, weights=None):
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
+    if weights is not None:
+        out.mul_(1 + 64 * torch.finfo(out.dtype).eps)
 
 
 RESIDUAL_FAULTS = {
@@ -181,6 +210,11 @@ RESIDUAL_FAULTS = {
     nan_hidden: ["check_special_values"],
     zero_without_sign: ["check_special_values"],
     cache_written_without_rows_to_write: ["check_empty"],
+    unweighted: ["check_weights"],
+    weight_of_the_first_branch: ["check_weights"],
+    weight_of_the_row: ["check_weights_of_rows"],
+    cache_weighted: ["check_weights_of_rows"],
+    weighted_sums_are_coarse: ["check_weights", "check_weights_of_one"],
 }
 
 

@@ -279,10 +279,8 @@ def check_weights_of_one(run: Runner) -> None:
         g = generator(13)
         x, first, second = (normal((2, 9, 64), dtype, g) for _ in range(3))
         gates, ones = [normal((2, 64), dtype, g), None], weights_of((2,), dtype, g).fill_(1)
-        plain = run.gated_residual(x, [first, second], gates)
         out = run.gated_residual(x, [first, second], gates, weights=ones)
-        if run.backend.name != "reference":  # which rounds less often where it has weights
-            assert_equal(f"gated_residual on {run.label}, weights of 1", out, plain)
+        compare(run, "weights of 1", out, x, [first, second], gates, weights=ones)
         in_place = x.clone()
         run.gated_residual(in_place, [first, second], gates, weights=ones, out=in_place)
         assert_equal(f"gated_residual on {run.label}, weights in place", in_place, out)

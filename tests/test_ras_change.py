@@ -143,6 +143,26 @@ def test_after_a_run_in_stages_it_begins_at_full_size(name, batch):
     within_contract(found, expected)
 
 
+@pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
+def test_image_to_image_has_the_levels_of_its_own_steps(name):
+    """Of ten steps, strength 0.6 executes the last six."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+    rule = by_change(0.5, 6, 2, (4,), packed=name.startswith("flux"))
+
+    def choose(step, velocity, sigmas):
+        return rule(step, velocity, sigmas[4:])
+
+    calls = calls_per_step(name.removesuffix("-img2img"))
+    with RowOracle(pipe, choose, None, calls).installed() as truth:
+        expected = generate(pipe, name, steps=10)
+    method = RAS(metric="change", start=2, resets=(4,), align=1)
+    found, history = observed_run(pipe, name, method, steps=10)
+    assert sorted(history) == sorted(truth.history) == [2, 3, 5]
+    for step, rows in history.items():
+        assert rows.tolist() == truth.history[step].tolist(), step
+    assert distance(found, expected) <= 1e-9
+
+
 def test_a_schedule_beside_it_reads_the_same_rows():
     pipe = tiny_models.pipeline("sd3", torch.float64)
     bits, names = oracle.random_bits(pipe.transformer, STEPS, seed=1, compute=0.7)

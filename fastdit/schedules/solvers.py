@@ -67,10 +67,10 @@ def step_levels(scheduler: Any) -> list[float]:
     It is the sigma, of which solvers of higher order are polynomials, too; never the timestep, which several round to
     an integer. A scheduler without sigmas has those of its cumulative alphas, or, if it has none, its timesteps.
     """
-    timesteps = [float(t) for t in scheduler.timesteps]
+    timesteps = [float(t) for t in scheduler.timesteps.tolist()]
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is not None and len(sigmas) >= len(timesteps):
-        return [float(sigma) for sigma in sigmas[: len(timesteps)]]
+        return [float(sigma) for sigma in sigmas[: len(timesteps)].tolist()]  # one wait at most
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return timesteps

@@ -42,6 +42,10 @@ class ChangeRun(TokenRun):
 
     A step may compute more tokens than were chosen, after a prompt was swapped: those count as not computed, so that
     they are rather too early among the active ones than too late.
+
+    Attributes:
+        kept: What is known of the tokens' velocities; None before the first step that is looked at.
+        inverse: The inverse map of the last choice, see `token_select`; None after a dense step.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
