@@ -62,7 +62,7 @@ class BlendForward(Forward):
         self.written: Slots = {}
         self._places = places
         self._keep = keep
-        self._weights = ratios.unbind() if isinstance(ratios, Tensor) else None
+        self._ratios = ratios.unbind() if isinstance(ratios, Tensor) else None
         self._renew = (ratios > tau).tolist() if isinstance(ratios, Tensor) else None
 
     def computes(self, component: str) -> bool:
@@ -75,11 +75,11 @@ class BlendForward(Forward):
         fresh = compute()
         self.computed += 1
         held = self.slots.get(key)
-        if self._weights is None or held is None:
+        if self._ratios is None or held is None:
             out, renew = fresh, True
         else:
             place = self._places[key]
-            out, renew = _blend(fresh, held, self._weights[place]), self._renew[place]
+            out, renew = _blend(fresh, held, self._ratios[place]), self._renew[place]
         if renew:
             self.written[key] = _detached(out if self._keep == "blended" else fresh)
         return out
