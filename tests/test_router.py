@@ -18,7 +18,7 @@ import fastdit
 import fastdit.tiny
 import tiny_models
 from contract import same_bits
-from fastdit.methods import harmonica
+from fastdit.methods import ecad
 from fastdit.schedules.conditions import Conditions
 
 KIND = "transformer_blocks"
@@ -333,7 +333,7 @@ def test_another_number_of_steps_is_refused():
 def test_a_preset_is_a_file_of_the_package(tmp_path, monkeypatch):
     (tmp_path / "toy").mkdir()
     router().save(tmp_path / "toy" / "router.safetensors")
-    monkeypatch.setattr(harmonica, "PRESETS", tmp_path)
+    monkeypatch.setattr(ecad, "PRESETS", tmp_path)
     method = fastdit.HarmoniCa.preset("toy", tau=0.4)
     assert method.source.sha256 == router().sha256
     assert method.tau == 0.4

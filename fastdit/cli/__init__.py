@@ -6,7 +6,7 @@ commands, and everything heavy is imported when one of them runs.
 
 
 def main() -> None:
-    """Run the command line; without what it is made of, say how to install that."""
+    """This runs the command line; without what it is made of, it says how to install that."""
     try:
         from fastdit.cli.commands import main as run
     except ModuleNotFoundError as error:

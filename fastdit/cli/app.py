@@ -19,10 +19,10 @@ REFUSED, INTERRUPTED = 2, 130
 
 
 class Commands(TyperGroup):
-    """Commands whose expected failures end without a traceback."""
+    """Expected failures of these commands end without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command; see the module's description."""
+        """The command runs; see the module's description."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:

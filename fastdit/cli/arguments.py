@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def methods(
     schedule: Path | None, every: list[int] | None, order: int | None, default: tuple[int, ...]
 ) -> dict[str, Method]:
-    """Name -> method for --schedule or --every, and for --order."""
+    """--schedule or --every, and --order, become methods by name."""
     if schedule is not None and every:
         raise ArgumentError("--schedule and --every exclude each other: give one of them")
     from fastdit import Cached, Schedule
@@ -33,7 +33,7 @@ def methods(
 
 
 def ralu(presets: Sequence[str]) -> dict[str, Method]:
-    """Name -> method for --ralu."""
+    """--ralu becomes methods by name."""
     from fastdit import RALU
 
     return {f"RALU {name}": RALU.preset(name) for name in presets}
@@ -49,7 +49,7 @@ def read_schedule(path: Path, argument: str) -> Schedule:
 
 
 def check_output(path: Path, argument: str, suffix: str = ".png") -> None:
-    """Refuse before the work what could not be written after it."""
+    """This refuses before the work what could not be written after it."""
     if path.suffix.lower() != suffix:
         raise ArgumentError(f"{argument} must end in {suffix}, got {path}")
     folder = path.resolve().parent

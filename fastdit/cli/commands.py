@@ -287,7 +287,7 @@ def backends() -> None:
 
 
 def main() -> None:
-    """The console script `fastdit`."""
+    """The console script `fastdit` runs this."""
     # The name of a file may be no text, or not of this locale.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -48,14 +48,14 @@ ADVICE = "read the speed-ups with care, or try again with more --repeats"
 
 @dataclass(frozen=True)
 class Fact:
-    """One line of a list of facts."""
+    """This is one line of a list of facts."""
 
     name: str
     value: str
 
 
 def facts(lines: Sequence[Fact]) -> Table:
-    """Names and values in two columns."""
+    """Names and values stand in two columns."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -65,7 +65,7 @@ def facts(lines: Sequence[Fact]) -> Table:
 
 
 def printable(text: str) -> str:
-    """Text of a file with the characters spelt out that a terminal would obey, or cannot show."""
+    """In a file's text, characters that a terminal would obey, or cannot show, are spelt out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -73,7 +73,7 @@ def printable(text: str) -> str:
 
 
 def comparison_table(comparison: Comparison) -> RenderableType:
-    """One line per arm: medians over all prompts and repeats."""
+    """Each arm gets a line of medians over all prompts and repeats."""
     judged = comparison.right(0) is not None
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("")
@@ -104,7 +104,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 
 
 def _unsteadiness(comparison: Comparison) -> float:
-    """The largest ratio between two timed calls that draw the same picture in the same way."""
+    """This is the largest ratio between two timed calls that draw the same picture in the same way."""
     return max(
         max(picture.seconds) / min(picture.seconds)
         for row in comparison.pictures
@@ -131,7 +131,7 @@ def _timed(calls: int, each: str) -> str:
 
 
 def comparison_picture(comparison: Comparison, model: Model, where: str) -> Image.Image:
-    """The labelled grid: one row per prompt, one column per arm."""
+    """The labelled grid has one row per prompt, one column per arm."""
     from fastdit.cli.grid import Row, Tile, draw_grid
 
     settings = comparison.settings
@@ -150,7 +150,7 @@ def comparison_picture(comparison: Comparison, model: Model, where: str) -> Imag
 
 
 def stages_picture(comparison: Comparison, model: Model) -> Image.Image | None:
-    """The ends of the stages of runs in stages, a row for each prompt and arm; None where there were none."""
+    """This shows the ends of stages, a row for each prompt and arm; None where no run had stages."""
     from fastdit.cli.grid import Row, Tile, draw_grid
 
     rows = []
@@ -196,7 +196,7 @@ def _labels(picture: Picture, speedup: float, is_reference: bool) -> tuple[str, 
 
 
 def _short(seconds: float) -> str:
-    """Three digits, as far as they are worth saying."""
+    """Three digits are said, as far as they are worth it."""
     return f"{seconds:.{max(0, 2 - len(str(int(seconds))) + 1)}f}"
 
 
@@ -210,7 +210,7 @@ def _of(right: tuple[int, int] | None) -> str:
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
-    """A bar that says what is being drawn; gone when the work is done."""
+    """A bar says what is being drawn; it goes when the work is done."""
     columns = (
         BarColumn(20),
         MofNCompleteColumn(),
@@ -230,7 +230,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
 
 
 def explanation_text(explanation: Explanation) -> Text:
-    """The explanation's own words, with its labels coloured."""
+    """The explanation's own words have their labels coloured."""
     text = Text(str(explanation))
     text.highlight_regex(r"\A[^\n]+", "bold")
     text.highlight_regex(r"(?m)^  [a-z]+(?=  )", "cyan")
@@ -238,7 +238,7 @@ def explanation_text(explanation: Explanation) -> Text:
 
 
 def schedule_facts(schedule: Schedule, name: str) -> RenderableType:
-    """Facts of a schedule and its raster: a line per component, a character per step."""
+    """A schedule's facts stand over its raster: a line per component, a character per step."""
     lines = [Fact("file", name), Fact("steps", str(schedule.steps))]
     lines += [
         Fact("blocks", f"{layer.bits.shape[1]} x {kind} ({', '.join(layer.components)})")
@@ -251,7 +251,7 @@ def schedule_facts(schedule: Schedule, name: str) -> RenderableType:
 
 
 def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> RenderableType:
-    """What a schedule's bits say, and its cost on a model named with it."""
+    """This says what a schedule's bits say, and its cost on a model named with it."""
     from fastdit.cli.statistics import statistics
     from fastdit.schedules.plan import RunPlan, lower
 
@@ -303,7 +303,7 @@ def _named(counts: Mapping[str, int]) -> str:
 
 
 def schedule_raster(schedule: Schedule) -> Text:
-    """Share of the blocks that compute, at each step and component, as text."""
+    """Text shows the share of the blocks that compute, at each step and component."""
     from fastdit.account.explain import raster
     from fastdit.methods.cached import Cached
     from fastdit.schedules.plan import plan_run
@@ -323,7 +323,7 @@ def schedule_raster(schedule: Schedule) -> Text:
 
 
 def backend_table(rows: Sequence[tuple[str, str, Sequence[str]]], dtypes: Sequence[str]) -> Table:
-    """(backend, device, one entry per dtype) as a table."""
+    """A table shows (backend, device, one entry per dtype)."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("backend", "device", *dtypes):
         table.add_column(name)

@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare.
+    """A comparison is made so.
 
     Attributes:
         steps: Steps of the unpatched runs, and of the patched ones but for methods with a number of their own.
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of drawing: a column of the comparison.
+    """This is one way of drawing, a column of the comparison.
 
     Attributes:
         name: How to call it.
@@ -77,7 +77,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture and what it cost.
+    """This is one picture and what it cost.
 
     Attributes:
         image: [h, w, 3], float in [0, 1].
@@ -97,7 +97,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Stage:
-    """The end of one stage of a run.
+    """One stage of a run ends like this.
 
     Attributes:
         image: [h, w, 3] uint8, what the picture was going to be, the borders of tokens darkened.
@@ -113,7 +113,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found: ``pictures[prompt][arm]``, the first arm being unpatched."""
+    """:func:`compare` found this: ``pictures[prompt][arm]``, the first arm being unpatched."""
 
     prompts: tuple[str, ...]
     arms: tuple[Arm, ...]
@@ -121,16 +121,16 @@ class Comparison:
     settings: Settings
 
     def seconds(self, arm: int) -> list[float]:
-        """All timed calls of an arm, repeats of one prompt after the other."""
+        """These are all timed calls of an arm, repeats of one prompt after the other."""
         return [value for row in self.pictures for value in row[arm].seconds]
 
     def speedup(self, arm: int, prompt: int | None = None) -> float:
-        """Median over interleaved pairs of unpatched to the arm's seconds; of one prompt or all."""
+        """This is the median over interleaved pairs of unpatched to the arm's seconds, of one prompt or all."""
         rows = self.pictures if prompt is None else [self.pictures[prompt]]
         return median(ratio for row in rows for ratio in _ratios(row[0].seconds, row[arm].seconds))
 
     def right(self, arm: int) -> tuple[int, int] | None:
-        """(objects right, objects named) over the judged prompts, or None where nobody judged."""
+        """The judged prompts have (objects right, objects named); None where nobody judged."""
         judged = [row[arm].right for row in self.pictures if row[arm].right is not None]
         return (sum(r for r, _ in judged), sum(n for _, n in judged)) if judged else None
 
@@ -144,7 +144,7 @@ def compare(
     judge: Judge | None = None,
     progress: Progress = lambda text, done, total: None,
 ) -> Comparison:
-    """Draw and time every prompt unpatched, by each method, and by fewer steps in its time.
+    """This draws and times every prompt unpatched, by each method, and by fewer steps in its time.
 
     Args:
         pipeline: A diffusers pipeline without a patch; it has none afterwards, also after an error.
@@ -180,7 +180,7 @@ def compare(
 def resolve_steps(
     pipeline: Any, methods: Sequence[Method], asked: int | None, backend: str | None = None
 ) -> int:
-    """The number of steps: as asked, else what a schedule is made for, else the pipeline's default.
+    """There are as many steps as asked, else as a schedule is made for, else by the pipeline's default.
 
     Raises:
         FastDiTError: The pipeline cannot be patched, or a method does not fit it or `asked`.
@@ -200,17 +200,17 @@ def resolve_steps(
 
 
 def own_steps(method: Method) -> int | None:
-    """The steps of a method that replaces the sampler's, and so stands beside other numbers of plain steps."""
+    """A method that replaces the sampler's steps has its own, and stands beside other numbers of plain ones."""
     return method.run_steps if "resolution" in method.writes else None
 
 
 def equal_time_steps(steps: int, time_share: float) -> int:
-    """Steps that take `time_share` of the time of `steps`: at least 1, at most `steps`."""
+    """So many steps take `time_share` of the time of `steps`: at least 1, at most `steps`."""
     return min(steps, max(1, round(steps * time_share)))
 
 
 def total_calls(prompts: int, methods: int, settings: Settings) -> int:
-    """How many pipeline calls :func:`compare` makes."""
+    """:func:`compare` makes so many pipeline calls."""
     return (1 + methods) * (1 + PILOT_RUNS) + settings.repeats * prompts * (1 + 2 * methods)
 
 
@@ -222,7 +222,7 @@ def _schedule_arm(pipeline: Any, name: str, method: Method, settings: Settings) 
 
 
 def _time_shares(runs: _Runs, arms: Sequence[Arm]) -> list[float]:
-    """Time of each later arm over the first's: a warm-up each, then interleaved pairs."""
+    """This is the time of each later arm over the first's: a warm-up each, then interleaved pairs."""
     for arm in arms:
         runs.draw(0, arm, f"warming up: {arm.name}")
     seconds: list[list[float]] = [[] for _ in arms]
@@ -284,7 +284,7 @@ def _judged(judge: Judge, image: np.ndarray, prompt: str) -> tuple[int, int] | N
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What one pipeline call gave."""
+    """One pipeline call gave this."""
 
     image: np.ndarray
     seconds: float
@@ -293,7 +293,7 @@ class _Drawn:
 
 @dataclass
 class _Runs:
-    """Pipeline calls, counted and timed."""
+    """Pipeline calls are counted and timed."""
 
     pipeline: Any
     calls: Sequence[Mapping[str, Any]]
@@ -303,7 +303,7 @@ class _Runs:
     done: int = 0
 
     def draw(self, row: int, arm: Arm, text: str, stages: bool = False) -> _Drawn:
-        """One call, timed until the image [h, w, 3] is on the host; `stages` decodes those of the run afterwards."""
+        """One call is timed until the image [h, w, 3] is on the host; `stages` decodes those of the run afterwards."""
         self.progress(text, self.done, self.total)
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
         with _patched(self.pipeline, arm.method, self.settings.backend) as handle:
@@ -326,7 +326,7 @@ class _Runs:
 
 
 def _stages(handle: Any) -> tuple[Stage, ...]:
-    """The ends of the last run's stages."""
+    """The last run's stages ended like this."""
     report = handle.report()
     if not report.stages:
         return ()
@@ -339,7 +339,7 @@ def _stages(handle: Any) -> tuple[Stage, ...]:
 
 @contextmanager
 def _patched(pipeline: Any, method: Method | None, backend: str | None) -> Iterator[Any]:
-    """Patch for the length of the `with`; without a method, leave the pipeline alone."""
+    """The pipeline is patched for the length of the `with`; without a method it is left alone."""
     if method is None:
         yield None
         return

@@ -11,13 +11,13 @@ import numpy as np
 
 
 def psnr(image: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal to noise in dB: -10 log10 of the mean squared difference, inf if equal."""
+    """This is the peak signal to noise in dB: -10 log10 of the mean squared difference, inf if equal."""
     error = float(np.mean((image.astype(np.float64) - reference.astype(np.float64)) ** 2))
     return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def relative_l2(image: np.ndarray, reference: np.ndarray) -> float:
-    """|image - reference| / |reference| in the Euclidean norm."""
+    """This is |image - reference| / |reference| in the Euclidean norm."""
     truth = reference.astype(np.float64)
     error = float(np.linalg.norm(image.astype(np.float64) - truth))
     if error == 0:

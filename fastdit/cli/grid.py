@@ -25,7 +25,7 @@ INK, SOFT, PAPER, RULE = "#1a1a1a", "#5f6368", "#ffffff", "#d9dce0"
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, [h, w, 3] in [0, 1], and the lines under it, which wrap at its width."""
+    """A tile is a picture, [h, w, 3] in [0, 1], over lines of text, which wrap at its width."""
 
     image: np.ndarray
     lines: tuple[str, ...]
@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of text over a row of tiles."""
+    """A row is a line of text over some tiles."""
 
     title: str
     tiles: tuple[Tile, ...]
@@ -42,7 +42,7 @@ class Row:
 def draw_grid(
     title: str, headers: Sequence[tuple[str, str]], rows: Sequence[Row], footer: str
 ) -> Image.Image:
-    """Draw the grid.
+    """This draws the grid.
 
     Args:
         title: Over everything.
@@ -60,7 +60,7 @@ def draw_grid(
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
-    """(width, height) at which a picture of `height` x `width` is shown."""
+    """A picture of `height` x `width` is shown at this (width, height)."""
     longer = max(height, width)
     if longer > LARGEST:
         return max(1, width * LARGEST // longer), max(1, height * LARGEST // longer)
@@ -69,12 +69,12 @@ def shown_size(height: int, width: int) -> tuple[int, int]:
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
-    """[h, w, 3] in [0, 1] as 8-bit RGB, rounded."""
+    """[h, w, 3] in [0, 1] becomes 8-bit RGB, rounded."""
     return Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
 
 
 class _Paper:
-    """An image that text is written on from the top down."""
+    """Text is written on this image from the top down."""
 
     def __init__(self, width: int, height: int) -> None:
         self.image = Image.new("RGB", (width, height), PAPER)
@@ -83,7 +83,7 @@ class _Paper:
     def text(
         self, x: int, y: int, width: int, text: str, size: int, ink: str = INK, bold: bool = False
     ) -> int:
-        """Write wrapped text; returns where the next line starts."""
+        """This writes wrapped text and gives where the next line starts."""
         font = _font(size, bold)
         ascent, descent = font.getmetrics()
         for line in _wrap(text, font, width):
@@ -100,7 +100,7 @@ def _paint(
     footer: str,
     size: tuple[int, int],
 ) -> int:
-    """Paint everything; returns the height that was needed."""
+    """This paints everything and gives the height that was needed."""
     width, _ = size
     inner = paper.image.width - 2 * MARGIN
     columns = [MARGIN + i * (width + GAP) for i in range(len(headers))]
@@ -146,7 +146,7 @@ def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Break at spaces; a word that is too long for a line is broken anywhere."""
+    """Lines break at spaces; a word that is too long for a line is broken anywhere."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".lstrip()

@@ -33,7 +33,7 @@ CLASSES = ("207", "360", "387", "974")  # of ImageNet: golden retriever, otter, 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded pipeline.
+    """This is a loaded pipeline.
 
     Attributes:
         pipeline: On its device, without progress bars.
@@ -50,7 +50,7 @@ class Model:
 
 
 def load_model(folder: Path | None = None, dtype: str | None = None) -> Model:
-    """Load the embedded model, or the diffusers pipeline saved in `folder`.
+    """This loads the model in the package, or the diffusers pipeline saved in `folder`.
 
     Args:
         folder: What `DiffusionPipeline.save_pretrained` wrote; the embedded model if left out.
@@ -115,7 +115,7 @@ def _read(folder: Path | None, dtype: Any) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No loading bars and no advice about other packages; as it was before afterwards."""
+    """There are no loading bars and no advice about other packages; afterwards all is as before."""
     import diffusers
     import transformers
 
@@ -137,7 +137,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _Once(logging.Filter):
-    """Lets every message through once."""
+    """This filter lets every message through once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def messages_once() -> Iterator[None]:
 
 
 def default_prompts(model: Model) -> list[str]:
-    """Four prompts that suit the model; for the embedded one, scenes it was not trained on."""
+    """These four prompts suit the model; the embedded one gets scenes it was not trained on."""
     if model.embedded:
         from fastdit import tiny
 
@@ -175,12 +175,12 @@ def default_prompts(model: Model) -> list[str]:
 
 
 def draws_classes(pipeline: Any) -> bool:
-    """Whether it takes class numbers in place of prompts."""
+    """This tells whether it takes class numbers in place of prompts."""
     return "class_labels" in _parameters(pipeline)
 
 
 def judge_of(model: Model) -> Callable[..., Any] | None:
-    """What can judge the model's pictures by their prompts, if anything can."""
+    """This judges the model's pictures by their prompts; None where nothing can."""
     if not model.embedded:
         return None
     from fastdit import tiny
@@ -191,7 +191,7 @@ def judge_of(model: Model) -> Callable[..., Any] | None:
 def calls(
     pipeline: Any, prompts: Sequence[str], height: int | None = None, width: int | None = None
 ) -> list[dict[str, Any]]:
-    """The arguments of `pipeline(...)` that draw each prompt; for DiT these are classes.
+    """These arguments of `pipeline(...)` draw each prompt; for DiT prompts are classes.
 
     Raises:
         UnsupportedModelError: The pipeline takes neither prompts nor classes.

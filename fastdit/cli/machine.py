@@ -23,12 +23,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def devices() -> tuple[str, ...]:
-    """The types of device torch can use here."""
+    """Torch can use these types of device here."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def describe(device: str) -> str:
-    """A device in words, with the number of threads where that matters."""
+    """This says in words what a device is, with the number of threads where that matters."""
     if device == "cuda":
         return f"cuda ({torch.cuda.get_device_name()})"
     threads = torch.get_num_threads()
@@ -36,7 +36,7 @@ def describe(device: str) -> str:
 
 
 def backend_rows() -> list[tuple[str, str, Sequence[str]]]:
-    """(backend, device, per dtype what it serves there), and what automatic resolution picks."""
+    """Rows are (backend, device, per dtype what it serves there), and what automatic resolution picks."""
     rows: list[tuple[str, str, Sequence[str]]] = []
     for device in devices():
         for name in sorted(ops.BACKENDS, key=lambda n: -ops.BACKENDS[n].priority):
@@ -46,7 +46,7 @@ def backend_rows() -> list[tuple[str, str, Sequence[str]]]:
 
 
 def refusals() -> list[tuple[str, str]]:
-    """(backend, why) for each backend that serves nothing on any device here."""
+    """Each backend that serves nothing on any device here has (backend, why)."""
     found = []
     for name, backend in ops.BACKENDS.items():
         reasons = [
@@ -61,7 +61,7 @@ def refusals() -> list[tuple[str, str]]:
 
 
 def built() -> list[tuple[str, str]]:
-    """(part, what it is) for the compiled modules, the libraries they meet, and the environment."""
+    """The compiled modules, the libraries they meet, and the environment have (part, what it is)."""
     triton = importlib.util.find_spec("triton")
     cuda = torch.version.cuda or "without CUDA"
     return [
@@ -97,7 +97,7 @@ def _picked(device: str, dtype: str) -> str:
 
 
 def _module(name: str, function: str) -> str:
-    """A compiled module's own facts, or that it is not there."""
+    """This says a compiled module's own facts, or that it is not there."""
     try:
         module = importlib.import_module(name)
     except ImportError as error:

@@ -20,7 +20,7 @@ MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn
 
 
 def _real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | None], float | None]:
-    """A check for what typer's own bounds cannot say: they are closed, and let NaN through."""
+    """This checks what typer's own bounds cannot say: they are closed, and let NaN through."""
 
     def check(value: float | None) -> float | None:
         if value is not None and not (math.isfinite(value) and holds(value)):

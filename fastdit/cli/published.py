@@ -13,7 +13,7 @@ LARGE = 1024
 
 
 def published_cost(schedule: Schedule, pixels: int) -> tuple[str, Cost] | None:
-    """(what was counted, its costs) for a square image; None where the schedule fits no published model.
+    """This gives (what was counted, its costs) for a square image; None where the schedule fits no published model.
 
     As the authors count: a batch of two rows, 120 text tokens in PixArt and 512 in FLUX (ECAD spec section 6.6).
     """

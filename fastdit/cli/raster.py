@@ -21,7 +21,7 @@ SMALLEST = 1.1  # inches, of a panel's side
 
 
 def save_raster(schedule: Schedule, path: str | os.PathLike[str], name: str) -> None:
-    """Write the picture of a schedule as PNG; one row of panels per block kind."""
+    """This writes the picture of a schedule as PNG, with one row of panels per block kind."""
     layers = list(schedule.layers.items())
     heights = [max(SMALLEST, layer.bits.shape[1] * CELL) for _, layer in layers]
     panels = max(len(layer.components) for _, layer in layers)

@@ -31,7 +31,7 @@ EMBEDDED_PROMPTS = 3  # of scenes with one object, and with two
 
 
 def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
-    """The lines of a file; without one, scenes the embedded model was trained on, one and two objects in turn."""
+    """Prompts are lines of a file; without one, scenes the embedded model was trained on, of one or two objects."""
     if file is None:
         if not embedded:
             raise ArgumentError("--prompts FILE is needed with --model: the prompts to judge by")
@@ -52,7 +52,7 @@ def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
 
 
 def load_pipeline(folder: Path | None, dtype: str | None) -> Any:
-    """The pipeline of a worker; at the top level of a module, so that processes can be sent it."""
+    """A worker loads its pipeline by this; it is at the top level of a module, so that processes can be sent it."""
     from fastdit.cli.loading import load_model
 
     return load_model(folder, dtype).pipeline
@@ -68,7 +68,7 @@ def run(
     workers: int,
     ray: str | None = None,
 ) -> None:
-    """Search with a live view; see :func:`fastdit.search.ecad`.
+    """This searches with a live view; see :func:`fastdit.search.ecad`.
 
     Under torchrun the first rank leads, and the others only draw. `ray` is a cluster's address, or "local".
     """
@@ -122,7 +122,7 @@ def _watch(
 
 
 def state_view(state: State, costs: Sequence[str]) -> RenderableType:
-    """A line, a bar and the front so far."""
+    """The view has a line, a bar and the front so far."""
     last = state.generation > state.generations
     what = "baselines" if last else f"generation {state.generation} of {state.generations}"
     line = Text(f"{what}: {state.candidates} schedules known, hypervolume {state.gain:+.1%}")
@@ -133,7 +133,7 @@ def state_view(state: State, costs: Sequence[str]) -> RenderableType:
 def front_table(
     front: Sequence[Candidate], costs: Sequence[str], uncached: dict[str, float] | None = None
 ) -> Table:
-    """Loss and costs of the front, thinned to what fits; costs as shares where the uncached run's are known."""
+    """The table has loss and costs of the front, thinned to what fits; costs are shares of the uncached run's."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("point", "loss", *costs):
         table.add_column(name, justify="right", no_wrap=True)
@@ -148,7 +148,7 @@ def front_table(
 
 
 def summary_line(found: Search) -> str:
-    """What was done, in one sentence."""
+    """One sentence says what was done."""
     seen = found.archive.seen.values()
     lost = sum(not candidate.complete for candidate in seen)
     return (

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastdit.schedules.actions import COMPUTE
+from fastdit.schedules.layer import Layer
 from fastdit.schedules.plan import lower
-from fastdit.schedules.schedule import Layer, Schedule
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
 
 
 @dataclass(frozen=True)
 class ScheduleStatistics:
-    """The figures. A step has one bit for each component of each block.
+    """These are the figures. A step has one bit for each component of each block.
 
     Attributes:
         steps, components: Steps, and bits of one step.
@@ -53,19 +54,19 @@ class ScheduleStatistics:
 
     @property
     def reuse_share(self) -> float:
-        """Share of all bits that reuse."""
+        """This share of all bits reuses."""
         return self.reused / (self.steps * self.components)
 
     @property
     def traffic(self) -> tuple[int, int, int]:
-        """Passes over one cached tensor that all reused components make (ECAD spec section 10): eager, with one fused
+        """Reused components make so many passes over a cached tensor (ECAD spec section 10): eager, with one fused
         update each, with one fused update per run.
         """
         return 5 * self.reused, 3 * self.reused, self.reused + 2 * self.runs
 
 
 def statistics(schedule: Schedule, spec: ModelSpec | None = None) -> ScheduleStatistics:
-    """The figures of a schedule; without a model's `spec`, no component is read by another."""
+    """This counts the figures of a schedule; without a model's `spec`, no component is read by another."""
     spec = spec or spec_of(schedule)
     bound = schedule.bind(spec, schedule.steps)
     parts = [
@@ -106,7 +107,7 @@ def statistics(schedule: Schedule, spec: ModelSpec | None = None) -> ScheduleSta
 
 
 def spec_of(schedule: Schedule) -> ModelSpec:
-    """A model of which the schedule says all there is to know."""
+    """This is a model of which the schedule says all there is to know."""
     kinds = (
         BlockKind(name, layer.bits.shape[1], layer.components)
         for name, layer in schedule.layers.items()
@@ -121,13 +122,13 @@ def _present(kind: BlockKind, components: tuple[str, ...]) -> np.ndarray:
 
 
 def _ages(computes: np.ndarray) -> np.ndarray:
-    """Steps since each component last computed, [steps, components]."""
+    """These are the steps since each component last computed, [steps, components]."""
     steps = np.arange(len(computes))[:, None]
     return steps - np.maximum.accumulate(np.where(computes, steps, 0), axis=0)
 
 
 def _whole(bits: np.ndarray, present: np.ndarray) -> float:
-    """Share of the (step, block) whose present components all compute or all reuse."""
+    """This is the share of the (step, block) whose present components all compute or all reuse."""
     return float(((bits | ~present).all(axis=2) | ~(bits & present).any(axis=2)).mean())
 
 

@@ -13,7 +13,7 @@ SCENES = 64  # of the embedded model's training split, with one object and with 
 
 
 def training_prompts(model: Model, file: Path | None) -> list[Any]:
-    """Texts, or class numbers for a model that draws classes.
+    """Prompts are texts, or class numbers for a model that draws classes.
 
     Raises:
         ArgumentError: The file cannot be read, or the model cannot draw one of its lines.
@@ -33,7 +33,7 @@ def training_prompts(model: Model, file: Path | None) -> list[Any]:
 
 
 def swap_scheduler(pipeline: Any, name: str) -> None:
-    """Give a pipeline another scheduler of diffusers, with what the old one's settings say to it.
+    """A pipeline gets another scheduler of diffusers, with what the old one's settings say to it.
 
     Raises:
         ArgumentError: diffusers has no such class.

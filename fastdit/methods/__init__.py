@@ -9,5 +9,5 @@ from fastdit.discover import discover
 
 
 def methods() -> dict[str, Any]:
-    """All methods by module name."""
+    """These are all methods by module name."""
     return dict(discover(sys.modules[__name__], "METHOD"))

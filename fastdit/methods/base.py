@@ -21,7 +21,7 @@ from fastdit.spec import ModelSpec
 
 
 class NoiseLevels(Protocol):
-    """The noise levels of runs of any number of steps, see :class:`fastdit.runtime.levels.Levels`."""
+    """This knows the noise levels of runs of any number of steps, see :class:`fastdit.runtime.levels.Levels`."""
 
     def of(self, steps: int) -> list[float]: ...
 
@@ -30,7 +30,7 @@ class NoiseLevels(Protocol):
 
 @dataclass
 class Step:
-    """A step that is done, as the scheduler or the user tells it.
+    """A step is done, and the scheduler or the user tells this of it.
 
     Attributes:
         velocity: What the scheduler was given, guidance applied; None where nobody says.
@@ -46,7 +46,7 @@ class Step:
 
 
 class MethodRun:
-    """What a method keeps, and decides, during one run; each run has its own. By itself it decides nothing.
+    """A method keeps and decides this during one run; each run has its own. By itself it decides nothing.
 
     Hooks are called in the order in which they stand here, for each transformer call and then for each step. A call is
     a :class:`fastdit.runtime.call.Call`. A step has several calls where guidance is by calls of its own (FLUX with a
@@ -63,26 +63,26 @@ class MethodRun:
         self.run = run
 
     def layout(self, call: Any) -> Any:
-        """The :class:`~fastdit.tokens.layout.Layout` of the call's tokens; None for the model's own."""
+        """The call's tokens have this :class:`~fastdit.tokens.layout.Layout`; None stands for the model's own."""
         return None
 
     def rows(self, call: Any) -> Tensor | None:
-        """The image tokens [B, K] that pass in this call; None for all."""
+        """These image tokens [B, K] pass in this call; None stands for all."""
         return None
 
     def keeps_keys(self, call: Any) -> bool:
-        """Whether the keys and values of this call will be read by calls of fewer tokens."""
+        """This tells whether calls of fewer tokens will read the keys and values of this call."""
         return False
 
     def actions(self, call: Any, planned: Sequence[Any]) -> Sequence[Any]:
-        """What each block does in this call: flags of `schedules/plan.py` by component; nothing where all compute.
+        """Each block does this in the call: flags of `schedules/actions.py` by component; nothing where all compute.
 
         A cache that decides while it runs gives other ones than `planned`; what it never gives KEEP is not kept.
         """
         return planned
 
     def output(self, call: Any, sample: Tensor) -> Tensor:
-        """What the transformer gives in place of `sample`: a forecast, or the sample itself."""
+        """The transformer gives this in place of `sample`: a forecast, or the sample itself."""
         return sample
 
     def begin_step(self, scheduler: Any, sample: Tensor) -> None:
@@ -96,11 +96,7 @@ class MethodRun:
 
 
 def check_mode(method: Any) -> None:
-    """Refuse a `mode` other than "corrected" or "parity"; the old word "fixed" is taken for the first, and said so.
-
-    Raises:
-        ArgumentError: Naming what was given.
-    """
+    """A `mode` is "corrected", once called "fixed", which is warned of, or "parity"; another is an ArgumentError."""
     if method.mode == "fixed":
         warnings.warn('mode="fixed" is called "corrected" now', DeprecationWarning, stacklevel=4)
         object.__setattr__(method, "mode", "corrected")
@@ -109,11 +105,7 @@ def check_mode(method: Any) -> None:
 
 
 def check_noise(method: Method, noise: str) -> None:
-    """Refuse forecasts, and warn of repeats, under a sampler that draws noise; "" is one that draws none.
-
-    Raises:
-        ArgumentError: Naming what draws the noise.
-    """
+    """Under a sampler that draws noise forecasts are an ArgumentError, and repeats are warned of; "" draws none."""
     if not noise:
         return
     if method.forecasts:
@@ -130,7 +122,7 @@ def check_noise(method: Method, noise: str) -> None:
 
 
 class Method:
-    """Base of all methods; does nothing by itself.
+    """This is the base of all methods, and does nothing by itself.
 
     Attributes:
         name: How errors, `explain` and `report` call it.
@@ -151,24 +143,24 @@ class Method:
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates outputs that it reuses, see `schedules/forecast.py`."""
+        """This tells whether it extrapolates outputs that it reuses, see `schedules/forecast.py`."""
         return False
 
     @property
     def skips_steps(self) -> bool:
-        """Whether it leaves out whole steps and nothing else, so that any model will do."""
+        """This tells whether it leaves out whole steps and nothing else, so that any model will do."""
         return False
 
     @property
     def run_steps(self) -> int | None:
-        """The number of steps it was made for, or None when it fits any."""
+        """It was made for this number of steps; None fits any."""
         return None
 
     def check_steps(self, steps: int) -> None:
-        """Refuse a number of steps it does not fit; called when a run starts."""
+        """It refuses a number of steps that it does not fit, when a run starts."""
 
     def check_sampler(self, noise: str) -> None:
-        """Refuse a sampler that it does not fit; called when patching a pipeline and when a run starts.
+        """It refuses a sampler that it does not fit, when a pipeline is patched and when a run starts.
 
         Args:
             noise: What makes the sampler draw noise at each step; "" for one that draws none.
@@ -176,11 +168,11 @@ class Method:
 
     @property
     def made_for(self) -> Conditions | None:
-        """The only runs it fits, which is checked at a run's first transformer call; None when it fits any."""
+        """It fits these runs only, which is checked at a run's first transformer call; None fits any."""
         return None
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a model it cannot run on; called when patching, before anything changes.
+        """It refuses a model that it cannot run on, when patching, before anything changes.
 
         Raises:
             ScheduleError: Naming what differs.
@@ -192,20 +184,20 @@ class Method:
             )
 
     def begin(self, run: Any) -> MethodRun | None:
-        """What the method keeps and decides in `run`; None for one whose schedule says everything."""
+        """This begins what the method keeps and decides in `run`; None if its schedule says everything."""
         return None
 
     def schedule(
         self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None
     ) -> Schedule | None:
-        """The schedule of reused components for a run of `steps` steps, for methods that write ``"reuse"``.
+        """A method that writes ``"reuse"`` gives its schedule for a run of `steps` steps.
 
         `levels` knows the run's noise levels; None where no scheduler leads the run.
         """
         return None
 
     def active(self, steps: int, tokens: int) -> list[Any]:
-        """What each of `steps` steps computes of `tokens` image tokens, for methods that write ``"rows"``.
+        """A method that writes ``"rows"`` says what each of `steps` steps computes of `tokens` image tokens.
 
         Returns:
             For each step an object whose `keep` is the number of active tokens; None where all are.
@@ -215,5 +207,5 @@ class Method:
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None
     ) -> Schedule | None:
-        """The same for a run in stages of so many steps; a run that is in none is a single one."""
+        """This is the schedule for a run in stages of so many steps; a run that is in none is a single one."""
         return self.schedule(spec, sum(stages), levels)

@@ -1,5 +1,4 @@
-"""Reuse component outputs by a static schedule: the runtime of FORA, ECAD (arXiv 2506.15682) and learned schedules
-alike.
+"""Component outputs are reused by a static schedule: FORA's, ECAD's (arXiv 2506.15682), or a learned one.
 
 What is cached is the component's raw output, before the gate: the current step's gate multiplies it (ECAD spec 3.4).
 """
@@ -20,7 +19,7 @@ CACHE_DTYPES = ("bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Cached(Method):
-    """Run a caching schedule.
+    """This method runs a caching schedule.
 
     Attributes:
         source: A :class:`~fastdit.Schedule`, ``Schedule.every(n)``, or the path of a schedule file.
@@ -67,17 +66,17 @@ class Cached(Method):
 
     @property
     def run_steps(self) -> int | None:
-        """The schedule's number of steps; None for `Schedule.every`."""
+        """A schedule has its number of steps; `Schedule.every` none."""
         return self.source.steps if isinstance(self.source, Schedule) else None
 
     @property
     def skips_steps(self) -> bool:
-        """Whether every reused step is forecast as a whole."""
+        """This tells whether every reused step is forecast as a whole."""
         return self.forecasts and isinstance(self.source, Every)
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return self.source.forecasts
 
     def check_sampler(self, noise: str) -> None:
@@ -90,7 +89,7 @@ class Cached(Method):
         self.source.check(spec)
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule bound to the model and the number of steps."""
+        """The schedule is bound to the model and the number of steps."""
         return self.source.bind(spec, steps)
 
 

@@ -1,4 +1,4 @@
-"""Skip nothing: every component computes at every step. The oracle all other methods are compared with."""
+"""Nothing is skipped: every component computes at every step. All other methods are compared with this one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastdit.methods.base import Method
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Run the model as it is, on fastdit's ops. What `patch` uses when no method is given."""
+    """This method runs the model as it is, on fastdit's ops; `patch` takes it when no method is given."""
 
     name = "Dense"
 

@@ -26,7 +26,7 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 @dataclass(frozen=True)
 class ECAD(Cached):
-    """Run an evolved schedule.
+    """This method runs an evolved schedule.
 
     Attributes:
         source: A :class:`~fastdit.Schedule`, or the path of a schedule file, of this package's layout or of ECAD's.
@@ -51,20 +51,16 @@ class ECAD(Cached):
 
     @classmethod
     def preset(cls, model: str, name: str, **arguments: Any) -> ECAD:
-        """A schedule that ships with the package: `name` of `model`; `arguments` are the others.
+        """This runs a schedule that ships with the package, `name` of `model`; `arguments` are the others.
 
         Raises:
             ArgumentError: There is none; names those that are there.
         """
-        files = {(path.parent.name, path.stem): path for path in PRESETS.glob("*/*.json")}
-        if (model, name) not in files:
-            known = ", ".join(f"{m}/{n}" for m, n in sorted(files)) or "none"
-            raise ArgumentError(f"no preset {name!r} of {model!r}; there are: {known}")
-        source = Schedule.load(files[model, name])
+        source = Schedule.load(shipped(model, name, ".json"))
         return cls(source, **{"family": source.provenance.get("family"), **arguments})
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule bound to the model, its steps mapped to the run's noise levels where that was asked for.
+        """The schedule is bound to the model, its steps mapped to the run's noise levels where that was asked for.
 
         Raises:
             ScheduleError: The number of steps does not fit, or no scheduler tells the noise levels.
@@ -85,8 +81,17 @@ class ECAD(Cached):
         return source.resampled(taken).bind(spec, steps)
 
 
+def shipped(model: str, name: str, suffix: str) -> Path:
+    """The package has this file for a model; ArgumentError says what there is instead."""
+    files = {(path.parent.name, path.stem): path for path in PRESETS.glob(f"*/*{suffix}")}
+    if (model, name) not in files:
+        known = ", ".join(f"{m}/{n}" for m, n in sorted(files)) or "none"
+        raise ArgumentError(f"no preset {name!r} of {model!r}; there are: {known}")
+    return files[model, name]
+
+
 def nearest(made: list[float], wanted: list[float]) -> list[int]:
-    """For each wanted level the index of the nearest one made, the earlier of two."""
+    """Each wanted level gets the index of the nearest one made, the earlier of two."""
     distance = np.abs(np.subtract.outer(np.asarray(wanted), np.asarray(made)))
     return distance.argmin(axis=1).tolist()
 

@@ -10,20 +10,19 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.errors import ScheduleError
 from fastdit.methods.base import Method, NoiseLevels, check_noise
-from fastdit.methods.ecad import PRESETS
+from fastdit.methods.ecad import shipped
 from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.layer import check_order
 from fastdit.schedules.router import TAU, Router, check_tau
-from fastdit.schedules.schedule import Schedule, check_order
+from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
-
-PRESET = "router.safetensors"
 
 
 @dataclass(frozen=True)
 class HarmoniCa(Method):
-    """Run a router at a threshold.
+    """This method runs a router at a threshold.
 
     Attributes:
         source: A :class:`~fastdit.Router`, or the path of a router file.
@@ -59,20 +58,16 @@ class HarmoniCa(Method):
 
     @classmethod
     def preset(cls, model: str, **arguments: Any) -> HarmoniCa:
-        """The router of `model` that ships with the package; `arguments` are the others.
+        """This runs the router of `model` that ships with the package; `arguments` are the others.
 
         Raises:
             ArgumentError: There is none; names the models that have one.
         """
-        files = {path.parent.name: path for path in PRESETS.glob(f"*/{PRESET}")}
-        if model not in files:
-            known = ", ".join(sorted(files)) or "none"
-            raise ArgumentError(f"no router of {model!r}; there are: {known}")
-        return cls(files[model], **arguments)
+        return cls(shipped(model, "router", ".safetensors"), **arguments)
 
     @property
     def run_steps(self) -> int:
-        """The router's number of steps."""
+        """The router has this number of steps."""
         return self.source.steps
 
     def check(self, spec: ModelSpec) -> None:
@@ -81,16 +76,16 @@ class HarmoniCa(Method):
 
     @property
     def made_for(self) -> Conditions | None:
-        """The runs that the router was trained for; None where `strict` is off."""
+        """The router was trained for these runs; None where `strict` is off."""
         return self.source.conditions if self.strict else None
 
     def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule at the threshold, bound to the model and the number of steps."""
+        """The schedule at the threshold is bound to the model and the number of steps."""
         return self.source.schedule(self.tau).with_order(self.order).bind(spec, steps)
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return self.order > 0
 
     def check_sampler(self, noise: str) -> None:

@@ -20,7 +20,7 @@ from fastdit.spec import ModelSpec
 
 @dataclass(frozen=True, init=False)
 class PerStage(Method):
-    """Run a caching method of its own in each stage.
+    """This method runs a caching method of its own in each stage.
 
     Args:
         methods: One for each stage that has steps, in running order: such as :class:`~fastdit.Cached` or
@@ -64,7 +64,7 @@ class PerStage(Method):
 
     @property
     def forecasts(self) -> bool:
-        """Whether one of them does."""
+        """This tells whether one of them does."""
         return any(method.forecasts for method in self._given())
 
     def check_sampler(self, noise: str) -> None:
@@ -80,7 +80,7 @@ class PerStage(Method):
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None
     ) -> Schedule:
-        """The stages' schedules one after the other.
+        """The stages' schedules follow one another.
 
         Raises:
             ScheduleError: The run has another number of stages, or a schedule does not fit its stage.

@@ -35,7 +35,7 @@ LAYOUTS = ("coarse", "mixed", "full")
 
 @dataclass(frozen=True)
 class RALU(Method):
-    """Run the early steps on fewer, larger tokens.
+    """This method runs the early steps on fewer, larger tokens.
 
     Attributes:
         steps: Steps of the three stages; `num_inference_steps` must be their sum. A stage of 0 steps is left out.
@@ -116,14 +116,14 @@ class RALU(Method):
         object.__setattr__(self, "noise", 1 / z**2)
 
     def _of_stages(self, values: Iterable[Any]) -> tuple[Any, ...]:
-        """Those of the stages that have steps."""
+        """These values are of the stages that have steps."""
         return tuple(value for value, count in zip(values, self.steps, strict=True) if count)
 
     # ---- construction
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RALU:
-        """The published settings of a model at a speed-up; `changes` are other arguments.
+        """These are the published settings of a model at a speed-up; `changes` are other arguments.
 
         "flux-4x", "flux-5x" and "flux-7x" for FLUX.1-dev; "sd3-2x" and "sd3-3x" for SD3-medium; "schnell" and
         "sd35-turbo", whose shifts and noise were never published and are solved as the others were.
@@ -136,7 +136,7 @@ class RALU(Method):
     def solve(
         steps: Sequence[int], ends: Sequence[float], base_shift: float = 3.0
     ) -> tuple[tuple[float, float, float], float]:
-        """((h1, h2, h3), Z) of noise-timestep matching, from the published starting point; c is 1 / Z^2.
+        """This solves noise-timestep matching for ((h1, h2, h3), Z) from the published starting point; c is 1 / Z^2.
 
         Args:
             steps: Of each stage, at least 1.
@@ -151,25 +151,21 @@ class RALU(Method):
     # ---- the plan
 
     def begin(self, run: Any) -> ResolutionRun:
-        """The token layouts of one run."""
+        """One run has token layouts of its own."""
         return ResolutionRun(self, run)
 
     @property
     def run_steps(self) -> int:
-        """Steps of a run."""
+        """A run has so many steps."""
         return sum(self.steps)
 
     @property
     def run_sigmas(self) -> list[float]:
-        """The noise level at which each step begins."""
+        """Each step begins at one of these noise levels."""
         return [sigma for stage in self.stages() for sigma in stage.sigmas[:-1]]
 
     def check_steps(self, steps: int) -> None:
-        """Refuse a run of another number of steps.
-
-        Raises:
-            ScheduleError: Naming both.
-        """
+        """A run of another number of steps is a ScheduleError that names both."""
         if steps != self.run_steps:
             raise ScheduleError(
                 f"RALU has stages of {', '.join(map(str, self.steps))} steps, {self.run_steps} together, but the run "
@@ -177,7 +173,7 @@ class RALU(Method):
             )
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that have steps, in running order."""
+        """These stages have steps, in running order."""
         found: list[Stage] = []
         first, entry = 0, (0.0, 1.0, 0.0)
         parts = zip(LAYOUTS, self.steps, self.ends, self.shifts, strict=True)
@@ -190,7 +186,7 @@ class RALU(Method):
         return tuple(found)
 
     def split_count(self, coarse: int, text: int) -> int:
-        """How many of `coarse` tokens are split early, beside `text` tokens.
+        """So many of `coarse` tokens are split early, beside `text` tokens.
 
         Raises:
             ScheduleError: No number of them gives a length that `align` asks for.
@@ -204,7 +200,7 @@ class RALU(Method):
         return min(fitting, key=lambda k: abs(k - wanted))
 
     def tokens(self, full: int, text: int) -> list[int]:
-        """Image tokens of each step, of `full` at full resolution."""
+        """Each step has so many image tokens, of `full` at full resolution."""
         coarse = full // 4
         count = {"coarse": coarse, "full": full}
         if self.steps[1]:

@@ -37,7 +37,7 @@ HIGH_RATIO, STARVATION = 1.0, 0.1
 
 @dataclass(frozen=True)
 class Linear:
-    """Drop more tokens as the run goes on: `step` more in each block of `every` steps, `ratio` kept on average."""
+    """More tokens are dropped as the run goes on: `step` more in each `every` steps, `ratio` kept on average."""
 
     step: int
     every: int
@@ -50,7 +50,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class ActiveTokens:
-    """What one sparse step computes.
+    """One sparse step computes this.
 
     Attributes:
         keep: Active image tokens, K.
@@ -62,7 +62,7 @@ class ActiveTokens:
 
 
 class RASRun(TokenRun):
-    """The rule of RAS in one run: how often and how long each token was left out so far."""
+    """RAS chooses by how often and how long each token was left out so far in the run."""
 
     def __init__(self, method: Any, run: Any) -> None:
         super().__init__(method, run)
@@ -70,7 +70,7 @@ class RASRun(TokenRun):
         self._age: Tensor | None = None
 
     def choose(self, velocity: Tensor, delta: Any, coming: ActiveTokens | None) -> Tensor | None:
-        """The tokens that moved most, or least, counting how often they were dropped.
+        """It takes the tokens that moved most, or least, counting how often they were dropped.
 
         Raises:
             ArgumentError: Parity with several images; the run ends with its first step.
@@ -89,7 +89,7 @@ class RASRun(TokenRun):
         return self._choose(velocity, coming)
 
     def end(self) -> None:
-        """Only the history stays."""
+        """The run's history stays, and nothing else."""
         super().end()
         self._drops = self._age = None
 
@@ -113,7 +113,7 @@ class RASRun(TokenRun):
         return rows
 
     def _choose_as_published(self, velocity: Tensor, delta: Any, coming: ActiveTokens) -> Tensor:
-        """The published rule, roundings included: metric in the model's dtype, ties as torch.sort leaves them."""
+        """The published rule has its roundings: metric in the model's dtype, ties as torch.sort leaves them."""
         method = self.method
         if self._drops is None:
             count = -(len(self.plan) + 1)
@@ -133,7 +133,7 @@ class RASRun(TokenRun):
 
 @dataclass(frozen=True)
 class RAS(Method):
-    """Compute a part of the image tokens at each step.
+    """This method computes a part of the image tokens at each step.
 
     Attributes:
         ratio: Mean share of active tokens in a sparse step, in (0, 1]. 1 skips nothing.
@@ -201,7 +201,7 @@ class RAS(Method):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> RAS:
-        """The published settings of a model, "sd3", "lumina-next" or "flux"; `changes` are other arguments.
+        """These are a model's published settings, "sd3", "lumina-next" or "flux"; `changes` are other arguments.
 
         They run on that model's family only; `family=None` lets them run on any.
         FLUX was never published by RAS's authors: its settings are SD3's with the code's default `high_ratio`.
@@ -210,7 +210,7 @@ class RAS(Method):
         return replace(PRESETS[name], **changes)
 
     def _check_change(self) -> None:
-        """Refuse what has no meaning beside the metric "change"."""
+        """This refuses what has no meaning beside the metric "change"."""
         if self.mode == "parity":
             raise ArgumentError(
                 'metric must be "std" or "l2norm" with mode="parity", which is the published rule, got "change"'
@@ -227,19 +227,15 @@ class RAS(Method):
 
     @property
     def rate_of_drops(self) -> float:
-        """k of exp(k D)."""
+        """This is k of exp(k D)."""
         return STARVATION if self.starvation is None else self.starvation
 
     def begin(self, run: Any) -> TokenRun:
-        """The choice of tokens in one run."""
+        """One run chooses its tokens by this."""
         return ChangeRun(self, run) if self.metric == "change" else RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
-        """Refuse a run that `start` or explicit resets do not fit.
-
-        Raises:
-            ScheduleError: Naming the argument, its value and the number of steps.
-        """
+        """A run that `start` or explicit resets do not fit is a ScheduleError that says which."""
         if self.ratio < 1 and self.start >= steps:
             raise ScheduleError(
                 f"RAS start={self.start} leaves no sparse step in a run of {steps} steps; accepted is 1 to {steps - 1}"
@@ -251,7 +247,7 @@ class RAS(Method):
                 )
 
     def resets_for(self, steps: int) -> tuple[int, ...]:
-        """Dense steps after the start of a run of `steps` steps."""
+        """These steps of `steps` are dense after the start of a run."""
         if self.resets is not None:
             return tuple(self.resets)
         if steps in PUBLISHED_RESETS:
@@ -264,7 +260,7 @@ class RAS(Method):
         return (self.start + int(third), self.start + int(2 * third))
 
     def dropped(self, steps: int, tokens: int) -> list[int]:
-        """The published lists of dropped tokens, one number for each step (RAS section 3.3, code)."""
+        """These are the published numbers of dropped tokens, one for each step (RAS section 3.3, code)."""
         average = int((1 - self.ratio) * tokens)
         resets = set(self.resets_for(steps))
         found = []
@@ -279,7 +275,7 @@ class RAS(Method):
         return found
 
     def active(self, steps: int, tokens: int) -> list[ActiveTokens | None]:
-        """What each step computes; None where it is dense."""
+        """Each step computes this; None where it is dense."""
         share = 0.0 if self.metric == "change" else HIGH_RATIO
         share = share if self.high_ratio is None else self.high_ratio
         found: list[ActiveTokens | None] = []

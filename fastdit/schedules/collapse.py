@@ -30,7 +30,7 @@ Slot = tuple[int, str]
 
 @dataclass(frozen=True, eq=False)
 class Sum:
-    """Outputs kept as sums.
+    """These outputs are kept as sums.
 
     Attributes:
         slots: Where those outputs were kept, in running order.
@@ -44,7 +44,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class StepSums:
-    """The sums of one step.
+    """These sums are made or used at one step.
 
     Attributes:
         step: Its number.
@@ -57,17 +57,17 @@ class StepSums:
 
     @property
     def kept(self) -> int:
-        """Number of sums that are there after the step."""
+        """So many sums are there after the step."""
         return len(set(self.made.values()) | {s for s in self.used.values() if s.last > self.step})
 
 
 def passes(outputs: int) -> int:
-    """Bytes moved to make sums, in outputs: every output is read, and the sums written, after a chunk read too."""
+    """Sums cost as many bytes as this many outputs: each is read, and the sums are written, after a chunk read too."""
     return outputs + 3 + 6 * ((outputs - 1) // CHUNK)
 
 
 def find_sums(computes: np.ndarray, slots: Sequence[Slot]) -> list[StepSums]:
-    """The sums of every step, for `computes` bool [steps, slots]; the first step computes everything."""
+    """This finds the sums of every step of `computes`, bool [steps, slots], whose first step computes everything."""
     steps = len(computes)
     # The next step from each one on at which the output is computed.
     until = np.full((steps + 1, len(slots)), steps)
@@ -96,7 +96,7 @@ def find_sums(computes: np.ndarray, slots: Sequence[Slot]) -> list[StepSums]:
 
 
 def _classes(run: Sequence[int], until: np.ndarray) -> list[list[int]]:
-    """The slots of a run by the step that ends their reuse, apart where one between them is computed before."""
+    """Slots of a run belong together if one step ends their reuse and none between them is computed before."""
     found, stack = [], [list(run)]
     while stack:
         part = stack.pop()
@@ -107,7 +107,7 @@ def _classes(run: Sequence[int], until: np.ndarray) -> list[list[int]]:
 
 
 def _split(slots: Sequence[int], at: np.ndarray) -> list[list[int]]:
-    """The maximal runs of slots that are not marked."""
+    """This gives the maximal runs of slots that are not marked."""
     runs: list[list[int]] = [[]]
     for slot, marked in zip(slots, at, strict=True):
         if marked:

@@ -18,7 +18,7 @@ CLOSE = 1e-4
 
 @dataclass(frozen=True)
 class Conditions:
-    """Of one run, or of those that something was made for.
+    """A run has these conditions, or something was made for them.
 
     Attributes:
         scheduler: Class name of the scheduler.
@@ -36,7 +36,7 @@ class Conditions:
 
     @classmethod
     def of(cls, scheduler: Any, image_tokens: int | None, given: Mapping[str, Any]) -> Conditions:
-        """Read them off a run's scheduler, which may be None, and what its pipeline's call was `given`."""
+        """They are read off a run's scheduler, which may be None, and what its pipeline's call was `given`."""
         timesteps = getattr(scheduler, "timesteps", None)
         return cls(
             None if scheduler is None else type(scheduler).__name__,
@@ -47,14 +47,14 @@ class Conditions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The fields as files keep them: without what only distilled models have, where it is not known."""
+        """Files keep the fields so: without what only distilled models have, where it is not known."""
         found = asdict(self)
         if self.true_guidance is None:
             del found["true_guidance"]
         return found
 
     def check(self, run: Conditions, method: str) -> None:
-        """Refuse another run than these conditions say.
+        """This refuses another run than these conditions say.
 
         Raises:
             ScheduleError: Naming every field that differs.
@@ -71,7 +71,7 @@ class Conditions:
 
 
 def guidance_of(given: Mapping[str, Any]) -> dict[str, float | None]:
-    """The fields of :class:`Conditions` that are guidance, of a pipeline call's arguments or variables."""
+    """This reads the guidance of :class:`Conditions` off a pipeline call's arguments or variables."""
     scale, true = (_number(given.get(name)) for name in ("guidance_scale", "true_cfg_scale"))
     if true is not None:
         negative = ("negative_prompt", "negative_prompt_embeds")

@@ -34,7 +34,7 @@ Bits = dict[str, list[list[list[bool]]]]
 def parse(
     document: Mapping[str, Any], max_count: int
 ) -> tuple[Bits, dict[str, tuple[str, ...]], dict[str, Any]]:
-    """(bits, components, provenance) of a document of this layout; counts may be up to `max_count`.
+    """This gives (bits, components, provenance) of a document of this layout, whose counts may be up to `max_count`.
 
     Raises:
         ScheduleError: Naming the place and what was expected there.
@@ -84,7 +84,7 @@ def parse(
 
 
 def document(schedule: Schedule) -> dict[str, Any]:
-    """The schedule in this layout; what :func:`parse` kept as provenance returns to its place.
+    """This writes a schedule in this layout; what :func:`parse` kept as provenance returns to its place.
 
     Raises:
         ScheduleError: The layout has no place for a block kind, or for so many steps.

@@ -1,7 +1,7 @@
 """What happens at each step, as data: the merge of what the methods want, lowered for the block loop.
 
-A method fills in some fields of a plan (`reuse` is the first; token rows and resolution are further fields of the same
-merge). Two methods that fill the same field do not compose, which is checked when patching.
+A method fills in some fields of a plan: which components are reused, which image tokens are active, what resolution
+there is. Two methods that fill the same field do not compose, which is checked when patching.
 
 :func:`lower` turns a bound schedule into one small set of flags per (step, block, component), see `actions.py`.
 No tensors here, and no models.
@@ -30,7 +30,7 @@ OPS_OF_FIELD = {
 
 
 class PlanningMethod(Protocol):
-    """The part of a method that planning needs."""
+    """Planning needs this part of a method."""
 
     name: str
     writes: frozenset[str]
@@ -42,7 +42,7 @@ class PlanningMethod(Protocol):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The plan of one run.
+    """One run follows this plan.
 
     Attributes:
         steps: Number of transformer steps.
@@ -71,7 +71,7 @@ class RunPlan:
 
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
-    """Refuse methods that write the same field of a plan.
+    """This refuses methods that write the same field of a plan.
 
     Raises:
         CompositionError: Naming both methods and the field.
@@ -87,7 +87,7 @@ def check_composition(methods: Sequence[PlanningMethod]) -> None:
 
 
 def ops_of(methods: Sequence[PlanningMethod]) -> tuple[str, ...]:
-    """The names of the ops that runs with these methods call."""
+    """Runs with these methods call the ops of these names."""
     written = {field for method in methods for field in method.writes}
     return (*OPS, *(op for field, ops in OPS_OF_FIELD.items() if field in written for op in ops))
 
@@ -101,7 +101,7 @@ def plan_run(
     collapse: bool = False,
     repeats: bool = False,
 ) -> RunPlan:
-    """Merge what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
+    """This merges what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
     `levels` knows the run's noise levels (`levels.Levels`), for schedules made for other numbers of steps. `collapse`
     allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
@@ -136,7 +136,7 @@ def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tup
 
 
 def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
-    """Sums for a model whose gates allow them and a schedule that makes them pay."""
+    """There are sums where a model's gates allow them and its schedule makes them pay."""
     if not spec.shared_gates or any(flags & DRAWN for row in actions[0] for flags in row.values()):
         return ()
     slots = [(block, name) for block, row in enumerate(actions[0]) for name in row]
@@ -146,7 +146,7 @@ def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequenc
 
 
 def everywhere(spec: ModelSpec, flags: int) -> list[dict[str, int]]:
-    """The same flags for each component that there is, per block of all kinds in running order."""
+    """Each component that there is gets the same flags, per block of all kinds in running order."""
     return [
         {name: flags for name in kind.components if (block, name) not in kind.absent}
         for kind in spec.kinds
@@ -162,7 +162,7 @@ def lower(
     forecasts: Sequence[int] = (),
     repeats: bool = False,
 ) -> list[list[dict[str, int]]]:
-    """Flags per step, block (all kinds, in running order) and component; see :func:`plan_run`.
+    """This gives flags per step, block (all kinds, in running order) and component; see :func:`plan_run`.
 
     Computing at a `partial` step replaces a part of a value only, so the rest of it must have been kept until then.
     At a `fresh` step the tokens are others than before, so everything computes. Where the whole output is one of the
@@ -214,7 +214,7 @@ def _lower_kind(
 def _lower_component(
     bits: np.ndarray, read: np.ndarray, renews: np.ndarray, orders: np.ndarray
 ) -> np.ndarray:
-    """Backward liveness over the steps; all but `renews` [steps] are [steps, blocks].
+    """This is liveness analysis, backward over the steps; all but `renews` [steps] are [steps, blocks].
 
     `bits` (compute) and `read` (value is used) are bool; a reused value is drawn through one more than `orders` values,
     and a step that `renews` may replace the last of them, or a part of it.

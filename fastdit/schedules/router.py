@@ -22,7 +22,8 @@ from fastdit import files
 from fastdit.checks import real
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.schedule import DEFAULT_KIND, Schedule, check_kinds, check_names, check_steps
+from fastdit.schedules.layer import check_kinds, check_names, check_steps
+from fastdit.schedules.schedule import DEFAULT_KIND, Schedule
 from fastdit.schedules.schedule_file import MAX_BITS, MAX_FILE_BYTES, dumps, expect
 from fastdit.spec import ModelSpec
 
@@ -52,7 +53,7 @@ _CONDITIONS = {
 
 @dataclass(frozen=True, eq=False)
 class Router:
-    """A learned table.
+    """A router is a learned table.
 
     Attributes:
         logits: Block kind -> read-only float32 [steps, blocks, components], the first executed step first; inf where
@@ -100,17 +101,17 @@ class Router:
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
+        """It has so many steps."""
         return len(next(iter(self.logits.values())))
 
     @property
     def cells(self) -> int:
-        """(step, block, component) triples that the model has, T N."""
+        """The model has so many (step, block, component) triples, T N."""
         return sum(int(np.isfinite(array).sum()) for array in self.logits.values())
 
     @property
     def sha256(self) -> str:
-        """Hash of the logits and of what they belong to."""
+        """This hash is over the logits and what they belong to."""
         digest = hashlib.sha256()
         for kind, array in sorted(self.logits.items()):
             digest.update(repr((kind, self.components[kind], array.shape)).encode())
@@ -122,7 +123,7 @@ class Router:
         return f"Router({self.steps} steps, {share:.1%} reused at tau {self.tau:g})"
 
     def cache_utilisation(self, schedule: Schedule) -> float:
-        """CUR: reused cells over T N, the first step and only what the model has included (spec section 8)."""
+        """CUR is reused cells over T N, the first step and only what the model has included (spec section 8)."""
         reused = sum(
             int((~schedule.layers[kind].bits & np.isfinite(array)).sum())
             for kind, array in self.logits.items()
@@ -132,7 +133,7 @@ class Router:
     # ---- schedules
 
     def schedule(self, tau: float | None = None) -> Schedule:
-        """The schedule at a threshold: compute where sigmoid(logit) > tau, and at the first step.
+        """The schedule at a threshold computes where sigmoid(logit) > tau, and at the first step.
 
         Args:
             tau: In [0, 1); the router's own if left out.
@@ -151,7 +152,7 @@ class Router:
     def sweep(
         self, targets: Sequence[float], macs: Mapping[str, np.ndarray] | None = None
     ) -> list[Schedule]:
-        """A family of schedules: the cells with the least logits are reused, as many as reach each target.
+        """This gives a schedule for each target: the cells with the least logits are reused, as many as reach it.
 
         Args:
             targets: Shares in [0, 1 - 1/T] of all cells, or of their arithmetic where `macs` weighs them. The nearest
@@ -199,7 +200,7 @@ class Router:
         return Schedule.from_bits(bits, self.components, origin)
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuse a model of another family or with other blocks.
+        """This refuses a model of another family or with other blocks.
 
         Raises:
             ScheduleError: Naming what differs.
@@ -214,7 +215,7 @@ class Router:
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a router file."""
+        """This writes a router file."""
         from safetensors.numpy import save
 
         facts = {
@@ -232,7 +233,7 @@ class Router:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Router:
-        """Read a router file.
+        """This reads a router file.
 
         Raises:
             ScheduleError: The file cannot be read, or is not a valid router; names the file and what is wrong.
@@ -286,7 +287,7 @@ class Router:
         family: str | None = "dit",
         conditions: Conditions | None = None,
     ) -> Router:
-        """Import a checkpoint of HarmoniCa's or Learning-to-Cache's own training, read without executing anything.
+        """This imports a checkpoint of HarmoniCa's or Learning-to-Cache's own training without executing anything.
 
         Args:
             path: A torch file with entries ``"<i>.prob"`` [N], i = T - 1 the first executed step, at the top or under
@@ -321,16 +322,12 @@ class Router:
 
 
 def check_tau(tau: Any) -> float:
-    """The threshold as a float.
-
-    Raises:
-        ArgumentError: It is not a number in [0, 1).
-    """
+    """A threshold passes as a float; ArgumentError says that it is no number in [0, 1)."""
     return real("tau", tau, "in [0, 1)", lambda x: 0 <= x < 1)
 
 
 def _checkpoint_rows(path: str | os.PathLike[str]) -> np.ndarray:
-    """[T, N] by ascending i, through torch's reader of plain tensors."""
+    """Torch's reader of plain tensors gives the entries [T, N] by ascending i."""
     import argparse
     import zipfile
 

@@ -27,27 +27,17 @@ from fastdit import files
 from fastdit.checks import is_whole
 from fastdit.errors import ScheduleError
 from fastdit.schedules import ecad_file, schedule_file
-from fastdit.schedules.forecast import MAX_ORDER
+from fastdit.schedules.layer import (
+    Layer,
+    check_kinds,
+    check_order,
+    check_steps,
+    make_layer,
+    ungrouped,
+)
 from fastdit.spec import BlockKind, ModelSpec
 
 DEFAULT_KIND = "transformer_blocks"
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One block kind: ``bits`` (bool) and ``orders`` (uint8) are read-only arrays [steps, blocks, components]."""
-
-    components: tuple[str, ...]
-    bits: np.ndarray
-    orders: np.ndarray
-
-    def filled(self, kind: BlockKind) -> tuple[np.ndarray, np.ndarray]:
-        """Bits and orders get all components of the model's kind; one that the layer does not name computes."""
-        shape = len(self.bits), kind.count, len(kind.components)
-        bits, orders = np.ones(shape, dtype=bool), np.zeros(shape, dtype=np.uint8)
-        places = [kind.components.index(name) for name in self.components]
-        bits[:, :, places], orders[:, :, places] = self.bits, self.orders
-        return bits, orders
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +72,7 @@ class Schedule:
         provenance: Mapping[str, Any] | None = None,
         orders: Any = 0,
     ) -> Schedule:
-        """Make a schedule from ``bits[step][block][component]``, True = compute.
+        """This makes a schedule from ``bits[step][block][component]``, where True computes.
 
         Args:
             bits: Nested lists, an array or a tensor of bool or 0/1; for a model with several block kinds (FLUX) a
@@ -106,7 +96,7 @@ class Schedule:
             orders = dict.fromkeys(bits, 0 if orders is None else orders)
         check_kinds(bits=bits, components=components, orders=orders)
         layers = {
-            str(kind): _layer(str(kind), bits[kind], components[kind], orders[kind])
+            str(kind): make_layer(str(kind), bits[kind], components[kind], orders[kind])
             for kind in bits
         }
         check_steps("bits", {kind: len(layer.bits) for kind, layer in layers.items()})
@@ -114,7 +104,7 @@ class Schedule:
 
     @staticmethod
     def every(n: int, order: int = 0) -> Every:
-        """The FORA-style schedule: every component computes at steps 0, n, 2n, ... and is reused between.
+        """In this schedule, FORA's, every component computes at steps 0, n, 2n, ... and is reused between.
 
         It is bound to the model and to the number of steps when a run starts, so it fits any.
         """
@@ -124,23 +114,23 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Number of steps."""
+        """It has so many steps."""
         return next(iter(self.layers.values())).bits.shape[0]
 
     @property
     def reuse_share(self) -> float:
-        """Share of all (step, block, component) cells that are reused."""
+        """This share of all (step, block, component) cells is reused."""
         cells = sum(layer.bits.size for layer in self.layers.values())
         return sum(int((~layer.bits).sum()) for layer in self.layers.values()) / cells
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return any(layer.orders.any() for layer in self.layers.values())
 
     @property
     def sha256(self) -> str:
-        """Hash of the content (not of the provenance), equal for equal schedules."""
+        """This hash is over the content, not the provenance, and equal for equal schedules."""
         return hashlib.sha256(schedule_file.canonical(schedule_file.content(self))).hexdigest()
 
     def __eq__(self, other: object) -> bool:
@@ -166,13 +156,13 @@ class Schedule:
         """
         check_order(order)
         layers = {
-            kind: _layer(kind, layer.bits, layer.components, order)
+            kind: make_layer(kind, layer.bits, layer.components, order)
             for kind, layer in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers))
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """Check that the schedule fits the model and the number of steps, and return it in the model's components.
+        """This checks that the schedule fits the model and the number of steps, and gives it in the model's components.
 
         Raises:
             ScheduleError: Naming what differs.
@@ -184,7 +174,7 @@ class Schedule:
                 f"use num_inference_steps={self.steps}, or a schedule made for {steps}"
             )
         layers = {
-            kind.name: _ungrouped(self.layers[kind.name], kind)
+            kind.name: ungrouped(self.layers[kind.name], kind)
             for kind in spec.kinds
             if set(self.layers[kind.name].components) & set(kind.groups)
         }
@@ -193,7 +183,7 @@ class Schedule:
         return replace(self, layers=MappingProxyType({**self.layers, **layers}))
 
     def resampled(self, taken: Sequence[int]) -> Schedule:
-        """The schedule whose step i is this one's step ``taken[i]``.
+        """Step i of the new schedule is this one's step ``taken[i]``.
 
         Step 0 computes everything, as everywhere.
 
@@ -204,13 +194,13 @@ class Schedule:
         if not taken or min(taken) < 0 or max(taken) >= self.steps:
             raise ScheduleError(f"taken must be steps 0 to {self.steps - 1}, got {taken}")
         layers = {
-            kind: _layer(kind, layer.bits[taken], layer.components, layer.orders[taken])
+            kind: make_layer(kind, layer.bits[taken], layer.components, layer.orders[taken])
             for kind, layer in self.layers.items()
         }
         return replace(self, layers=MappingProxyType(layers), taken=tuple(taken))
 
     def check(self, spec: ModelSpec) -> None:
-        """Check block kinds, block counts and component names against a model; see :meth:`bind`."""
+        """This checks block kinds, block counts and component names against a model; see :meth:`bind`."""
         expected = {kind.name: kind for kind in spec.kinds}
         if set(self.layers) != set(expected):
             raise ScheduleError(
@@ -237,13 +227,13 @@ class Schedule:
     # ---- file
 
     def to_json(self) -> str:
-        """The schedule as JSON text; see the module's description."""
+        """This writes the schedule as JSON text, see `schedule_file.py`."""
         content = schedule_file.content(self)
         document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
         return schedule_file.dumps(document) + "\n"
 
     def to_ecad_json(self) -> str:
-        """The schedule in the layout of ECAD's released files.
+        """This writes the schedule in the layout of ECAD's released files.
 
         Raises:
             ScheduleError: The layout has no place for a block kind of this schedule.
@@ -251,7 +241,7 @@ class Schedule:
         return schedule_file.dumps(ecad_file.document(self)) + "\n"
 
     def save(self, path: str | os.PathLike[str], layout: str = "fastdit") -> None:
-        """Write to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
+        """This writes to `path` in this package's layout, :meth:`to_json`, or with "ecad" in :meth:`to_ecad_json`'s.
 
         Raises:
             ScheduleError: `layout` is neither, or has no place for a block kind.
@@ -263,7 +253,7 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
-        """Read a schedule file, of this package's layout or of ECAD's.
+        """This reads a schedule file, of this package's layout or of ECAD's.
 
         Raises:
             ScheduleError: The file cannot be read, or is not a valid schedule; names the file and what is wrong.
@@ -279,7 +269,10 @@ class Schedule:
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
-        """Parse JSON text of :meth:`to_json` or of ECAD's layout. Raises ScheduleError on anything else."""
+        """This reads JSON text of :meth:`to_json` or of ECAD's layout.
+
+        Raises:
+            ScheduleError: It is anything else."""
         if not isinstance(text, str):
             raise ScheduleError(f"text must be a str, got {type(text).__name__}")
         try:
@@ -298,7 +291,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Every:
-    """`Schedule.every(n)`: not yet bound to a model or to a number of steps.
+    """`Schedule.every(n)` gives this; it is not yet bound to a model or to a number of steps.
 
     Attributes:
         n: Compute at every n-th step, n >= 1; n = 1 computes always.
@@ -315,7 +308,7 @@ class Every:
 
     @property
     def forecasts(self) -> bool:
-        """Whether it extrapolates what it reuses."""
+        """This tells whether it extrapolates what it reuses."""
         return self.order > 0
 
     def with_order(self, order: int) -> Every:
@@ -323,7 +316,7 @@ class Every:
         return replace(self, order=order)
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """The schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
+        """This is the schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
         computes = np.arange(steps)[:, None, None] % self.n == 0
         kinds = spec.kinds or (BlockKind(DEFAULT_KIND, 1, ("output",)),)
         bits = {
@@ -334,107 +327,4 @@ class Every:
         return Schedule.from_bits(bits, components, {"every": self.n}, self.order)
 
     def check(self, spec: ModelSpec) -> None:
-        """Fits every model."""
-
-
-def _ungrouped(layer: Layer, kind: BlockKind) -> Layer:
-    """The layer with every group replaced by its components."""
-    parts = [
-        (component, index)
-        for index, name in enumerate(layer.components)
-        for component in kind.groups.get(name, (name,))
-    ]
-    names, places = zip(*parts, strict=True)
-    places = list(places)
-    return _layer(kind.name, layer.bits[:, :, places], names, layer.orders[:, :, places])
-
-
-def check_order(order: Any) -> None:
-    """Refuse what is no order of a forecast.
-
-    Raises:
-        ScheduleError: Naming what was given.
-    """
-    if type(order) is not int or not 0 <= order <= MAX_ORDER:
-        raise ScheduleError(f"order must be 0, 1 or 2, got {order!r}")
-
-
-def check_kinds(**parts: Mapping[Any, Any]) -> None:
-    """Refuse mappings by block kind that have other kinds than the first of them, or none.
-
-    Raises:
-        ScheduleError: Naming the kinds of each.
-    """
-    first, *others = map(set, parts.values())
-    if not first or any(kinds != first for kinds in others):
-        said = (f"{name} has block kinds {sorted(map(str, part))}" for name, part in parts.items())
-        raise ScheduleError(f"{', '.join(said)}; they must be the same and not empty")
-
-
-def check_steps(name: str, steps: Mapping[str, int]) -> None:
-    """Refuse block kinds of unlike numbers of steps.
-
-    Raises:
-        ScheduleError: Naming them.
-    """
-    if len(set(steps.values())) > 1:
-        raise ScheduleError(
-            f"{name} must have the same number of steps for every block kind, got {steps}"
-        )
-
-
-def check_names(kind: Any, components: Any) -> tuple[str, ...]:
-    """The component names of a block kind.
-
-    Raises:
-        ScheduleError: They, or the kind, are no names: distinct strings of characters that can be printed.
-    """
-    if isinstance(components, str) or not isinstance(components, Sequence):
-        raise ScheduleError(
-            f"components of {kind!r} must be a sequence of names, got {components!r}"
-        )
-    names = tuple(components)
-    if (
-        not names
-        or not all(isinstance(name, str) and name and name.isprintable() for name in (kind, *names))
-        or len(set(names)) < len(names)
-    ):
-        raise ScheduleError(
-            f"components of {kind!r} must be distinct non-empty strings of printable characters, and so must the "
-            f"block kind, got {names!r}"
-        )
-    return names
-
-
-def _layer(kind: str, bits: Any, components: Any, orders: Any = 0) -> Layer:
-    names = check_names(kind, components)
-    try:
-        array = np.asarray(bits)
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(
-            f"bits of {kind!r} must be a regular [step][block][component] array: {error}"
-        ) from error
-    if array.dtype != bool and not (
-        np.issubdtype(array.dtype, np.integer) and array.size and np.isin(array, (0, 1)).all()
-    ):
-        raise ScheduleError(
-            f"bits of {kind!r} must be bool or 0/1, got {array.dtype} with shape {array.shape}"
-        )
-    if array.ndim != 3 or 0 in array.shape or array.shape[2] != len(names):
-        raise ScheduleError(
-            f"bits of {kind!r} must have shape [steps, blocks, {len(names)}] without empty axes, got {array.shape}"
-        )
-    array = array.astype(bool)
-    array[0] = True  # there is nothing to reuse at the first step
-    try:
-        drawn = np.broadcast_to(np.asarray(orders), array.shape)
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(
-            f"orders of {kind!r} must be shaped like its bits, {array.shape}: {error}"
-        ) from error
-    if not np.issubdtype(drawn.dtype, np.integer) or not np.isin(drawn, range(MAX_ORDER + 1)).all():
-        raise ScheduleError(f"orders of {kind!r} must be 0, 1 or 2")
-    drawn = np.where(array, 0, drawn).astype(np.uint8)  # what computes is not drawn
-    for each in (array, drawn):
-        each.setflags(write=False)
-    return Layer(names, array, drawn)
+        """It fits every model."""

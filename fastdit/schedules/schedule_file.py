@@ -50,11 +50,7 @@ def _digits(values: np.ndarray) -> list[str]:
 
 
 def dumps(document: Mapping[str, Any], indent: int | None = 1) -> str:
-    """The document becomes text, of one line without `indent`.
-
-    Raises:
-        ScheduleError: Its provenance is no plain data.
-    """
+    """The document becomes text, of one line without `indent`; provenance that is no plain data is a ScheduleError."""
     try:
         return json.dumps(document, indent=indent, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -66,11 +62,7 @@ def canonical(content: Mapping[str, Any]) -> bytes:
 
 
 def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ...]]) -> None:
-    """Refuse what is no object with exactly these fields of these types.
-
-    Raises:
-        ScheduleError: Naming the place and the field.
-    """
+    """This raises ScheduleError, naming place and field, for what is no object of exactly these fields and types."""
     if not isinstance(document, dict):
         raise ScheduleError(f"{where} must be an object, got {type(document).__name__}")
     if set(document) != set(fields):

@@ -80,7 +80,7 @@ def step_levels(scheduler: Any) -> list[float]:
 
 @dataclass(frozen=True)
 class Advice:
-    """A solver for few steps.
+    """This solver suits few steps.
 
     Attributes:
         scheduler: To put in the pipeline's place of the same name.

@@ -28,12 +28,12 @@ Point = tuple[float, ...]
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Nobody watches this progress."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A measured schedule.
+    """This schedule was measured.
 
     Attributes:
         key: The effective schedule's name.
@@ -53,7 +53,7 @@ class Candidate:
 
 
 class Archive:
-    """All candidates of a search.
+    """An archive has all candidates of a search.
 
     Args:
         genome: The model's bit vectors.
@@ -79,17 +79,17 @@ class Archive:
         self.seen: dict[str, Candidate] = {}
 
     def front(self) -> list[Candidate]:
-        """The candidates seen so far that nothing dominates, the best first; never the uncached run."""
+        """Nothing seen so far dominates these candidates, the best first; the uncached run is never one."""
         complete = [c for c in self.seen.values() if c.complete and c.reused]
         return [complete[index] for index in non_dominated([c.values for c in complete])]
 
     def evaluate(
         self, vectors: np.ndarray, progress: Progress = silent, racing: bool = True
     ) -> list[Candidate]:
-        """Measure the rows of bool [n, genome size].
+        """This measures vectors, bool [n, genome size].
 
         Args:
-            vectors: What to measure; rows with the same effective schedule are one candidate.
+            vectors: What to measure; those with the same effective schedule are one candidate.
             progress: Hears of pieces done and known of.
             racing: Whether a candidate may be stopped early; otherwise all are complete.
         """
@@ -120,7 +120,7 @@ class Archive:
         return Task(key, what, self.genome.to_bytes(vector), self.work.steps, first, last)
 
     def fewer_steps(self, counts: Sequence[int], progress: Progress = silent) -> list[Point]:
-        """The unpatched model at other numbers of steps, judged like everything else."""
+        """The unpatched model is measured at other numbers of steps, judged like everything else."""
         items = self.work.items
         keys = {steps: f"unpatched-{steps}" for steps in counts}
         if cost.LATENCY in self.costs:
@@ -159,7 +159,7 @@ class Archive:
         return tuple(self._ledger.costs[key][name] for name in self.costs)
 
     def _rival(self, key: str, front: Sequence[Candidate]) -> tuple[Candidate, float] | None:
-        """The member of the front that ends the race of `key`, and the loss `key` then has."""
+        """This member of the front ends the race of `key`, which then has this loss."""
         own, costs = self._ledger.losses[key, 0, self.race], self._cost(key)
         found = []
         for rival in front:

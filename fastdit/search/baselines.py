@@ -18,7 +18,7 @@ UNCACHED, FEWER_STEPS = "uncached", "fewer steps"
 
 @dataclass(frozen=True)
 class Baseline:
-    """One point of comparison.
+    """This is one point of comparison.
 
     Attributes:
         group: The curve it belongs to.
@@ -32,7 +32,7 @@ class Baseline:
 
 
 def measure_baselines(archive: Archive, progress: Progress = silent) -> list[Baseline]:
-    """All that exist for the model; TGATE needs a cross-attention of its own."""
+    """All baselines that exist for the model are measured; TGATE needs a cross-attention of its own."""
     genome, steps = archive.genome, archive.work.steps
     named = {
         ("FORA", f"every {n}"): seeds.fora(genome, n) for n in FORA if n < steps or n == FORA[0]

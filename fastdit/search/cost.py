@@ -15,6 +15,6 @@ OBJECTIVES = (*COUNTED, LATENCY)
 
 
 def counted(handle: Any, steps: int, arguments: Mapping[str, Any]) -> dict[str, int]:
-    """The counted costs of one image by the schedule that `handle` runs, by objective."""
+    """One image by the schedule that `handle` runs has these counted costs, by objective."""
     found = handle.explain(arguments.get("height"), arguments.get("width"), steps=steps)
     return {"macs": found.linear_macs, "true-macs": found.macs}

@@ -29,7 +29,7 @@ LATENCY_WARMUP = 1
 
 @dataclass(frozen=True)
 class Work:
-    """How every candidate is drawn and judged; part of a ledger's identity.
+    """Every candidate is drawn and judged so; it is part of a ledger's identity.
 
     Attributes:
         prompts: Texts, or class numbers for a class-conditional model.
@@ -74,11 +74,11 @@ class Work:
 
     @property
     def items(self) -> int:
-        """Pictures that judge a candidate."""
+        """So many pictures judge a candidate."""
         return len(self.prompts) * self.images_per_prompt
 
     def described(self) -> dict[str, Any]:
-        """As JSON data."""
+        """JSON data describe it so."""
         names = [name for name in self.__dataclass_fields__ if name != "quality"]
         quality = self.quality if isinstance(self.quality, str) else self.quality.name
         found = {name: getattr(self, name) for name in names}
@@ -88,7 +88,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work.
+    """This is one piece of work.
 
     Attributes:
         key: The candidate's name in the ledger.
@@ -107,7 +107,7 @@ class Task:
 
 
 class Evaluator:
-    """A loaded model that measures tasks.
+    """A loaded model measures tasks.
 
     Args:
         factory: Makes the pipeline.
@@ -129,7 +129,7 @@ class Evaluator:
         self._references: dict[tuple[int, int], np.ndarray] = {}
 
     def facts(self) -> dict[str, Any]:
-        """The model as plain data: its identity, its block kinds, and what the uncached run costs."""
+        """Plain data describe the model: its identity, its block kinds, and what the uncached run costs."""
         with self._patched(np.ones(self.genome.size, dtype=bool)) as handle:
             costs = cost.counted(handle, self.work.steps, self.work.arguments)
         spec = self.genome.spec
@@ -145,7 +145,7 @@ class Evaluator:
         }
 
     def measure(self, task: Task) -> dict[str, Any]:
-        """{"costs", "losses"} or {"costs", "latency"} of a task."""
+        """A task gives {"costs", "losses"} or {"costs", "latency"}."""
         if task.bits is None:
             with self._patched(np.ones(self.genome.size, dtype=bool)) as handle:
                 dense = cost.counted(handle, self.work.steps, self.work.arguments)
@@ -179,7 +179,7 @@ class Evaluator:
         return self._references[chunk]
 
     def _latency(self, task: Task) -> float:
-        """Median seconds per picture of whole pipeline calls, after a warm-up."""
+        """These are median seconds per picture of whole pipeline calls, after a warm-up."""
         count = min(self.work.batch, self.work.items)
         seconds = []
         for _ in range(LATENCY_WARMUP + self.work.latency_repeats):
@@ -193,7 +193,7 @@ class Evaluator:
         return [prompts[item % len(prompts)] for item in range(first, last)]
 
     def _draw(self, first: int, last: int, steps: int) -> np.ndarray:
-        """Pictures [n, H, W, 3] in [0, 1] of the items."""
+        """This draws the items' pictures, [n, H, W, 3] in [0, 1]."""
         import torch
 
         from fastdit.cli.loading import calls
@@ -219,7 +219,7 @@ class Evaluator:
 
 
 class _Patched:
-    """The pipeline under a schedule, for the length of a `with`."""
+    """The pipeline is under a schedule for the length of a `with`."""
 
     def __init__(self, pipeline: Any, schedule: Any, backend: str | None) -> None:
         self._pipeline, self._schedule, self._backend = pipeline, schedule, backend
@@ -235,7 +235,7 @@ class _Patched:
 
 
 def genome_of(facts: Mapping[str, Any], steps: int) -> Genome:
-    """The genome of the model that `facts` describe."""
+    """The model that `facts` describe has this genome."""
     kinds = [
         BlockKind(name, count, tuple(names), frozenset(map(tuple, absent)), consumers)
         for name, count, names, absent, consumers in facts["kinds"]
@@ -244,7 +244,7 @@ def genome_of(facts: Mapping[str, Any], steps: int) -> Genome:
 
 
 def fingerprint(transformer: Any) -> str:
-    """A hash of the model's class, configuration and a few weights of every tensor."""
+    """This hash is over the model's class, configuration and a few weights of every tensor."""
     config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
     digest = hashlib.sha256(type(transformer).__name__.encode())
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())

@@ -34,7 +34,7 @@ LEDGER = "ledger.jsonl"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched, beside how candidates are judged (:class:`~fastdit.search.evaluator.Work`).
+    """This says what is searched, beside how candidates are judged (:class:`~fastdit.search.evaluator.Work`).
 
     Attributes:
         generations: Generations of children after the seeds.
@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class State:
-    """How far a search is, for whoever watches it.
+    """This tells whoever watches how far a search is.
 
     Attributes:
         generation, generations: The one in progress, and the last one; after the last, the baselines are measured.
@@ -93,7 +93,7 @@ Watch = Callable[[State], None]
 
 @dataclass(frozen=True)
 class Search:
-    """A finished search.
+    """This search is finished.
 
     Attributes:
         front: What nothing dominates, the best first.
@@ -111,7 +111,7 @@ class Search:
 
     @property
     def gain(self) -> float:
-        """Hypervolume of the front over that of the seeds' own, minus one."""
+        """This is the hypervolume of the front over that of the seeds' own, minus one."""
         first, last = (self.generations[index]["hypervolume"] for index in (0, -1))
         return last / first - 1 if first else 0.0
 
@@ -119,7 +119,7 @@ class Search:
 def identity(
     work: Work, settings: Settings, seeds: Sequence[Schedule], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a ledger belongs to. The number of generations is not part of it: a search can go on."""
+    """A ledger belongs to this. The number of generations is not part of it: a search can go on."""
     described = asdict(settings)
     described.pop("generations")
     described.pop("even_steps")  # those are among the seeds
@@ -139,7 +139,7 @@ def evolve(
     workers: Workers,
     watch: Watch = lambda state: None,
 ) -> tuple[Search, Ledger]:
-    """Run or resume the search of a folder; the ledger is open for what the caller still measures.
+    """This runs or resumes the search of a folder; the ledger is open for what the caller still measures.
 
     Raises:
         SearchError: The folder's ledger is damaged, in use or of another search; a worker was lost.
@@ -184,7 +184,7 @@ class _Loop:
     volumes: list[float] = field(default_factory=list)
 
     def generation(self, number: int) -> bool:
-        """One generation; False if there are no new children."""
+        """This runs one generation, and gives False if there are no new children."""
         vectors = self.algorithm.ask()
         if not len(vectors):
             return False
@@ -220,7 +220,7 @@ class _Loop:
         return True
 
     def _proposed(self, children: np.ndarray, number: int) -> np.ndarray:
-        """What the surrogate would rather measure than these children."""
+        """The surrogate would rather measure this than these children."""
         measured = [candidate for candidate in self.archive.seen.values() if candidate.reused]
         operators = self.settings.operators
         return propose(

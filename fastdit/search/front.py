@@ -10,7 +10,7 @@ TINY = 1e-9  # losses below count as this one, where a logarithm is taken
 
 
 def non_dominated(values: np.ndarray) -> np.ndarray:
-    """Indices of the rows of [n, objectives] that no other row dominates, by the first objective.
+    """These rows of [n, objectives] no other row dominates, by the first objective.
 
     Of equal rows the first one stays.
     """
@@ -26,7 +26,7 @@ def non_dominated(values: np.ndarray) -> np.ndarray:
 
 
 def on_axes(values: np.ndarray, uncached: Sequence[float], logarithmic: bool) -> np.ndarray:
-    """[n, objectives] as a plot shows them: the loss, or its decimal logarithm, and shares of the `uncached` costs."""
+    """A plot shows [n, objectives] so: the loss, or its decimal logarithm, and shares of the `uncached` costs."""
     values = np.array(values, dtype=np.float64).reshape(-1, 1 + len(uncached))
     if logarithmic:
         values[:, 0] = np.log10(np.maximum(values[:, 0], TINY))
@@ -35,12 +35,12 @@ def on_axes(values: np.ndarray, uncached: Sequence[float], logarithmic: bool) ->
 
 
 def corner(seeds: np.ndarray) -> tuple[float, ...]:
-    """Where the hypervolume of a search ends, on the axes: the loss of its worst seed, the uncached run's costs."""
+    """The hypervolume of a search ends here, on the axes: the loss of its worst seed, the uncached run's costs."""
     return (float(np.max(seeds[:, 0])), *[1.0] * (seeds.shape[1] - 1))
 
 
 def hypervolume(values: np.ndarray, reference: Sequence[float]) -> float:
-    """Volume between the rows of [n, objectives] and the `reference` point, which bounds it from above."""
+    """This is the volume between the rows of [n, objectives] and the `reference` point, which bounds it from above."""
     from fastdit.search.nsga2 import require_pymoo
 
     require_pymoo()
@@ -54,7 +54,7 @@ def hypervolume(values: np.ndarray, reference: Sequence[float]) -> float:
 
 
 def growth(values: np.ndarray, reference: Sequence[float]) -> np.ndarray:
-    """Hypervolume of the first 1, 2, ... n rows of [n, objectives]: what a search had after each evaluation."""
+    """The first 1, 2, ... n rows of [n, objectives] have this hypervolume: a search had it after each evaluation."""
     found, front = [], np.empty((0, len(reference)))
     for row in np.asarray(values, dtype=np.float64):
         if not (front <= row).all(axis=1).any():

@@ -24,7 +24,7 @@ from fastdit.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Genome:
-    """The bit vectors of a model at a number of steps.
+    """A model at a number of steps has these bit vectors.
 
     Attributes:
         spec: The model's block kinds.
@@ -36,16 +36,16 @@ class Genome:
 
     @cached_property
     def components(self) -> tuple[tuple[str, int, str], ...]:
-        """(kind, block, component) of each bit of one step, in order."""
+        """The bits of one step are of these (kind, block, component), in order."""
         return tuple((kind.name, block, name) for kind, block, name in self.spec.components())
 
     @property
     def size(self) -> int:
-        """Bits of a vector."""
+        """A vector has so many bits."""
         return self.steps * len(self.components)
 
     def schedule(self, vector: np.ndarray, provenance: Mapping[str, Any] | None = None) -> Schedule:
-        """The schedule that a vector, bool [size], stands for."""
+        """A vector, bool [size], stands for this schedule."""
         table = vector.reshape(self.steps, len(self.components))
         bits, named = {}, {}
         for kind in self.spec.kinds:
@@ -59,7 +59,7 @@ class Genome:
         return Schedule.from_bits(bits, named, provenance)
 
     def vector(self, schedule: Schedule) -> np.ndarray:
-        """The vector of a schedule, bool [size]; a component that the schedule does not name computes.
+        """A schedule has this vector, bool [size]; a component that it does not name computes.
 
         Raises:
             ScheduleError: The schedule is for another model or another number of steps.
@@ -73,31 +73,31 @@ class Genome:
         return table.ravel()
 
     def effective(self, vector: np.ndarray) -> np.ndarray:
-        """The vector without what changes nothing: step 0 computes, and what nobody reads does not."""
+        """The vector loses what changes nothing: step 0 computes, and what nobody reads does not."""
         return self._flags(vector) & COMPUTE != 0
 
     def key(self, vector: np.ndarray) -> str:
-        """A name that two vectors share if and only if they run the same components at the same steps."""
+        """Two vectors share this name if and only if they run the same components at the same steps."""
         flags = self._flags(vector) & (COMPUTE | REUSE)
         return hashlib.sha256(flags.astype(np.uint8).tobytes()).hexdigest()[:32]
 
     def reused(self, vector: np.ndarray) -> int:
-        """Number of cells that differ from the uncached run."""
+        """So many cells differ from the uncached run."""
         return int((~self.effective(vector)).sum())
 
     def to_bytes(self, vector: np.ndarray) -> bytes:
-        """Eight bits a byte."""
+        """A byte holds eight bits."""
         return np.packbits(vector).tobytes()
 
     def from_bytes(self, data: bytes) -> np.ndarray:
-        """The reverse of :meth:`to_bytes`."""
+        """This reverses :meth:`to_bytes`."""
         bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
         if not self.size <= bits.size < self.size + 8:
             raise ScheduleError(f"{len(data)} bytes cannot hold {self.size} bits")
         return bits[: self.size].astype(bool)
 
     def _flags(self, vector: np.ndarray) -> np.ndarray:
-        """COMPUTE, REUSE or neither, for every cell."""
+        """Every cell has COMPUTE, REUSE or neither."""
         actions = lower(self.schedule(vector), self.spec)
         first, offsets = 0, {}
         for kind in self.spec.kinds:

@@ -34,7 +34,7 @@ VISION_NAMES = (  # of the checkpoint, and of transformers
 
 
 class ImageReward:
-    """1 - ImageReward, the paper's objective.
+    """The loss is 1 - ImageReward, the paper's objective.
 
     Args:
         folder: See the module's description.
@@ -67,7 +67,7 @@ class ImageReward:
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
     ) -> list[float]:
-        """1 - (score - mean) / spread of each picture and its prompt."""
+        """Each picture and its prompt have 1 - (score - mean) / spread."""
         import torch
 
         pixels = self._pictures(images=[eight_bits(image) for image in images], return_tensors="pt")
@@ -152,7 +152,7 @@ def _text(weights: dict[str, Any]) -> Any:
 
 
 def _head(weights: dict[str, Any]) -> Any:
-    """Linear layers without activations; the released ones have dropout between them."""
+    """The head is linear layers without activations; the released ones have dropout between them."""
     from torch import nn
 
     order = sorted({int(name.split(".")[0]) for name in weights})

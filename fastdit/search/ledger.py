@@ -37,7 +37,7 @@ _NUMBER = (int, float)
 
 
 class Ledger:
-    """Measurements by candidate, in memory and in a file.
+    """A ledger has measurements by candidate, in memory and in a file.
 
     Args:
         path: Created if it does not exist.
@@ -69,17 +69,17 @@ class Ledger:
             raise
 
     def add_losses(self, key: str, first: int, last: int, losses: list[float]) -> None:
-        """Write down the losses of items `first` to before `last`."""
+        """This writes down the losses of items `first` to before `last`."""
         self._write({"key": key, "first": first, "last": last, "losses": losses})
 
     def add_costs(self, key: str, costs: Mapping[str, float]) -> None:
-        """Write down a candidate's costs by objective, if there is one that is not known."""
+        """This writes down a candidate's costs by objective, if there is one that is not known."""
         known = self.costs.get(key, {})
         if new := {name: value for name, value in costs.items() if name not in known}:
             self._write({"key": key, "costs": new})
 
     def add_generation(self, number: int, facts: Mapping[str, Any]) -> None:
-        """Write down a generation that is done, or check that it is the one written down before.
+        """This writes down a generation that is done, or checks that it is the one written down before.
 
         Of an earlier one the file is only asked which candidates it had: the rest was found again.
 
@@ -97,7 +97,7 @@ class Ledger:
         self.generations[number] = {"generation": number, **facts}
 
     def close(self) -> None:
-        """Close the file."""
+        """This closes the file."""
         self._file.close()
 
     def _lock(self) -> None:
@@ -188,7 +188,7 @@ class Ledger:
 
 
 def _opened(line: bytes) -> tuple[bytes, bool]:
-    """(the entry, whether it had a checksum) of a line; the checksum fits."""
+    """A line gives (the entry, whether it had a checksum), which fits."""
     seal = _SEAL.search(line)
     if seal is None:
         return line, False

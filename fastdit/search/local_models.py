@@ -11,7 +11,7 @@ from fastdit.errors import ArgumentError
 
 
 def require_files(folder: Path, quality: str, names: Sequence[str]) -> None:
-    """Refuse a folder without these files."""
+    """This refuses a folder without these files."""
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         what = f"has no {', '.join(missing)}" if folder.is_dir() else "is not a folder"
@@ -19,5 +19,5 @@ def require_files(folder: Path, quality: str, names: Sequence[str]) -> None:
 
 
 def eight_bits(image: np.ndarray) -> np.ndarray:
-    """[H, W, 3] in [0, 1] as bytes."""
+    """[H, W, 3] in [0, 1] becomes bytes."""
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)

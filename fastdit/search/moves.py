@@ -16,7 +16,7 @@ ANOTHER = 0.5  # probability that a move is followed by a further one
 
 
 def parts_of(components: Sequence[tuple[str, int, str]]) -> np.ndarray:
-    """Masks, bool [n, components]: what a move of a part may take, each block and each component of a kind.
+    """A move of a part may take these masks, bool [n, components]: each block and each component of a kind.
 
     Args:
         components: (kind, block, component) of each bit of a step.
@@ -33,7 +33,7 @@ def parts_of(components: Sequence[tuple[str, int, str]]) -> np.ndarray:
 
 
 def move(bits: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
-    """Change a schedule, bool [steps, components] with True computing, in place; step 0 stays as it is.
+    """This changes a schedule, bool [steps, components] with True computing, in place; step 0 stays as it is.
 
     One move, and with probability `ANOTHER` one more, again and again. A move adds or drops a step, as probably the one
     as the other whatever there are more of; or has two neighbouring steps trade places; or adds or drops a part of a
@@ -53,7 +53,7 @@ def move(bits: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def _toggle(bits: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> None:
-    """At a random step, compute the columns that mostly reuse, or the reverse."""
+    """At a random step the columns that mostly reuse compute, or the reverse."""
     if len(bits) < 2:
         return
     computes = bits[1:, columns].mean(axis=1) >= 0.5
@@ -75,7 +75,7 @@ def _shift(bits: np.ndarray, rng: np.random.Generator) -> None:
 def cross(
     one: np.ndarray, other: np.ndarray, cuts: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two schedules, bool [steps, components], with what lies between every second pair of cuts exchanged.
+    """Two schedules, bool [steps, components], exchange what lies between every second pair of cuts.
 
     Args:
         one, other: Parents; left as they are.

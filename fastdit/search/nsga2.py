@@ -24,7 +24,7 @@ UNITS = ("bit", "step")
 
 @dataclass(frozen=True)
 class Operators:
-    """NSGA-II's settings; the defaults are the paper's.
+    """NSGA-II has these settings; the defaults are the paper's.
 
     Attributes:
         crossover_points: Cuts of a crossover.
@@ -46,7 +46,7 @@ class Operators:
 
     @classmethod
     def of(cls, unit: str, seed: int = 0) -> Operators:
-        """The settings that go with a unit: the paper's, or more mutation and fewer cuts for steps."""
+        """A unit goes with these settings: the paper's, or more mutation and fewer cuts for steps."""
         if unit == "step":
             return cls(2, 0.5, 0.75, seed=seed, unit=unit)
         return cls(seed=seed, unit=unit)
@@ -65,7 +65,7 @@ class Operators:
 
 
 class Nsga2:
-    """Ask for vectors, tell what they are worth.
+    """It is asked for vectors and told what they are worth.
 
     Args:
         seeds: The first population, bool [n, bits].
@@ -106,7 +106,7 @@ class Nsga2:
         self._asked: Any = None
 
     def ask(self) -> np.ndarray:
-        """The next generation, bool [n, bits]; empty if the population has no new children left."""
+        """This is the next generation, bool [n, bits]; it is empty if the population has no new children left."""
         self._asked = self.algorithm.ask()
         if self._asked is None or len(self._asked) == 0:
             return np.zeros((0, self.problem.n_var), dtype=bool)
@@ -119,11 +119,11 @@ class Nsga2:
         self._asked = Population.new(X=vectors)
 
     def survivors(self) -> np.ndarray:
-        """The population, bool [n, bits]."""
+        """This is the population, bool [n, bits]."""
         return self.algorithm.pop.get("X").astype(bool)
 
     def tell(self, values: np.ndarray, reused: np.ndarray) -> None:
-        """What the vectors asked for are worth: objectives [n, objectives], cells reused [n]."""
+        """The vectors asked for are worth this: objectives [n, objectives], cells reused [n]."""
         from pymoo.core.evaluator import Evaluator
         from pymoo.problems.static import StaticProblem
 
@@ -136,7 +136,7 @@ class Nsga2:
 
 
 def _by_bits(operators: Operators, bits: int, components: Sequence[Any]) -> tuple[Any, Any]:
-    """The paper's crossover and mutation."""
+    """This is the paper's crossover and mutation."""
     from pymoo.operators.crossover.pntx import PointCrossover
     from pymoo.operators.mutation.bitflip import BitflipMutation
 
@@ -149,7 +149,7 @@ def _by_bits(operators: Operators, bits: int, components: Sequence[Any]) -> tupl
 
 
 def _by_steps(operators: Operators, bits: int, components: Sequence[Any]) -> tuple[Any, Any]:
-    """Crossover and mutation of `moves.py`."""
+    """This is crossover and mutation by `moves.py`."""
     from pymoo.core.crossover import Crossover
     from pymoo.core.mutation import Mutation
 
@@ -183,7 +183,7 @@ def _by_steps(operators: Operators, bits: int, components: Sequence[Any]) -> tup
 
 
 def require_pymoo() -> None:
-    """Raise DependencyError, naming the extra, where pymoo is not installed."""
+    """Where pymoo is not installed this is a DependencyError that names the extra."""
     try:
         import pymoo  # noqa: F401
     except ImportError as error:

@@ -27,7 +27,7 @@ def save_plot(
     labels: tuple[str, str],
     others: Mapping[str, Sequence[Sequence[float]]] | None = None,
 ) -> None:
-    """Write the plot as PNG: loss upward over cost to the right, as a share of the uncached run.
+    """This writes the plot as PNG: loss upward over cost to the right, as a share of the uncached run.
 
     Losses are drawn on a logarithmic scale; what has none, like the uncached run beside itself, stands on the floor.
 
@@ -43,7 +43,7 @@ def save_plot(
     floor = min((point[0] for point in front if point[0] > 0), default=1.0) / 2
 
     def line(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-        """Shares of the cost and losses, by cost."""
+        """A line has shares of the cost and losses, by cost."""
         ordered = sorted((point[1] / uncached, max(point[0], floor)) for point in points)
         return [cost for cost, _ in ordered], [loss for _, loss in ordered]
 

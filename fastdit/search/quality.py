@@ -23,7 +23,7 @@ from fastdit.search.local_models import eight_bits, require_files
 
 
 class Quality(Protocol):
-    """A judge of pictures.
+    """This judges pictures.
 
     Attributes:
         name: For the ledger and the axis of the plot.
@@ -39,12 +39,12 @@ class Quality(Protocol):
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
     ) -> list[float]:
-        """One loss for each of `images`, [n, H, W, 3] in [0, 1]."""
+        """Each of `images`, [n, H, W, 3] in [0, 1], has one loss."""
         ...
 
 
 class Paired:
-    """Relative L2 distance to the uncached picture of the same seed."""
+    """The loss is the relative L2 distance to the uncached picture of the same seed."""
 
     name = "paired"
     needs_reference = True
@@ -53,12 +53,12 @@ class Paired:
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
     ) -> list[float]:
-        """|image - reference| / |reference| of each picture."""
+        """Each picture has |image - reference| / |reference|."""
         return [relative_l2(*pair) for pair in zip(images, references, strict=True)]
 
 
 class Task:
-    """Share of the objects named in the prompt whose shape or colour is wrong; embedded model only."""
+    """The loss is the share of the objects named in the prompt whose shape or colour is wrong; embedded model only."""
 
     name = "task"
     needs_reference = False
@@ -66,7 +66,7 @@ class Task:
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
     ) -> list[float]:
-        """1 - `fastdit.tiny.score` of each picture."""
+        """Each picture has 1 - `fastdit.tiny.score`."""
         from fastdit import tiny
 
         try:
@@ -79,7 +79,7 @@ class Task:
 
 
 class Clip:
-    """1 - cosine of CLIP's image and text embeddings.
+    """The loss is 1 - cosine of CLIP's image and text embeddings.
 
     Args:
         folder: What `CLIPModel.save_pretrained` and `CLIPProcessor.save_pretrained` wrote.
@@ -106,7 +106,7 @@ class Clip:
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
     ) -> list[float]:
-        """1 - cosine of each picture and its prompt."""
+        """Each picture and its prompt have 1 - cosine."""
         import torch
 
         pixels = self._pictures(images=[eight_bits(image) for image in images], return_tensors="pt")
@@ -122,7 +122,7 @@ class Clip:
 
 
 def make_quality(name: str, folder: str | Path | None = None) -> Quality:
-    """The plug-in called `name`; `folder` holds the weights of those that need some.
+    """This makes the plug-in called `name`; `folder` holds the weights of those that need some.
 
     Raises:
         ArgumentError: There is no such plug-in, or its weights are not in `folder`; names the folder.
@@ -139,7 +139,7 @@ def make_quality(name: str, folder: str | Path | None = None) -> Quality:
 
 
 def is_logarithmic(quality: str | Quality) -> bool:
-    """Whether the ratios of a judge's losses matter rather than their differences."""
+    """This tells whether the ratios of a judge's losses matter rather than their differences."""
     judge = QUALITIES.get(quality) if isinstance(quality, str) else quality
     return bool(getattr(judge, "logarithmic", False))
 

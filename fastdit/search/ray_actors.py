@@ -11,7 +11,7 @@ from fastdit.search.workers import Measured
 
 
 class RayActors:
-    """`count` actors, each with its own model.
+    """There are `count` actors, each with its own model.
 
     Args:
         factory: Makes the pipeline, on the actor's machine.
@@ -76,7 +76,7 @@ class RayActors:
             yield task, result
 
     def close(self) -> None:
-        """End the actors, and the local cluster if this started it."""
+        """This ends the actors, and the local cluster if this started it."""
         for actor in self.actors:
             self._ray.kill(actor)
         if self._started:

@@ -34,7 +34,7 @@ PACKAGES = ("pymoo", "numpy", "torch", "diffusers")
 def write_result(
     folder: Path, search: Search, baselines: Sequence[Baseline], identity: Mapping[str, Any]
 ) -> None:
-    """Write all but the ledger, which is there already; what an earlier search left is replaced."""
+    """This writes all but the ledger, which is there already; what an earlier search left is replaced."""
     schedules = folder / FRONT
     for path in (schedules, schedules / ECAD_LAYOUT):
         files.make_folder(path, "out")
@@ -63,7 +63,7 @@ def write_result(
 
 
 def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any]) -> Schedule:
-    """The effective schedule of a candidate, with where it comes from."""
+    """A candidate has this effective schedule, with where it comes from."""
     provenance = {
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
@@ -77,7 +77,7 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
 
 
 def objectives(search: Search, values: Sequence[float]) -> dict[str, float]:
-    """Objectives by name."""
+    """These are the objectives by name."""
     return dict(zip(("loss", *search.archive.costs), values, strict=True))
 
 
@@ -87,7 +87,7 @@ def summary(
     identity: Mapping[str, Any],
     names: Sequence[str],
 ) -> dict[str, Any]:
-    """The ledger's summary."""
+    """This sums the ledger up."""
     seen = list(search.archive.seen.values())
     return {
         "fastdit": __version__,

@@ -29,7 +29,7 @@ def ecad(
     workers: int | Workers = 1,
     watch: Watch = lambda state: None,
 ) -> Search:
-    """Search caching schedules of a pipeline by NSGA-II; the result is a folder.
+    """This searches caching schedules of a pipeline by NSGA-II; the result is a folder.
 
     A search that ended, was stopped or was killed is resumed by calling this again with the same arguments, or with
     more generations: it replays its ledger, `out/ledger.jsonl`, and ends with the front it would have had.

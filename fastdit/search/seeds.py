@@ -35,14 +35,14 @@ CROSS = {"pixart": ("attn2",), "lumina": ("attn2",)}
 
 
 def default_population(family: str) -> int:
-    """The paper's population: 72 for PixArt, 24 for FLUX, and for what it did not search."""
+    """The paper's population is 72 for PixArt, 24 for FLUX, and for what it did not search."""
     return POPULATIONS.get(family, POPULATION)
 
 
 def first_population(
     genome: Genome, population: int, given: Sequence[Schedule] = (), seed: int = 0
 ) -> np.ndarray:
-    """The seeds, bool [population, genome size]: the uncached run, those `given`, then the families in turn.
+    """The seeds are bool [population, genome size]: the uncached run, those `given`, then the families in turn.
 
     Raises:
         ArgumentError: More are given than the population holds.
@@ -62,17 +62,17 @@ def first_population(
 
 
 def uncached(genome: Genome) -> np.ndarray:
-    """All components at all steps."""
+    """All components compute at all steps."""
     return np.ones(genome.size, dtype=bool)
 
 
 def fora(genome: Genome, period: int) -> np.ndarray:
-    """All components every `period` steps."""
+    """All components compute every `period` steps."""
     return _build(genome, lambda step, block, role: step % period == 0)
 
 
 def attention_only(genome: Genome, period: int) -> np.ndarray:
-    """Attention every `period` steps, feed-forward always."""
+    """Attention computes every `period` steps, feed-forward always."""
     return _build(genome, lambda step, block, role: role == "feed_forward" or step % period == 0)
 
 
@@ -87,7 +87,7 @@ def evenly_spaced(genome: Genome, role: str, blocks: int, steps: int) -> np.ndar
 
 
 def evenly_spread_steps(genome: Genome) -> list[np.ndarray]:
-    """Whole steps, evenly spread: vectors that compute 1, 2, ... of the steps, up to all but one.
+    """Vectors compute whole steps, evenly spread: 1, 2, ... of them, up to all but one.
 
     Not of the paper, which has the grids among them: they fill the costs between every second step and all of them.
     """
@@ -100,7 +100,7 @@ def evenly_spread_steps(genome: Genome) -> list[np.ndarray]:
 
 
 def tgate(genome: Genome, gate: int, period: int) -> np.ndarray:
-    """Self-attention every `period` steps until step `gate`, from there no cross-attention."""
+    """Self-attention computes every `period` steps until step `gate`, from there cross-attention never."""
 
     def computes(step: int, block: int, role: str) -> bool:
         if step >= gate:
@@ -111,12 +111,12 @@ def tgate(genome: Genome, gate: int, period: int) -> np.ndarray:
 
 
 def has_cross_attention(genome: Genome) -> bool:
-    """Whether the model has a cross-attention of its own."""
+    """This tells whether the model has a cross-attention of its own."""
     return "cross" in _roles(genome)
 
 
 def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
-    """The FORA grids, then a member of every other family, again and again."""
+    """The FORA grids come first, then a member of every other family, again and again."""
     yield from (fora(genome, n) for n in _periods(genome, PERIODS))
     roles = set(_roles(genome))
     families = [[attention_only(genome, n) for n in _periods(genome, ATTENTION_PERIODS)]]
@@ -128,12 +128,12 @@ def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
 
 
 def _periods(genome: Genome, periods: Sequence[int]) -> list[int]:
-    """Those that fit the steps; the longest, all steps, always does."""
+    """These fit the steps; the longest, all steps, always does."""
     return sorted({*(n for n in periods if n < genome.steps), genome.steps})
 
 
 def _spaced(genome: Genome, role: str, count: int) -> list[np.ndarray]:
-    """`count` of the evenly spaced schedules, from the least reuse to the most."""
+    """These are `count` of the evenly spaced schedules, from the least reuse to the most."""
     total = genome.spec.block_count
     grid = [
         (blocks, steps)
@@ -158,7 +158,7 @@ def _tgates(genome: Genome) -> list[np.ndarray]:
 def _fill(
     found: dict[bytes, np.ndarray], genome: Genome, population: int, rng: np.random.Generator
 ) -> None:
-    """Cross the seeds at four points until there are enough; after many failures flip fair coins."""
+    """This crosses the seeds at four points until there are enough; after many failures it flips fair coins."""
     sources = list(found.values())
     for attempt in range(100 * population):
         if len(found) >= population:
@@ -189,7 +189,7 @@ def _roles(genome: Genome) -> list[str]:
 
 
 def _build(genome: Genome, computes: Callable[[int, int, str], bool]) -> np.ndarray:
-    """The vector of a rule over (step, block over all kinds, role)."""
+    """A rule over (step, block over all kinds, role) has this vector."""
     first, offsets = 0, {}
     for kind in genome.spec.kinds:
         offsets[kind.name] = first

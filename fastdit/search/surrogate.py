@@ -27,7 +27,7 @@ DIGITS = 6  # of a prediction: far above what differs with a machine's order of 
 
 
 class Surrogate:
-    """Predicts objectives, the loss first, from those of measured schedules.
+    """This predicts objectives, the loss first, from those of measured schedules.
 
     Args:
         bits: What was measured, bool [n, steps, components].
@@ -45,7 +45,7 @@ class Surrogate:
         self._costs = [_Ridge(_linear, _computed(bits), column) for column in values.T[1:]]
 
     def __call__(self, bits: np.ndarray) -> np.ndarray:
-        """[m, objectives] of bool [m, steps, components]."""
+        """bool [m, steps, components] has [m, objectives]."""
         computed = _computed(bits)
         loss = _trend(bits) @ self._slope + self._loss(_where(bits))
         columns = [loss, *(costs(computed) for costs in self._costs)]
@@ -63,7 +63,7 @@ def propose(
     generations: int,
     logarithmic: bool = True,
 ) -> np.ndarray:
-    """What to measure in place of `children`, bool [n, genome size]: as many, and none that was measured.
+    """These are measured in place of `children`, bool [n, genome size]: as many, and none that was measured.
 
     Args:
         genome: The model's bit vectors.
@@ -107,7 +107,7 @@ def propose(
 def _enlarging(
     points: np.ndarray, front: np.ndarray, reference: tuple[float, ...], count: int
 ) -> list[int]:
-    """Of the `points`, at most `count` that one after the other enlarge the front's hypervolume most."""
+    """At most `count` of the `points` enlarge the front's hypervolume most, one after the other."""
     left, chosen = list(range(len(points))), []
     while left and len(chosen) < count:
         volumes = [hypervolume(np.vstack([front, points[index]]), reference) for index in left]
@@ -119,7 +119,7 @@ def _enlarging(
 
 
 class _Ridge:
-    """Kernel ridge regression about the mean of the targets [n]."""
+    """This is kernel ridge regression about the mean of the targets [n]."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class _Ridge:
 
 
 def _bits_of(genome: Genome, vectors: np.ndarray) -> np.ndarray:
-    """[n, steps, components] of vectors; step 0 computes."""
+    """Vectors become [n, steps, components]; step 0 computes."""
     bits = vectors.reshape(len(vectors), genome.steps, len(genome.components)).copy()
     bits[:, 0] = True
     return bits
@@ -147,7 +147,7 @@ def _computed(bits: np.ndarray) -> np.ndarray:
 
 
 def _staleness(bits: np.ndarray) -> np.ndarray:
-    """log(1 + steps since a component was computed), [n, steps x components]."""
+    """Staleness is log(1 + steps since a component was computed), [n, steps x components]."""
     ages = np.zeros(bits.shape)
     for step in range(1, bits.shape[1]):
         ages[:, step] = np.where(bits[:, step], 0, ages[:, step - 1] + 1)
@@ -155,14 +155,14 @@ def _staleness(bits: np.ndarray) -> np.ndarray:
 
 
 def _where(bits: np.ndarray) -> np.ndarray:
-    """The direction of the staleness, and its size: few stale cells are as far from few others as many from many."""
+    """Staleness has a direction and a size: few stale cells are as far from few others as many from many."""
     stale = _staleness(bits)
     size = np.linalg.norm(stale, axis=1, keepdims=True) + 1e-9
     return np.concatenate([stale / size, MAGNITUDE * np.log(size)], axis=1)
 
 
 def _trend(bits: np.ndarray) -> np.ndarray:
-    """What a loss follows at large, [n, 3]: how much is reused, and how stale that is, as decimal logarithms."""
+    """A loss follows this at large, [n, 3]: how much is reused, and how stale that is, as decimal logarithms."""
     reused, stale = (~bits).sum(axis=(1, 2)) + 1.0, _staleness(bits).sum(axis=1) + 1.0
     return np.column_stack([np.ones(len(bits)), np.log10(reused), np.log10(stale / reused)])
 
@@ -172,7 +172,7 @@ def _linear(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _exponential(inputs: np.ndarray) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """exp(-distance / length), the length set by the distances between the inputs."""
+    """The kernel is exp(-distance / length), the length set by the distances between the inputs."""
     distances = _distances(inputs, inputs)
     apart = distances[distances > 1e-6]
     length = LENGTH * (np.median(apart) if apart.size else 1.0)

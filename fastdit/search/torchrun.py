@@ -21,12 +21,12 @@ PATIENCE = datetime.timedelta(days=7)  # ranks wait while the first one thinks
 
 
 def launched() -> bool:
-    """Whether torchrun started this process beside others."""
+    """This tells whether torchrun started this process beside others."""
     return "TORCHELASTIC_RUN_ID" in os.environ and launch.number("WORLD_SIZE", 1) > 1
 
 
 class Ranks:
-    """All ranks of the launch; make one in each, then search in rank 0 and `serve` in the others.
+    """These are all ranks of the launch; make one in each, then search in rank 0 and `serve` in the others.
 
     Args:
         factory: Makes the pipeline.
@@ -58,18 +58,18 @@ class Ranks:
                 yield task, result
 
     def serve(self) -> None:
-        """Measure what the first rank asks for, until it closes."""
+        """This measures what the first rank asks for, until it closes."""
         while self._round(None) is not None:
             pass
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """This lets the other ranks go."""
         if self.rank == 0:
             self._dist.broadcast_object_list([None], src=0)
         self._dist.destroy_process_group()
 
     def _round(self, part: Sequence[Task] | None) -> list[Any] | None:
-        """One task per rank: the answers in rank 0, [] in the others, None when it is over."""
+        """Each rank takes a task: rank 0 gets the answers, the others [], and None when it is over."""
         message = [part]
         self._dist.broadcast_object_list(message, src=0)
         part = message[0]

@@ -19,23 +19,23 @@ Measured = tuple[Task, dict[str, Any]]
 
 
 class Workers(Protocol):
-    """Whatever measures tasks."""
+    """Workers measure tasks."""
 
     def facts(self) -> dict[str, Any]:
-        """What :meth:`Evaluator.facts` says of the model."""
+        """:meth:`Evaluator.facts` says this of the model."""
         ...
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Measured]:
-        """Measure the tasks; each is yielded once, in any order."""
+        """This measures the tasks; each is yielded once, in any order."""
         ...
 
     def close(self) -> None:
-        """Let the model go."""
+        """This lets the model go."""
         ...
 
 
 class InProcess:
-    """Measures in this process.
+    """This process measures.
 
     Args:
         factory: Makes the pipeline.
@@ -58,14 +58,14 @@ class InProcess:
             yield task, self._evaluator.measure(task)
 
     def close(self) -> None:
-        """Give torch its threads back."""
+        """This gives torch its threads back."""
         import torch
 
         torch.set_num_threads(self._threads)
 
 
 class Processes:
-    """Measures in `count` processes of this machine. They end with this one, however it ends.
+    """`count` processes of this machine measure. They end with this one, however it ends.
 
     Args:
         factory: Makes the pipeline; sent to the processes, so a function at the top level of a module, or a partial
@@ -105,7 +105,7 @@ class Processes:
                 yield task, result
 
     def close(self) -> None:
-        """End the processes."""
+        """This ends the processes."""
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
@@ -141,7 +141,7 @@ class Processes:
 
 
 def _serve(pipe: Connection, factory: Callable[[], Any], work: Work) -> None:
-    """A worker's life: load, then answer until the other side of the pipe is gone."""
+    """A worker loads, then answers until the other side of the pipe is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the leader's to answer
     evaluator = None
     while True:

@@ -35,7 +35,7 @@ __all__ = [
 
 
 def assets_path() -> Path:
-    """Folder of the shipped model, in the layout of ``DiffusionPipeline.save_pretrained``."""
+    """The shipped model is in this folder, in the layout of ``DiffusionPipeline.save_pretrained``."""
     return Path(__file__).parent / "assets"
 
 
@@ -44,7 +44,7 @@ def load_pipeline(
     torch_dtype: torch.dtype | None = None,
     progress_bar: bool = False,
 ) -> TinySD3Pipeline:
-    """Load the tiny model, from the package alone: no network, no code execution.
+    """This loads the tiny model, from the package alone: no network, no code execution.
 
     Parameters
     ----------

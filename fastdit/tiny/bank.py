@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BankConfig:
-    """How many scenes of each size; ``single`` is the share of one-object scenes."""
+    """A bank has so many scenes of each size; ``single`` is the share of one-object scenes."""
 
     half: int = 24000
     full: int = 6000
@@ -41,14 +41,14 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class Bank:
-    """Scaled latents ``[n, 4, h, w]`` (float16) with their scenes, by size in pixels."""
+    """A bank has scaled latents ``[n, 4, h, w]`` (float16) with their scenes, by size in pixels."""
 
     latents: dict[int, torch.Tensor]
     scenes: dict[int, list[Scene]]
 
     @cached_property
     def single(self) -> dict[int, np.ndarray]:
-        """Indices of the scenes with one object, by size."""
+        """The scenes with one object have these indices, by size."""
         return {
             size: np.array([i for i, scene in enumerate(some) if len(scene.objects) == 1])
             for size, some in self.scenes.items()
@@ -56,7 +56,7 @@ class Bank:
 
 
 def draw(count: int, size: int, config: BankConfig) -> tuple[list[Scene], np.random.Generator]:
-    """Sample ``count`` train scenes; also return the generator that draws their jitter."""
+    """This samples ``count`` train scenes; it also gives the generator that draws their jitter."""
     rng = np.random.default_rng((config.seed, 4, size))
     chosen = []
     for _ in range(count):
@@ -67,7 +67,7 @@ def draw(count: int, size: int, config: BankConfig) -> tuple[list[Scene], np.ran
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
-    """Scaled latents (float32) of pictures ``[n, h, w, 3]`` in [0, 1]."""
+    """Pictures ``[n, h, w, 3]`` in [0, 1] get scaled latents (float32)."""
     batch = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
     means = vae.encode(batch).latent_dist.mean
     return (means - vae.config.shift_factor) * vae.config.scaling_factor
@@ -76,7 +76,7 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
 def build_bank(
     vae: AutoencoderKL, config: BankConfig, report: Callable[[str], None] = print
 ) -> Bank:
-    """Draw and encode all scenes of ``config``."""
+    """This draws and encodes all scenes of ``config``."""
     vae.eval()
     latents: dict[int, torch.Tensor] = {}
     chosen: dict[int, list[Scene]] = {}
@@ -94,7 +94,7 @@ def build_bank(
 
 
 def save_bank(bank: Bank, folder: str | Path) -> None:
-    """Write ``bank.safetensors`` and ``bank.json`` into ``folder``."""
+    """This writes ``bank.safetensors`` and ``bank.json`` into ``folder``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Not `save_file`, whose files nobody but their owner may read.
@@ -105,7 +105,7 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
 
 
 def load_bank(folder: str | Path) -> Bank | None:
-    """Read what :func:`save_bank` wrote, or return ``None``.
+    """This reads what :func:`save_bank` wrote, or gives ``None``.
 
     Raises
     ------

@@ -48,7 +48,7 @@ VOCABULARY: tuple[str, ...] = tuple(
 
 @dataclass(frozen=True)
 class ParsedObject:
-    """What a prompt says of one object; ``None`` where it says nothing."""
+    """A prompt says this of one object; ``None`` where it says nothing."""
 
     shape: str
     color: str | None = None
@@ -58,19 +58,19 @@ class ParsedObject:
 
 @dataclass(frozen=True)
 class ParsedPrompt:
-    """What a prompt says: its objects in order, and the background or ``None``."""
+    """A prompt says this: its objects in order, and the background or ``None``."""
 
     objects: tuple[ParsedObject, ...]
     background: str | None = None
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and punctuation marks of ``text``, hyphens taken as spaces."""
+    """``text`` has these lower-case words and punctuation marks, hyphens taken as spaces."""
     return re.findall(r"[a-z0-9]+|[,.]", text.lower().replace("-", " "))
 
 
 def parse(prompt: str) -> ParsedPrompt:
-    """Read the attributes out of a prompt.
+    """This reads the attributes out of a prompt.
 
     Adjectives belong to the next shape, places to the last one; a colour followed by
     ``background`` is the background.
@@ -104,7 +104,7 @@ def parse(prompt: str) -> ParsedPrompt:
 
 
 def _join_place(earlier: str | None, word: str) -> str:
-    """Add a place word to those read before: ``top`` and ``left`` make ``top left``."""
+    """This adds a place word to those read before: ``top`` and ``left`` make ``top left``."""
     if earlier in ("top", "bottom") and word in ("left", "right"):
         return f"{earlier} {word}"
     if earlier in ("left", "right") and word in ("top", "bottom"):
@@ -129,7 +129,7 @@ def _place_phrase(place: str, rng: np.random.Generator, corner: bool) -> str:
 
 
 def _vary(text: str, rng: np.random.Generator, chance: float) -> str:
-    """Replace single words by synonyms, each with probability ``chance``."""
+    """This replaces single words by synonyms, each with probability ``chance``."""
     varied = []
     for word in text.split():
         others = [other for other, plain in SYNONYMS.items() if plain == word]
@@ -164,7 +164,7 @@ def write(
     drop: float = 0.0,
     synonyms: float = 0.0,
 ) -> str:
-    """Write a caption of a scene.
+    """This writes a caption of a scene.
 
     Parameters
     ----------
@@ -200,7 +200,7 @@ def write(
 
 
 def prompts(n: int, split: str = "test", objects: int = 1, seed: int = 0) -> list[str]:
-    """List prompts of a split that name every attribute, in varied phrasing.
+    """This lists prompts of a split that name every attribute, in varied phrasing.
 
     Parameters
     ----------

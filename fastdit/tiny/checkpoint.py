@@ -23,7 +23,7 @@ MAX_FILE_BYTES = 1 << 30
 
 
 def save(folder: str | Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """Write a checkpoint, replacing an earlier one only when the new one is complete.
+    """This writes a checkpoint, replacing an earlier one only when the new one is complete.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def save(folder: str | Path, tensors: dict[str, torch.Tensor], facts: dict[str, 
 
 
 def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """Read what :func:`save` wrote, or return ``None`` if there is no checkpoint.
+    """This reads what :func:`save` wrote, or gives ``None`` if there is no checkpoint.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def load(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] |
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
 ) -> dict[str, torch.Tensor]:
-    """Name an optimiser's per-parameter state ``optimizer.<state>.<parameter>``."""
+    """This names an optimiser's per-parameter state ``optimizer.<state>.<parameter>``."""
     found: dict[str, torch.Tensor] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -81,7 +81,7 @@ def restore_optimizer(
     tensors: dict[str, torch.Tensor],
     names: dict[torch.nn.Parameter, str],
 ) -> None:
-    """Put the state named by :func:`optimizer_tensors` back into ``optimizer``."""
+    """This puts the state named by :func:`optimizer_tensors` back into ``optimizer``."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = {name: parameter for parameter, name in names.items() if id(parameter) in held}
     for full_name, value in tensors.items():

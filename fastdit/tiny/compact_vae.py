@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompactTraining:
-    """Settings of the compact stage; ``steps`` overrides the time budget."""
+    """The compact stage has these settings; ``steps`` overrides the time budget."""
 
     minutes: float = 28.0
     steps: int | None = None
@@ -41,7 +41,7 @@ class CompactTraining:
 
 
 def compact_batch(config: CompactTraining, step: int) -> torch.Tensor:
-    """Pictures ``[n, 3, h, w]`` in [-1, 1]: six of eight steps whole scenes at half size,
+    """A batch has pictures ``[n, 3, h, w]`` in [-1, 1]: six of eight steps whole scenes at half size,
     one at full size (a quarter as many), one confetti."""
     rng = np.random.default_rng((config.seed, 6, step))
     turn = step % 8
@@ -57,7 +57,7 @@ def compact_batch(config: CompactTraining, step: int) -> torch.Tensor:
 
 
 def start_compact(teacher: AutoencoderKL) -> AutoencoderKL:
-    """A small autoencoder that begins with the teacher's weights where the shapes agree."""
+    """A small autoencoder begins with the teacher's weights where the shapes agree."""
     compact = build_vae()
     own, given = compact.state_dict(), teacher.state_dict()
     own |= {n: t for n, t in given.items() if n in own and own[n].shape == t.shape}
@@ -75,7 +75,7 @@ def compact_loss(
     config: CompactTraining,
     noise: torch.Generator,
 ) -> tuple[torch.Tensor, float, float]:
-    """Training loss, the error of the latents (in their std) and the L1 error of pictures."""
+    """This gives the training loss, the error of the latents (in their std) and the L1 error of pictures."""
     scale = teacher.config.scaling_factor
     with torch.no_grad():
         latents = teacher.encode(pictures).latent_dist.mean
@@ -97,7 +97,7 @@ def train_compact(
     folder: str | Path,
     report: Callable[[str], None] = print,
 ) -> AutoencoderKL:
-    """Train the shipped autoencoder, continuing from ``folder`` if a checkpoint is there.
+    """This trains the shipped autoencoder, continuing from ``folder`` if a checkpoint is there.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Denoiser(torch.nn.Module):
-    """Stock transformer and text encoders, used the way Stable Diffusion 3 uses them."""
+    """Stock transformer and text encoders are used the way Stable Diffusion 3 uses them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class Denoiser(torch.nn.Module):
         self.tokenizer = build_tokenizer()
 
     def encoders(self) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
-        """Both text encoders, in the order in which their features are joined."""
+        """These are both text encoders, in the order in which their features are joined."""
         return self.text_encoder, self.text_encoder_2
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token features ``[n, tokens, 2 * width]`` and pooled features ``[n, 2 * width]``."""
+        """Text becomes token features ``[n, tokens, 2 * width]`` and pooled features ``[n, 2 * width]``."""
         ids = self.tokenizer(
             captions,
             padding="max_length",
@@ -52,7 +52,7 @@ class Denoiser(torch.nn.Module):
         mean: float = 0.0,
         std: float = 1.0,
     ) -> torch.Tensor:
-        """Flow-matching loss: the mean squared error of the predicted velocity.
+        """The flow-matching loss is the mean squared error of the predicted velocity.
 
         Parameters
         ----------

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def sample(
     pipeline: TinySD3Pipeline, texts: list[str], seed: int = 0, batch: int = 20, **settings: Any
 ) -> np.ndarray:
-    """Pictures ``[n, h, w, 3]`` in [0, 1]; picture ``i`` depends on ``seed + i`` alone.
+    """This draws pictures ``[n, h, w, 3]`` in [0, 1]; picture ``i`` depends on ``seed + i`` alone.
 
     Parameters
     ----------
@@ -48,14 +48,14 @@ def sample(
 def evaluate(
     pipeline: TinySD3Pipeline, objects: int, count: int = 100, seed: int = 0, **settings: Any
 ) -> tuple[Score, np.ndarray]:
-    """Score ``count`` held-out prompts; also return the pictures."""
+    """This scores ``count`` held-out prompts; it also gives the pictures."""
     texts = prompts(count, "test", objects, seed)
     pictures = sample(pipeline, texts, seed=1000 + seed, **settings)
     return score(pictures, texts), pictures
 
 
 def figures(result: Score, count: int) -> dict[str, float | int]:
-    """A score as plain rounded numbers for a JSON file."""
+    """A score becomes plain rounded numbers for a JSON file."""
     return {
         "prompts": count,
         "objects": len(result.objects),
@@ -68,7 +68,7 @@ def figures(result: Score, count: int) -> dict[str, float | int]:
 
 
 def save_sheet(pictures: np.ndarray, path: str | Path, columns: int = 8) -> None:
-    """Write pictures side by side into one PNG."""
+    """This writes pictures side by side into one PNG."""
     from PIL import Image
 
     count, height, width, _ = pictures.shape

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
-    """An autoencoder of a run, scaled.
+    """A run has this autoencoder, scaled.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
 
 
 def load_denoiser(folder: str | Path) -> Denoiser:
-    """The averaged denoiser of a run; ``FileNotFoundError`` if that stage has not run."""
+    """A run has this averaged denoiser; ``FileNotFoundError`` if that stage has not run."""
     saved = checkpoint.load(Path(folder) / "transformer")
     if saved is None:
         raise FileNotFoundError(f"folder must hold a transformer stage, got {str(folder)!r}")
@@ -61,7 +61,7 @@ def load_denoiser(folder: str | Path) -> Denoiser:
 
 
 def assemble(vae: AutoencoderKL, model: Denoiser) -> TinySD3Pipeline:
-    """Join trained parts to a pipeline."""
+    """This joins trained parts to a pipeline."""
     from .pipeline import TinySD3Pipeline
 
     pipeline = TinySD3Pipeline(
@@ -80,7 +80,7 @@ def assemble(vae: AutoencoderKL, model: Denoiser) -> TinySD3Pipeline:
 
 
 def _tidy_tokenizer(folder: Path) -> None:
-    """Name the tokenizer's class as every version of transformers knows it."""
+    """This names the tokenizer's class as every version of transformers knows it."""
     path = folder / "tokenizer_config.json"
     settings: dict[str, Any] = json.loads(path.read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -88,7 +88,7 @@ def _tidy_tokenizer(folder: Path) -> None:
 
 
 def _tidy_config(path: Path) -> None:
-    """Drop where parts were loaded from, and ask for float32 unless a program says otherwise."""
+    """This drops where parts were loaded from, and asks for float32 unless a program says otherwise."""
     settings: dict[str, Any] = json.loads(path.read_text())
     settings.pop("_name_or_path", None)
     if "dtype" in settings:
@@ -97,7 +97,7 @@ def _tidy_config(path: Path) -> None:
 
 
 def export(pipeline: TinySD3Pipeline, folder: str | Path) -> None:
-    """Save ``pipeline`` into ``folder`` as float16; the pipeline itself becomes float16."""
+    """This saves ``pipeline`` into ``folder`` as float16; the pipeline itself becomes float16."""
     folder = Path(folder)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         # By the base class: diffusers' own method warns of casts that training never undoes.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Autoencoder: pictures of 128 x 128 pixels to 4 x 32 x 32 latents."""
+    """The autoencoder makes 4 x 32 x 32 latents of 128 x 128 pixels."""
 
     channels: tuple[int, int, int] = (16, 32, 32)
     latent_channels: int = 4
@@ -30,7 +30,7 @@ TEACHER = VaeConfig(channels=(16, 32, 64))  # trained first; the shipped one lea
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Each of the two text encoders; ``max_tokens`` counts the begin and end marks."""
+    """Both text encoders have these sizes; ``max_tokens`` counts the begin and end marks."""
 
     width: int = 64
     layers: int = 2
@@ -40,7 +40,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The denoiser; a patch of 2 makes 256 tokens of 32 x 32 latents."""
+    """The denoiser has these sizes; a patch of 2 makes 256 tokens of 32 x 32 latents."""
 
     sample_size: int = 32
     patch_size: int = 2
@@ -51,7 +51,7 @@ class TransformerConfig:
 
 
 def build_vae(config: VaeConfig = VaeConfig()) -> AutoencoderKL:
-    """Build an untrained autoencoder whose latent scaling is still the identity."""
+    """This builds an untrained autoencoder whose latent scaling is still the identity."""
     from diffusers import AutoencoderKL
 
     levels = len(config.channels)
@@ -75,7 +75,7 @@ def build_vae(config: VaeConfig = VaeConfig()) -> AutoencoderKL:
 
 
 def build_text_encoder(config: TextConfig = TextConfig()) -> CLIPTextModelWithProjection:
-    """Build one untrained text encoder for the vocabulary of ``tokenizer.py``."""
+    """This builds one untrained text encoder for the vocabulary of ``tokenizer.py``."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from .tokenizer import SPECIAL, vocabulary
@@ -102,7 +102,7 @@ def build_transformer(
     text: TextConfig = TextConfig(),
     vae: VaeConfig = VaeConfig(),
 ) -> SD3Transformer2DModel:
-    """Build the denoiser, its modulation and output layers starting at zero.
+    """This builds the denoiser, its modulation and output layers starting at zero.
 
     Without ``pos_embed_max_size`` the stock patch embedding scales its positions to other
     picture sizes, so half size shows the same scene on a coarser grid rather than its middle.
@@ -137,7 +137,7 @@ def build_transformer(
 def build_scheduler(
     config: TransformerConfig = TransformerConfig(),
 ) -> FlowMatchEulerDiscreteScheduler:
-    """Build the flow-matching scheduler with the model's shift."""
+    """This builds the flow-matching scheduler with the model's shift."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=config.shift)

@@ -16,7 +16,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, tuned for
 
 
 def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Bring the singular values of ``[n, rows, columns]`` matrices near 1 (Newton-Schulz)."""
+    """This brings the singular values of ``[n, rows, columns]`` matrices near 1 (Newton-Schulz)."""
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -28,7 +28,7 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonal updates, scaled to the size of AdamW's.
+    """This is momentum with orthogonal updates, scaled to the size of AdamW's.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters; ``closure`` is not supported and must be ``None``."""
+        """This updates all parameters; ``closure`` is not supported and must be ``None``."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:

@@ -26,7 +26,7 @@ GUIDANCE_SCALE = 2.5  # chosen by score on held-out prompts
 
 
 def _with_defaults(call: Callable[..., Any], **defaults: Any) -> Callable[..., Any]:
-    """Give ``call`` other default values while keeping its signature readable."""
+    """This gives ``call`` other default values while keeping its signature readable."""
     signature = inspect.signature(call)
     parameters = [
         p.replace(default=defaults.get(name, p.default)) for name, p in signature.parameters.items()
@@ -44,7 +44,7 @@ def _with_defaults(call: Callable[..., Any], **defaults: Any) -> Callable[..., A
 
 
 class TinySD3Pipeline(StableDiffusion3Pipeline):
-    """Stable Diffusion 3's pipeline with defaults that suit the tiny model.
+    """This is Stable Diffusion 3's pipeline with defaults that suit the tiny model.
 
     The stock pipeline replaces a missing T5 encoder by 256 zero tokens. Beside the tiny
     model's 24 text tokens those would dominate attention, so here they are left out. A folder
@@ -71,7 +71,7 @@ class TinySD3Pipeline(StableDiffusion3Pipeline):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Embeddings of the third encoder; of zero length where there is none."""
+        """The third encoder gives these embeddings; they are of zero length where there is none."""
         length = 0 if self.text_encoder_3 is None else max_sequence_length
         return super()._get_t5_prompt_embeds(
             prompt=prompt,
@@ -82,7 +82,7 @@ class TinySD3Pipeline(StableDiffusion3Pipeline):
         )
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save like the stock pipeline, under the stock pipeline's class name."""
+        """This saves like the stock pipeline, under the stock pipeline's class name."""
         super().save_pretrained(save_directory, *args, **kwargs)
         index = Path(save_directory) / "model_index.json"
         entries = json.loads(index.read_text())
@@ -93,7 +93,7 @@ class TinySD3Pipeline(StableDiffusion3Pipeline):
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Switch the loading bars of diffusers and transformers off, then back as they were."""
+    """This switches the loading bars of diffusers and transformers off, then back as they were."""
     switches = [diffusers.utils.logging, transformers.utils.logging]
     were_on = [switch.is_progress_bar_enabled() for switch in switches]
     for switch in switches:
@@ -111,7 +111,7 @@ def load_pipeline(
     torch_dtype: torch.dtype = torch.float32,
     progress_bar: bool = False,
 ) -> TinySD3Pipeline:
-    """Load the tiny model; see :func:`fastdit.tiny.load_pipeline`."""
+    """This loads the tiny model; see :func:`fastdit.tiny.load_pipeline`."""
     folder = ASSETS if folder is None else Path(folder)
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(f"folder must hold a model_index.json, got {str(folder)!r}")

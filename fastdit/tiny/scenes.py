@@ -49,7 +49,7 @@ _MARGIN = 0.02  # what two centres may move towards each other
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: names out of ``SHAPES``, ``COLORS``, ``SIZES`` and ``PLACES``."""
+    """An object has names out of ``SHAPES``, ``COLORS``, ``SIZES`` and ``PLACES``."""
 
     shape: str
     color: str
@@ -59,20 +59,20 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two objects on a background named in ``BACKGROUNDS``."""
+    """A scene is one or two objects on a background named in ``BACKGROUNDS``."""
 
     objects: tuple[SceneObject, ...]
     background: str
 
     @property
     def key(self) -> str:
-        """Canonical attributes as text; the order of the objects does not matter."""
+        """Canonical attributes become text; the order of the objects does not matter."""
         parts = sorted(f"{o.shape},{o.color},{o.size},{o.place}" for o in self.objects)
         return "|".join([*parts, self.background])
 
     @property
     def split(self) -> str:
-        """``"test"`` for the held-out eighth of all scenes, otherwise ``"train"``."""
+        """The held-out eighth of all scenes is ``"test"``, the others are ``"train"``."""
         digest = hashlib.sha256(self.key.encode()).digest()
         return "test" if digest[0] % _TEST_SHARE == 0 else "train"
 
@@ -92,7 +92,7 @@ def _sample_object(rng: np.random.Generator) -> SceneObject:
 
 
 def _compatible(first: SceneObject, second: SceneObject) -> bool:
-    """Whether two objects differ in look and keep clear of each other."""
+    """This tells whether two objects differ in look and keep clear of each other."""
     if (first.shape, first.color) == (second.shape, second.color):
         return False
     (ax, ay), (bx, by) = PLACES[first.place], PLACES[second.place]
@@ -101,19 +101,19 @@ def _compatible(first: SceneObject, second: SceneObject) -> bool:
 
 
 def check_split(split: str) -> None:
-    """Raise ``ValueError`` unless ``split`` names a known split."""
+    """This raises ``ValueError`` unless ``split`` names a known split."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
 
 
 def check_objects(objects: int) -> None:
-    """Raise ``ValueError`` unless ``objects`` is a supported number of objects."""
+    """This raises ``ValueError`` unless ``objects`` is a supported number of objects."""
     if objects not in (1, 2):
         raise ValueError(f"objects must be 1 or 2, got {objects!r}")
 
 
 def sample_scene(rng: np.random.Generator, objects: int = 1, split: str = "train") -> Scene:
-    """Draw one random scene of a split.
+    """This draws one random scene of a split.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def sample_scene(rng: np.random.Generator, objects: int = 1, split: str = "train
 
 
 def shape_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance (negative inside) from points to the outline of a shape at the origin.
+    """This is the signed distance (negative inside) from points to the outline of a shape at the origin.
 
     Parameters
     ----------
@@ -172,7 +172,7 @@ def shape_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: float) ->
 
 
 def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Normalise ``size`` to ``(height, width)``."""
+    """This normalises ``size`` to ``(height, width)``."""
     height, width = (size, size) if isinstance(size, int) else size
     if height < 16 or width < 16:
         raise ValueError(f"size must be at least 16 pixels on both sides, got {size!r}")
@@ -182,7 +182,7 @@ def image_size(size: int | tuple[int, int]) -> tuple[int, int]:
 def render(
     scene: Scene, size: int | tuple[int, int] = 128, rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """Draw a scene.
+    """This draws a scene.
 
     Parameters
     ----------

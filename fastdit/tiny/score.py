@@ -25,7 +25,7 @@ _RADIUS_CUT = 0.134  # between the radii of small and large objects
 
 @dataclass(frozen=True)
 class Found:
-    """One object found in a picture; ``shape`` is ``None`` if it looks like no shape."""
+    """This object was found in a picture; ``shape`` is ``None`` if it looks like no shape."""
 
     shape: str | None
     color: str
@@ -35,7 +35,7 @@ class Found:
 
 @dataclass(frozen=True)
 class ObjectScore:
-    """Verdict on one named object.
+    """This is the verdict on one named object.
 
     ``right`` means shape and colour are right. ``size`` and ``place`` are ``None`` where
     the prompt leaves them open, and ``False`` where no found object was matched.
@@ -51,7 +51,7 @@ class ObjectScore:
 
 @dataclass(frozen=True)
 class Score:
-    """Verdict on a set of pictures.
+    """This is the verdict on a set of pictures.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class Score:
 
 
 def as_pictures(images: Any) -> list[np.ndarray]:
-    """Bring pictures into a list of float32 ``[h, w, 3]`` arrays in [0, 1].
+    """This brings pictures into a list of float32 ``[h, w, 3]`` arrays in [0, 1].
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def _border_color(picture: np.ndarray) -> np.ndarray:
 
 
 def label_regions(mask: np.ndarray) -> list[np.ndarray]:
-    """Split a boolean ``[h, w]`` mask into its 4-connected regions, largest first."""
+    """This splits a boolean ``[h, w]`` mask into its 4-connected regions, largest first."""
     height, width = mask.shape
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(height, width), 0)
     while True:
@@ -138,7 +138,7 @@ def label_regions(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _cover(picture: np.ndarray, region: np.ndarray, ground: np.ndarray) -> tuple[np.ndarray, str]:
-    """How much of each pixel the object covers, around its region, and the object's colour."""
+    """This tells how much of each pixel the object covers, around its region, and its colour."""
     distances = np.linalg.norm(picture - ground, axis=2) * region
     core = region & (distances >= np.quantile(distances[region], 0.4))
     mean = np.median(picture[core], axis=0)
@@ -153,7 +153,7 @@ def _cover(picture: np.ndarray, region: np.ndarray, ground: np.ndarray) -> tuple
 
 
 def _template(shape: str, x: np.ndarray, y: np.ndarray, area: float) -> np.ndarray:
-    """Cover of a shape of given area whose centre of mass is at the origin."""
+    """This is the cover of a shape of given area whose centre of mass is at the origin."""
     unit_area = {"circle": np.pi, "square": 3.24, "diamond": 2.0 * 1.22**2, "cross": 2.7056}
     if shape == "triangle":
         radius = np.sqrt(area / (2.1**2 / np.sqrt(3.0)))
@@ -178,7 +178,7 @@ def _best_shape(cover: np.ndarray) -> str | None:
 
 
 def find_objects(picture: np.ndarray, limit: int = 4) -> tuple[list[Found], str]:
-    """Objects of a picture ``[h, w, 3]``, largest first, and its background's name."""
+    """A picture ``[h, w, 3]`` has these objects, largest first, and a background of this name."""
     ground = _border_color(picture)
     background = _nearest(ground, scenes.BACKGROUNDS)
     height, width = picture.shape[:2]
@@ -207,7 +207,7 @@ def find_objects(picture: np.ndarray, limit: int = 4) -> tuple[list[Found], str]
 
 
 def _agreement(named: ParsedObject, found: Found | None) -> tuple[bool, int]:
-    """Whether shape and colour are right, and how many attributes agree at all."""
+    """This tells whether shape and colour are right, and how many attributes agree at all."""
     if found is None:
         return False, 0
     same = [
@@ -218,7 +218,7 @@ def _agreement(named: ParsedObject, found: Found | None) -> tuple[bool, int]:
 
 
 def _judge(prompt: str, parsed: ParsedPrompt, found: list[Found]) -> list[ObjectScore]:
-    """Match named to found objects so that the most are right, and list the verdicts."""
+    """This matches named to found objects so that the most are right, and lists the verdicts."""
     named = parsed.objects
     # No more candidates than names: a picture gains nothing by showing additional objects.
     candidates: list[Found | None] = [*found[: len(named)]]
@@ -243,7 +243,7 @@ def _share(flags: Sequence[bool | None]) -> float:
 
 
 def score(images: Any, prompts: str | Sequence[str]) -> Score:
-    """Judge pictures against their prompts.
+    """This judges pictures against their prompts.
 
     Parameters
     ----------

@@ -19,12 +19,12 @@ SPECIAL: dict[str, int] = {"<pad>": 0, "<bos>": 1, "<unk>": 2, "<eos>": 3}
 
 
 def vocabulary() -> dict[str, int]:
-    """Token ids: the four special marks, then the caption words in alphabetical order."""
+    """Token ids are those of four special marks, then of the caption words in alphabetical order."""
     return {**SPECIAL, **{word: len(SPECIAL) + i for i, word in enumerate(VOCABULARY)}}
 
 
 def build_tokenizer(max_tokens: int = 24) -> PreTrainedTokenizerFast:
-    """Build the tokenizer.
+    """This builds the tokenizer.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ def _report(line: str) -> None:
 
 
 def _bank(folder: Path, seed: int) -> Bank:
-    """The run's bank, built at first use."""
+    """The run's bank is built at first use."""
     from .export import load_vae
 
     bank = load_bank(folder)
@@ -40,7 +40,7 @@ def _bank(folder: Path, seed: int) -> Bank:
 
 
 def run_vae(options: argparse.Namespace) -> None:
-    """Train the autoencoder."""
+    """This trains the autoencoder."""
     config = VaeTraining(seed=options.seed, steps=options.steps)
     if options.minutes is not None:
         config = replace(config, minutes=options.minutes)
@@ -49,7 +49,7 @@ def run_vae(options: argparse.Namespace) -> None:
 
 
 def run_compact(options: argparse.Namespace) -> None:
-    """Train the autoencoder that is shipped."""
+    """This trains the autoencoder that is shipped."""
     from .export import load_vae
 
     config = CompactTraining(seed=options.seed, steps=options.steps)
@@ -59,7 +59,7 @@ def run_compact(options: argparse.Namespace) -> None:
 
 
 def run_transformer(options: argparse.Namespace) -> None:
-    """Train the denoiser and the text encoders."""
+    """This trains the denoiser and the text encoders."""
     config = TransformerTraining(seed=options.seed, steps=options.steps)
     if options.minutes is not None:
         config = replace(config, minutes=options.minutes)
@@ -80,7 +80,7 @@ def _provenance(options: argparse.Namespace, measured: dict[str, Any]) -> dict[s
 
 
 def run_export(options: argparse.Namespace) -> None:
-    """Write the pipeline folder, measure it on held-out prompts and note how it was made."""
+    """This writes the pipeline folder, measures it on held-out prompts and notes how it was made."""
     from .evaluate import evaluate, figures
     from .export import assemble, export, load_denoiser, load_vae
     from .pipeline import load_pipeline
@@ -99,7 +99,7 @@ def run_export(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse ``arguments`` (the process's own if not given) and run the stage they name."""
+    """This parses ``arguments`` (the process's own if not given) and runs the stage they name."""
     from . import assets_path
 
     parser = argparse.ArgumentParser(prog="python -m fastdit.tiny.train", description=__doc__)

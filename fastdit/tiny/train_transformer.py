@@ -23,7 +23,7 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class TransformerTraining:
-    """Settings of the denoiser stage; ``steps`` overrides the time budget.
+    """The denoiser stage has these settings; ``steps`` overrides the time budget.
 
     Where a word puts an object is what such a model learns last. Up to ``simple_until`` of the
     budget, ``simple_share`` of the steps therefore show single objects under complete captions.
@@ -54,7 +54,7 @@ class TransformerTraining:
 def make_batch(
     bank: Bank, config: TransformerTraining, step: int, progress: float = 1.0
 ) -> tuple[torch.Tensor, list[str]]:
-    """Latents (float32) and captions of one step, a function of seed, step and progress."""
+    """A step has latents (float32) and captions, a function of seed, step and progress."""
     rng = np.random.default_rng((config.seed, 5, step))
     half = rng.random() < config.half_share
     size, count = (64, config.half_batch) if half else (128, config.full_batch)
@@ -72,7 +72,7 @@ def make_batch(
 
 
 def build_optimizers(model: Denoiser, config: TransformerTraining) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformer's blocks, AdamW for all else.
+    """Muon serves the matrices inside the transformer's blocks, AdamW all else.
 
     Modulation layers start at zero and are read by every token, so they stay with AdamW.
     """
@@ -87,7 +87,7 @@ def build_optimizers(model: Denoiser, config: TransformerTraining) -> list[torch
 
 
 class Trainer:
-    """State of a run: weights, their average, the optimisers, steps done and seconds spent."""
+    """A run has this state: weights, their average, the optimisers, steps done and seconds spent."""
 
     def __init__(self, bank: Bank, config: TransformerTraining, folder: str | Path) -> None:
         torch.manual_seed(config.seed)
@@ -115,7 +115,7 @@ class Trainer:
         self.step, self.seconds = facts["step"], facts["seconds"]
 
     def save(self) -> None:
-        """Write a checkpoint from which a new run continues identically."""
+        """This writes a checkpoint from which a new run continues identically."""
         tensors = {f"model.{name}": p for p, name in self.names.items()}
         tensors |= {f"average.{name}": t for name, t in self.average.items()}
         for optimizer in self.optimizers:
@@ -125,7 +125,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is used up, 1 at the end."""
+        """This share of the budget is used up, 1 at the end."""
         if self.config.steps is not None:
             return self.step / self.config.steps
         return self.seconds / (60.0 * self.config.minutes)
@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def advance(self) -> float:
-        """Do one step and return its loss."""
+        """This does one step and gives its loss."""
         began = time.monotonic()
         latents, texts = make_batch(self.bank, self.config, self.step, self.progress)
         noise = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
@@ -164,7 +164,7 @@ class Trainer:
         return float(loss.detach())
 
     def averaged(self) -> Denoiser:
-        """A copy of the model that carries the averaged weights, in evaluation mode."""
+        """A copy of the model carries the averaged weights, in evaluation mode."""
         copy = Denoiser()
         copy.load_state_dict(self.average)
         return copy.eval()
@@ -176,7 +176,7 @@ def train_transformer(
     folder: str | Path,
     report: Callable[[str], None] = print,
 ) -> Trainer:
-    """Train until the budget is spent, continuing from ``folder`` if a checkpoint is there.
+    """This trains until the budget is spent, continuing from ``folder`` if a checkpoint is there.
 
     Parameters
     ----------

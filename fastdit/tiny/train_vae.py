@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """Settings of the autoencoder stage; ``steps`` overrides the time budget."""
+    """The autoencoder stage has these settings; ``steps`` overrides the time budget."""
 
     minutes: float = 9.0
     steps: int | None = None
@@ -39,7 +39,7 @@ class VaeTraining:
 
 
 def confetti(rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """A square picture crowded with shapes in random places, float32 ``[size, size, 3]``.
+    """A square picture is crowded with shapes in random places, float32 ``[size, size, 3]``.
 
     Scenes are mostly background; an autoencoder that sees only scenes is slow to care for
     the colours of what little is on them.
@@ -61,7 +61,7 @@ def confetti(rng: np.random.Generator, size: int = 64) -> np.ndarray:
 
 
 def vae_batch(config: VaeTraining, step: int) -> torch.Tensor:
-    """Pictures of one step: float32 ``[n, 3, h, w]`` in [-1, 1], a function of seed and step.
+    """A step has these pictures: float32 ``[n, 3, h, w]`` in [-1, 1], a function of seed and step.
 
     Of eight steps, five show confetti, two whole scenes at half size, and one whole scenes
     at full size (a quarter as many).
@@ -80,7 +80,7 @@ def vae_batch(config: VaeTraining, step: int) -> torch.Tensor:
 
 
 def gradient_loss(difference: torch.Tensor) -> torch.Tensor:
-    """Mean absolute slope of the error along rows and columns."""
+    """This is the mean absolute slope of the error along rows and columns."""
     across = (difference[..., 1:] - difference[..., :-1]).abs().mean()
     down = (difference[..., 1:, :] - difference[..., :-1, :]).abs().mean()
     return across + down
@@ -89,7 +89,7 @@ def gradient_loss(difference: torch.Tensor) -> torch.Tensor:
 def vae_loss(
     vae: AutoencoderKL, pictures: torch.Tensor, config: VaeTraining, noise: torch.Generator
 ) -> tuple[torch.Tensor, float]:
-    """Training loss and the plain L1 error (pictures in [-1, 1])."""
+    """This gives the training loss and the plain L1 error (pictures in [-1, 1])."""
     moments = vae.encode(pictures).latent_dist
     sample = moments.mean + moments.std * torch.randn(moments.mean.shape, generator=noise)
     difference = vae.decode(sample).sample - pictures
@@ -102,7 +102,7 @@ def vae_loss(
 def train_vae(
     config: VaeTraining, folder: str | Path, report: Callable[[str], None] = print
 ) -> AutoencoderKL:
-    """Train the autoencoder, continuing from ``folder`` if a checkpoint is there.
+    """This trains the autoencoder, continuing from ``folder`` if a checkpoint is there.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def train_vae(
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKL, count: int = 128, seed: int = 7) -> None:
-    """Set ``scaling_factor`` and ``shift_factor`` so that latents have mean 0 and std 1."""
+    """This sets ``scaling_factor`` and ``shift_factor`` so that latents have mean 0 and std 1."""
     vae.eval()
     rng = np.random.default_rng((seed, 2))
     latents = []

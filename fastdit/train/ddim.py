@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class ListedDDIM(DDIMScheduler):
-    """DDIM with eta 0 and no clipping, on the neighbours of its own timestep list.
+    """This is DDIM with eta 0 and no clipping, on the neighbours of its own timestep list.
 
     Example:
         >>> pipe.scheduler = ListedDDIM.from_config(pipe.scheduler.config, timestep_spacing="linspace")
@@ -29,7 +29,7 @@ class ListedDDIM(DDIMScheduler):
         generator: Any = None,
         return_dict: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
-        """x' = sqrt(a') x0 + sqrt(1 - a') eps, x0 = (x - sqrt(1 - a) eps) / sqrt(a); a' = 1 after the last step."""
+        """It gives sqrt(a') x0 + sqrt(1 - a') eps, x0 = (x - sqrt(1 - a) eps) / sqrt(a); a' = 1 after the last step."""
         later = self.timesteps[self.timesteps < timestep]
         here = self.alphas_cumprod[int(timestep)].to(sample)
         there = (

@@ -43,7 +43,7 @@ KEEPS = ("blended", "fresh")
 
 
 class HarmoniCa:
-    """A training of a router; :meth:`fit` does it.
+    """This trains a router; :meth:`fit` does it.
 
     Args:
         pipeline: A stock pipeline of a supported family, unpatched, on its device.
@@ -148,7 +148,7 @@ class HarmoniCa:
     # ---- the whole
 
     def fit(self) -> Router:
-        """Train to the last epoch, from the last checkpoint if there is one.
+        """This trains to the last epoch, from the last checkpoint if there is one.
 
         Raises:
             ArgumentError: The folder holds a training with other settings, or a damaged one.
@@ -171,7 +171,7 @@ class HarmoniCa:
             checkpoint.resume(self, self.folder)
 
     def router(self) -> Router:
-        """The router as it is now."""
+        """This is the router as it is now."""
         table = torch.stack([logits.detach() for logits in self.logits]).cpu().numpy()
         found = {
             kind.name: np.full((len(table), kind.count, len(kind.components)), np.inf, np.float32)
@@ -193,7 +193,7 @@ class HarmoniCa:
     # ---- one epoch
 
     def train_epoch(self) -> tuple[Tensor, Tensor]:
-        """One trajectory; (mean squared error, minimised loss) of each step, [T] each, the first step's 0."""
+        """One trajectory gives (mean squared error, minimised loss) of each step, [T] each, the first step's 0."""
         arguments = self.draw()
         with self.trainee:
             form = self.settings.lambda_form
@@ -217,18 +217,18 @@ class HarmoniCa:
         return tuple(self.ranks.mean(losses, self._device))
 
     def weight(self, step: int) -> float:
-        """lambda of a step as the loss has it."""
+        """The loss has this lambda at a step."""
         mean = float(self.weights[1:].mean()) if self.settings.normalise else 1.0
         return float(self.weights[step]) / (mean or 1.0)
 
     def spared(self) -> float:
-        """Share of the components' arithmetic that 1 - r leaves out, the first step included."""
+        """1 - r leaves out this share of the components' arithmetic, the first step included."""
         with torch.no_grad():
             kept = torch.stack([torch.sigmoid(logits) @ self._prices for logits in self.logits[1:]])
         return 1 - (1 + float(kept.sum()) / float(self._prices.sum())) / len(self.logits)
 
     def update(self, step: int, loss: Tensor, ratios: Tensor) -> float:
-        """Move the logits of one step down the gradient of its loss; what was minimised."""
+        """This moves the logits of one step down the gradient of its loss, and gives what was minimised."""
         minimised = self.weight(step) * loss + self.beta * (self._prices * ratios).sum()
         self.optimizer.zero_grad(set_to_none=True)
         minimised.backward()
@@ -244,7 +244,7 @@ class HarmoniCa:
     # ---- what to draw
 
     def draw(self) -> Callable[[], dict[str, Any]]:
-        """The epoch's prompts and noise; the result makes the pipeline's arguments, each time from the same seeds."""
+        """An epoch draws prompts and noise; the result makes the pipeline's arguments, always from the same seeds."""
         count = self.settings.batch
         chosen = torch.randint(len(self.prompts), (count,), generator=self.generator).tolist()
         seeds = torch.randint(2**62, (count,), generator=self.generator).tolist()
@@ -257,7 +257,7 @@ class HarmoniCa:
     # ---- state
 
     def _start(self) -> None:
-        """Before the first epoch: look at a run, then draw the logits."""
+        """Before the first epoch the training looks at a run, then draws the logits."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         with self.trainee:
             call = arguments_of(self.prompts[:1], self.settings.steps, [0])

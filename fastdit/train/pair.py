@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Pair(Tensor):
-    """A tensor with the student's values, and beside it what the teacher has in its place.
+    """A pair is a tensor with the student's values, and beside it what the teacher has in its place.
 
     Attributes:
         student: The values with their graph.
@@ -26,7 +26,7 @@ class Pair(Tensor):
 
     @staticmethod
     def of(student: Tensor, teacher: Tensor) -> Pair:
-        """Pair two tensors of one shape."""
+        """This pairs two tensors of one shape."""
         pair = student.detach().as_subclass(Pair)
         pair.student, pair.teacher = student, teacher
         return pair
@@ -39,7 +39,7 @@ class Pair(Tensor):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Apply the function to both; what is no tensor (a shape, a dtype) is the student's."""
+        """The function is applied to both; what is no tensor (a shape, a dtype) is the student's."""
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             with torch.enable_grad():

@@ -31,7 +31,7 @@ FORMS = ("released", "published", "sensitivity")
 
 @dataclass
 class Sampling:
-    """One run without gradients, or the rest of one.
+    """This draws one run without gradients, or the rest of one.
 
     Attributes:
         trainee: What runs.
@@ -61,13 +61,13 @@ class Sampling:
         self._replayed = len(self.record)
 
     def run(self, arguments: Mapping[str, Any]) -> Sampling:
-        """Draw."""
+        """The pipeline draws."""
         with torch.no_grad():
             self.trainee.run(self, arguments)
         return self
 
     def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
-        """From the record, or from the model."""
+        """The output comes from the record, or from the model."""
         if step < self._replayed:
             return self.record[step][branch].clone()  # a pipeline may write into what it gets
         if self.ratios[step] is STOCK:
@@ -83,12 +83,12 @@ class Sampling:
         return output
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
-        """As predicted."""
+        """The scheduler gets what was predicted."""
         self.predictions.append(prediction.clone())
         return prediction
 
     def stepped(self, step: int, latents: Tensor) -> bool:
-        """Over at the last step."""
+        """The run is over at the last step."""
         self.latents = latents
         return step == (len(self.ratios) - 1 if self.stop is None else self.stop)
 
@@ -102,7 +102,7 @@ def estimate(
     keep: str,
     mean: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Tensor:
-    """lambda [T], float32, 0 at the first step, which always computes.
+    """This estimates lambda [T], float32, 0 at the first step, which always computes.
 
     Args:
         form: One of FORMS.
@@ -123,7 +123,7 @@ def _chain(
     tau: float,
     keep: str,
 ) -> Tensor:
-    """[2, T]: mean squared change of the final latents, and of what the scheduler got at the step itself."""
+    """This gives [2, T]: mean squared change of the final latents, and of what the scheduler got at the step itself."""
     steps = len(ratios)
     found = torch.zeros(2, steps)
     before = Sampling(trainee, [COMPUTE] + [STOCK] * (steps - 1), tau, keep).run(arguments())

@@ -18,7 +18,7 @@ from fastdit.errors import ArgumentError
 
 
 class Ranks:
-    """This process among its peers.
+    """This is one process among its peers.
 
     Attributes:
         rank, count: Which one this is, and of how many.
@@ -33,7 +33,7 @@ class Ranks:
         self.count = dist.get_world_size() if self._together else 1
 
     def mean(self, tensor: Tensor, device: Any) -> Tensor:
-        """The mean over all processes, the same bits in each; `device` is one that they can talk through."""
+        """All processes get their mean, the same bits in each; `device` is one that they can talk through."""
         if self.count == 1:
             return tensor
         shared = tensor.to(device, copy=True)
@@ -41,18 +41,18 @@ class Ranks:
         return (shared / self.count).to(tensor.device)
 
     def share(self, values: list[Any]) -> list[Any]:
-        """This process's part of a batch."""
+        """This process takes its part of a batch."""
         size = len(values) // self.count
         return values[self.rank * size : (self.rank + 1) * size]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """This waits until all are here."""
         if self.count > 1:
             dist.barrier()
 
 
 def take_device() -> None:
-    """Make the GPU that the launcher gave this process the one that "cuda" means.
+    """This makes the GPU that the launcher gave the process the one that "cuda" means.
 
     Raises:
         ArgumentError: There is no such GPU.

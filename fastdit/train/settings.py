@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """One epoch.
+    """An epoch tells this when it is done.
 
     Attributes:
         epoch: How many are done.
@@ -34,7 +34,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result of a training, beside the model and the prompts; see :class:`HarmoniCa`."""
+    """These decide the result of a training, beside the model and the prompts; see :class:`HarmoniCa`."""
 
     steps: int
     beta: float

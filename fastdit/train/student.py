@@ -30,20 +30,20 @@ Ratios = Tensor | str
 
 
 class Driver(Protocol):
-    """What decides about a run."""
+    """A driver decides about a run."""
 
     def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
-        """The output of a transformer call; `forward` runs the model, with stock blocks where it is given None."""
+        """It gives a transformer call's output; `forward` runs the model, with stock blocks where it is given None."""
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
-        """What the scheduler gets in place of the pipeline's prediction."""
+        """It gives what the scheduler gets in place of the pipeline's prediction."""
 
     def stepped(self, step: int, latents: Tensor) -> bool:
-        """The latents after the step; whether the run is over."""
+        """It sees the latents after the step, and tells whether the run is over."""
 
 
 class BlendForward(Forward):
-    """A transformer call in which every component runs, and its output is blended with what its slot holds.
+    """In this transformer call every component runs, and its output is blended with what its slot holds.
 
     A pure function of the slots it was made with: what it would store is in `written`, so that checkpointed blocks may
     run again in the backward pass.
@@ -62,7 +62,7 @@ class BlendForward(Forward):
         self.written: Slots = {}
         self._places = places
         self._keep = keep
-        self._weights = ratios.unbind() if isinstance(ratios, Tensor) else None
+        self._ratios = ratios.unbind() if isinstance(ratios, Tensor) else None
         self._renew = (ratios > tau).tolist() if isinstance(ratios, Tensor) else None
 
     def computes(self, component: str) -> bool:
@@ -70,23 +70,23 @@ class BlendForward(Forward):
         return True
 
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The blended output; see the class."""
+        """The output is blended; see the class."""
         key = self.index, name
         fresh = compute()
         self.computed += 1
         held = self.slots.get(key)
-        if self._weights is None or held is None:
+        if self._ratios is None or held is None:
             out, renew = fresh, True
         else:
             place = self._places[key]
-            out, renew = _blend(fresh, held, self._weights[place]), self._renew[place]
+            out, renew = _blend(fresh, held, self._ratios[place]), self._renew[place]
         if renew:
             self.written[key] = _detached(out if self._keep == "blended" else fresh)
         return out
 
 
 class Trainee:
-    """A pipeline to train on; use it in a `with`.
+    """A training runs on this pipeline, in a `with`.
 
     Attributes:
         pipeline, transformer, adapter, spec, blocks: What runs.
@@ -157,7 +157,7 @@ class Trainee:
     # ---- a run
 
     def run(self, driver: Driver, arguments: Mapping[str, Any]) -> None:
-        """``pipeline(**arguments)`` under the driver, up to the step where it says that the run is over."""
+        """The driver leads ``pipeline(**arguments)``, up to the step where it says that the run is over."""
         self._driver, self._step, self._branch = driver, 0, 0
         try:
             self.pipeline(**arguments)
@@ -171,11 +171,11 @@ class Trainee:
         )
 
     def blend(self, ratios: Ratios, slots: Slots, tau: float, keep: str) -> BlendForward:
-        """A student's call; `ratios` [N] say how much of each output is fresh, COMPUTE stands for all ones."""
+        """A student's call is made; `ratios` [N] say how much of each output is fresh, COMPUTE stands for all ones."""
         return BlendForward(self.blocks, self.places, ratios, slots, tau, keep)
 
     def look(self, arguments: Mapping[str, Any]) -> tuple[Conditions, int]:
-        """What a run is like and its number of text tokens, learned from a run's first transformer call."""
+        """A run's first transformer call tells what the run is like, and its number of text tokens."""
         found = []
         accepted = inspect.signature(self.pipeline.__call__).parameters
         given = {name: one.default for name, one in accepted.items()} | dict(arguments)
@@ -248,11 +248,11 @@ class Trainee:
 
 
 class _Over(Exception):
-    """Ends a pipeline's call: nobody needs the picture."""
+    """This ends a pipeline's call: nobody needs the picture."""
 
 
 def squares(first: Tensor, second: Tensor) -> Tensor:
-    """(first - second)^2, in float32 at least: of half precision little would be left."""
+    """This is (first - second)^2, in float32 at least: of half precision little would be left."""
     dtype = torch.promote_types(first.dtype, torch.float32)
     return (first.to(dtype) - second.to(dtype)).square()
 
@@ -262,7 +262,7 @@ def _sample(output: Any) -> Tensor:
 
 
 def _blend(fresh: Any, held: Any, weight: Tensor) -> Any:
-    """r fresh + (1 - r) held, of a tensor or of each of a tuple."""
+    """This is r fresh + (1 - r) held, of a tensor or of each of a tuple."""
     if isinstance(fresh, (tuple, list)):
         return tuple(map(_blend, fresh, held, [weight] * len(fresh)))
     if fresh is None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Trajectory:
-    """One training run: drives the pipeline, and trains at each step."""
+    """This drives the pipeline through one run, and trains at each step."""
 
     def __init__(self, training: HarmoniCa) -> None:
         self._training = training
@@ -29,7 +29,7 @@ class Trajectory:
         self.weighted = [0.0] * steps
 
     def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
-        """Teacher and student; where nothing is trained the model alone, which fills the slots."""
+        """Teacher and student run; where nothing is trained the model alone does, which fills the slots."""
         training = self._training
         settings, held = training.settings, self._slots.get(branch, {})
         if not training.logits[step].requires_grad:
@@ -46,7 +46,7 @@ class Trajectory:
         return output
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
-        """Train on what the pipeline made of the outputs; the student's goes on, or in pairs the teacher's."""
+        """This trains on what the pipeline made of the outputs; the student's goes on, or in pairs the teacher's."""
         if not self._training.logits[step].requires_grad:
             return prediction
         if not isinstance(prediction, Pair):
@@ -62,5 +62,5 @@ class Trajectory:
         return teacher if self._training.settings.pairs else student.detach()
 
     def stepped(self, step: int, latents: Tensor) -> bool:
-        """Over after the last step."""
+        """The run is over after the last step."""
         return step == len(self._training.logits) - 1
