@@ -147,8 +147,8 @@ def test_no_block_is_visited_and_no_output_of_one_kept():
     assert report.peak_cache_bytes <= 3 * latents + 2 * 4 * 64 * tiny_models.TEXT * 8
 
 
-def test_it_is_a_step_of_adams_and_bashforth():
-    """Euler with the forecast takes from each computed velocity the step that AB2 takes, with the step it skips."""
+def test_euler_takes_the_line_at_the_beginning_of_a_skipped_step():
+    """In closed form, from the computed velocities alone."""
     pipe = tiny_models.pipeline("sd3", torch.float64)
     given = []
     pipe.transformer.register_forward_hook(lambda m, a, out: given.append(out[0].clone()))
@@ -345,3 +345,57 @@ def test_whole_runs_of_random_orders_equal_plain_hooks(family, sampler):
     assert handle.explain(
         tiny_models.HEIGHT, tiny_models.WIDTH, 2, steps, text_tokens=tiny_models.TEXT, cfg=True
     ).cache_bytes == pytest.approx(report.peak_cache_bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_bare_loop_tells_its_levels_by_the_timestep(order):
+    """Nobody said before how many steps there are, and where they lie."""
+    model = Streams()
+    given = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    fastdit.patch(model, fastdit.Cached(every(2), order=order))
+    times = [1000.0, 800.0, 500.0, 300.0]
+    with torch.no_grad():
+        outputs = [model(x=given, t=torch.full((2,), t)) for t in times]
+    assert model.calls == 2
+    expected = given.sin() * 0.3  # on the line through those at 1 and 0.5
+    torch.testing.assert_close(outputs[3][0][0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_swapped_prompt_is_not_drawn_through():
+    """Outputs of another prompt are of another picture: the next step computes."""
+    counts = []
+    for swapped in (False, True):
+        pipe = tiny_models.pipeline("sd3")
+        handle = fastdit.patch(pipe, fastdit.Cached(every(4), order=1))
+
+        def swap(pipe, step, timestep, kwargs, swapped=swapped):
+            found = kwargs["prompt_embeds"]
+            return {"prompt_embeds": found + 1 if swapped and step == 1 else found}
+
+        tiny_models.generate(
+            pipe,
+            "sd3",
+            steps=4,
+            callback_on_step_end=swap,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        )
+        counts.append(handle.report().tokens_per_step)
+    assert [tokens > 0 for tokens in counts[0]] == [True, False, False, False]
+    assert [tokens > 0 for tokens in counts[1]] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("family", tiny_models.one_each(list(tiny_models.FAMILIES)))
+def test_the_outputs_that_are_kept_are_counted(family, order):
+    model = tiny_models.transformer(family)
+    handle = fastdit.patch(model, fastdit.Cached(every(2), order=order), backend="reference")
+    given = [tiny_models.call(family, 2, step=step) for step in range(6)]
+    with torch.no_grad(), handle.run(range(6)):
+        for call in given:
+            output = model(**call)[0]
+    assert handle.report().peak_cache_bytes == (1 + order) * output.nbytes
+    capped = fastdit.Cached(every(2), order=order, max_cache_bytes=(1 + order) * output.nbytes - 1)
+    handle = fastdit.patch(model, capped, backend="reference")
+    said = f"need {(1 + order) * output.nbytes} bytes"
+    with torch.no_grad(), handle.run(range(6)), pytest.raises(fastdit.ArgumentError, match=said):
+        model(**given[0])

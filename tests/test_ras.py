@@ -18,7 +18,7 @@ from contract import distance, same_bits, within_contract
 from fastdit import RAS, ArgumentError, Linear, ScheduleError, UnsupportedModelError
 from fastdit.adapters import find_adapter
 from fastdit.blocks.active import CachedRows
-from fastdit.methods.ras import ActiveTokens
+from fastdit.methods.ras import SparseStep
 from fastdit.tokens.active import TokenRun
 from ras_oracle import RowOracle, published, random_rows
 from snapshot import snapshot
@@ -42,7 +42,7 @@ class Chosen(RAS):
 
     def active(self, steps, tokens):
         counts = (self.counts.get(step) for step in range(steps))
-        return [None if count is None else ActiveTokens(count, 0) for count in counts]
+        return [None if count is None else SparseStep(count, 0) for count in counts]
 
 
 @pytest.fixture

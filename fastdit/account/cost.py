@@ -117,7 +117,7 @@ class Cost:
         """
         total = (1 - plan.steps) * self.prompt if keeps_prompt else 0
         for step in range(plan.steps):
-            if plan.order_of(step):
+            if plan.forecast_order(step):
                 continue
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
@@ -197,7 +197,7 @@ class Cost:
             return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
         total = 0
         for number, step in enumerate(plan.actions):
-            if plan.order_of(number):
+            if plan.forecast_order(number):
                 continue
             added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
             updates = sum(1 for flags in added if flags & COMPUTE) + bool(
@@ -218,7 +218,7 @@ class Cost:
         Raises:
             UnsupportedModelError: They are not known, and no estimate will do.
         """
-        if not self.exact and not estimated:
+        if self.cells and not self.exact and not estimated:
             raise UnsupportedModelError(
                 f"max_cache_bytes needs the size of every output, which is not known of "
                 f"{type(self.transformer).__name__}: it has no adapter, and its call cannot be made without weights"
@@ -236,4 +236,7 @@ class Cost:
             if sums.kept:
                 outputs += 3 * sums.kept * self.cells[0][3]
             most = max(most, outputs * kept_size // self.itemsize + sums.kept * self._shared)
+        if plan.forecasts:  # the model's own last outputs
+            elements = self.adapter.output_elements(self.transformer, self.size.image)
+            most += (1 + max(plan.forecasts)) * elements * self.batch * self.itemsize
         return most

@@ -237,7 +237,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     told = [run.records[step].actions for step in steps]  # a method may decide as the run goes on
     computes = everywhere(patched.spec, COMPUTE)
     actions = [row or computes for row in told] if any(told) else ()
-    forecasts = [0 if run.records[step].computed else run.plan.order_of(step) for step in steps]
+    forecasts = [
+        0 if run.records[step].computed else run.plan.forecast_order(step) for step in steps
+    ]
     plan = RunPlan(len(steps), run.plan.reuse, actions, forecasts=forecasts)
     count = Cost(patched.adapter, transformer, Size(run.image_tokens, run.text_tokens))
     tokens = [run.records[step].tokens for step in steps]

@@ -30,8 +30,8 @@ from fastdit.spec import BlockKind, ModelSpec
 #: the tokens) or "resolution", and for what is spared beside them; the others have one meaning for all families
 NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call image_argument time_argument "
-    "positions_argument embeddings_arguments other_arguments residual_arguments own_attention_arguments tokens width "
-    "text_tokens text_tokens_of uses_cfg timesteps_rise restates",
+    "positions_argument embeddings_arguments other_arguments residual_arguments own_attention_arguments "
+    "tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
     "reuse": "components consumers groups shared_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches gather_inputs scatter_output moved_tokens grid "
     "latent_image decode shifts_latents",
@@ -271,6 +271,10 @@ class Adapter(Pictures):
     def width(self, transformer: nn.Module) -> int:
         """Channels of a token in the residual stream."""
         return transformer.inner_dim
+
+    def output_elements(self, transformer: nn.Module, tokens: int) -> int:
+        """The output for so many image tokens of a row has so many elements."""
+        return tokens * transformer.config.patch_size**2 * transformer.out_channels
 
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """Text tokens the pipeline's prompts become by default."""

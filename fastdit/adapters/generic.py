@@ -135,6 +135,14 @@ class Generic(Adapter):
         """Side of a patch, across."""
         return patch_sides(transformer)[2]
 
+    def output_elements(self, transformer: nn.Module, tokens: int) -> int:
+        """As many as the latents have, where the config does not say other channels."""
+        config = transformer.config
+        channels = (
+            getattr(config, "out_channels", None) or getattr(config, "in_channels", None) or 1
+        )
+        return tokens * math.prod(patch_sides(transformer)) * channels
+
     def width(self, transformer: nn.Module) -> int:
         """The outputs of a block's last linear layer."""
         return getattr(transformer, "inner_dim", 0)

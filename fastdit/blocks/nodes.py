@@ -23,7 +23,7 @@ class Weights:
         levels: The noise level of each step.
     """
 
-    def __init__(self, levels: Sequence[float]) -> None:
+    def __init__(self, levels: list[float]) -> None:
         self.levels = levels
         self._made: dict[Any, Tensor] = {}
 

@@ -28,8 +28,8 @@ class Cached(Method):
         cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
         order: How all that is reused is drawn from what was computed; None as the schedule says. 0 repeats an output,
             1 draws the line through its last two computed values, 2 the parabola through three, at the sampler's own
-            noise levels. Where a whole step is reused the model's output is extrapolated and no block visited: a step
-            of Adams and Bashforth on the sampler's grid.
+            noise levels. Where a whole step is reused the model's output is extrapolated and no block visited: a
+            linear multistep method on the sampler's grid.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.Cached(fastdit.Schedule.every(2)))

@@ -49,7 +49,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class ActiveTokens:
+class SparseStep:
     """One sparse step computes this.
 
     Attributes:
@@ -69,7 +69,7 @@ class RASRun(TokenRun):
         self._drops: Tensor | None = None
         self._age: Tensor | None = None
 
-    def choose(self, velocity: Tensor, delta: Any, coming: ActiveTokens | None) -> Tensor | None:
+    def choose(self, velocity: Tensor, delta: Any, coming: SparseStep | None) -> Tensor | None:
         """It takes the tokens that moved most, or least, counting how often they were dropped.
 
         Raises:
@@ -93,7 +93,7 @@ class RASRun(TokenRun):
         super().end()
         self._drops = self._age = None
 
-    def _choose(self, velocity: Tensor, coming: ActiveTokens) -> Tensor:
+    def _choose(self, velocity: Tensor, coming: SparseStep) -> Tensor:
         method, batch = self.method, velocity.shape[0]
         if self._drops is None or self._drops.shape[0] != batch:
             self._drops = torch.zeros(batch, self.tokens, dtype=torch.int32, device=velocity.device)
@@ -112,7 +112,7 @@ class RASRun(TokenRun):
         )
         return rows
 
-    def _choose_as_published(self, velocity: Tensor, delta: Any, coming: ActiveTokens) -> Tensor:
+    def _choose_as_published(self, velocity: Tensor, delta: Any, coming: SparseStep) -> Tensor:
         """The published rule has its roundings: metric in the model's dtype, ties as torch.sort leaves them."""
         method = self.method
         if self._drops is None:
@@ -274,11 +274,11 @@ class RAS(Method):
             found.append(0 if dense else min(max(count, 0), tokens - 1))
         return found
 
-    def active(self, steps: int, tokens: int) -> list[ActiveTokens | None]:
+    def active(self, steps: int, tokens: int) -> list[SparseStep | None]:
         """Each step computes this; None where it is dense."""
         share = 0.0 if self.metric == "change" else HIGH_RATIO
         share = share if self.high_ratio is None else self.high_ratio
-        found: list[ActiveTokens | None] = []
+        found: list[SparseStep | None] = []
         for count in self.dropped(steps, tokens):
             if self.mode == "parity":
                 low, high = int(count * (1 - share)), int(count * share)
@@ -288,7 +288,7 @@ class RAS(Method):
                 keep = min(tokens, max(1, units) * self.align)
                 count = tokens - keep if count else 0
                 high = round(count * share)
-            found.append(ActiveTokens(tokens - count, high) if count else None)
+            found.append(SparseStep(tokens - count, high) if count else None)
         return found
 
 

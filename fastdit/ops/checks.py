@@ -159,24 +159,21 @@ def field(name: str, t: Tensor) -> torch.Size:
 
 def table(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """int32 numbers for each token: [B, N], [B, K], or [B, N, 3]."""
-    if not isinstance(t, Tensor):
-        _refuse(name, type(t).__name__, f"a tensor {list(shape)}")
-    if t.dtype is not torch.int32:
-        _refuse(name, str(t.dtype), "int32")
-    if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
-    if tuple(t.shape) != tuple(shape):
-        _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
-    if not t.is_contiguous():
-        _unit_stride(name, t)
+    _listed(name, t, torch.int32, shape, device)
 
 
 def numbers(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """fp32 numbers: [B, N], or a list of them."""
+    _listed(name, t, torch.float32, shape, device)
+
+
+def _listed(
+    name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
+) -> None:
     if not isinstance(t, Tensor):
         _refuse(name, type(t).__name__, f"a tensor {list(shape)}")
-    if t.dtype is not torch.float32:
-        _refuse(name, str(t.dtype), "torch.float32")
+    if t.dtype is not dtype:
+        _refuse(name, str(t.dtype), str(dtype))
     if t.device != device:
         _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
     if tuple(t.shape) != tuple(shape):

@@ -76,7 +76,9 @@ class Call:
         run.latents, run.positions = arguments.hidden_states.shape, arguments.positions
         for method in run.methods:
             self.layout = method.layout(self) or self.layout
-        order = run.plan.order_of(run.step)
+        if patched.forecasts:
+            run.hear_level(arguments.timestep)
+        order = run.plan.forecast_order(run.step)
         if order:
             branch = self._branch()
             if branch.outputs.nodes.steps:
@@ -134,7 +136,7 @@ class Call:
             self.prepare()
             return
         # What has nothing to be forecast from computes.
-        planned = run.plan.actions and not run.plan.order_of(run.step)
+        planned = run.plan.actions and not run.plan.forecast_order(run.step)
         actions = run.plan.actions[run.step] if planned else ()
         for method in run.methods:
             actions = method.actions(self, actions)
@@ -365,8 +367,6 @@ class Call:
         record.tokens, record.actions = self.tokens, forward.actions
         record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
-        if forward.computed:
-            run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
         given = sample = output[0] if isinstance(output, tuple) else output.sample
         if self._smaller:
             sample = run.patched.adapter.expand_output(
@@ -375,9 +375,11 @@ class Call:
         for method in run.methods:
             sample = method.output(self, sample)
         replaced = output if sample is given else _replaced(output, sample)
-        if any(run.plan.forecasts):
+        if run.plan.forecasts:
             order = max(run.plan.forecasts)
             self.branch.outputs.add(run.step, replaced, run.forecast_weights.levels, order)
+        if forward.computed:
+            run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
         return None if sample is given else replaced
 
 

@@ -167,6 +167,12 @@ class Run:
             self.weights = Weights(self.noise_levels)
         return self.weights
 
+    def hear_level(self, timestep: Any) -> None:
+        """Where neither scheduler nor user said the noise levels before, each step's timestep does; it is read."""
+        levels = self.forecast_weights.levels
+        while len(levels) <= self.step:
+            levels.append(value_of(timestep))
+
     @property
     def noise_levels(self) -> list[float]:
         """The noise level of each step, as the scheduler or the user says; empty where nobody does. Read it once."""

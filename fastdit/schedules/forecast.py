@@ -1,9 +1,9 @@
 """Forecasts: the polynomial through an output's last computed values, read at the noise level of another step.
 
 Order 0 repeats the last value, order 1 is the line through the last two, order 2 the parabola through three. The levels
-are those of the sampler's own grid, where steps are of unlike length. A forecast of a model's whole output is an
-Adams-Bashforth step of the sampler's equation on that grid: what Euler does with a velocity drawn by a line through the
-last two is AB2 with the step it skips.
+are those of the sampler's own grid, where steps are of unlike length. With a model's whole output that makes a linear
+multistep method of the sampler, such as Adams and Bashforth's; Euler takes the line's value at the beginning of each
+step that it skips, AB2 that in its middle.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class RunPlan:
         parts = (each[first:last] for each in (self.actions, self.sums, self.forecasts))
         return RunPlan(last - first, self.reuse, *parts)
 
-    def order_of(self, step: int) -> int:
+    def forecast_order(self, step: int) -> int:
         """This tells the order of the step's forecast; 0 where the model runs."""
         return self.forecasts[step] if self.forecasts else 0
 
@@ -116,6 +116,7 @@ def plan_run(
     reusing = (method for method in methods if "reuse" in method.writes)
     reuse = next((method.staged_schedule(spec, lengths, levels) for method in reusing), None)
     forecasts = _forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
+    forecasts = forecasts if any(forecasts) else ()
     actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
