@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import fastdit
 from fastdit import tiny
 from fastdit.methods import methods
+from fastdit.methods.base import NOISE_COSTS
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -33,6 +35,34 @@ def readme(monkeypatch):
 def test_what_is_written_is_what_results_and_code_say(readme):
     stale = [path.name for path in readme.FILES if readme.written(path) != path.read_text()]
     assert not stale, f"run PYTHONPATH=. python tools/readme.py: {stale}"
+
+
+def test_what_noise_costs_is_what_was_measured():
+    result = json.loads((ROOT / "benchmarks" / "results" / "noisy-sampler.json").read_text())
+    for name, percent in NOISE_COSTS.items():
+        assert f"{result['shares'][name]['with noise']:.0%}" == f"{percent}%", name
+
+
+def test_what_is_said_of_forecasts_is_what_was_measured(readme):
+    """In the README and on the page of Cached, in words."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "testbed.json").read_text())
+    places = [(c["captions"], c["guidance"]) for c in result["conditions"]]
+    found = {
+        name: dict(zip(places, (ratio for _, ratio, _ in said), strict=True))
+        for name, _, said in readme.verdicts(result)
+    }
+    for captions in ("full", "open"):
+        mild = captions, 2.5
+        level = found["unipc 20, every 2, V"][mild]
+        assert level["low"] <= 1.0
+        assert 0.9 < level["value"] < 1.1
+        assert found["unipc 28, every 2, V"][mild]["high"] < 1.0
+        assert found["unipc 10, every 2, V"][mild]["value"] > 1.0
+    for steps in (10, 14, 20, 28):
+        assert found[f"unipc {steps}, every 2, V"]["full", 7.0]["low"] > 2.0
+        for solver in ("euler", "unipc"):
+            repeated = found[f"{solver} {steps}, every 2, repeated"]
+            assert all(ratio["high"] >= 1.0 for ratio in repeated.values())
 
 
 def test_the_readme_is_short_enough_to_read():

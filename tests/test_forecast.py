@@ -231,8 +231,9 @@ def test_samplers_that_draw_noise():
     pipe = tiny_models.pipeline("sd3", scheduler=noisy)
     with pytest.raises(fastdit.ArgumentError, match=r"order must be 0 .*stochastic_sampling=True"):
         fastdit.patch(pipe, fastdit.Cached(every(2), order=1))
-    with pytest.warns(UserWarning, match="draws noise at each step"):
-        fastdit.patch(pipe, fastdit.Cached(every(2)))
+    for method in (fastdit.Cached(every(2)), fastdit.RAS()):
+        with pytest.warns(UserWarning, match=f"{method.name} keeps outputs .* draws noise at each"):
+            fastdit.patch(pipe, method)
     fastdit.unpatch(pipe)
     # One that comes later is seen when it sets its timesteps.
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()

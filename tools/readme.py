@@ -229,6 +229,41 @@ def beside_fewer_steps(study: str) -> list[str]:
     ]
 
 
+def forecasts() -> list[str]:
+    """Repeats and forecasts of whole steps beside the best plain solver."""
+    result = _result("testbed.json")
+    heads = [f"{c['captions']} captions, guidance {c['guidance']:g}" for c in result["conditions"]]
+    lines = [
+        (
+            "Ratio of errors to those of the best of Euler, UniPC and AB2 with as many evaluations, from "
+            "[the table](../results.md#distance-to-the-solution); below 1 the arm is nearer to the solution."
+        ),
+        "",
+        "| | evaluations | " + " | ".join(heads) + " |",
+        "|---|---|" + "---|" * len(heads),
+    ]
+    for name, evaluations, found in verdicts(result):
+        if name.startswith("unipc") and "every 2" in name:
+            cells = " | ".join(_ratio(ratio) for _, ratio, _ in found)
+            lines.append(f"| {name} | {evaluations:.0f} | {cells} |")
+    return lines
+
+
+def noisy() -> list[str]:
+    """What reuse does under a sampler that draws noise."""
+    result = _result("noisy-sampler.json")
+    shares = ", ".join(
+        f"{name} {found['with noise']:.0%} (without noise {found['without']:.0%})"
+        for name, found in result["shares"].items()
+    )
+    return [
+        (
+            f"Share of the objects drawn that {result['prompts']} prompts ask for, by the model in the package in "
+            f"{result['steps']} steps under `stochastic_sampling=True`: {shares}. (`benchmarks/noisy_sampler.py`)"
+        )
+    ]
+
+
 def choices() -> list[str]:
     """What RAS's choice of tokens does, beside the published ones and plain steps of the same arithmetic."""
     result = _result("ras-study.json")
@@ -317,7 +352,9 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "dense": {"measured": functools.partial(measured, "dense")},
     "cached": {
         "arguments": functools.partial(arguments, "Cached"),
+        "noisy": noisy,
         "measured": functools.partial(measured, "every", "random"),
+        "forecasts": forecasts,
     },
     "ecad": {"arguments": functools.partial(arguments, "ECAD"), "measured": searched},
     "harmonica": {"arguments": functools.partial(arguments, "HarmoniCa"), "measured": routed},
@@ -326,6 +363,7 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "measured": functools.partial(measured, "RAS", "+", including="RAS"),
         "quality": functools.partial(beside_fewer_steps, "ras"),
         "choices": choices,
+        "noisy": noisy,
     },
     "ralu": {
         "arguments": functools.partial(arguments, "RALU"),
@@ -685,20 +723,31 @@ def _testbed(result: dict[str, Any]) -> list[str]:
         "| | evaluations | " + " | ".join(heads) + " |",
         "|---|---|" + "---|" * len(heads),
     ]
+    for name, evaluations, found in verdicts(result):
+        cells = (
+            f"{_ratio(ratio)} {best.split()[0]}; {cleaner['value']:.0%} ({cleaner['less']:+.0%})"
+            for best, ratio, cleaner in found
+        )
+        lines.append(f"| {name} | {evaluations:.1f} | {' | '.join(cells)} |")
+    return lines
+
+
+def verdicts(result: dict[str, Any]) -> Iterator[tuple[str, float, list[tuple[str, Any, Any]]]]:
+    """Each arm of `testbed.py`, its evaluations, and in each condition how it does beside the best plain solver."""
+    conditions = result["conditions"]
     for rows in zip(*(c["rows"] for c in conditions), strict=True):
         if "ratios" not in rows[0]:
             continue
-        cells = []
+        found = []
         for row, condition in zip(rows, conditions, strict=True):
             medians = {one["arm"]: one["median"] for one in condition["rows"]}
             best = min(row["ratios"], key=medians.__getitem__)
-            ratio, cleaner = row["ratios"][best], row["cleaner"][best]
-            cells.append(
-                f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] {best.split()[0]}; "
-                f"{cleaner['value']:.0%} ({cleaner['less']:+.0%})"
-            )
-        lines.append(f"| {rows[0]['arm']} | {rows[0]['evaluations']:.1f} | {' | '.join(cells)} |")
-    return lines
+            found.append((best, row["ratios"][best], row["cleaner"][best]))
+        yield rows[0]["arm"], rows[0]["evaluations"], found
+
+
+def _ratio(found: dict[str, float]) -> str:
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def _quality(result: dict[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastdit.checks import is_whole, one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, check_mode
+from fastdit.methods.base import Method, check_mode, check_noise
 from fastdit.tokens.active import TokenRun
 from fastdit.tokens.change import ChangeRun
 
@@ -273,6 +273,10 @@ class RAS(Method):
             dense = step < self.start or step in resets
             found.append(0 if dense else min(max(count, 0), tokens - 1))
         return found
+
+    def check_sampler(self, noise: str) -> None:
+        """The velocities that tokens keep are of a picture with other noise."""
+        check_noise(self, noise)
 
     def active(self, steps: int, tokens: int) -> list[SparseStep | None]:
         """Each step computes this; None where it is dense."""
