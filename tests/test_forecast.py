@@ -17,6 +17,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.modeling_utils import ModelMixin
 from torch._dynamo.testing import CompileCounter
 
@@ -217,6 +218,26 @@ def test_any_model_will_do():
     fastdit.unpatch(model)
     model(x=given, t=times[:1].expand(2))
     assert model.calls == 3
+
+
+def test_another_cache_on_any_model_is_refused():
+    """Also one that comes after the patch, on parts of which nothing is known."""
+
+    class Stateful(ModelHook):
+        _is_stateful = True
+
+    model = Streams()
+    model.part = torch.nn.Linear(2, 2)
+    method = fastdit.Cached(every(2), order=1)
+    handle = fastdit.patch(model, method)
+    HookRegistry.check_if_exists_or_initialize(model.part).register_hook(Stateful(), "cache")
+    given = torch.zeros(1, 5, 8), torch.ones(1)
+    refused = pytest.raises(fastdit.UnsupportedModelError, match="part carries diffusers' Stateful")
+    with torch.no_grad(), handle.run(range(4)), refused:
+        model(*given)
+    handle.unpatch()
+    with pytest.raises(fastdit.UnsupportedModelError, match="part carries diffusers' Stateful"):
+        fastdit.patch(model, method)
 
 
 @pytest.mark.parametrize("given", [-1, 3, True, 1.0, "auto?"])

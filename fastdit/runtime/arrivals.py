@@ -76,9 +76,12 @@ def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], met
 
 
 def _hooked(transformer: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """These are the modules that caches are attached to and that have a hook of diffusers."""
+    """These modules have a hook of diffusers, of those that caches are attached to; without blocks, of all."""
     if "_diffusers_hook" in transformer.__dict__:
         yield "the transformer", transformer
+    for name, module in transformer.named_modules() if not blocks else ():
+        if name and "_diffusers_hook" in module.__dict__:
+            yield name, module
     for index, block in enumerate(blocks):
         if "_diffusers_hook" in block.__dict__:
             yield f"block {index}", block
