@@ -327,11 +327,11 @@ def test_a_forecast_of_the_whole_output_needs_every_component():
     """A component that a schedule does not name computes, so the model runs."""
     part = Schedule.from_bits([[[1]] * 3, [[0]] * 3], ["ff"], orders=1)
     found = plan_run([Cached(part)], SPEC, 2)
-    assert [found.order_of(step) for step in range(2)] == [0, 0]
+    assert [found.forecast_order(step) for step in range(2)] == [0, 0]
     assert found.actions[1][0]["attn"] & COMPUTE
     assert found.actions[1][0]["ff"] & REUSE
     whole = Schedule.from_bits([[[1, 1]] * 3, [[0, 0]] * 3], ["ff", "attn"], orders=1)
-    assert plan_run([Cached(whole)], SPEC, 2).order_of(1) == 1
+    assert plan_run([Cached(whole)], SPEC, 2).forecast_order(1) == 1
 
 
 # ---- equality and the file
