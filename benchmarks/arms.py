@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 
 import fastdit
 from ab2 import AB2Scheduler
 from fastdit import Schedule
+from fastdit.methods.ras import RASRun
 
 SOLVERS = ("euler", "unipc", "ab2")
 EVALUATIONS = (5, 7, 10, 14)
@@ -22,14 +26,23 @@ class Arm:
     """One way of drawing.
 
     Attributes:
-        solver: "euler", "ab2" (both on the trailing grid), "unipc" or "heun" (on their own), or "stock" (as loaded).
+        solver: "euler", "ab2" (both on the trailing grid, unless `sigmas` says another), "unipc" or "heun" (on their
+            own), or "stock" (as loaded).
         steps: Steps of the pipeline.
         method: Makes what is patched in, for a pipeline and this arm's steps; None for the unpatched model.
+        sigmas: The noise levels of the steps, where they are not the solver's own.
+        nodes: Steps at which the whole model runs, where that is all that ever runs.
+        alone: Pictures are drawn one by one.
+        around: A context manager that draws run in.
     """
 
     solver: str
     steps: int
     method: Callable[[Any, int], Any] | None = None
+    sigmas: tuple[float, ...] | None = None
+    nodes: tuple[int, ...] = ()
+    alone: bool = False
+    around: Callable[[], Any] = contextlib.nullcontext
 
     def prepare(self, pipe: Any) -> dict[str, Any]:
         """This puts the scheduler in, and gives the arguments of the call."""
@@ -42,8 +55,12 @@ class Arm:
             pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(config)
         else:
             cls = AB2Scheduler if self.solver == "ab2" else type(pipe.stock_scheduler)
-            pipe.scheduler = cls.from_config(config)
-        if self.solver in ("euler", "ab2"):
+            # Levels that are given are those of the run, to be shifted no more.
+            shift = {"shift": 1.0} if self.sigmas else {}
+            pipe.scheduler = cls.from_config(config, **shift)
+        if self.sigmas:
+            arguments["sigmas"] = list(self.sigmas)
+        elif self.solver in ("euler", "ab2"):
             arguments["sigmas"] = np.linspace(1, 1 / self.steps, self.steps).tolist()
         return arguments
 
@@ -67,34 +84,88 @@ def halves(pipe: Any, steps: int) -> Any:
     return fastdit.Cached(Schedule.from_bits(bits, names, orders=1))
 
 
-def every(n: int, order: int) -> Callable[[Any, int], Any]:
-    return lambda pipe, steps: fastdit.Cached(Schedule.every(n), order=order)
+def every(solver: str, steps: int, n: int, order: int) -> Arm:
+    """Every n-th step is computed as a whole, the others are drawn."""
+    return Arm(
+        solver,
+        steps,
+        lambda pipe, steps: fastdit.Cached(Schedule.every(n), order=order),
+        nodes=tuple(range(0, steps, n)),
+    )
 
 
-def arms() -> Iterator[tuple[str, Arm]]:
-    """All but the plain ones, which are added for as many evaluations as each of these takes."""
+def fixed(method: Any, steps: int | None = None, **more: Any) -> Arm:
+    """A method on the pipeline as it was loaded."""
+    return Arm("stock", steps or method.run_steps, lambda pipe, steps: method, **more)
+
+
+@contextlib.contextmanager
+def random_tokens() -> Iterator[None]:
+    """RAS with active tokens drawn at random, everything else as it is."""
+    generator = torch.Generator().manual_seed(0)
+
+    def choose(self: Any, velocity: torch.Tensor, delta: Any, coming: Any) -> torch.Tensor | None:
+        if coming is None:
+            return None
+        order = torch.rand(velocity.shape[0], self.tokens, generator=generator).argsort(1)
+        return order[:, : coming.keep].sort(1).values.to(torch.int32)
+
+    with mock.patch.object(RASRun, "choose", choose):
+        yield
+
+
+def caches() -> Iterator[tuple[str, Arm]]:
+    """Whole steps and halves of the depth, repeated and drawn, and one arm or two of each other method."""
     for count in EVALUATIONS:
         for solver in SOLVERS[:2]:
-            yield f"{solver} {2 * count}, every 2, repeated", Arm(solver, 2 * count, every(2, 0))
-            yield f"{solver} {2 * count}, every 2, V", Arm(solver, 2 * count, every(2, 1))
-        yield f"unipc {2 * count}, every 2, V of order 2", Arm("unipc", 2 * count, every(2, 2))
+            for name, order in (("repeated", 0), ("V", 1)):
+                yield f"{solver} {2 * count}, every 2, {name}", every(solver, 2 * count, 2, order)
+        yield f"unipc {2 * count}, every 2, V of order 2", every("unipc", 2 * count, 2, 2)
         yield f"unipc {2 * count}, halves, order 1", Arm("unipc", 2 * count, halves)
-        yield f"unipc {4 * count}, every 4, V", Arm("unipc", 4 * count, every(4, 1))
+        yield f"unipc {4 * count}, every 4, V", every("unipc", 4 * count, 4, 1)
     for metric in ("std", "change"):
         for ratio in (0.5, 0.25):
-            given = {"ratio": ratio, "metric": metric, "align": 8}
-            yield (
-                f"RAS {ratio} {metric}",
-                Arm("stock", 28, lambda pipe, steps, g=given: fastdit.RAS(**g)),
-            )
+            method = fastdit.RAS(ratio=ratio, metric=metric, align=8)
+            yield f"RAS {ratio} {metric}", fixed(method, 28)
     for speed in ("2x", "3x"):
-        preset = fastdit.RALU.preset(f"sd3-{speed}")
-        yield f"RALU {speed}", Arm("stock", preset.run_steps, lambda pipe, steps, p=preset: p)
+        yield f"RALU {speed}", fixed(fastdit.RALU.preset(f"sd3-{speed}"))
     for name in ("fast", "faster", "fastest"):
-        preset = fastdit.ECAD.preset("tiny", name)
-        yield f"ECAD {name}", Arm("stock", preset.run_steps, lambda pipe, steps, p=preset: p)
-        forecast = fastdit.ECAD.preset("tiny", name, order=1)
+        yield f"ECAD {name}", fixed(fastdit.ECAD.preset("tiny", name))
+        yield f"ECAD {name}, order 1", fixed(fastdit.ECAD.preset("tiny", name, order=1))
+
+
+def ras() -> Iterator[tuple[str, Arm]]:
+    """RAS by each metric, the published one from both ends, the published arithmetic, random tokens as a control."""
+    for ratio in (0.75, 0.5, 0.25):
+        given = {"ratio": ratio, "align": 8}
+        yield f"RAS {ratio} change", fixed(fastdit.RAS(**given, metric="change"), 28)
+        yield f"RAS {ratio} std", fixed(fastdit.RAS(**given), 28)
         yield (
-            f"ECAD {name}, order 1",
-            Arm("stock", preset.run_steps, lambda pipe, steps, p=forecast: p),
+            f"RAS {ratio} std, the smallest dropped",
+            fixed(fastdit.RAS(**given, high_ratio=0.0), 28),
         )
+        yield (
+            f"RAS {ratio} std, parity",
+            fixed(fastdit.RAS(ratio=ratio, mode="parity"), 28, alone=True),
+        )
+        yield f"RAS {ratio}, random tokens", fixed(fastdit.RAS(**given), 28, around=random_tokens)
+
+
+def ralu() -> Iterator[tuple[str, Arm]]:
+    """RALU's published settings of SD3 at 2x and 3x, by each selector; the published arithmetic."""
+    for speed in ("2x", "3x"):
+        for selector in ("edges", "gradient", "variance"):
+            yield (
+                f"RALU {speed}, {selector}",
+                fixed(fastdit.RALU.preset(f"sd3-{speed}", selector=selector)),
+            )
+        yield f"RALU {speed}, parity", fixed(fastdit.RALU.preset(f"sd3-{speed}", mode="parity"))
+
+
+#: study -> (its arms, (captions, guidance) of its conditions, pixels, pictures)
+BOTH = tuple((captions, guidance) for guidance in (2.5, 7.0) for captions in ("full", "open"))
+STUDIES = {
+    "caches": (caches, BOTH, 64, 96),
+    "ras": (ras, BOTH[:2], 128, 96),
+    "ralu": (ralu, BOTH[:2], 128, 256),
+}

@@ -11,6 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import arms
+import bed as beds
+import fastdit
 import testbed
 from ab2 import AB2Scheduler
 from fastdit import tiny
@@ -54,21 +56,21 @@ def test_ab2_integrates_a_line_exactly_after_its_first_step(shift):
 
 
 def test_open_captions_say_shapes_and_leave_the_rest():
-    texts = testbed.prompts("open", 32)
+    texts = beds.prompts("open", 32)
     assert len(set(texts)) > 16
     for text in texts:
         objects = parse(text).objects
         assert 1 <= len(objects) <= 2
         assert all(one.size is None and one.place is None for one in objects)
-    assert testbed.prompts("open", 16) == texts[:16]
-    assert testbed.prompts("full", 16) == testbed.prompts("full", 32)[:16]
+    assert beds.prompts("open", 16) == texts[:16]
+    assert beds.prompts("full", 16) == beds.prompts("full", 32)[:16]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
     pipe = tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
-    bed = testbed.Bed(pipe, "open", 2.5, 32, tmp_path)
+    bed = beds.Bed(pipe, "open", 2.5, 32, tmp_path)
     name, arm = arms.plain("unipc", 2)
     whole = bed.latents(name, arm, 32)
     path = next(bed.folder.glob("*.npy"))
@@ -79,5 +81,58 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     assert len(seen) == 2  # steps of one batch
     assert testbed.away(whole, whole).max() == pytest.approx(1e-9)
     assert bed.arithmetic(arm) == 2.0
-    dense = arms.Arm("euler", 4, arms.every(2, 1))
+    dense = arms.every("euler", 4, 2, 1)
     assert bed.arithmetic(dense) == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_baseline_takes_no_longer_and_has_the_arms_own_levels():
+    """Plain steps cost 1 each and 2 for the rest; the arm's 7.5 are worth 5 of them, and its arithmetic 4."""
+
+    class Stand(beds.Bed):
+        def __init__(self):
+            self.pipe = pipe
+
+        def arithmetic(self, arm):
+            return 4.2
+
+    pipe = tiny.load_pipeline()
+    pipe.stock_scheduler = pipe.scheduler
+    arm = arms.every("unipc", 8, 2, 1)
+    seconds = {"euler 4": 6.0, "euler 20": 22.0, "unipc 8, every 2, V": 7.5}
+    found, beside = testbed.baselines({"unipc 8, every 2, V": arm}, Stand(), seconds)
+    sides = beside["unipc 8, every 2, V"]
+    assert {what: {found[name].steps for name in names} for what, names in sides.items()} == {
+        "arithmetic": {4},
+        "time": {5},
+        "more time": {6},
+        "nodes": {4},
+    }
+    own = found[sides["nodes"][0]]
+    arguments = own.prepare(pipe)
+    assert isinstance(pipe.scheduler, AB2Scheduler)
+    pipe.scheduler.set_timesteps(sigmas=arguments["sigmas"])
+    wanted = fastdit.recommend(stock(), 8).scheduler
+    wanted.set_timesteps(8)
+    np.testing.assert_allclose(pipe.scheduler.sigmas[:-1], wanted.sigmas[:-1][::2], rtol=1e-6)
+
+
+def stock():
+    return tiny.load_pipeline()
+
+
+def test_the_judge_finds_no_fault_in_the_truth(tmp_path):
+    pipe = tiny.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.stock_scheduler = pipe.scheduler
+    bed = beds.Bed(pipe, "full", 2.5, 64, tmp_path)
+    latents = bed.latents("some", arms.plain("ab2", 4)[1], 16)
+    judge = testbed.Judge(bed, beds.prompts("full", 16), latents)
+    itself = judge.measure(latents)
+    assert itself["error"].max() == pytest.approx(1e-9)
+    assert abs(itself["frechet"][0]) < 1e-5  # of some 10; roots of rounded eigenvalues
+    other = judge.measure(latents[::-1].copy())
+    assert other["score"].mean() < itself["score"].mean()
+    verdict = testbed.against(other, itself)
+    assert verdict["error"]["low"] > 1
+    assert verdict["score"]["less"] < 0
+    assert abs(verdict["frechet"]["less"]) < 1e-5  # the same pictures in another order

@@ -1,0 +1,145 @@
+"""The model in the package under one condition of the testbed: it draws, keeps what it drew, and times.
+
+Captions are full, or open: those say a shape and leave size, place and background to the model, so that trajectories
+curve as those of large models do. Every arm draws the same held-out prompts from the same noise.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fastdit
+from arms import Arm
+from fastdit import tiny
+from fastdit.tiny import scenes
+
+BATCH = 16
+ROUNDS = 3  # of timing
+SEED = 70_000  # of the first picture's noise
+
+
+def prompts(captions: str, count: int) -> list[str]:
+    """These are held-out prompts: half of two objects, or a shape, a colour and a shape, two of either by turns."""
+    if captions == "full":
+        one, two = (tiny.prompts(count, "test", objects, seed=7) for objects in (1, 2))
+        return [(one, two)[i % 2][i // 2] for i in range(count)]
+    rng = np.random.default_rng(5)
+    found = []
+    for index in range(count):
+        (a, b), (c, d) = (rng.choice(list(names), 2) for names in (scenes.SHAPES, scenes.COLORS))
+        forms = f"a {a}", f"a {c} {a}", f"a {a} and a {b}", f"a {c} {a} and a {d} {b}"
+        found.append(forms[index % 4])
+    return found
+
+
+class Bed:
+    """One condition, and what was drawn under it.
+
+    Args:
+        pipe: With its own scheduler as `stock_scheduler`.
+        folder: Where latents are kept; what was interrupted goes on there.
+    """
+
+    def __init__(self, pipe: Any, captions: str, guidance: float, size: int, folder: Path) -> None:
+        self.pipe, self.captions, self.guidance, self.size = pipe, captions, guidance, size
+        self.folder = folder / f"{captions}-{guidance:g}-{size}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def latents(self, name: str, arm: Arm, count: int) -> np.ndarray:
+        """These are the latents [count, C, H, W] that an arm ends with; batches are kept as they come."""
+        path = self.folder / (name.replace(" ", "_").replace(",", "").replace("/", "-") + ".npy")
+        done = np.load(path) if path.exists() else None
+        while done is None or len(done) < count:
+            first = 0 if done is None else len(done)
+            texts = prompts(self.captions, first + BATCH)[first:]
+            more = self._draw(arm, texts, first)
+            done = more if done is None else np.concatenate([done, more])
+            part = path.with_suffix(".part.npy")
+            np.save(part, done)
+            part.replace(path)
+        return done[:count]
+
+    def _draw(self, arm: Arm, texts: list[str], first: int) -> np.ndarray:
+        if arm.alone and len(texts) > 1:
+            return np.concatenate(
+                [self._draw(arm, [text], first + i) for i, text in enumerate(texts)]
+            )
+        side = self.size // self.pipe.vae_scale_factor
+        channels = self.pipe.transformer.config.in_channels
+        noise = [
+            torch.randn(channels, side, side, generator=torch.Generator().manual_seed(SEED + i))
+            for i in range(first, first + len(texts))
+        ]
+        arguments = arm.prepare(self.pipe)
+        handle = None
+        if arm.method is not None:
+            handle = fastdit.patch(self.pipe, arm.method(self.pipe, arm.steps))
+        try:
+            with arm.around():
+                found = self.pipe(
+                    texts,
+                    latents=torch.stack(noise),
+                    height=self.size,
+                    width=self.size,
+                    guidance_scale=self.guidance,
+                    output_type="latent",
+                    **arguments,
+                )
+        finally:
+            if handle is not None:
+                handle.unpatch()
+        return found.images.numpy()
+
+    @torch.no_grad()
+    def pictures(self, latents: np.ndarray) -> np.ndarray:
+        """These are decoded latents, float32 [n, h, w, 3] in [0, 1]."""
+        config, vae = self.pipe.vae.config, self.pipe.vae
+        found = []
+        for some in torch.from_numpy(latents).split(BATCH):
+            scaled = some / config.scaling_factor + (config.shift_factor or 0)
+            found.append((vae.decode(scaled).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+        return torch.cat(found).numpy()
+
+    def arithmetic(self, arm: Arm) -> float:
+        """This is the arithmetic of an arm, in evaluations of the model."""
+        if arm.method is None:
+            return float(arm.steps)
+        arm.prepare(self.pipe)
+        handle = fastdit.patch(self.pipe, arm.method(self.pipe, arm.steps))
+        said = handle.explain(self.size, self.size, BATCH, arm.steps)
+        handle.unpatch()
+        return arm.steps * said.macs / said.dense_macs
+
+    def levels(self, arm: Arm) -> list[float]:
+        """These are the noise levels an arm's scheduler goes through."""
+        arguments = arm.prepare(self.pipe)
+        scheduler = self.pipe.scheduler
+        if "sigmas" in arguments:
+            scheduler.set_timesteps(sigmas=arguments["sigmas"])
+        else:
+            scheduler.set_timesteps(arm.steps)
+        return [float(sigma) for sigma in scheduler.sigmas]
+
+    def seconds(self, arms: Mapping[str, Arm]) -> dict[str, float]:
+        """These are seconds of a picture for each arm: medians of rounds in which the arms take turns.
+
+        With a single thread the processor's time is taken, which is wall time where nothing else runs.
+        """
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        texts = prompts(self.captions, BATCH)
+        found: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(ROUNDS + 1):
+            for name, arm in arms.items():
+                some = texts[:1] if arm.alone else texts
+                start = clock()
+                self._draw(arm, some, 0)
+                if turn:  # the first one warms up
+                    found[name].append((clock() - start) / len(some))
+        return {name: statistics.median(times) for name, times in found.items()}
