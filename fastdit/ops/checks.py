@@ -17,6 +17,11 @@ from fastdit.errors import ArgumentError
 
 FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 ROW_DTYPES = frozenset((torch.int64, torch.int32))
+#: what an op with a gradient says of tensors that it would write
+IN_PLACE = (
+    "got a tensor while an input requires a gradient; accepted is None (in-place forms have no "
+    "gradient: use torch.no_grad())"
+)
 
 
 def state(name: str, x: Tensor, any_stride: bool = False) -> torch.Size:

@@ -80,10 +80,7 @@ def collapse(
         raise ArgumentError("accumulate: got True without out; accepted is False, or a tensor out")
     if torch.is_grad_enabled() and requires_grad(branches, weights):
         if out is not None:
-            raise ArgumentError(
-                "out: got a tensor while an input requires a gradient; accepted is None "
-                "(in-place forms have no gradient: use torch.no_grad())"
-            )
+            raise ArgumentError(f"out: {checks.IN_PLACE}")
         _check(branches, weights, groups, dtype, None)
         sums = collapsed(branches, weights, groups, 1 + max(groups))
         return sums.to(dtype or branches[0].dtype)

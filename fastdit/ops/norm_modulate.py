@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdit.backends.reference import gather_rows, modulated_norm
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, requires_grad, resolve, traced
+from fastdit.ops.registry import checked, define, op, requires_grad, resolve, traced
 
 # Two schemas, so that tracers know x to be written only where it is.
 SCHEMA = (
@@ -79,32 +79,28 @@ def norm_modulate(
     Example:
         >>> y = norm_modulate(h, scale_mlp, shift_mlp, branch=attention, gate=gate_msa)
     """
+    norm = (scale, shift, weight, bias, eps, rms)
     if torch.is_grad_enabled() and requires_grad(x, scale, shift, weight, bias, branch, gate):
         if out is not None or branch is not None:
-            raise ArgumentError(
-                "branch, out: got a tensor while an input requires a gradient; accepted is None "
-                "(in-place forms have no gradient: use gated_residual first, or torch.no_grad())"
-            )
-        _check(x, scale, shift, weight, bias, branch, gate, cache, rows, None)
+            raise ArgumentError(f"branch, out: {checks.IN_PLACE}, or gated_residual first")
+        _check(x, *norm, branch, gate, cache, rows, None)
         active = x if rows is None else gather_rows(x, rows)
-        return modulated_norm(active, scale, shift, weight, bias, eps, rms)
+        return modulated_norm(active, *norm)
     if traced():
         out = _new_out(x, rows) if out is None else out
         if branch is None:
             _refuse_without_branch(gate, cache)
-            torch.ops.fastdit.norm_modulate.default(
-                x, scale, shift, weight, bias, eps, rms, rows, out, backend
-            )
+            torch.ops.fastdit.norm_modulate.default(x, *norm, rows, out, backend)
         else:
             torch.ops.fastdit.residual_norm_modulate.default(
-                x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
+                x, *norm, branch, gate, cache, rows, out, backend
             )
         return out
-    _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
+    _check(x, *norm, branch, gate, cache, rows, out)
     if out is None:
         out = _new_out(x, rows)
     function = resolve("norm_modulate", x.device, x.dtype, backend)
-    function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
+    function(x, *norm, branch, gate, cache, rows, out)
     return out
 
 
@@ -114,24 +110,7 @@ def _new_out(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.new_empty((*rows.shape, x.shape[-1]))
 
 
-def _run_residual(
-    x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend=None
-) -> None:
-    """What torch.ops calls once a trace runs."""
-    _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
-    function = resolve("norm_modulate", x.device, x.dtype, backend)
-    function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
-
-
-def _run(x, scale, shift, weight, bias, eps, rms, rows, out, backend=None) -> None:
-    _run_residual(x, scale, shift, weight, bias, eps, rms, None, None, None, rows, out, backend)
-
-
-define(SCHEMA, _run)
-define(RESIDUAL_SCHEMA, _run_residual)
-
-
-def _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out) -> None:
+def _check(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out) -> None:
     """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
     shape = checks.state("x", x)
     dtype, device = x.dtype, x.device
@@ -187,3 +166,15 @@ def _check_cache(x, branch, cache, out) -> None:
 def _refuse_without_branch(gate, cache) -> None:
     if gate is not None or cache is not None:
         raise ArgumentError("gate, cache: got a tensor without branch; accepted is None")
+
+
+_run = checked("norm_modulate", _check)
+
+
+def _run_without_branch(*given) -> None:
+    *arguments, rows, out, backend = given
+    _run(*arguments, None, None, None, rows, out, backend)
+
+
+define(SCHEMA, _run_without_branch)
+define(RESIDUAL_SCHEMA, _run)

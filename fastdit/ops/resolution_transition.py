@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, refuse_gradients, resolve, traced
+from fastdit.ops.registry import checked, define, op, refuse_gradients, resolve, traced
 
 SCHEMA = (
     "resolution_transition(Tensor x, Tensor table, Tensor rows, Tensor noise, float scale, "
@@ -125,20 +125,6 @@ def _new(x, table, rows, out, out_table) -> tuple[Tensor, Tensor]:
     return out, table.new_empty((batch, tokens, 3)) if out_table is None else out_table
 
 
-def _run(
-    x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out, out_table,
-    backend=None,
-) -> None:  # fmt: skip
-    """What torch.ops calls once a trace runs."""
-    how = (scale, deviation, pull, unsplit, pixelwise, raster)
-    arguments = (x, table, rows, noise, *how, out, out_table)
-    _check(*arguments)
-    resolve("resolution_transition", x.device, x.dtype, backend)(*arguments)
-
-
-define(SCHEMA, _run)
-
-
 def _check(
     x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out, out_table
 ) -> None:
@@ -177,3 +163,6 @@ def _check(
     if written:
         read = (("x", x), ("table", table), ("rows", rows), ("noise", noise))
         checks.all_disjoint(written, read)
+
+
+define(SCHEMA, checked("resolution_transition", _check))

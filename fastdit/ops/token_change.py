@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, resolve, traced
+from fastdit.ops.registry import checked, define, op, resolve, traced
 
 SCHEMA = (
     "token_change(Tensor velocity, Tensor(a!) last, Tensor(b!) rate, Tensor(c!) level, Tensor levels, "
@@ -88,16 +88,6 @@ def token_change(
     return score
 
 
-def _run(velocity, last, rate, level, levels, inverse, score, backend=None) -> None:
-    """What torch.ops calls once a trace runs."""
-    _check(velocity, last, rate, level, levels, inverse, score)
-    function = resolve("token_change", velocity.device, velocity.dtype, backend)
-    function(velocity, last, rate, level, levels, inverse, score)
-
-
-define(SCHEMA, _run)
-
-
 def _check(velocity, last, rate, level, levels, inverse, score) -> None:
     """`score` is None where it is yet to be allocated."""
     shape = checks.field("velocity", velocity)
@@ -119,3 +109,6 @@ def _check(velocity, last, rate, level, levels, inverse, score) -> None:
             )
     read = (("velocity", velocity), ("levels", levels), ("inverse", inverse))
     checks.all_disjoint(written, read)
+
+
+define(SCHEMA, checked("token_change", _check))
