@@ -132,7 +132,7 @@ def _check(
     batch, tokens, width = checks.state("x", x, any_stride=True)
     dtype, device = x.dtype, x.device
     checks.operand("x", x, (batch, tokens, max(width, 1)), dtype, device)
-    checks.table("table", table, (batch, tokens, 3), device)
+    checks.operand("table", table, (batch, tokens, 3), torch.int32, device)
     checks.row_index(rows, batch, device)
     if rows.shape[1] > tokens:
         raise ArgumentError(
@@ -156,7 +156,7 @@ def _check(
         checks.operand("out", out, size, dtype, device)
         written.append(("out", out))
     if out_table is not None:
-        checks.table("out_table", out_table, (*size[:2], 3), device)
+        checks.operand("out_table", out_table, (*size[:2], 3), torch.int32, device)
         written.append(("out_table", out_table))
     for name, t in written:
         checks.written(name, t)

@@ -96,11 +96,11 @@ def _check(velocity, last, rate, level, levels, inverse, score) -> None:
     written = [("last", last)]
     for name, t in (("rate", rate), ("level", level), ("score", score)):
         if t is not None or name != "score":
-            checks.numbers(name, t, whole, device)
+            checks.operand(name, t, whole, torch.float32, device)
             written.append((name, t))
-    checks.numbers("levels", levels, (2,), device)
+    checks.operand("levels", levels, (2,), torch.float32, device)
     if inverse is not None:
-        checks.table("inverse", inverse, whole, device)
+        checks.operand("inverse", inverse, whole, torch.int32, device)
     for name, t in written:
         checks.written(name, t)
         if t.requires_grad and torch.is_grad_enabled():

@@ -93,7 +93,8 @@ def token_select(
         if rows is None:
             rows = _new(velocity, keep)
         else:  # the dispatched op takes K from them
-            checks.table("rows", rows, (velocity.shape[0], keep), velocity.device)
+            size = (velocity.shape[0], keep)
+            checks.operand("rows", rows, size, torch.int32, velocity.device)
         inverse = _new(velocity, drops.shape[-1]) if inverse is None else inverse
         torch.ops.fastdit.token_select.default(
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse, backend
@@ -147,7 +148,7 @@ def _check(velocity, drops, keep, age, high, starvation, metric, max_age, rows, 
     for name, (t, size) in given.items():
         if t is None and name != "drops":
             continue
-        checks.table(name, t, size, device)
+        checks.operand(name, t, size, torch.int32, device)
         checks.written(name, t)
         for other_name, other in before:
             checks.disjoint(name, t, other_name, other)
