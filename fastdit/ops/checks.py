@@ -166,10 +166,8 @@ def integer(name: str, value: int, low: int, high: int) -> None:
         _refuse(name, str(value), f"{low} to {high}")
 
 
-def written(name: str, t: Tensor) -> None:
+def _unexpanded(name: str, t: Tensor) -> None:
     """A tensor that is written must not overlap itself."""
-    if t.is_contiguous():
-        return
     for size, stride in zip(t.shape, t.stride(), strict=True):
         if size > 1 and stride == 0:
             _refuse(name, f"strides {t.stride()}", "a tensor without expanded dimensions")
@@ -177,7 +175,8 @@ def written(name: str, t: Tensor) -> None:
 
 def alone(name: str, t: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
     """A tensor that is written must overlap neither itself nor others."""
-    written(name, t)
+    if not t.is_contiguous():
+        _unexpanded(name, t)
     for other_name, other in others:
         if other is not None:
             disjoint(name, t, other_name, other)
@@ -197,7 +196,10 @@ def disjoint(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 def all_disjoint(
     written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]
 ) -> None:
-    """No tensor that is written shares elements with any other; quicker than pair by pair."""
+    """What :func:`alone` says of several tensors that are written; quicker than one by one."""
+    for name, t in written:
+        if not t.is_contiguous():
+            _unexpanded(name, t)
     spans = [(t.data_ptr(), _bytes(t), True) for _, t in written]
     spans += [(t.data_ptr(), _bytes(t), False) for _, t in read if t is not None]
     spans.sort()

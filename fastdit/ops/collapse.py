@@ -132,11 +132,8 @@ def _check(branches, weights, groups, dtype, out) -> None:
     if dtype is not None and dtype not in accepted:
         raise ArgumentError(f"dtype: got {dtype}; accepted is {accepted[0]} or {accepted[1]}")
     if out is not None:
-        _check_out(branches, weights, 1 + max(groups), (dtype,) if dtype else accepted, out)
-
-
-def _check_out(branches, weights, fewest, accepted, out) -> None:
-    first = branches[0]
-    checks.sums("out", out, fewest, MAX_SUMS, first.shape, accepted, first.device)
-    read = [(f"branches[{i}]", branch) for i, branch in enumerate(branches)]
-    checks.alone("out", out, (*read, *((f"weights[{i}]", by) for i, by in enumerate(weights))))
+        accepted = (dtype,) if dtype else accepted
+        checks.sums("out", out, 1 + max(groups), MAX_SUMS, shape, accepted, first.device)
+        read = [(f"branches[{i}]", branch) for i, branch in enumerate(branches)]
+        read += [(f"weights[{i}]", by) for i, by in enumerate(weights)]
+        checks.alone("out", out, read)

@@ -123,12 +123,18 @@ def _check(x, branches, gates, fresh, cache, rows, out, weights) -> None:
             checks.modulation(_GATES[i], gates[i], shape, dtype, device)
     if weights is not None:
         _check_weights(weights, count, x)
+    read = tuple(zip(_BRANCHES, branches, strict=False))
     if out is not None:
-        _check_out(x, branches, gates, out)
-        if weights is not None:
-            checks.disjoint("out", out, "weights", weights)
+        if out is not x:
+            checks.operand("out", out, shape, dtype, device)
+            checks.disjoint_or_same("out", out, "x", x)
+        checks.alone("out", out, (*read, *zip(_GATES, gates, strict=False), ("weights", weights)))
     if cache is not None:
-        _check_cache(x, branches, fresh, cache, rows, out)
+        if fresh < 0:
+            raise ArgumentError("cache: got a tensor with fresh=-1; accepted is None without fresh")
+        check = checks.operand if rows is None else checks.store
+        check("cache", cache, shape, dtype, device)
+        checks.alone("cache", cache, (("x", x), ("out", out), *read))
 
 
 def _check_weights(weights, count, x) -> None:
@@ -146,30 +152,6 @@ def _check_weights(weights, count, x) -> None:
             f"weights: got strides {weights.stride()} and requires_grad={weights.requires_grad}; accepted is a "
             "contiguous tensor without a gradient"
         )
-
-
-def _check_out(x, branches, gates, out) -> None:
-    if out is not x:
-        checks.operand("out", out, x.shape, x.dtype, x.device)
-        checks.disjoint_or_same("out", out, "x", x)
-    checks.written("out", out)
-    for i, branch in enumerate(branches):
-        checks.disjoint("out", out, _BRANCHES[i], branch)
-        if gates[i] is not None:
-            checks.disjoint("out", out, _GATES[i], gates[i])
-
-
-def _check_cache(x, branches, fresh, cache, rows, out) -> None:
-    if fresh < 0:
-        raise ArgumentError("cache: got a tensor with fresh=-1; accepted is None without fresh")
-    check = checks.operand if rows is None else checks.store
-    check("cache", cache, x.shape, x.dtype, x.device)
-    checks.written("cache", cache)
-    checks.disjoint("cache", cache, "x", x)
-    if out is not None:
-        checks.disjoint("cache", cache, "out", out)
-    for i, branch in enumerate(branches):
-        checks.disjoint("cache", cache, _BRANCHES[i], branch)
 
 
 define(SCHEMA, checked("gated_residual", _check))

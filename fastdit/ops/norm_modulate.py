@@ -125,42 +125,23 @@ def _check(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, o
         checks.operand("weight", weight, shape[2:], dtype, device)
     if bias is not None:
         checks.operand("bias", bias, shape[2:], dtype, device)
-    if out is not None:
-        checks.operand("out", out, shape, dtype, device)
-        _check_out(x, (scale, shift, weight, bias, gate), branch, rows, out)
     if branch is None:
         _refuse_without_branch(gate, cache)
-        return
-    checks.operand("branch", branch, shape, dtype, device)
-    if gate is not None:
-        checks.modulation("gate", gate, shape, dtype, device)
-        checks.disjoint("x", x, "gate", gate)
-    checks.written("x", x)
-    checks.disjoint("x", x, "branch", branch)
-    if cache is not None:
-        _check_cache(x, branch, cache, out)
-
-
-def _check_out(x, small, branch, rows, out) -> None:
-    checks.written("out", out)
-    if branch is None and rows is None:
-        checks.disjoint_or_same("out", out, "x", x)
     else:
-        checks.disjoint("out", out, "x", x)
-    if branch is not None:
-        checks.disjoint("out", out, "branch", branch)
-    for value in small:
-        if value is not None:
-            checks.disjoint("out", out, "scale, shift, weight, bias or gate", value)
-
-
-def _check_cache(x, branch, cache, out) -> None:
-    checks.operand("cache", cache, x.shape, x.dtype, x.device)
-    checks.written("cache", cache)
-    checks.disjoint("cache", cache, "x", x)
-    checks.disjoint("cache", cache, "branch", branch)
+        checks.operand("branch", branch, shape, dtype, device)
+        if gate is not None:
+            checks.modulation("gate", gate, shape, dtype, device)
+        checks.alone("x", x, (("branch", branch), ("gate", gate)))
+        if cache is not None:
+            checks.operand("cache", cache, x.shape, dtype, device)
+            checks.alone("cache", cache, (("x", x), ("branch", branch)))
     if out is not None:
-        checks.disjoint("cache", cache, "out", out)
+        checks.operand("out", out, shape, dtype, device)
+        in_place = branch is None and rows is None
+        check = checks.disjoint_or_same if in_place else checks.disjoint
+        check("out", out, "x", x)
+        small = (("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias))
+        checks.alone("out", out, (("branch", branch), ("gate", gate), ("cache", cache), *small))
 
 
 def _refuse_without_branch(gate, cache) -> None:

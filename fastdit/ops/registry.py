@@ -115,7 +115,7 @@ def define(schema: str, run: Callable[..., None]) -> None:
         LIBRARY.impl(name, run, key)
     LIBRARY.impl(name, functools.partial(_below_autograd, name), "Autograd")
     # Destination-passing: shapes and dtypes are those of the tensors given, nothing is returned.
-    torch.library.register_fake(f"fastdit::{name}", _nothing, lib=LIBRARY)
+    torch.library.register_fake(f"fastdit::{name}", lambda *args: None, lib=LIBRARY)
 
 
 def _below_autograd(name: str, *args) -> None:
@@ -126,10 +126,6 @@ def _below_autograd(name: str, *args) -> None:
         )
     with torch._C._AutoDispatchBelowAutograd():
         getattr(torch.ops.fastdit, name).default(*args)
-
-
-def _nothing(*args) -> None:
-    return None
 
 
 def new_like(t: torch.Tensor) -> torch.Tensor:

@@ -158,8 +158,6 @@ def _check(
     if out_table is not None:
         checks.operand("out_table", out_table, (*size[:2], 3), torch.int32, device)
         written.append(("out_table", out_table))
-    for name, t in written:
-        checks.written(name, t)
     if written:
         read = (("x", x), ("table", table), ("rows", rows), ("noise", noise))
         checks.all_disjoint(written, read)

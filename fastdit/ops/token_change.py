@@ -102,7 +102,6 @@ def _check(velocity, last, rate, level, levels, inverse, score) -> None:
     if inverse is not None:
         checks.operand("inverse", inverse, whole, torch.int32, device)
     for name, t in written:
-        checks.written(name, t)
         if t.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(
                 f"{name}: got a tensor that requires a gradient; accepted is none (it is written)"
