@@ -51,10 +51,10 @@ def schedule_like(name: str, depth: int, components: tuple[str, ...]) -> Schedul
     share, idle = PUBLISHED[name]
     bits = np.zeros((STEPS, depth, len(components)), dtype=bool)
     busy = [step for step in range(1, STEPS) if step not in idle]
-    cells = depth * len(components)
-    computing = round((1 - share) * STEPS * cells) - cells
-    chosen = np.random.default_rng(0).permutation(len(busy) * cells)[:computing]
-    flat = np.zeros(len(busy) * cells, dtype=bool)
+    entries = depth * len(components)
+    computing = round((1 - share) * STEPS * entries) - entries
+    chosen = np.random.default_rng(0).permutation(len(busy) * entries)[:computing]
+    flat = np.zeros(len(busy) * entries, dtype=bool)
     flat[chosen] = True
     bits[busy] = flat.reshape(len(busy), depth, len(components))
     return Schedule.from_bits(bits, components)

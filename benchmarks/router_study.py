@@ -9,7 +9,7 @@ The rule, fixed before the first run:
   scheduler, guidance and size that the router was trained for.
 * Judged by the paired distance, relative L2 to the picture that the unpatched model draws in the same number of steps,
   and by the share of the prompts' objects that are there (`fastdit.tiny.score`).
-* The router meets each fixed interval at equal multiply-accumulates of the whole run, to 1 %, checked: its cells with
+* The router meets each fixed interval at equal multiply-accumulates of the whole run, to 1 %, checked: its entries with
   the least logits are reused, as many as that takes. It wins where the 95 % bootstrap interval of the mean paired
   difference in distance lies below 0. Each interval is reported, and the score, also where it loses.
 * Main arms, over all prompts: intervals, the router beside them, fewer steps, and, for Heun's sampler, the rule that a
@@ -146,7 +146,7 @@ def reused_share(pipe: Any, method: Callable[[], Any], steps: int) -> float:
     said = explained(pipe, method, steps)
     one = sum(float(some.sum()) for some in macs_of(pipe).values())
     rows = len(calls_of(pipe, steps))
-    return (said.dense_macs - said.macs) / (one * rows * said.batch)
+    return (said.dense_macs - said.macs) / (one * rows * said.transformer_batch)
 
 
 def calls_of(pipe: Any, steps: int) -> torch.Tensor:

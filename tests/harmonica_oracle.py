@@ -1,7 +1,7 @@
 """HarmoniCa's training written down plainly for DiT: wrappers around stock modules, a loop, no sharing.
 
 It knows nothing of fastdit but the numbers it is given. The backbone is stock diffusers; guidance, noise and the order
-of cells are DiTPipeline's.
+of components are DiTPipeline's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class BlendedDiT:
     """A DiT whose attentions and feed-forwards blend fresh and cached outputs inside `blended`.
 
     Attributes:
-        slots: Cell 2 b (attention of block b) or 2 b + 1 (its feed-forward) -> tensor.
+        slots: Component 2 b (attention of block b) or 2 b + 1 (its feed-forward) -> tensor.
     """
 
     def __init__(self, transformer, tau, keep):
@@ -31,23 +31,23 @@ class BlendedDiT:
         modules = []
         for block in self.transformer.transformer_blocks:
             modules += [block.attn1, block.ff]
-        for cell, module in enumerate(modules):
-            module.forward = self.wrap(module.forward, cell, r)
+        for component, module in enumerate(modules):
+            module.forward = self.wrap(module.forward, component, r)
         try:
             yield
         finally:
             for module in modules:
                 del module.forward
 
-    def wrap(self, forward, cell, r):
+    def wrap(self, forward, component, r):
         def blend(*args, **kwargs):
             fresh = forward(*args, **kwargs)
             out = fresh
             if r is not None:
-                weight = r[cell].to(fresh.dtype)
-                out = weight * fresh + (1 - weight) * self.slots[cell]
-            if r is None or r[cell] > self.tau:
-                self.slots[cell] = (out if self.keep == "blended" else fresh).detach()
+                weight = r[component].to(fresh.dtype)
+                out = weight * fresh + (1 - weight) * self.slots[component]
+            if r is None or r[component] > self.tau:
+                self.slots[component] = (out if self.keep == "blended" else fresh).detach()
             return out
 
         return blend

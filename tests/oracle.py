@@ -157,13 +157,10 @@ class Oracle:
     def wrap(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
         def cached(*args: Any, **kwargs: Any) -> Any:
             step, branch = divmod(self._calls, self._calls_per_step)
-            cell = (kind, block, position)
-            key = (
-                *cell,
-                branch,
-                self._uses[cell],
-            )  # a block may call one module on several streams
-            self._uses[cell] += 1
+            module = (kind, block, position)
+            # A block may call one module on several streams.
+            key = (*module, branch, self._uses[module])
+            self._uses[module] += 1
             place = self._first + step, block, position
             level = self._levels[place[0]] if len(self._levels) else 0.0
             if self._bits[kind][place] or key not in self._slots:

@@ -1,6 +1,6 @@
 """A searched model that costs nothing: losses and costs are closed forms over the bits.
 
-Reusing a cell saves its cost and adds its own harm to the loss of every item, so the truth is known and a search of
+Reusing an entry saves its cost and adds its own harm to the loss of every item, so the truth is known and a search of
 some generations takes a second. `FakeWorkers` may die like a process that is killed.
 """
 

@@ -149,7 +149,7 @@ def test_demo_judges_the_embedded_model(folder, tmp_path, monkeypatch):
 def test_explain(folder):
     output = run("explain", "--model", folder, "--steps", 6, "--every", 3, "--batch", 2)
     assert "fastdit Cached on SD3Transformer2DModel (sd3)" in output
-    assert "6 steps, a batch of 4 with 16 image" in output
+    assert "6 steps, a transformer batch of 4 with 16 image" in output
     assert "attn █··█··" in output
 
 
@@ -177,7 +177,7 @@ def test_explain_takes_a_schedule_size_and_backend(folder, schedule_file):
         *("explain", "--model", folder, "--schedule", schedule_file, "--backend", "reference"),
         *("--height", 64, "--width", 32, "--no-cfg"),
     )
-    assert "4 steps, a batch of 1 with 32 image" in output
+    assert "4 steps, a transformer batch of 1 with 32 image" in output
     assert "gated_residual on reference" in output
 
 

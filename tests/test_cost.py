@@ -53,9 +53,9 @@ def models():
 def test_what_is_counted_equals_counts_by_hand(family):
     cost = Cost.of(tiny_models.transformer(family), 64, 0 if family == "dit" else 7)
     assert (
-        sum(cell[2] for cell in cost.cells),
+        sum(c.macs for c in cost.components),
         sum(cost.sparse_macs(16)),
-        sum(cell[3] for cell in cost.cells) // 4,
+        sum(c.bytes for c in cost.components) // 4,
         cost.overhead,
         cost.prompt,
         cost.key_bytes() // 4,
@@ -71,9 +71,9 @@ def test_counting_needs_no_weights_and_touches_none():
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
             layer.weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), False)
-    assert Cost.of(model, 64, 7).cells == before.cells
+    assert Cost.of(model, 64, 7).components == before.components
     meta = tiny_models.transformer("sd3.5").to("meta")
-    assert Cost.of(meta, 64, 7).cells == before.cells
+    assert Cost.of(meta, 64, 7).components == before.components
     assert snapshot(meta) != state
     model = tiny_models.transformer("sd3.5")
     state = snapshot(model)
@@ -92,7 +92,7 @@ def fora(cost, n):
 
 
 def test_pixart_is_counted_as_the_authors_do_to_the_last_digit(models):
-    cost = Cost.of(models["alpha-256"], image=256, text=120, batch=2)
+    cost = Cost.of(models["alpha-256"], image=256, text=120, transformer_batch=2)
     attn1, attn2, ff = cost.linear[:3]
     assert (attn1, attn2, ff) == (2717908992, 1995964416, 5435817984)
     assert cost.overhead == 1498447872
@@ -100,18 +100,18 @@ def test_pixart_is_counted_as_the_authors_do_to_the_last_digit(models):
     assert cost.linear_macs(None, 20) == 5713796136960
     totals = [f"{fora(cost, n):.3f}" for n in (2, 3, 4, 5)]
     assert totals == ["2.872", "2.019", "1.451", "1.167"]
-    large = Cost.of(models["alpha-1024"], image=4096, text=120, batch=2)
+    large = Cost.of(models["alpha-1024"], image=4096, text=120, transformer_batch=2)
     assert f"{large.linear_macs(None, 20) / 1e12:.2f}" == "85.63"
 
 
 def test_flux_is_counted_as_the_authors_do_to_the_last_digit(models):
-    cost = Cost.of(models["flux"], image=256, text=512, batch=2)
+    cost = Cost.of(models["flux"], image=256, text=512, transformer_batch=2)
     assert cost.overhead == 19643498496
     assert cost.linear_macs(None, 1) == 9934575501312
     assert cost.linear_macs(None, 20) == 198691510026240
     totals = [f"{fora(cost, n):.2f}" for n in (2, 3, 4, 5)]
     assert totals == ["99.54", "69.80", "49.97", "40.05"]
-    large = Cost.of(models["flux"], image=4096, text=512, batch=2)
+    large = Cost.of(models["flux"], image=4096, text=512, transformer_batch=2)
     assert large.overhead == 22663397376
     assert f"{large.linear_macs(None, 20) / 1e12:.1f}" == "1190.2"
     assert f"{large.linear_macs(None, 8) / 1e12:.1f}" == "476.1"
@@ -125,8 +125,8 @@ def test_closed_forms_of_every_component(models):
     linear = [4 * d * d * n, 2 * d * d * (n + text), 8 * d * d * n]
     assert cost.linear[:3] == [batch * macs for macs in linear]
     products = [2 * n * n * d, 2 * n * text * d, 0]
-    for cell, macs, extra in zip(cost.cells, linear, products, strict=False):
-        assert cell[2] == batch * (macs + extra)
+    for found, macs, extra in zip(cost.components, linear, products, strict=False):
+        assert found.macs == batch * (macs + extra)
     d, joint = 3072, n + text
     cost = Cost.of(models["flux"], n, text, batch)
     assert cost.linear[:3] == [
@@ -135,7 +135,7 @@ def test_closed_forms_of_every_component(models):
         batch * 8 * d * d * text,
     ]
     assert cost.linear[-3:] == [batch * k * d * d * joint for k in (3, 4, 5)]
-    assert cost.cells[-3][2] - cost.linear[-3] == batch * 2 * joint * joint * d
+    assert cost.components[-3].macs - cost.linear[-3] == batch * 2 * joint * joint * d
 
 
 def test_a_recomputed_attention_that_nobody_reads_counts_for_the_authors_only():
@@ -151,7 +151,7 @@ def test_a_recomputed_attention_that_nobody_reads_counts_for_the_authors_only():
     spared = cost.macs(RunPlan(3, None, ())) - cost.macs(
         RunPlan(3, wasteful, lower(wasteful, cost.spec))
     )
-    assert spared == sum(cell[2] for cell in cost.cells[-6:])
+    assert spared == sum(c.macs for c in cost.components[-6:])
 
 
 # ---- statistics

@@ -100,7 +100,7 @@ def test_predicted_size_of_a_pipelines_run(name, cfg):
     report = handle.report()
     assert predicted.image_tokens == report.tokens_per_step[0]
     assert predicted.cache_bytes == report.peak_cache_bytes
-    assert predicted.batch == 4 if cfg else 2
+    assert predicted.transformer_batch == (4 if cfg else 2)
 
 
 @pytest.mark.parametrize("size", [8, 512, 16384])

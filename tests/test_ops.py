@@ -824,7 +824,7 @@ def test_the_dispatched_op_refuses_gradients():
     x, out = leaf(B, K, D), some(B, K, D).double()
     call = torch.ops.fastdit.gated_residual
     with pytest.raises(ArgumentError, match="no gradient"):
-        call(x, [out.clone()], [None], -1, None, None, out, None)
+        call(x, [out.clone()], [None], -1, None, None, out, None, None)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -947,8 +947,9 @@ def opcheck_samples():
     x, store, gate = some(B, K, D), some(B, N, D, key=1), some(B, 6, D).chunk(6, 1)[1]
     rows, out, cache = rows_of(), poisoned((B, K, D), FLOAT).nan_to_num(), some(B, N, D)
     fresh = some(B, K, D, key=2)
-    yield "gated_residual", (x, [fresh], [gate], -1, None, None, out, None)
-    yield "gated_residual", (x, [store, fresh], [gate, None], 1, cache, rows, out, "reference")
+    yield "gated_residual", (x, [fresh], [gate], -1, None, None, out, None, None)
+    stores = ([store, fresh], [gate, None], 1, cache, rows, out)
+    yield "gated_residual", (x, *stores, torch.ones(2), "reference")
     yield "norm_modulate", (x, gate, gate, None, None, 1e-6, False, None, out, None)
     yield "norm_modulate", (store, gate, None, some(D), None, 1e-6, True, rows, out, None)
     tail = (cache, rows, out, None)

@@ -1051,7 +1051,7 @@ def test_explain_counts_the_tokens_of_each_stage():
     total = (3 - 7) * 5 * model.context_embedder.weight.numel()
     for tokens in SHORT.tokens(96, 5):
         count = Cost.of(model, tokens, 5)
-        total += count.overhead + sum(macs for _, _, macs, _, _ in count.cells)
+        total += count.overhead + sum(c.macs for c in count.components)
     assert said.macs == total
     with pytest.raises(ScheduleError, match="the run has 9"):
         handle.explain(steps=9)

@@ -83,7 +83,7 @@ def test_what_the_model_lacks_is_neither_reused_nor_counted():
     logits = np.full((4, 2, 2), -5.0)
     logits[:, 1, 1] = np.inf
     found = fastdit.Router({KIND: logits}, NAMES)
-    assert found.cells == 12
+    assert found.entries == 12
     assert found.cache_utilisation(found.schedule()) == 0.75
     assert found.schedule().layers[KIND].bits[:, 1, 1].all()
     assert found.cache_utilisation(found.sweep([0.75])[0]) == 0.75

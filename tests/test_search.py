@@ -78,7 +78,7 @@ def test_a_vector_runs_step_by_step_then_block_by_block():
         ("single_transformer_blocks", 0, "single_attn"),
     )
     vector = np.ones(genome.size, dtype=bool)
-    vector[2 * 10 + 7] = False  # step 2, the eighth cell: the second single block's attention
+    vector[2 * 10 + 7] = False  # step 2, the eighth entry: the second single block's attention
     schedule = genome.schedule(vector)
     assert (~schedule.layers["single_transformer_blocks"].bits).nonzero() == ([2], [1], [0])
     assert (genome.vector(schedule) == vector).all()
@@ -187,10 +187,10 @@ def test_a_search_may_begin_with_evenly_spread_steps(tmp_path):
 # ---- operators (spec 6.2)
 
 
-def mating(size: int = 1680, population: int = 72, cells=(), **operators):
+def mating(size: int = 1680, population: int = 72, components=(), **operators):
     """(pymoo's problem, its mating) for independent random rows, and the rows."""
     rows = np.random.default_rng(0).random((population, size)) < 0.5
-    algorithm = Nsga2(rows, population, 2, Operators(**operators), cells)
+    algorithm = Nsga2(rows, population, 2, Operators(**operators), components)
     return algorithm.problem, algorithm.algorithm.mating, rows
 
 
@@ -230,23 +230,25 @@ def test_crossover_cuts_two_parents_at_four_points():
 
 def step_moves(count: int = 3000):
     """Rows before and after a child was made by steps, and the masks of a part of a step."""
-    cells = Genome(FLUX, 9).components
-    parts, rng = moves.parts_of(cells), np.random.default_rng(6)
+    components = Genome(FLUX, 9).components
+    parts, rng = moves.parts_of(components), np.random.default_rng(6)
     for _ in range(count):
-        before = np.repeat(rng.random((9, 1)) < rng.uniform(0.1, 0.9), len(cells), axis=1)
+        before = np.repeat(rng.random((9, 1)) < rng.uniform(0.1, 0.9), len(components), axis=1)
         after = before.copy()
         moves.move(after, parts, rng)
         yield before, after, parts
 
 
 def test_parts_are_blocks_and_components_of_a_kind():
-    cells = Genome(FLUX, 9).components
-    parts = [tuple(cells[i] for i in np.flatnonzero(mask)) for mask in moves.parts_of(cells)]
+    components = Genome(FLUX, 9).components
+    parts = [
+        tuple(components[i] for i in np.flatnonzero(mask)) for mask in moves.parts_of(components)
+    ]
     assert len(parts) == 4 + 5
     for part in parts:
         kind, block, name = part[0]
-        alike = [c for c in cells if c[:2] == (kind, block)]
-        same = [c for c in cells if (c[0], c[2]) == (kind, name)]
+        alike = [c for c in components if c[:2] == (kind, block)]
+        same = [c for c in components if (c[0], c[2]) == (kind, name)]
         assert list(part) in (alike, same)
 
 
@@ -273,7 +275,7 @@ def test_moves_add_drop_shift_and_split_steps(monkeypatch):
 
 
 def test_steps_are_crossed_whole():
-    problem, operators, rows = mating(cells=Genome(PIXART, 20).components, unit="step")
+    problem, operators, rows = mating(components=Genome(PIXART, 20).components, unit="step")
     pairs = np.stack([np.random.default_rng(7).permutation(72)[:2] for _ in range(200)])
     pairs[:, 1] = (pairs[:, 0] + 1 + np.arange(200)) % 72
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
@@ -380,7 +382,7 @@ def test_a_race_is_lost_to_who_is_no_dearer_and_better_on_every_first_item(tmp_p
     assert (HARM[:2, harmless].sum(axis=1) < HARM[:2, harmful]).all()
     rival, slower, cheaper = (seeds.uncached(GENOME) for _ in range(3))
     rival[harmless[:2]] = False
-    slower[harmful] = False  # one cell saved, and more harm than the rival's two
+    slower[harmful] = False  # one entry saved, and more harm than the rival's two
     cheaper[[*harmless, harmful]] = False
     (best,) = found.evaluate(rival[None])
     lost, kept = found.evaluate(np.stack([slower, cheaper]))

@@ -63,7 +63,7 @@ def test_it_knows_that_less_reuse_than_any_measured_loses_less():
 
 
 def test_age_counts_and_not_only_the_bits():
-    """Two schedules with as many reused cells: the loss of the one whose reuse is older is predicted higher."""
+    """Two schedules with as many reused entries: the loss of the one whose reuse is older is predicted higher."""
 
     def aged(vectors):
         reused = ~rows(vectors)
@@ -124,7 +124,7 @@ def test_a_search_finds_more_with_it_by_as_many_measurements(tmp_path):
 
 
 def test_without_anything_new_the_children_are_measured():
-    """Two cells that can reuse: three schedules beside the uncached one, all of them measured."""
+    """Two entries that can reuse: three schedules beside the uncached one, all of them measured."""
     vectors = np.ones((3, GENOME.size), dtype=bool)
     vectors[[0, 2], -1] = False
     vectors[[1, 2], -2] = False

@@ -116,18 +116,17 @@ def test_the_gradient_of_every_logit_is_that_of_finite_differences(name):
 
     first = epoch()
     count = len(made.trainee.places)
-    cells = range(1, count, count // 3)
-    for cell in cells:
+    for entry in range(1, count, count // 3):
         ends = {}
         for steps in (2, 1, -1, -2):
             with torch.no_grad():
-                made.logits[2][cell] += steps * 2e-2
+                made.logits[2][entry] += steps * 2e-2
             ends[steps] = epoch()[2][0]
             with torch.no_grad():
-                made.logits[2][cell] -= steps * 2e-2
+                made.logits[2][entry] -= steps * 2e-2
         # Four points, since parts of the pipelines compute in fp32 and a small step would show that.
         measured = (8 * (ends[1] - ends[-1]) - (ends[2] - ends[-2])) / (12 * 2e-2)
-        assert measured == pytest.approx(float(first[2][1][cell]), rel=1e-4, abs=1e-7)
+        assert measured == pytest.approx(float(first[2][1][entry]), rel=1e-4, abs=1e-7)
 
 
 def test_only_the_logits_of_the_running_step_move():
@@ -239,7 +238,7 @@ def test_a_slot_is_renewed_where_the_ratio_exceeds_tau(keep):
     assert {trainee.places[key] for key in written} == {0, 2, 5}
     assert slots == held, "what was handed in is the caller's"
     # the first component's input does not depend on any blend
-    first = next(key for key, cell in trainee.places.items() if cell == 0)
+    first = next(key for key, place in trainee.places.items() if place == 0)
     blended = 0.9 * fresh[first] + 0.1 * held[first]
     expected = blended if keep == "blended" else fresh[first]
     torch.testing.assert_close(written[first], expected, rtol=1e-6, atol=1e-7)
@@ -388,7 +387,8 @@ def test_a_target_steers_beta_and_weighs_the_penalty_by_arithmetic():
     """Beta moves by e^(target - what 1 - r spares); a term of the penalty counts as its component's arithmetic does."""
     made = training("sd3", target=0.6, lambda_form=None, spread=1.0)
     transformer, image = made.trainee.transformer, made.conditions.image_tokens
-    macs = np.array([c[2] for c in Cost.of(transformer, image, tiny_models.TEXT).cells], float)
+    cost = Cost.of(transformer, image, tiny_models.TEXT)
+    macs = np.array([c.macs for c in cost.components], float)
     table_of = torch.sigmoid(torch.stack([row.detach() for row in made.logits[1:]])).numpy()
     spared = ((1 - table_of) * macs).sum() / (STEPS * macs.sum())
     assert made.spared() == pytest.approx(spared, rel=1e-5)

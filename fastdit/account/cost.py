@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -25,6 +25,24 @@ from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.schedule import Schedule
 
 
+class ComponentCost(NamedTuple):
+    """A component of one block costs this in a step that computes all tokens.
+
+    Attributes:
+        block: Its number over all kinds.
+        name: The component's.
+        macs: Multiply-accumulates.
+        bytes: Of its output.
+        adds: Whether its output is added to the stream itself.
+    """
+
+    block: int
+    name: str
+    macs: int
+    bytes: int
+    adds: bool
+
+
 @dataclass(eq=False, repr=False)
 class Cost:
     """A cost sums over the components of a model for one size; per-component values are computed once.
@@ -32,26 +50,26 @@ class Cost:
     Attributes:
         adapter, transformer: A family's adapter, and a model (on the meta device if you like).
         size: Image and text tokens of a picture.
-        batch: Pictures times branches of guidance.
+        transformer_batch: Pictures times branches of guidance.
         itemsize: Bytes of an element.
-        cells: (block over all kinds, component, MACs, bytes, adds to the stream itself) of each.
+        components: What each costs, in running order.
     """
 
     adapter: Any
     transformer: nn.Module
     size: Size
-    batch: int = 1
+    transformer_batch: int = 1
     itemsize: int = 1
 
     @classmethod
-    def of(cls, transformer: nn.Module, image: int, text: int, batch: int = 1) -> Cost:
+    def of(cls, transformer: nn.Module, image: int, text: int, transformer_batch: int = 1) -> Cost:
         """This gives the costs of a transformer, in its own dtype.
 
         Raises:
             UnsupportedModelError: No adapter knows the model.
         """
         adapter, size = find_adapter(transformer), Size(image, text)
-        return cls(adapter, transformer, size, batch, transformer.dtype.itemsize)
+        return cls(adapter, transformer, size, transformer_batch, transformer.dtype.itemsize)
 
     def __post_init__(self) -> None:
         first: dict[str, int] = {}
@@ -60,20 +78,21 @@ class Cost:
         self.spec = self.adapter.spec(self.transformer)
         self._counts = counts_of(self.adapter, self.transformer, self.size)
         self._sparse: dict[int, list[int]] = {}
-        self.cells = []
+        self.components: list[ComponentCost] = []
         for kind, block, component in self.spec.components():
             index = first[kind.name] + block
             macs, elements = (self._of(what, index, component) for what in ("macs", "slot"))
             adds = component not in kind.consumers
-            self.cells.append((index, component, macs, elements * self.itemsize, adds))
+            output = elements * self.itemsize
+            self.components.append(ComponentCost(index, component, macs, output, adds))
         self.overhead, self.prompt = self._of("outside"), self._of("prompt")
-        token = self.adapter.width(self.transformer) * self.batch * self.itemsize
+        token = self.adapter.width(self.transformer) * self.transformer_batch * self.itemsize
         self.stream = (self.size.image + self.size.text) * token
         self._shared = 2 * token  # the parts of the gates that all blocks share, kept beside sums
 
     def _of(self, what: str, *where: Any) -> int:
         """This is a count of the whole batch."""
-        return self._counts.of(what, *where).at(self.size) * self.batch
+        return self._counts.of(what, *where).at(self.size) * self.transformer_batch
 
     @property
     def exact(self) -> bool:
@@ -83,14 +102,14 @@ class Cost:
     @property
     def reusable_share(self) -> float:
         """This share of the arithmetic of a step is in components: the most that reuse can spare."""
-        inside = sum(macs for _, _, macs, _, _ in self.cells)
+        inside = sum(c.macs for c in self.components)
         return inside / max(1, inside + self.overhead)
 
     def component_macs(self) -> dict[str, np.ndarray]:
         """Each block kind has multiply-accumulates [blocks, components] of a step, 0 for what the model lacks."""
         found = {k.name: np.zeros((k.count, len(k.components))) for k in self.spec.kinds}
-        for (kind, block, component), cell in zip(self.spec.components(), self.cells, strict=True):
-            found[kind.name][block, kind.components.index(component)] = cell[2]
+        for (kind, block, name), c in zip(self.spec.components(), self.components, strict=True):
+            found[kind.name][block, kind.components.index(name)] = c.macs
         return found
 
     def at(self, image: int) -> Cost:
@@ -100,15 +119,13 @@ class Cost:
         return replace(self, size=Size(image, self.size.text))
 
     def reuse_share(self, plan: RunPlan) -> float:
-        """This share of the cells does not run; of a model without any, the share of the steps."""
-        if not self.cells:
+        """This share of the components of all steps does not run; of a model without any, of the steps."""
+        if not self.components:
             return sum(map(bool, plan.forecasts)) / plan.steps
         skipped = sum(
-            not step[index][component] & COMPUTE
-            for step in plan.actions
-            for index, component, *_ in self.cells
+            not step[c.block][c.name] & COMPUTE for step in plan.actions for c in self.components
         )
-        return skipped / (plan.steps * len(self.cells))
+        return skipped / (plan.steps * len(self.components))
 
     def macs(self, plan: RunPlan, tokens: Sequence[int] = (), keeps_prompt: bool = False) -> int:
         """A run whose steps compute so many image tokens, all if not said, takes these multiply-accumulates.
@@ -122,12 +139,10 @@ class Cost:
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
             outside = self._counts.of("outside").at(Size(count, self.size.text))
-            total += outside * self.batch + sum(
+            total += outside * self.transformer_batch + sum(
                 macs
-                for (index, component, *_), macs in zip(
-                    self.cells, self.sparse_macs(count), strict=True
-                )
-                if actions is None or actions[index][component] & COMPUTE
+                for c, macs in zip(self.components, self.sparse_macs(count), strict=True)
+                if actions is None or actions[c.block][c.name] & COMPUTE
             )
         return total
 
@@ -150,29 +165,29 @@ class Cost:
 
     @functools.cached_property
     def linear(self) -> list[int]:
-        """These are the MACs of every cell without products of attention."""
-        return [self._of("layers", index, component) for index, component, *_ in self.cells]
+        """These are the MACs of every component without products of attention."""
+        return [self._of("layers", c.block, c.name) for c in self.components]
 
     def sparse_macs(self, count: int) -> list[int]:
-        """Every cell takes these MACs for `count` active image tokens, whose attentions still read the keys of all.
+        """Every component takes these MACs for `count` active image tokens, whose attentions read the keys of all.
 
         Of the products (count + t) ask and (image + t) are asked, t being the text where it asks too.
         """
         if count not in self._sparse:
             size, found = Size(count, self.size.text), []
-            for index, component, *_ in self.cells:
-                terms = self._counts.of("macs", index, component)
+            for c in self.components:
+                terms = self._counts.of("macs", c.block, c.name)
                 image, text = terms.values[3], terms.values[5]
                 asked = count + (size.text if text else 0)
                 spared = image * asked * (self.size.image - count)
-                found.append((terms.at(size) + spared) * self.batch)
+                found.append((terms.at(size) + spared) * self.transformer_batch)
             self._sparse[count] = found
         return self._sparse[count]
 
     def key_bytes(self) -> int:
         """A method that leaves tokens out keeps keys and values of so many bytes."""
         keys = (self._counts.keys(block, self.size) for block in range(self.spec.block_count))
-        return sum(keys) * self.batch * self.itemsize
+        return sum(keys) * self.transformer_batch * self.itemsize
 
     def prompt_bytes(self) -> int:
         """The projected prompt that a patched model keeps has so many bytes."""
@@ -184,7 +199,7 @@ class Cost:
 
     def bytes_of_outputs(self) -> int:
         """All outputs that are added to the stream in one step have so many bytes."""
-        return sum(moved for _, _, _, moved, adds in self.cells if adds)
+        return sum(c.bytes for c in self.components if c.adds)
 
     def residual_bytes(self, plan: RunPlan) -> int:
         """Residual updates move so many bytes: each output once, and the stream read and written once per update.
@@ -193,19 +208,19 @@ class Cost:
         sums are read once more, when those are made.
         """
         if not plan.actions:
-            updates = sum(1 for *_, adds in self.cells if adds)
+            updates = sum(c.adds for c in self.components)
             return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
         total = 0
         for number, step in enumerate(plan.actions):
             if plan.forecast_order(number):
                 continue
-            added = [step[index][component] for index, component, _, _, adds in self.cells if adds]
+            added = [step[c.block][c.name] for c in self.components if c.adds]
             updates = sum(1 for flags in added if flags & COMPUTE) + bool(
                 added and added[-1] & REUSE
             )
             total += self.bytes_of_outputs() + 2 * updates * self.stream
         for sums in plan.sums:
-            output = self.cells[0][3]
+            output = self.components[0].bytes
             total += sum(passes(len(s.slots)) for s in set(sums.made.values())) * output
             total += (3 * len(set(sums.used.values())) - len(sums.used)) * output
         return total
@@ -218,7 +233,7 @@ class Cost:
         Raises:
             UnsupportedModelError: They are not known, and no estimate will do.
         """
-        if self.cells and not self.exact and not estimated:
+        if self.components and not self.exact and not estimated:
             raise UnsupportedModelError(
                 f"max_cache_bytes needs the size of every output, which is not known of "
                 f"{type(self.transformer).__name__}: it has no adapter, and its call cannot be made without weights"
@@ -227,16 +242,16 @@ class Cost:
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})
             outputs = sum(
-                moved * kept_of(step[index][component])
-                for index, component, _, moved, _ in self.cells
-                if step[index][component] & KEEP
-                and (index, component) not in sums.made
-                and (index, component) not in sums.used
+                c.bytes * kept_of(step[c.block][c.name])
+                for c in self.components
+                if step[c.block][c.name] & KEEP
+                and (c.block, c.name) not in sums.made
+                and (c.block, c.name) not in sums.used
             )
             if sums.kept:
-                outputs += 3 * sums.kept * self.cells[0][3]
+                outputs += 3 * sums.kept * self.components[0].bytes
             most = max(most, outputs * kept_size // self.itemsize + sums.kept * self._shared)
         if plan.forecasts:  # the model's own last outputs
             elements = self.adapter.output_elements(self.transformer, self.size.image)
-            most += (1 + max(plan.forecasts)) * elements * self.batch * self.itemsize
+            most += (1 + max(plan.forecasts)) * elements * self.transformer_batch * self.itemsize
         return most

@@ -137,7 +137,7 @@ class Estimates(Counts):
         self._terms["outside", None, None] = Terms(tuple(outside))
 
 
-class _Asked(Forward):
+class _Noting(Forward):
     """This is a forward that notes how wide modulations are."""
 
     width = 0
@@ -156,9 +156,9 @@ def _block(adapter: Any, visit: Visit) -> dict[Any, int]:
     slots: dict[Any, Any] = {}
     keys: dict[str, int] = defaultdict(int)
 
-    def run(reused: Any) -> tuple[Macs, _Asked]:
+    def run(reused: Any) -> tuple[Macs, _Noting]:
         flags = {n: KEEP | (REUSE if n in reused else COMPUTE) for n in names}
-        forward = _Asked(None, [block], actions=[flags], slots=slots)
+        forward = _Noting(None, [block], actions=[flags], slots=slots)
         forward.start_block(0)
         for name, part in parts.items():
             part.__dict__["forward"] = functools.partial(_ask, forward, name, part)

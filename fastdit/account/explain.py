@@ -18,6 +18,7 @@ from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
 from fastdit.blocks.modulation import ahead
 from fastdit.blocks.prepacked import packs
+from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError
 from fastdit.runtime.levels import predicted_levels
 from fastdit.schedules.actions import COMPUTE
@@ -39,8 +40,9 @@ class Explanation:
         blocks: Block kind -> (count, component names).
         methods: Names of the methods.
         backends: Op -> backend that will serve it.
-        steps, batch, image_tokens, text_tokens: The run: the transformer's batch is images times CFG branches.
-        reuse_share: Share of all (step, block, component) cells that do not run, each counted alike (HarmoniCa's CUR).
+        steps, transformer_batch, image_tokens, text_tokens: The run: the transformer's batch is images times branches
+            of guidance.
+        reuse_share: Share of all (step, block, component) entries that do not run, counted alike (HarmoniCa's CUR).
         macs, dense_macs: Multiply-accumulates of the run, with the plan and without.
         linear_macs: Those of linear layers where the schedule's bits compute, of all tokens: the ECAD paper's count.
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
@@ -63,7 +65,7 @@ class Explanation:
     methods: tuple[str, ...]
     backends: Mapping[str, str]
     steps: int
-    batch: int
+    transformer_batch: int
     image_tokens: int
     text_tokens: int
     reuse_share: float
@@ -98,7 +100,7 @@ class Explanation:
             f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
             f"  blocks    {blocks}",
             f"  ops       {backends}",
-            f"  run       {self.steps} steps, a batch of {self.batch} with {tokens}",
+            f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
             f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
@@ -135,9 +137,7 @@ class Asked:
     def __post_init__(self) -> None:
         for name in ("batch", "steps", "height", "width"):
             value, most = getattr(self, name), MAX_COUNT if name == "steps" else MAX_SIZE
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most
-            ):
+            if value is not None and not (is_whole(value) and 1 <= value <= most):
                 raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
 
 
@@ -184,7 +184,7 @@ def explain_patched(
             for op in ops_of(patched.methods)
         },
         steps=steps,
-        batch=batch,
+        transformer_batch=batch,
         image_tokens=image,
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastdit.checks import whole
 from fastdit.errors import ArgumentError
 
 
@@ -52,8 +53,7 @@ def measure(
         raise ArgumentError(
             f"run must be a function to call, such as lambda: pipe(...), got {type(run).__name__}"
         )
-    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
-        raise ArgumentError(f"repeats must be a positive int, got {repeats!r}")
+    whole("repeats", repeats)
     patched, stock = [], []
     for _ in range(repeats + 1):
         for seconds, context in ((stock, disabled), (patched, nullcontext)):

@@ -41,14 +41,12 @@ class Compiled(Backend):
         return None
 
     def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
-        batch, tokens, width = x.shape
+        width = x.shape[2]
         # Stores of another length than K need their strides told.
         operand = _address if rows is None else strided
         self.module.gated_residual(
             DTYPE_CODES[x.dtype],
-            batch,
-            tokens,
-            width,
+            *x.shape,
             _address(x),
             x.stride(2),
             _address(out),
@@ -65,13 +63,11 @@ class Compiled(Backend):
     def norm_modulate(
         self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
     ):
-        batch, tokens, width = out.shape
+        width = out.shape[2]
         operand = _address if rows is None else strided
         self.module.norm_modulate(
             DTYPE_CODES[x.dtype],
-            batch,
-            tokens,
-            width,
+            *out.shape,
             operand(x),
             _address(out),
             _modulation(scale, width),

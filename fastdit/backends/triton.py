@@ -29,6 +29,15 @@ FP32_HEAD_DIM = 128  # largest d of sparse_attention in fp32 that the tests prov
 CAPABILITY = (8, 0)  # the oldest architecture the kernels are compiled for in the tests
 
 
+def _launched(name: str, file: str | None = None) -> Callable[..., None]:
+    """An op whose launcher has its arguments; see :meth:`Triton.kernel`."""
+
+    def op(self: Triton, *arguments) -> None:
+        self.kernel(name, file)(*arguments)
+
+    return op
+
+
 class Triton(Backend):
     name = "triton"
     # Below `cuda` on devices; where the interpreter is on, `cpu` stays first.
@@ -53,38 +62,19 @@ class Triton(Backend):
         """The launcher `name` of a file of triton_kernels, by default the one of that name."""
         return getattr(importlib.import_module(f"triton_kernels.{file or name}"), name)
 
-    def gated_residual(self, *arguments):
-        self.kernel("gated_residual")(*arguments)
-
-    def norm_modulate(self, *arguments):
-        self.kernel("norm_modulate")(*arguments)
-
-    def token_select(self, *arguments):
-        self.kernel("token_select")(*arguments)
-
-    def token_change(self, *arguments):
-        self.kernel("token_change")(*arguments)
-
-    def qkv_prologue(self, *arguments):
-        self.kernel("qkv_prologue")(*arguments)
-
-    def blend(self, *arguments):
-        self.kernel("blend")(*arguments)
-
-    def blend_backward(self, *arguments):
-        self.kernel("blend_backward", "blend")(*arguments)
-
-    def collapse(self, *arguments):
-        self.kernel("collapse")(*arguments)
-
-    def patchify(self, field, table, tokens):
-        self.kernel("patchify")(field, table, tokens)
+    gated_residual = _launched("gated_residual")
+    norm_modulate = _launched("norm_modulate")
+    token_select = _launched("token_select")
+    token_change = _launched("token_change")
+    qkv_prologue = _launched("qkv_prologue")
+    blend = _launched("blend")
+    blend_backward = _launched("blend_backward", "blend")
+    collapse = _launched("collapse")
+    patchify = _launched("patchify")
+    resolution_transition = _launched("resolution_transition")
 
     def unpatchify(self, tokens, table, field):
         self.kernel("patchify")(field, table, tokens, draw=True)
-
-    def resolution_transition(self, *arguments):
-        self.kernel("resolution_transition")(*arguments)
 
     attends = True
 

@@ -286,7 +286,7 @@ def schedule_statistics(schedule: Schedule, cost: tuple[str, Cost] | None) -> Re
         lines += [
             Fact(
                 "counted on",
-                f"{model}, a batch of {count.batch} with {count.size.image} image tokens",
+                f"{model}, a transformer batch of {count.transformer_batch} with {count.size.image} image tokens",
             ),
             Fact("linear MACs", f"{macs} of {dense}: {dense / macs:.2f}x fewer"),
             Fact("with attention", f"{true} of {true_dense}: {true_dense / true:.2f}x fewer"),

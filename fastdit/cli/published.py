@@ -28,9 +28,9 @@ def published_cost(schedule: Schedule, pixels: int) -> tuple[str, Cost] | None:
         if shape == {"transformer_blocks": 28}:
             sample = 128 if pixels >= LARGE else 64
             model = PixArtTransformer2DModel(sample_size=sample, caption_channels=4096)
-            return "PixArt-XL/2", Cost.of(model, tokens, text=120, batch=2)
+            return "PixArt-XL/2", Cost.of(model, tokens, text=120, transformer_batch=2)
         if shape == {"transformer_blocks": 19, "single_transformer_blocks": 38}:
             return "FLUX.1-dev", Cost.of(
-                FluxTransformer2DModel(guidance_embeds=True), tokens, text=512, batch=2
+                FluxTransformer2DModel(guidance_embeds=True), tokens, text=512, transformer_batch=2
             )
     return None

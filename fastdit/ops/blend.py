@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from fastdit.backends.reference import gate_gradient
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, requires_grad, resolve, traced
+from fastdit.ops.registry import checked, define, new_like, op, requires_grad, resolve, traced
 
 SCHEMA = (
     "blend(Tensor fresh, Tensor cached, Tensor r, Tensor? x, Tensor? gate, Tensor(a!)? blended, "
@@ -80,10 +80,7 @@ def blend(
     """
     if torch.is_grad_enabled() and requires_grad(fresh, cached, r, x, gate):
         if out is not None:
-            raise ArgumentError(
-                "out: got a tensor while an input requires a gradient; accepted is None "
-                "(in-place forms have no gradient: use torch.no_grad())"
-            )
+            raise ArgumentError(f"out: {checks.IN_PLACE}")
         return _Blend.apply(fresh, cached, r, x, gate, blended, backend)
     return _forward(fresh, cached, r, x, gate, blended, out, backend)
 
@@ -108,55 +105,26 @@ class _Blend(torch.autograd.Function):
         for_fresh, for_cached, for_r, for_x, for_gate, *_ = ctx.needs_input_grad
         if grad.stride(-1) != 1:  # of a sum it is expanded
             grad = grad.contiguous()
-        grad_fresh = _new_out(grad) if for_fresh else None
-        grad_cached = _new_out(grad) if for_cached else None
+        grad_fresh = new_like(grad) if for_fresh else None
+        grad_cached = new_like(grad) if for_cached else None
         grad_r = torch.empty_like(r) if for_r else None
         grad_gate = gate_gradient(grad, fresh, cached, r, gate) if for_gate else None
         if for_fresh or for_cached or for_r:
-            _backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r, ctx.backend)
+            run = torch.ops.fastdit.blend_backward.default if traced() else _run_backward
+            run(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r, ctx.backend)
         return grad_fresh, grad_cached, grad_r, grad if for_x else None, grad_gate, None, None
 
 
 def _forward(fresh, cached, r, x, gate, blended, out, backend) -> Tensor:
     if traced():
-        out = _new_out(fresh) if out is None else out
+        out = new_like(fresh) if out is None else out
         torch.ops.fastdit.blend.default(fresh, cached, r, x, gate, blended, out, backend)
         return out
     _check(fresh, cached, r, x, gate, blended, out)
-    out = _new_out(fresh) if out is None else out
+    out = new_like(fresh) if out is None else out
     function = resolve("blend", fresh.device, fresh.dtype, backend)
     function(fresh, cached, r, x, gate, blended, out)
     return out
-
-
-def _backward(grad, *arguments) -> None:
-    if traced():
-        torch.ops.fastdit.blend_backward.default(grad, *arguments)
-    else:
-        _run_backward(grad, *arguments)
-
-
-def _new_out(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
-
-
-def _run(fresh, cached, r, x, gate, blended, out, backend=None) -> None:
-    """What torch.ops calls once a trace runs."""
-    _check(fresh, cached, r, x, gate, blended, out)
-    function = resolve("blend", fresh.device, fresh.dtype, backend)
-    function(fresh, cached, r, x, gate, blended, out)
-
-
-def _run_backward(
-    grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r, backend=None
-) -> None:
-    _check_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r)
-    function = resolve("blend_backward", grad.device, grad.dtype, backend)
-    function(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_r)
-
-
-define(SCHEMA, _run)
-define(BACKWARD_SCHEMA, _run_backward)
 
 
 def _check(fresh, cached, r, x, gate, blended, out) -> None:
@@ -202,3 +170,8 @@ def _check_backward(grad, fresh, cached, r, gate, grad_fresh, grad_cached, grad_
             checks.operand(name, t, shape, dtype, device)
             checks.alone(name, t, read)
             read.append((name, t))
+
+
+_run_backward = checked("blend_backward", _check_backward)
+define(SCHEMA, checked("blend", _check))
+define(BACKWARD_SCHEMA, _run_backward)

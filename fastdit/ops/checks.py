@@ -8,7 +8,7 @@ worked out afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,26 +17,28 @@ from fastdit.errors import ArgumentError
 
 FLOATING = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 ROW_DTYPES = frozenset((torch.int64, torch.int32))
+#: what an op with a gradient says of tensors that it would write
+IN_PLACE = (
+    "got a tensor while an input requires a gradient; accepted is None (in-place forms have no "
+    "gradient: use torch.no_grad())"
+)
 
 
 def state(name: str, x: Tensor, any_stride: bool = False) -> torch.Size:
     """The tensor all others are compared with: floating, of rank 3. Returns its shape."""
-    if not isinstance(x, Tensor):
-        _refuse(name, type(x).__name__, "a tensor [B, tokens, D]")
-    shape = x.shape
-    if len(shape) != 3:
-        _refuse(name, f"shape {list(shape)}", "rank 3: [B, tokens, D]")
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        _refuse(name, _form(x), "a tensor of rank 3: [B, tokens, D]")
     if x.dtype not in FLOATING:
         _refuse(name, str(x.dtype), "float64, float32, bfloat16 or float16")
     if not (any_stride or x.is_contiguous()):
         _unit_stride(name, x)
-    return shape
+    return x.shape
 
 
 def operand(
     name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A tensor of exactly this shape, dtype and device."""
+    """A tensor of exactly this shape, dtype and device, with a last stride of 1."""
     if (
         isinstance(t, Tensor)
         and t.shape == shape
@@ -45,7 +47,7 @@ def operand(
         and (t.is_contiguous() or t.stride(-1) == 1)
     ):
         return
-    _same_kind(name, t, dtype, device)
+    _same_kind(name, t, dtype, device, f"a tensor {list(shape)}")
     if tuple(t.shape) != tuple(shape):
         _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
     _unit_stride(name, t)
@@ -54,11 +56,10 @@ def operand(
 def store(
     name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A row store over the full token layout: [B, N, D] with any N."""
+    """A tensor [B, n, D] with any n: a row store over the full token layout, or a table of tokens."""
     batch, _, width = shape
     if not isinstance(t, Tensor) or t.dim() != 3:
-        found = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-        _refuse(name, found, f"a row store [{batch}, N, {width}]")
+        _refuse(name, _form(t), f"a tensor [{batch}, n, {width}] with any n")
     operand(name, t, (batch, t.shape[1], width), dtype, device)
 
 
@@ -98,14 +99,12 @@ def modulation(
 
 def scalar(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     """A number without dimensions, in fp32; in fp64 where the first argument, of `dtype`, is."""
-    if not isinstance(t, Tensor):
-        _refuse(name, type(t).__name__, "a tensor of no dimensions")
+    if not isinstance(t, Tensor) or t.dim() != 0:
+        _refuse(name, _form(t), "a tensor of no dimensions")
     if t.dtype is not torch.float32 and (t.dtype, dtype) != (torch.float64, torch.float64):
         _refuse(name, str(t.dtype), "torch.float32, or torch.float64 with float64")
     if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
-    if t.dim() != 0:
-        _refuse(name, f"shape {list(t.shape)}", "a tensor of no dimensions")
+        _refuse_device(name, t, device)
 
 
 def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
@@ -115,7 +114,7 @@ def row_index(rows: Tensor, batch: int, device: torch.device) -> None:
     if rows.dtype not in ROW_DTYPES:
         _refuse("rows", str(rows.dtype), "int64 or int32")
     if rows.device != device:
-        _refuse("rows", f"on {rows.device}", f"on {device}, as the first argument")
+        _refuse_device("rows", rows, device)
     if rows.dim() != 2 or rows.shape[0] != batch:
         _refuse("rows", f"shape {list(rows.shape)}", f"shape [{batch}, K]")
     if not rows.is_contiguous():
@@ -132,54 +131,24 @@ def sums(
     device: torch.device,
 ) -> None:
     """Several tensors of one shape, one after the other: [S, B, K, D]."""
-    if not isinstance(t, Tensor):
-        _refuse(name, type(t).__name__, "a tensor [S, B, K, D]")
+    if not isinstance(t, Tensor) or t.shape[1:] != shape or not fewest <= len(t) <= most:
+        _refuse(name, _form(t), f"a tensor [{fewest} to {most}, {', '.join(map(str, shape))}]")
     if t.dtype not in dtypes:
         _refuse(name, str(t.dtype), " or ".join(str(d) for d in dict.fromkeys(dtypes)))
     if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
-    if t.dim() != 4 or t.shape[1:] != shape or not fewest <= t.shape[0] <= most:
-        sizes = ", ".join(str(size) for size in shape)
-        _refuse(name, f"shape {list(t.shape)}", f"[{fewest} to {most}, {sizes}]")
+        _refuse_device(name, t, device)
     if not t.is_contiguous():
         _unit_stride(name, t)
 
 
 def field(name: str, t: Tensor) -> torch.Size:
     """A field in patches: floating, of rank 6, with any strides. Returns its shape."""
-    if not isinstance(t, Tensor):
-        _refuse(name, type(t).__name__, "a tensor [B, gh, gw, ph, pw, C]")
-    shape = t.shape
-    if len(shape) != 6 or 0 in shape[1:]:
-        _refuse(name, f"shape {list(shape)}", "rank 6, none of it empty: [B, gh, gw, ph, pw, C]")
+    if not isinstance(t, Tensor) or t.dim() != 6 or 0 in t.shape[1:]:
+        accepted = "a tensor of rank 6, none of it empty: [B, gh, gw, ph, pw, C]"
+        _refuse(name, _form(t), accepted)
     if t.dtype not in FLOATING:
         _refuse(name, str(t.dtype), "float64, float32, bfloat16 or float16")
-    return shape
-
-
-def table(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """int32 numbers for each token: [B, N], [B, K], or [B, N, 3]."""
-    _listed(name, t, torch.int32, shape, device)
-
-
-def numbers(name: str, t: Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """fp32 numbers: [B, N], or a list of them."""
-    _listed(name, t, torch.float32, shape, device)
-
-
-def _listed(
-    name: str, t: Tensor, dtype: torch.dtype, shape: Sequence[int], device: torch.device
-) -> None:
-    if not isinstance(t, Tensor):
-        _refuse(name, type(t).__name__, f"a tensor {list(shape)}")
-    if t.dtype is not dtype:
-        _refuse(name, str(t.dtype), str(dtype))
-    if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
-    if tuple(t.shape) != tuple(shape):
-        _refuse(name, f"shape {list(t.shape)}", f"shape {list(shape)}")
-    if not t.is_contiguous():
-        _unit_stride(name, t)
+    return t.shape
 
 
 def like(name: str, t: Tensor, first: Tensor) -> None:
@@ -187,16 +156,6 @@ def like(name: str, t: Tensor, first: Tensor) -> None:
     _same_kind(name, t, first.dtype, first.device)
     if t.shape != first.shape:
         _refuse(name, f"shape {list(t.shape)}", f"shape {list(first.shape)}")
-
-
-def token_table(t: Tensor, batch: int, device: torch.device) -> int:
-    """(level, y, x) of each token, int32 [B, n, 3] with any batch stride. Returns n."""
-    if not isinstance(t, Tensor) or t.dim() != 3:
-        found = f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
-        _refuse("table", found, f"a tensor [{batch}, n, 3]")
-    tokens = t.shape[1]
-    table("table", t, (batch, tokens, 3), device)
-    return tokens
 
 
 def integer(name: str, value: int, low: int, high: int) -> None:
@@ -207,10 +166,8 @@ def integer(name: str, value: int, low: int, high: int) -> None:
         _refuse(name, str(value), f"{low} to {high}")
 
 
-def written(name: str, t: Tensor) -> None:
+def _unexpanded(name: str, t: Tensor) -> None:
     """A tensor that is written must not overlap itself."""
-    if t.is_contiguous():
-        return
     for size, stride in zip(t.shape, t.stride(), strict=True):
         if size > 1 and stride == 0:
             _refuse(name, f"strides {t.stride()}", "a tensor without expanded dimensions")
@@ -218,7 +175,8 @@ def written(name: str, t: Tensor) -> None:
 
 def alone(name: str, t: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> None:
     """A tensor that is written must overlap neither itself nor others."""
-    written(name, t)
+    if not t.is_contiguous():
+        _unexpanded(name, t)
     for other_name, other in others:
         if other is not None:
             disjoint(name, t, other_name, other)
@@ -238,7 +196,10 @@ def disjoint(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
 def all_disjoint(
     written: Sequence[tuple[str, Tensor]], read: Sequence[tuple[str, Tensor | None]]
 ) -> None:
-    """No tensor that is written shares elements with any other; quicker than pair by pair."""
+    """What :func:`alone` says of several tensors that are written; quicker than one by one."""
+    for name, t in written:
+        if not t.is_contiguous():
+            _unexpanded(name, t)
     spans = [(t.data_ptr(), _bytes(t), True) for _, t in written]
     spans += [(t.data_ptr(), _bytes(t), False) for _, t in read if t is not None]
     spans.sort()
@@ -302,18 +263,28 @@ def _extent(t: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def _same_kind(name: str, t: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+def _same_kind(
+    name: str, t: Tensor, dtype: torch.dtype, device: torch.device, accepted: str = "a tensor"
+) -> None:
     if not isinstance(t, Tensor):
-        _refuse(name, type(t).__name__, "a tensor")
+        _refuse(name, type(t).__name__, accepted)
     if t.dtype is not dtype:
-        _refuse(name, str(t.dtype), f"{dtype}, that of the first argument")
+        _refuse(name, str(t.dtype), str(dtype))
     if t.device != device:
-        _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
+        _refuse_device(name, t, device)
 
 
 def _unit_stride(name: str, t: Tensor) -> None:
     if t.shape[-1] > 1 and t.stride(-1) != 1:
         _refuse(name, f"strides {t.stride()}", "a last stride of 1 (call .contiguous())")
+
+
+def _form(t: Any) -> str:
+    return f"shape {list(t.shape)}" if isinstance(t, Tensor) else type(t).__name__
+
+
+def _refuse_device(name: str, t: Tensor, device: torch.device) -> NoReturn:
+    _refuse(name, f"a tensor on {t.device}", f"one on {device}, as the first argument")
 
 
 def _refuse(name: str, found: str, accepted: str) -> NoReturn:

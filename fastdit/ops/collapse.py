@@ -80,10 +80,7 @@ def collapse(
         raise ArgumentError("accumulate: got True without out; accepted is False, or a tensor out")
     if torch.is_grad_enabled() and requires_grad(branches, weights):
         if out is not None:
-            raise ArgumentError(
-                "out: got a tensor while an input requires a gradient; accepted is None "
-                "(in-place forms have no gradient: use torch.no_grad())"
-            )
+            raise ArgumentError(f"out: {checks.IN_PLACE}")
         _check(branches, weights, groups, dtype, None)
         sums = collapsed(branches, weights, groups, 1 + max(groups))
         return sums.to(dtype or branches[0].dtype)
@@ -135,11 +132,8 @@ def _check(branches, weights, groups, dtype, out) -> None:
     if dtype is not None and dtype not in accepted:
         raise ArgumentError(f"dtype: got {dtype}; accepted is {accepted[0]} or {accepted[1]}")
     if out is not None:
-        _check_out(branches, weights, 1 + max(groups), (dtype,) if dtype else accepted, out)
-
-
-def _check_out(branches, weights, fewest, accepted, out) -> None:
-    first = branches[0]
-    checks.sums("out", out, fewest, MAX_SUMS, first.shape, accepted, first.device)
-    read = [(f"branches[{i}]", branch) for i, branch in enumerate(branches)]
-    checks.alone("out", out, (*read, *((f"weights[{i}]", by) for i, by in enumerate(weights))))
+        accepted = (dtype,) if dtype else accepted
+        checks.sums("out", out, 1 + max(groups), MAX_SUMS, shape, accepted, first.device)
+        read = [(f"branches[{i}]", branch) for i, branch in enumerate(branches)]
+        read += [(f"weights[{i}]", by) for i, by in enumerate(weights)]
+        checks.alone("out", out, read)

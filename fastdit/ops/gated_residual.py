@@ -26,14 +26,14 @@ from fastdit.backends.base import MAX_BRANCHES
 from fastdit.backends.reference import residual_sum
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, requires_grad, resolve, traced
+from fastdit.ops.registry import checked, define, new_like, op, requires_grad, resolve, traced
 
 _BRANCHES = tuple(f"branches[{i}]" for i in range(MAX_BRANCHES))  # names for messages, made once
 _GATES = tuple(f"gates[{i}]" for i in range(MAX_BRANCHES))
 
 SCHEMA = (
     "gated_residual(Tensor x, Tensor[] branches, Tensor?[] gates, int fresh, Tensor(a!)? cache, "
-    "Tensor? rows, Tensor(b!) out, str? backend, Tensor? weights=None) -> ()"
+    "Tensor? rows, Tensor(b!) out, Tensor? weights, str? backend) -> ()"
 )
 
 
@@ -78,41 +78,24 @@ def gated_residual(
     """
     if torch.is_grad_enabled() and requires_grad(x, branches, gates):
         if out is not None or cache is not None:
-            raise ArgumentError(
-                "out, cache: got a tensor while an input requires a gradient; accepted is None "
-                "(in-place forms have no gradient: use torch.no_grad())"
-            )
-        _check(x, branches, gates, weights, fresh, None, rows, None)
+            raise ArgumentError(f"out, cache: {checks.IN_PLACE}")
+        _check(x, branches, gates, fresh, None, rows, None, weights)
         return residual_sum(x, branches, gates, fresh, rows, weights)
     if traced():
-        out = _new_out(x) if out is None else out
+        out = new_like(x) if out is None else out
         torch.ops.fastdit.gated_residual.default(
-            x, branches, gates, fresh, cache, rows, out, backend, weights
+            x, branches, gates, fresh, cache, rows, out, weights, backend
         )
         return out
-    _check(x, branches, gates, weights, fresh, cache, rows, out)
+    _check(x, branches, gates, fresh, cache, rows, out, weights)
     if out is None:
-        out = _new_out(x)
+        out = new_like(x)
     function = resolve("gated_residual", x.device, x.dtype, backend)
     function(x, branches, gates, fresh, cache, rows, out, weights)
     return out
 
 
-def _new_out(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _run(x, branches, gates, fresh, cache, rows, out, backend=None, weights=None) -> None:
-    """What torch.ops calls once a trace runs."""
-    _check(x, branches, gates, weights, fresh, cache, rows, out)
-    function = resolve("gated_residual", x.device, x.dtype, backend)
-    function(x, branches, gates, fresh, cache, rows, out, weights)
-
-
-define(SCHEMA, _run)
-
-
-def _check(x, branches, gates, weights, fresh, cache, rows, out) -> None:
+def _check(x, branches, gates, fresh, cache, rows, out, weights) -> None:
     """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
     shape = checks.state("x", x, any_stride=out is not x)
     dtype, device = x.dtype, x.device
@@ -140,12 +123,18 @@ def _check(x, branches, gates, weights, fresh, cache, rows, out) -> None:
             checks.modulation(_GATES[i], gates[i], shape, dtype, device)
     if weights is not None:
         _check_weights(weights, count, x)
+    read = tuple(zip(_BRANCHES, branches, strict=False))
     if out is not None:
-        _check_out(x, branches, gates, out)
-        if weights is not None:
-            checks.disjoint("out", out, "weights", weights)
+        if out is not x:
+            checks.operand("out", out, shape, dtype, device)
+            checks.disjoint_or_same("out", out, "x", x)
+        checks.alone("out", out, (*read, *zip(_GATES, gates, strict=False), ("weights", weights)))
     if cache is not None:
-        _check_cache(x, branches, fresh, cache, rows, out)
+        if fresh < 0:
+            raise ArgumentError("cache: got a tensor with fresh=-1; accepted is None without fresh")
+        check = checks.operand if rows is None else checks.store
+        check("cache", cache, shape, dtype, device)
+        checks.alone("cache", cache, (("x", x), ("out", out), *read))
 
 
 def _check_weights(weights, count, x) -> None:
@@ -165,25 +154,4 @@ def _check_weights(weights, count, x) -> None:
         )
 
 
-def _check_out(x, branches, gates, out) -> None:
-    if out is not x:
-        checks.operand("out", out, x.shape, x.dtype, x.device)
-        checks.disjoint_or_same("out", out, "x", x)
-    checks.written("out", out)
-    for i, branch in enumerate(branches):
-        checks.disjoint("out", out, _BRANCHES[i], branch)
-        if gates[i] is not None:
-            checks.disjoint("out", out, _GATES[i], gates[i])
-
-
-def _check_cache(x, branches, fresh, cache, rows, out) -> None:
-    if fresh < 0:
-        raise ArgumentError("cache: got a tensor with fresh=-1; accepted is None without fresh")
-    check = checks.operand if rows is None else checks.store
-    check("cache", cache, x.shape, x.dtype, x.device)
-    checks.written("cache", cache)
-    checks.disjoint("cache", cache, "x", x)
-    if out is not None:
-        checks.disjoint("cache", cache, "out", out)
-    for i, branch in enumerate(branches):
-        checks.disjoint("cache", cache, _BRANCHES[i], branch)
+define(SCHEMA, checked("gated_residual", _check))

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastdit.backends.reference import gather_rows, modulated_norm
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, requires_grad, resolve, traced
+from fastdit.ops.registry import checked, define, op, requires_grad, resolve, traced
 
 # Two schemas, so that tracers know x to be written only where it is.
 SCHEMA = (
@@ -79,32 +79,28 @@ def norm_modulate(
     Example:
         >>> y = norm_modulate(h, scale_mlp, shift_mlp, branch=attention, gate=gate_msa)
     """
+    norm = (scale, shift, weight, bias, eps, rms)
     if torch.is_grad_enabled() and requires_grad(x, scale, shift, weight, bias, branch, gate):
         if out is not None or branch is not None:
-            raise ArgumentError(
-                "branch, out: got a tensor while an input requires a gradient; accepted is None "
-                "(in-place forms have no gradient: use gated_residual first, or torch.no_grad())"
-            )
-        _check(x, scale, shift, weight, bias, branch, gate, cache, rows, None)
+            raise ArgumentError(f"branch, out: {checks.IN_PLACE}, or gated_residual first")
+        _check(x, *norm, branch, gate, cache, rows, None)
         active = x if rows is None else gather_rows(x, rows)
-        return modulated_norm(active, scale, shift, weight, bias, eps, rms)
+        return modulated_norm(active, *norm)
     if traced():
         out = _new_out(x, rows) if out is None else out
         if branch is None:
             _refuse_without_branch(gate, cache)
-            torch.ops.fastdit.norm_modulate.default(
-                x, scale, shift, weight, bias, eps, rms, rows, out, backend
-            )
+            torch.ops.fastdit.norm_modulate.default(x, *norm, rows, out, backend)
         else:
             torch.ops.fastdit.residual_norm_modulate.default(
-                x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend
+                x, *norm, branch, gate, cache, rows, out, backend
             )
         return out
-    _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
+    _check(x, *norm, branch, gate, cache, rows, out)
     if out is None:
         out = _new_out(x, rows)
     function = resolve("norm_modulate", x.device, x.dtype, backend)
-    function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
+    function(x, *norm, branch, gate, cache, rows, out)
     return out
 
 
@@ -114,24 +110,7 @@ def _new_out(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.new_empty((*rows.shape, x.shape[-1]))
 
 
-def _run_residual(
-    x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, backend=None
-) -> None:
-    """What torch.ops calls once a trace runs."""
-    _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out)
-    function = resolve("norm_modulate", x.device, x.dtype, backend)
-    function(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
-
-
-def _run(x, scale, shift, weight, bias, eps, rms, rows, out, backend=None) -> None:
-    _run_residual(x, scale, shift, weight, bias, eps, rms, None, None, None, rows, out, backend)
-
-
-define(SCHEMA, _run)
-define(RESIDUAL_SCHEMA, _run_residual)
-
-
-def _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out) -> None:
+def _check(x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out) -> None:
     """`out` is None where it is yet to be allocated: new memory overlaps nothing."""
     shape = checks.state("x", x)
     dtype, device = x.dtype, x.device
@@ -146,44 +125,37 @@ def _check(x, scale, shift, weight, bias, branch, gate, cache, rows, out) -> Non
         checks.operand("weight", weight, shape[2:], dtype, device)
     if bias is not None:
         checks.operand("bias", bias, shape[2:], dtype, device)
-    if out is not None:
-        checks.operand("out", out, shape, dtype, device)
-        _check_out(x, (scale, shift, weight, bias, gate), branch, rows, out)
     if branch is None:
         _refuse_without_branch(gate, cache)
-        return
-    checks.operand("branch", branch, shape, dtype, device)
-    if gate is not None:
-        checks.modulation("gate", gate, shape, dtype, device)
-        checks.disjoint("x", x, "gate", gate)
-    checks.written("x", x)
-    checks.disjoint("x", x, "branch", branch)
-    if cache is not None:
-        _check_cache(x, branch, cache, out)
-
-
-def _check_out(x, small, branch, rows, out) -> None:
-    checks.written("out", out)
-    if branch is None and rows is None:
-        checks.disjoint_or_same("out", out, "x", x)
     else:
-        checks.disjoint("out", out, "x", x)
-    if branch is not None:
-        checks.disjoint("out", out, "branch", branch)
-    for value in small:
-        if value is not None:
-            checks.disjoint("out", out, "scale, shift, weight, bias or gate", value)
-
-
-def _check_cache(x, branch, cache, out) -> None:
-    checks.operand("cache", cache, x.shape, x.dtype, x.device)
-    checks.written("cache", cache)
-    checks.disjoint("cache", cache, "x", x)
-    checks.disjoint("cache", cache, "branch", branch)
+        checks.operand("branch", branch, shape, dtype, device)
+        if gate is not None:
+            checks.modulation("gate", gate, shape, dtype, device)
+        checks.alone("x", x, (("branch", branch), ("gate", gate)))
+        if cache is not None:
+            checks.operand("cache", cache, x.shape, dtype, device)
+            checks.alone("cache", cache, (("x", x), ("branch", branch)))
     if out is not None:
-        checks.disjoint("cache", cache, "out", out)
+        checks.operand("out", out, shape, dtype, device)
+        in_place = branch is None and rows is None
+        check = checks.disjoint_or_same if in_place else checks.disjoint
+        check("out", out, "x", x)
+        small = (("scale", scale), ("shift", shift), ("weight", weight), ("bias", bias))
+        checks.alone("out", out, (("branch", branch), ("gate", gate), ("cache", cache), *small))
 
 
 def _refuse_without_branch(gate, cache) -> None:
     if gate is not None or cache is not None:
         raise ArgumentError("gate, cache: got a tensor without branch; accepted is None")
+
+
+_run = checked("norm_modulate", _check)
+
+
+def _run_without_branch(*given) -> None:
+    *arguments, rows, out, backend = given
+    _run(*arguments, None, None, None, rows, out, backend)
+
+
+define(SCHEMA, _run_without_branch)
+define(RESIDUAL_SCHEMA, _run)

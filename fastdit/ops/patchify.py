@@ -155,5 +155,5 @@ define(UNPATCHIFY, _unpatchify)
 def _check(field: Tensor, table: Tensor, name: str = "field") -> tuple[int, int, int]:
     """The shape of the tokens."""
     shape = checks.field(name, field)
-    count = checks.token_table(table, shape[0], field.device)
-    return shape[0], count, shape[3:].numel()
+    checks.store("table", table, (shape[0], -1, 3), torch.int32, field.device)
+    return *table.shape[:2], shape[3:].numel()

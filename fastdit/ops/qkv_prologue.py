@@ -110,7 +110,9 @@ def _run(
     _check_rows(rows, k, k_cache, kv_offset, cos)
     affine = (q_weight, q_bias, k_weight, k_bias)
     _check_norm(norm, *affine, q, k, q_out.shape[3])
-    _check_memory(q, k, v, q_out, k_cache, v_cache, rows, affine, cos, sin)
+    written = (("q_out", q_out), ("k_cache", k_cache), ("v_cache", v_cache))
+    read = (("q", q), ("k", k), ("v", v), ("rows", rows), ("cos", cos), ("sin", sin))
+    checks.all_disjoint(written, (*read, *zip(AFFINE, affine, strict=True)))
     resolve("qkv_prologue", q.device, q.dtype, backend)(
         q, k, v, q_out, k_cache, v_cache, rows, q_offset, kv_offset, norm, *affine, eps, cos, sin
     )
@@ -201,11 +203,3 @@ def _check_table(cos, sin, q, dim) -> None:
             )
         shape = (*q.shape[: t.dim() - 2], cos.shape[-2], dim // 2)
         checks.operand(name, t, shape, torch.float32, q.device)
-
-
-def _check_memory(q, k, v, q_out, k_cache, v_cache, rows, affine, cos, sin) -> None:
-    written = (("q_out", q_out), ("k_cache", k_cache), ("v_cache", v_cache))
-    for name, t in written:
-        checks.written(name, t)
-    read = (("q", q), ("k", k), ("v", v), ("rows", rows), ("cos", cos), ("sin", sin))
-    checks.all_disjoint(written, (*read, *zip(AFFINE, affine, strict=True)))

@@ -92,6 +92,21 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def checked(op: str, check: Callable[..., Any]) -> Callable[..., None]:
+    """What torch.ops calls of an op once a trace runs: `check`, and the backend of its first tensor.
+
+    Both take the arguments of the op's schema but for the last one, the name of a backend.
+    """
+
+    def run(*given: Any) -> None:
+        *arguments, backend = given
+        check(*arguments)
+        first = arguments[0]
+        resolve(op, first.device, first.dtype, backend)(*arguments)
+
+    return run
+
+
 def define(schema: str, run: Callable[..., None]) -> None:
     """Declare `fastdit::<schema>`, served by `run` on every device and invisible to autograd."""
     name = schema.partition("(")[0]
@@ -100,7 +115,7 @@ def define(schema: str, run: Callable[..., None]) -> None:
         LIBRARY.impl(name, run, key)
     LIBRARY.impl(name, functools.partial(_below_autograd, name), "Autograd")
     # Destination-passing: shapes and dtypes are those of the tensors given, nothing is returned.
-    torch.library.register_fake(f"fastdit::{name}", _nothing, lib=LIBRARY)
+    torch.library.register_fake(f"fastdit::{name}", lambda *args: None, lib=LIBRARY)
 
 
 def _below_autograd(name: str, *args) -> None:
@@ -113,8 +128,9 @@ def _below_autograd(name: str, *args) -> None:
         getattr(torch.ops.fastdit, name).default(*args)
 
 
-def _nothing(*args) -> None:
-    return None
+def new_like(t: torch.Tensor) -> torch.Tensor:
+    """New memory for an output shaped like `t`."""
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def requires_grad(*values) -> bool:

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, refuse_gradients, resolve, traced
+from fastdit.ops.registry import checked, define, op, refuse_gradients, resolve, traced
 
 SCHEMA = (
     "resolution_transition(Tensor x, Tensor table, Tensor rows, Tensor noise, float scale, "
@@ -125,20 +125,6 @@ def _new(x, table, rows, out, out_table) -> tuple[Tensor, Tensor]:
     return out, table.new_empty((batch, tokens, 3)) if out_table is None else out_table
 
 
-def _run(
-    x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out, out_table,
-    backend=None,
-) -> None:  # fmt: skip
-    """What torch.ops calls once a trace runs."""
-    how = (scale, deviation, pull, unsplit, pixelwise, raster)
-    arguments = (x, table, rows, noise, *how, out, out_table)
-    _check(*arguments)
-    resolve("resolution_transition", x.device, x.dtype, backend)(*arguments)
-
-
-define(SCHEMA, _run)
-
-
 def _check(
     x, table, rows, noise, scale, deviation, pull, unsplit, pixelwise, raster, out, out_table
 ) -> None:
@@ -146,7 +132,7 @@ def _check(
     batch, tokens, width = checks.state("x", x, any_stride=True)
     dtype, device = x.dtype, x.device
     checks.operand("x", x, (batch, tokens, max(width, 1)), dtype, device)
-    checks.table("table", table, (batch, tokens, 3), device)
+    checks.operand("table", table, (batch, tokens, 3), torch.int32, device)
     checks.row_index(rows, batch, device)
     if rows.shape[1] > tokens:
         raise ArgumentError(
@@ -170,10 +156,11 @@ def _check(
         checks.operand("out", out, size, dtype, device)
         written.append(("out", out))
     if out_table is not None:
-        checks.table("out_table", out_table, (*size[:2], 3), device)
+        checks.operand("out_table", out_table, (*size[:2], 3), torch.int32, device)
         written.append(("out_table", out_table))
-    for name, t in written:
-        checks.written(name, t)
     if written:
         read = (("x", x), ("table", table), ("rows", rows), ("noise", noise))
         checks.all_disjoint(written, read)
+
+
+define(SCHEMA, checked("resolution_transition", _check))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, resolve, traced
+from fastdit.ops.registry import checked, define, op, resolve, traced
 
 SCHEMA = (
     "token_change(Tensor velocity, Tensor(a!) last, Tensor(b!) rate, Tensor(c!) level, Tensor levels, "
@@ -88,16 +88,6 @@ def token_change(
     return score
 
 
-def _run(velocity, last, rate, level, levels, inverse, score, backend=None) -> None:
-    """What torch.ops calls once a trace runs."""
-    _check(velocity, last, rate, level, levels, inverse, score)
-    function = resolve("token_change", velocity.device, velocity.dtype, backend)
-    function(velocity, last, rate, level, levels, inverse, score)
-
-
-define(SCHEMA, _run)
-
-
 def _check(velocity, last, rate, level, levels, inverse, score) -> None:
     """`score` is None where it is yet to be allocated."""
     shape = checks.field("velocity", velocity)
@@ -106,16 +96,18 @@ def _check(velocity, last, rate, level, levels, inverse, score) -> None:
     written = [("last", last)]
     for name, t in (("rate", rate), ("level", level), ("score", score)):
         if t is not None or name != "score":
-            checks.numbers(name, t, whole, device)
+            checks.operand(name, t, whole, torch.float32, device)
             written.append((name, t))
-    checks.numbers("levels", levels, (2,), device)
+    checks.operand("levels", levels, (2,), torch.float32, device)
     if inverse is not None:
-        checks.table("inverse", inverse, whole, device)
+        checks.operand("inverse", inverse, whole, torch.int32, device)
     for name, t in written:
-        checks.written(name, t)
         if t.requires_grad and torch.is_grad_enabled():
             raise ArgumentError(
                 f"{name}: got a tensor that requires a gradient; accepted is none (it is written)"
             )
     read = (("velocity", velocity), ("levels", levels), ("inverse", inverse))
     checks.all_disjoint(written, read)
+
+
+define(SCHEMA, checked("token_change", _check))

@@ -34,7 +34,7 @@ from torch import Tensor
 from fastdit.backends.base import METRICS
 from fastdit.errors import ArgumentError
 from fastdit.ops import checks
-from fastdit.ops.registry import define, op, resolve, traced
+from fastdit.ops.registry import checked, define, op, resolve, traced
 
 LARGEST = torch.finfo(torch.float32).max
 SCHEMA = (
@@ -93,13 +93,14 @@ def token_select(
         if rows is None:
             rows = _new(velocity, keep)
         else:  # the dispatched op takes K from them
-            checks.table("rows", rows, (velocity.shape[0], keep), velocity.device)
+            size = (velocity.shape[0], keep)
+            checks.operand("rows", rows, size, torch.int32, velocity.device)
         inverse = _new(velocity, drops.shape[-1]) if inverse is None else inverse
         torch.ops.fastdit.token_select.default(
             velocity, drops, age, high, starvation, metric, max_age, rows, inverse, backend
         )
         return rows, inverse
-    tokens = _check(velocity, drops, keep, age, high, starvation, metric, max_age, rows, inverse)
+    tokens = _check(velocity, drops, age, high, starvation, metric, max_age, rows, inverse, keep)
     if rows is None:
         rows = _new(velocity, keep)
     if inverse is None:
@@ -113,20 +114,7 @@ def _new(velocity: Tensor, width: int) -> Tensor:
     return velocity.new_empty((velocity.shape[0], width), dtype=torch.int32)
 
 
-def _run(
-    velocity, drops, age, high, starvation, metric, max_age, rows, inverse, backend=None
-) -> None:
-    """What torch.ops calls once a trace runs."""
-    keep = rows.shape[-1]
-    _check(velocity, drops, keep, age, high, starvation, metric, max_age, rows, inverse)
-    function = resolve("token_select", velocity.device, velocity.dtype, backend)
-    function(velocity, drops, age, high, starvation, metric, max_age, rows, inverse)
-
-
-define(SCHEMA, _run)
-
-
-def _check(velocity, drops, keep, age, high, starvation, metric, max_age, rows, inverse) -> int:
+def _check(velocity, drops, age, high, starvation, metric, max_age, rows, inverse, keep) -> int:
     """N. `rows` and `inverse` are None where they are yet to be allocated."""
     shape = checks.field("velocity", velocity)
     batch, tokens, device = shape[0], shape[1] * shape[2], velocity.device
@@ -147,9 +135,15 @@ def _check(velocity, drops, keep, age, high, starvation, metric, max_age, rows, 
     for name, (t, size) in given.items():
         if t is None and name != "drops":
             continue
-        checks.table(name, t, size, device)
-        checks.written(name, t)
-        for other_name, other in before:
-            checks.disjoint(name, t, other_name, other)
+        checks.operand(name, t, size, torch.int32, device)
+        checks.alone(name, t, before)
         before.append((name, t))
     return tokens
+
+
+def _check_dispatched(*given) -> None:
+    *_, rows, _ = given  # which say K
+    _check(*given, rows.shape[-1])
+
+
+define(SCHEMA, checked("token_select", _check_dispatched))

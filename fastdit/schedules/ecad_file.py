@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastdit.errors import ScheduleError
+from fastdit.schedules.schedule_file import count_of, expect
 
 if TYPE_CHECKING:
     from fastdit.schedules.schedule import Schedule
@@ -31,10 +32,8 @@ MAX_STEPS = 1000  # keys have three digits
 Bits = dict[str, list[list[list[bool]]]]
 
 
-def parse(
-    document: Mapping[str, Any], max_count: int
-) -> tuple[Bits, dict[str, tuple[str, ...]], dict[str, Any]]:
-    """This gives (bits, components, provenance) of a document of this layout, whose counts may be up to `max_count`.
+def parse(document: Mapping[str, Any]) -> tuple[Bits, dict[str, tuple[str, ...]], dict[str, Any]]:
+    """This gives (bits, components, provenance) of a document of this layout.
 
     Raises:
         ScheduleError: Naming the place and what was expected there.
@@ -44,19 +43,16 @@ def parse(
     header = document[ROOT]
     if not isinstance(header, dict):
         raise ScheduleError(f"{ROOT} must be an object, got {type(header).__name__}")
+    fields = REQUIRED | OPTIONAL
     if missing := sorted(set(REQUIRED) - set(header)):
         raise ScheduleError(f"{ROOT} lacks {missing}")
-    if unknown := sorted(set(header) - set(REQUIRED) - set(OPTIONAL)):
+    if unknown := sorted(set(header) - set(fields)):
         raise ScheduleError(f"{ROOT} has unknown fields {unknown}")
-    for name, kind in {**REQUIRED, **OPTIONAL}.items():
-        if name in header and type(header[name]) is not kind:
-            raise ScheduleError(
-                f"{ROOT}.{name} must be {kind.__name__}, got {type(header[name]).__name__}"
-            )
-    steps = _count(header, "num_inference_steps", MAX_STEPS)
-    counts = {
-        kind: _count(header, field, max_count)
-        for kind, (_, field) in KINDS.items()
+    expect(header, ROOT, {name: fields[name] for name in header})
+    steps = count_of(header["num_inference_steps"], f"{ROOT}.num_inference_steps", MAX_STEPS)
+    keys = {
+        kind: [f"{prefix}{block}" for block in range(count_of(header[field], f"{ROOT}.{field}"))]
+        for kind, (prefix, field) in KINDS.items()
         if field in header
     }
     rows = header["schedule"]
@@ -64,19 +60,14 @@ def parse(
         raise ScheduleError(
             f'{ROOT}.schedule must have the keys "000" to "{steps - 1:03d}", got {sorted(rows)}'
         )
-    components = {kind: _components(rows["000"], kind) for kind in counts}
-    bits: Bits = {kind: [] for kind in counts}
-    for step in range(steps):
-        row = rows[f"{step:03d}"]
-        where = f"{ROOT}.schedule.{step:03d}"
-        _check_blocks(row, counts, where)
-        for kind, count in counts.items():
-            prefix = KINDS[kind][0]
+    components = {kind: _components(rows["000"], names[0]) for kind, names in keys.items()}
+    bits: Bits = {kind: [] for kind in keys}
+    for step in sorted(rows):
+        row, where = rows[step], f"{ROOT}.schedule.{step}"
+        _check_blocks(row, keys, where)
+        for kind, names in keys.items():
             bits[kind].append(
-                [
-                    _block(row[f"{prefix}{block}"], components[kind], f"{where}.{prefix}{block}")
-                    for block in range(count)
-                ]
+                [_block(row[name], components[kind], f"{where}.{name}") for name in names]
             )
     about = {name: header[name] for name in ("name", "attributes") if name in header}
     about |= {name: document[name] for name in ("config", "metrics") if name in document}
@@ -121,46 +112,36 @@ def document(schedule: Schedule) -> dict[str, Any]:
     return found
 
 
-def _count(header: Mapping[str, Any], name: str, most: int) -> int:
-    if not 1 <= header[name] <= most:
-        raise ScheduleError(f"{ROOT}.{name} must be from 1 to {most}, got {header[name]}")
-    return header[name]
-
-
-def _components(row: Any, kind: str) -> tuple[str, ...]:
-    first = row.get(f"{KINDS[kind][0]}0") if isinstance(row, dict) else None
+def _components(row: Any, block: str) -> tuple[str, ...]:
+    first = row.get(block) if isinstance(row, dict) else None
     if not isinstance(first, dict) or not first:
-        raise ScheduleError(
-            f'{ROOT}.schedule.000 must have a block "{KINDS[kind][0]}0" with its components'
-        )
+        raise ScheduleError(f'{ROOT}.schedule.000 must have a block "{block}" with its components')
     return tuple(first)
 
 
-def _check_blocks(row: Any, counts: Mapping[str, int], where: str) -> None:
+def _check_blocks(row: Any, keys: Mapping[str, list[str]], where: str) -> None:
     if not isinstance(row, dict):
         raise ScheduleError(f"{where} must be an object, got {type(row).__name__}")
-    # Sizes before names: a count that nobody filled in must not make a set of that size.
-    if len(row) != sum(counts.values()):
+    expected = {name for names in keys.values() for name in names}
+    if len(row) != len(expected):
+        counts = {kind: len(names) for kind, names in keys.items()}
         raise ScheduleError(
-            f"{where} must have {sum(counts.values())} blocks, one per block of {dict(counts)}, got {len(row)}"
+            f"{where} must have {len(expected)} blocks, one per block of {counts}, got {len(row)}"
         )
-    expected = {
-        f"{KINDS[kind][0]}{block}" for kind, count in counts.items() for block in range(count)
-    }
-    if set(row) != expected:
-        raise ScheduleError(f"{where} has unknown blocks {sorted(set(row) - expected)}")
+    if unknown := sorted(set(row) - expected):
+        raise ScheduleError(f"{where} has unknown blocks {unknown}")
 
 
-def _block(entry: Any, components: tuple[str, ...], where: str) -> list[bool]:
-    if not isinstance(entry, dict):
-        raise ScheduleError(f"{where} must be an object, got {type(entry).__name__}")
-    for name, value in entry.items():
+def _block(given: Any, components: tuple[str, ...], where: str) -> list[bool]:
+    if not isinstance(given, dict):
+        raise ScheduleError(f"{where} must be an object, got {type(given).__name__}")
+    for name, value in given.items():
         if isinstance(value, dict):
             raise ScheduleError(f"{where}.{name} names a function, which is not run")
         if type(value) is not bool:
             raise ScheduleError(f"{where}.{name} must be true or false, got {value!r}")
-    if set(entry) != set(components):
+    if set(given) != set(components):
         raise ScheduleError(
-            f"{where} must have the components {list(components)}, got {sorted(entry)}"
+            f"{where} must have the components {list(components)}, got {sorted(given)}"
         )
-    return [entry[name] for name in components]
+    return [given[name] for name in components]

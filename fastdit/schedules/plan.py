@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from fastdit.errors import CompositionError
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, drawn
 from fastdit.schedules.collapse import StepSums, find_sums
-from fastdit.schedules.schedule import Schedule
 from fastdit.spec import BlockKind, ModelSpec
+
+if TYPE_CHECKING:
+    from fastdit.schedules.schedule import Schedule
 
 #: the ops of every run, and those of runs whose methods decide a field of the plan
 OPS = ("gated_residual", "norm_modulate")

@@ -105,7 +105,7 @@ class Router:
         return len(next(iter(self.logits.values())))
 
     @property
-    def cells(self) -> int:
+    def entries(self) -> int:
         """The model has so many (step, block, component) triples, T N."""
         return sum(int(np.isfinite(array).sum()) for array in self.logits.values())
 
@@ -123,12 +123,12 @@ class Router:
         return f"Router({self.steps} steps, {share:.1%} reused at tau {self.tau:g})"
 
     def cache_utilisation(self, schedule: Schedule) -> float:
-        """CUR is reused cells over T N, the first step and only what the model has included (spec section 8)."""
+        """CUR is reused entries over T N, the first step and only what the model has included (spec section 8)."""
         reused = sum(
             int((~schedule.layers[kind].bits & np.isfinite(array)).sum())
             for kind, array in self.logits.items()
         )
-        return reused / self.cells
+        return reused / self.entries
 
     # ---- schedules
 
@@ -152,11 +152,11 @@ class Router:
     def sweep(
         self, targets: Sequence[float], macs: Mapping[str, np.ndarray] | None = None
     ) -> list[Schedule]:
-        """This gives a schedule for each target: the cells with the least logits are reused, as many as reach it.
+        """This gives a schedule for each target: the entries with the least logits are reused, as many as reach it.
 
         Args:
-            targets: Shares in [0, 1 - 1/T] of all cells, or of their arithmetic where `macs` weighs them. The nearest
-                share that whole cells can make is taken; equal logits give way in running order.
+            targets: Shares in [0, 1 - 1/T] of all entries, or of their arithmetic where `macs` weighs them. The nearest
+                share that whole entries can make is taken; equal logits give way in running order.
             macs: Block kind -> multiply-accumulates [blocks, components] of one step.
 
         Raises:
@@ -170,17 +170,17 @@ class Router:
                     f"macs of {kind!r} must be numbers >= 0 of shape {array.shape[1:]}, got {costs.shape}"
                 )
             weights[kind] = np.where(np.isfinite(array), costs, 0.0)
-        cells = sorted(
+        entries = sorted(
             (
-                (float(array[cell]), cell, kind)
+                (float(array[entry]), entry, kind)
                 for kind, array in self.logits.items()
-                for cell in map(tuple, np.argwhere(np.isfinite(array)).tolist())
-                if cell[0] > 0
+                for entry in map(tuple, np.argwhere(np.isfinite(array)).tolist())
+                if entry[0] > 0
             ),
             key=lambda each: each[:2],
         )
         total = sum(each.sum() for each in weights.values())
-        shares = np.cumsum([0.0, *(weights[kind][cell] for _, cell, kind in cells)]) / total
+        shares = np.cumsum([0.0, *(weights[kind][entry] for _, entry, kind in entries)]) / total
         found = []
         for target in targets:
             if not 0 <= target <= shares[-1] + 1e-9:
@@ -190,8 +190,8 @@ class Router:
                 )
             count = int(np.abs(shares - target).argmin())
             bits = {kind: np.ones(array.shape, dtype=bool) for kind, array in self.logits.items()}
-            for _, cell, kind in cells[:count]:
-                bits[kind][cell] = False
+            for _, entry, kind in entries[:count]:
+                bits[kind][entry] = False
             found.append(self._schedule(bits, {"target": float(target)}))
         return found
 

@@ -119,9 +119,9 @@ class Schedule:
 
     @property
     def reuse_share(self) -> float:
-        """This share of all (step, block, component) cells is reused."""
-        cells = sum(layer.bits.size for layer in self.layers.values())
-        return sum(int((~layer.bits).sum()) for layer in self.layers.values()) / cells
+        """This share of all (step, block, component) entries is reused."""
+        entries = sum(layer.bits.size for layer in self.layers.values())
+        return sum(int((~layer.bits).sum()) for layer in self.layers.values()) / entries
 
     @property
     def forecasts(self) -> bool:
@@ -280,7 +280,7 @@ class Schedule:
         except ValueError as error:
             raise ScheduleError(f"not valid JSON: {error}") from error
         if isinstance(document, dict) and ecad_file.ROOT in document:
-            return cls.from_bits(*ecad_file.parse(document, schedule_file.MAX_COUNT))
+            return cls.from_bits(*ecad_file.parse(document))
         schedule = cls.from_bits(*schedule_file.parse(document))
         if document["sha256"] != schedule.sha256:
             raise ScheduleError(

@@ -78,9 +78,10 @@ def expect(document: Any, where: str, fields: Mapping[str, type | tuple[type, ..
             )
 
 
-def _count(value: int, where: str) -> int:
-    if not 1 <= value <= MAX_COUNT:
-        raise ScheduleError(f"{where} must be from 1 to {MAX_COUNT}, got {value}")
+def count_of(value: int, where: str, most: int = MAX_COUNT) -> int:
+    """A number from 1 to `most` passes; ScheduleError names the place of another."""
+    if not 1 <= value <= most:
+        raise ScheduleError(f"{where} must be from 1 to {most}, got {value}")
     return value
 
 
@@ -105,18 +106,18 @@ def parse(document: Any) -> tuple[Any, ...]:
         raise ScheduleError(
             f"version must be {VERSIONS[0]} or {VERSIONS[1]}, got {document['version']}; a newer fastdit may read it"
         )
-    steps = _count(document["steps"], "steps")
+    steps = count_of(document["steps"], "steps")
     if len(document["blocks"]) > MAX_KINDS:
         raise ScheduleError(
             f"blocks may have at most {MAX_KINDS} block kinds, got {len(document['blocks'])}"
         )
     fields = ("bits",) if document["version"] == 1 else ("bits", "orders")
     found: dict[str, dict[str, Any]] = {name: {} for name in ("components", "bits", "orders")}
-    for kind, entry in document["blocks"].items():
+    for kind, given in document["blocks"].items():
         lists = dict.fromkeys(("components", *fields), list)
-        expect(entry, f"blocks.{kind}", {"count": int, **lists})
-        count = _count(entry["count"], f"blocks.{kind}.count")
-        width = count * _count(len(entry["components"]), f"number of blocks.{kind}.components")
+        expect(given, f"blocks.{kind}", {"count": int, **lists})
+        count = count_of(given["count"], f"blocks.{kind}.count")
+        width = count * count_of(len(given["components"]), f"number of blocks.{kind}.components")
         if steps * width > MAX_BITS:
             raise ScheduleError(
                 f"blocks.{kind}: {steps * width} bits, at most {MAX_BITS} are accepted"
@@ -124,10 +125,10 @@ def parse(document: Any) -> tuple[Any, ...]:
         for field in fields:
             where = f"blocks.{kind}.{field}"
             values = _values(
-                entry[field], where, (steps, width), "01" if field == "bits" else "012"
+                given[field], where, (steps, width), "01" if field == "bits" else "012"
             )
             found[field][kind] = values.reshape(steps, count, -1)
-        found["components"][kind] = entry["components"]
+        found["components"][kind] = given["components"]
     return found["bits"], found["components"], document["provenance"], found["orders"] or None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError, UnsupportedModelError
 
 #: classes whose `step` draws noise whatever its arguments are
@@ -108,7 +109,7 @@ def recommend(pipe: Any, steps: int) -> Advice:
         ArgumentError: `steps` is no int of at least 1.
         UnsupportedModelError: `pipe` has no scheduler of diffusers.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_whole(steps) or steps < 1:
         raise ArgumentError(f"steps must be an int of at least 1, got {steps!r}")
     scheduler = getattr(pipe, "scheduler", None)
     if not hasattr(scheduler, "config") or not hasattr(scheduler, "set_timesteps"):

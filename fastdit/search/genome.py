@@ -82,7 +82,7 @@ class Genome:
         return hashlib.sha256(flags.astype(np.uint8).tobytes()).hexdigest()[:32]
 
     def reused(self, vector: np.ndarray) -> int:
-        """So many cells differ from the uncached run."""
+        """So many entries differ from the uncached run."""
         return int((~self.effective(vector)).sum())
 
     def to_bytes(self, vector: np.ndarray) -> bytes:
@@ -97,7 +97,7 @@ class Genome:
         return bits[: self.size].astype(bool)
 
     def _flags(self, vector: np.ndarray) -> np.ndarray:
-        """Every cell has COMPUTE, REUSE or neither."""
+        """Every entry has COMPUTE, REUSE or neither."""
         actions = lower(self.schedule(vector), self.spec)
         first, offsets = 0, {}
         for kind in self.spec.kinds:

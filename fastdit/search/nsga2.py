@@ -31,7 +31,7 @@ class Operators:
         crossover_share: Share of the matings that cross at all.
         mutation_share: Share of the children that mutate at all.
         mutation_bits: Mean number of flipped bits in a child that mutates.
-        min_difference: A schedule that reuses fewer cells than this is infeasible.
+        min_difference: A schedule that reuses fewer entries than this is infeasible.
         seed: Of the whole search.
         unit: What crossover cuts and mutation changes: "bit" as in the paper, or "step", see `moves.py`.
     """
@@ -123,7 +123,7 @@ class Nsga2:
         return self.algorithm.pop.get("X").astype(bool)
 
     def tell(self, values: np.ndarray, reused: np.ndarray) -> None:
-        """The vectors asked for are worth this: objectives [n, objectives], cells reused [n]."""
+        """The vectors asked for are worth this: objectives [n, objectives], entries reused [n]."""
         from pymoo.core.evaluator import Evaluator
         from pymoo.problems.static import StaticProblem
 

@@ -155,7 +155,7 @@ def _staleness(bits: np.ndarray) -> np.ndarray:
 
 
 def _where(bits: np.ndarray) -> np.ndarray:
-    """Staleness has a direction and a size: few stale cells are as far from few others as many from many."""
+    """Staleness has a direction and a size: few stale entries are as far from few others as many from many."""
     stale = _staleness(bits)
     size = np.linalg.norm(stale, axis=1, keepdims=True) + 1e-9
     return np.concatenate([stale / size, MAGNITUDE * np.log(size)], axis=1)

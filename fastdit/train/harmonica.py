@@ -290,7 +290,7 @@ class HarmoniCa:
         self.beta = self.settings.beta
         self._prices = torch.ones(count, device=self._device)
         if self.settings.target is not None:
-            macs = torch.tensor([float(cell[2]) for cell in cost.cells], device=self._device)
+            macs = torch.tensor([float(c.macs) for c in cost.components], device=self._device)
             self._prices = macs / macs.mean()
         self.epoch = 0
 

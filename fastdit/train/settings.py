@@ -13,7 +13,7 @@ class Progress:
         epoch: How many are done.
         loss: Mean squared error of the guided output, mean over the steps.
         weighted: The same weighted by lambda, and the penalty added: what was minimised.
-        reuse: Share of all cells that the threshold reuses (CUR).
+        reuse: Share of all entries that the threshold reuses (CUR).
         mac_reuse: The same weighted by multiply-accumulates.
         seconds: Of this epoch.
     """
@@ -28,7 +28,7 @@ class Progress:
     def __str__(self) -> str:
         return (
             f"epoch {self.epoch}: loss {self.loss:.3e}, weighted {self.weighted:.3e}, "
-            f"reuse {self.reuse:.1%} of cells, {self.mac_reuse:.1%} of arithmetic, {self.seconds:.1f} s"
+            f"reuse {self.reuse:.1%} of entries, {self.mac_reuse:.1%} of arithmetic, {self.seconds:.1f} s"
         )
 
 
