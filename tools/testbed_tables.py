@@ -1,0 +1,157 @@
+"""What the documents say of the studies of `benchmarks/testbed.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+#: what is equal -> how a table calls it
+SIDES = {
+    "arithmetic": "equal arithmetic",
+    "time": "no more time",
+    "more time": "one step more",
+    "nodes": "AB2, same levels",
+}
+
+
+class Verdict(NamedTuple):
+    """An arm beside a baseline: a condition's best plain solver of those that are equal in something.
+
+    Attributes:
+        best: The baseline's name.
+        found: Of "error", "clean", "score" and "frechet".
+    """
+
+    best: str
+    found: Mapping[str, Mapping[str, float]]
+
+
+def verdicts(result: Mapping[str, Any], side: str) -> Iterator[tuple[str, list[Verdict]]]:
+    """Each arm that has such a baseline, and a verdict for each condition."""
+    for arm, beside in result["beside"].items():
+        if side in beside:
+            yield arm, [verdict(condition["rows"], arm, beside[side]) for condition in result["conditions"]]
+
+
+def verdict(rows: Mapping[str, Any], arm: str, names: list[str]) -> Verdict:
+    """The best of the baselines is the nearest to the solution, by the median."""
+    best = min(names, key=lambda name: rows[name]["median"])
+    return Verdict(best, rows[arm]["against"][best])
+
+
+def condition_name(condition: Mapping[str, Any]) -> str:
+    """A condition in words."""
+    return f"{condition['captions']} captions, guidance {condition['guidance']:g}"
+
+
+def ratio(found: Mapping[str, float]) -> str:
+    """A ratio with its interval."""
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def less(found: Mapping[str, float], form: str = "+.0%") -> str:
+    """A difference with its interval."""
+    value, low, high = (format(found[end], form) for end in ("less", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def judges_distance(arm: str) -> bool:
+    """RALU draws other pictures, which a distance to the solution cannot judge."""
+    return not arm.startswith("RALU")
+
+
+def tables(result: Mapping[str, Any], machine: str) -> list[str]:
+    """All of a study: a table a condition."""
+    study = result["study"]
+    lines = [
+        "",
+        (
+            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in the "
+            "package, equal noise for all. The truth is Heun's method in 60 steps; an error is the relative distance of "
+            "a picture's latents to it. A ratio is the geometric mean of an arm's error over that of the best of Euler "
+            "and AB2 on the trailing grid and UniPC (of equal arithmetic; with the most steps that take no more time; "
+            "with one step more; AB2 on the very levels at which the arm computes), with its 95 % interval: below 1 the "
+            "arm is nearer. Clean pictures show objects of some shape, the score is the share of the prompt's objects "
+            "that are there, the Fréchet distance is to the truth's pictures on features of the model's own encoder; "
+            "each less that of the baseline of no more time. Seconds are a picture's in batches of 16, parity alone "
+            f"({machine}; `benchmarks/testbed.py {study}`)."
+        ),
+        "",
+        f"![distances over evaluations](testbed-{study}.png)",
+    ]
+    sides = [side for side in SIDES if any(side in some for some in result["beside"].values())]
+    for condition in result["conditions"]:
+        truth, rows = condition["truth"], condition["rows"]
+        lines += [
+            "",
+            f"### {study.upper() if study != 'caches' else 'Caches'}: {condition_name(condition)}",
+            "",
+            (
+                f"The truth's own error, estimated from 30 steps, has the median {truth['median']:.4f}; it is clean in "
+                f"{truth['clean']:.0%} and scores {truth['score']:.0%}."
+            ),
+            "",
+            "| | evaluations | seconds | error | "
+            + " | ".join(SIDES[side] for side in sides)
+            + " | clean | score | Fréchet |",
+            "|---|---|---|---|" + "---|" * (len(sides) + 3),
+        ]
+        for arm, beside in result["beside"].items():
+            row, known = rows[arm], judges_distance(arm)
+            cells = [f"{row['median']:.4f}" if known else ""]
+            for side in sides:
+                shown = verdict(rows, arm, beside[side]) if side in beside and known else None
+                cells.append(f"{ratio(shown.found['error'])} {shown.best.split()[0]}" if shown else "")
+            found = verdict(rows, arm, beside["time"]).found
+            cells += [
+                f"{row['clean']:.0%}, {less(found['clean'])}",
+                f"{row['score']:.0%}, {less(found['score'])}",
+                f"{row['frechet']:.3f}, {less(found['frechet'], '+.3f')}",
+            ]
+            spent = f"{result['evaluations'][arm]:.1f} | {result['seconds'][arm]:.2f}"
+            lines.append(f"| {arm} | {spent} | {' | '.join(cells)} |")
+    return lines
+
+
+def forecasts(result: Mapping[str, Any]) -> list[str]:
+    """Repeats and forecasts of whole steps under UniPC, beside the best plain solver."""
+    lines = [
+        (
+            "Ratio of errors to those of the best of Euler, UniPC and AB2 with as many evaluations, from "
+            "[the table](../results.md#distance-to-the-solution); below 1 the arm is nearer to the solution."
+        ),
+        "",
+        "| | evaluations | " + " | ".join(map(condition_name, result["conditions"])) + " |",
+        "|---|---|" + "---|" * len(result["conditions"]),
+    ]
+    for arm, found in verdicts(result, "arithmetic"):
+        if arm.startswith("unipc") and "every 2" in arm:
+            cells = " | ".join(ratio(one.found["error"]) for one in found)
+            lines.append(f"| {arm} | {result['evaluations'][arm]:.0f} | {cells} |")
+    return lines
+
+
+def beside_fewer_steps(result: Mapping[str, Any]) -> list[str]:
+    """A method less fewer plain steps of the best solver in the same time, and of the same arithmetic."""
+    lines = [
+        (
+            f"On the model in the package, {result['pictures']} held-out prompts of each kind, 95 % bootstrap "
+            "intervals, beside the best of Euler, UniPC and AB2; what each column means is said in "
+            f"[the results](../results.md#pictures-by-{result['study']}):"
+        ),
+    ]
+    for condition in result["conditions"]:
+        lines += [
+            "",
+            f"| {condition_name(condition)} | beside | error over its | clean | score | Fréchet distance |",
+            "|---|---|---|---|---|---|",
+        ]
+        for side in ("time", "arithmetic"):
+            for arm, beside in result["beside"].items():
+                found = verdict(condition["rows"], arm, beside[side])
+                error = ratio(found.found["error"]) if judges_distance(arm) else ""
+                lines.append(
+                    f"| {arm} | {found.best}, {SIDES[side]} | {error} | {less(found.found['clean'])} | "
+                    f"{less(found.found['score'])} | {less(found.found['frechet'], '+.3f')} |"
+                )
+    return lines
