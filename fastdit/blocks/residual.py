@@ -87,7 +87,7 @@ class Residual:
         if isinstance(alone, Tensor) and self._is_owned():
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
-            self._h = forward._owned[self._stream] = self._h.contiguous()
+            self._h = forward._own_streams[self._stream] = self._h.contiguous()
         return forward.ops.norm_modulate(
             self._h,
             scale,
@@ -140,7 +140,7 @@ class Residual:
         self._h = self._forward.ops.gated_residual(
             self._h, branches, gates, out=self._h if self._is_owned() else None, **at
         )
-        self._forward._owned[self._stream] = self._h
+        self._forward._own_streams[self._stream] = self._h
 
     def clip_to_half(self) -> None:
         """Clip to fp16's finite range, as FLUX does after a block in that dtype."""
@@ -152,7 +152,7 @@ class Residual:
         if self._forward._may_wait():
             return self._h
         h = self.read()
-        self._forward._owned.pop(self._stream, None)  # somebody may hold on to it
+        self._forward._own_streams.pop(self._stream, None)  # somebody may hold on to it
         return h
 
     def discard(self) -> None:
@@ -161,7 +161,7 @@ class Residual:
 
     def _is_owned(self) -> bool:
         """Whether `h` was made here and was seen by nobody else, so that it may be updated in place."""
-        return self._forward._owned.get(self._stream) is self._h
+        return self._forward._own_streams.get(self._stream) is self._h
 
 
 def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:
