@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
-from fastdit.tokens import selection
-from fastdit.tokens.edges import top_rows
+from fastdit.tokens import edges
 from fastdit.tokens.layout import SIDE, Layout
 from fastdit.tokens.stages import Stage
 
@@ -140,7 +139,7 @@ class ResolutionRun(MethodRun):
 
     def project(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
-        if self.now.form != "full":
+        if self.now.name != "full":
             state = self._field(latents)
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
@@ -176,7 +175,7 @@ class ResolutionRun(MethodRun):
         for record in self.records:
             estimate = record.estimate
             decoded = torch.cat([self._decoded(one) for one in estimate.split(1)])
-            side = 2 if record.layout.form == "coarse" else 1
+            side = 2 if record.layout.name == "coarse" else 1
             decoded = decoded.repeat_interleave(side, -1).repeat_interleave(side, -2)
             levels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             found.append(levels.permute(0, 2, 3, 1).cpu().numpy())
@@ -221,22 +220,19 @@ class ResolutionRun(MethodRun):
     def _chosen(self) -> Tensor:
         method, cells = self.method, tuple(side // 2 for side in self.now.grid)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
-        energy = selection.energy(method.selector, clean, cells, self._decoded, clipped)
-        return top_rows(energy, method.split_count(self.now.tokens, self._text))
+        energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
+        return edges.top_rows(energy, method.split_count(self.now.tokens, self._text))
 
     def _picture(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
-        height, width = self.now.grid
-        if self.now.form == "coarse":
-            height, width = height // 2, width // 2
-            grid = tokens.unflatten(1, (height, width)).unflatten(3, (-1, SIDE, SIDE))
-        else:
-            cells = tokens.new_empty(
-                tokens.shape[0], height, width, SIDE, SIDE, tokens.shape[2] // SIDE**2
-            )
-            self.now.write(tokens, cells, self.ops)
-            grid = cells.permute(0, 1, 2, 5, 3, 4)
-        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        layout = self.now
+        if layout.name == "coarse":
+            layout = Layout.uniform(tuple(side // 2 for side in layout.grid), 0, tokens.device)
+        height, width = (SIDE * side for side in layout.grid)
+        picture = tokens.new_empty(tokens.shape[0], tokens.shape[2] // SIDE**2, height, width)
+        field = picture.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 2, 4, 3, 5, 1)
+        layout.write(tokens, field, self.ops)
+        return picture
 
     def _field(self, latents: Tensor) -> Tensor:
         return self.adapter.field(latents, self.now.grid)
