@@ -77,8 +77,7 @@ def double_block(
         ),
         c_gate_mlp,
     )
-    text.clip_to_half()
-    return text.leave(), image.leave()
+    return text.leave(clips=True), image.leave()
 
 
 def single_block(
@@ -128,9 +127,7 @@ def single_block(
     )
     for stream, part in zip((text, image), fw.parted(branch, text_length), strict=True):
         stream.add(part, gate)
-    text.clip_to_half()
-    image.clip_to_half()
-    return text.leave(), image.leave()
+    return text.leave(clips=True), image.leave(clips=True)
 
 
 def _of_picture(positions: Tensor) -> Tensor:

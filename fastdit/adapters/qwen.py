@@ -59,9 +59,7 @@ def double_block(
     image.add(_feed_forward(fw, block, "img", image, img[4], img[3]), img[5])
     text.add(attention[1], txt[2])
     text.add(_feed_forward(fw, block, "txt", text, txt[4], txt[3]), txt[5])
-    text.clip_to_half()
-    image.clip_to_half()
-    return text.leave(), image.leave()
+    return text.leave(clips=True), image.leave(clips=True)
 
 
 def _feed_forward(fw: Forward, block: nn.Module, part: str, stream: Any, *affine: Tensor) -> Any:

@@ -89,13 +89,7 @@ class Residual:
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
             self._h = forward._own_streams[self._stream] = self._h.contiguous()
         return forward.ops.norm_modulate(
-            self._h,
-            scale,
-            shift,
-            branch=branch,
-            gate=gate,
-            out=out,
-            **norm_parameters(norm),
+            self._h, scale, shift, branch=branch, gate=gate, out=out, **norm_parameters(norm)
         )
 
     def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
@@ -142,13 +136,13 @@ class Residual:
         )
         self._forward._own_streams[self._stream] = self._h
 
-    def clip_to_half(self) -> None:
-        """Clip to fp16's finite range, as FLUX does after a block in that dtype."""
-        if self._h.dtype is torch.float16:
-            self._h = self.read().clip(-65504, 65504)
+    def leave(self, clips: bool = False) -> Tensor:
+        """The block's output. What still waits is added here unless the next block is sure to take it over.
 
-    def leave(self) -> Tensor:
-        """The block's output. What still waits is added here unless the next block is sure to take it over."""
+        `clips` where the block in fp16 clips to that dtype's finite range.
+        """
+        if clips and self._h.dtype is torch.float16:
+            self._h = self.read().clip(-65504, 65504)
         if self._forward._may_wait():
             return self._h
         h = self.read()
