@@ -79,15 +79,15 @@ class ResolutionRun(MethodRun):
             )
         if self.now is None:
             arguments = call.arguments
-            cells = self.adapter.full_grid(arguments, run.patch)
-            if any(side % 2 for side in cells):
+            grid = self.adapter.full_grid(arguments, run.patch)
+            if any(side % 2 for side in grid):
                 scale = run.patch * getattr(run.pipeline(), "vae_scale_factor", 8)
                 raise ArgumentError(
                     f"height and width must be multiples of {2 * scale} for {name}, "
-                    f"got {cells[0] * scale} x {cells[1] * scale}"
+                    f"got {grid[0] * scale} x {grid[1] * scale}"
                 )
             text = arguments.embeddings[0].shape[1]
-            self.begin(cells, text, arguments.hidden_states.device)
+            self.begin(grid, text, arguments.hidden_states.device)
         return self.now
 
     def begin_step(self, scheduler: Any, sample: Tensor) -> None:
@@ -106,7 +106,8 @@ class ResolutionRun(MethodRun):
             self.project(step.latents)
         if self.end_sigma(run.step) is not None:
             self.finish(step.velocity, step.latents)
-            step.scheduler.sigmas[run.step + 1] = self.start_sigma
+            ended = len(self.records) == len(self.stages)
+            step.scheduler.sigmas[run.step + 1] = 0.0 if ended else self.stage.sigmas[0]
 
     def end(self) -> None:
         """Only the records stay."""
@@ -120,13 +121,13 @@ class ResolutionRun(MethodRun):
         """The stage in progress."""
         return self.stages[self.index]
 
-    def begin(self, cells: tuple[int, int], text: int, device: torch.device) -> None:
-        """Lay out the first stage over so many cells, beside so many text tokens."""
+    def begin(self, grid: tuple[int, int], text: int, device: torch.device) -> None:
+        """Lay out the first stage over a grid of cells, beside so many text tokens."""
         self._text = text
         if self.method.steps[1]:
-            self.method.split_count(cells[0] * cells[1] // 4, text)  # refuse now what it refuses
+            self.method.split_count(grid[0] * grid[1] // 4, text)  # refuse now what it refuses
         level = 0 if self.stage.layout == "full" else 1
-        self.now = Layout.uniform(cells, level, device)
+        self.now = Layout.uniform(grid, level, device)
 
     def seed(self, latents: Tensor) -> None:
         """Make a generator for each of the initial latents [B, ...]."""
@@ -162,12 +163,6 @@ class ResolutionRun(MethodRun):
             x = self._transition(x)
             self.now.write(x, state, self.ops)
 
-    @property
-    def start_sigma(self) -> float:
-        """The noise level of the stage's first step; 0 after the last stage."""
-        ended = len(self.records) == len(self.stages)
-        return 0.0 if ended else self.stage.sigmas[0]
-
     @torch.no_grad()
     def pictures(self) -> np.ndarray:
         """The estimates of all stages that have ended, decoded: uint8 [stages, B, H, W, 3]."""
@@ -186,7 +181,10 @@ class ResolutionRun(MethodRun):
         stage, before, noise = self.stage, self.now, self.method.noise
         batch, _, width = x.shape
         full, parity = stage.layout == "full", self.method.mode == "parity"
-        rows = self._all_coarse(batch) if full else self._chosen()
+        if full:
+            rows = torch.arange(before.coarse, device=before.table.device).expand(batch, -1)
+        else:
+            rows = self._chosen()
         count = before.tokens + 3 * rows.shape[1]
         eps = torch.stack(
             [torch.randn(count, width, generator=generator) for generator in self.generators]
@@ -213,9 +211,6 @@ class ResolutionRun(MethodRun):
         """The picture of latents; offloading hooks move the VAE in."""
         pipeline = self.run.pipeline() or self.run.patched.pipeline()
         return self.adapter.decode(latents, pipeline.vae).to(latents.device)
-
-    def _all_coarse(self, batch: int) -> Tensor:
-        return torch.arange(self.now.coarse, device=self.now.table.device).expand(batch, -1)
 
     def _chosen(self) -> Tensor:
         method, cells = self.method, tuple(side // 2 for side in self.now.grid)
