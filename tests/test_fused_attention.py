@@ -32,8 +32,7 @@ def fused(monkeypatch):
         return attend(*args, **kwargs)
 
     monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: True)
-    for module in ("blocks.attention", "adapters.flux"):
-        monkeypatch.setattr(f"fastdit.{module}.attend", counted)
+    monkeypatch.setattr("fastdit.blocks.attention.attend", counted)
     return calls
 
 

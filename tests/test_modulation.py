@@ -54,7 +54,7 @@ def layers(model):
 @pytest.mark.parametrize("rows", [64, 4], ids=["all steps", "windows of steps"])
 @pytest.mark.parametrize("name", NAMES)
 def test_modulations_made_ahead_are_those_of_each_step(name, rows, products, monkeypatch):
-    monkeypatch.setattr(modulation, "ROWS", rows)
+    monkeypatch.setattr(modulation, "FREE_ROWS", rows)
     pipe = tiny_models.pipeline(name, torch.float64)
     expected = generate(pipe, name, steps=STEPS, cfg=False, batch=2)
     fastdit.patch(pipe)

@@ -217,7 +217,7 @@ def test_one_split_token_and_its_four():
     places = (table[0, :, 1:] / 2).tolist()
     assert places == [[0, 0], [0, 1], [1, 0], [1, 1], [1, 1.5], [1.5, 1], [1.5, 1.5]]
     layout = Layout((4, 4), table, 3)
-    assert layout.form == "mixed"
+    assert layout.name == "mixed"
     assert layout.levels()[0].tolist() == [[1, 1, 1, 1]] * 2 + [[1, 1, 0, 0]] * 2
     rows = torch.arange(3)[None]
     full, _ = ops.resolution_transition(

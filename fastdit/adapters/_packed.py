@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import place_of
 from fastdit.adapters.base import Adapter
 from fastdit.adapters.latents import batch_index
 from fastdit.tokens.layout import SIDE, Layout
@@ -15,9 +14,6 @@ from fastdit.tokens.layout import SIDE, Layout
 
 class Packed(Adapter):
     """The tokens of a call are what it is given; only pictures and predictions have a height and a width."""
-
-    #: arguments with a position for each image token; where tokens are left out, as many are given, which nobody reads
-    token_positions: Sequence[str] = ()
 
     def patch(self, transformer: nn.Module) -> int:
         """The pipeline packs 2 x 2 latent pixels."""
@@ -43,22 +39,9 @@ class Packed(Adapter):
         grid = latents.unflatten(1, cells).unflatten(3, (-1, SIDE, SIDE))
         return grid.permute(0, 1, 2, 4, 5, 3)
 
-    def gather_inputs(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, rows: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The active tokens' latents go on alone."""
-        args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        count = owner[key].shape[1]
-        owner[key] = owner[key][batch_index(rows), rows]
-        self._cut_positions(transformer, args, kwargs, rows.shape[1])
-        self._gather_residuals(transformer, args, kwargs, rows, count)
-        return tuple(args), kwargs
-
-    def _cut_positions(self, transformer: nn.Module, args: Any, kwargs: Any, count: int) -> None:
-        for name in self.token_positions:
-            owner, key = place_of(transformer, args, kwargs, name)
-            owner[key] = owner[key][..., :count, :]
+    def gather_latents(self, latents: Tensor, index: tuple[Tensor, Tensor], patch: int) -> Tensor:
+        """The tokens at `index`, [B, K, 4 C]."""
+        return latents[index]
 
     def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
         """The result is `full` [B, N, 4 C] with `rows` replaced by `sample`."""
@@ -69,15 +52,9 @@ class Packed(Adapter):
         super().check_resolution(transformer)
         self.check_tokens(transformer)
 
-    def reduce_inputs(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, layout: Layout, ops: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The layout's tokens go on; `embed_layout` says where they are."""
-        args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        owner[key] = layout.read(self.field(owner[key], layout.grid), ops)
-        self._cut_positions(transformer, args, kwargs, layout.tokens)
-        return tuple(args), kwargs
+    def reduce_latents(self, latents: Tensor, layout: Layout, ops: Any) -> Tensor:
+        """The layout's tokens, [B, n, 4 C]."""
+        return layout.read(self.field(latents, layout.grid), ops)
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
         """Tokens [B, n, 4 C] are drawn at full size, [B, N, 4 C]."""

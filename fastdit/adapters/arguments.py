@@ -34,14 +34,3 @@ def arguments_of(
     if not args:
         return kwargs
     return {**dict(zip(forward_arguments(type(transformer)), args, strict=False)), **kwargs}
-
-
-def argument_of(
-    transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], name: str
-) -> Any:
-    """An argument of a call of the transformer; None if it was not given."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = forward_arguments(type(transformer))
-    position = names.index(name) if name in names else len(args)
-    return args[position] if position < len(args) else None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import argument_of, arguments_of
+from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.latents import Pictures
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError, UnsupportedModelError
@@ -33,9 +33,9 @@ NEEDS: Mapping[str, str] = {
     "positions_argument embeddings_arguments other_arguments residual_arguments own_attention_arguments "
     "tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
     "reuse": "components consumers groups shared_gates has_component parts",
-    "rows": "layouts processors embedders embed patch patches gather_inputs scatter_output moved_tokens grid "
-    "latent_image decode shifts_latents",
-    "resolution": "changes_resolution check_resolution full_grid field reduce_inputs expand_output embed_layout "
+    "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
+    "moved_tokens grid latent_image decode shifts_latents",
+    "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention",
     "spared": "fused_attentions prompt_projections condition_embedding condition_arguments layer_inputs "
     "embed_condition timesteps_per_unit given_timesteps",
@@ -188,9 +188,7 @@ class Adapter(Pictures):
 
     def block_list(self, transformer: nn.Module, kind: str) -> Sequence[nn.Module]:
         """The blocks of a kind, whose name is a path from the transformer; none where it has no such list."""
-        for name in kind.split("."):
-            transformer = getattr(transformer, name, ())
-        return transformer
+        return _module_at(transformer, kind) or ()
 
     def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
         """(block, component, module) of all :meth:`parts`."""
@@ -344,18 +342,21 @@ class Adapter(Pictures):
         embeds = self.condition_embeddings_of(transformer)
         if not embeds or not unobserved(embeds[0]):
             return None
-        names = (self.image_argument, *self.condition_arguments)
-        latents, *told = (argument_of(transformer, args, kwargs, name) for name in names)
+        given = arguments_of(transformer, args, kwargs)
+        latents = given[self.image_argument]
+        told = [given.get(name) for name in self.condition_arguments]
 
         def make(timesteps: Tensor) -> tuple[Tensor]:
             rows = (None if t is None else repeated(t, len(timesteps), batch) for t in told)
-            return (self.embed_condition(embeds[0], latents, timesteps, *rows),)
+            return (self.embed_condition(transformer, latents, timesteps, *rows),)
 
         return LayerInputs(make, tuple(t for t in told if t is not None))
 
-    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
-        """``embed`` of timesteps and of the `condition_arguments`, as the transformer calls it."""
-        return embed(timesteps, *told)
+    def embed_condition(
+        self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any
+    ) -> Tensor:
+        """What the transformer makes of timesteps and of the `condition_arguments` for its adaLN layers."""
+        return _module_at(transformer, self.condition_embedding)(timesteps, *told)
 
     def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module; none in a family whose layers have their own."""
@@ -409,8 +410,3 @@ def _module_at(transformer: Any, path: str) -> Any:
     for name in path.split("."):
         transformer = getattr(transformer, name, None)
     return transformer
-
-
-def chunk_gates(modulation: Tensor, count: int) -> tuple[Tensor, ...]:
-    """[B, count D] -> `count` views [B, D]."""
-    return torch.chunk(modulation, count, dim=1)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import argument_of
-from fastdit.adapters.base import Adapter, Size, blank, chunk_gates, picture
+from fastdit.adapters.arguments import arguments_of
+from fastdit.adapters.base import Adapter, Size, blank, picture
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import UnsupportedModelError
@@ -40,7 +40,7 @@ def basic_block(
         return fw.segments.linear(norm.linear, norm.silu(emb))
 
     modulation = fw.modulation(norm, modulate, timestep, class_labels)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(modulation, 6)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
     image.add(
         fw.component(
             "attn1",
@@ -97,7 +97,7 @@ class DiT(Adapter):
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs | None:
         """Timestep and class, which each layer embeds for itself."""
-        labels = argument_of(transformer, args, kwargs, "class_labels")
+        labels = arguments_of(transformer, args, kwargs).get("class_labels")
         if labels is None:
             return None
         return LayerInputs(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
-from fastdit.adapters.base import Call, Size, blank, chunk_gates
-from fastdit.blocks.attention import Part, Rotation, attend, joint_attention, projections
+from fastdit.adapters.base import Call, Size, blank
+from fastdit.blocks.attention import Rotation, joint_attention, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.residual import gathered, joint_normed
 from fastdit.errors import ArgumentError
@@ -36,21 +36,16 @@ def double_block(
 ) -> tuple[Tensor, Tensor]:
     """One `FluxTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = chunk_gates(fw.adaln(block.norm1, temb), 6)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = chunk_gates(
-        fw.adaln(block.norm1_context, temb), 6
-    )
+    modulation, context = fw.adaln(block.norm1, temb), fw.adaln(block.norm1_context, temb)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = context.chunk(6, dim=1)
 
-    def attend_jointly(u_image: Tensor, u_text: Tensor) -> tuple[Tensor, ...]:
+    def attend() -> tuple[Tensor, ...]:
+        u_image = image.normed(block.norm1.norm, scale, shift)
+        u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
         if fw.tokens is not None:
-            return joint_attention(
-                fw,
-                "full_attn",
-                block.attn,
-                u_image,
-                u_text,
-                rotation=fw.rotation(lambda: Rotation(*image_rotary_emb)),
-            )
+            rotation = fw.rotation(lambda: Rotation(*image_rotary_emb))
+            return joint_attention(fw, "full_attn", block.attn, u_image, u_text, rotation=rotation)
         return fw.segments.attention(
             block.attn,
             hidden_states=u_image,
@@ -59,13 +54,7 @@ def double_block(
             **(joint_attention_kwargs or {}),
         )
 
-    attention = fw.component(
-        "full_attn",
-        lambda: attend_jointly(
-            image.normed(block.norm1.norm, scale, shift),
-            text.normed(block.norm1_context.norm, c_scale, c_shift),
-        ),
-    )
+    attention = fw.component("full_attn", attend)
     image.add(attention[0], gate)
     image.add(
         fw.component(
@@ -88,8 +77,7 @@ def double_block(
         ),
         c_gate_mlp,
     )
-    text.clip_to_half()
-    return text.leave(), image.leave()
+    return text.leave(clips=True), image.leave()
 
 
 def single_block(
@@ -104,14 +92,17 @@ def single_block(
     """One `FluxSingleTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     text_length = encoder_hidden_states.shape[1]
-    shift, scale, gate = chunk_gates(fw.adaln(block.norm, temb), 3)
+    shift, scale, gate = fw.adaln(block.norm, temb).chunk(3, dim=1)
     runs_out = fw.computes("single_proj_out")
     if runs_out or fw.computes("single_attn") or fw.computes("single_proj_mlp"):
         u = joint_normed((text, image), block.norm.norm, scale, shift)
 
     def attend_single() -> Tensor:
         if fw.tokens is not None:
-            return _attend_single(fw, block.attn, u, text_length, image_rotary_emb)
+            rotation = fw.rotation(lambda: Rotation(*image_rotary_emb))
+            return self_attention(
+                fw, block.attn, u, rotation=rotation, text=text_length, projects=False
+            )
         return fw.segments.attention(
             block.attn,
             hidden_states=u,
@@ -136,25 +127,7 @@ def single_block(
     )
     for stream, part in zip((text, image), fw.parted(branch, text_length), strict=True):
         stream.add(part, gate)
-    text.clip_to_half()
-    image.clip_to_half()
-    return text.leave(), image.leave()
-
-
-def _attend_single(fw: Forward, attn: nn.Module, u: Tensor, text: int, rotation: Any) -> Tensor:
-    """The same for a single-stream block, whose tokens are joint already."""
-    tokens = fw.tokens
-    rows = tokens.joint_rows(text)
-    part = Part(*projections(attn, u), attn.norm_q, attn.norm_k, 0, rows)
-    return attend(
-        tokens,
-        (fw.index, "single_attn"),
-        (part,),
-        text + tokens.count,
-        attn.heads,
-        fw.rotation(lambda: Rotation(*rotation)),
-        attn.processor,
-    )
+    return text.leave(clips=True), image.leave(clips=True)
 
 
 def _of_picture(positions: Tensor) -> Tensor:
@@ -234,7 +207,7 @@ class Flux(Packed):
         if key not in memory:
             places = layout.table.float()
             images, count = places.shape[:2]
-            if layout.form == "full":
+            if layout.name == "full":
                 memory[key] = type(module).forward(module, ids)
             else:
                 places = torch.cat([torch.zeros_like(places[..., :1]), places[..., 1:] / 2], dim=-1)
@@ -246,11 +219,13 @@ class Flux(Packed):
                     memory[key] = tuple(t[0] for t in memory[key])
         return memory[key]
 
-    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
+    def embed_condition(
+        self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any
+    ) -> Tensor:
         """Of timesteps and guidance, if the model has it, in thousandths."""
         dtype, (guidance, pooled) = latents.dtype, told
         rows = (pooled,) if guidance is None else (guidance.to(dtype) * 1000, pooled)
-        return embed(timesteps.to(dtype) * 1000, *rows)
+        return transformer.time_text_embed(timesteps.to(dtype) * 1000, *rows)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Packed pictures and prompts; the distilled form is told the guidance."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FEED_FORWARD = re.compile(r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^proj_out$", re.IGNORECASE)
 _OTHER = re.compile(r"norm|mod(_|$|ulation)|adaln|embed|gate$", re.IGNORECASE)
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: arguments of a transformer that hold the image, the time and the conditions, by diffusers' habits
 _IMAGES, _TIMES = ("hidden_states", "x"), ("timestep", "timesteps", "t")
 _CONDITION = re.compile(r"encoder|pooled|class_labels|cap_|text_|embeds|siglip|image_cond")
@@ -114,8 +115,8 @@ class Generic(Adapter):
 
     def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
         """Every component is wrapped."""
-        names = (n for n in self.components[kind] if self.has_component(kind, block, n))
-        return {name: getattr(block, name) for name in names}
+        parts = {name: getattr(block, name, None) for name in self.components[kind]}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """None: all tokens run."""
@@ -185,18 +186,14 @@ class Generic(Adapter):
         rows = sum(
             layer.weight.numel()
             for path, layer in transformer.named_modules()
-            if _is_linear(layer) and any(_OTHER.search(name) for name in path.split("."))
+            if isinstance(layer, _LINEAR) and any(_OTHER.search(name) for name in path.split("."))
         )
         yield None, "tokens", _weights(transformer) - components - rows
         yield None, "rows", rows
 
 
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-
-
 def _weights(module: nn.Module) -> int:
-    return sum(layer.weight.numel() for layer in module.modules() if _is_linear(layer))
+    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, _LINEAR))
 
 
 def _without_values(value: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import place_of
+from fastdit.adapters.arguments import arguments_of, place_of
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.tokens.layout import SIDE, Layout
 
@@ -66,39 +66,36 @@ class Pictures:
         grid = velocity.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
         return grid.permute(0, 2, 4, 3, 5, 1)
 
+    #: arguments with per-token residuals of a ControlNet, lists of [B, N, D]
+    residual_arguments: Sequence[str] = ()
+    #: arguments with a position for each image token; where tokens are left out, as many are given, which nobody reads
+    token_positions: Sequence[str] = ()
+
     def gather_inputs(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with the active patches only, laid side by side as an image of one row, [B, C, p, K p]."""
+        """The arguments with the active tokens [B, K] only: their latents and a ControlNet's residuals."""
         args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        patch = self.patch(transformer)
-        latents = owner[key]
-        count = (latents.shape[-2] // patch) * (latents.shape[-1] // patch)
-        tokens = self.patches(latents, patch).flatten(3).flatten(1, 2)  # [B, N, p p C]
-        active = tokens[batch_index(rows), rows].unflatten(-1, (patch, patch, -1))
-        owner[key] = active.permute(0, 4, 2, 1, 3).flatten(3)  # [B, C, p, K, p] -> [B, C, p, K p]
-        self._gather_residuals(transformer, args, kwargs, rows, count)
-        return tuple(args), kwargs
-
-    #: arguments with per-token residuals of a ControlNet, lists of [B, N, D]
-    residual_arguments: Sequence[str] = ()
-
-    def _gather_residuals(
-        self,
-        transformer: nn.Module,
-        args: list[Any],
-        kwargs: dict[str, Any],
-        rows: Tensor,
-        count: int,
-    ) -> None:
+        owner, key = place_of(transformer, args, kwargs, self.image_argument)
+        latents, index = owner[key], (batch_index(rows), rows)
+        owner[key] = self.gather_latents(latents, index, self.patch(transformer))
+        for name in self.token_positions:
+            owner, key = place_of(transformer, args, kwargs, name)
+            owner[key] = owner[key][..., : rows.shape[1], :]
         for name in self.residual_arguments:
             owner, key = place_of(transformer, args, kwargs, name)
             if owner is not None and owner[key] is not None:
-                index = batch_index(rows), rows
+                count = self.tokens(transformer, latents.shape)
                 owner[key] = [
                     r[index] if r.ndim == 3 and r.shape[1] == count else r for r in owner[key]
                 ]
+        return tuple(args), kwargs
+
+    def gather_latents(self, latents: Tensor, index: tuple[Tensor, Tensor], patch: int) -> Tensor:
+        """The patches at `index`, (image, token) numbers of shape [B, K], laid side by side, [B, C, p, K p]."""
+        tokens = self.patches(latents, patch).flatten(3).flatten(1, 2)  # [B, N, p p C]
+        active = tokens[index].unflatten(-1, (patch, patch, -1))
+        return active.permute(0, 4, 2, 1, 3).flatten(3)  # [B, C, p, K, p] -> [B, C, p, K p]
 
     def scatter_output(self, sample: Tensor, rows: Tensor, full: Tensor, patch: int) -> Tensor:
         """`full` [B, C, H, W] with the patches at `rows` replaced by those of `sample` [B, C, p, K p]."""
@@ -142,21 +139,26 @@ class Pictures:
         layout: Layout,
         ops: Any,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with the tokens of a layout: a half-size picture of coarse ones, or patches side by side."""
+        """The arguments with the tokens of a layout; `embed_layout` says where they are."""
         args, kwargs = list(args), dict(kwargs)
-        owner, key = place_of(transformer, args, kwargs, "hidden_states")
-        latents = owner[key]
-        if layout.form == "coarse":
-            owner[key] = latents[..., ::2, ::2].contiguous()
-        else:
-            tokens = layout.read(self.field(latents, layout.grid), ops)
-            patches = tokens.unflatten(2, (-1, SIDE, SIDE))  # [B, n, C, 2, 2]
-            owner[key] = patches.permute(0, 2, 3, 1, 4).flatten(3)
+        owner, key = place_of(transformer, args, kwargs, self.image_argument)
+        owner[key] = self.reduce_latents(owner[key], layout, ops)
+        for name in self.token_positions:
+            owner, key = place_of(transformer, args, kwargs, name)
+            owner[key] = owner[key][..., : layout.tokens, :]
         return tuple(args), kwargs
+
+    def reduce_latents(self, latents: Tensor, layout: Layout, ops: Any) -> Tensor:
+        """A half-size picture of coarse tokens, or the patches of mixed ones side by side, [B, C, 2, 2 n]."""
+        if layout.name == "coarse":
+            return latents[..., ::2, ::2].contiguous()
+        tokens = layout.read(self.field(latents, layout.grid), ops)
+        patches = tokens.unflatten(2, (-1, SIDE, SIDE))  # [B, n, C, 2, 2]
+        return patches.permute(0, 2, 3, 1, 4).flatten(3)
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
         """The output of such a call at full size, shaped like `latents`."""
-        if layout.form == "coarse":
+        if layout.name == "coarse":
             return sample.repeat_interleave(2, -1).repeat_interleave(2, -2)
         full = sample.new_empty(sample.shape[:2] + latents.shape[2:])
         patches = sample.unflatten(-1, (-1, SIDE)).permute(0, 3, 1, 2, 4)  # [B, n, C, 2, 2]
@@ -171,7 +173,7 @@ class Pictures:
         Where tokens are mixed, the coarse keep their places in a half-size picture, and each split one's four have
         places half a step apart.
         """
-        if layout.form != "mixed":
+        if layout.name != "mixed":
             return type(module).forward(module, patches)
 
         def positions() -> Tensor:
@@ -196,9 +198,9 @@ class Pictures:
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         """Refuse a ControlNet's residuals, which are for the tokens at full resolution."""
+        given = arguments_of(transformer, args, kwargs)
         for name in self.residual_arguments:
-            owner, key = place_of(transformer, args, kwargs, name)
-            if owner is not None and owner[key] is not None:
+            if given.get(name) is not None:
                 raise ArgumentError(
                     f"{name}: a ControlNet's residuals are for the full resolution; RALU accepts none"
                 )

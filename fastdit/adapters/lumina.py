@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, blank, chunk_gates, picture
-from fastdit.blocks.attention import Part, Rotation, attend
+from fastdit.adapters.base import Adapter, Size, blank, picture
+from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.residual import gathered
 
@@ -41,7 +41,7 @@ def lumina_block(
     image = fw.enter(hidden_states, "image")
     kwargs = cross_attention_kwargs or {}
     modulation = fw.segments.linear(block.norm1.linear, block.norm1.silu(temb))
-    scale, gate, scale_mlp, gate_mlp = chunk_gates(modulation, 4)
+    scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
     runs_out = fw.computes("to_out")
     runs_attn1, runs_attn2 = (runs_out or fw.computes(name) for name in ("attn1", "attn2"))
     if runs_attn1 or runs_attn2:
@@ -49,7 +49,12 @@ def lumina_block(
 
     def attend() -> Tensor:
         if fw.tokens is not None:
-            return _attend(fw, block.attn1, u, image_rotary_emb, kwargs.get("base_sequence_length"))
+            attn, scale, base = block.attn1, block.attn1.scale, kwargs.get("base_sequence_length")
+            if base is not None:  # of all keys, however few ask
+                scale *= math.sqrt(math.log(fw.tokens.count, base))
+            rotation = fw.rotation(lambda: Rotation.of(image_rotary_emb[0]))
+            out = self_attention(fw, attn, u, rotation=rotation, scale=scale, projects=False)
+            return out.unflatten(-1, (attn.heads, -1))
         return fw.segments.attention(
             block.attn1,
             hidden_states=u,
@@ -94,27 +99,6 @@ def lumina_block(
     return image.leave()
 
 
-def _attend(
-    fw: Forward, attn: nn.Module, u: Tensor, rotary: Tensor, base_length: int | None
-) -> Tensor:
-    """Self-attention of the active tokens, rows by head; its scale is that of all keys, however few ask."""
-    tokens = fw.tokens
-    scale = attn.scale
-    if base_length is not None:
-        scale *= math.sqrt(math.log(tokens.count, base_length))
-    part = Part(attn.to_q(u), attn.to_k(u), attn.to_v(u), attn.norm_q, attn.norm_k, 0, tokens.rows)
-    out = attend(
-        tokens,
-        (fw.index, "attn1"),
-        (part,),
-        tokens.count,
-        attn.heads,
-        fw.rotation(lambda: Rotation.of(rotary[0])),
-        scale=scale,
-    )
-    return out.unflatten(-1, (attn.heads, -1))
-
-
 class Lumina(Adapter):
     """Adapter of `LuminaNextDiT2DModel`."""
 
@@ -129,12 +113,7 @@ class Lumina(Adapter):
     embeddings_arguments = ("encoder_hidden_states", "encoder_mask", "image_rotary_emb")
     text_tokens = 256  # at most; the pipeline pads a prompt to the next multiple of 8 only
     timesteps_rise = True
-    layouts = {
-        "attn1": ("image",),
-        "attn2": ("image",),
-        "to_out": ("image",),
-        "feed_forward": ("image",),
-    }
+    layouts = dict.fromkeys(components["layers"], ("image",))
     processors = ("LuminaAttnProcessor2_0",)
     own_attention_arguments = frozenset({"scale", "base_sequence_length"})
 

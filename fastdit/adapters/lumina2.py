@@ -11,19 +11,16 @@ not apply: the pipeline's guidance rescales rows of latents, and so not all pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import argument_of
-from fastdit.adapters.base import BATCH, Adapter, Size, blank, chunk_gates, picture
+from fastdit.adapters.base import BATCH, Adapter, Size, blank, picture
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
-from fastdit.blocks.modulation import LayerInputs
 from fastdit.blocks.residual import Residual
-from fastdit.observe import unobserved
 
 
 def noise_block(
@@ -70,7 +67,7 @@ def _block(
     text: int = 0,
 ) -> None:
     """Attention and feed-forward of a stream, in components whose names begin with `prefix`."""
-    scale, gate, scale_mlp, gate_mlp = chunk_gates(fw.adaln(block.norm1, temb), 4)
+    scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb).chunk(4, dim=1)
 
     def attend() -> Tensor:
         u = stream.normed(block.norm1.norm, scale, None)
@@ -136,19 +133,12 @@ class Lumina2(Adapter):
         tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
         return tokens, text, image, joint, lengths, [n + rows.shape[1] for n in lengths]
 
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
+    def embed_condition(
+        self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any
+    ) -> Tensor:
         """The layers are given the embedded timestep."""
         embed = transformer.time_caption_embed
-        if not unobserved(embed.timestep_embedder):
-            return None
-        latents = argument_of(transformer, args, kwargs, "hidden_states")
-
-        def make(timesteps: Tensor) -> tuple[Tensor]:
-            return (embed.timestep_embedder(embed.time_proj(timesteps).type_as(latents)),)
-
-        return LayerInputs(make, ())
+        return embed.timestep_embedder(embed.time_proj(timesteps).type_as(latents))
 
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """They run from 0, noise, to 1."""

@@ -34,28 +34,19 @@ def basic_block(
     """One adaLN-single block: image [B, N, D], text [B, T, D], timestep [B, 6 D] -> image."""
     image = fw.enter(hidden_states, "image", branch_first=True)
     kwargs = dict(cross_attention_kwargs or {})
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(block, fw, timestep)
+    vectors = timestep.reshape(timestep.shape[0], 6, -1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(block, fw, vectors)
+    shared = vectors[:, 2::3]  # the gates' parts
 
-    shared = timestep.reshape(timestep.shape[0], 6, -1)[:, 2::3]  # the gates' parts
+    def attend() -> Tensor:
+        u = image.normed(block.norm1, scale, shift)
+        if fw.tokens is not None:
+            return self_attention(fw, block.attn1, u, attention_mask)
+        return fw.segments.attention(
+            block.attn1, u, encoder_hidden_states=None, attention_mask=attention_mask, **kwargs
+        )
 
-    image.add_component(
-        "attn1",
-        lambda: (
-            fw.segments.attention(
-                block.attn1,
-                image.normed(block.norm1, scale, shift),
-                encoder_hidden_states=None,
-                attention_mask=attention_mask,
-                **kwargs,
-            )
-            if fw.tokens is None
-            else self_attention(
-                fw, block.attn1, image.normed(block.norm1, scale, shift), attention_mask
-            )
-        ),
-        gate,
-        shared,
-    )
+    image.add_component("attn1", attend, gate, shared)
     image.add_component(
         "attn2",
         lambda: fw.segments.attention(
@@ -82,17 +73,17 @@ def basic_block(
     return image.leave()
 
 
-def _modulation(block: nn.Module, fw: Forward, timestep: Tensor) -> tuple[Tensor, ...]:
-    """Six [B, 1, D] vectors: shift, scale, gate of the attention, then of the feed-forward."""
-    shared = timestep.reshape(timestep.shape[0], 6, -1)
-    if fw.immediate:
-        return (block.scale_shift_table[None] + shared).chunk(6, dim=1)
-    tables = fw.family.setdefault("tables", Tables(len(fw.blocks)))
-    stacked = tables.stack(fw.index, block.scale_shift_table)
-    if stacked is None or stacked.device != shared.device:
-        return (block.scale_shift_table[None] + shared).chunk(6, dim=1)
+def _modulation(block: nn.Module, fw: Forward, vectors: Tensor) -> tuple[Tensor, ...]:
+    """Shift, scale, gate of the attention, then of the feed-forward, [B, 1, D] each; `vectors` are [B, 6, D]."""
+    stacked = None
+    if not fw.immediate:
+        if "tables" not in fw.family:
+            fw.family["tables"] = Tables(len(fw.blocks))
+        stacked = fw.family["tables"].stack(fw.index, block.scale_shift_table)
+    if stacked is None or stacked.device != vectors.device:
+        return (block.scale_shift_table[None] + vectors).chunk(6, dim=1)
     if "modulations" not in fw.scratch:
-        fw.scratch["modulations"] = (stacked + shared).unbind(0)
+        fw.scratch["modulations"] = (stacked + vectors).unbind(0)
     return fw.scratch["modulations"][fw.index].split(1, dim=1)
 
 
@@ -134,7 +125,7 @@ class PixArt(Adapter):
     embeddings_arguments = ("encoder_hidden_states", "encoder_attention_mask")
     other_arguments = ("added_cond_kwargs", "attention_mask")
     text_tokens = 120
-    layouts = {"attn1": ("image",), "attn2": ("image",), "ff": ("image",)}
+    layouts = dict.fromkeys(components["transformer_blocks"], ("image",))
     prompt_projections = ("caption_projection",)
     processors = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
 from fastdit.adapters.arguments import forward_arguments
-from fastdit.adapters.base import Call, Size, blank, chunk_gates
+from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention
 from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError
@@ -36,7 +36,7 @@ def double_block(
     """One `QwenImageTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     # shift, scale and gate of the attention, then of the feed-forward
-    img, txt = (chunk_gates(fw.adaln(m, temb), 6) for m in (block.img_mod, block.txt_mod))
+    img, txt = (fw.adaln(m, temb).chunk(6, dim=1) for m in (block.img_mod, block.txt_mod))
 
     def attend() -> Any:
         u_image = image.normed(block.img_norm1, img[1], img[0])
@@ -59,9 +59,7 @@ def double_block(
     image.add(_feed_forward(fw, block, "img", image, img[4], img[3]), img[5])
     text.add(attention[1], txt[2])
     text.add(_feed_forward(fw, block, "txt", text, txt[4], txt[3]), txt[5])
-    text.clip_to_half()
-    image.clip_to_half()
-    return text.leave(), image.leave()
+    return text.leave(clips=True), image.leave(clips=True)
 
 
 def _feed_forward(fw: Forward, block: nn.Module, part: str, stream: Any, *affine: Tensor) -> Any:
@@ -137,7 +135,7 @@ class Qwen(Packed):
         self, module: nn.Module, layout: Layout, memory: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Below full resolution positions are those of a picture of half the size, in steps of a half."""
-        if layout.form == "full":
+        if layout.name == "full":
             return type(module).forward(module, *args, **kwargs)
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.grid]
         if length not in memory:
@@ -150,9 +148,11 @@ class Qwen(Packed):
             memory[length] = tuple(part.to(layout.table.device) for part in found)
         return memory[length]
 
-    def embed_condition(self, embed: Any, latents: Tensor, timesteps: Tensor, *told: Any) -> Tensor:
+    def embed_condition(
+        self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any
+    ) -> Tensor:
         """The module is given latents for their dtype."""
-        return embed(timesteps.to(latents.dtype), latents[:0], *told)
+        return transformer.time_text_embed(timesteps.to(latents.dtype), latents[:0], *told)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """The example has packed pictures and masked prompts."""

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, blank, chunk_gates, picture
+from fastdit.adapters.base import Adapter, Size, blank, picture
 from fastdit.blocks.attention import joint_attention, self_attention
 from fastdit.blocks.forward import Forward
-
-COMPONENTS = ("attn", "attn2", "ff", "ff_context")
 
 
 def joint_block(
@@ -30,13 +28,12 @@ def joint_block(
     """One `JointTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text or None, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     attention_kwargs = joint_attention_kwargs or {}
+    chunks = block._chunk_size, block._chunk_dim
     last = block.context_pre_only
-    modulation = fw.adaln(block.norm1, temb)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = chunk_gates(
-        modulation, 9 if block.use_dual_attention else 6
-    )
+    modulation = fw.adaln(block.norm1, temb).chunk(9 if block.use_dual_attention else 6, dim=1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = modulation
     if not last:
-        context = chunk_gates(fw.adaln(block.norm1_context, temb), 6)
+        context = fw.adaln(block.norm1_context, temb).chunk(6, dim=1)
 
     # Both attentions read the stream as it was before either adds to it.
     runs_attention = fw.computes("attn")
@@ -44,7 +41,7 @@ def joint_block(
         u_image = image.normed(block.norm1.norm, scale, shift)
         if last:
             dtype = encoder_hidden_states.dtype
-            c_scale, c_shift = chunk_gates(fw.adaln(block.norm1_context, temb, dtype), 2)
+            c_scale, c_shift = fw.adaln(block.norm1_context, temb, dtype).chunk(2, dim=1)
         else:
             c_shift, c_scale = context[:2]
         u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
@@ -72,7 +69,9 @@ def joint_block(
     image.add(
         fw.component(
             "ff",
-            lambda: _feed_forward(fw, block, block.ff, image, block.norm2, scale_mlp, shift_mlp),
+            lambda: fw.segments.feed_forward(
+                block.ff, image.normed(block.norm2, scale_mlp, shift_mlp), *chunks
+            ),
         ),
         gate_mlp,
     )
@@ -85,27 +84,15 @@ def joint_block(
     text.add(
         fw.component(
             "ff_context",
-            lambda: _feed_forward(
-                fw, block, block.ff_context, text, block.norm2_context, c_scale_mlp, c_shift_mlp
+            lambda: fw.segments.feed_forward(
+                block.ff_context,
+                text.normed(block.norm2_context, c_scale_mlp, c_shift_mlp),
+                *chunks,
             ),
         ),
         c_gate_mlp,
     )
     return text.leave(), image.leave()
-
-
-def _feed_forward(
-    fw: Forward,
-    block: nn.Module,
-    ff: nn.Module,
-    stream: Any,
-    norm: nn.Module,
-    scale: Tensor,
-    shift: Tensor,
-) -> Tensor:
-    return fw.segments.feed_forward(
-        ff, stream.normed(norm, scale, shift), block._chunk_size, block._chunk_dim
-    )
 
 
 class SD3(Adapter):
@@ -114,7 +101,7 @@ class SD3(Adapter):
     family = "sd3"
     model_classes = ("SD3Transformer2DModel",)
     kinds = {"transformer_blocks": "JointTransformerBlock"}
-    components = {"transformer_blocks": COMPONENTS}
+    components = {"transformer_blocks": ("attn", "attn2", "ff", "ff_context")}
     forwards = {"transformer_blocks": joint_block}
     other_arguments = ("skip_layers",)
     text_tokens = 77 + 256

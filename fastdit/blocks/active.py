@@ -8,7 +8,7 @@ nobody else holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class CachedRows:
         return self.whole
 
 
+@dataclass(eq=False, repr=False)
 class ActiveTokens:
     """Which image tokens a call computes, and where the keys and values of all of them live.
 
@@ -55,22 +56,19 @@ class ActiveTokens:
         rows: [B, K] active ones, or None for all.
         texts: [B] text tokens before each image in a joint stream whose texts are unlike long, see `take_texts`; None
             where all are as long.
-        keys: Attention -> its keys and values.
+        keys: Attention -> its keys and values; None where no later call reads them.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
     """
 
-    def __init__(
-        self, count: int, rows: Tensor | None, keys: dict[Any, Any], memory: Any, ops: Any
-    ) -> None:
-        self.count = count
-        self.rows = rows
-        self.texts: Tensor | None = None
-        self.keys = keys
-        self.memory = memory
-        self.ops = ops
-        self._joint: dict[int, Tensor] = {}
-        self._index: dict[tuple[str, int], Tensor] = {}
+    count: int
+    rows: Tensor | None
+    keys: dict[Any, Any] | None
+    memory: Any
+    ops: Any
+    texts: Tensor | None = field(default=None, init=False)
+    _joint: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _index: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
 
     @property
     def active(self) -> int:

@@ -32,15 +32,15 @@ def fuses(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@dataclass(eq=False)
 class Rotation:
     """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32 or fp64.
 
     [B, S, d] where the images of a batch have angles of their own.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self.cos = cos
-        self.sin = sin
+    cos: Tensor
+    sin: Tensor
 
     @classmethod
     def of(cls, *parts: Tensor) -> Rotation:
@@ -280,12 +280,9 @@ def _attention(
         )
     if mask is not None or query.shape[-1] not in HEAD_DIMS:
         return torch_attention(query, key, value, scale, mask)
-    run = (
-        functools.partial(sparse_attention, backend="reference")
-        if ops is None
-        else ops.sparse_attention
-    )
-    return run(query, key, value, scale=scale)
+    if ops is None:
+        return sparse_attention(query, key, value, scale=scale, backend="reference")
+    return ops.sparse_attention(query, key, value, scale=scale)
 
 
 def joint_attention(
@@ -311,17 +308,11 @@ def joint_attention(
     """
     tokens, length = fw.tokens, text.shape[1]
     first, second = (length, 0) if text_first else (0, tokens.count)
+    norms = attention.norm_q, attention.norm_k
+    added_norms = attention.norm_added_q, attention.norm_added_k
     parts = [
-        Part(
-            *projections(attention, image), attention.norm_q, attention.norm_k, first, tokens.rows
-        ),
-        Part(
-            *projections(attention, text, added=True),
-            attention.norm_added_q,
-            attention.norm_added_k,
-            second,
-            None,
-        ),
+        Part(*projections(attention, image), *norms, first, tokens.rows),
+        Part(*projections(attention, text, added=True), *added_norms, second, None),
     ]
     if mask is not None:
         shown = mask.new_ones(mask.shape[0], tokens.count)
@@ -351,6 +342,8 @@ def self_attention(
     mask: Tensor | None = None,
     rotation: Rotation | None = None,
     text: int = 0,
+    scale: float | None = None,
+    projects: bool = True,
 ) -> Tensor:
     """A self-attention module of the active tokens over all: x [B, K, D] -> [B, K, D].
 
@@ -358,8 +351,10 @@ def self_attention(
         mask: Added to the products, or which keys count, [B, 1 or N, N].
         rotation: Of all tokens.
         text: How many tokens of `x` are no image's; they come first, or as the call's `texts` say.
+        scale: Of the products; None for 1 / sqrt(d).
+        projects: Whether the module's output projection follows.
     """
-    tokens, length = fw.tokens, text + fw.tokens.count
+    tokens = fw.tokens
     rows = tokens.joint_rows(text) if text else tokens.rows
     part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, rows)
     if mask is not None and mask.shape[1] > 1 and rows is not None:
@@ -368,12 +363,14 @@ def self_attention(
         tokens,
         (fw.index, attention),
         (part,),
-        length,
+        text + tokens.count,
         attention.heads,
         rotation,
         attention.processor,
-        mask=mask,
+        scale,
+        mask,
     )
-    return attention.to_out[1](attention.to_out[0](out)) / getattr(
-        attention, "rescale_output_factor", 1.0
-    )
+    if not projects:
+        return out
+    out = attention.to_out[1](attention.to_out[0](out))
+    return out / getattr(attention, "rescale_output_factor", 1.0)

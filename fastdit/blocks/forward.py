@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Drawn, Nodes, Weights
 from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, norm_parameters
-from fastdit.blocks.segments import EAGER, segments_like
+from fastdit.blocks.segments import EAGER, Segments, segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.observe import observed, unobserved
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
@@ -39,62 +40,57 @@ Slots = dict[Key, Any]
 ALWAYS: BlockActions = {}
 
 
+@dataclass(eq=False, repr=False)
 class Forward:
     """What the blocks of one transformer call ask; adapters use it inside their blocks' forwards.
 
     Attributes:
-        index: Index of the running block, over all kinds.
-        scratch: Free space of the adapter for values that live as long as this call.
-        family: Free space of the adapter that lives as long as the patch.
+        ops: The bound ops; None where every residual is added at once.
+        blocks: All blocks, in running order.
+        actions: What the plan says of each block's components; without it all compute.
+        slots, owned: The branch's kept outputs, and the keys of those that nobody else holds.
+        immediate: Whether every residual is added at once.
+        defer: Whether residuals may wait beyond their block.
+        family: Free space of the adapter that lives as long as the run.
+        compiled: What the user's compilation of the whole transformer left as its call, or None.
+        tokens: Those that pass, where the adapter's own attention runs; else None.
+        layouts: The adapter's.
+        precision: The dtypes of slots and of the model, where they differ; else None.
         modulations: Those made ahead for the next steps, or None.
+        sums: What stands for several outputs, or None.
+        step, weights: The step in progress, and the weights of the run's forecasts; None without any.
+        scratch: Free space of the adapter for values that live as long as this call.
+        index: Index of the running block, over all kinds.
         computed, reused: Components that ran, and that a plan spared, in this call.
     """
 
-    def __init__(
-        self,
-        ops: Any,
-        blocks: Sequence[nn.Module],
-        *,
-        actions: Sequence[BlockActions] = (),
-        slots: Slots | None = None,
-        owned: set[Key] | None = None,
-        immediate: bool = True,
-        defer: bool = False,
-        family: dict[str, Any] | None = None,
-        compiled: Callable[..., Any] | None = None,
-        tokens: ActiveTokens | None = None,
-        layouts: Mapping[str, Sequence[str]] | None = None,
-        precision: tuple[torch.dtype, torch.dtype] | None = None,
-        modulations: Modulations | None = None,
-        sums: Sums | None = None,
-        step: int = 0,
-        weights: Weights | None = None,
-    ) -> None:
-        self.step = step
-        self.weights = weights
-        self.ops = ops
-        self.blocks = blocks
-        self.actions = actions
-        self.slots: Slots = {} if slots is None else slots
-        self._owned_slots = set() if owned is None else owned
-        self.immediate = immediate
-        self.defer = defer
-        self.family = {} if family is None else family
-        self.scratch: dict[str, Any] = {}
-        self.segments = EAGER
-        self.index = 0
-        self.computed = 0
-        self.tokens = tokens
-        self.modulations = modulations
-        self.sums = sums
-        self._layouts = {} if layouts is None else layouts
-        self._precision = precision
-        self._compiled = self._block_compiled = compiled
-        self._planned = 0
-        self._row: BlockActions = ALWAYS
-        self._asked: dict[str, int] = {}
-        self._waiting: dict[str, list[tuple[Tensor, Gate]]] = {}
-        self._owned: dict[str, Tensor] = {}
+    ops: Any
+    blocks: Sequence[nn.Module]
+    _: KW_ONLY
+    actions: Sequence[BlockActions] = ()
+    slots: Slots = field(default_factory=dict)
+    owned: set[Key] = field(default_factory=set)
+    immediate: bool = True
+    defer: bool = False
+    family: dict[str, Any] = field(default_factory=dict)
+    compiled: Callable[..., Any] | None = None
+    tokens: ActiveTokens | None = None
+    layouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    precision: tuple[torch.dtype, torch.dtype] | None = None
+    modulations: Modulations | None = None
+    sums: Sums | None = None
+    step: int = 0
+    weights: Weights | None = None
+    scratch: dict[str, Any] = field(default_factory=dict, init=False)
+    segments: Segments = field(default=EAGER, init=False)
+    index: int = field(default=0, init=False)
+    computed: int = field(default=0, init=False)
+    _planned: int = field(default=0, init=False)
+    _row: BlockActions = field(default_factory=dict, init=False)
+    _asked: dict[str, int] = field(default_factory=dict, init=False)
+    _waiting: dict[str, list[tuple[Tensor, Gate]]] = field(default_factory=dict, init=False)
+    _own_streams: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _block_compiled: Callable[..., Any] | None = field(default=None, init=False)
 
     def start_block(self, index: int) -> None:
         """Called before each block's rewritten forward."""
@@ -103,7 +99,7 @@ class Forward:
         self._row = self.actions[index] if self.actions else ALWAYS
         self._planned += len(self._row)
         self._asked = {}
-        self._block_compiled = block._compiled_call_impl or self._compiled
+        self._block_compiled = block._compiled_call_impl or self.compiled
         self.segments = segments_like(self._block_compiled, block)
 
     def take_counts(self, computed: int, reused: int) -> None:
@@ -131,13 +127,13 @@ class Forward:
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
         """
         flags = self._row.get(name, COMPUTE)
-        if flags & DRAWN:
-            return self._drawn(name, flags, compute)
         # The slot of the component's next call: some blocks call one module on several streams.
         again = self._asked.get(name, 0)
         key = (self.index, name, again) if again else (self.index, name)
         self._asked[name] = again + 1
         self._planned += again > 0 and name in self._row
+        if flags & DRAWN:
+            return self._drawn(key, flags, compute)
         sparse = self.tokens is not None and self.tokens.rows is not None
         value = held = self.slots.get(key)
         if value is None or flags & COMPUTE:
@@ -147,12 +143,12 @@ class Forward:
             if sparse and held is not None and flags & KEEP:
                 held = self._renewed(key, held, value)
             else:
-                self._owned_slots.discard(key)
+                self.owned.discard(key)
                 # The rows of a value that was never held whole cannot stand for it later.
                 held = None if sparse else self.to_slot(value)
         else:
-            value = self.tokens.stored(held, self._layouts[name]) if sparse else held
-            if self._precision is not None:
+            value = self.tokens.stored(held, self.layouts[name]) if sparse else held
+            if self.precision is not None:
                 value = self.from_slot(gathered(value))
         if flags & KEEP and held is not None:
             self.slots[key] = held
@@ -160,22 +156,16 @@ class Forward:
             self.slots.pop(key, None)
         return value
 
-    def _drawn(self, name: str, flags: int, compute: Callable[[], Any]) -> Any:
+    def _drawn(self, key: Key, flags: int, compute: Callable[[], Any]) -> Any:
         """The output of a component of which some steps draw theirs: its slot holds the last computed ones."""
-        again = self._asked.get(name, 0)
-        key = (self.index, name, again) if again else (self.index, name)
-        self._asked[name] = again + 1
-        self._planned += again > 0
         nodes = self.slots.get(key)
         count = kept_of(flags)
         if nodes is None or flags & COMPUTE:
             compiles = self._block_compiled is not None
-            value = self._compiled_as(name, compute) if compiles else compute()
+            value = self._compiled_as(key[1], compute) if compiles else compute()
             self.computed += 1
-            levels = self.weights.levels
-            nodes = (nodes or Nodes()).with_node(
-                self.step, self.to_slot(value), levels, max(1, count)
-            )
+            kept, levels = self.to_slot(value), self.weights.levels
+            nodes = (nodes or Nodes()).with_node(self.step, kept, levels, max(1, count))
         else:
             used = nodes._replace(values=tuple(map(self.from_slot, nodes.values)))
             value = used.drawn(self.step, order_of(flags), self.weights)
@@ -202,9 +192,9 @@ class Forward:
             not torch.is_inference_mode_enabled()
             and any(part is not None and part.is_inference() for part in parts)
         )
-        owned = key in self._owned_slots and not locked
-        (self._owned_slots.discard if locked else self._owned_slots.add)(key)
-        return self.tokens.renewed(held, value, self._layouts[key[1]], owned)
+        owned = key in self.owned and not locked
+        (self.owned.discard if locked else self.owned.add)(key)
+        return self.tokens.renewed(held, value, self.layouts[key[1]], owned)
 
     def parted(self, branch: Branch, text: int) -> tuple[Branch, Branch]:
         """The first `text` tokens of a joint output, all active, and the image's."""
@@ -217,11 +207,11 @@ class Forward:
 
     def to_slot(self, value: Any) -> Any:
         """A value as slots keep it."""
-        return value if self._precision is None else _cast(value, self._precision[0])
+        return value if self.precision is None else _cast(value, self.precision[0])
 
     def from_slot(self, held: Any) -> Any:
         """A value out of a slot."""
-        return held if self._precision is None else _cast(held, self._precision[1])
+        return held if self.precision is None else _cast(held, self.precision[1])
 
     def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
         """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from fastdit.versions import same, versions
 
-#: rows of one product, at most: no more than are free beside reading the weights
-ROWS = 64
+#: as many rows of a product take no longer than reading its weights
+FREE_ROWS = 64
 
 
 def ahead(batch: int, steps: int) -> int:
     """Rows that a layer makes at once of a run of steps of `batch` rows."""
-    return batch * min(steps, max(1, ROWS // batch))
+    return batch * min(steps, max(1, FREE_ROWS // batch))
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Modulations:
         if not foreseen or (look and not bool((timestep == self._timesteps[step]).all())):
             return False
         if not self._first <= step < self._first + self._count:
-            self._first, self._count = step, max(1, ROWS // self._batch)
+            self._first, self._count = step, max(1, FREE_ROWS // self._batch)
             self._inputs = None
             self._tables.clear()
         self._row = (step - self._first) * self._batch

@@ -7,7 +7,7 @@ written down in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +16,16 @@ from torch import Tensor
 from fastdit.schedules.forecast import last_nodes, weights
 
 
+@dataclass(eq=False, repr=False)
 class Weights:
     """The weights of a run's forecasts, in the memory of the device that reads them.
 
-    Args:
+    Attributes:
         levels: The noise level of each step.
     """
 
-    def __init__(self, levels: list[float]) -> None:
-        self.levels = levels
-        self._made: dict[Any, Tensor] = {}
+    levels: list[float]
+    _made: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def of(
         self, step: int, nodes: Sequence[Sequence[int]], like: Tensor, changes: bool = False

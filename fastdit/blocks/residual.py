@@ -87,15 +87,9 @@ class Residual:
         if isinstance(alone, Tensor) and self._is_owned():
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
-            self._h = forward._owned[self._stream] = self._h.contiguous()
+            self._h = forward._own_streams[self._stream] = self._h.contiguous()
         return forward.ops.norm_modulate(
-            self._h,
-            scale,
-            shift,
-            branch=branch,
-            gate=gate,
-            out=out,
-            **norm_parameters(norm),
+            self._h, scale, shift, branch=branch, gate=gate, out=out, **norm_parameters(norm)
         )
 
     def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
@@ -140,19 +134,19 @@ class Residual:
         self._h = self._forward.ops.gated_residual(
             self._h, branches, gates, out=self._h if self._is_owned() else None, **at
         )
-        self._forward._owned[self._stream] = self._h
+        self._forward._own_streams[self._stream] = self._h
 
-    def clip_to_half(self) -> None:
-        """Clip to fp16's finite range, as FLUX does after a block in that dtype."""
-        if self._h.dtype is torch.float16:
+    def leave(self, clips: bool = False) -> Tensor:
+        """The block's output. What still waits is added here unless the next block is sure to take it over.
+
+        `clips` where the block in fp16 clips to that dtype's finite range.
+        """
+        if clips and self._h.dtype is torch.float16:
             self._h = self.read().clip(-65504, 65504)
-
-    def leave(self) -> Tensor:
-        """The block's output. What still waits is added here unless the next block is sure to take it over."""
         if self._forward._may_wait():
             return self._h
         h = self.read()
-        self._forward._owned.pop(self._stream, None)  # somebody may hold on to it
+        self._forward._own_streams.pop(self._stream, None)  # somebody may hold on to it
         return h
 
     def discard(self) -> None:
@@ -161,7 +155,7 @@ class Residual:
 
     def _is_owned(self) -> bool:
         """Whether `h` was made here and was seen by nobody else, so that it may be updated in place."""
-        return self._forward._owned.get(self._stream) is self._h
+        return self._forward._own_streams.get(self._stream) is self._h
 
 
 def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:

@@ -24,16 +24,6 @@ from torch import Tensor, nn
 class Segments:
     """The calls, each passed through `wrap`."""
 
-    __slots__ = (
-        "__weakref__",
-        "attention",
-        "feed_forward",
-        "linear",
-        "project",
-        "project_heads",
-        "stock",
-    )
-
     def __init__(self, wrap: Callable[[Callable], Callable]) -> None:
         self.attention = wrap(attention)
         self.feed_forward = wrap(feed_forward)

@@ -28,18 +28,18 @@ class _Making:
     done: int = 0
 
 
+@dataclass(eq=False, repr=False)
 class Sums:
     """The sums of one call.
 
-    Args:
+    Attributes:
         plan: Those of the step.
         groups: Component -> the shared vector that its gate contains, 0 for none.
     """
 
-    def __init__(self, plan: StepSums, groups: Mapping[str, int]) -> None:
-        self._plan = plan
-        self._groups = groups
-        self._making: dict[Sum, _Making] = {}
+    plan: StepSums
+    groups: Mapping[str, int]
+    _making: dict[Sum, _Making] = field(default_factory=dict, init=False)
 
     def add(
         self,
@@ -51,8 +51,8 @@ class Sums:
         shared: Tensor,
     ) -> None:
         """Add a component of the running block to the stream, by itself or, at the first of a sum, with all of it."""
-        slot, step = (forward.index, name), self._plan.step
-        used = self._plan.used.get(slot)
+        slot, step = (forward.index, name), self.plan.step
+        used = self.plan.used.get(slot)
         if used is not None and used in forward.slots:
             if slot == used.slots[0]:
                 self._use(forward, stream, forward.slots[used], shared)
@@ -61,7 +61,7 @@ class Sums:
             return
         output = forward.component(name, compute)
         stream.add(output, gate)
-        making = self._plan.made.get(slot, used)
+        making = self.plan.made.get(slot, used)
         if making is not None and making.last > step and stream.suits(output, gate):
             self._make(forward, making, slot, output, gate, shared)
 
@@ -92,7 +92,7 @@ class Sums:
         if making.sums is None:
             wide = torch.promote_types(output.dtype, torch.float32)
             making.sums = output.new_empty((1 + shared.shape[1], *output.shape), dtype=wide)
-        groups = [self._groups[name] for _, name in making.slots]
+        groups = [self.groups[name] for _, name in making.slots]
         forward.ops.collapse(
             making.outputs, making.gates, groups, out=making.sums, accumulate=making.done > 0
         )

@@ -86,7 +86,7 @@ class Call:
                     run.step, order, run.forecast_weights, run.patched.ops
                 )
                 return None
-        self._smaller = self.layout is not None and self.layout.form != "full"
+        self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
         self.immediate = (

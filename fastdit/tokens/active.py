@@ -65,17 +65,13 @@ class TokenRun(MethodRun):
             return sample
         branch, run = call.branch, self.run
         if call.rows is None:
-            branch.velocity, given = (
-                sample.clone(),
-                sample,
-            )  # the caller may write into what it gets
+            kept, given = sample.clone(), sample  # the caller may write into what it gets
         else:
-            branch.velocity = run.patched.adapter.scatter_output(
-                sample, call.rows, branch.velocity, run.patch
-            )
-            given = branch.velocity.clone()
+            kept = run.patched.adapter.scatter_output(sample, call.rows, branch.velocity, run.patch)
+            given = kept.clone()
+        branch.velocity = kept
         if run.scheduler is None:
-            run.outputs.append(branch.velocity)
+            run.outputs.append(kept)
         return given
 
     def end_step(self, step: Step) -> None:
@@ -112,7 +108,7 @@ class TokenRun(MethodRun):
         return self.plan[step] if step < len(self.plan) else None
 
     def _acts(self, call: Any) -> bool:
-        return call.layout is None or call.layout.form == "full"
+        return call.layout is None or call.layout.name == "full"
 
     def lay_out(self, tokens: int) -> None:
         """Lay out the plan, now that the number of tokens is known."""

@@ -1,8 +1,8 @@
 """Where a picture has detail: an energy for each token, and the tokens with the most of it.
 
 Three energies, each fp32 [B, N] over tokens in raster order: `edge_energy` counts Canny edges of a
-decoded image, `gradient_energy` and `variance_energy` look at latents and need no decoder. `top_rows`
-turns one into the rows of the K tokens to refine.
+decoded image, `gradient_energy` and `variance_energy` look at latents and need no decoder. `energy`
+is the one that RALU's selector names, and `top_rows` turns it into the rows of the K tokens to refine.
 
 `canny` finds the pixels that OpenCV's detector finds (8-bit grey, Sobel 3 x 3 with a replicated
 border, L1 norm), pixel for pixel: integers throughout, its test of tan 22.5 degrees in 15-bit fixed
@@ -15,6 +15,8 @@ selecting regions in mixed-resolution sampling (RALU, arXiv 2507.08422).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +53,28 @@ def canny(grey: Tensor, low: int = 100, high: int = 200) -> Tensor:
     norm = dx.abs() + dy.abs()
     ridge = _is_ridge(norm, dx, dy) & (norm > low)
     return connected(ridge, ridge & (norm > high))
+
+
+def energy(
+    selector: str,
+    latents: Tensor,
+    cells: tuple[int, int],
+    decode: Callable[[Tensor], Tensor],
+    clipped: bool,
+) -> Tensor:
+    """The detail in each token of clean latents [B, C, H, W].
+
+    Args:
+        selector: "edges", of the decoded picture, or "gradient" or "variance", of the latents.
+        cells: rows and columns of tokens.
+        decode: is given one image after the other, so that each decides in a batch as it would alone.
+        clipped: as for `grey_levels`.
+    """
+    if selector == "edges":
+        pictures = (decode(image) for image in latents.split(1))
+        return torch.cat([edge_energy(picture, cells, clipped) for picture in pictures])
+    of_latents = {"gradient": gradient_energy, "variance": variance_energy}[selector]
+    return of_latents(latents, cells)
 
 
 def edge_energy(image: Tensor, cells: tuple[int, int], clipped: bool = False) -> Tensor:

@@ -10,6 +10,7 @@ A field is latents as [B, gh, gw, 2, 2, C], a view. A token is its pixels in the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 SIDE = 2
 
 
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The tokens of one stage.
 
@@ -29,10 +31,9 @@ class Layout:
         coarse: How many tokens are coarse.
     """
 
-    def __init__(self, grid: tuple[int, int], table: Tensor, coarse: int) -> None:
-        self.grid = grid
-        self.table = table
-        self.coarse = coarse
+    grid: tuple[int, int]
+    table: Tensor
+    coarse: int
 
     @classmethod
     def uniform(cls, grid: tuple[int, int], level: int, device: torch.device) -> Layout:
@@ -44,8 +45,8 @@ class Layout:
         return cls(grid, table, table.shape[1] if level else 0)
 
     @property
-    def form(self) -> str:
-        """ "coarse", "full" or "mixed"."""
+    def name(self) -> str:
+        """What stages call it: "coarse", "full" or "mixed"."""
         if self.coarse == self.tokens:
             return "coarse"
         return "mixed" if self.coarse else "full"

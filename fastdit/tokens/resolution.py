@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
-from fastdit.tokens import selection
-from fastdit.tokens.edges import top_rows
+from fastdit.tokens import edges
 from fastdit.tokens.layout import SIDE, Layout
 from fastdit.tokens.stages import Stage
 
@@ -80,15 +79,15 @@ class ResolutionRun(MethodRun):
             )
         if self.now is None:
             arguments = call.arguments
-            cells = self.adapter.full_grid(arguments, run.patch)
-            if any(side % 2 for side in cells):
+            grid = self.adapter.full_grid(arguments, run.patch)
+            if any(side % 2 for side in grid):
                 scale = run.patch * getattr(run.pipeline(), "vae_scale_factor", 8)
                 raise ArgumentError(
                     f"height and width must be multiples of {2 * scale} for {name}, "
-                    f"got {cells[0] * scale} x {cells[1] * scale}"
+                    f"got {grid[0] * scale} x {grid[1] * scale}"
                 )
             text = arguments.embeddings[0].shape[1]
-            self.begin(cells, text, arguments.hidden_states.device)
+            self.begin(grid, text, arguments.hidden_states.device)
         return self.now
 
     def begin_step(self, scheduler: Any, sample: Tensor) -> None:
@@ -107,7 +106,8 @@ class ResolutionRun(MethodRun):
             self.project(step.latents)
         if self.end_sigma(run.step) is not None:
             self.finish(step.velocity, step.latents)
-            step.scheduler.sigmas[run.step + 1] = self.start_sigma
+            ended = len(self.records) == len(self.stages)
+            step.scheduler.sigmas[run.step + 1] = 0.0 if ended else self.stage.sigmas[0]
 
     def end(self) -> None:
         """Only the records stay."""
@@ -121,13 +121,13 @@ class ResolutionRun(MethodRun):
         """The stage in progress."""
         return self.stages[self.index]
 
-    def begin(self, cells: tuple[int, int], text: int, device: torch.device) -> None:
-        """Lay out the first stage over so many cells, beside so many text tokens."""
+    def begin(self, grid: tuple[int, int], text: int, device: torch.device) -> None:
+        """Lay out the first stage over a grid of cells, beside so many text tokens."""
         self._text = text
         if self.method.steps[1]:
-            self.method.split_count(cells[0] * cells[1] // 4, text)  # refuse now what it refuses
+            self.method.split_count(grid[0] * grid[1] // 4, text)  # refuse now what it refuses
         level = 0 if self.stage.layout == "full" else 1
-        self.now = Layout.uniform(cells, level, device)
+        self.now = Layout.uniform(grid, level, device)
 
     def seed(self, latents: Tensor) -> None:
         """Make a generator for each of the initial latents [B, ...]."""
@@ -140,7 +140,7 @@ class ResolutionRun(MethodRun):
 
     def project(self, latents: Tensor) -> None:
         """Draw in `latents` what their tokens are: initial ones had details that no token has."""
-        if self.now.form != "full":
+        if self.now.name != "full":
             state = self._field(latents)
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
@@ -163,12 +163,6 @@ class ResolutionRun(MethodRun):
             x = self._transition(x)
             self.now.write(x, state, self.ops)
 
-    @property
-    def start_sigma(self) -> float:
-        """The noise level of the stage's first step; 0 after the last stage."""
-        ended = len(self.records) == len(self.stages)
-        return 0.0 if ended else self.stage.sigmas[0]
-
     @torch.no_grad()
     def pictures(self) -> np.ndarray:
         """The estimates of all stages that have ended, decoded: uint8 [stages, B, H, W, 3]."""
@@ -176,7 +170,7 @@ class ResolutionRun(MethodRun):
         for record in self.records:
             estimate = record.estimate
             decoded = torch.cat([self._decoded(one) for one in estimate.split(1)])
-            side = 2 if record.layout.form == "coarse" else 1
+            side = 2 if record.layout.name == "coarse" else 1
             decoded = decoded.repeat_interleave(side, -1).repeat_interleave(side, -2)
             levels = ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             found.append(levels.permute(0, 2, 3, 1).cpu().numpy())
@@ -187,7 +181,10 @@ class ResolutionRun(MethodRun):
         stage, before, noise = self.stage, self.now, self.method.noise
         batch, _, width = x.shape
         full, parity = stage.layout == "full", self.method.mode == "parity"
-        rows = self._all_coarse(batch) if full else self._chosen()
+        if full:
+            rows = torch.arange(before.coarse, device=before.table.device).expand(batch, -1)
+        else:
+            rows = self._chosen()
         count = before.tokens + 3 * rows.shape[1]
         eps = torch.stack(
             [torch.randn(count, width, generator=generator) for generator in self.generators]
@@ -215,28 +212,22 @@ class ResolutionRun(MethodRun):
         pipeline = self.run.pipeline() or self.run.patched.pipeline()
         return self.adapter.decode(latents, pipeline.vae).to(latents.device)
 
-    def _all_coarse(self, batch: int) -> Tensor:
-        return torch.arange(self.now.coarse, device=self.now.table.device).expand(batch, -1)
-
     def _chosen(self) -> Tensor:
         method, cells = self.method, tuple(side // 2 for side in self.now.grid)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
-        energy = selection.energy(method.selector, clean, cells, self._decoded, clipped)
-        return top_rows(energy, method.split_count(self.now.tokens, self._text))
+        energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
+        return edges.top_rows(energy, method.split_count(self.now.tokens, self._text))
 
     def _picture(self, tokens: Tensor) -> Tensor:
         """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
-        height, width = self.now.grid
-        if self.now.form == "coarse":
-            height, width = height // 2, width // 2
-            grid = tokens.unflatten(1, (height, width)).unflatten(3, (-1, SIDE, SIDE))
-        else:
-            cells = tokens.new_empty(
-                tokens.shape[0], height, width, SIDE, SIDE, tokens.shape[2] // SIDE**2
-            )
-            self.now.write(tokens, cells, self.ops)
-            grid = cells.permute(0, 1, 2, 5, 3, 4)
-        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+        layout = self.now
+        if layout.name == "coarse":
+            layout = Layout.uniform(tuple(side // 2 for side in layout.grid), 0, tokens.device)
+        height, width = (SIDE * side for side in layout.grid)
+        picture = tokens.new_empty(tokens.shape[0], tokens.shape[2] // SIDE**2, height, width)
+        field = picture.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 2, 4, 3, 5, 1)
+        layout.write(tokens, field, self.ops)
+        return picture
 
     def _field(self, latents: Tensor) -> Tensor:
         return self.adapter.field(latents, self.now.grid)
