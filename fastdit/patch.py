@@ -26,13 +26,14 @@ from fastdit.errors import ArgumentError, CompositionError, FastDiTError, Unsupp
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
-from fastdit.runtime import clock, levels
+from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
 from fastdit.runtime.attach import attach, remove, rewrites
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
+from fastdit.runtime.timesteps import check_flow
 from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.schedules.solvers import noise_of
@@ -230,7 +231,7 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
-    levels.check_flow(getattr(pipeline, "scheduler", None))
+    check_flow(getattr(pipeline, "scheduler", None))
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(
             f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '

@@ -172,9 +172,9 @@ class Forward:
             compiles = self._block_compiled is not None
             value = self._compiled_as(name, compute) if compiles else compute()
             self.computed += 1
-            levels = self.weights.levels
+            sigmas = self.weights.sigmas
             nodes = (nodes or Nodes()).with_node(
-                self.step, self.to_slot(value), levels, max(1, count)
+                self.step, self.to_slot(value), sigmas, max(1, count)
             )
         else:
             used = nodes._replace(values=tuple(map(self.from_slot, nodes.values)))

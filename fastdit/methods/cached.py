@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, NoiseLevels, check_noise
+from fastdit.methods.base import Method, check_noise
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -28,7 +29,7 @@ class Cached(Method):
         cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
         order: How all that is reused is drawn from what was computed; None as the schedule says. 0 repeats an output,
             1 draws the line through its last two computed values, 2 the parabola through three, at the sampler's own
-            noise levels. Where a whole step is reused the model's output is extrapolated and no block visited: a
+            sigmas. Where a whole step is reused the model's output is extrapolated and no block visited: a
             linear multistep method on the sampler's grid.
 
     Example:
@@ -88,7 +89,7 @@ class Cached(Method):
         super().check(spec)
         self.source.check(spec)
 
-    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
+    def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
         """The schedule is bound to the model and the number of steps."""
         return self.source.bind(spec, steps)
 

@@ -161,7 +161,7 @@ class RALU(Method):
 
     @property
     def run_sigmas(self) -> list[float]:
-        """Each step begins at one of these noise levels."""
+        """Each step begins at one of these sigmas."""
         return [sigma for stage in self.stages() for sigma in stage.sigmas[:-1]]
 
     def check_steps(self, steps: int) -> None:

@@ -140,7 +140,7 @@ class RAS(Method):
         start: Dense steps before the first sparse one, at least 1.
         resets: Dense steps in between. None is the published choice for the number of steps.
         metric: "std" or "l2norm" over the latent channels, or "change": how wrong a token's kept velocity is, which is
-            its last observed change per noise level times how far the level has moved since. Not in "parity".
+            its last observed change per unit of sigma times how far sigma has moved since. Not in "parity".
         high_ratio: Share of the dropped tokens taken from the large end of the metric; 1, which None stands for, drops
             the tokens with the largest, as the paper's text says. Not with "change", which drops the smallest.
         starvation: k in exp(k D), D the times a token was dropped; None stands for 0.1. Not with "change", whose tokens

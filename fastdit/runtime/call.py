@@ -77,7 +77,7 @@ class Call:
         for method in run.methods:
             self.layout = method.layout(self) or self.layout
         if patched.forecasts:
-            run.hear_level(arguments.timestep)
+            run.hear_sigma(arguments.timestep)
         order = run.plan.forecast_order(run.step)
         if order:
             branch = self._branch()
@@ -231,7 +231,7 @@ class Call:
         if not isinstance(timestep, Tensor):
             inputs = None
         if first and inputs is not None:
-            timesteps = run.timesteps if isinstance(run.timesteps, Tensor) else None
+            timesteps = run.told if isinstance(run.told, Tensor) else None
             if run.scheduler is not None:
                 timesteps = adapter.given_timesteps(
                     run.scheduler.timesteps, arguments.hidden_states.dtype
@@ -377,7 +377,7 @@ class Call:
         replaced = output if sample is given else _replaced(output, sample)
         if run.plan.forecasts:
             order = max(run.plan.forecasts)
-            self.branch.outputs.add(run.step, replaced, run.forecast_weights.levels, order)
+            self.branch.outputs.add(run.step, replaced, run.forecast_weights.sigmas, order)
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
         return None if sample is given else replaced

@@ -16,7 +16,7 @@ from fastdit.methods.base import Step
 from fastdit.runtime import owners
 from fastdit.runtime.disguise import disguise, is_ordinary, put_on, take_off
 from fastdit.runtime.install import LINK
-from fastdit.runtime.levels import Levels
+from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.solvers import CHURN, noise_of
 
 
@@ -132,7 +132,7 @@ def _clocked(base: type) -> type:
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
             for one, patched in followers:
-                patched.runs.begin_led(one, owner, Levels(self, arguments))
+                patched.runs.begin_led(one, owner, Timesteps(self, arguments))
         finally:
             for one, _ in followers:
                 one.unclaim(owner)

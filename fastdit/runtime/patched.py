@@ -24,9 +24,9 @@ from fastdit.runtime import arrivals, owners
 from fastdit.runtime.call import Call
 from fastdit.runtime.followed import Followed
 from fastdit.runtime.graphs import Graphs
-from fastdit.runtime.levels import Levels
 from fastdit.runtime.run import Run, nobody
 from fastdit.runtime.runs import Runs
+from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
@@ -128,15 +128,15 @@ class Patched:
             method.check_sampler(noise)
 
     def plan(
-        self, steps: int, partial: tuple[bool, ...] = (), levels: Levels | None = None
+        self, steps: int, partial: tuple[bool, ...] = (), timesteps: Timesteps | None = None
     ) -> RunPlan:
-        """This makes the plan of a run, and keeps it, unless it was mapped to other noise levels."""
-        repeats = self.forecasts and levels is not None and levels.repeat
+        """This makes the plan of a run, and keeps it, unless it was mapped to other timesteps."""
+        repeats = self.forecasts and timesteps is not None and timesteps.repeat
         key = steps, partial, repeats
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager, repeats)
+        plan = plan_run(self.methods, self.spec, steps, partial, timesteps, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.taken:
             if len(self._plans) >= PLANS:
                 self._plans = {}

@@ -24,10 +24,10 @@ from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
-from fastdit.runtime.levels import Levels
+from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
-from fastdit.schedules.solvers import step_levels
+from fastdit.schedules.solvers import step_sigmas
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -91,13 +91,13 @@ class Run:
         patched: The model that runs.
         steps: How many there are; None where nobody says.
         plan: What each step computes.
-        levels: The noise levels, where a scheduler has them.
+        timesteps: Those of the scheduler that leads it, if one does.
         manual: Begun by `with handle.run(...)`.
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
         selection, resolution: Those of them that choose the active tokens, and the tokens' sizes; or None.
-        timesteps: As given to `handle.run`.
+        told: The timesteps that were given to `handle.run`.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
         guidance: Names of guidance scales -> what the pipeline's call was given.
         follower: What the scheduler that leads it knows of it.
@@ -110,14 +110,14 @@ class Run:
     patched: Any
     steps: int | None
     plan: RunPlan
-    levels: Levels | None = None
+    timesteps: Timesteps | None = None
     manual: bool = False
     step: int = 0
     first: int | None = None
     methods: tuple[MethodRun, ...] = ()
     selection: Any = None
     resolution: Any = None
-    timesteps: Sequence[Any] | None = None
+    told: Sequence[Any] | None = None
     pipeline: Callable[[], Any] = nobody
     guidance: dict[str, Any] = field(default_factory=dict)
     follower: Any = None
@@ -144,9 +144,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self._ended = False
-        self.led = self.levels is not None
+        self.led = self.timesteps is not None
         # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
-        self._scheduler = weakref.ref(self.levels.scheduler) if self.led else nobody
+        self._scheduler = weakref.ref(self.timesteps.scheduler) if self.led else nobody
         # A thread or task keeps its runs, and the report the last run of a pipeline: neither is to be kept by them.
         self._owner: Callable[[], Any] = nobody
         self._by_timestep = not self.led
@@ -162,24 +162,24 @@ class Run:
 
     @property
     def forecast_weights(self) -> Weights:
-        """Its forecasts have these weights, from the noise levels that the scheduler, or the user, says."""
+        """Its forecasts have these weights, at the sigmas that the scheduler, or the user, says."""
         if self.weights is None:
-            self.weights = Weights(self.noise_levels)
+            self.weights = Weights(self.sigmas)
         return self.weights
 
-    def hear_level(self, timestep: Any) -> None:
-        """Where neither scheduler nor user said the noise levels before, each step's timestep does; it is read."""
-        levels = self.forecast_weights.levels
-        while len(levels) <= self.step:
-            levels.append(value_of(timestep))
+    def hear_sigma(self, timestep: Any) -> None:
+        """Where neither scheduler nor user said the sigmas, each step's timestep stands for its own; it is read."""
+        sigmas = self.forecast_weights.sigmas
+        while len(sigmas) <= self.step:
+            sigmas.append(value_of(timestep))
 
     @property
-    def noise_levels(self) -> list[float]:
-        """The noise level of each step, as the scheduler or the user says; empty where nobody does. Read it once."""
+    def sigmas(self) -> list[float]:
+        """The sigma of each step, for which a user's timestep stands; empty where nobody says either. Read it once."""
         scheduler = self.scheduler
         if scheduler is not None:
-            return step_levels(scheduler)
-        return [] if self.timesteps is None else [float(t) for t in self.timesteps]
+            return step_sigmas(scheduler)
+        return [] if self.told is None else [float(t) for t in self.told]
 
     @property
     def owner(self) -> Any:
@@ -324,7 +324,7 @@ class Run:
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
         if self.plan.reuse is not None:
-            self.plan = self.patched.plan(self.steps, partial, self.levels)
+            self.plan = self.patched.plan(self.steps, partial, self.timesteps)
 
     def drop_caches(self) -> None:
         """All caches are freed; a run that goes on computes what it misses."""
@@ -364,8 +364,8 @@ class Run:
         self.drop_caches()
         for method in self.methods:
             method.end()
-        self.timesteps = self._timestep = None
-        self.levels = None  # they hold the scheduler
+        self.told = self._timestep = None
+        self.timesteps = None  # they hold the scheduler
         self.patched.runs.forget(self)
         self._ended = True
 

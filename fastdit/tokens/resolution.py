@@ -145,7 +145,7 @@ class ResolutionRun(MethodRun):
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
     def end_sigma(self, step: int) -> float | None:
-        """The noise level at which a step ends its stage, None for other steps."""
+        """The sigma at which a step ends its stage, None for other steps."""
         last = self.stage.first + self.stage.steps - 1
         return self.stage.sigmas[-1] if step == last else None
 
@@ -165,7 +165,7 @@ class ResolutionRun(MethodRun):
 
     @property
     def start_sigma(self) -> float:
-        """The noise level of the stage's first step; 0 after the last stage."""
+        """The sigma of the stage's first step; 0 after the last stage."""
         ended = len(self.records) == len(self.stages)
         return 0.0 if ended else self.stage.sigmas[0]
 
