@@ -128,6 +128,10 @@ class Method:
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
         family: The model family that a preset's settings are for; None for settings that fit any.
+        run_steps: The number of steps it was made for; None fits any.
+        made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
+        forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
+        skips_steps: It leaves out whole steps and nothing else, so that any model will do.
     """
 
     name: str = ""
@@ -135,21 +139,10 @@ class Method:
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
     family: str | None = None
-
-    @property
-    def forecasts(self) -> bool:
-        """This tells whether it extrapolates outputs that it reuses, see `schedules/forecast.py`."""
-        return False
-
-    @property
-    def skips_steps(self) -> bool:
-        """This tells whether it leaves out whole steps and nothing else, so that any model will do."""
-        return False
-
-    @property
-    def run_steps(self) -> int | None:
-        """It was made for this number of steps; None fits any."""
-        return None
+    run_steps: int | None = None
+    made_for: Conditions | None = None
+    forecasts: bool = False
+    skips_steps: bool = False
 
     def check_steps(self, steps: int) -> None:
         """It refuses a number of steps that it does not fit, when a run starts."""
@@ -160,11 +153,6 @@ class Method:
         Args:
             noise: What makes the sampler draw noise at each step; "" for one that draws none.
         """
-
-    @property
-    def made_for(self) -> Conditions | None:
-        """It fits these runs only, which is checked at a run's first transformer call; None fits any."""
-        return None
 
     def check(self, spec: ModelSpec) -> None:
         """It refuses a model that it cannot run on, when patching, before anything changes.

@@ -67,7 +67,6 @@ class HarmoniCa(Method):
 
     @property
     def run_steps(self) -> int:
-        """The router has this number of steps."""
         return self.source.steps
 
     def check(self, spec: ModelSpec) -> None:
@@ -85,7 +84,6 @@ class HarmoniCa(Method):
 
     @property
     def forecasts(self) -> bool:
-        """This tells whether it extrapolates what it reuses."""
         return self.order > 0
 
     def check_sampler(self, noise: str) -> None:

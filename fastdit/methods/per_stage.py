@@ -65,16 +65,13 @@ class PerStage(Method):
 
     @property
     def forecasts(self) -> bool:
-        """This tells whether one of them does."""
         return any(method.forecasts for method in self._given())
 
     def check_sampler(self, noise: str) -> None:
-        """Each must fit the sampler."""
         for method in self._given():
             method.check_sampler(noise)
 
     def check(self, spec: ModelSpec) -> None:
-        """Each must fit the model."""
         for method in self._given():
             method.check(spec)
 

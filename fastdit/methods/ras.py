@@ -118,9 +118,7 @@ class RASRun(TokenRun):
         if self._drops is None:
             count = -(len(self.plan) + 1)
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
-        moved = (
-            torch.as_tensor(delta) * velocity[0]
-        )  # the sigmas' own difference, not rounded first
+        moved = torch.as_tensor(delta) * velocity[0]  # by the sigmas' own difference, not rounded
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
         metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.rate_of_drops * self._drops)).to(metric.dtype)

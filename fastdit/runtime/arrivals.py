@@ -45,10 +45,8 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
     """
     names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
     for index, block in enumerate(patched.blocks):
-        for name, module in block._modules.items():
-            if module is None or not {"processor"} & (module.__dict__.keys() | module._modules):
-                continue
-            if not patched.adapter.has_stock_processor(module):
+        for name, module in block.named_children():
+            if hasattr(module, "processor") and not patched.adapter.has_stock_processor(module):
                 raise UnsupportedModelError(
                     f"{name} of block {index} has the attention processor {type(module.processor).__qualname__}, "
                     f"which {names} would leave out; remove it, or run inside `with handle.disabled()`"
@@ -66,8 +64,9 @@ def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], met
     Raises:
         UnsupportedModelError: Naming the hook and where it is.
     """
-    for where, module in _hooked(transformer, blocks):
-        for hook in module.__dict__["_diffusers_hook"].hooks.values():
+    for where, module in _places_of_caches(transformer, blocks):
+        registry = module.__dict__.get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
             if getattr(hook, "_is_stateful", False):
                 raise UnsupportedModelError(
                     f"{where} carries diffusers' {type(hook).__name__}, another cache, which does not compose with "
@@ -75,16 +74,14 @@ def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], met
                 )
 
 
-def _hooked(transformer: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """These modules have a hook of diffusers, of those that caches are attached to; without blocks, of all."""
-    if "_diffusers_hook" in transformer.__dict__:
-        yield "the transformer", transformer
-    for name, module in transformer.named_modules() if not blocks else ():
-        if name and "_diffusers_hook" in module.__dict__:
-            yield name, module
+def _places_of_caches(
+    transformer: nn.Module, blocks: Sequence[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Caches are attached to these modules: the blocks and their parts; any, where no blocks are known."""
+    yield "the transformer", transformer
     for index, block in enumerate(blocks):
-        if "_diffusers_hook" in block.__dict__:
-            yield f"block {index}", block
-        for name, part in block._modules.items():
-            if part is not None and "_diffusers_hook" in part.__dict__:
-                yield f"{name} of block {index}", part
+        yield f"block {index}", block
+        for name, part in block.named_children():
+            yield f"{name} of block {index}", part
+    if not blocks:
+        yield from transformer.named_modules()
