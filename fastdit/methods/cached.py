@@ -85,7 +85,6 @@ class Cached(Method):
         self.source.check(spec)
 
     def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
-        """The schedule is bound to the model and the number of steps."""
         return self.source.bind(spec, steps)
 
 

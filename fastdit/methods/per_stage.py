@@ -91,7 +91,7 @@ class PerStage(Method):
         own = None if timesteps is None else timesteps.of(sum(stages))
         parts, first = [], 0
         for index, (method, steps) in enumerate(zip(self.methods, stages, strict=True)):
-            here = None if own is None else timesteps.with_own(own[first : first + steps])
+            here = None if own is None else replace(timesteps, own=own[first : first + steps])
             try:
                 part = (method or Cached(Every(1))).schedule(spec, steps, here)
             except ScheduleError as error:

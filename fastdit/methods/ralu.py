@@ -151,7 +151,6 @@ class RALU(Method):
     # ---- the plan
 
     def begin(self, run: Any) -> ResolutionRun:
-        """One run has token layouts of its own."""
         return ResolutionRun(self, run)
 
     @property

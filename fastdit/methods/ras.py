@@ -229,7 +229,6 @@ class RAS(Method):
         return STARVATION if self.starvation is None else self.starvation
 
     def begin(self, run: Any) -> TokenRun:
-        """One run chooses its tokens by this."""
         return ChangeRun(self, run) if self.metric == "change" else RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
@@ -277,7 +276,6 @@ class RAS(Method):
         check_noise(self, noise)
 
     def active(self, steps: int, tokens: int) -> list[SparseStep | None]:
-        """Each step computes this; None where it is dense."""
         share = 0.0 if self.metric == "change" else HIGH_RATIO
         share = share if self.high_ratio is None else self.high_ratio
         found: list[SparseStep | None] = []

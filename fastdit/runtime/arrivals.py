@@ -46,7 +46,7 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
     names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
     for index, block in enumerate(patched.blocks):
         for name, module in block.named_children():
-            if hasattr(module, "processor") and not patched.adapter.has_stock_processor(module):
+            if not patched.adapter.has_stock_processor(module):
                 raise UnsupportedModelError(
                     f"{name} of block {index} has the attention processor {type(module.processor).__qualname__}, "
                     f"which {names} would leave out; remove it, or run inside `with handle.disabled()`"
@@ -58,16 +58,19 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
         )
 
 
-def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], methods: str) -> None:
-    """diffusers' own caches (`enable_cache`) skip calls that a plan of `methods` counts on, or add to it unseen.
+def refuse_other_caches(patched: Any, transformer: nn.Module) -> None:
+    """diffusers' own caches (`enable_cache`) skip calls that a plan of methods counts on, or add to it unseen.
 
     Raises:
         UnsupportedModelError: Naming the hook and where it is.
     """
-    for where, module in _places_of_caches(transformer, blocks):
+    if not patched.acts:
+        return
+    for where, module in _places_of_caches(transformer, patched.blocks):
         registry = module.__dict__.get("_diffusers_hook")
         for hook in () if registry is None else registry.hooks.values():
             if getattr(hook, "_is_stateful", False):
+                methods = " + ".join(method.name for method in patched.methods)
                 raise UnsupportedModelError(
                     f"{where} carries diffusers' {type(hook).__name__}, another cache, which does not compose with "
                     f"{methods}; call disable_cache() on the transformer, or patch it without methods"

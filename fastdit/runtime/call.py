@@ -82,9 +82,8 @@ class Call:
         if order:
             branch = self._branch()
             if branch.outputs.nodes.steps:
-                self.forecast = branch.outputs.forecast(
-                    run.step, order, run.forecast_weights, run.patched.ops
-                )
+                weights = run.forecast_weights
+                self.forecast = branch.outputs.forecast(run.step, order, weights, patched.ops)
                 return None
         self._smaller = self.layout is not None and self.layout.form != "full"
         if self._smaller:
@@ -226,10 +225,9 @@ class Call:
         if not branch.foresees:
             return None
         batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
-        inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
-        first = branch.modulations is None
-        if not isinstance(timestep, Tensor):
-            inputs = None
+        first, inputs = branch.modulations is None, None
+        if isinstance(timestep, Tensor):
+            inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
         if first and inputs is not None:
             timesteps = run.told if isinstance(run.told, Tensor) else None
             if run.scheduler is not None:
@@ -307,15 +305,14 @@ class Call:
         def compute() -> Any:
             if self.rows is None:
                 return stock(self.transformer, *args, **kwargs)
-            adapter = self.run.patched.adapter
-            given = adapter.gather_inputs(self.transformer, args, kwargs, self.rows)
+            given = patched.adapter.gather_inputs(self.transformer, args, kwargs, self.rows)
             return stock(self.transformer, *given[0], **given[1])
 
         try:
             return self.trace.run(compute, self)
         except CaptureError:
             self.prepare()
-            self.run.patched.here.forward = self.forward
+            patched.here.forward = self.forward
             return compute()
 
     # ---- what modules ask

@@ -53,11 +53,13 @@ class ManualLoop:
 
     Attributes:
         local: The state of the worker that opened it.
+        timesteps: What it was given.
         run: The run that it leads; None where it was begun while disabled.
         born: Its number in the order in which calls and loops began.
     """
 
     local: Local
+    timesteps: Any
     run: Run | None = None
     born: int = field(default_factory=owners.number)
 
@@ -96,9 +98,10 @@ class Runs:
             FastDiTError: A pipeline's call, or a `with handle.run(...)`, is in progress.
         """
         for run in self.live():
-            owner = run.owner
-            if run.manual or (isinstance(owner, PipelineCall) and not owner.over):
-                what = "a `with handle.run(...)`" if run.manual else "a call of a pipeline"
+            owner = run.owner()
+            manual = run.told is not None
+            if manual or (isinstance(owner, PipelineCall) and not owner.over):
+                what = "a `with handle.run(...)`" if manual else "a call of a pipeline"
                 raise FastDiTError(
                     f"cannot {verb} a model while {what} runs on it (step {run.step} of {run.steps}); "
                     "let it end first"
@@ -130,12 +133,7 @@ class Runs:
     # ---- how they begin
 
     def _start(
-        self,
-        steps: int | None,
-        timesteps: Timesteps | None,
-        in_use: bool,
-        pipeline: Any,
-        manual: bool,
+        self, steps: int | None, timesteps: Timesteps | None, in_use: bool, pipeline: Any
     ) -> Run | None:
         """A run of `steps` steps starts; None where it is to be stock.
 
@@ -165,18 +163,16 @@ class Runs:
         planned = OPEN_STEPS if steps is None else steps
         full = planned
         if resolution is not None:
-            resolution.check_steps(planned)
             last = resolution.stages()[-1]
             full = last.steps if last.layout == "full" else 0
-        for method in patched.methods:
-            if method is not resolution:  # one that leaves tokens out waits for the full resolution
-                method.check_steps(full if "rows" in method.writes else planned)
+        for method in patched.methods:  # one that leaves tokens out waits for the full resolution
+            method.check_steps(full if "rows" in method.writes else planned)
         if resolution is not None:
             check_flow(timesteps.scheduler)
             timesteps.check_default(resolution.name)
             replace_sigmas(timesteps.scheduler, resolution.run_sigmas, in_use)
             timesteps = timesteps.with_sigmas(resolution.run_sigmas)
-        run = Run(patched, steps, patched.plan(planned, timesteps=timesteps), timesteps, manual)
+        run = Run(patched, steps, patched.plan(planned, timesteps=timesteps), timesteps)
         run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):
             run.pipeline = weakref.ref(pipeline)
@@ -184,7 +180,7 @@ class Runs:
             run.previews = local.watch
         return run
 
-    def _begin(
+    def begin(
         self,
         owner: PipelineCall | ManualLoop | Worker,
         steps: int | None,
@@ -194,11 +190,10 @@ class Runs:
     ) -> Run | None:
         """A call of a pipeline, a loop by hand, or another loop of the worker here begins a run."""
         call = owner if isinstance(owner, PipelineCall) else None
-        manual = isinstance(owner, ManualLoop)
-        run = self._start(steps, timesteps, in_use, call and call.pipeline, manual)
+        run = self._start(steps, timesteps, in_use, call and call.pipeline)
         if call is not None:
             call.runs[self._patched] = run
-        elif manual:
+        elif isinstance(owner, ManualLoop):
             owner.run = run
             self._manual.add(owner)
             owner.local.manual.append(owner)
@@ -212,8 +207,10 @@ class Runs:
             follower.run = run
         if run is not None:
             run.follower = follower
-            if not manual:
-                run.owner = owner
+            if isinstance(owner, ManualLoop):
+                run.told = owner.timesteps
+            else:
+                run.owner = weakref.ref(owner)
             self._live[id(run)] = run
         return run
 
@@ -227,7 +224,7 @@ class Runs:
                 before.end()
         if call is not None:
             self._patched.followed.follow(call.pipeline)
-        run = self._begin(owner, len(timesteps.scheduler.timesteps), timesteps, follower)
+        run = self.begin(owner, len(timesteps.scheduler.timesteps), timesteps, follower)
         if call is None and run is not None:
             self._unclaimed = weakref.ref(run)
 
@@ -237,12 +234,12 @@ class Runs:
         set_before = getattr(scheduler, "timesteps", None)
         self._patched.followed.follow(call.pipeline)
         if not first or set_before is None or not len(set_before):
-            return self._begin(call, self._patched.made_steps)
+            return self.begin(call, self._patched.made_steps)
         follower = clock.follower_of(scheduler, self._patched)
         timesteps = found_timesteps(scheduler, frame.f_locals)
         try:
             follower.claim(call, scheduler)
-            return self._begin(call, len(set_before), timesteps, follower, in_use=True)
+            return self.begin(call, len(set_before), timesteps, follower, in_use=True)
         finally:
             follower.unclaim(call)
 
@@ -255,12 +252,6 @@ class Runs:
         if found is None:
             found = self._locals[worker] = Local()
         return found
-
-    def begin_manual(self, loop: ManualLoop, timesteps: Any) -> None:
-        """A loop by hand begins its run over `timesteps`."""
-        run = self._begin(loop, len(timesteps))
-        if run is not None:
-            run.told = timesteps
 
     def end_manual(self, loop: ManualLoop) -> None:
         """A loop by hand ends its run, also one that was broken off while it began."""
@@ -332,7 +323,7 @@ class Runs:
         if run is None or not run.live or (not run.led and run.rises(timestep)):
             if run is not None:
                 run.end()
-            run = self._begin(owners.here(), self._patched.made_steps)
+            run = self.begin(owners.here(), self._patched.made_steps)
         return run
 
     def _adopted(self, local: Local) -> Run | None:
@@ -340,7 +331,8 @@ class Runs:
         run = self._unclaimed()
         if run is None or not run.live or run.first is not None:
             return None
-        if run.owner is not None and not run.owner.gone:
+        owner = run.owner()
+        if owner is not None and not owner.gone:
             return None
-        local.run, run.owner = run, owners.here()
+        local.run, run.owner = run, weakref.ref(owners.here())
         return run

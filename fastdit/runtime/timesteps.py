@@ -34,14 +34,10 @@ class Timesteps:
     arguments: Mapping[str, Any]
     own: Sequence[float] | None = None
 
-    def with_own(self, own: Sequence[float]) -> Timesteps:
-        """These are the same with timesteps of the run itself."""
-        return replace(self, own=own)
-
     def with_sigmas(self, sigmas: Sequence[float]) -> Timesteps:
         """These are the same with those of a flow-matching run, given as sigmas."""
         unit = self.scheduler.config.num_train_timesteps
-        return self.with_own([sigma * unit for sigma in sigmas])
+        return replace(self, own=[sigma * unit for sigma in sigmas])
 
     @property
     def repeat(self) -> bool:
