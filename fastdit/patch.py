@@ -93,7 +93,10 @@ def patch(
         wrapped = [part for *_, part in adapter.wrapped(transformer)]
         linears = tuple(layer for layer in linears_of(blocks) if layer not in wrapped)
     graphs = Graphs() if cuda_graphs else None
-    weak = nobody if pipeline is None else weakref.ref(pipeline)
+    weak = nobody
+    if pipeline is not None:
+        clock.check_scheduler(getattr(pipeline, "scheduler", None))
+        weak = weakref.ref(pipeline)
     patched = Patched(adapter, spec, methods, bound, blocks, linears, graphs, weak)
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
@@ -118,7 +121,6 @@ def patch(
     for module in (*(module for module, _ in rewritten), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
-        clock.check_scheduler(getattr(pipeline, "scheduler", None))
         patched.check_sampler(noise_of(pipeline.scheduler))
     if adapter.restates and patched.max_cache_bytes is not None:
         Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
