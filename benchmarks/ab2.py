@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AB2Scheduler(FlowMatchEulerDiscreteScheduler):
-    """It has Euler's levels and arguments."""
+    """It has Euler's sigmas and arguments."""
 
     before: tuple[Tensor, float] | None = None
 
@@ -25,7 +25,7 @@ class AB2Scheduler(FlowMatchEulerDiscreteScheduler):
         here, there = (float(self.sigmas[self.step_index + i]) for i in (0, 1))
         velocity = model_output
         if self.before is not None:
-            older, level = self.before
-            velocity = velocity + (there - here) / (2 * (here - level)) * (velocity - older)
+            older, sigma = self.before
+            velocity = velocity + (there - here) / (2 * (here - sigma)) * (velocity - older)
         self.before = model_output, here
         return super().step(velocity, timestep, sample, **kwargs)

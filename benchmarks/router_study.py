@@ -113,7 +113,7 @@ def arms_of(
 
 
 def correctors(router: fastdit.Router) -> fastdit.Schedule:
-    """Heun evaluates twice at a noise level, to correct and to predict anew: the second time is reused."""
+    """Heun evaluates twice at a sigma, to correct and to predict anew: the second time is reused."""
     rows = np.arange(router.steps)
     computes = (rows % 2 == 1) | (rows == 0)
     bits = {

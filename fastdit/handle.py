@@ -161,9 +161,9 @@ class Handle:
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
         runs = self._patched.runs
-        loop = ManualLoop(runs.local())
+        loop = ManualLoop(runs.local(), timesteps)
         try:
-            runs.begin_manual(loop, timesteps)
+            runs.begin(loop, len(timesteps))
             yield self
         finally:
             runs.end_manual(loop)

@@ -26,13 +26,14 @@ from fastdit.errors import ArgumentError, CompositionError, FastDiTError, Unsupp
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
-from fastdit.runtime import clock, levels
+from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
 from fastdit.runtime.attach import attach, remove, rewrites
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
+from fastdit.runtime.timesteps import check_flow
 from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.schedules.solvers import noise_of
@@ -76,57 +77,52 @@ def patch(
         >>> print(handle.report())
     """
     pipeline, transformer = _resolve(target)
-    reuses = all(getattr(method, "writes", None) == {"reuse"} for method in methods)
-    wraps = "steps" if all(getattr(m, "skips_steps", False) for m in methods) else "components"
-    adapter = find_adapter(transformer, wraps if methods and reuses else "")
     _check_arguments(methods, pack_weights=pack_weights, cuda_graphs=cuda_graphs)
+    reuses = all(method.writes == {"reuse"} for method in methods)
+    wraps = "steps" if all(method.skips_steps for method in methods) else "components"
+    adapter = find_adapter(transformer, wraps if methods and reuses else "")
     methods = methods or (Dense(),)
-    spec = adapter.spec(transformer)
+    spec, bound = adapter.spec(transformer), ops.bind(backend)
     blocks = tuple(block for _, block in adapter.blocks(transformer))
     check_composition(methods)
     for method in methods:
         method.check(spec)
-    if any(method.writes for method in methods):
-        names = " + ".join(method.name for method in methods)
-        refuse_other_caches(transformer, blocks, names)
-    bound = ops.bind(backend)
-    sparse = any("rows" in method.writes for method in methods)
-    resizing = next((method for method in methods if "resolution" in method.writes), None)
+    linears: tuple[nn.Linear, ...] = ()
+    if pack_weights:
+        check_packable(transformer, bound.backend)
+        wrapped = [part for *_, part in adapter.wrapped(transformer)]
+        linears = tuple(layer for layer in linears_of(blocks) if layer not in wrapped)
+    graphs = Graphs() if cuda_graphs else None
+    weak = nobody
+    if pipeline is not None:
+        clock.check_scheduler(getattr(pipeline, "scheduler", None))
+        weak = weakref.ref(pipeline)
+    patched = Patched(adapter, spec, methods, bound, blocks, linears, graphs, weak)
+    refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)
-    if sparse:
+    sparse, resizing = patched.writer("rows"), patched.writer("resolution")
+    if sparse is not None:
         adapter.check_tokens(transformer)
     if resizing is not None:
         adapter.check_resolution(transformer)
         _check_resizing(resizing, pipeline)
-    drawing = next((method for method in methods if method.forecasts), None)
-    if sparse and drawing is not None:
+    if sparse is not None and patched.forecasts:
+        drawing = next(method.name for method in methods if method.forecasts)
         raise CompositionError(
-            f"{drawing.name} draws outputs through values of whole steps, and a method beside it computes a part of "
+            f"{drawing} draws outputs through values of whole steps, and a method beside it computes a part of "
             "the tokens; give order=0, or leave one of them"
         )
     if cuda_graphs and resizing is not None:
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
         )
-    linears: list[nn.Linear] = []
-    if pack_weights:
-        check_packable(transformer, bound.backend)
-        wrapped = [part for *_, part in adapter.wrapped(transformer)]
-        linears = [layer for layer in linears_of(blocks) if layer not in wrapped]
-    embeds = sparse or resizing is not None
-    eager = bound.backend == "reference"
-    rewritten = rewrites(adapter, transformer, embeds, eager, linears)
+    rewritten = rewrites(patched, transformer)
     for module in (*(module for module, _ in rewritten), *[transformer] * cuda_graphs):
         check_installable(module)
     if pipeline is not None:
-        clock.check_scheduler(getattr(pipeline, "scheduler", None))
-        for method in methods:
-            method.check_sampler(noise_of(pipeline.scheduler))
-    graphs = Graphs() if cuda_graphs else None
-    weak = nobody if pipeline is None else weakref.ref(pipeline)
-    patched = Patched(adapter, spec, methods, bound, blocks, tuple(linears), graphs, weak)
-    if adapter.restates and any(method.max_cache_bytes is not None for method in methods):
+        patched.check_sampler(noise_of(pipeline.scheduler))
+    if adapter.restates and patched.max_cache_bytes is not None:
         Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
     remove(transformer, "patch")
     attach(patched, transformer, pipeline, rewritten)
@@ -230,7 +226,7 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
-    levels.check_flow(getattr(pipeline, "scheduler", None))
+    check_flow(getattr(pipeline, "scheduler", None))
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(
             f'{method.name} selector="edges" decodes by the pipeline\'s vae, but it has none; '

@@ -43,10 +43,6 @@ class ModelSpec:
     family: str
     kinds: tuple[BlockKind, ...]
 
-    def kind(self, name: str) -> BlockKind | None:
-        """The kind called `name`, or None."""
-        return next((kind for kind in self.kinds if kind.name == name), None)
-
     @property
     def shared_gates(self) -> Mapping[str, int]:
         """Component -> which shared vector its gate contains, if that is so in all kinds; else empty."""

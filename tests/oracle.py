@@ -4,7 +4,7 @@ It knows nothing of fastdit: it puts a wrapper around the forward of the stock b
 sub-modules (attention, feed-forward, projection), keeps each module's last output per transformer
 call within a step, and returns it where the schedule says so. What is kept is the raw output,
 before the gate and before any norm behind the module, or, where orders are given, the polynomial
-through the last outputs that were computed at distinct levels; FLUX's `single_proj_mlp` is the output of that
+through the last outputs that were computed at distinct sigmas; FLUX's `single_proj_mlp` is the output of that
 linear layer, before the GELU; an empty slot computes.
 """
 
@@ -96,7 +96,7 @@ class Oracle:
         calls_per_step: Transformer calls within a step: 2 for sequential guidance.
         first: Step of the first call, for runs that enter the schedule late.
         orders: Like `bits`: how many outputs, less one, a reused one is drawn through; None for one alone.
-        levels: Where each step is, for `orders`.
+        sigmas: Where each step is, for `orders`.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Oracle:
         calls_per_step: int = 1,
         first: int = 0,
         orders: Bits | None = None,
-        levels: Sequence[float] = (),
+        sigmas: Sequence[float] = (),
     ) -> None:
         self._transformer = transformer
         self._bits = bits
@@ -114,7 +114,7 @@ class Oracle:
         self._first = first
         self._calls = -1
         self._orders = orders
-        self._levels = levels
+        self._sigmas = sigmas
         self._slots: dict[Any, dict[float, Any]] = {}
         self._uses: Counter[Any] = Counter()
         self.computed = 0
@@ -162,29 +162,29 @@ class Oracle:
             key = (*module, branch, self._uses[module])
             self._uses[module] += 1
             place = self._first + step, block, position
-            level = self._levels[place[0]] if len(self._levels) else 0.0
+            sigma = self._sigmas[place[0]] if len(self._sigmas) else 0.0
             if self._bits[kind][place] or key not in self._slots:
                 self.computed += 1
                 found = forward(*args, **kwargs)
                 computed = self._slots.setdefault(key, {})
-                computed.pop(level, None)
-                computed[level] = found
+                computed.pop(sigma, None)
+                computed[sigma] = found
                 return found
             self.reused += 1
             order = 0 if self._orders is None else int(self._orders[kind][place])
-            return _through(list(self._slots[key].items())[-1 - order :], level)
+            return _through(list(self._slots[key].items())[-1 - order :], sigma)
 
         return cached
 
 
 def _through(nodes: Sequence[tuple[float, Any]], at: float) -> Any:
-    """The polynomial through values at levels; itself where there is one."""
+    """The polynomial through values at sigmas; itself where there is one."""
     if len(nodes) == 1:
         return nodes[0][1]
     if isinstance(nodes[0][1], tuple):
         parts = zip(*(values for _, values in nodes), strict=True)
-        levels = [level for level, _ in nodes]
-        return tuple(_through(list(zip(levels, part, strict=True)), at) for part in parts)
+        sigmas = [sigma for sigma, _ in nodes]
+        return tuple(_through(list(zip(sigmas, part, strict=True)), at) for part in parts)
     if nodes[0][1] is None:
         return None
     total = 0

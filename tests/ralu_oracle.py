@@ -158,7 +158,7 @@ def _leaving_out(
         last = stage.first + stage.steps
         bits = {kind: some[stage.first : last] for kind, some in bits.items()}
         drawn = {kind: some[stage.first : last] for kind, some in (orders or {}).items()}
-        drawn = {"orders": drawn, "levels": sigmas.tolist()} if orders else {}
+        drawn = {"orders": drawn, "sigmas": sigmas.tolist()} if orders else {}
     if choose is None:
         cache = Oracle(pipe.transformer, bits, 2, **drawn).installed() if bits else None
         with cache or contextlib.nullcontext():

@@ -474,11 +474,11 @@ def by_change(
         for b in range(batch):
             for i, token in enumerate(known[b]):
                 if chosen[0] is None or i in chosen[0][b]:
-                    now, level = tokens[b, i].double(), float(sigmas[step])
-                    if "value" in token and level != token["level"]:
+                    now, sigma = tokens[b, i].double(), float(sigmas[step])
+                    if "value" in token and sigma != token["sigma"]:
                         change = math.dist(now.tolist(), token["value"].tolist())
-                        token["rate"] = change / abs(level - token["level"])
-                    token.update(value=now, level=level)
+                        token["rate"] = change / abs(sigma - token["sigma"])
+                    token.update(value=now, sigma=sigma)
         dense = step + 1 < start or step + 1 in resets or step + 1 >= steps
         keep = count - int((1 - ratio) * count)
         if dense or keep == count:
@@ -494,7 +494,7 @@ def by_change(
                 token = of_image[i]
                 forced = max_age is not None and token["age"] >= max_age
                 unknown = "rate" not in token
-                score = 0.0 if unknown else token["rate"] * abs(coming - token["level"])
+                score = 0.0 if unknown else token["rate"] * abs(coming - token["sigma"])
                 return forced, unknown, score, i
 
             order = sorted(range(count), key=last_dropped)

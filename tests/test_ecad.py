@@ -127,7 +127,7 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize(("made", "steps"), [(6, 4), (4, 7)])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_rows_follow_the_noise_level(name, made, steps):
+def test_rows_follow_the_timestep(name, made, steps):
     """Each step runs the row of the nearest timestep of a stock run with the schedule's number of steps."""
     bits, names = random_bits(tiny_models.FAMILIES[name].build(), made, 5)
     for value in bits.values():
@@ -150,13 +150,13 @@ def test_rows_follow_the_noise_level(name, made, steps):
     handle = fastdit.patch(pipe, method, backend="reference")
     with pytest.warns(UserWarning, match=f"a schedule of {made} steps in {steps}"):
         same_bits(generate(pipe, name, steps=steps), expected)
-    with pytest.warns(UserWarning, match="by noise level"):
+    with pytest.warns(UserWarning, match="by timestep"):
         explanation = handle.explain(tiny_models.HEIGHT * 8, tiny_models.WIDTH * 8, steps=steps)
     assert list(explanation.resampled) == rows
     assert f"its steps {', '.join(map(str, rows))}" in str(explanation)
 
 
-def test_without_a_scheduler_no_levels_are_known():
+def test_without_a_scheduler_no_timesteps_are_known():
     handle = fastdit.patch(
         tiny_models.transformer("pixart-alpha"), ECAD(made_for(4), resample="sigma")
     )

@@ -42,11 +42,11 @@ def test_polynomials_of_the_order_are_met_exactly(order):
     )
 
 
-def test_a_step_at_the_level_of_another_replaces_it():
-    levels = [1.0, 0.8, 0.8, 0.6, 0.6, 0.3]
-    assert last_nodes([0, 1, 2, 3, 4], levels, 1) == (4, 2)
-    assert last_nodes([0, 1, 2, 3, 4], levels, 2) == (4, 2, 0)
-    assert last_nodes([0], levels, 2) == (0,)
+def test_a_step_at_the_sigma_of_another_replaces_it():
+    sigmas = [1.0, 0.8, 0.8, 0.6, 0.6, 0.3]
+    assert last_nodes([0, 1, 2, 3, 4], sigmas, 1) == (4, 2)
+    assert last_nodes([0, 1, 2, 3, 4], sigmas, 2) == (4, 2, 0)
+    assert last_nodes([0], sigmas, 2) == (0,)
 
 
 class Plain:
@@ -64,7 +64,7 @@ class Plain:
         self.step += 1
         return found
 
-    def level(self, step):
+    def sigma(self, step):
         scheduler = self.pipe.scheduler
         if hasattr(scheduler, "sigmas"):
             return float(scheduler.sigmas[step])
@@ -81,10 +81,10 @@ class Plain:
             self.step = begun
             self.calls[self.step] = self.calls.pop(0)
         if self.step % self.n == 0 or not nodes:
-            nodes[self.level(self.step)] = sample.clone()
+            nodes[self.sigma(self.step)] = sample.clone()
             return
         used = list(nodes.items())[-1 - self.order :]
-        at = self.level(self.step)
+        at = self.sigma(self.step)
         total = torch.zeros_like(sample)
         for i, (own, value) in enumerate(used):
             others = [other for j, (other, _) in enumerate(used) if j != i]
@@ -190,8 +190,8 @@ class Streams(ModelMixin, ConfigMixin):
 
     def forward(self, x, t, cap_feats=None):
         self.calls += 1
-        level = t.reshape(-1, 1, 1) / 1000
-        return [x.sin() * self.scale * level, x.cos() * level**2], x.shape[1]
+        sigma = t.reshape(-1, 1, 1) / 1000
+        return [x.sin() * self.scale * sigma, x.cos() * sigma**2], x.shape[1]
 
 
 def test_any_model_will_do():
@@ -310,13 +310,13 @@ def drawn_both_ways(family, seed, dtype, backend, batch=2, steps=7):
     model = tiny_models.transformer(family, dtype)
     bits, names = random_bits(model, steps, seed, compute=0.4)
     orders = {kind: generator.integers(0, 3, part.shape) for kind, part in bits.items()}
-    levels = np.sort(generator.random(steps))[::-1].tolist()
+    sigmas = np.sort(generator.random(steps))[::-1].tolist()
     inputs = [tiny_models.call(family, batch, dtype, step=step) for step in range(steps)]
-    with torch.no_grad(), Oracle(model, bits, orders=orders, levels=levels).installed():
+    with torch.no_grad(), Oracle(model, bits, orders=orders, sigmas=sigmas).installed():
         expected = [model(**given)[0] for given in inputs]
     schedule = fastdit.Schedule.from_bits(bits, names, orders=orders)
     handle = fastdit.patch(model, fastdit.Cached(schedule), backend=backend)
-    with torch.no_grad(), handle.run(levels):
+    with torch.no_grad(), handle.run(sigmas):
         actual = [model(**given)[0] for given in inputs]
     return actual, expected
 
@@ -348,15 +348,15 @@ SAMPLERS = {
     [("sd3", name) for name in SAMPLERS] + [("flux", "euler"), ("flux", "unipc")],
 )
 def test_whole_runs_of_random_orders_equal_plain_hooks(family, sampler):
-    """Levels are the scheduler's sigmas, where outputs at one level replace each other."""
+    """The sigmas are the scheduler's, where outputs at one sigma replace each other."""
     pipe = tiny_models.pipeline(family, torch.float64, scheduler=SAMPLERS[sampler]())
-    tiny_models.generate(pipe, family, steps=6)  # the pipeline may have levels of its own
-    steps, levels = len(pipe.scheduler.timesteps), [float(s) for s in pipe.scheduler.sigmas]
+    tiny_models.generate(pipe, family, steps=6)  # the pipeline may have sigmas of its own
+    steps, sigmas = len(pipe.scheduler.timesteps), [float(s) for s in pipe.scheduler.sigmas]
     generator = np.random.default_rng(3)
     bits, names = random_bits(pipe.transformer, steps, 3, compute=0.4)
     orders = {kind: generator.integers(0, 3, part.shape) for kind, part in bits.items()}
     calls = 2 if family == "flux" else 1
-    with Oracle(pipe.transformer, bits, calls, orders=orders, levels=levels).installed():
+    with Oracle(pipe.transformer, bits, calls, orders=orders, sigmas=sigmas).installed():
         expected = tiny_models.generate(pipe, family, batch=2, steps=6)
     schedule = fastdit.Schedule.from_bits(bits, names, orders=orders)
     handle = fastdit.patch(pipe, fastdit.Cached(schedule), backend="reference")
@@ -370,7 +370,7 @@ def test_whole_runs_of_random_orders_equal_plain_hooks(family, sampler):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-def test_a_bare_loop_tells_its_levels_by_the_timestep(order):
+def test_a_bare_loop_tells_its_sigmas_by_the_timestep(order):
     """Nobody said before how many steps there are, and where they lie."""
     model = Streams()
     given = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))

@@ -70,7 +70,7 @@ METHOD = Threshold
 '''
 
 FORECAST = '''
-"""Every other step is the straight line through the last two outputs, by the noise levels."""
+"""Every other step is the straight line through the last two outputs, by the sigmas."""
 from dataclasses import dataclass
 from fastdit.methods.base import Method, MethodRun
 from fastdit.schedules.actions import COMPUTE, KEEP, REUSE

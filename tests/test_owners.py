@@ -463,19 +463,19 @@ def test_a_call_before_a_loop_that_a_scheduler_leads(method):
     same_bits(led_loop(other, other.scheduler, 0, before=True), expected)
 
 
-# Three schedulers whose noise levels are made in different ways.
+# Three schedulers whose timesteps are made in different ways.
 @pytest.mark.parametrize("name", ["flux-dev", "pixart-sigma", "lumina"])
-def test_noise_levels_of_a_stranger_are_those_of_a_known_pipeline(name):
-    """A schedule of another number of steps is mapped by noise level, also where levels depend on the size."""
+def test_timesteps_of_a_stranger_are_those_of_a_known_pipeline(name):
+    """A schedule of another number of steps is mapped by timestep, also where timesteps depend on the size."""
     options = {"use_dynamic_shifting": True} if name == "flux-dev" else {}
     scheduler = tiny_models.PIPELINES[name].scheduler(**options)
     pipe = tiny_models.pipeline(name, scheduler=scheduler)
     bits = random_bits(pipe.transformer, 6, 0)
     fastdit.patch(pipe, ECAD(Schedule.from_bits(*bits), resample="sigma"), backend="reference")
-    with pytest.warns(UserWarning, match="by noise level"):
+    with pytest.warns(UserWarning, match="by timestep"):
         expected = draw(pipe, name)
     stranger = copied(pipe)
-    with pytest.warns(UserWarning, match="by noise level"):
+    with pytest.warns(UserWarning, match="by timestep"):
         same_bits(draw(stranger, name), expected)
 
 
@@ -575,7 +575,7 @@ def test_one_scheduler_is_refused_to_two_that_set_it_at_once():
 
 @pytest.mark.parametrize("method", ["cached", "ras", "ralu"])
 def test_a_model_that_is_patched_in_the_midst_of_a_stock_run(method):
-    """The rest of the run counts from where it stands; noise levels can no longer be replaced, which is refused."""
+    """The rest of the run counts from where it stands; sigmas can no longer be replaced, which is refused."""
     pipe = tiny_models.pipeline("sd3")
 
     def callback(pipe, step, timestep, tensors):

@@ -41,7 +41,7 @@ from snapshot import snapshot
 from test_coexistence import FEATURES
 from tiny_models import LATENT, arguments, generate
 
-# Published: preset -> noise levels of each stage, (start, scale, deviation) of the second and third.
+# Published: preset -> sigmas of each stage, (start, scale, deviation) of the second and third.
 PUBLISHED = {
     "flux-4x": (
         [1, 0.9695, 0.9304, 0.8786, 0.8066, 0.7],
@@ -886,8 +886,8 @@ def test_forecasts_begin_anew_with_each_stage(name):
     within_contract(found, expected)
 
 
-def test_a_stage_takes_rows_by_its_own_noise_levels():
-    """With `resample`, as the whole run would: its levels are RALU's, in `explain` too."""
+def test_a_stage_takes_rows_by_its_own_timesteps():
+    """With `resample`, as the whole run would: its timesteps are RALU's, in `explain` too."""
     pipe = tiny_models.pipeline("sd3")
     bits, names = oracle.random_bits(pipe.transformer, 20, seed=5)
     found = []

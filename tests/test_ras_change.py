@@ -84,7 +84,7 @@ def test_no_token_is_left_out_for_longer_than_max_age(max_age):
     ("name", "scheduler"),
     [("sd3", FlowMatchHeunDiscreteScheduler), ("pixart-sigma", HeunDiscreteScheduler)],
 )
-def test_solvers_that_compute_twice_at_a_level(name, scheduler):
+def test_solvers_that_compute_twice_at_a_sigma(name, scheduler):
     """Tokens computed in the first call are as good as known in the second."""
     pipe = tiny_models.pipeline(name, torch.float64)
     pipe.scheduler = scheduler()
@@ -93,8 +93,8 @@ def test_solvers_that_compute_twice_at_a_level(name, scheduler):
     found, history = observed_run(pipe, name, RAS(**SETTINGS), steps=STEPS)
     assert_same_choice(history, rows)
     assert distance(found, expected) <= 1e-9
-    levels = pipe.scheduler.sigmas
-    twice = [step for step in history if step - 1 in history and levels[step] == levels[step - 1]]
+    sigmas = pipe.scheduler.sigmas
+    twice = [step for step in history if step - 1 in history and sigmas[step] == sigmas[step - 1]]
     assert twice
     for step in twice:
         assert not set(history[step][0].tolist()) & set(history[step - 1][0].tolist())
@@ -144,7 +144,7 @@ def test_after_a_run_in_stages_it_begins_at_full_size(name, batch):
 
 
 @pytest.mark.parametrize("name", ["sd3-img2img", "flux-img2img"])
-def test_image_to_image_has_the_levels_of_its_own_steps(name):
+def test_image_to_image_has_the_sigmas_of_its_own_steps(name):
     """Of ten steps, strength 0.6 executes the last six."""
     pipe = tiny_models.pipeline(name, torch.float64)
     rule = by_change(0.5, 6, 2, (4,), packed=name.startswith("flux"))
@@ -177,11 +177,11 @@ def test_a_schedule_beside_it_reads_the_same_rows():
 # --- the rule without a model
 
 
-def token_run(method, steps, tokens, levels=None):
+def token_run(method, steps, tokens, sigmas=None):
     """The choice of tokens in a run without a model, and what ends a step of it."""
     run = SimpleNamespace(patched=SimpleNamespace(ops=fastdit.ops.bind("reference")), steps=steps)
     run.first, run.step, run.resolution, run.plan_partial = 0, 0, None, lambda _: None
-    run.noise_levels = levels or []
+    run.sigmas = sigmas or []
     made = method.begin(run)
     made.lay_out(tokens)
 
@@ -210,11 +210,11 @@ def test_a_token_that_changes_fast_is_computed_more_often():
     assert counts == [0, 2, 4, 6]
 
 
-def test_levels_of_the_run_weigh_the_changes():
+def test_sigmas_of_the_run_weigh_the_changes():
     """Steps of unlike length: the same change over a tenth of the distance is ten times the rate."""
-    levels = [1.0, 0.9, 0.89, 0.5, 0.4]
+    sigmas = [1.0, 0.9, 0.89, 0.5, 0.4]
     method = RAS(ratio=0.5, metric="change", start=2, resets=(), align=1)
-    _, observe = token_run(method, 5, 2, levels)
+    _, observe = token_run(method, 5, 2, sigmas)
     assert observe([0.0, 0.0]) is None
     assert observe([1.0, 0.9]) == [0]  # rates 10 and 9, both are 0.01 old
     # Token 0 has changed by 0.02 in 0.01: rate 2, 0.39 old, 0.78; token 1: rate 9, 0.4 old, 3.6.
@@ -246,7 +246,7 @@ def test_it_forgets_a_run_and_its_dense_end():
     assert observe([1.0, 2.0, 3.0, 4.0]) == [2, 3]
     kept = made.kept
     observe([1.0, 2.0, 9.0, 9.0])  # nothing is left out any more
-    assert kept.level.tolist() == [[1.0] * 4]
+    assert kept.sigma.tolist() == [[1.0] * 4]
     made.end()
     assert made.kept is made.inverse is None
 

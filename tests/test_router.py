@@ -343,7 +343,7 @@ def test_a_preset_is_a_file_of_the_package(tmp_path, monkeypatch):
 
 
 def test_the_router_of_the_package_reuses_what_heun_computes_twice():
-    """The second call at a noise level repeats the first; a run at the router's threshold is what it was made for."""
+    """The second call at a sigma repeats the first; a run at the router's threshold is what it was made for."""
     pipe = fastdit.tiny.load_pipeline()
     pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
     method = fastdit.HarmoniCa.preset("tiny")

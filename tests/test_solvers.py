@@ -1,4 +1,4 @@
-"""Solvers: levels, noise, and advice, on stock pipelines and on a flow whose solution is known."""
+"""Solvers: sigmas, noise, and advice, on stock pipelines and on a flow whose solution is known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffusers import (
 
 import fastdit
 import tiny_models
-from fastdit.schedules.solvers import noise_of, step_levels
+from fastdit.schedules.solvers import noise_of, step_sigmas
 
 SPREAD = 0.5  # of the data, N(0, SPREAD^2)
 
@@ -33,7 +33,7 @@ def solve(scheduler, arguments, unit=1000.0):
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(**arguments)
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    for t, sigma in zip(scheduler.timesteps, step_levels(scheduler), strict=True):
+    for t, sigma in zip(scheduler.timesteps, step_sigmas(scheduler), strict=True):
         x = scheduler.step(velocity(x, sigma), t, x, return_dict=False)[0]
     return float(x)
 
@@ -99,10 +99,10 @@ def test_dynamic_shifts_go_on():
     for name, value in settings.items():
         assert advice.scheduler.config[name] == value, name
     tiny_models.generate(pipe, "flux", steps=8)
-    own = step_levels(pipe.scheduler)
+    own = step_sigmas(pipe.scheduler)
     pipe.scheduler = advice.scheduler
     tiny_models.generate(pipe, "flux", steps=8)
-    np.testing.assert_allclose(step_levels(pipe.scheduler), own, atol=2e-3)
+    np.testing.assert_allclose(step_sigmas(pipe.scheduler), own, atol=2e-3)
 
 
 def test_models_that_predict_noise():

@@ -20,7 +20,7 @@ from fastdit.blocks.modulation import ahead
 from fastdit.blocks.prepacked import packs
 from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError
-from fastdit.runtime.levels import predicted_levels
+from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, everywhere, ops_of, plan_run
 from fastdit.schedules.schedule_file import MAX_COUNT
@@ -113,7 +113,7 @@ class Explanation:
             and f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB",
             self.collapse and f"  collapse  {self.collapse}",
             self.tokens_per_step and f"  tokens    per step {ranges(self.tokens_per_step)}",
-            resampled and f"  schedule  its steps {resampled}, the nearest in noise level",
+            resampled and f"  schedule  its steps {resampled}, the nearest in timestep",
             self.raster and f"  plan      step 0 to {self.steps - 1}\n{self.raster}",
         )
         return "\n".join(line for line in lines if line)
@@ -164,13 +164,15 @@ def explain_patched(
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
-    levels = None if pipeline is None else predicted_levels(pipeline.scheduler, steps, image)
+    timesteps = None if pipeline is None else predicted_timesteps(pipeline.scheduler, steps, image)
     resolution = patched.writer("resolution")
     if resolution is not None:
-        levels = levels.with_sigmas(resolution.run_sigmas)
+        timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
-    repeats = patched.forecasts and levels is not None and levels.repeat
-    plan = plan_run(patched.methods, spec, steps, partial, levels, patched.may_collapse(), repeats)
+    repeats = patched.forecasts and timesteps is not None and timesteps.repeat
+    plan = plan_run(
+        patched.methods, spec, steps, partial, timesteps, patched.may_collapse(), repeats
+    )
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)

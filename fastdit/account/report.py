@@ -21,7 +21,7 @@ class StageReport:
         layout: "coarse", "mixed" or "full".
         steps: Steps of it.
         tokens: Image tokens of each.
-        sigmas: Noise levels of its first step and of its end.
+        sigmas: Of its first step and of its end.
         coarse: bool [B, gh, gw] on the CPU: which tokens of the full size a coarse one stands for.
     """
 

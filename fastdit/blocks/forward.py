@@ -164,8 +164,8 @@ class Forward:
             compiles = self._block_compiled is not None
             value = self._compiled_as(key[1], compute) if compiles else compute()
             self.computed += 1
-            kept, levels = self.to_slot(value), self.weights.levels
-            nodes = (nodes or Nodes()).with_node(self.step, kept, levels, max(1, count))
+            kept, sigmas = self.to_slot(value), self.weights.sigmas
+            nodes = (nodes or Nodes()).with_node(self.step, kept, sigmas, max(1, count))
         else:
             used = nodes._replace(values=tuple(map(self.from_slot, nodes.values)))
             value = used.drawn(self.step, order_of(flags), self.weights)

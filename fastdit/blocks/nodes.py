@@ -21,10 +21,10 @@ class Weights:
     """The weights of a run's forecasts, in the memory of the device that reads them.
 
     Attributes:
-        levels: The noise level of each step.
+        sigmas: The sigma of each step.
     """
 
-    levels: list[float]
+    sigmas: list[float]
     _made: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def of(
@@ -40,8 +40,8 @@ class Weights:
         if key not in self._made:
             found: list[float] = []
             for steps in nodes:
-                levels = [self.levels[node] for node in steps]
-                found += weights(levels, self.levels[step]) if levels else (1.0,)
+                sigmas = [self.sigmas[node] for node in steps]
+                found += weights(sigmas, self.sigmas[step]) if sigmas else (1.0,)
             found[0] -= changes
             self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
         return self._made[key]
@@ -106,10 +106,10 @@ class Nodes(NamedTuple):
     steps: tuple[int, ...] = ()
     values: tuple[Any, ...] = ()
 
-    def with_node(self, step: int, value: Any, levels: Sequence[float], count: int) -> Nodes:
-        """This adds an output, and keeps the last `count` at distinct noise levels."""
+    def with_node(self, step: int, value: Any, sigmas: Sequence[float], count: int) -> Nodes:
+        """This adds an output, and keeps the last `count` at distinct sigmas."""
         held = dict(zip((step, *self.steps), (value, *self.values), strict=True))
-        steps = last_nodes([*reversed(self.steps), step], levels, count - 1)
+        steps = last_nodes([*reversed(self.steps), step], sigmas, count - 1)
         return Nodes(steps, tuple(held[node] for node in steps))
 
     def kept(self, count: int) -> Nodes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
@@ -18,15 +18,6 @@ from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
-
-
-class NoiseLevels(Protocol):
-    """This knows the noise levels of runs of any number of steps, see :class:`fastdit.runtime.levels.Levels`."""
-
-    def of(self, steps: int) -> list[float]: ...
-
-    def with_own(self, own: Sequence[float]) -> NoiseLevels: ...
-
 
 #: percent of the objects that prompts asked the packaged model for, as `benchmarks/noisy_sampler.py` measured it
 NOISE_COSTS = {"uncached": 90, "every(4)": 56, "RAS 0.5": 62}
@@ -59,7 +50,7 @@ class MethodRun:
     Args:
         method: The method.
         run: The :class:`fastdit.runtime.run.Run` that begins. `run.step` is the step in progress, `run.steps` their
-            number, `run.levels.of(run.steps)` their noise levels; `levels` is None where no scheduler leads the run.
+            number, `run.timesteps.of(run.steps)` theirs; `run.timesteps` is None where no scheduler leads it.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
@@ -137,6 +128,10 @@ class Method:
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
         family: The model family that a preset's settings are for; None for settings that fit any.
+        run_steps: The number of steps it was made for; None fits any.
+        made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
+        forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
+        skips_steps: It leaves out whole steps and nothing else, so that any model will do.
     """
 
     name: str = ""
@@ -144,21 +139,10 @@ class Method:
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
     family: str | None = None
-
-    @property
-    def forecasts(self) -> bool:
-        """This tells whether it extrapolates outputs that it reuses, see `schedules/forecast.py`."""
-        return False
-
-    @property
-    def skips_steps(self) -> bool:
-        """This tells whether it leaves out whole steps and nothing else, so that any model will do."""
-        return False
-
-    @property
-    def run_steps(self) -> int | None:
-        """It was made for this number of steps; None fits any."""
-        return None
+    run_steps: int | None = None
+    made_for: Conditions | None = None
+    forecasts: bool = False
+    skips_steps: bool = False
 
     def check_steps(self, steps: int) -> None:
         """It refuses a number of steps that it does not fit, when a run starts."""
@@ -169,11 +153,6 @@ class Method:
         Args:
             noise: What makes the sampler draw noise at each step; "" for one that draws none.
         """
-
-    @property
-    def made_for(self) -> Conditions | None:
-        """It fits these runs only, which is checked at a run's first transformer call; None fits any."""
-        return None
 
     def check(self, spec: ModelSpec) -> None:
         """It refuses a model that it cannot run on, when patching, before anything changes.
@@ -191,12 +170,10 @@ class Method:
         """This begins what the method keeps and decides in `run`; None if its schedule says everything."""
         return None
 
-    def schedule(
-        self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None
-    ) -> Schedule | None:
+    def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule | None:
         """A method that writes ``"reuse"`` gives its schedule for a run of `steps` steps.
 
-        `levels` knows the run's noise levels; None where no scheduler leads the run.
+        `timesteps` are the run's, a :class:`fastdit.runtime.timesteps.Timesteps`; None where no scheduler leads it.
         """
         return None
 
@@ -209,7 +186,7 @@ class Method:
         return [None] * steps
 
     def staged_schedule(
-        self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None
+        self, spec: ModelSpec, stages: Sequence[int], timesteps: Any = None
     ) -> Schedule | None:
         """This is the schedule for a run in stages of so many steps; a run that is in none is a single one."""
-        return self.schedule(spec, sum(stages), levels)
+        return self.schedule(spec, sum(stages), timesteps)

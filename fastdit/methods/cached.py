@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
-from fastdit.checks import is_whole
+from fastdit.checks import whole
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, NoiseLevels, check_noise
+from fastdit.methods.base import Method, check_noise
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -28,7 +29,7 @@ class Cached(Method):
         cache_dtype: "bfloat16" or "float16": keep reused outputs so, in a model of higher precision.
         order: How all that is reused is drawn from what was computed; None as the schedule says. 0 repeats an output,
             1 draws the line through its last two computed values, 2 the parabola through three, at the sampler's own
-            noise levels. Where a whole step is reused the model's output is extrapolated and no block visited: a
+            sigmas. Where a whole step is reused the model's output is extrapolated and no block visited: a
             linear multistep method on the sampler's grid.
 
     Example:
@@ -51,12 +52,8 @@ class Cached(Method):
                 f"source must be a Schedule, Schedule.every(n) or a path, got {type(self.source).__name__}; "
                 "Schedule.from_bits(bits, components) makes one of an array"
             )
-
-        most = self.max_cache_bytes
-        if most is not None and (not is_whole(most) or most < 0):
-            raise ArgumentError(
-                f"max_cache_bytes must be an int of at least 0 or None, got {most!r}"
-            )
+        if self.max_cache_bytes is not None:
+            whole("max_cache_bytes", self.max_cache_bytes, 0)
         if self.order is not None:
             object.__setattr__(self, "source", self.source.with_order(self.order))
         if self.cache_dtype not in (None, *CACHE_DTYPES):
@@ -71,12 +68,11 @@ class Cached(Method):
 
     @property
     def skips_steps(self) -> bool:
-        """This tells whether every reused step is forecast as a whole."""
+        """Every reused step of such a schedule is forecast as a whole."""
         return self.forecasts and isinstance(self.source, Every)
 
     @property
     def forecasts(self) -> bool:
-        """This tells whether it extrapolates what it reuses."""
         return self.source.forecasts
 
     def check_sampler(self, noise: str) -> None:
@@ -88,8 +84,7 @@ class Cached(Method):
         super().check(spec)
         self.source.check(spec)
 
-    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule is bound to the model and the number of steps."""
+    def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
         return self.source.bind(spec, steps)
 
 

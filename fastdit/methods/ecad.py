@@ -1,7 +1,7 @@
 """ECAD: an evolved schedule of what to reuse (arXiv 2506.15682), on the runtime of `Cached`.
 
 The schedule is made for one model, sampler and number of steps. Another number is refused, or, if asked, each step
-is taken from the schedule's step with the nearest noise level; the paper says nothing of that, and its quality is
+is taken from the schedule's step with the nearest timestep; the paper says nothing of that, and its quality is
 not known.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import NoiseLevels
 from fastdit.methods.cached import Cached
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
@@ -31,7 +30,7 @@ class ECAD(Cached):
     Attributes:
         source: A :class:`~fastdit.Schedule`, or the path of a schedule file, of this package's layout or of ECAD's.
         resample: What to do in a run of another number of steps: None refuses it; "sigma" takes each step from
-            the schedule's step whose noise level is nearest, with a warning that names these.
+            the schedule's step whose timestep is nearest, with a warning that names these.
         family: The only model family it may run on, which a preset knows; None for any.
 
     Example:
@@ -59,23 +58,23 @@ class ECAD(Cached):
         source = Schedule.load(shipped(model, name, ".json"))
         return cls(source, **{"family": source.provenance.get("family"), **arguments})
 
-    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
-        """The schedule is bound to the model, its steps mapped to the run's noise levels where that was asked for.
+    def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
+        """The schedule is bound to the model, its steps mapped to the run's timesteps where that was asked for.
 
         Raises:
-            ScheduleError: The number of steps does not fit, or no scheduler tells the noise levels.
+            ScheduleError: The number of steps does not fit, or no scheduler tells the timesteps.
         """
         source = self.source
         if self.resample is None or not isinstance(source, Schedule) or steps == source.steps:
             return source.bind(spec, steps)
-        if levels is None:
+        if timesteps is None:
             raise ScheduleError(
-                f"the schedule has {source.steps} steps but the run has {steps}, and no scheduler tells the noise "
-                'levels that resample="sigma" needs: run a pipeline, or a schedule made for as many steps'
+                f"the schedule has {source.steps} steps but the run has {steps}, and no scheduler tells the "
+                'timesteps that resample="sigma" needs: run a pipeline, or a schedule made for as many steps'
             )
-        taken = nearest(levels.of(source.steps), levels.of(steps))
+        taken = nearest(timesteps.of(source.steps), timesteps.of(steps))
         warnings.warn(
-            f"ECAD runs a schedule of {source.steps} steps in {steps}, by noise level: its steps {taken}",
+            f"ECAD runs a schedule of {source.steps} steps in {steps}, by timestep: its steps {taken}",
             stacklevel=2,
         )
         return source.resampled(taken).bind(spec, steps)
@@ -91,7 +90,7 @@ def shipped(model: str, name: str, suffix: str) -> Path:
 
 
 def nearest(made: list[float], wanted: list[float]) -> list[int]:
-    """Each wanted level gets the index of the nearest one made, the earlier of two."""
+    """Each wanted timestep gets the index of the nearest one made, the earlier of two."""
     distance = np.abs(np.subtract.outer(np.asarray(wanted), np.asarray(made)))
     return distance.argmin(axis=1).tolist()
 

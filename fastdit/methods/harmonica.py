@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastdit.errors import ScheduleError
-from fastdit.methods.base import Method, NoiseLevels, check_noise
+from fastdit.methods.base import Method, check_noise
 from fastdit.methods.ecad import shipped
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.layer import check_order
@@ -67,7 +67,6 @@ class HarmoniCa(Method):
 
     @property
     def run_steps(self) -> int:
-        """The router has this number of steps."""
         return self.source.steps
 
     def check(self, spec: ModelSpec) -> None:
@@ -79,13 +78,12 @@ class HarmoniCa(Method):
         """The router was trained for these runs; None where `strict` is off."""
         return self.source.conditions if self.strict else None
 
-    def schedule(self, spec: ModelSpec, steps: int, levels: NoiseLevels | None = None) -> Schedule:
+    def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
         """The schedule at the threshold is bound to the model and the number of steps."""
         return self.source.schedule(self.tau).with_order(self.order).bind(spec, steps)
 
     @property
     def forecasts(self) -> bool:
-        """This tells whether it extrapolates what it reuses."""
         return self.order > 0
 
     def check_sampler(self, noise: str) -> None:

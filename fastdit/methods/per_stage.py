@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from fastdit.errors import ArgumentError, ScheduleError
-from fastdit.methods.base import Method, NoiseLevels
+from fastdit.methods.base import Method
 from fastdit.methods.cached import Cached
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
@@ -64,21 +65,18 @@ class PerStage(Method):
 
     @property
     def forecasts(self) -> bool:
-        """This tells whether one of them does."""
         return any(method.forecasts for method in self._given())
 
     def check_sampler(self, noise: str) -> None:
-        """Each must fit the sampler."""
         for method in self._given():
             method.check_sampler(noise)
 
     def check(self, spec: ModelSpec) -> None:
-        """Each must fit the model."""
         for method in self._given():
             method.check(spec)
 
     def staged_schedule(
-        self, spec: ModelSpec, stages: Sequence[int], levels: NoiseLevels | None = None
+        self, spec: ModelSpec, stages: Sequence[int], timesteps: Any = None
     ) -> Schedule:
         """The stages' schedules follow one another.
 
@@ -90,10 +88,10 @@ class PerStage(Method):
                 f"PerStage was given {len(self.methods)} stages, but the run has {len(stages)}; it belongs to a method "
                 "that makes stages, such as RALU, and has one entry for each stage with steps"
             )
-        own = None if levels is None else levels.of(sum(stages))
+        own = None if timesteps is None else timesteps.of(sum(stages))
         parts, first = [], 0
         for index, (method, steps) in enumerate(zip(self.methods, stages, strict=True)):
-            here = None if own is None else levels.with_own(own[first : first + steps])
+            here = None if own is None else replace(timesteps, own=own[first : first + steps])
             try:
                 part = (method or Cached(Every(1))).schedule(spec, steps, here)
             except ScheduleError as error:

@@ -151,17 +151,15 @@ class RALU(Method):
     # ---- the plan
 
     def begin(self, run: Any) -> ResolutionRun:
-        """One run has token layouts of its own."""
         return ResolutionRun(self, run)
 
     @property
     def run_steps(self) -> int:
-        """A run has so many steps."""
         return sum(self.steps)
 
     @property
     def run_sigmas(self) -> list[float]:
-        """Each step begins at one of these noise levels."""
+        """Each step begins at one of these sigmas."""
         return [sigma for stage in self.stages() for sigma in stage.sigmas[:-1]]
 
     def check_steps(self, steps: int) -> None:
@@ -214,24 +212,19 @@ def _triple(name: str, values: Any) -> Sequence[Any]:
     return values
 
 
-def _published(family: str, *settings: Any, **more: Any) -> RALU:
-    steps, ends, shifts, noise, split = settings
-    return RALU(steps, ends, shifts, noise, split, family=family, **more)
-
-
 _FLUX, _DEEP = (0.3, 0.45, 1.0), (0.2, 0.3, 1.0)
 
 PRESETS = {
-    "flux-4x": _published("flux", (5, 6, 7), _FLUX, (5.019, 2.589, 2.226), 0.02506, 0.3),
-    "flux-5x": _published("flux", (4, 5, 6), _FLUX, (5.12, 2.64, 2.25), 0.0177, 0.2),
+    "flux-4x": RALU((5, 6, 7), _FLUX, (5.019, 2.589, 2.226), 0.02506, 0.3, family="flux"),
+    "flux-5x": RALU((4, 5, 6), _FLUX, (5.12, 2.64, 2.25), 0.0177, 0.2, family="flux"),
     # The paper's text says 0.2; its code and its count of operations say 0.1.
-    "flux-7x": _published("flux", (2, 3, 5), _DEEP, (8.141, 2.856, 2.193), 6.261**-2, 0.1),
-    "sd3-2x": _published("sd3", (5, 6, 9), _DEEP, (6.21, 2.23, 1.97), 0.0586, 0.3),
-    "sd3-3x": _published("sd3", (3, 3, 6), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, 0.2),
-    "schnell": _published(
-        "flux", (1, 1, 2), _FLUX, (1.008, 0.568, 0.864), 0.25, 0.3, base_shift=1.0
+    "flux-7x": RALU((2, 3, 5), _DEEP, (8.141, 2.856, 2.193), 6.261**-2, 0.1, family="flux"),
+    "sd3-2x": RALU((5, 6, 9), _DEEP, (6.21, 2.23, 1.97), 0.0586, 0.3, family="sd3"),
+    "sd3-3x": RALU((3, 3, 6), (0.25, 0.3, 1.0), (6.40, 2.60, 2.23), 0.0255, 0.2, family="sd3"),
+    "schnell": RALU(
+        (1, 1, 2), _FLUX, (1.008, 0.568, 0.864), 0.25, 0.3, base_shift=1.0, family="flux"
     ),
-    "sd35-turbo": _published("sd3", (1, 1, 2), _FLUX, (4.603, 2.277, 2.612), 38.5**-2, 0.3),
+    "sd35-turbo": RALU((1, 1, 2), _FLUX, (4.603, 2.277, 2.612), 38.5**-2, 0.3, family="sd3"),
 }
 
 METHOD = RALU

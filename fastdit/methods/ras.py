@@ -118,9 +118,7 @@ class RASRun(TokenRun):
         if self._drops is None:
             count = -(len(self.plan) + 1)
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
-        moved = (
-            torch.as_tensor(delta) * velocity[0]
-        )  # the sigmas' own difference, not rounded first
+        moved = torch.as_tensor(delta) * velocity[0]  # by the sigmas' own difference, not rounded
         channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
         metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.rate_of_drops * self._drops)).to(metric.dtype)
@@ -140,7 +138,7 @@ class RAS(Method):
         start: Dense steps before the first sparse one, at least 1.
         resets: Dense steps in between. None is the published choice for the number of steps.
         metric: "std" or "l2norm" over the latent channels, or "change": how wrong a token's kept velocity is, which is
-            its last observed change per noise level times how far the level has moved since. Not in "parity".
+            its last observed change per unit of sigma times how far sigma has moved since. Not in "parity".
         high_ratio: Share of the dropped tokens taken from the large end of the metric; 1, which None stands for, drops
             the tokens with the largest, as the paper's text says. Not with "change", which drops the smallest.
         starvation: k in exp(k D), D the times a token was dropped; None stands for 0.1. Not with "change", whose tokens
@@ -231,7 +229,6 @@ class RAS(Method):
         return STARVATION if self.starvation is None else self.starvation
 
     def begin(self, run: Any) -> TokenRun:
-        """One run chooses its tokens by this."""
         return ChangeRun(self, run) if self.metric == "change" else RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
@@ -279,7 +276,6 @@ class RAS(Method):
         check_noise(self, noise)
 
     def active(self, steps: int, tokens: int) -> list[SparseStep | None]:
-        """Each step computes this; None where it is dense."""
         share = 0.0 if self.metric == "change" else HIGH_RATIO
         share = share if self.high_ratio is None else self.high_ratio
         found: list[SparseStep | None] = []

@@ -45,9 +45,7 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
     """
     names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
     for index, block in enumerate(patched.blocks):
-        for name, module in block._modules.items():
-            if module is None or not {"processor"} & (module.__dict__.keys() | module._modules):
-                continue
+        for name, module in block.named_children():
             if not patched.adapter.has_stock_processor(module):
                 raise UnsupportedModelError(
                     f"{name} of block {index} has the attention processor {type(module.processor).__qualname__}, "
@@ -60,31 +58,33 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
         )
 
 
-def refuse_other_caches(transformer: nn.Module, blocks: Sequence[nn.Module], methods: str) -> None:
-    """diffusers' own caches (`enable_cache`) skip calls that a plan of `methods` counts on, or add to it unseen.
+def refuse_other_caches(patched: Any, transformer: nn.Module) -> None:
+    """diffusers' own caches (`enable_cache`) skip calls that a plan of methods counts on, or add to it unseen.
 
     Raises:
         UnsupportedModelError: Naming the hook and where it is.
     """
-    for where, module in _hooked(transformer, blocks):
-        for hook in module.__dict__["_diffusers_hook"].hooks.values():
+    if not patched.acts:
+        return
+    for where, module in _places_of_caches(transformer, patched.blocks):
+        registry = module.__dict__.get("_diffusers_hook")
+        for hook in () if registry is None else registry.hooks.values():
             if getattr(hook, "_is_stateful", False):
+                methods = " + ".join(method.name for method in patched.methods)
                 raise UnsupportedModelError(
                     f"{where} carries diffusers' {type(hook).__name__}, another cache, which does not compose with "
                     f"{methods}; call disable_cache() on the transformer, or patch it without methods"
                 )
 
 
-def _hooked(transformer: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """These modules have a hook of diffusers, of those that caches are attached to; without blocks, of all."""
-    if "_diffusers_hook" in transformer.__dict__:
-        yield "the transformer", transformer
-    for name, module in transformer.named_modules() if not blocks else ():
-        if name and "_diffusers_hook" in module.__dict__:
-            yield name, module
+def _places_of_caches(
+    transformer: nn.Module, blocks: Sequence[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """Caches are attached to these modules: the blocks and their parts; any, where no blocks are known."""
+    yield "the transformer", transformer
     for index, block in enumerate(blocks):
-        if "_diffusers_hook" in block.__dict__:
-            yield f"block {index}", block
-        for name, part in block._modules.items():
-            if part is not None and "_diffusers_hook" in part.__dict__:
-                yield f"{name} of block {index}", part
+        yield f"block {index}", block
+        for name, part in block.named_children():
+            yield f"{name} of block {index}", part
+    if not blocks:
+        yield from transformer.named_modules()

@@ -19,31 +19,22 @@ if TYPE_CHECKING:
 Rewrite = tuple[nn.Module, Callable[["Patched"], Callable[..., Any]]]
 
 
-def rewrites(
-    adapter: Any, transformer: nn.Module, embeds: bool, eager: bool, linears: Sequence[nn.Linear]
-) -> list[Rewrite]:
-    """The forwards of these modules are rewritten.
-
-    Args:
-        embeds: The modules that embed patches are among them.
-        eager: Nothing is computed once for several calls.
-        linears: Layers whose weights are kept packed.
-    """
-    blocks, wrapped = adapter.blocks(transformer), adapter.wrapped(transformer)
+def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
+    """The forwards of these modules are rewritten."""
+    adapter = patched.adapter
     found: list[Rewrite] = [
         (block, partial(BlockLink, kind=kind, index=index))
-        for index, (kind, block) in enumerate(blocks)
+        for index, (kind, block) in enumerate(adapter.blocks(transformer))
     ]
-    if embeds:
+    if patched.writer("rows") or patched.writer("resolution"):
         found += _of_call("embed", adapter.embedders(transformer))
-    if not eager:
+    if not patched.eager:
         found += _of_call("project_prompt", adapter.prompt_projections_of(transformer))
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
-    found += _of_call("run.prepacked.linear", linears, compiles=True)
-    found += [
-        (module, partial(ComponentLink, index=index, name=name)) for index, name, module in wrapped
-    ]
+    found += _of_call("run.prepacked.linear", patched.linears, compiles=True)
+    for index, name, module in adapter.wrapped(transformer):
+        found.append((module, partial(ComponentLink, index=index, name=name)))
     return found
 
 
@@ -81,10 +72,9 @@ def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
     if patched is None:
         return
     patched.runs.refuse_while_running(verb)
-    parts = {id(module): module for module in (*transformer.modules(), *patched.blocks)}
-    del parts[id(transformer)]
-    for module in parts.values():
-        uninstall(module)
+    for module in (*transformer.modules(), *patched.blocks):
+        if module is not transformer:
+            uninstall(module)
     _remove_hooks(transformer, patched)
     patched.followed.unfollow()
     patched.runs.end()
@@ -92,14 +82,10 @@ def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
 
 
 def _remove_hooks(transformer: nn.Module, patched: Patched) -> None:
-    for names in (
-        ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-        ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    ):
-        hooks = getattr(transformer, names[0])
-        for key in [
-            key for key, hook in hooks.items() if getattr(hook, "__self__", None) is patched
-        ]:
-            # The hook itself last: an interrupted removal finds it again.
-            for name in reversed(names):
-                getattr(transformer, name).pop(key, None)
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        hooks = getattr(transformer, kind)
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", None) is patched:
+                for suffix in ("_with_kwargs", "_always_called"):
+                    getattr(transformer, kind + suffix, {}).pop(key, None)
+                hooks.pop(key, None)  # the hook itself last: an interrupted removal finds it again

@@ -77,14 +77,13 @@ class Call:
         for method in run.methods:
             self.layout = method.layout(self) or self.layout
         if patched.forecasts:
-            run.hear_level(arguments.timestep)
+            run.hear_sigma(arguments.timestep)
         order = run.plan.forecast_order(run.step)
         if order:
             branch = self._branch()
             if branch.outputs.nodes.steps:
-                self.forecast = branch.outputs.forecast(
-                    run.step, order, run.forecast_weights, run.patched.ops
-                )
+                weights = run.forecast_weights
+                self.forecast = branch.outputs.forecast(run.step, order, weights, patched.ops)
                 return None
         self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
@@ -226,12 +225,11 @@ class Call:
         if not branch.foresees:
             return None
         batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
-        inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
-        first = branch.modulations is None
-        if not isinstance(timestep, Tensor):
-            inputs = None
+        first, inputs = branch.modulations is None, None
+        if isinstance(timestep, Tensor):
+            inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
         if first and inputs is not None:
-            timesteps = run.timesteps if isinstance(run.timesteps, Tensor) else None
+            timesteps = run.told if isinstance(run.told, Tensor) else None
             if run.scheduler is not None:
                 timesteps = adapter.given_timesteps(
                     run.scheduler.timesteps, arguments.hidden_states.dtype
@@ -307,15 +305,14 @@ class Call:
         def compute() -> Any:
             if self.rows is None:
                 return stock(self.transformer, *args, **kwargs)
-            adapter = self.run.patched.adapter
-            given = adapter.gather_inputs(self.transformer, args, kwargs, self.rows)
+            given = patched.adapter.gather_inputs(self.transformer, args, kwargs, self.rows)
             return stock(self.transformer, *given[0], **given[1])
 
         try:
             return self.trace.run(compute, self)
         except CaptureError:
             self.prepare()
-            self.run.patched.here.forward = self.forward
+            patched.here.forward = self.forward
             return compute()
 
     # ---- what modules ask
@@ -377,7 +374,7 @@ class Call:
         replaced = output if sample is given else _replaced(output, sample)
         if run.plan.forecasts:
             order = max(run.plan.forecasts)
-            self.branch.outputs.add(run.step, replaced, run.forecast_weights.levels, order)
+            self.branch.outputs.add(run.step, replaced, run.forecast_weights.sigmas, order)
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
         return None if sample is given else replaced

@@ -96,7 +96,7 @@ def why_eager(call: Any, leaves: Sequence[Any]) -> str | None:
     if run.steps is None:
         return "since nobody says how many steps it has"
     if run.plan.reuse is not None and run.plan.reuse.taken:
-        return "since its schedule is mapped to other noise levels"
+        return "since its schedule is mapped to other timesteps"
     if run.patched.forecasts:
         return "since its outputs are forecast, by weights that may be others in the next run"
     if not CudaCapture.serves(device):

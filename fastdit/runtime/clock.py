@@ -16,7 +16,7 @@ from fastdit.methods.base import Step
 from fastdit.runtime import owners
 from fastdit.runtime.disguise import disguise, is_ordinary, put_on, take_off
 from fastdit.runtime.install import LINK
-from fastdit.runtime.levels import Levels
+from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.solvers import CHURN, noise_of
 
 
@@ -46,7 +46,7 @@ class Follower:
             self.unclaim(before)
             before = self._claim.setdefault("by", owner)
         run = self.run
-        leads = None if run is None or not run.live else run.owner
+        leads = None if run is None or not run.live else run.owner()
         # A loop that has not begun, or was given up here or where nothing runs any more, is in nobody's way.
         begun = isinstance(leads, owners.PipelineCall) or (
             leads is not None and run.first is not None
@@ -65,15 +65,11 @@ class Follower:
             self._claim.pop("by", None)
 
 
-def attach(scheduler: Any, patched: Any) -> Follower:
+def attach(scheduler: Any, patched: Any) -> None:
     """From now on the scheduler leads the runs of `patched`, beside those of other models that follow it."""
-    followers = scheduler.__dict__.setdefault(LINK, [])
-    found = follower_of(scheduler, patched)
-    if found is None:
-        found = Follower(patched)
-        followers.append(found)
+    if follower_of(scheduler, patched) is None:
+        scheduler.__dict__.setdefault(LINK, []).append(Follower(patched))
     put_on(scheduler, _clocked)
-    return found
 
 
 def follower_of(scheduler: Any, patched: Any) -> Follower | None:
@@ -132,7 +128,7 @@ def _clocked(base: type) -> type:
             arguments = inspect.signature(base.set_timesteps).bind(self, *args, **kwargs).arguments
             arguments.pop("self", None)
             for one, patched in followers:
-                patched.runs.begin_led(one, owner, Levels(self, arguments))
+                patched.runs.begin_led(one, owner, Timesteps(self, arguments))
         finally:
             for one, _ in followers:
                 one.unclaim(owner)
@@ -142,10 +138,7 @@ def _clocked(base: type) -> type:
 
     @functools.wraps(base.step)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        runs = []
-        for one in self.__dict__.get(LINK, ()):
-            if one.run is not None:
-                runs.append(one.run)
+        runs = [run for one in self.__dict__.get(LINK, ()) if (run := one.run) is not None]
         if not runs:
             return base.step(self, *args, **kwargs)
         velocity, timestep, sample = (

@@ -28,7 +28,7 @@ class Outputs:
         self.nodes = Nodes()
         self._shape: Any = None
 
-    def add(self, step: int, output: Any, levels: Sequence[float], order: int) -> None:
+    def add(self, step: int, output: Any, sigmas: Sequence[float], order: int) -> None:
         """This keeps what the model gave at a step, and what forecasts of `order` are drawn through, no more.
 
         Raises:
@@ -46,7 +46,7 @@ class Outputs:
             part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part
             for part in parts
         ]
-        self.nodes = self.nodes.with_node(step, parts, levels, order + 1)
+        self.nodes = self.nodes.with_node(step, parts, sigmas, order + 1)
 
     def forecast(self, step: int, order: int, weights: Weights, ops: Any) -> Any:
         """This gives the output at a step as the model would return it; of fewer outputs, of a lower order."""

@@ -125,7 +125,7 @@ class Recording:
         found = self._lease.setdefault("to", mine)
         if found() is None:  # a loop was given up in its midst
             self.clear()
-            self._lease.pop("to", None)
+            self.give_back()
             found = self._lease.setdefault("to", mine)
         trace.mode = self.mode
         return found() is trace
@@ -178,9 +178,9 @@ class Graphs:
         for other in list(self.recordings)[:-MAX_RECORDINGS]:
             self.recordings.pop(other, None)
         trace = Trace(self, recording)
-        return (
-            trace if recording.lease(trace) else "since another run of its signature is in progress"
-        )
+        if not recording.lease(trace):
+            return "since another run of its signature is in progress"
+        return trace
 
 
 class Trace:

@@ -24,15 +24,17 @@ from fastdit.runtime import arrivals, owners
 from fastdit.runtime.call import Call
 from fastdit.runtime.followed import Followed
 from fastdit.runtime.graphs import Graphs
-from fastdit.runtime.levels import Levels
 from fastdit.runtime.run import Run, nobody
 from fastdit.runtime.runs import Runs
+from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.plan import RunPlan, plan_run
 from fastdit.spec import ModelSpec
 
 #: plans that are kept: numbers of steps, and which of them compute a part of the tokens
 PLANS = 32
+
+_uncompiled = functools.cache(torch.compiler.disable)
 
 
 class _Here(threading.local):
@@ -76,8 +78,7 @@ class Patched:
         self.acts = any(method.writes for method in self.methods)
         self.forecasts = any(method.forecasts for method in self.methods)
         self.made_steps = self._first("run_steps")
-        made_for = {method.name: method.made_for for method in self.methods}
-        self.made_for = {name: found for name, found in made_for.items() if found is not None}
+        self.made_for = {m.name: m.made_for for m in self.methods if m.made_for is not None}
         bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)
         self.max_cache_bytes: int | None = min(bounds, default=None)
         self._cache_dtype: str | None = self._first("cache_dtype")
@@ -119,24 +120,20 @@ class Patched:
         return next((method for method in self.methods if field in method.writes), None)
 
     def check_sampler(self, noise: str) -> None:
-        """This refuses a sampler that a method does not fit.
-
-        Args:
-            noise: What makes it draw noise at each step; "" for one that draws none.
-        """
+        """This refuses a sampler that a method does not fit, see :meth:`Method.check_sampler`."""
         for method in self.methods:
             method.check_sampler(noise)
 
     def plan(
-        self, steps: int, partial: tuple[bool, ...] = (), levels: Levels | None = None
+        self, steps: int, partial: tuple[bool, ...] = (), timesteps: Timesteps | None = None
     ) -> RunPlan:
-        """This makes the plan of a run, and keeps it, unless it was mapped to other noise levels."""
-        repeats = self.forecasts and levels is not None and levels.repeat
+        """This makes the plan of a run, and keeps it, unless it was mapped to other timesteps."""
+        repeats = self.forecasts and timesteps is not None and timesteps.repeat
         key = steps, partial, repeats
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, levels, not self.eager, repeats)
+        plan = plan_run(self.methods, self.spec, steps, partial, timesteps, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.taken:
             if len(self._plans) >= PLANS:
                 self._plans = {}
@@ -148,11 +145,7 @@ class Patched:
     def before_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The transformer's native forward pre-hook finds the run of this call and prepares the call.
-
-        Returns:
-            The arguments of a call of the active tokens alone; None where all tokens pass.
-        """
+        """The transformer's native forward pre-hook finds the call's run, and gives what :meth:`Call.begin` does."""
         here = self.here
         if here.call is not None and not owners.is_inside(transformer):
             here.call = None
@@ -179,11 +172,7 @@ class Patched:
     def after_forward(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any
     ) -> Any:
-        """The transformer's native forward hook ends this call; it is called after an exception too.
-
-        Returns:
-            The output with the velocities of all tokens after a call of the active ones; None to leave it.
-        """
+        """The transformer's native forward hook ends this call, after an exception too, as :meth:`Call.finish` does."""
         here = self.here
         call = here.call
         if call is None:
@@ -206,9 +195,7 @@ class Patched:
     def _check_first_call(self, transformer: nn.Module, run: Run, arguments: Any) -> None:
         """This refuses a run that a method was not made for, or that something which came after `patch` would spoil."""
         arrivals.refuse_replaced_blocks(self, transformer)
-        if self.acts:
-            names = " + ".join(method.name for method in self.methods)
-            arrivals.refuse_other_caches(transformer, self.blocks, names)
+        arrivals.refuse_other_caches(self, transformer)
         if self._stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
         if self.made_for:  # only where somebody asks: the timesteps may have to come from a GPU
@@ -246,8 +233,3 @@ class Patched:
         if getattr(wrapper, "_orig_mod", None) is transformer:
             return wrapper.forward
         return transformer._compiled_call_impl
-
-
-@functools.cache
-def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(function)

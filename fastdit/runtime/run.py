@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import Trace
-from fastdit.runtime.levels import Levels
+from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
-from fastdit.schedules.solvers import step_levels
+from fastdit.schedules.solvers import step_sigmas
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -73,14 +74,9 @@ class Branch:
 
     def clear(self) -> None:
         """Everything is freed, also for whoever still holds on to the branch."""
-        self.slots.clear()
-        self.owned.clear()
-        self.prompts.clear()
-        self.keys.clear()
-        self.outputs = Outputs()
-        self.modulations = self.velocity = self.rotation = self.signature = None
-        self.foresees = True
-        self.embeddings = self.versions = ()
+        for held in (self.slots, self.owned, self.prompts, self.keys):
+            held.clear()
+        self.__init__()
 
 
 @dataclass(eq=False, repr=False)
@@ -91,14 +87,15 @@ class Run:
         patched: The model that runs.
         steps: How many there are; None where nobody says.
         plan: What each step computes.
-        levels: The noise levels, where a scheduler has them.
-        manual: Begun by `with handle.run(...)`.
+        timesteps: Those of the scheduler that leads it, if one does.
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
         selection, resolution: Those of them that choose the active tokens, and the tokens' sizes; or None.
-        timesteps: As given to `handle.run`.
+        told: The timesteps that `with handle.run(...)` was given; None where it did not begin this.
         pipeline: Weak reference to the pipeline that runs, or what gives None.
+        owner: Weak reference to the call of a pipeline or the worker (`owners.py`) that it belongs to. A worker keeps
+            its runs, and the report the last run of a pipeline: neither is to be kept by them.
         guidance: Names of guidance scales -> what the pipeline's call was given.
         follower: What the scheduler that leads it knows of it.
         live: False once it has ended.
@@ -110,22 +107,21 @@ class Run:
     patched: Any
     steps: int | None
     plan: RunPlan
-    levels: Levels | None = None
-    manual: bool = False
+    timesteps: Timesteps | None = None
     step: int = 0
     first: int | None = None
     methods: tuple[MethodRun, ...] = ()
     selection: Any = None
     resolution: Any = None
-    timesteps: Sequence[Any] | None = None
+    told: Sequence[Any] | None = None
     pipeline: Callable[[], Any] = nobody
+    owner: Callable[[], Any] = nobody
     guidance: dict[str, Any] = field(default_factory=dict)
     follower: Any = None
     live: bool = True
     branches: dict[Any, Branch] = field(default_factory=dict)
     family: dict[str, Any] = field(default_factory=dict)
     prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
-    weights: Weights | None = None
     previews: Any = None
     trace: Trace | str | None = None
     outputs: list[Tensor] = field(default_factory=list)
@@ -144,11 +140,9 @@ class Run:
 
     def __post_init__(self) -> None:
         self._ended = False
-        self.led = self.levels is not None
+        self.led = self.timesteps is not None
         # A scheduler knows its run; a strong reference back would keep both, and the model, alive.
-        self._scheduler = weakref.ref(self.levels.scheduler) if self.led else nobody
-        # A thread or task keeps its runs, and the report the last run of a pipeline: neither is to be kept by them.
-        self._owner: Callable[[], Any] = nobody
+        self._scheduler = weakref.ref(self.timesteps.scheduler) if self.led else nobody
         self._by_timestep = not self.led
         self._doubts = False
         self._timestep: Any = None  # of the calls of this step, as a tensor or as a number
@@ -160,35 +154,24 @@ class Run:
         """It tells the steps; None where there is none, or it is gone."""
         return self._scheduler()
 
-    @property
+    @cached_property
     def forecast_weights(self) -> Weights:
-        """Its forecasts have these weights, from the noise levels that the scheduler, or the user, says."""
-        if self.weights is None:
-            self.weights = Weights(self.noise_levels)
-        return self.weights
+        """Its forecasts have these weights, at the sigmas that the scheduler, or the user, says."""
+        return Weights(self.sigmas)
 
-    def hear_level(self, timestep: Any) -> None:
-        """Where neither scheduler nor user said the noise levels before, each step's timestep does; it is read."""
-        levels = self.forecast_weights.levels
-        while len(levels) <= self.step:
-            levels.append(value_of(timestep))
+    def hear_sigma(self, timestep: Any) -> None:
+        """Where neither scheduler nor user said the sigmas, each step's timestep stands for its own; it is read."""
+        sigmas = self.forecast_weights.sigmas
+        while len(sigmas) <= self.step:
+            sigmas.append(value_of(timestep))
 
     @property
-    def noise_levels(self) -> list[float]:
-        """The noise level of each step, as the scheduler or the user says; empty where nobody does. Read it once."""
+    def sigmas(self) -> list[float]:
+        """The sigma of each step, for which a user's timestep stands; empty where nobody says either. Read it once."""
         scheduler = self.scheduler
         if scheduler is not None:
-            return step_levels(scheduler)
-        return [] if self.timesteps is None else [float(t) for t in self.timesteps]
-
-    @property
-    def owner(self) -> Any:
-        """The run belongs to this call of a pipeline, or worker (`owners.py`); None once that is gone."""
-        return self._owner()
-
-    @owner.setter
-    def owner(self, owner: Any) -> None:
-        self._owner = weakref.ref(owner)
+            return step_sigmas(scheduler)
+        return [] if self.told is None else [float(t) for t in self.told]
 
     def take(self, methods: Iterable[MethodRun]) -> None:
         """The run begins with what the methods keep."""
@@ -213,11 +196,10 @@ class Run:
         if self.first is None and self.led:
             # Image-to-image enters the schedule late, a model that was patched in mid-run later still; a plan has the
             # scheduler's indices.
-            scheduler = self.scheduler
-            begun = getattr(scheduler, "step_index", None) or getattr(
-                scheduler, "_begin_index", None
+            places = (
+                getattr(self.scheduler, name, None) for name in ("step_index", "_begin_index")
             )
-            self.step = self.first = begun or 0
+            self.step = self.first = next(filter(None, places), 0)
         count = self._sites.get(site, 0)
         if self._by_timestep:
             if self.follow(timestep):
@@ -284,9 +266,8 @@ class Run:
             return
         if self.previews is not None:
             if not self.previews.latents:
-                self.previews.grid = self.patched.adapter.grid(
-                    self.latents, self.positions, self.patch
-                )
+                adapter = self.patched.adapter
+                self.previews.grid = adapter.grid(self.latents, self.positions, self.patch)
             self.previews.add(scheduler, velocity, timestep, sample)
         for method in self.methods:
             method.begin_step(scheduler, sample)
@@ -324,7 +305,7 @@ class Run:
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
         if self.plan.reuse is not None:
-            self.plan = self.patched.plan(self.steps, partial, self.levels)
+            self.plan = self.patched.plan(self.steps, partial, self.timesteps)
 
     def drop_caches(self) -> None:
         """All caches are freed; a run that goes on computes what it misses."""
@@ -364,8 +345,8 @@ class Run:
         self.drop_caches()
         for method in self.methods:
             method.end()
-        self.timesteps = self._timestep = None
-        self.levels = None  # they hold the scheduler
+        self.told = self._timestep = None
+        self.timesteps = None  # they hold the scheduler
         self.patched.runs.forget(self)
         self._ended = True
 

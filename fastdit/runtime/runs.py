@@ -19,9 +19,9 @@ from torch import Tensor
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.runtime import clock, owners
 from fastdit.runtime.disguise import is_ordinary
-from fastdit.runtime.levels import Levels, check_flow, found_levels, replace_sigmas
 from fastdit.runtime.owners import PipelineCall, Worker
 from fastdit.runtime.run import OPEN_STEPS, Run, nobody, one_call_too_many
+from fastdit.runtime.timesteps import Timesteps, check_flow, found_timesteps, replace_sigmas
 from fastdit.schedules.conditions import guidance_of
 from fastdit.schedules.solvers import noise_of
 
@@ -53,11 +53,13 @@ class ManualLoop:
 
     Attributes:
         local: The state of the worker that opened it.
+        timesteps: What it was given.
         run: The run that it leads; None where it was begun while disabled.
         born: Its number in the order in which calls and loops began.
     """
 
     local: Local
+    timesteps: Any
     run: Run | None = None
     born: int = field(default_factory=owners.number)
 
@@ -96,9 +98,10 @@ class Runs:
             FastDiTError: A pipeline's call, or a `with handle.run(...)`, is in progress.
         """
         for run in self.live():
-            owner = run.owner
-            if run.manual or (isinstance(owner, PipelineCall) and not owner.over):
-                what = "a `with handle.run(...)`" if run.manual else "a call of a pipeline"
+            owner = run.owner()
+            manual = run.told is not None
+            if manual or (isinstance(owner, PipelineCall) and not owner.over):
+                what = "a `with handle.run(...)`" if manual else "a call of a pipeline"
                 raise FastDiTError(
                     f"cannot {verb} a model while {what} runs on it (step {run.step} of {run.steps}); "
                     "let it end first"
@@ -130,12 +133,12 @@ class Runs:
     # ---- how they begin
 
     def _start(
-        self, steps: int | None, levels: Levels | None, in_use: bool, pipeline: Any, manual: bool
+        self, steps: int | None, timesteps: Timesteps | None, in_use: bool, pipeline: Any
     ) -> Run | None:
         """A run of `steps` steps starts; None where it is to be stock.
 
         Args:
-            levels: Those of the scheduler that leads it.
+            timesteps: Those of the scheduler that leads it.
             in_use: The pipeline has already taken the scheduler's timesteps.
 
         Raises:
@@ -151,27 +154,25 @@ class Runs:
                 f"{sparse.name} must know the number of steps when a run starts: "
                 "call the transformer inside `with handle.run(timesteps)`"
             )
-        if resolution is not None and levels is None:
+        if resolution is not None and timesteps is None:
             raise ScheduleError(
                 f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
             )
-        if levels is not None:
-            patched.check_sampler(noise_of(levels.scheduler))
+        if timesteps is not None:
+            patched.check_sampler(noise_of(timesteps.scheduler))
         planned = OPEN_STEPS if steps is None else steps
         full = planned
         if resolution is not None:
-            resolution.check_steps(planned)
             last = resolution.stages()[-1]
             full = last.steps if last.layout == "full" else 0
-        for method in patched.methods:
-            if method is not resolution:  # one that leaves tokens out waits for the full resolution
-                method.check_steps(full if "rows" in method.writes else planned)
+        for method in patched.methods:  # one that leaves tokens out waits for the full resolution
+            method.check_steps(full if "rows" in method.writes else planned)
         if resolution is not None:
-            check_flow(levels.scheduler)
-            levels.check_default(resolution.name)
-            replace_sigmas(levels.scheduler, resolution.run_sigmas, in_use)
-            levels = levels.with_sigmas(resolution.run_sigmas)
-        run = Run(patched, steps, patched.plan(planned, levels=levels), levels, manual)
+            check_flow(timesteps.scheduler)
+            timesteps.check_default(resolution.name)
+            replace_sigmas(timesteps.scheduler, resolution.run_sigmas, in_use)
+            timesteps = timesteps.with_sigmas(resolution.run_sigmas)
+        run = Run(patched, steps, patched.plan(planned, timesteps=timesteps), timesteps)
         run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):
             run.pipeline = weakref.ref(pipeline)
@@ -179,21 +180,20 @@ class Runs:
             run.previews = local.watch
         return run
 
-    def _begin(
+    def begin(
         self,
         owner: PipelineCall | ManualLoop | Worker,
         steps: int | None,
-        levels: Levels | None = None,
+        timesteps: Timesteps | None = None,
         follower: clock.Follower | None = None,
         in_use: bool = False,
     ) -> Run | None:
         """A call of a pipeline, a loop by hand, or another loop of the worker here begins a run."""
         call = owner if isinstance(owner, PipelineCall) else None
-        manual = isinstance(owner, ManualLoop)
-        run = self._start(steps, levels, in_use, call and call.pipeline, manual)
+        run = self._start(steps, timesteps, in_use, call and call.pipeline)
         if call is not None:
             call.runs[self._patched] = run
-        elif manual:
+        elif isinstance(owner, ManualLoop):
             owner.run = run
             self._manual.add(owner)
             owner.local.manual.append(owner)
@@ -207,12 +207,14 @@ class Runs:
             follower.run = run
         if run is not None:
             run.follower = follower
-            if not manual:
-                run.owner = owner
+            if isinstance(owner, ManualLoop):
+                run.told = owner.timesteps
+            else:
+                run.owner = weakref.ref(owner)
             self._live[id(run)] = run
         return run
 
-    def begin_led(self, follower: clock.Follower, owner: Any, levels: Levels) -> None:
+    def begin_led(self, follower: clock.Follower, owner: Any, timesteps: Timesteps) -> None:
         """A scheduler has set its timesteps: `owner` begins a run that it leads, if it runs this model."""
         call = owner if isinstance(owner, PipelineCall) else None
         if call is not None and not owners.holds(call.pipeline, self._patched):
@@ -222,22 +224,22 @@ class Runs:
                 before.end()
         if call is not None:
             self._patched.followed.follow(call.pipeline)
-        run = self._begin(owner, len(levels.scheduler.timesteps), levels, follower)
+        run = self.begin(owner, len(timesteps.scheduler.timesteps), timesteps, follower)
         if call is None and run is not None:
             self._unclaimed = weakref.ref(run)
 
     def _begin_in(self, call: PipelineCall, frame: FrameType, first: bool) -> Run | None:
         """A pipeline's call begins a run whose timesteps were set before the scheduler was followed, or has none."""
         scheduler = getattr(call.pipeline, "scheduler", None)
-        timesteps = getattr(scheduler, "timesteps", None)
+        set_before = getattr(scheduler, "timesteps", None)
         self._patched.followed.follow(call.pipeline)
-        if not first or timesteps is None or not len(timesteps):
-            return self._begin(call, self._patched.made_steps)
+        if not first or set_before is None or not len(set_before):
+            return self.begin(call, self._patched.made_steps)
         follower = clock.follower_of(scheduler, self._patched)
-        levels = found_levels(scheduler, frame.f_locals)
+        timesteps = found_timesteps(scheduler, frame.f_locals)
         try:
             follower.claim(call, scheduler)
-            return self._begin(call, len(timesteps), levels, follower, in_use=True)
+            return self.begin(call, len(set_before), timesteps, follower, in_use=True)
         finally:
             follower.unclaim(call)
 
@@ -250,12 +252,6 @@ class Runs:
         if found is None:
             found = self._locals[worker] = Local()
         return found
-
-    def begin_manual(self, loop: ManualLoop, timesteps: Any) -> None:
-        """A loop by hand begins its run over `timesteps`."""
-        run = self._begin(loop, len(timesteps))
-        if run is not None:
-            run.timesteps = timesteps
 
     def end_manual(self, loop: ManualLoop) -> None:
         """A loop by hand ends its run, also one that was broken off while it began."""
@@ -327,7 +323,7 @@ class Runs:
         if run is None or not run.live or (not run.led and run.rises(timestep)):
             if run is not None:
                 run.end()
-            run = self._begin(owners.here(), self._patched.made_steps)
+            run = self.begin(owners.here(), self._patched.made_steps)
         return run
 
     def _adopted(self, local: Local) -> Run | None:
@@ -335,7 +331,8 @@ class Runs:
         run = self._unclaimed()
         if run is None or not run.live or run.first is not None:
             return None
-        if run.owner is not None and not run.owner.gone:
+        owner = run.owner()
+        if owner is not None and not owner.gone:
             return None
-        local.run, run.owner = run, owners.here()
+        local.run, run.owner = run, weakref.ref(owners.here())
         return run

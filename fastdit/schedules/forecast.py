@@ -1,6 +1,6 @@
-"""Forecasts: the polynomial through an output's last computed values, read at the noise level of another step.
+"""Forecasts: the polynomial through an output's last computed values, read at the sigma of another step.
 
-Order 0 repeats the last value, order 1 is the line through the last two, order 2 the parabola through three. The levels
+Order 0 repeats the last value, order 1 is the line through the last two, order 2 the parabola through three. The sigmas
 are those of the sampler's own grid, where steps are of unlike length. With a model's whole output that makes a linear
 multistep method of the sampler, such as Adams and Bashforth's; Euler takes the line's value at the beginning of each
 step that it skips, AB2 that in its middle.
@@ -29,20 +29,20 @@ def weights(nodes: Sequence[float], at: float) -> tuple[float, ...]:
     return tuple(found)
 
 
-def last_nodes(computed: Sequence[int], levels: Sequence[float], order: int) -> tuple[int, ...]:
-    """This chooses the steps a forecast of `order` is drawn through: the last ones at distinct levels, latest first.
+def last_nodes(computed: Sequence[int], sigmas: Sequence[float], order: int) -> tuple[int, ...]:
+    """This chooses the steps a forecast of `order` is drawn through: the last ones at distinct sigmas, latest first.
 
-    A step at the level of an earlier one replaces it: Heun computes twice there.
+    A step at the sigma of an earlier one replaces it: Heun computes twice there.
 
     Args:
         computed: Steps whose output was computed, rising.
-        levels: The noise level of every step.
+        sigmas: The sigma of every step.
         order: 0 to :data:`MAX_ORDER`; fewer nodes give a lower one.
     """
     found: list[int] = []
     for step in reversed(computed):
         if len(found) > order:
             break
-        if all(levels[step] != levels[other] for other in found):
+        if all(sigmas[step] != sigmas[other] for other in found):
             found.append(step)
     return tuple(found)

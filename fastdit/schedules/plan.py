@@ -38,7 +38,7 @@ class PlanningMethod(Protocol):
     writes: frozenset[str]
 
     def staged_schedule(
-        self, spec: ModelSpec, stages: Sequence[int], levels: Any
+        self, spec: ModelSpec, stages: Sequence[int], timesteps: Any
     ) -> Schedule | None: ...
 
 
@@ -99,15 +99,15 @@ def plan_run(
     spec: ModelSpec,
     steps: int,
     partial: Sequence[bool] = (),
-    levels: Any = None,
+    timesteps: Any = None,
     collapse: bool = False,
     repeats: bool = False,
 ) -> RunPlan:
     """This merges what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
-    `levels` knows the run's noise levels (`levels.Levels`), for schedules made for other numbers of steps. `collapse`
+    `timesteps` are the run's (`runtime/timesteps.py`), for schedules made for other numbers of steps. `collapse`
     allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
-    `repeats` some steps are at the noise level of the one before, whose outputs they replace in forecasts.
+    `repeats` some steps are at the sigma of the one before, whose outputs they replace in forecasts.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -116,7 +116,7 @@ def plan_run(
     fresh = [stage.first for stage in stages]
     lengths = [stage.steps for stage in stages] or [steps]
     reusing = (method for method in methods if "reuse" in method.writes)
-    reuse = next((method.staged_schedule(spec, lengths, levels) for method in reusing), None)
+    reuse = next((method.staged_schedule(spec, lengths, timesteps) for method in reusing), None)
     forecasts = _forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
     actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()

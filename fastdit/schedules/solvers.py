@@ -1,4 +1,4 @@
-"""What is asked of diffusers' schedulers as solvers: at which noise level each step is, whether they draw noise, and
+"""What is asked of diffusers' schedulers as solvers: at which sigma each step is, whether they draw noise, and
 which of them needs the fewest steps.
 """
 
@@ -62,11 +62,11 @@ def noise_of(scheduler: Any, given: Mapping[str, Any] | None = None) -> str:
     return ""
 
 
-def step_levels(scheduler: Any) -> list[float]:
-    """This gives the noise level of each transformer call of the run that a scheduler was set for.
+def step_sigmas(scheduler: Any) -> list[float]:
+    """This gives the sigma of each transformer call of the run that a scheduler was set for.
 
-    It is the sigma, of which solvers of higher order are polynomials, too; never the timestep, which several round to
-    an integer. A scheduler without sigmas has those of its cumulative alphas, or, if it has none, its timesteps.
+    Solvers of higher order are polynomials of it, too; it is never the timestep, which several round to an integer. A
+    scheduler without sigmas has those of its cumulative alphas, or, if it has none, its timesteps.
     """
     timesteps = [float(t) for t in scheduler.timesteps.tolist()]
     sigmas = getattr(scheduler, "sigmas", None)
@@ -102,7 +102,7 @@ class Advice:
 def recommend(pipe: Any, steps: int) -> Advice:
     """This recommends a solver for a pipeline's runs of `steps` steps; the pipeline stays as it is.
 
-    Flow-matching pipelines get UniPC of order 2 on their own noise levels, with the shift that `from_config` alone
+    Flow-matching pipelines get UniPC of order 2 on their own sigmas, with the shift that `from_config` alone
     would lose; those that predict noise get it on theirs. Where UniPC cannot stand for it the scheduler stays.
 
     Raises:
@@ -151,4 +151,4 @@ def _no_unipc(pipe: Any, scheduler: Any, flow: bool) -> str:
     if "strength" in inspect.signature(type(pipe).__call__).parameters:
         return "the pipeline has it add noise to a picture, which UniPC does otherwise"
     linear = config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"
-    return "UniPC cannot have its noise levels" if linear or config.get("invert_sigmas") else ""
+    return "UniPC cannot have its sigmas" if linear or config.get("invert_sigmas") else ""

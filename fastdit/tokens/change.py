@@ -1,7 +1,7 @@
 """Tokens chosen by how wrong their kept velocities are: RAS with the metric "change".
 
 A token's score is the change of the velocity that the scheduler was given, between the last two computations of the
-token, per unit of noise level, times how far the level has moved since the last one. What is kept for that lies on the
+token, per unit of sigma, times how far sigma has moved since the last one. What is kept for that lies on the
 device, a copy of the velocity and three numbers a token; the op `token_change` says the rest.
 """
 
@@ -23,16 +23,16 @@ class Kept:
     Attributes:
         last: [B, gh, gw, p, p, C], the velocities that were computed last.
         rate: fp32 [B, N], how fast they changed.
-        level: fp32 [B, N], the noise levels they were computed at.
-        levels: fp32 [steps], those of the run.
+        sigma: fp32 [B, N], where they were computed.
+        sigmas: fp32 [steps], those of the run.
         drops: int32 [B, N], how often each token was left out.
         age: int32 [B, N], for how many steps; None where nothing bounds that.
     """
 
     last: Tensor
     rate: Tensor
-    level: Tensor
-    levels: Tensor
+    sigma: Tensor
+    sigmas: Tensor
     drops: Tensor
     age: Tensor | None
 
@@ -65,8 +65,8 @@ class ChangeRun(TokenRun):
             velocity,
             kept.last,
             kept.rate,
-            kept.level,
-            kept.levels[step : step + 2],
+            kept.sigma,
+            kept.sigmas[step : step + 2],
             inverse=self.inverse,
         )
         if coming is None:  # every token is active there
@@ -91,16 +91,16 @@ class ChangeRun(TokenRun):
         self.kept = self.inverse = None
 
     def _begin(self, velocity: Tensor) -> Kept:
-        """Nothing was computed yet. Where nobody says the noise levels they count the steps."""
+        """Nothing was computed yet. Where nobody says the sigmas they count the steps."""
         run, batch, device = self.run, len(velocity), velocity.device
         numbers = torch.full((2, batch, self.tokens), float("inf"), device=device)
         numbers[1] = float("nan")
         counts = torch.zeros(2, batch, self.tokens, dtype=torch.int32, device=device)
-        levels = run.noise_levels or range(run.steps)
+        sigmas = run.sigmas or range(run.steps)
         return Kept(
             torch.zeros_like(velocity),
             *numbers,
-            torch.tensor(levels, dtype=torch.float32, device=device),
+            torch.tensor(sigmas, dtype=torch.float32, device=device),
             counts[0],
             counts[1] if self.method.max_age else None,
         )

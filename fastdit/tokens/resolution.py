@@ -145,7 +145,7 @@ class ResolutionRun(MethodRun):
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
     def end_sigma(self, step: int) -> float | None:
-        """The noise level at which a step ends its stage, None for other steps."""
+        """The sigma at which a step ends its stage, None for other steps."""
         last = self.stage.first + self.stage.steps - 1
         return self.stage.sigmas[-1] if step == last else None
 

@@ -1,4 +1,4 @@
-"""The noise levels of a run in stages, each at its own resolution: grids, the way from one to the next, and matching.
+"""The sigmas of a run in stages, each at its own resolution: grids, the way from one to the next, and matching.
 
 Times as in RALU (arXiv 2507.08422): t = 1 - sigma, 0 is noise and 1 is data. A stage begins at s, ends at e, and spaces
 its steps evenly but for a shift h. Copying a token four times leaves its copies with the same noise; what makes the
@@ -28,7 +28,7 @@ class Stage:
     Attributes:
         layout: "coarse", "mixed" or "full".
         first: Its first step, counted over the run.
-        sigmas: Noise levels, one more than it has steps.
+        sigmas: One more than it has steps.
         scale, deviation: The state that enters it is scale * x + deviation * z; (1, 0) in the first.
     """
 
@@ -45,7 +45,7 @@ class Stage:
 
 
 def sigma_grid(start: float, end: float, shift: float, steps: int) -> list[float]:
-    """The noise levels of a stage, from 1 - start to 1 - end: `steps` + 1 values."""
+    """The sigmas of a stage, from 1 - start to 1 - end: `steps` + 1 values."""
     ends = (1 - time for time in (start, end))
     first, last = (sigma / (shift - (shift - 1) * sigma) for sigma in ends)  # without the shift
     even = [first + (last - first) * step / steps for step in range(steps + 1)]
@@ -74,7 +74,7 @@ def mismatch(
     ends: Sequence[float],
     base_shift: float,
 ) -> float:
-    """How far the noise levels of a run in stages are from those a model is used to (equation 9).
+    """How far the sigmas of a run in stages are from those a model is used to (equation 9).
 
     The Jensen-Shannon distance (natural logarithm, the root of the divergence) between the density of times over all
     stages and that of a run of shift `base_shift` that goes back as often.
