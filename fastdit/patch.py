@@ -107,12 +107,6 @@ def patch(
     if resizing is not None:
         adapter.check_resolution(transformer)
         _check_resizing(resizing, pipeline)
-    if sparse is not None and patched.forecasts:
-        drawing = next(method.name for method in methods if method.forecasts)
-        raise CompositionError(
-            f"{drawing} draws outputs through values of whole steps, and a method beside it computes a part of "
-            "the tokens; give order=0, or leave one of them"
-        )
     if cuda_graphs and resizing is not None:
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"

@@ -59,6 +59,7 @@ class ActiveTokens:
         keys: Attention -> its keys and values; None where no later call reads them.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: `rotation`.
+        ages: When the tokens of components were computed, see `token_nodes.py`; it lives as long as the slots.
     """
 
     count: int
@@ -66,6 +67,7 @@ class ActiveTokens:
     keys: dict[Any, Any] | None
     memory: Any
     ops: Any
+    ages: dict[Any, Any] = field(default_factory=dict)
     texts: Tensor | None = field(default=None, init=False)
     _joint: dict[int, Tensor] = field(default_factory=dict, init=False)
     _index: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
@@ -111,15 +113,25 @@ class ActiveTokens:
             return tuple(_renewed(part, fresh, owned) for part, fresh in parts)
         return _renewed(self.stored(held, layout), value, owned)
 
+    def rows_of(self, part: str, count: int) -> Tensor | None:
+        """Active rows of a stream of `count`, "image" or "joint"; None for all."""
+        return self.rows if part == "image" else self.joint_rows(count - self.count)
+
+    def index(self, part: str, whole: Tensor) -> Tensor:
+        """Where these rows of [B, count, ...] lie in the samples laid end to end, [B K]."""
+        batch, count = whole.shape[:2]
+        if (part, count) not in self._index:
+            rows = self.rows_of(part, count)
+            places = torch.arange(batch * count, device=whole.device)
+            if rows is not None:
+                places = (places[::count, None] + rows).flatten()
+            self._index[part, count] = places
+        return self._index[part, count]
+
     def _stored(self, held: Tensor | None, part: str) -> Tensor | CachedRows | None:
         if held is None or part == "text":  # all text is active
             return held
-        count = held.shape[1]
-        rows = self.rows if part == "image" else self.joint_rows(count - self.count)
-        if (part, count) not in self._index:
-            first = torch.arange(rows.shape[0], device=rows.device)[:, None] * count
-            self._index[part, count] = (first + rows).flatten()
-        return CachedRows(held, rows, self._index[part, count])
+        return CachedRows(held, self.rows_of(part, held.shape[1]), self.index(part, held))
 
 
 def _renewed(held: Any, fresh: Tensor | None, owned: bool) -> Tensor | None:

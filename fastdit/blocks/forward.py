@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from fastdit.blocks.nodes import Drawn, Nodes, Weights
 from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, norm_parameters
 from fastdit.blocks.segments import EAGER, Segments, segments_like
 from fastdit.blocks.sums import Sums
+from fastdit.blocks.token_nodes import TokenNodes
 from fastdit.observe import observed, unobserved
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
 
@@ -158,19 +159,33 @@ class Forward:
 
     def _drawn(self, key: Key, flags: int, compute: Callable[[], Any]) -> Any:
         """The output of a component of which some steps draw theirs: its slot holds the last computed ones."""
-        nodes = self.slots.get(key)
-        count = kept_of(flags)
+        nodes, count = self.slots.get(key), kept_of(flags)
+        sparse = self.tokens is not None and self.tokens.rows is not None
+        if sparse and isinstance(nodes, Nodes):
+            nodes = TokenNodes.of(nodes)
+        of_tokens = isinstance(nodes, TokenNodes)
         if nodes is None or flags & COMPUTE:
             compiles = self._block_compiled is not None
             value = self._compiled_as(key[1], compute) if compiles else compute()
             self.computed += 1
-            kept, sigmas = self.to_slot(value), self.weights.sigmas
-            nodes = (nodes or Nodes()).with_node(self.step, kept, sigmas, max(1, count))
+            kept = self.to_slot(value)
+            given = self.step, kept, max(1, count)
+            if of_tokens:
+                nodes = nodes.with_node(*given, self.tokens, self.layouts[key[1]], self.weights)
+            elif (
+                not sparse
+            ):  # the rows of a value that was never held whole cannot stand for it later
+                nodes = (nodes or Nodes()).with_node(*given, self.weights.sigmas)
+        elif of_tokens:
+            given = self.step, order_of(flags), self.tokens, self.layouts[key[1]]
+            value = nodes.drawn(*given, self.weights)
+            if self.precision is not None:
+                value = self.from_slot(gathered(value))
         else:
             used = nodes._replace(values=tuple(map(self.from_slot, nodes.values)))
             value = used.drawn(self.step, order_of(flags), self.weights)
-            value = gathered(value) if self.immediate else value
-        if count:
+        value = gathered(value) if self.immediate else value
+        if count and nodes is not None:
             self.slots[key] = nodes.kept(count)
         else:
             self.slots.pop(key, None)
@@ -199,11 +214,18 @@ class Forward:
     def parted(self, branch: Branch, text: int) -> tuple[Branch, Branch]:
         """The first `text` tokens of a joint output, all active, and the image's."""
         if isinstance(branch, Drawn):
-            every = slice(None)
-            return branch.part(every, slice(text)), branch.part(every, slice(text, None))
+            return branch.tokens(slice(text)), self._image_of(branch, text)
         if isinstance(branch, Tensor):
             return branch[:, :text], branch[:, text:]
         return branch.whole[:, :text], self.tokens.stored(branch.whole[:, text:], ("image",))
+
+    def _image_of(self, branch: Drawn, text: int) -> Drawn:
+        image = branch.tokens(slice(text, None))
+        if branch.rows is None:
+            return image
+        whole = image.values[0]
+        rows = self.tokens.rows_of("image", whole.shape[1])
+        return replace(image, rows=rows, index=self.tokens.index("image", whole))
 
     def to_slot(self, value: Any) -> Any:
         """A value as slots keep it."""

@@ -46,6 +46,13 @@ class Weights:
             self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
         return self._made[key]
 
+    def table(self, device: torch.device) -> Tensor:
+        """This is the sigma of each step known so far, fp64."""
+        key = "sigmas", len(self.sigmas), device
+        if key not in self._made:
+            self._made[key] = torch.tensor(self.sigmas, dtype=torch.float64).to(device)
+        return self._made[key]
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -53,28 +60,35 @@ class Drawn:
 
     Attributes:
         values: The computed outputs.
-        nodes: Their steps.
+        nodes: Their steps; none where those differ from token to token.
         step: The step it is drawn for.
         weights: Those of the run.
+        by_token: Weights of each token that is meant, [values, B, K]; None where they are those of the nodes.
+        rows, index: Which tokens are meant, as in :class:`~fastdit.blocks.active.CachedRows`; None for all.
     """
 
     values: tuple[Tensor, ...]
     nodes: tuple[int, ...]
     step: int
     weights: Weights
+    by_token: Tensor | None = None
+    rows: Tensor | None = None
+    index: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
-        return self.values[0].shape
+        whole = self.values[0].shape
+        return whole if self.rows is None else torch.Size((*self.rows.shape, *whole[2:]))
 
     @property
     def dtype(self) -> torch.dtype:
         return self.values[0].dtype
 
-    def part(self, *index: Any) -> Drawn:
-        """This is the same of a part of the output."""
-        values = tuple(value[index] for value in self.values)
-        return Drawn(values, self.nodes, self.step, self.weights)
+    def tokens(self, some: slice) -> Drawn:
+        """This is the same of some of the tokens, all of which are meant."""
+        values = tuple(value[:, some] for value in self.values)
+        by_token = None if self.by_token is None else self.by_token[:, :, some].contiguous()
+        return Drawn(values, self.nodes, self.step, self.weights, by_token)
 
     def written(self, ops: Any) -> Tensor:
         """This writes it down in one launch, where no gradient is wanted: as the last value and its changes."""
@@ -87,12 +101,15 @@ class Drawn:
 
     def gathered(self) -> Tensor:
         """This writes it down, rounded once."""
-        first = self.values[0]
-        weights = self.weights.of(self.step, [self.nodes], first)
-        total = first.to(weights.dtype) * weights[0]
-        for value, weight in zip(self.values[1:], weights[1:], strict=True):
-            total = total + value.to(weights.dtype) * weight
-        return total.to(first.dtype)
+        values = self.values
+        if self.rows is not None:
+            values = [v.flatten(0, 1).index_select(0, self.index).view(self.shape) for v in values]
+        if self.by_token is None:
+            weights = self.weights.of(self.step, [self.nodes], values[0])
+        else:
+            weights = self.by_token.view(*self.by_token.shape, *[1] * (values[0].ndim - 2))
+        total = sum(value.to(weights.dtype) * w for value, w in zip(values, weights, strict=True))
+        return total.to(self.dtype)
 
 
 class Nodes(NamedTuple):
@@ -106,7 +123,7 @@ class Nodes(NamedTuple):
     steps: tuple[int, ...] = ()
     values: tuple[Any, ...] = ()
 
-    def with_node(self, step: int, value: Any, sigmas: Sequence[float], count: int) -> Nodes:
+    def with_node(self, step: int, value: Any, count: int, sigmas: Sequence[float]) -> Nodes:
         """This adds an output, and keeps the last `count` at distinct sigmas."""
         held = dict(zip((step, *self.steps), (value, *self.values), strict=True))
         steps = last_nodes([*reversed(self.steps), step], sigmas, count - 1)

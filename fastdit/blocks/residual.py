@@ -45,11 +45,7 @@ class Residual:
             branch = branch if gate is None else _rows(gate) * branch
             self._h = branch + self.read() if self._branch_first else self.read() + branch
             return
-        held = branch.whole if isinstance(branch, CachedRows) else branch
-        if isinstance(branch, Drawn):
-            if any(value.stride(-1) != 1 for value in branch.values):
-                branch = gathered(branch)
-        elif held.stride(-1) != 1:
+        if any(value.stride(-1) != 1 for value in _values(branch)):
             branch = gathered(branch).contiguous()
         self._waiting.append((branch, gate))
 
@@ -108,33 +104,52 @@ class Residual:
 
     def read(self) -> Tensor:
         """The stream with everything added."""
-        stored = [(b.whole, gate) for b, gate in self._waiting if isinstance(b, CachedRows)]
-        computed = [(b, gate) for b, gate in self._waiting if not isinstance(b, CachedRows)]
-        if stored:
-            rows = next(b.rows for b, _ in self._waiting if isinstance(b, CachedRows))
-        for first in range(0, len(stored), MAX_BRANCHES - 1):
+        per = 1 if self._forward.weights is None else 1 + MAX_ORDER
+        at_rows = [pair for pair in self._waiting if _active_rows(pair[0]) is not None]
+        computed = [pair for pair in self._waiting if _active_rows(pair[0]) is None]
+        most = (MAX_BRANCHES - per) // per
+        for first in range(0, len(at_rows), most):
+            some = at_rows[first : first + most]
             # Beside those read at rows, the op takes one that was computed.
-            fresh, computed = computed[:1], computed[1:]
-            pairs = [*fresh, *stored[first : first + MAX_BRANCHES - 1]]
-            self._add_up(pairs, fresh=len(fresh) - 1, rows=rows)
-        most = MAX_BRANCHES if self._forward.weights is None else MAX_BRANCHES // (1 + MAX_ORDER)
+            fresh = next((pair for pair in computed if isinstance(pair[0], Tensor)), None)
+            if fresh is not None:
+                computed.remove(fresh)
+                some = [fresh, *some]
+            self._add_up(some, fresh=-1 if fresh is None else 0, rows=_active_rows(some[-1][0]))
+        most = MAX_BRANCHES // per
         for first in range(0, len(computed), most):
             self._add_up(computed[first : first + most])
         self._waiting.clear()
         return self._h
 
-    def _add_up(self, pairs: Sequence[tuple[Any, Gate]], **at: Any) -> None:
-        nodes = [b.nodes if isinstance(b, Drawn) else () for b, _ in pairs]
-        if any(nodes):
-            forward = self._forward
-            at["weights"] = forward.weights.of(forward.step, nodes, self._h)
-            parts = ((b.values if isinstance(b, Drawn) else (b,), gate) for b, gate in pairs)
-            pairs = [(value, gate) for values, gate in parts for value in values]
-        branches, gates = zip(*pairs, strict=True)
+    def _add_up(self, pairs: Sequence[tuple[Branch, Gate]], **at: Any) -> None:
+        at["weights"] = self._weights([branch for branch, _ in pairs])
+        parts = [(value, gate) for branch, gate in pairs for value in _values(branch)]
+        branches, gates = zip(*parts, strict=True)
         self._h = self._forward.ops.gated_residual(
             self._h, branches, gates, out=self._h if self._is_owned() else None, **at
         )
         self._forward._own_streams[self._stream] = self._h
+
+    def _weights(self, branches: Sequence[Branch]) -> Tensor | None:
+        """What the op weighs the branches' values with: a number each, or one for each token."""
+        drawn = [branch if isinstance(branch, Drawn) else None for branch in branches]
+        if not any(drawn):
+            return None
+        forward = self._forward
+        if all(branch is None or branch.by_token is None for branch in drawn):
+            nodes = [() if branch is None else branch.nodes for branch in drawn]
+            return forward.weights.of(forward.step, nodes, self._h)
+        shape = self._h.shape[:2]
+        found = []
+        for branch in drawn:
+            if branch is not None and branch.by_token is not None:
+                found.append(branch.by_token)
+            else:
+                nodes = [() if branch is None else branch.nodes]
+                weights = forward.weights.of(forward.step, nodes, self._h)
+                found.append(weights[:, None, None].expand(-1, *shape))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def leave(self, clips: bool = False) -> Tensor:
         """The block's output. What still waits is added here unless the next block is sure to take it over.
@@ -168,6 +183,18 @@ def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shif
     for stream, part in zip(streams, out.split(lengths, dim=1), strict=True):
         stream.normed(norm, scale, shift, out=part)
     return out
+
+
+def _active_rows(branch: Branch) -> Tensor | None:
+    """The active rows of an output that is kept of all tokens; None for one that is of the stream's."""
+    return None if isinstance(branch, Tensor) else branch.rows
+
+
+def _values(branch: Branch) -> Sequence[Tensor]:
+    """The tensors that the op reads for a branch."""
+    if isinstance(branch, Drawn):
+        return branch.values
+    return (branch.whole,) if isinstance(branch, CachedRows) else (branch,)
 
 
 def gathered(value: Any) -> Any:

@@ -175,6 +175,7 @@ class Call:
         if branch.signature != signature or not unchanged:
             branch.slots.clear()
             branch.keys.clear()
+            branch.ages.clear()
             branch.outputs = Outputs()
             branch.velocity = None
         branch.signature = signature
@@ -189,7 +190,7 @@ class Call:
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
         if keeps:
-            return ActiveTokens(count, self.rows, branch.keys, branch, ops)
+            return ActiveTokens(count, self.rows, branch.keys, branch, ops, branch.ages)
         owns = self.layout is not None and patched.adapter.owns_attention(
             self.layout, self.arguments.hidden_states.shape[0]
         )

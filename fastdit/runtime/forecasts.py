@@ -22,10 +22,12 @@ class Outputs:
 
     Attributes:
         nodes: Their tensors, and other parts, laid flat.
+        tokens: The last velocities of each token, once a step computed some of them; None before.
     """
 
     def __init__(self) -> None:
         self.nodes = Nodes()
+        self.tokens: Ring | None = None
         self._shape: Any = None
 
     def add(self, step: int, output: Any, sigmas: Sequence[float], order: int) -> None:
@@ -46,7 +48,16 @@ class Outputs:
             part.clone(memory_format=torch.contiguous_format) if isinstance(part, Tensor) else part
             for part in parts
         ]
-        self.nodes = self.nodes.with_node(step, parts, sigmas, order + 1)
+        self.nodes = self.nodes.with_node(step, parts, order + 1, sigmas)
+
+    def add_rows(
+        self, step: int, patches: Tensor, index: Tensor, weights: Weights, order: int
+    ) -> None:
+        """This keeps the patches [B, gh, gw, p, p, C] of the tokens that a step computed, at `index` [B K] of all."""
+        if self.tokens is None:
+            
+        fresh = patches.flatten(0, 2).index_select(0, index).unflatten(0, (len(patches), -1))
+        self.tokens = self.tokens.with_rows(step, fresh, index, weights.table(fresh.device))
 
     def forecast(self, step: int, order: int, weights: Weights, ops: Any) -> Any:
         """This gives the output at a step as the model would return it; of fewer outputs, of a lower order."""

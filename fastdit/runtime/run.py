@@ -64,6 +64,7 @@ class Branch:
     modulations: Modulations | None = None
     foresees: bool = True
     keys: dict[Any, KeyValues] = field(default_factory=dict)
+    ages: dict[Any, Any] = field(default_factory=dict)
     outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
