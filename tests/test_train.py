@@ -668,6 +668,8 @@ def test_stock_ddim_pairs_other_steps_on_such_a_list():
             "lambda_form must be one of released, published, sensitivity, None",
         ),
         ({"keep": "both"}, "keep must be one of blended, fresh"),
+        ({"loss": "all"}, "loss must be one of guided, released"),
+        ({"arguments": {"generator": None}}, "arguments must not hold .*, got generator"),
         ({"tau": 1}, "tau must be"),
         ({"seed": -1}, "seed must be"),
     ],

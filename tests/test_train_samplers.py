@@ -128,7 +128,7 @@ def test_a_killed_training_goes_on_to_the_same_logits(tmp_path):
         if progress.epoch == 2:
             raise Killed
 
-    options = {"epochs": 3, "lambda_every": 2, "save_every": 1}
+    options = {"epochs": 3, "lambda_every": 2, "save_every": 1, "loss": "released"}
     whole = made_for("SA-Solver", "dit", torch.float32, **options)
     whole.fit()
     with pytest.raises(Killed):
@@ -137,6 +137,10 @@ def test_a_killed_training_goes_on_to_the_same_logits(tmp_path):
     resumed = made_for("SA-Solver", "dit", torch.float32, folder=tmp_path, **options)
     resumed.fit()
     same_bits(table(resumed), table(whole))
+    with pytest.raises(fastdit.ArgumentError, match="other loss"):
+        made_for(
+            "SA-Solver", "dit", torch.float32, folder=tmp_path, **options | {"loss": "guided"}
+        ).fit()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,6 +150,76 @@ def test_variances_that_the_pipeline_drops_are_asked_for_in_vain(name):
     made = training(name, pipe=tiny_models.pipeline(name, scheduler=scheduler))
     with pytest.raises(fastdit.ArgumentError, match=r"variance_type='learned_range'.*drops"):
         made.train_epoch()
+
+
+def test_a_pipeline_that_hands_on_its_variances_trains():
+    """The loss is then of all eight channels either way, and the noise as large as the student says."""
+    losses = {}
+    for loss in ("guided", "released"):
+        pipe = tiny_models.pipeline(
+            "dit", scheduler=DDPMScheduler(variance_type="learned_range", clip_sample=False)
+        )
+        pipe.transformer.register_to_config(out_channels=16)  # what DiTPipeline goes by
+        made = training(pipe=pipe, loss=loss, lambda_form=None)
+        seen = []
+        pipe.scheduler.step = watching(pipe.scheduler.step, seen)
+        losses[loss], _ = made.train_epoch()
+        assert {tuple(shape) for shape in seen} == {(4, 8, 8, 8)}
+    same_bits(losses["guided"], losses["released"])
+    assert (losses["guided"][1:] > 0).all()
+
+
+def watching(step, seen):
+    def watch(prediction, *args, **kwargs):
+        seen.append(prediction.shape)
+        return step(prediction, *args, **kwargs)
+
+    return watch
+
+
+# ---- the loss
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_released_loss_is_of_all_channels_of_both_halves(name):
+    made = made_for("DDIM", name, loss="released", lambda_form=None)
+    guided = made_for("DDIM", name, lambda_form=None)
+    made.trainee.transformer.requires_grad_(False)
+    logits = [torch.nn.Parameter(row.detach().clone()) for row in made.logits]
+    optimizer = torch.optim.AdamW(logits[1:], lr=0.5, weight_decay=0)
+    given = restated(made)
+    ones = [1.0] * STEPS
+    expected = harmonica_oracle.train(*given, logits, optimizer, ones, 1e-3, released=True)
+    losses, _ = made.train_epoch()
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    torch.testing.assert_close(table(made), table_of(logits), rtol=1e-4, atol=1e-4)
+    others, _ = guided.train_epoch()
+    assert (abs(losses / others - 1)[1:] > 0.1).all()
+    assert dict(made.router().provenance)["training"]["loss"] == "released"
+
+
+def test_without_guidance_the_released_loss_is_of_the_plain_outputs():
+    pipe = tiny_models.pipeline("dit", torch.float64)
+    made = training(
+        pipe=pipe, loss="released", lambda_form=None, arguments={"guidance_scale": 1.0}, batch=1
+    )
+    pairs = []
+    handle = pipe.transformer.register_forward_hook(lambda *given: pairs.append(given[2].sample))
+    losses, _ = made.train_epoch()
+    handle.remove()
+    assert pairs[1].shape == (1, 8, 8, 8)
+    for pair, loss in zip(pairs[1:], losses[1:], strict=True):
+        student, teacher = pair.__dict__["student"].detach(), pair.__dict__["teacher"]
+        assert float((student - teacher).square().mean()) == pytest.approx(float(loss), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])  # guided by one call and by two
+def test_where_no_channel_is_dropped_both_losses_are_one(name):
+    losses = [
+        training(name, loss=loss, lambda_form=None).train_epoch()[0]
+        for loss in ("guided", "released")
+    ]
+    same_bits(*losses)
 
 
 # ---- inference

@@ -299,6 +299,14 @@ Rate = Annotated[
         help="Learning rate: about how far a logit moves in a trajectory.",
     ),
 ]
+Loss = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What teacher and student are compared by: guided, what the scheduler gets, "
+        "or released, all output channels.",
+    ),
+]
 LambdaForm = Annotated[
     str,
     typer.Option(
