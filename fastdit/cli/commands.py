@@ -140,7 +140,8 @@ def search(
         backend=backend,
         arguments=size,
     )
-    costs, operators = tuple(cost or ("true-macs",)), Operators.of(unit, seed)
+    costs = tuple(cost) if cost else Settings.costs
+    operators = Operators.of(unit, seed)
     settings = Settings(generations, population, costs, race, operators, even_steps, surrogate)
     seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)

@@ -175,7 +175,8 @@ Costs = Annotated[
     typer.Option(
         "--cost",
         metavar="NAME",
-        help="What to spare: macs, true-macs or latency; may be given again. [dim]\\[default: true-macs][/dim]",
+        help="What to spare: macs, of linear layers, as published; true-macs, with attention's products; or latency. "
+        "May be given again. [dim]\\[default: macs][/dim]",
     ),
 ]
 Quality = Annotated[
