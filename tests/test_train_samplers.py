@@ -4,6 +4,7 @@ the noise comes from, both losses, and what was trained run at inference."""
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 
 import numpy as np
@@ -276,3 +277,39 @@ def test_a_router_of_no_known_sampler_is_warned_of_noise():
     silent = dataclasses.replace(router, conditions=fastdit.schedules.conditions.Conditions())
     with pytest.warns(UserWarning, match="draws noise at each step"):
         fastdit.patch(pipe, fastdit.HarmoniCa(silent))
+
+
+SDE = {"algorithm_type": "sde-dpmsolver++"}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "trained", "drawn_under", "warned"),
+    [
+        (DPMSolverMultistepScheduler, {}, SDE, "algorithm_type='sde-dpmsolver\\+\\+'"),
+        (DPMSolverMultistepScheduler, SDE, SDE, None),
+        (DDIMScheduler, {}, {"eta": 1.0}, "eta=1"),
+        (DDIMScheduler, {"eta": 1.0}, {"eta": 1.0}, None),
+    ],
+    ids=["SDE", "trained for SDE", "eta", "trained for eta"],
+)
+def test_noise_by_a_setting_is_warned_of_unless_it_was_trained_for(
+    scheduler, trained, drawn_under, warned, tmp_path
+):
+    """The class of the scheduler is the same; the router's file says which noise it knows."""
+
+    def pipe_and_arguments(settings):
+        arguments = {"eta": settings["eta"]} if "eta" in settings else {}
+        made = scheduler() if arguments else scheduler(**settings)
+        return tiny_models.pipeline("pixart-sigma", scheduler=made), arguments
+
+    pipe, arguments = pipe_and_arguments(trained)
+    made = training("pixart-sigma", pipe=pipe, lambda_form=None, arguments=arguments)
+    made.fit().save(tmp_path / "router.safetensors")
+    pipe, arguments = pipe_and_arguments(drawn_under)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fastdit.patch(pipe, fastdit.HarmoniCa(tmp_path / "router.safetensors"))
+        tiny_models.generate(pipe, "pixart-sigma", **arguments)
+    found = [str(w.message) for w in caught if "HarmoniCa keeps outputs" in str(w.message)]
+    assert bool(found) == (warned is not None)
+    assert all(re.search(warned, message) for message in found)

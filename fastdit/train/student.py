@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
 from fastdit.runtime.install import LINK, check_installable, install, uninstall
 from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.solvers import noise_of
 from fastdit.train.noise import own_noise
 
 #: what a step may weigh its components by: a ratio for each, or one of these two
@@ -192,8 +194,9 @@ class Trainee:
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.adapter.call(module, args, kwargs)
-            conditions = Conditions.of(self.pipeline.scheduler, call.tokens, given)
-            found[:] = [conditions, call.text]
+            scheduler = self.pipeline.scheduler
+            conditions = Conditions.of(scheduler, call.tokens, given)
+            found[:] = [replace(conditions, noise=noise_of(scheduler, given)), call.text]
 
         handle = self.transformer.register_forward_pre_hook(note, with_kwargs=True)
         try:
