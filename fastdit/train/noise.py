@@ -18,7 +18,8 @@ def own_noise(arguments: Mapping[str, Any], device: torch.device) -> Iterator[No
     """In here the global generators start from a seed of the run's, and afterwards they are as they were before.
 
     Runs whose first images have the same seed draw the same noise, so the runs of an estimate differ by their caching
-    alone. The seed is that image's plus one: from its own the first step would draw the first latents again.
+    alone. The seed is that image's plus one: from its own the first step would draw the first latents again. Of several
+    processes each has images, and so noise, of its own.
     """
     given = arguments["generator"]
     seed = (given[0] if isinstance(given, list) else given).initial_seed() + 1
