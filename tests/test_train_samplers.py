@@ -121,6 +121,21 @@ def test_a_training_is_its_seeds_alone(sampler, name):
     assert not torch.allclose(found[0][0], found[2][0])
 
 
+@pytest.mark.gpu
+def test_a_training_on_a_gpu_is_its_seeds_alone():
+    """There DiT's noise comes from the device's own global generator."""
+    found = []
+    for seed in (1, 2):
+        pipe = tiny_models.pipeline("dit", scheduler=SASolverScheduler()).to("cuda")
+        made = training(pipe=pipe, lambda_every=1)
+        torch.cuda.manual_seed(seed)
+        state = torch.cuda.get_rng_state()
+        losses, _ = made.train_epoch()
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        found.append(losses)
+    torch.testing.assert_close(*found)
+
+
 def test_a_killed_training_goes_on_to_the_same_logits(tmp_path):
     class Killed(Exception):
         pass

@@ -23,10 +23,9 @@ def own_noise(arguments: Mapping[str, Any], device: torch.device) -> Iterator[No
     """
     given = arguments["generator"]
     seed = (given[0] if isinstance(given, list) else given).initial_seed() + 1
-    others = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(others, device_type=device.type):
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
         torch.default_generator.manual_seed(seed)
-        for other in others:
-            state = torch.Generator(other).manual_seed(seed).get_state()
-            torch.get_device_module(other).set_rng_state(state, other)
+        for gpu in gpus:
+            torch.cuda.set_rng_state(torch.Generator(gpu).manual_seed(seed).get_state(), gpu)
         yield
