@@ -30,7 +30,13 @@ def verdicts(result: Mapping[str, Any], side: str) -> Iterator[tuple[str, list[V
     """Each arm that has such a baseline, and a verdict for each condition."""
     for arm, beside in result["beside"].items():
         if side in beside:
-            yield arm, [verdict(condition["rows"], arm, beside[side]) for condition in result["conditions"]]
+            yield (
+                arm,
+                [
+                    verdict(condition["rows"], arm, beside[side])
+                    for condition in result["conditions"]
+                ],
+            )
 
 
 def verdict(rows: Mapping[str, Any], arm: str, names: list[str]) -> Verdict:
@@ -101,7 +107,9 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             cells = [f"{row['median']:.4f}" if known else ""]
             for side in sides:
                 shown = verdict(rows, arm, beside[side]) if side in beside and known else None
-                cells.append(f"{ratio(shown.found['error'])} {shown.best.split()[0]}" if shown else "")
+                cells.append(
+                    f"{ratio(shown.found['error'])} {shown.best.split()[0]}" if shown else ""
+                )
             found = verdict(rows, arm, beside["time"]).found
             cells += [
                 f"{row['clean']:.0%}, {less(found['clean'])}",
