@@ -1,7 +1,7 @@
 """What a searched front is worth on prompts that the search never saw, and what ships of it.
 
     fastdit search --out FOLDER --generations 24 --population 24 --images-per-prompt 2 --race 2 --unit step \
-        --surrogate 20
+        --surrogate 20 --cost true-macs
     python benchmarks/search_front.py FOLDER --held-out 79 790000 [--prompts 16] [--workers 2] [--ship]
 
 Four sets of schedules of the embedded model stand beside each other: the front that the search found; its first

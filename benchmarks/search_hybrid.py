@@ -50,7 +50,7 @@ def pipeline(router: fastdit.Router) -> Any:
 
 def values(search: Search) -> np.ndarray:
     """[n, 2] of the schedules that reuse anything, in the order in which the search measured them."""
-    cost = next(iter(search.uncached))
+    cost = search.archive.costs[0]
     seen = list(search.archive.seen.values())[: search.generations[-1]["fresh"]]
     return on_axes(
         [c.values for c in seen if c.reused],
@@ -102,7 +102,9 @@ def main() -> None:
     found: dict[str, list[np.ndarray]] = {name: [] for name in arms}
     for seed in range(options.searches):
         operators = Operators.of("step", seed)
-        settings = Settings(options.generations, options.population, operators=operators)
+        settings = Settings(
+            options.generations, options.population, ("true-macs",), operators=operators
+        )
         for name, seeds in arms.items():
             folder = options.folder / router.sha256[:8] / f"{len(seeds)}-{seed}"
             search = ecad(pipe, folder, work, settings, seeds=seeds)

@@ -1,7 +1,7 @@
-"""HarmoniCa's training written down plainly for DiT: wrappers around stock modules, a loop, no sharing.
+"""HarmoniCa's training written down plainly for DiT and PixArt: wrappers around stock modules, a loop, no sharing.
 
 It knows nothing of fastdit but the numbers it is given. The backbone is stock diffusers; guidance, noise and the order
-of components are DiTPipeline's.
+of components are DiTPipeline's and PixArtSigmaPipeline's.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ class BlendedDiT:
 
     Attributes:
         slots: Component 2 b (attention of block b) or 2 b + 1 (its feed-forward) -> tensor.
+        noise: What the sampler's noise starts from in each run: for DiT the seed of the global generator.
     """
 
-    def __init__(self, transformer, tau, keep):
+    parts = ("attn1", "ff")
+
+    def __init__(self, transformer, tau, keep, noise=0):
         self.transformer = transformer
         self.tau = tau
         self.keep = keep
         self.slots = {}
+        self.noise = noise
+
+    def start(self):
+        """A run begins with empty slots and its noise; the scheduler's step is given what comes back."""
+        self.slots.clear()
+        torch.manual_seed(self.noise)
+        return {}
 
     @contextmanager
     def blended(self, r):
         """r [N], or None for "compute all and renew every slot"."""
         modules = []
         for block in self.transformer.transformer_blocks:
-            modules += [block.attn1, block.ff]
+            modules += [getattr(block, part) for part in self.parts]
         for component, module in enumerate(modules):
             module.forward = self.wrap(module.forward, component, r)
         try:
@@ -52,27 +62,66 @@ class BlendedDiT:
 
         return blend
 
-    def predict(self, x, t, labels, guidance):
-        """The guided epsilon of both halves, as DiTPipeline makes it."""
+    def outputs(self, x, t, labels, guidance):
+        """All eight channels of both halves: guided epsilon, as DiTPipeline makes it, and what it drops."""
         half = x[: len(x) // 2]
         twice = torch.cat([half, half])
         times = torch.full((len(twice),), int(t))
         output = self.transformer(twice, timestep=times, class_labels=labels).sample
-        noise, _ = output.split(4, dim=1)
+        noise, rest = output.split(4, dim=1)
         first, second = noise.chunk(2)
         guided = second + guidance * (first - second)
-        return torch.cat([guided, guided])
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    def handed(self, outputs):
+        """What the scheduler gets of them."""
+        return outputs[:, :4]
+
+    def predict(self, x, t, labels, guidance):
+        return self.handed(self.outputs(x, t, labels, guidance))
+
+
+class BlendedPixArt(BlendedDiT):
+    """The same of PixArt-Sigma. A prompt is (embeddings, masks), of the empty one first; `noise` the generators' states
+    behind the first latents, which the pipeline hands to schedulers that take generators."""
+
+    parts = ("attn1", "attn2", "ff")
+    takes_generators = True
+
+    def start(self):
+        self.slots.clear()
+        generators = [torch.Generator() for _ in self.noise]
+        for generator, state in zip(generators, self.noise, strict=True):
+            generator.set_state(state)
+        return {"generator": generators} if self.takes_generators else {}
+
+    def outputs(self, x, t, prompt, guidance):
+        embeddings, mask = prompt
+        output = self.transformer(
+            torch.cat([x, x]),
+            encoder_hidden_states=embeddings,
+            encoder_attention_mask=mask,
+            timestep=torch.full((2 * len(x),), int(t)),
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        ).sample
+        noise, rest = output.split(4, dim=1)
+        empty, full = noise.chunk(2)
+        guided = empty + guidance * (full - empty)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+    def handed(self, outputs):
+        return outputs[: len(outputs) // 2, :4]
 
 
 def sample(model, scheduler, x, labels, guidance, rows):
     """The final latents of a run; `rows` has r for each step, None for steps that compute everything."""
-    model.slots.clear()
+    more = model.start()
     scheduler.set_timesteps(len(rows))  # forget the history of the run before
     with torch.no_grad():
         for t, r in zip(scheduler.timesteps, rows, strict=True):
             with model.blended(r):
                 noise = model.predict(x, t, labels, guidance)
-            x = scheduler.step(noise, t, x).prev_sample
+            x = scheduler.step(noise, t, x, **more).prev_sample
     return x
 
 
@@ -99,9 +148,13 @@ def published_lambda(model, scheduler, x, labels, guidance, rows):
     return weights
 
 
-def train(model, scheduler, x, labels, guidance, logits, optimizer, weights, beta):
-    """One trajectory; moves the logits in place and returns the loss of each step."""
-    model.slots.clear()
+def train(model, scheduler, x, labels, guidance, logits, optimizer, weights, beta, released=False):
+    """One trajectory; moves the logits in place and returns the loss of each step.
+
+    The loss is of what the scheduler gets, or as `released` of all channels of both halves.
+    """
+    more = model.start()
+    scheduler.set_timesteps(len(logits))
     losses = [0.0]
     for step, t in enumerate(scheduler.timesteps):
         if step == 0:
@@ -109,16 +162,19 @@ def train(model, scheduler, x, labels, guidance, logits, optimizer, weights, bet
                 noise = model.predict(x, t, labels, guidance)
         else:
             with torch.no_grad():
-                target = model.predict(x, t, labels, guidance)
+                target = model.outputs(x, t, labels, guidance)
             r = torch.sigmoid(logits[step])
             with model.blended(r):
-                noise = model.predict(x, t, labels, guidance)
-            loss = (target - noise).square().mean()
+                outputs = model.outputs(x, t, labels, guidance)
+            noise = model.handed(outputs)
+            loss = (model.handed(target) - noise).square().mean()
+            if released:
+                loss = (target - outputs).square().mean()
             optimizer.zero_grad()
             (weights[step] * loss + beta * r.sum()).backward()
             optimizer.step()
             with torch.no_grad():
                 logits[step].clamp_(-5, 5)
             losses.append(float(loss.detach()))
-        x = scheduler.step(noise.detach(), t, x).prev_sample
+        x = scheduler.step(noise.detach(), t, x, **more).prev_sample
     return losses

@@ -356,7 +356,7 @@ def test_axes_are_decades_of_a_distance_and_shares_of_the_uncached_cost():
 # ---- candidates
 
 
-def archive(tmp_path: Path, race: int = 0, costs=("true-macs",), workers=None):
+def archive(tmp_path: Path, race: int = 0, costs=("macs",), workers=None):
     ledger = Ledger(tmp_path / LEDGER, {"test": race})
     workers = workers or FakeWorkers()
     return Archive(GENOME, WORK, costs, race, ledger, workers), workers
@@ -469,7 +469,7 @@ def test_more_generations_continue_a_search(tmp_path, whole):
 
 
 def test_measured_latency_is_resumed_from_the_ledger(tmp_path):
-    settings = Settings(generations=4, population=8, costs=("latency", "true-macs"))
+    settings = Settings(generations=4, population=8, costs=("latency", "macs"))
     first = described(search(tmp_path, settings))
     workers = FakeWorkers()
     assert described(search(tmp_path, settings, workers)) == first
@@ -682,7 +682,7 @@ def test_result_folder(tmp_path):
     assert len(measured) == summary["schedules"] == summary["progress"][-1]["schedules"]
     drawn = measured[measured[:, 2] == 1]
     front = {tuple(drawn[index][:2]) for index in non_dominated(drawn[1:, :2]) + 1}  # not uncached
-    assert front == {(point["loss"], point["true-macs"]) for point in summary["front"]}
+    assert front == {(point["loss"], point["macs"]) for point in summary["front"]}
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 
 

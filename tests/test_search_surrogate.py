@@ -16,7 +16,7 @@ from fastdit.search.front import hypervolume, non_dominated, on_axes
 from fastdit.search.surrogate import Surrogate, propose
 from search_fakes import COST, FACTS, GENOME, HARM, STEPS, WORK, FakeWorkers
 
-DENSE = (FACTS["costs"]["true-macs"],)
+DENSE = (FACTS["costs"]["macs"],)
 OPERATORS = Operators.of("step")
 
 

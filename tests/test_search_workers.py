@@ -287,6 +287,21 @@ def test_image_reward_reads_the_released_layout(tmp_path):
 # ---- the command
 
 
+def test_the_command_spares_what_the_paper_does(tmp_path, monkeypatch):
+    """Multiply-accumulates of linear layers, unless another cost is asked for."""
+    from typer.testing import CliRunner
+
+    from fastdit.cli import commands
+
+    asked = []
+    monkeypatch.setattr("fastdit.cli.search.run", lambda *given: asked.append(given[4].costs))
+    for more in ([], ["--cost", "true-macs"]):
+        arguments = ["search", "--out", str(tmp_path / "out"), *more]
+        found = CliRunner().invoke(commands.app, arguments)
+        assert found.exit_code == 0, found.output
+    assert asked == [("macs",), ("true-macs",)]
+
+
 def test_command(folder, tmp_path):
     from typer.testing import CliRunner
 

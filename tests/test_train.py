@@ -29,45 +29,7 @@ from fastdit.train.ddim import ListedDDIM
 from fastdit.train.pair import Pair
 from fastdit.train.student import COMPUTE, STOCK, Trainee
 from snapshot import snapshot
-
-STEPS, GUIDANCE = 4, 4.0
-
-
-def training(name="dit", pipe=None, dtype=torch.float32, **more):
-    """A training of a tiny pipeline; its prompts are embeddings, or classes."""
-    pipe = pipe or tiny_models.pipeline(name, dtype)
-    if name == "dit":
-        prompts, arguments = [3, 4, 5], {"guidance_scale": GUIDANCE}
-    else:
-        given = tiny_models.arguments(name, dtype=dtype)
-        arguments = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
-        for key in ("generator", "num_inference_steps", "num_images_per_prompt"):
-            arguments.pop(key)
-        tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
-        prompts = [tensors, {k: v * 0.7 if "embeds" in k else v for k, v in tensors.items()}]
-    settings = {"steps": STEPS, "beta": 1e-3, "lr": 0.1, "epochs": 1, "batch": 2} | more
-    return HarmoniCa(pipe, prompts=prompts, arguments=arguments, **settings)
-
-
-def table(made):
-    return torch.stack([row.detach() for row in made.logits])
-
-
-def restated(made):
-    """The oracle's view of the next epoch of a DiT training: model, scheduler, latents, labels, first logits."""
-    pipe = made.trainee.pipeline
-    state = made.generator.get_state()
-    given = made.draw()()
-    made.generator.set_state(state)
-    count = len(given["class_labels"])
-    dtype = pipe.transformer.dtype
-    noise = [torch.randn(1, 4, 8, 8, generator=g, dtype=dtype) for g in given["generator"]]
-    x = torch.cat(noise)
-    labels = torch.tensor([*given["class_labels"], *[1000] * count])
-    model = harmonica_oracle.BlendedDiT(pipe.transformer, made.settings.tau, made.settings.keep)
-    pipe.scheduler.set_timesteps(made.settings.steps)
-    return model, pipe.scheduler, torch.cat([x, x]), labels, GUIDANCE
-
+from trainings import GUIDANCE, STEPS, restated, table, training
 
 # ---- one epoch is what the paper says
 
@@ -706,6 +668,8 @@ def test_stock_ddim_pairs_other_steps_on_such_a_list():
             "lambda_form must be one of released, published, sensitivity, None",
         ),
         ({"keep": "both"}, "keep must be one of blended, fresh"),
+        ({"loss": "all"}, "loss must be one of guided, released"),
+        ({"arguments": {"generator": None}}, "arguments must not hold .*, got generator"),
         ({"tau": 1}, "tau must be"),
         ({"seed": -1}, "seed must be"),
     ],

@@ -39,12 +39,13 @@ def test_a_router_of_a_text_model(tmp_path):
 
 def test_a_router_of_a_class_model(tmp_path):
     folder, out = save_dit(tmp_path / "dit"), tmp_path / "learned.safetensors"
-    options = ("--lambda-form", "none", "--raw", "--pairs", "--target", "0.3")
+    options = ("--lambda-form", "none", "--raw", "--pairs", "--target", "0.3", "--loss", "released")
     run("--model", folder, "--out", out, *QUICK, *options, "--scheduler", "DDIMScheduler")
     found = fastdit.Router.load(out)
     assert found.family == "dit"
     assert found.conditions.scheduler == "DDIMScheduler"
     assert found.provenance["training"]["target"] == 0.3
+    assert found.provenance["training"]["loss"] == "released"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ def test_a_router_of_a_class_model(tmp_path):
         (("--out", "router.json"), "--out must end in .safetensors"),
         (("--prompts", "missing.txt"), "--prompts missing.txt cannot be read"),
         (("--lambda-form", "paper"), "lambda_form must be one of"),
+        (("--loss", "all"), "loss must be one of guided, released, got 'all'"),
         (("--scheduler", "DiTPipeline"), "--scheduler must be a scheduler class of diffusers"),
     ],
     ids=lambda value: str(value[0])[:16],

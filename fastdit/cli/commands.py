@@ -140,7 +140,8 @@ def search(
         backend=backend,
         arguments=size,
     )
-    costs, operators = tuple(cost or ("true-macs",)), Operators.of(unit, seed)
+    costs = tuple(cost) if cost else Settings.costs
+    operators = Operators.of(unit, seed)
     settings = Settings(generations, population, costs, race, operators, even_steps, surrogate)
     seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)
@@ -199,6 +200,7 @@ def train_router(
     beta: options.Beta = 2e-4,
     target: options.Target = None,
     lr: options.Rate = 0.1,
+    loss: options.Loss = "guided",
     lambda_form: options.LambdaForm = "sensitivity",
     lambda_every: options.LambdaEvery = 25,
     raw: options.Raw = False,
@@ -224,7 +226,7 @@ def train_router(
     --whole-steps --target 0.5 --scheduler FlowMatchHeunDiscreteScheduler.
 
     The published run on DiT is
-    --raw --lambda-form released --keep blended --spread 1 --lr 0.01 --beta 7e-8 --batch 32
+    --raw --loss released --lambda-form released --keep blended --spread 1 --lr 0.01 --beta 7e-8 --batch 32
     --epochs 2000 --lambda-every 50 --guidance 1.5.
     """
     arguments.check_output(out, "--out", ".safetensors")
@@ -253,6 +255,7 @@ def train_router(
         lr=lr,
         epochs=epochs,
         batch=batch,
+        loss=loss,
         lambda_form=None if lambda_form == "none" else lambda_form,
         lambda_every=lambda_every,
         normalise=not raw,

@@ -175,7 +175,8 @@ Costs = Annotated[
     typer.Option(
         "--cost",
         metavar="NAME",
-        help="What to spare: macs, true-macs or latency; may be given again. [dim]\\[default: true-macs][/dim]",
+        help="What to spare: macs, of linear layers, as published; true-macs, with attention's products; or latency. "
+        "May be given again. [dim]\\[default: macs][/dim]",
     ),
 ]
 Quality = Annotated[
@@ -297,6 +298,14 @@ Rate = Annotated[
         "--lr",
         callback=_at_least_0,
         help="Learning rate: about how far a logit moves in a trajectory.",
+    ),
+]
+Loss = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What teacher and student are compared by: guided, what the scheduler gets, "
+        "or released, all output channels.",
     ),
 ]
 LambdaForm = Annotated[

@@ -88,7 +88,9 @@ class HarmoniCa(Method):
 
     def check_sampler(self, noise: str) -> None:
         """A router that was trained for a sampler knows its noise; drawn outputs under unlike noise lie on no line."""
-        if self.forecasts or not self.strict:
+        trained = self.source.conditions
+        known = self.strict and noise in (trained.scheduler, trained.noise)
+        if self.forecasts or not known:
             check_noise(self, noise)
 
 

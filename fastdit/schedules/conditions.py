@@ -26,6 +26,8 @@ class Conditions:
         image_tokens: Image tokens of a batch row, which stands for the resolution.
         guidance: Guidance scale, as the pipeline calls it.
         true_guidance: Scale of the classifier-free guidance of a distilled model, which has both; 1 where it is off.
+        noise: What made the sampler draw noise at each step, "" where it drew none, of what something was made for. A
+            run's is not known before its steps.
     """
 
     scheduler: str | None = None
@@ -33,6 +35,7 @@ class Conditions:
     image_tokens: int | None = None
     guidance: float | None = None
     true_guidance: float | None = None
+    noise: str | None = None
 
     @classmethod
     def of(cls, scheduler: Any, image_tokens: int | None, given: Mapping[str, Any]) -> Conditions:
@@ -47,10 +50,11 @@ class Conditions:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Files keep the fields so: without what only distilled models have, where it is not known."""
+        """Files keep the fields so: without the later ones, where they are not known."""
         found = asdict(self)
-        if self.true_guidance is None:
-            del found["true_guidance"]
+        for later in ("true_guidance", "noise"):
+            if found[later] is None:
+                del found[later]
         return found
 
     def check(self, run: Conditions, method: str) -> None:

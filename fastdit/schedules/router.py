@@ -48,6 +48,7 @@ _CONDITIONS = {
     "image_tokens": (int, NoneType),
     "guidance": (int, float, NoneType),
     "true_guidance": (int, float, NoneType),
+    "noise": (str, NoneType),
 }
 
 
@@ -261,7 +262,7 @@ class Router:
                 f"version must be {VERSION}, got {facts.get('version')!r}; a newer fastdit may read it"
             )
         expect(facts, "metadata", _FACTS)
-        conditions = {"true_guidance": None} | facts["conditions"]
+        conditions = {"true_guidance": None, "noise": None} | facts["conditions"]
         expect(conditions, "conditions", _CONDITIONS)
         timesteps = conditions["timesteps"]
         if timesteps is not None:

@@ -39,7 +39,7 @@ class Settings:
     Attributes:
         generations: Generations of children after the seeds.
         population: Members and children per generation; by default the paper's for the family.
-        costs: Cost objectives beside the loss, out of `cost.OBJECTIVES`.
+        costs: Cost objectives beside the loss, out of `cost.OBJECTIVES`; by default the paper's.
         race: Items of the race of a fresh candidate (see `archive.py`); 0 for none.
         operators: NSGA-II's settings.
         even_steps: Begin with whole steps, evenly spread, too: half of the population at most, of all costs.
@@ -49,7 +49,7 @@ class Settings:
 
     generations: int = 50
     population: int | None = None
-    costs: tuple[str, ...] = ("true-macs",)
+    costs: tuple[str, ...] = (cost.PUBLISHED,)
     race: int = 0
     operators: Operators = field(default_factory=Operators)
     even_steps: bool = False

@@ -6,11 +6,12 @@ the student's latents; the loss of step i is
 
     lambda_i mean((teacher - student)^2) + beta sum_k r_ik,    r = sigmoid(logit),
 
-of what the scheduler gets, guidance applied. Its gradient reaches the logits of step i alone, AdamW moves them, they
-are clamped, and the scheduler, the deployment's own, steps on the student's prediction.
+of what the scheduler gets, guidance applied, or of all that the transformer gives (`trajectory.py`). Its
+gradient reaches the logits of step i alone, AdamW moves them, they are clamped, and the scheduler, the deployment's
+own, steps on the student's prediction.
 
 Where the released code and the spec's section 15 part, this follows the spec: the backbone is frozen, the teacher has
-no graph, draws come from a private generator, and lambda is shared by all processes.
+no graph, all draws belong to the seed (`noise.py`), and lambda is shared by all processes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fastdit.train.prompts import arguments_of, check_prompts
 from fastdit.train.ranks import Ranks
 from fastdit.train.settings import Progress, Settings
 from fastdit.train.student import Trainee
-from fastdit.train.trajectory import Trajectory
+from fastdit.train.trajectory import LOSSES, Trajectory
 
 KEEPS = ("blended", "fresh")
 
@@ -57,6 +58,8 @@ class HarmoniCa:
         lr: Of AdamW (0.9, 0.999), eps 1e-8, no decay. A logit moves by at most about `lr` each epoch.
         epochs: Trajectories; each moves every step's logits once.
         batch: Images of an epoch, over all processes.
+        loss: What teacher and student are compared by: "guided", the prediction that the scheduler gets, or "released",
+            all output channels of both guidance halves, as the authors' code does, see :mod:`fastdit.train.trajectory`.
         lambda_form: "released", "published" or "sensitivity", see :mod:`fastdit.train.proxy`; None for lambda = 1.
         lambda_every: Epochs between two estimates of lambda.
         normalise: Divide lambda by its mean over the steps, so that beta does not depend on its scale.
@@ -94,6 +97,7 @@ class HarmoniCa:
         lr: float = 0.01,
         epochs: int = 2000,
         batch: int = 8,
+        loss: str = "guided",
         lambda_form: str | None = "released",
         lambda_every: int = 50,
         normalise: bool = False,
@@ -117,6 +121,7 @@ class HarmoniCa:
             _at_least_0("lr", lr),
             whole("epochs", epochs),
             whole("batch", batch),
+            one_of("loss", loss, LOSSES),
             one_of("lambda_form", lambda_form, (*proxy.FORMS, None)),
             whole("lambda_every", lambda_every),
             bool(normalise),
@@ -133,6 +138,10 @@ class HarmoniCa:
             )
         self.prompts = check_prompts(prompts)
         self.arguments = dict(arguments or {})
+        if decided := sorted({"num_inference_steps", "generator"} & set(self.arguments)):
+            raise ArgumentError(
+                f"arguments must not hold what training decides by steps and seed, got {', '.join(decided)}"
+            )
         for name, value in self.arguments.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ArgumentError(f"arguments must be finite, got {name}={value}")

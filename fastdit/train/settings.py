@@ -11,7 +11,7 @@ class Progress:
 
     Attributes:
         epoch: How many are done.
-        loss: Mean squared error of the guided output, mean over the steps.
+        loss: Mean squared error of the student, mean over the steps.
         weighted: The same weighted by lambda, and the penalty added: what was minimised.
         reuse: Share of all entries that the threshold reuses (CUR).
         mac_reuse: The same weighted by multiply-accumulates.
@@ -42,6 +42,7 @@ class Settings:
     lr: float
     epochs: int
     batch: int
+    loss: str
     lambda_form: str | None
     lambda_every: int
     normalise: bool

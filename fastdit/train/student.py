@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
 from fastdit.runtime.install import LINK, check_installable, install, uninstall
 from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.solvers import noise_of
+from fastdit.train.noise import own_noise
 
 #: what a step may weigh its components by: a ratio for each, or one of these two
 COMPUTE, STOCK = "compute", "stock"
@@ -157,10 +160,15 @@ class Trainee:
     # ---- a run
 
     def run(self, driver: Driver, arguments: Mapping[str, Any]) -> None:
-        """The driver leads ``pipeline(**arguments)``, up to the step where it says that the run is over."""
+        """The driver leads ``pipeline(**arguments)``, up to the step where it says that the run is over.
+
+        The same arguments, `generator` among them, give the same noise under every driver.
+        """
         self._driver, self._step, self._branch = driver, 0, 0
+        device = next(self.transformer.parameters()).device
         try:
-            self.pipeline(**arguments)
+            with own_noise(arguments, device):
+                self.pipeline(**arguments)
         except _Over:
             return
         finally:
@@ -186,8 +194,9 @@ class Trainee:
 
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
             call = self.adapter.call(module, args, kwargs)
-            conditions = Conditions.of(self.pipeline.scheduler, call.tokens, given)
-            found[:] = [conditions, call.text]
+            scheduler = self.pipeline.scheduler
+            conditions = Conditions.of(scheduler, call.tokens, given)
+            found[:] = [replace(conditions, noise=noise_of(scheduler, given)), call.text]
 
         handle = self.transformer.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -234,6 +243,7 @@ class Trainee:
         def step(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self._driver is None:
                 return original(model_output, *args, **kwargs)
+            self._check_variances(model_output)
             prediction = self._driver.step(self._step, model_output)
             result = original(prediction, *args, **kwargs)
             latents = result[0] if isinstance(result, tuple) else result.prev_sample
@@ -245,6 +255,17 @@ class Trainee:
             return result
 
         return step
+
+    def _check_variances(self, prediction: Tensor) -> None:
+        """A scheduler that wants the variances which the model predicts must get them."""
+        kind = vars(self.pipeline.scheduler).get("variance_type")
+        if kind not in ("learned", "learned_range"):
+            return
+        if prediction.shape[1] == self.transformer.config.in_channels:
+            raise ArgumentError(
+                f"the scheduler has variance_type={kind!r}, but {type(self.pipeline).__name__} drops the variances "
+                "that its transformer predicts; accepted are the fixed ones, such as 'fixed_small'"
+            )
 
 
 class _Over(Exception):

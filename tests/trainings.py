@@ -1,0 +1,63 @@
+"""Trainings of tiny pipelines, and what the oracle is given to train as they do."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+import harmonica_oracle
+import tiny_models
+from fastdit.train import HarmoniCa
+
+STEPS, GUIDANCE = 4, 4.0
+
+
+def training(name="dit", pipe=None, dtype=torch.float32, **more):
+    """A training of a tiny pipeline; its prompts are embeddings, or classes."""
+    pipe = pipe or tiny_models.pipeline(name, dtype)
+    if name == "dit":
+        prompts, arguments = [3, 4, 5], {"guidance_scale": GUIDANCE}
+    else:
+        given = tiny_models.arguments(name, dtype=dtype)
+        arguments = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
+        for key in ("generator", "num_inference_steps", "num_images_per_prompt"):
+            arguments.pop(key)
+        tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
+        prompts = [tensors, {k: v * 0.7 if "embeds" in k else v for k, v in tensors.items()}]
+    settings = {"steps": STEPS, "beta": 1e-3, "lr": 0.1, "epochs": 1, "batch": 2} | more
+    arguments |= settings.pop("arguments", {})
+    return HarmoniCa(pipe, prompts=prompts, arguments=arguments, **settings)
+
+
+def table(made):
+    """The logits [T, N]."""
+    return torch.stack([row.detach() for row in made.logits])
+
+
+def restated(made):
+    """The oracle's view of the next epoch of a training of DiT or PixArt-Sigma, with embeddings for labels there:
+    model, scheduler, latents, labels, guidance."""
+    pipe = made.trainee.pipeline
+    state = made.generator.get_state()
+    given = made.draw()()
+    made.generator.set_state(state)
+    dtype = pipe.transformer.dtype
+    pipe.scheduler.set_timesteps(made.settings.steps)
+    parts = pipe.transformer, made.settings.tau, made.settings.keep
+    generators = given["generator"]
+    if "class_labels" in given:
+        # torch's global generator starts from the seed after the first image's
+        model = harmonica_oracle.BlendedDiT(*parts, generators[0].initial_seed() + 1)
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g, dtype=dtype) for g in generators])
+        labels = torch.tensor([*given["class_labels"], *[1000] * len(x)])
+        return model, pipe.scheduler, torch.cat([x, x]), labels, GUIDANCE
+    size = 1, 4, given["height"], given["width"]
+    x = torch.cat([torch.randn(size, generator=g, dtype=dtype) for g in generators])
+    model = harmonica_oracle.BlendedPixArt(*parts, [g.get_state() for g in generators])
+    model.takes_generators = "generator" in inspect.signature(pipe.scheduler.step).parameters
+    prompt = tuple(
+        torch.cat([given[f"negative_prompt_{what}"], given[f"prompt_{what}"]])
+        for what in ("embeds", "attention_mask")
+    )
+    return model, pipe.scheduler, x, prompt, given["guidance_scale"]
