@@ -72,14 +72,15 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
     lines = [
         "",
         (
-            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in the "
-            "package, equal noise for all. The truth is Heun's method in 60 steps; an error is the relative distance of "
-            "a picture's latents to it. A ratio is the geometric mean of an arm's error over that of the best of Euler "
-            "and AB2 on the trailing grid and UniPC (of equal arithmetic; with the most steps that take no more time; "
-            "with one step more; AB2 on the very levels at which the arm computes), with its 95 % interval: below 1 the "
-            "arm is nearer. Clean pictures show objects of some shape, the score is the share of the prompt's objects "
-            "that are there, the Fréchet distance is to the truth's pictures on features of the model's own encoder; "
-            "each less that of the baseline of no more time. Seconds are a picture's in batches of 16, parity alone "
+            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in "
+            "the package, equal noise for all. The truth is Heun's method in 60 steps; an error is the relative "
+            "distance of a picture's latents to it. A ratio is the geometric mean of an arm's error over that of the "
+            "best of Euler and AB2 on the trailing grid and UniPC (of equal arithmetic; with the most steps that take "
+            "no more time; with one step more; AB2 on the very levels at which the arm computes), with its 95 % "
+            "interval: below 1 the arm is nearer. Clean pictures show objects of some shape, the score is the share of "
+            "the prompt's objects that are there, the Fréchet distance is to the truth's pictures on features of the "
+            "model's own encoder; each less that of the baseline of no more time. Seconds are a picture's in batches "
+            "of 16, parity alone "
             f"({machine}; `benchmarks/testbed.py {study}`)."
         ),
         "",
