@@ -4,12 +4,14 @@ Everything the transformer does outside its blocks stays whole: all tokens are e
 active tokens' outputs are put into zeros; the velocity of the others is filled in where the scheduler is given it,
 after guidance, as the published implementation does. Attention processors are replaced by one that keeps the keys and
 values of all image tokens, before they are joined with the text's, and concatenates. A schedule of reused outputs, if
-any, is kept per token. Lumina 2 runs whole, since its texts are unlike long: what its inactive tokens give is not kept.
+any, is kept per token; with orders, a polynomial through each token's own last values. Lumina 2 runs whole, since its
+texts are unlike long: what its inactive tokens give is not kept.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oracle import MODULES
+from oracle import MODULES, NORMS
 
 #: step, velocity that the scheduler is given, its sigmas -> rows [B, K] of the next step, or None
 Choose = Callable[[int, Tensor, Any], Tensor | None]
@@ -32,11 +34,22 @@ class RowOracle:
         choose: Says, at the end of each step, what the next computes.
         bits: Schedule of reused outputs, block list -> bool [step, block, component]; None computes all.
         calls_per_step: Transformer calls within a step.
+        orders: Like `bits`: of the forecasts of what is reused; None for repeats.
+        whole: Step -> order of the forecast of the model's output there, at which it does not run.
     """
 
     def __init__(
-        self, pipe: Any, choose: Choose, bits: Any = None, calls_per_step: int = 1
+        self,
+        pipe: Any,
+        choose: Choose,
+        bits: Any = None,
+        calls_per_step: int = 1,
+        orders: Any = None,
+        whole: dict[int, int] | None = None,
     ) -> None:
+        self.orders = orders
+        self.forecasts = whole or {}
+        self.computed: dict[Any, list[tuple[float, Tensor, Tensor]]] = {}
         self.pipe = pipe
         self.model = pipe.transformer
         self.choose = choose
@@ -71,7 +84,8 @@ class RowOracle:
             last = model.norm_out if self.lumina else model.proj_out
             handles.append(first.register_forward_hook(self._gather))
             handles.append(last.register_forward_hook(self._scatter))
-        changed: list[tuple[Any, str]] = [(scheduler, "step")]
+        changed: list[tuple[Any, str]] = [(scheduler, "step"), (model, "forward")]
+        model.forward = self._skipping(model.forward)
         scheduler.step = self._stepping(scheduler.step)
         before = [
             (module, module.processor)
@@ -82,14 +96,9 @@ class RowOracle:
             cross = isinstance(module, nn.Module) and getattr(module, "is_cross_attention", False)
             if not cross:
                 module.processor = Processor(self, processor)
-        for kind, parts in MODULES[type(model).__name__].items():
-            for index, block in enumerate(getattr(model, kind)):
-                for position, attribute in enumerate(parts.values()):
-                    *path, name = attribute.split(".")
-                    module = getattr(block.get_submodule(".".join(path)), name)
-                    if self.bits is not None and module is not None:
-                        module.forward = self._reusing(module.forward, kind, index, position)
-                        changed.append((module, "forward"))
+        for module, place, drawn in self._components():
+            module.forward = self._reusing(module.forward, place, drawn)
+            changed.append((module, "forward"))
         try:
             yield self
         finally:
@@ -99,6 +108,19 @@ class RowOracle:
                 del owner.__dict__[name]
             for module, processor in before:
                 module.processor = processor
+
+    def _components(self) -> Iterator[tuple[nn.Module, tuple[str, int, int], bool]]:
+        """Each module whose output may be reused, its place in the schedule, and whether that is drawn as it is."""
+        name = type(self.model).__name__
+        for kind, parts in MODULES[name].items() if self.bits is not None else ():
+            behind = NORMS.get(name, {}).get(kind, {})
+            for index, block in enumerate(getattr(self.model, kind)):
+                for position, (part, attribute) in enumerate(parts.items()):
+                    norm = behind.get(part) if self.orders is not None else None
+                    for path in (attribute, norm):
+                        module = None if path is None else operator.attrgetter(path)(block)
+                        if module is not None:
+                            yield module, (kind, index, position), path is norm or norm is None
 
     def rows_of(self, batch: int) -> Tensor | None:
         """The step's rows for a call of `batch` rows."""
@@ -145,14 +167,11 @@ class RowOracle:
 
     def _stepping(self, step: Callable) -> Callable:
         def merged(velocity: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.rows is not None:
-                active = torch.zeros(velocity.shape[0], self.tokens, dtype=torch.bool)
-                active = put(
-                    active[..., None], self.rows, torch.ones_like(self.rows)[..., None] > 0
-                )
-                mask = self._on_latents(active[..., 0], velocity)
-                velocity = torch.where(mask, velocity, self.velocity)
-            self.velocity = velocity
+            if self.step not in self.forecasts:
+                if self.rows is not None:
+                    mask = self._on_latents(self._active(velocity.shape[0]), velocity)
+                    velocity = torch.where(mask, velocity, self.velocity)
+                self.velocity = velocity  # as it was last computed
             sigmas = getattr(self.pipe.scheduler, "sigmas", None)
             result = step(velocity, *args, **kwargs)
             self.rows = self.choose(self.step, velocity, sigmas)
@@ -171,35 +190,105 @@ class RowOracle:
         grid = mask.unflatten(1, (velocity.shape[-2] // side, -1))
         return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
+    def _skipping(self, forward: Callable) -> Callable:
+        def skipped(*args: Any, **kwargs: Any) -> Any:
+            key = "output", self.calls % self.calls_per_step
+            if self.step in self.forecasts:
+                return (self._drawn(key, self.forecasts[self.step], self.output),)
+            found = forward(*args, **kwargs)
+            self.output = found[0]
+            mask = self._on_latents(self._active(len(self.output)), self.output)
+            self._note(key, self.output, mask.expand_as(self.output))
+            return found
+
+        return skipped
+
+    def _active(self, batch: int) -> Tensor:
+        """Which image tokens the step computes, [B, N]."""
+        rows = self.rows_of(batch)
+        if rows is None:
+            return torch.ones(batch, self.tokens, dtype=torch.bool)
+        return torch.zeros(batch, self.tokens, dtype=torch.bool).scatter(1, rows, True)
+
+    # ---- forecasts
+
+    @property
+    def sigma(self) -> float:
+        """Of the step."""
+        scheduler = self.pipe.scheduler
+        if getattr(scheduler, "sigmas", None) is not None:
+            return float(scheduler.sigmas[self.step])
+        alpha = float(scheduler.alphas_cumprod[int(scheduler.timesteps[self.step])])
+        return ((1 - alpha) / alpha) ** 0.5
+
+    def _note(self, key: Any, value: Tensor, mask: Tensor) -> None:
+        """A step computed the elements of a mask."""
+        self.computed.setdefault(key, []).append((self.sigma, value.clone(), mask.clone()))
+
+    def _drawn(self, key: Any, order: int, like: Tensor) -> Tensor:
+        """Each element on the polynomial through its own last values, one for each sigma."""
+        at, out = self.sigma, torch.empty_like(like).flatten()
+        seen = [(s, value.flatten(), mask.flatten()) for s, value, mask in self.computed[key]]
+        for pattern in torch.stack([mask for *_, mask in seen]).unique(dim=1).T:
+            same = (torch.stack([mask for *_, mask in seen]) == pattern[:, None]).all(dim=0)
+            nodes: dict[float, Tensor] = {}
+            for (sigma, value, _), there in zip(seen, pattern, strict=True):
+                if there:
+                    nodes.pop(sigma, None)
+                    nodes[sigma] = value[same]
+            used = list(nodes.items())[-1 - order :]
+            total = torch.zeros_like(out[same])
+            for i, (sigma, value) in enumerate(used):
+                others = [other for j, (other, _) in enumerate(used) if j != i]
+                total += value * math.prod((at - other) / (sigma - other) for other in others)
+            out[same] = total
+        return out.view_as(like)
+
     # ---- a schedule beside it
 
-    def _reusing(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
+    def _reusing(self, forward: Callable, place: tuple[str, int, int], drawn: bool) -> Callable:
+        kind, block, position = place
+
         def cached(*args: Any, **kwargs: Any) -> Any:
-            key = (kind, block, position, self.calls % self.calls_per_step)
+            key = (*place, drawn, self.calls % self.calls_per_step)
             computes = self.bits[kind][self.step, block, position] or key not in self.slots
             value = forward(*args, **kwargs) if computes else None
             held = self.slots.get(key)
+            if self.orders is not None and drawn and not computes:
+                order = int(self.orders[kind][self.step, block, position])
+                parts = enumerate(held) if isinstance(held, tuple) else [(0, held)]
+                found = [
+                    None if part is None else self._drawn((*key, i), order, part)
+                    for i, part in parts
+                ]
+                held = tuple(found) if isinstance(held, tuple) else found[0]
             if isinstance(value if computes else held, tuple):
                 pairs = zip(value or held, held or value, strict=True)
-                found = [self._keep(v if computes else None, h) for v, h in pairs]
+                found = [
+                    self._keep((*key, i), v if computes else None, h)
+                    for i, (v, h) in enumerate(pairs)
+                ]
                 self.slots[key] = tuple(h for _, h in found)
                 return tuple(v for v, _ in found)
-            value, self.slots[key] = self._keep(value, held)
+            value, self.slots[key] = self._keep((*key, 0), value, held)
             return value
 
         return cached
 
-    def _keep(self, value: Tensor | None, held: Tensor | None) -> tuple[Any, Any]:
+    def _keep(self, key: Any, value: Tensor | None, held: Tensor | None) -> tuple[Any, Any]:
         """(what the block gets, what is kept) of one tensor; `value` None where it is reused."""
         some = value if value is not None else held
         if some is None:
             return None, None
         rows = self.rows_of(some.shape[0])
         if rows is None:
+            if value is not None:
+                self._note(key, value, torch.ones_like(value, dtype=torch.bool))
             return some, some
         if self.whole:
             if value is None:
                 return held, held
+            self._note(key, value, self.active(value).expand_as(value))
             return value, torch.where(self.active(value), value, held)
         whole = held.shape[1]
         if whole == self.tokens:
@@ -208,10 +297,15 @@ class RowOracle:
             text = torch.arange(whole - self.tokens).expand(rows.shape[0], -1)
             index = torch.cat([text, whole - self.tokens + rows], 1)
         else:
+            if value is not None:
+                self._note(key, value, torch.ones_like(value, dtype=torch.bool))
             return some, some
         if value is None:
             return take(held, index), held
-        return value, put(held, index, value)
+        kept = put(held, index, value)
+        mask = put(torch.zeros_like(kept), index, torch.ones_like(value)) > 0
+        self._note(key, kept, mask)
+        return value, kept
 
 
 class Processor:

@@ -6,6 +6,7 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
@@ -23,6 +24,7 @@ from fastdit.tokens.active import TokenRun
 from ras_oracle import RowOracle, published, random_rows
 from snapshot import snapshot
 from test_coexistence import FEATURES
+from test_forecast import SAMPLERS
 from tiny_models import generate
 
 PIPELINES = tiny_models.forms("layouts")
@@ -234,6 +236,59 @@ def test_chosen_rows_equal_the_restatement(name, batch, scheduled, chosen):
         assert tokens == [COUNTS.get(step, TOKENS) for step in range(STEPS)]
         handle.unpatch()
         assert distance(found, expected) <= 1e-9
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_what_is_drawn_beside_chosen_rows_equals_the_restatement(name, batch, chosen):
+    """Each token through its own last values, of random orders; one step is forecast as a whole."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+    bits, names = oracle.random_bits(pipe.transformer, STEPS, seed=batch, compute=0.5)
+    generator = np.random.default_rng(batch)
+    orders = {kind: generator.integers(0, 3, part.shape) for kind, part in bits.items()}
+    for kind, part in bits.items():
+        part[[0, 1, 2]] = True
+        part[3] = False
+        orders[kind][3] = 1
+    choose = random_rows(COUNTS, TOKENS, batch)
+    truth = RowOracle(pipe, choose, bits, calls_per_step(name), orders, {3: 1})
+    with truth.installed():
+        expected = generate(pipe, name, batch=batch, steps=STEPS)
+    schedule = fastdit.Schedule.from_bits(bits, names, orders=orders)
+    for backend in ("reference", None):
+        handle = fastdit.patch(
+            pipe, Chosen(choose, COUNTS), fastdit.Cached(schedule), backend=backend
+        )
+        found = generate(pipe, name, batch=batch, steps=STEPS)
+        tokens = list(handle.report().tokens_per_step)
+        assert tokens == [0 if step == 3 else COUNTS.get(step, TOKENS) for step in range(STEPS)]
+        handle.unpatch()
+        assert distance(found, expected) <= 1e-9
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("sampler", ["heun", "unipc"])
+def test_a_token_is_drawn_through_one_value_a_sigma(sampler, order, chosen):
+    """Heun computes twice at a sigma, and of its tokens some only once; the dense step in between is of all of them."""
+    pipe = tiny_models.pipeline("sd3", torch.float64, scheduler=SAMPLERS[sampler]())
+    steps = 9 if sampler == "heun" else 8
+    counts = {2: 16, 3: 12, 5: 20, 7: 8}
+    bits, names = oracle.random_bits(pipe.transformer, steps, seed=4, compute=0.6)
+    orders = {kind: np.full(part.shape, order) for kind, part in bits.items()}
+    choose = random_rows(counts, TOKENS, 2)
+    with RowOracle(pipe, choose, bits, 1, orders).installed():
+        expected = generate(pipe, "sd3", batch=2, steps=5 if sampler == "heun" else 8)
+    schedule = fastdit.Schedule.from_bits(bits, names, orders=orders)
+    handle = fastdit.patch(pipe, Chosen(choose, counts), fastdit.Cached(schedule))
+    found = generate(pipe, "sd3", batch=2, steps=5 if sampler == "heun" else 8)
+    assert distance(found, expected) <= 1e-9
+    report = handle.report()
+    assert report.peak_cache_bytes > 0
+    said = handle.explain(
+        tiny_models.HEIGHT, tiny_models.WIDTH, 2, steps, text_tokens=tiny_models.TEXT, cfg=True
+    )
+    assert said.cache_bytes == pytest.approx(report.peak_cache_bytes, rel=0.1)
 
 
 @pytest.mark.diffusers

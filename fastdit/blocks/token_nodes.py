@@ -107,6 +107,17 @@ class Ring(NamedTuple):
         values.flatten(0, 2).index_copy_(0, places, fresh.to(values.dtype).flatten(0, 1))
         return Ring(values, ages)
 
+    def drawn(self, step: int, order: int, weights: Weights, index: Tensor | None = None) -> Drawn:
+        """Each token at `index`, of all where None, through its own last values."""
+        depth, batch, count = self.values.shape[:3]
+        device = self.values.device
+        if index is None:
+            index = torch.arange(batch * count, device=device)
+        dtype = torch.promote_types(self.values.dtype, torch.float32)
+        by_token = self.ages.weights(step, order, index, weights.table(device), dtype)
+        by_token = by_token.view(depth, batch, -1)
+        return Drawn(self.values.unbind(), (), step, weights, by_token)
+
     def deeper(self, depth: int) -> Ring:
         """The same with room for more values of a token."""
         more = self.values.new_zeros(depth - len(self.values), *self.values.shape[1:])
@@ -184,22 +195,17 @@ class TokenNodes(NamedTuple):
 def _drawn(
     held: Nodes | Ring, step: int, order: int, tokens: ActiveTokens, part: str, weights: Weights
 ) -> Tensor | CachedRows | Drawn:
-    if isinstance(held, Nodes):
-        drawn = held.drawn(step, order, weights)
-        if part == "text" or tokens.rows is None:
-            return drawn
-        if isinstance(drawn, Tensor):
-            return tokens.stored(drawn, (part,))
+    whole = part == "text" or tokens.rows is None
+    if isinstance(held, Ring):
+        index = tokens.index(part, held.values[0])
+        drawn: Tensor | Drawn = held.drawn(step, order, weights, index)
     else:
-        values = held.values.unbind()
-        index, table = tokens.index(part, values[0]), weights.table(held.values.device)
-        dtype = torch.promote_types(held.values.dtype, torch.float32)
-        by_token = held.ages.weights(step, order, index, table, dtype)
-        by_token = by_token.view(len(values), len(values[0]), -1)
-        drawn = Drawn(values, (), step, weights, by_token)
-        if tokens.rows is None:
-            return drawn
-    whole = drawn.values[0]
+        drawn = held.drawn(step, order, weights)
+    if whole:
+        return drawn
+    if isinstance(drawn, Tensor):
+        return tokens.stored(drawn, (part,))
+    first = drawn.values[0]
     return replace(
-        drawn, rows=tokens.rows_of(part, whole.shape[1]), index=tokens.index(part, whole)
+        drawn, rows=tokens.rows_of(part, first.shape[1]), index=tokens.index(part, first)
     )

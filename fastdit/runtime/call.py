@@ -6,6 +6,7 @@ it by thread, so calls of other threads, and calls inside a call, have their own
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -81,7 +82,7 @@ class Call:
         order = run.plan.forecast_order(run.step)
         if order:
             branch = self._branch()
-            if branch.outputs.nodes.steps:
+            if not branch.outputs.empty:
                 weights = run.forecast_weights
                 self.forecast = branch.outputs.forecast(run.step, order, weights, patched.ops)
                 return None
@@ -374,11 +375,19 @@ class Call:
             sample = method.output(self, sample)
         replaced = output if sample is given else _replaced(output, sample)
         if run.plan.forecasts:
-            order = max(run.plan.forecasts)
-            self.branch.outputs.add(run.step, replaced, run.forecast_weights.sigmas, order)
+            self._keep(replaced, max(run.plan.forecasts))
         if forward.computed:
             run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
         return None if sample is given else replaced
+
+    def _keep(self, output: Any, order: int) -> None:
+        """Whole steps are forecast through this output."""
+        run, outputs, weights = self.run, self.branch.outputs, self.run.forecast_weights
+        if self.rows is None and outputs.tokens is None:
+            outputs.add(run.step, output, weights.sigmas, order)
+        else:
+            patches = functools.partial(run.patched.adapter.patches, patch=run.patch)
+            outputs.add_tokens(run.step, output, self.forward.tokens, patches, weights, order)
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:

@@ -324,7 +324,7 @@ class Run:
         for branch in list(self.branches.values()):
             kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
             made = [*branch.slots.values(), *branch.prompts.values(), branch.velocity]
-            waiting = [*made, *kept, branch.outputs.nodes]
+            waiting = [*made, *kept, branch.outputs.nodes, branch.outputs.tokens]
             while waiting:
                 value = waiting.pop()
                 if isinstance(value, Tensor):
