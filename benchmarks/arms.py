@@ -29,7 +29,8 @@ class Arm:
         solver: "euler", "ab2" (both on the trailing grid, unless `sigmas` says another), "unipc" or "heun" (on their
             own), or "stock" (as loaded).
         steps: Steps of the pipeline.
-        method: Makes what is patched in, for a pipeline and this arm's steps; None for the unpatched model.
+        method: Makes what is patched in, one method or several, for a pipeline and this arm's steps; None for the
+            unpatched model.
         sigmas: The noise levels of the steps, where they are not the solver's own.
         nodes: Steps at which the whole model runs, where that is all that ever runs.
         alone: Pictures are drawn one by one.
@@ -94,6 +95,14 @@ def every(solver: str, steps: int, n: int, order: int) -> Arm:
     )
 
 
+def composed(ratio: float) -> list[Any]:
+    """Every other step is drawn as a whole, and most others compute the tokens whose velocity changed most."""
+    return [
+        fastdit.Cached(Schedule.every(2), order=1),
+        fastdit.RAS(ratio=ratio, metric="change", align=8, resets=()),
+    ]
+
+
 def fixed(method: Any, steps: int | None = None, **more: Any) -> Arm:
     """A method on the pipeline as it was loaded."""
     return Arm("stock", steps or method.run_steps, lambda pipe, steps: method, **more)
@@ -127,6 +136,12 @@ def caches() -> Iterator[tuple[str, Arm]]:
         for ratio in (0.5, 0.25):
             method = fastdit.RAS(ratio=ratio, metric=metric, align=8)
             yield f"RAS {ratio} {metric}", fixed(method, 28)
+    for solver, ratio in (("unipc", 0.5), ("euler", 0.5)):
+        for steps in (20, 28):
+            yield (
+                f"{solver} {steps}, every 2, V and RAS {ratio} change",
+                Arm(solver, steps, lambda pipe, steps, ratio=ratio: composed(ratio)),
+            )
     for speed in ("2x", "3x"):
         yield f"RALU {speed}", fixed(fastdit.RALU.preset(f"sd3-{speed}"))
     for name in ("fast", "faster", "fastest"):
@@ -144,6 +159,8 @@ def ras() -> Iterator[tuple[str, Arm]]:
             f"RAS {ratio} std, the smallest dropped",
             fixed(fastdit.RAS(**given, high_ratio=0.0), 28),
         )
+        rare = fastdit.RAS(**given, metric="change", resets=tuple(range(8, 28, 4)))
+        yield f"RAS {ratio} change, every fourth step dense", fixed(rare, 28)
         yield (
             f"RAS {ratio} std, parity",
             fixed(fastdit.RAS(ratio=ratio, mode="parity"), 28, alone=True),
@@ -166,6 +183,6 @@ def ralu() -> Iterator[tuple[str, Arm]]:
 BOTH = tuple((captions, guidance) for guidance in (2.5, 7.0) for captions in ("full", "open"))
 STUDIES = {
     "caches": (caches, BOTH, 64, 96),
-    "ras": (ras, BOTH[:2], 128, 96),
+    "ras": (ras, BOTH[:2], 64, 96),
     "ralu": (ralu, BOTH[:2], 128, 256),
 }

@@ -78,9 +78,7 @@ class Bed:
             for i in range(first, first + len(texts))
         ]
         arguments = arm.prepare(self.pipe)
-        handle = None
-        if arm.method is not None:
-            handle = fastdit.patch(self.pipe, arm.method(self.pipe, arm.steps))
+        handle = None if arm.method is None else self._patched(arm)
         try:
             with arm.around():
                 found = self.pipe(
@@ -97,6 +95,10 @@ class Bed:
                 handle.unpatch()
         return found.images.numpy()
 
+    def _patched(self, arm: Arm) -> fastdit.Handle:
+        methods = arm.method(self.pipe, arm.steps)
+        return fastdit.patch(self.pipe, *(methods if isinstance(methods, list) else [methods]))
+
     @torch.no_grad()
     def pictures(self, latents: np.ndarray) -> np.ndarray:
         """These are decoded latents, float32 [n, h, w, 3] in [0, 1]."""
@@ -112,7 +114,7 @@ class Bed:
         if arm.method is None:
             return float(arm.steps)
         arm.prepare(self.pipe)
-        handle = fastdit.patch(self.pipe, arm.method(self.pipe, arm.steps))
+        handle = self._patched(arm)
         said = handle.explain(self.size, self.size, BATCH, arm.steps)
         handle.unpatch()
         return arm.steps * said.macs / said.dense_macs
