@@ -85,7 +85,7 @@ def halves(pipe: Any, steps: int) -> Any:
     return fastdit.Cached(Schedule.from_bits(bits, names, orders=1))
 
 
-def every(solver: str, steps: int, n: int, order: int) -> Arm:
+def every(solver: str, steps: int, n: int, order: int | str) -> Arm:
     """Every n-th step is computed as a whole, the others are drawn."""
     return Arm(
         solver,
@@ -127,7 +127,7 @@ def caches() -> Iterator[tuple[str, Arm]]:
     """Whole steps and halves of the depth, repeated and drawn, and one arm or two of each other method."""
     for count in EVALUATIONS:
         for solver in SOLVERS[:2]:
-            for name, order in (("repeated", 0), ("V", 1)):
+            for name, order in (("repeated", 0), ("V", 1), ("auto", "auto")):
                 yield f"{solver} {2 * count}, every 2, {name}", every(solver, 2 * count, 2, order)
         yield f"unipc {2 * count}, every 2, V of order 2", every("unipc", 2 * count, 2, 2)
         yield f"unipc {2 * count}, halves, order 1", Arm("unipc", 2 * count, halves)
@@ -182,7 +182,7 @@ def ralu() -> Iterator[tuple[str, Arm]]:
 #: study -> (its arms, (captions, guidance) of its conditions, pixels, pictures)
 BOTH = tuple((captions, guidance) for guidance in (2.5, 7.0) for captions in ("full", "open"))
 STUDIES = {
-    "caches": (caches, BOTH, 64, 96),
+    "caches": (caches, BOTH, 64, 48),
     "ras": (ras, BOTH[:2], 64, 96),
     "ralu": (ralu, BOTH[:2], 128, 256),
 }

@@ -158,12 +158,15 @@ def judge(
 
 
 def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
-    """Seconds of a picture of all arms and of a few plain steps; kept in a file, which goes when an arm is new."""
+    """Seconds of a picture of all arms and of a few plain steps; those that a file has are not measured again."""
     arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in TIMED)}
     known = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
-    if missing := set(arms) - set(known["seconds"]):
+    if missing := {name: arm for name, arm in arms.items() if name not in known["seconds"]}:
         print(f"timing {len(missing)} arms", flush=True)
-        known = {"machine": describe_machine(), "seconds": bed.seconds(arms)}
+        known = {
+            "machine": describe_machine(),
+            "seconds": known["seconds"] | bed.seconds(missing),
+        }
         path.write_text(json.dumps(known, indent=1))
     return known
 
@@ -171,6 +174,7 @@ def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
 #: label of points in the plot -> what their names hold
 GROUPS = {
     "V": "V",
+    "V, adaptive": "auto",
     "repeated": "repeated",
     "halves": "halves",
     "RAS, std": "std",
@@ -209,7 +213,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axis.plot(
                     [spent[n] for n in some], [rows[n][measure] for n in some], lw=1, label=solver
                 )
-            for marker, (label, key) in zip("osd^vP*x", GROUPS.items(), strict=True):
+            for marker, (label, key) in zip("ospd^vP*x", GROUPS.items(), strict=True):
                 some = [n for n in rows if "against" in rows[n] and key in n]
                 if some and (label != "RALU" or measure == "frechet"):
                     axis.plot(

@@ -50,9 +50,14 @@ def test_a_step_at_the_sigma_of_another_replaces_it():
 
 
 class Plain:
-    """The same by a hook on the stock transformer: it forgets that a step at a forecast ran."""
+    """The same by a hook on the stock transformer: it forgets that a step at a forecast ran.
+
+    With the order "auto" each sample repeats while that was nearer to what was computed last.
+    """
 
     def __init__(self, pipe, n, order):
+        self.auto, order = order == "auto", 1 if order == "auto" else order
+        self.bends = {}
         self.n, self.order, self.step = n, order, 0
         self.calls, self.computed, self.pipe = Counter(), {}, pipe
         pipe.transformer.register_forward_hook(self.after)
@@ -80,16 +85,28 @@ class Plain:
         if not self.step and begun:  # image to image
             self.step = begun
             self.calls[self.step] = self.calls.pop(0)
-        if self.step % self.n == 0 or not nodes:
-            nodes[self.sigma(self.step)] = sample.clone()
-            return
-        used = list(nodes.items())[-1 - self.order :]
         at = self.sigma(self.step)
-        total = torch.zeros_like(sample)
+        if self.step % self.n == 0 or not nodes:
+            if len(nodes) > 1 and at not in nodes:
+                off = [
+                    (drawn - sample).flatten(1).norm(dim=1)
+                    for drawn in (self.drawn(nodes, at), list(nodes.values())[-1])
+                ]
+                self.bends[branch] = off[0] >= off[1]
+            nodes[at] = sample.clone()
+            return
+        found = self.drawn(nodes, at)
+        if self.auto and branch in self.bends:
+            found[self.bends[branch]] = list(nodes.values())[-1][self.bends[branch]]
+        sample.copy_(found)
+
+    def drawn(self, nodes, at):
+        used = list(nodes.items())[-1 - self.order :]
+        total = torch.zeros_like(used[0][1])
         for i, (own, value) in enumerate(used):
             others = [other for j, (other, _) in enumerate(used) if j != i]
             total += value * np.prod([(at - other) / (own - other) for other in others])
-        sample.copy_(total)
+        return total
 
 
 def flow(cls, **settings):
@@ -115,7 +132,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("order", [1, 2, "auto"])
 @pytest.mark.parametrize(("family", "scheduler"), CASES)
 def test_whole_steps_equal_a_plain_hook(family, scheduler, order):
     pipe = tiny_models.pipeline(family, torch.float64, scheduler=scheduler())
@@ -218,6 +235,46 @@ def test_any_model_will_do():
     fastdit.unpatch(model)
     model(x=given, t=times[:1].expand(2))
     assert model.calls == 3
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_each_picture_is_drawn_by_what_was_nearer(grad):
+    """The outputs of the first follow a line, those of the second jump to and fro; with two of them both are drawn."""
+
+    class Two(Streams):
+        def forward(self, x, t):
+            self.calls += 1
+            line, jump = t[0] / 1000, torch.tensor([1.0, 5.0, 1.0])[self.calls - 1]
+            return (torch.stack([line * x[0], jump * x[1]]),)
+
+    model, x = Two(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    handle = fastdit.patch(model, fastdit.Cached(every(2), order="auto"))
+    times = torch.tensor([1000.0, 900.0, 800.0, 600.0, 500.0, 300.0])
+    outputs = []
+    with torch.set_grad_enabled(grad), handle.run(times):
+        for t in times:
+            outputs.append(model(x=x, t=t.expand(2))[0].detach())
+            handle.advance()
+    assert model.calls == 3
+    torch.testing.assert_close(outputs[3][0], 0.6 * x[0])
+    torch.testing.assert_close(outputs[3][1], 9.0 * x[1])
+    torch.testing.assert_close(outputs[5][0], 0.3 * x[0])
+    assert torch.equal(outputs[5][1], outputs[4][1])
+
+
+def test_auto_takes_no_schedule_that_separates_the_parts_of_a_block():
+    bits, names = random_bits(tiny_models.transformer("sd3"), 4, 0)
+    apart = fastdit.Schedule.from_bits(bits, names)
+    for method in (fastdit.Cached, fastdit.ECAD):
+        with pytest.raises(fastdit.ScheduleError, match=r'order="auto" takes .* step 1 .* order=1'):
+            method(apart, order="auto")
+    whole = {kind: np.repeat(part[..., :1], part.shape[2], 2) for kind, part in bits.items()}
+    method = fastdit.Cached(fastdit.Schedule.from_bits(whole, names), order="auto")
+    assert method.adapts
+    assert method.forecasts
+    for layer in method.source.layers.values():
+        assert (layer.orders == ~layer.bits).all()
+    assert not fastdit.Cached(every(2), order=1).adapts
 
 
 def test_another_cache_on_any_model_is_refused():

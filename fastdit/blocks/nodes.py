@@ -90,13 +90,22 @@ class Drawn:
         by_token = None if self.by_token is None else self.by_token[:, :, some].contiguous()
         return Drawn(values, self.nodes, self.step, self.weights, by_token)
 
-    def written(self, ops: Any) -> Tensor:
-        """This writes it down in one launch, where no gradient is wanted: as the last value and its changes."""
-        if torch.is_grad_enabled():
-            return self.gathered()
+    def written(self, ops: Any, share: Tensor | None = None) -> Tensor:
+        """This writes it down in one launch, where no gradient is wanted: as the last value and its changes.
+
+        With `share` [B] the changes of each sample are taken so many times.
+        """
         first = self.values[0]
+        if torch.is_grad_enabled():
+            found = self.gathered()
+            if share is None:
+                return found
+            return first + share.view(-1, *[1] * (first.ndim - 1)).to(first) * (found - first)
         flat = [v.flatten(1, -2) if v.ndim > 2 else v.unsqueeze(1) for v in self.values]
         weights = self.weights.of(self.step, [self.nodes], first, changes=True)
+        if share is not None:
+            each = weights[:, None, None] * share[None, :, None]
+            weights = each.expand(-1, -1, flat[0].shape[1]).contiguous()
         return ops.gated_residual(flat[0], flat, [None] * len(flat), weights=weights).view_as(first)
 
     def gathered(self) -> Tensor:
@@ -128,6 +137,11 @@ class Nodes(NamedTuple):
         held = dict(zip((step, *self.steps), (value, *self.values), strict=True))
         steps = last_nodes([*reversed(self.steps), step], sigmas, count - 1)
         return Nodes(steps, tuple(held[node] for node in steps))
+
+    def moves(self, step: int, weights: Weights) -> bool:
+        """Whether a line can be drawn, to a sigma that none of them has."""
+        sigmas = weights.sigmas
+        return len(self.steps) > 1 and sigmas[step] not in (sigmas[node] for node in self.steps)
 
     def kept(self, count: int) -> Nodes:
         """These are the last `count` of them."""

@@ -131,6 +131,7 @@ class Method:
         run_steps: The number of steps it was made for; None fits any.
         made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
+        adapts: Whole steps are extrapolated only where that was better than a repeat before.
         skips_steps: It leaves out whole steps and nothing else, so that any model will do.
     """
 
@@ -142,6 +143,7 @@ class Method:
     run_steps: int | None = None
     made_for: Conditions | None = None
     forecasts: bool = False
+    adapts: bool = False
     skips_steps: bool = False
 
     def check_steps(self, steps: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fastdit.checks import whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_noise
+from fastdit.schedules.layer import AUTO
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.spec import ModelSpec
 
@@ -39,7 +40,7 @@ class Cached(Method):
     source: Schedule | Every | str | os.PathLike[str]
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
-    order: int | None = None
+    order: int | str | None = None
 
     name = "Cached"
     writes = frozenset({"reuse"})
@@ -55,7 +56,7 @@ class Cached(Method):
         if self.max_cache_bytes is not None:
             whole("max_cache_bytes", self.max_cache_bytes, 0)
         if self.order is not None:
-            object.__setattr__(self, "source", self.source.with_order(self.order))
+            object.__setattr__(self, "source", drawn_by(self.order, self.source))
         if self.cache_dtype not in (None, *CACHE_DTYPES):
             raise ArgumentError(
                 f"cache_dtype must be a name, {' or '.join(map(repr, CACHE_DTYPES))}, or None, got {self.cache_dtype!r}"
@@ -72,6 +73,10 @@ class Cached(Method):
         return self.forecasts and isinstance(self.source, Every)
 
     @property
+    def adapts(self) -> bool:
+        return self.order == AUTO
+
+    @property
     def forecasts(self) -> bool:
         return self.source.forecasts
 
@@ -86,6 +91,25 @@ class Cached(Method):
 
     def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
         return self.source.bind(spec, steps)
+
+
+def drawn_by(order: int | str, source: Schedule | Every) -> Schedule | Every:
+    """A schedule that forecasts by an order, or by "auto".
+
+    Raises:
+        ScheduleError: The order is none of them, or "auto" was given for a schedule that separates the components of a
+            block: drawn apart they are further off than repeated.
+    """
+    if order != AUTO:
+        return source.with_order(order)
+    apart = source.separates() if isinstance(source, Schedule) else None
+    if apart is not None:
+        step, kind, block = apart
+        raise ScheduleError(
+            f'order="auto" takes a schedule that computes or reuses a block as a whole, but step {step} computes a '
+            f"part of block {block} of {kind}; give order=1 to draw what it reuses all the same, or 0 to repeat it"
+        )
+    return source.with_order(1)
 
 
 METHOD = Cached

@@ -177,7 +177,7 @@ class Call:
             branch.slots.clear()
             branch.keys.clear()
             branch.ages.clear()
-            branch.outputs = Outputs()
+            branch.outputs = Outputs(run.patched.adapts)
             branch.velocity = None
         branch.signature = signature
         # Of inference tensors the versions are copies, which need no renewal while they are equal.
@@ -384,7 +384,7 @@ class Call:
         """Whole steps are forecast through this output."""
         run, outputs, weights = self.run, self.branch.outputs, self.run.forecast_weights
         if self.rows is None and outputs.tokens is None:
-            outputs.add(run.step, output, weights.sigmas, order)
+            outputs.add(run.step, output, weights, order)
         else:
             patches = functools.partial(run.patched.adapter.patches, patch=run.patch)
             outputs.add_tokens(run.step, output, self.forward.tokens, patches, weights, order)

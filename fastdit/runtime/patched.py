@@ -57,7 +57,8 @@ class Patched:
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
-        acts, forecasts: Whether a method leaves anything out, or draws outputs through earlier ones.
+        acts, forecasts, adapts: Whether a method leaves anything out, draws outputs through earlier ones, or does so
+            where that was better than a repeat.
         made_steps, made_for: The number of steps that a method was made for, or None, and method -> its conditions.
         max_cache_bytes: The least that a method allows caches to hold; None for no bound.
     """
@@ -77,6 +78,7 @@ class Patched:
         self.eager = self.ops.backend == "reference"
         self.acts = any(method.writes for method in self.methods)
         self.forecasts = any(method.forecasts for method in self.methods)
+        self.adapts = any(method.adapts for method in self.methods)
         self.made_steps = self._first("run_steps")
         self.made_for = {m.name: m.made_for for m in self.methods if m.made_for is not None}
         bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)

@@ -12,6 +12,9 @@ from fastdit.errors import ScheduleError
 from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.spec import BlockKind
 
+#: in place of an order: where whole steps are drawn, each picture's run says whether by 1 or by 0
+AUTO = "auto"
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:

@@ -161,6 +161,15 @@ class Schedule:
         }
         return replace(self, layers=MappingProxyType(layers))
 
+    def separates(self) -> tuple[int, str, int] | None:
+        """The first step, block kind and block of which a part is computed and a part reused; None where none is."""
+        for kind, layer in self.layers.items():
+            apart = layer.bits.any(axis=2) & ~layer.bits.all(axis=2)
+            if apart.any():
+                step, block = np.argwhere(apart)[0].tolist()
+                return step, kind, block
+        return None
+
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
         """This checks that the schedule fits the model and the number of steps, and gives it in the model's components.
 
