@@ -153,10 +153,12 @@ def test_explain(folder):
     assert "attn █··█··" in output
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("order", [0, 1, 2, "auto"])
 def test_explain_takes_an_order(folder, schedule_file, order):
     pipeline = load_model(folder).pipeline
     sources = {"--every": (3, fastdit.Schedule.every(3)), "--schedule": (schedule_file,) * 2}
+    if order == "auto":  # the file's schedule separates components
+        sources.pop("--schedule")
     for option, (given, source) in sources.items():
         handle = fastdit.patch(pipeline, fastdit.Cached(source, order=order))
         expected = str(handle.explain(steps=4))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fastdit.cli.launch import MAX_WORKERS
-from fastdit.schedules.forecast import MAX_ORDER
+from fastdit.schedules.layer import AUTO
 from fastdit.schedules.schedule_file import MAX_COUNT
 
 MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn
@@ -66,13 +67,19 @@ SeveralEvery = Annotated[
         help="Compute at every N-th step and reuse between; may be given again. [dim]\\[default: 2 and 3][/dim]",
     ),
 ]
+
+
+class Orders(str, Enum):
+    """What `--order` takes."""
+
+    repeat, line, parabola, auto = "0", "1", "2", AUTO
+
+
 Order = Annotated[
-    int | None,
+    Orders | None,
     typer.Option(
-        min=0,
-        max=MAX_ORDER,
         help="How a reused output is drawn: 0 repeats the last computed one, 1 is the line through two, 2 the "
-        "parabola through three; 0, or what the schedule says, if left out.",
+        "parabola through three, auto the line while it is nearer; 0, or what the schedule says, if left out.",
     ),
 ]
 Ralu = Annotated[
