@@ -207,9 +207,9 @@ class Cost:
     def residual_bytes(self, plan: RunPlan) -> int:
         """Residual updates move so many bytes: each output once, and the stream read and written once per update.
 
-        An update adds all that waits, where a component that computes reads the stream, and at the end. In place of an
-        output that is drawn those are read that it is drawn through. Outputs kept as sums are read once more, when
-        those are made.
+        An update adds all that waits, where a component that computes reads the stream, and at the end; one that takes
+        several launches counts once. In place of an output that is drawn those are read that it is drawn through.
+        Outputs kept as sums are read once more, when those are made.
         """
         if not plan.actions:
             updates = sum(c.adds for c in self.components)
