@@ -34,6 +34,7 @@ from torch import Tensor
 import fastdit
 from bench_step import COMPONENTS, TEXT_TOKENS, Bench, measure_reused_step, measure_traffic
 from fastdit import ECAD, Schedule
+from fastdit.blocks.nodes import HeldSums
 from hooks import HookCache
 from machine import describe_machine
 
@@ -132,6 +133,8 @@ def reachable_bytes(handle: Any) -> int:
             found[storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, dict):
             stack += value.values()
+        elif isinstance(value, HeldSums):
+            stack += value.sums, value.shared
         elif isinstance(value, (tuple, list)):
             stack += value
     return sum(found.values())

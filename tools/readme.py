@@ -264,6 +264,29 @@ def noisy() -> list[str]:
     ]
 
 
+def sums() -> list[str]:
+    """What forecasts of single components move and keep as sums."""
+    result = _result("sums-cpu.json")
+    lines = [
+        (
+            f"PixArt at {result['depth']} blocks, {result['steps']} steps, of which some blocks compute always and the "
+            "others at every n-th step: traffic of residuals and sums in a reused step and in the run, and most in "
+            "caches, in sizes of one output, as outputs one by one → as sums. (`benchmarks/bench_sums.py`)"
+        ),
+        "",
+        "| n | order | computes always | reused step | launches | run | caches |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        arms = row["one by one"], row["sums"]
+        cells = (
+            " → ".join(f"{arm[what]:.0f}" for arm in arms)
+            for what in ("step_X", "launches", "run_X", "caches_X")
+        )
+        lines.append(f"| {row['n']} | {row['order']} | {row['always']} | {' | '.join(cells)} |")
+    return lines
+
+
 def choices() -> list[str]:
     """What RAS's choice of tokens does, beside the published ones and plain steps of the same arithmetic."""
     result = _result("ras-study.json")
@@ -352,6 +375,7 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "dense": {"measured": functools.partial(measured, "dense")},
     "cached": {
         "arguments": functools.partial(arguments, "Cached"),
+        "sums": sums,
         "noisy": noisy,
         "measured": functools.partial(measured, "every", "random"),
         "forecasts": forecasts,

@@ -8,6 +8,7 @@ weights may be anywhere.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from fastdit.account.counts import counts_of
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.errors import UnsupportedModelError
-from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, kept_of
-from fastdit.schedules.collapse import StepSums, passes
+from fastdit.schedules.actions import COMPUTE, KEEP, REUSE, kept_of, order_of
+from fastdit.schedules.collapse import Slot, passes
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.schedule import Schedule
 
@@ -87,7 +88,9 @@ class Cost:
             self.components.append(ComponentCost(index, component, macs, output, adds))
         self.overhead, self.prompt = self._of("outside"), self._of("prompt")
         token = self.adapter.width(self.transformer) * self.transformer_batch * self.itemsize
-        self.stream = (self.size.image + self.size.text) * token
+        layouts = self.adapter.layouts.values()
+        alone = bool(layouts) and all(part == "image" for parts in layouts for part in parts)
+        self.stream = (self.size.image + (0 if alone else self.size.text)) * token
         self._shared = 2 * token  # the parts of the gates that all blocks share, kept beside sums
 
     def _of(self, what: str, *where: Any) -> int:
@@ -204,25 +207,32 @@ class Cost:
     def residual_bytes(self, plan: RunPlan) -> int:
         """Residual updates move so many bytes: each output once, and the stream read and written once per update.
 
-        An update is a maximal run of reused components together with the computed one that ends it. Outputs kept as
-        sums are read once more, when those are made.
+        An update adds all that waits, where a component that computes reads the stream, and at the end; one that takes
+        several launches counts once. In place of an output that is drawn those are read that it is drawn through.
+        Outputs kept as sums are read once more, when those are made.
         """
         if not plan.actions:
             updates = sum(c.adds for c in self.components)
             return plan.steps * (self.bytes_of_outputs() + 2 * updates * self.stream)
-        total = 0
+        total, computed = 0, Counter[Slot]()
         for number, step in enumerate(plan.actions):
             if plan.forecast_order(number):
                 continue
-            added = [step[c.block][c.name] for c in self.components if c.adds]
-            updates = sum(1 for flags in added if flags & COMPUTE) + bool(
-                added and added[-1] & REUSE
-            )
-            total += self.bytes_of_outputs() + 2 * updates * self.stream
+            added = [(c, step[c.block][c.name]) for c in self.components if c.adds]
+            computed.update((c.block, c.name) for c, flags in added if flags & COMPUTE)
+            values = [
+                (c.bytes, min(1 + order_of(flags), max(1, computed[c.block, c.name])))
+                for c, flags in added
+            ]
+            updates = sum(1 for _, flags in added if flags & COMPUTE)
+            updates += bool(added and added[0][1] & REUSE)  # else nothing waits for the first
+            total += sum(size * count for size, count in values) + 2 * updates * self.stream
         for sums in plan.sums:
             output = self.components[0].bytes
             total += sum(passes(len(s.slots)) for s in set(sums.made.values())) * output
-            total += (3 * len(set(sums.used.values())) - len(sums.used)) * output
+            total += (
+                3 * len(set().union(*sums.used.values())) - sum(map(len, sums.used.values()))
+            ) * output
         return total
 
     def cache_bytes(
@@ -240,17 +250,16 @@ class Cost:
             )
         most, kept_size = 0, itemsize or self.itemsize
         for number, step in enumerate(plan.actions):
-            sums = plan.sums[number] if plan.sums else StepSums(number, {}, {})
+            sums = plan.sums[number].kept if plan.sums else ()
+            within = Counter(slot for each in sums for slot in each.slots)
             outputs = sum(
-                c.bytes * kept_of(step[c.block][c.name])
+                c.bytes * (kept_of(step[c.block][c.name]) - within[c.block, c.name])
                 for c in self.components
                 if step[c.block][c.name] & KEEP
-                and (c.block, c.name) not in sums.made
-                and (c.block, c.name) not in sums.used
             )
-            if sums.kept:
-                outputs += 3 * sums.kept * self.components[0].bytes
-            most = max(most, outputs * kept_size // self.itemsize + sums.kept * self._shared)
+            if sums:
+                outputs += 3 * len(sums) * self.components[0].bytes
+            most = max(most, outputs * kept_size // self.itemsize + len(sums) * self._shared)
         if plan.forecasts:  # the model's own last outputs
             elements = self.adapter.output_elements(self.transformer, self.size.image)
             most += (1 + max(plan.forecasts)) * elements * self.transformer_batch * self.itemsize

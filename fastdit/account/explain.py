@@ -205,13 +205,13 @@ def explain_patched(
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
-        collapse=_collapse(patched, plan, bool(partial)),
+        collapse=_collapse(patched, plan, bool(partial), repeats),
         reusable_share=count.reusable_share,
         exact=count.exact,
     )
 
 
-def _collapse(patched: Any, plan: RunPlan, partial: bool) -> str:
+def _collapse(patched: Any, plan: RunPlan, partial: bool, repeats: bool) -> str:
     """This says what becomes of runs of reused outputs in a model whose gates allow sums; nothing of others."""
     if plan.reuse is None or not patched.spec.shared_gates:
         return ""
@@ -221,6 +221,8 @@ def _collapse(patched: Any, plan: RunPlan, partial: bool) -> str:
         return "off: steps compute a part of the tokens"
     if not patched.may_collapse():
         return "off: hooks look at blocks"
+    if repeats:
+        return "off: steps at one sigma replace each other in forecasts"
     lengths = sorted(len(s.slots) for step in plan.sums for s in set(step.made.values()))
     if not lengths:
         return "none: no run of reused outputs stays long enough to pay"

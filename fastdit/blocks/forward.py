@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.modulation import Modulations
-from fastdit.blocks.nodes import Drawn, Nodes, Weights
+from fastdit.blocks.nodes import Drawn, HeldSums, Nodes, Weights
 from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, norm_parameters
 from fastdit.blocks.segments import EAGER, Segments, segments_like
 from fastdit.blocks.sums import Sums
@@ -232,8 +232,10 @@ class Forward:
         return value if self.precision is None else _cast(value, self.precision[0])
 
     def from_slot(self, held: Any) -> Any:
-        """A value out of a slot."""
-        return held if self.precision is None else _cast(held, self.precision[1])
+        """A value out of a slot; sums are cast where they are added."""
+        if self.precision is None or isinstance(held, HeldSums):
+            return held
+        return _cast(held, self.precision[1])
 
     def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
         """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""

@@ -7,7 +7,7 @@ written down in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,20 +28,27 @@ class Weights:
     _made: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def of(
-        self, step: int, nodes: Sequence[Sequence[int]], like: Tensor, changes: bool = False
+        self,
+        step: int,
+        nodes: Sequence[Sequence[int]],
+        like: Tensor,
+        changes: bool = False,
+        places: Sequence[int | None] = (),
     ) -> Tensor:
         """This gives, one after the other, the weights at `step` of outputs of the steps in each of `nodes`.
 
         An empty one stands for an output that is what it is, of weight 1. They are fp64 where `like` is, else fp32.
-        With `changes` they are to be added to the first output.
+        With `changes` they are to be added to the first output. Where `places` has a number for one of `nodes`, it is
+        the weight of that one alone of its outputs.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        key = step, tuple(map(tuple, nodes)), dtype, like.device, changes
+        key = step, tuple(map(tuple, nodes)), tuple(places), dtype, like.device, changes
         if key not in self._made:
             found: list[float] = []
-            for steps in nodes:
+            for steps, place in zip(nodes, places or [None] * len(nodes), strict=True):
                 sigmas = [self.sigmas[node] for node in steps]
-                found += weights(sigmas, self.sigmas[step]) if sigmas else (1.0,)
+                own = weights(sigmas, self.sigmas[step]) if sigmas else (1.0,)
+                found += own if place is None else (own[place],)
             found[0] -= changes
             self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
         return self._made[key]
@@ -54,26 +61,43 @@ class Weights:
         return self._made[key]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class HeldSums:
+    """What several slots hold in place of an output each; see `sums.py`.
+
+    Attributes:
+        slots: Those slots, in running order.
+        sums: The outputs by their gates, and those of each group without, added up: [1 + groups, B, n, D].
+        shared: What the gates had in common then, [B, groups, D].
+    """
+
+    slots: tuple[Any, ...]
+    sums: Tensor
+    shared: Tensor
+
+
 @dataclass(frozen=True)
 class Drawn:
     """An output drawn through computed ones, latest first, all of one shape.
 
     Attributes:
-        values: The computed outputs.
+        values: The computed outputs; only one of them where it has a place.
         nodes: Their steps; none where those differ from token to token.
         step: The step it is drawn for.
         weights: Those of the run.
         by_token: Weights of each token that is meant, [values, B, K]; None where they are those of the nodes.
         rows, index: Which tokens are meant, as in :class:`~fastdit.blocks.active.CachedRows`; None for all.
+        place: Which of the nodes the one value is of; None where there is a value of each.
     """
 
-    values: tuple[Tensor, ...]
+    values: tuple[Any, ...]
     nodes: tuple[int, ...]
     step: int
     weights: Weights
     by_token: Tensor | None = None
     rows: Tensor | None = None
     index: Tensor | None = None
+    place: int | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -89,6 +113,10 @@ class Drawn:
         values = tuple(value[:, some] for value in self.values)
         by_token = None if self.by_token is None else self.by_token[:, :, some].contiguous()
         return Drawn(values, self.nodes, self.step, self.weights, by_token)
+
+    def part(self, place: int, value: Tensor) -> Drawn:
+        """This is what one node adds to it, with this value for that node's output."""
+        return replace(self, values=(value,), place=place)
 
     def written(self, ops: Any, share: Tensor | None = None) -> Tensor:
         """This writes it down in one launch, where no gradient is wanted: as the last value and its changes.
@@ -114,7 +142,8 @@ class Drawn:
         if self.rows is not None:
             values = [v.flatten(0, 1).index_select(0, self.index).view(self.shape) for v in values]
         if self.by_token is None:
-            weights = self.weights.of(self.step, [self.nodes], values[0])
+            places = [self.place]
+            weights = self.weights.of(self.step, [self.nodes], values[0], places=places)
         else:
             weights = self.by_token.view(*self.by_token.shape, *[1] * (values[0].ndim - 2))
         total = sum(value.to(weights.dtype) * w for value, w in zip(values, weights, strict=True))
@@ -142,6 +171,10 @@ class Nodes(NamedTuple):
         """Whether a line can be drawn, to a sigma that none of them has."""
         sigmas = weights.sigmas
         return len(self.steps) > 1 and sigmas[step] not in (sigmas[node] for node in self.steps)
+
+    def with_newest(self, value: Any) -> Nodes:
+        """These are the same with something else for the last one."""
+        return self._replace(values=(value, *self.values[1:]))
 
     def kept(self, count: int) -> Nodes:
         """These are the last `count` of them."""

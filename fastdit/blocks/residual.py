@@ -139,7 +139,8 @@ class Residual:
         forward = self._forward
         if all(branch is None or branch.by_token is None for branch in drawn):
             nodes = [() if branch is None else branch.nodes for branch in drawn]
-            return forward.weights.of(forward.step, nodes, self._h)
+            places = [None if branch is None else branch.place for branch in drawn]
+            return forward.weights.of(forward.step, nodes, self._h, places=places)
         shape = self._h.shape[:2]
         found = []
         for branch in drawn:

@@ -1,8 +1,8 @@
 """Making and using the sums of `schedules/collapse.py` within one transformer call.
 
-While outputs pass on the way to the stream they are also added up, in fp32, a chunk at a time; what has been added up
-leaves its slot. The sums are kept in a slot too, so whatever empties slots empties them; then the components compute,
-or are read from their own slots, and are added up anew.
+While outputs pass on the way to the stream they are also added up, in fp32, a chunk at a time. Then the sums take the
+outputs' place in all of their slots, also among the last outputs that a forecast is drawn through; so whatever empties
+slots empties them, and then the components compute and are added up anew. The first component of a sum adds all of it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdit.blocks.nodes import Drawn, HeldSums, Nodes
 from fastdit.schedules.collapse import CHUNK, StepSums, Sum
 
 
 @dataclass
 class _Making:
-    """A sum that is being made: outputs that wait for their chunk, and how many were added up."""
+    """A sum that is being made.
+
+    Attributes:
+        slots, outputs, gates: What waits for its chunk.
+        added: Slot -> the forecast's outputs that it held, None without any, of what was added up.
+        sums: What was added up.
+    """
 
     slots: list[Any] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     gates: list[Tensor | None] = field(default_factory=list)
+    added: dict[Any, Nodes | None] = field(default_factory=dict)
     sums: Tensor | None = None
-    done: int = 0
 
 
 @dataclass(eq=False, repr=False)
@@ -51,37 +58,38 @@ class Sums:
         shared: Tensor,
     ) -> None:
         """Add a component of the running block to the stream, by itself or, at the first of a sum, with all of it."""
-        slot, step = (forward.index, name), self.plan.step
-        used = self.plan.used.get(slot)
-        if used is not None and used in forward.slots:
-            if slot == used.slots[0]:
-                self._use(forward, stream, forward.slots[used], shared)
-            if slot == used.slots[-1] and used.last == step:
-                del forward.slots[used]
-            return
+        slot = forward.index, name
         output = forward.component(name, compute)
-        stream.add(output, gate)
-        making = self.plan.made.get(slot, used)
-        if making is not None and making.last > step and stream.suits(output, gate):
-            self._make(forward, making, slot, output, gate, shared)
-
-    def _use(self, forward: Any, stream: Any, held: tuple[Tensor, Tensor], shared: Tensor) -> None:
-        sums, before = held
-        change = shared - before
-        first, *groups = forward.from_slot(sums)
-        stream.add(first)
-        for group, gate in zip(groups, change.unbind(1), strict=True):
-            stream.add(group, gate)
+        parts = output.values if isinstance(output, Drawn) else (output,)
+        if not any(isinstance(part, HeldSums) for part in parts):
+            stream.add(output, gate)
+            self._make(forward, stream, slot, output, gate, shared)
+            return
+        for place, part in enumerate(parts):
+            if not isinstance(part, HeldSums):
+                stream.add(_weighed(output, place, part), gate)
+            elif part.slots[0] == slot:
+                first, *groups = forward.from_slot(part.sums)
+                stream.add(_weighed(output, place, first))
+                change = shared - part.shared
+                for group, by in zip(groups, change.unbind(1), strict=True):
+                    stream.add(_weighed(output, place, group), by)
 
     def _make(
         self,
         forward: Any,
-        total: Sum,
+        stream: Any,
         slot: Any,
-        output: Tensor,
+        output: Tensor | Drawn,
         gate: Tensor | None,
         shared: Tensor,
     ) -> None:
+        """Add the output up if its slot is to hold sums."""
+        total = self.plan.newest.get(slot)
+        if total is None or total.last <= self.plan.step or slot not in forward.slots:
+            return
+        if isinstance(output, Drawn) or not stream.suits(output, gate):
+            return
         making = self._making.setdefault(total, _Making())
         making.slots.append(slot)
         making.outputs.append(output if output.stride(-1) == 1 else output.contiguous())
@@ -90,17 +98,25 @@ class Sums:
         if not end and len(making.outputs) < CHUNK:
             return
         if making.sums is None:
-            wide = torch.promote_types(output.dtype, torch.float32)
-            making.sums = output.new_empty((1 + shared.shape[1], *output.shape), dtype=wide)
+            # Several chunks are added up in a wide dtype, and rounded once.
+            several = len(total.slots) > CHUNK
+            dtype = torch.promote_types(output.dtype, torch.float32 if several else output.dtype)
+            making.sums = output.new_empty((1 + shared.shape[1], *output.shape), dtype=dtype)
         groups = [self.groups[name] for _, name in making.slots]
-        forward.ops.collapse(
-            making.outputs, making.gates, groups, out=making.sums, accumulate=making.done > 0
-        )
-        making.done += len(making.outputs)
+        more = bool(making.added)
+        forward.ops.collapse(making.outputs, making.gates, groups, out=making.sums, accumulate=more)
         for done in making.slots:
-            forward.slots.pop(done, None)
+            held = forward.slots.pop(done)
+            making.added[done] = held.with_newest(None) if isinstance(held, Nodes) else None
         for waiting in (making.slots, making.outputs, making.gates):
             waiting.clear()
-        if end and making.done == len(total.slots):
+        if end and len(making.added) == len(total.slots):
             sums = forward.to_slot(making.sums.to(output.dtype))
-            forward.slots[total] = sums, shared.clone()
+            held = HeldSums(total.slots, sums, shared.clone())
+            for done, nodes in making.added.items():
+                forward.slots[done] = held if nodes is None else nodes.with_newest(held)
+
+
+def _weighed(output: Any, place: int, part: Tensor) -> Tensor | Drawn:
+    """A part of an output, by the weight of its place where the output is drawn."""
+    return output.part(place, part) if isinstance(output, Drawn) else part

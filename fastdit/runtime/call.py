@@ -122,7 +122,7 @@ class Call:
             keeps = method.keeps_keys(self) or keeps
         if self.rows is not None and trace is not None:
             self.rows = trace.hold("rows", self.rows)
-        collapses = defer and bool(run.plan.sums) and patched.may_collapse()
+        collapses = defer and run.has_sums and patched.may_collapse()
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot
             branch.collapses = collapses

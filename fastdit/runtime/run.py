@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
-from fastdit.blocks.nodes import Weights
+from fastdit.blocks.nodes import HeldSums, Weights
 from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
@@ -159,6 +159,14 @@ class Run:
     def forecast_weights(self) -> Weights:
         """Its forecasts have these weights, at the sigmas that the scheduler, or the user, says."""
         return Weights(self.sigmas)
+
+    @property
+    def has_sums(self) -> bool:
+        """Some reused outputs are kept as sums; where outputs are drawn, only of steps that are known to lie apart."""
+        if not self.plan.sums or not self.patched.forecasts:
+            return bool(self.plan.sums)
+        sigmas = self.forecast_weights.sigmas
+        return len(set(sigmas)) == len(sigmas) >= (self.steps or OPEN_STEPS)
 
     def hear_sigma(self, timestep: Any) -> None:
         """Where neither scheduler nor user said the sigmas, each step's timestep stands for its own; it is read."""
@@ -330,6 +338,8 @@ class Run:
                 if isinstance(value, Tensor):
                     storage = value.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
+                elif isinstance(value, HeldSums):
+                    waiting += value.sums, value.shared
                 elif isinstance(value, (tuple, list)):
                     waiting += value
         return sum(storages.values())

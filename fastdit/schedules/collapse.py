@@ -9,15 +9,27 @@ exactly, with s any one step and g a group of gates (ECAD spec section 10, which
 difference form does not cancel where tau is large). The sums are made at step s, while the outputs pass anyway; from
 then on a step reads three tensors for n, and the outputs are not kept.
 
-:func:`find_sums` says which. Outputs may share sums if they are reused at the same steps and nothing between them
-reads the stream at any of these. Only outputs that are recomputed at the same step do, so none has to be kept beside
-its sum and memory never grows; and only where fewer bytes move, so never for a single step.
+A forecast is sum_j w_j(t) C_ij over the steps j that it is drawn through (`forecast.py`). Outputs drawn through the
+same steps have the same w_j, so they add
+
+    sum_j w_j(t) (sum_i gate_i(j) C_ij + sum_g (tau_g(t) - tau_g(j)) sum_{i in group g} C_ij)
+
+which is exact again: three sums for each step that is drawn through, made when that step computes, in place of n
+outputs. These are the polynomial's coefficients in Lagrange's form. In powers of sigma they would be linear
+combinations of the same sums, formed anew by a pass over all of them whenever another step computes; so they stay
+sums of one step, and the few numbers w_j, in fp32, do the rest.
+
+:func:`find_sums` says which. Outputs of a step may share sums if later steps read them at the same time, by the same
+weights, and nothing between them reads the stream at any of these. Then all are done with at once, so none has to be
+kept beside its sum and memory never grows. There are sums only where fewer bytes move: never for a single use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,31 +46,40 @@ class Sum:
 
     Attributes:
         slots: Where those outputs were kept, in running order.
-        made, last: The step that makes the sums, and the last one that uses them; from made + 1 on all do.
+        made: The step that makes the sums.
+        uses: The steps that read them, rising.
     """
 
     slots: tuple[Slot, ...]
     made: int
-    last: int
+    uses: tuple[int, ...]
+
+    @property
+    def last(self) -> int:
+        """The last step that reads them."""
+        return self.uses[-1]
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """These sums are made or used at one step.
+    """These sums are made, used and kept at one step.
 
     Attributes:
         step: Its number.
-        made, used: Slot -> the sum it enters, or is part of, at this step.
+        newest: Slot -> the sum that its last computed output is part of, or enters at this step.
+        used: Slot -> the sums that what it gives at this step is read from.
+        kept: Those that are there after the step.
     """
 
     step: int
-    made: dict[Slot, Sum]
-    used: dict[Slot, Sum]
+    newest: dict[Slot, Sum]
+    used: dict[Slot, tuple[Sum, ...]]
+    kept: tuple[Sum, ...]
 
     @property
-    def kept(self) -> int:
-        """So many sums are there after the step."""
-        return len(set(self.made.values()) | {s for s in self.used.values() if s.last > self.step})
+    def made(self) -> dict[Slot, Sum]:
+        """Slot -> the sum that its output enters at this step."""
+        return {slot: each for slot, each in self.newest.items() if each.made == self.step}
 
 
 def passes(outputs: int) -> int:
@@ -66,52 +87,124 @@ def passes(outputs: int) -> int:
     return outputs + 3 + 6 * ((outputs - 1) // CHUNK)
 
 
-def find_sums(computes: np.ndarray, slots: Sequence[Slot]) -> list[StepSums]:
-    """This finds the sums of every step of `computes`, bool [steps, slots], whose first step computes everything."""
-    steps = len(computes)
-    # The next step from each one on at which the output is computed.
-    until = np.full((steps + 1, len(slots)), steps)
-    for step in reversed(range(steps)):
-        until[step] = np.where(computes[step], step, until[step + 1])
-    covered = np.zeros(len(slots), dtype=int)  # in a sum up to before this step
-    found: list[Sum] = []
-    for step in range(1, steps):
-        if (computes[step] | (covered > step)).all():
-            continue
-        for run in _split(range(len(slots)), computes[step]):
-            for members in _classes(run, until[step]):
-                members = [slot for slot in members if covered[slot] <= step]
-                end = int(until[step, members[0]]) if members else step
-                if (end - step) * (len(members) - 3) > passes(len(members)):  # outputs read less
-                    covered[members] = end
-                    found.append(Sum(tuple(slots[i] for i in members), step - 1, end - 1))
+def find_sums(
+    computes: np.ndarray,
+    slots: Sequence[Slot],
+    reads: np.ndarray | None = None,
+    orders: np.ndarray | None = None,
+) -> list[StepSums]:
+    """This finds the sums of every step.
+
+    Args:
+        computes: Which slot's output is computed, bool [steps, slots]; at the first step all are.
+        slots: Where they are kept, in running order.
+        reads: Which slot is read, bool [steps, slots]; those that do not compute by default.
+        orders: By which order what is read is drawn, [steps, slots]; 0 by default.
+    """
+    reads = ~computes if reads is None else reads
+    orders = np.zeros(computes.shape, dtype=int) if orders is None else orders
+    uses = _Uses(computes, reads, orders)
+    nodes = np.maximum.accumulate(np.where(computes, np.arange(len(computes))[:, None], 0))
+    summed = np.full(len(slots), -1)  # the step that computed what entered a sum last
+    found: list[tuple[Sum, list[int]]] = []
+    for step, node in enumerate(nodes):
+        classes: dict[int, list[int]] = defaultdict(list)
+        after = uses.after[step]
+        for place in np.flatnonzero((summed != node) & uses.passes[step] & (after > 0)).tolist():
+            classes[int(after[place])].append(place)
+        for later, places in classes.items():
+            if not _pays(len(places), uses.counts[later]):
+                continue
+            steps = uses.steps(later)
+            for members in _split(places, computes[list(steps)].any(axis=0)):
+                if _pays(len(members), len(steps)):
+                    summed[members] = node[members]
+                    found.append((Sum(tuple(slots[i] for i in members), step, steps), members))
+    return _by_step(found, nodes)
+
+
+def _by_step(found: Sequence[tuple[Sum, list[int]]], nodes: np.ndarray) -> list[StepSums]:
+    """`nodes` is the step that computed what each slot has at each step; beside a sum are its places in there."""
+    newest: list[dict[Slot, Sum]] = [{} for _ in nodes]
+    used: list[dict[Slot, tuple[Sum, ...]]] = [{} for _ in nodes]
+    for each, places in found:
+        for place, slot in zip(places, each.slots, strict=True):
+            held = nodes[:, place]
+            until = int(np.searchsorted(held, held[each.made], side="right"))
+            for step in range(each.made, until):
+                newest[step][slot] = each
+            for step in each.uses:
+                used[step][slot] = (*used[step].get(slot, ()), each)
+    kept = [tuple(s for s, _ in found if s.made <= step < s.last) for step in range(len(nodes))]
     return [
-        StepSums(
-            step,
-            {slot: s for s in found if s.made == step for slot in s.slots},
-            {slot: s for s in found if s.made < step <= s.last for slot in s.slots},
-        )
-        for step in range(steps)
+        StepSums(step, *those) for step, those in enumerate(zip(newest, used, kept, strict=True))
     ]
 
 
-def _classes(run: Sequence[int], until: np.ndarray) -> list[list[int]]:
-    """Slots of a run belong together if one step ends their reuse and none between them is computed before."""
-    found, stack = [], [list(run)]
-    while stack:
-        part = stack.pop()
-        ends = until[part] == until[part].min()
-        found.append([slot for slot, end in zip(part, ends, strict=True) if end])
-        stack += _split(part, ends)
+def _pays(outputs: int, uses: int) -> bool:
+    """Whether fewer bytes are read than it takes to make the sums."""
+    return uses * (outputs - 3) > passes(outputs)
+
+
+class _Uses:
+    """Which steps read the outputs, as chains: outputs of one chain are read by the same steps by the same weights.
+
+    A chain is a number, 0 for no more uses.
+
+    Attributes:
+        counts: Chain -> so many uses.
+        after: The chain of the uses behind a step, of the output that a slot has then; int [steps, slots].
+        passes: Whether a slot's last output is added to the stream by itself, bool [steps, slots].
+    """
+
+    def __init__(self, computes: np.ndarray, reads: np.ndarray, orders: np.ndarray) -> None:
+        self.counts, self.passes = [0], computes.copy()
+        self._links: list[tuple[int, tuple[int, ...], int]] = [(0, (), 0)]  # step, nodes, next
+        self._known: dict[tuple[int, tuple[int, ...], int], int] = {}
+        self.after = np.zeros(computes.shape, dtype=np.int64)
+        for place in range(computes.shape[1]):
+            self._follow(place, *(array[:, place].tolist() for array in (computes, reads, orders)))
+
+    def _follow(
+        self, place: int, computes: list[bool], reads: list[bool], orders: list[int]
+    ) -> None:
+        """Backward over the steps, the chain of every output that a slot has had until then."""
+        computed = [step for step, does in enumerate(computes) if does]
+        chains = dict.fromkeys(computed, 0)
+        for step in reversed(range(len(computes))):
+            while computed[-1] > step:
+                computed.pop()
+            self.after[step, place] = chains[computed[-1]]
+            if reads[step]:
+                nodes = tuple(computed[-1 - orders[step] :])
+                self.passes[step, place] = len(nodes) == 1
+                for node in nodes:
+                    link = step, nodes if len(nodes) > 1 else (), chains[node]
+                    chains[node] = self._number(link)
+
+    def _number(self, link: tuple[int, tuple[int, ...], int]) -> int:
+        if link not in self._known:
+            self._known[link] = len(self._links)
+            self._links.append(link)
+            self.counts.append(self.counts[link[2]] + 1)
+        return self._known[link]
+
+    def steps(self, chain: int) -> tuple[int, ...]:
+        """These steps read an output of the chain, rising."""
+        return tuple(self._walk(chain))
+
+    def _walk(self, chain: int) -> Iterator[int]:
+        while chain:
+            step, _, chain = self._links[chain]
+            yield step
+
+
+def _split(places: Sequence[int], reading: np.ndarray) -> list[list[int]]:
+    """This parts places wherever one between them reads the stream."""
+    before = np.cumsum(reading)
+    found = [[places[0]]]
+    for last, place in pairwise(places):
+        if before[place] > before[last]:
+            found.append([])
+        found[-1].append(place)
     return found
-
-
-def _split(slots: Sequence[int], at: np.ndarray) -> list[list[int]]:
-    """This gives the maximal runs of slots that are not marked."""
-    runs: list[list[int]] = [[]]
-    for slot, marked in zip(slots, at, strict=True):
-        if marked:
-            runs.append([])
-        else:
-            runs[-1].append(slot)
-    return [run for run in runs if run]

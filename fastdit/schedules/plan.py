@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fastdit.errors import CompositionError
-from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, drawn
+from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, drawn, order_of
 from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.spec import BlockKind, ModelSpec
 
@@ -120,7 +120,7 @@ def plan_run(
     forecasts = _forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
     actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
-    sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
+    sums = _sums(actions, spec, repeats) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
 
@@ -138,13 +138,21 @@ def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tup
     return tuple(int(order) if step else 0 for step, order in zip(whole, orders[:, 0], strict=True))
 
 
-def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
-    """There are sums where a model's gates allow them and its schedule makes them pay."""
-    if not spec.shared_gates or any(flags & DRAWN for row in actions[0] for flags in row.values()):
+def _sums(
+    actions: Sequence[Sequence[BlockActions]], spec: ModelSpec, repeats: bool
+) -> Sequence[StepSums]:
+    """There are sums where a model's gates allow them and its schedule makes them pay.
+
+    Where steps repeat a sigma nobody knows here which outputs a forecast is drawn through.
+    """
+    if not spec.shared_gates:
         return ()
     slots = [(block, name) for block, row in enumerate(actions[0]) for name in row]
-    computes = [[step[block][name] & COMPUTE for block, name in slots] for step in actions]
-    sums = find_sums(np.array(computes, dtype=bool), slots)
+    flags = np.array([[step[block][name] for block, name in slots] for step in actions])
+    if repeats and (flags & DRAWN).any():
+        return ()
+    computes, reads = ((flags & each).astype(bool) for each in (COMPUTE, REUSE))
+    sums = find_sums(computes, slots, reads, order_of(flags))
     return sums if any(step.made for step in sums) else ()
 
 
