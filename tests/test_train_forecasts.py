@@ -39,8 +39,12 @@ SAMPLERS = {
 }
 
 
+#: with one that guides by a second call, whose outputs have slots of their own
+AT_INFERENCE = SAMPLERS | {"FLUX": ("flux", FlowMatchEulerDiscreteScheduler, 5)}
+
+
 def made_for(sampler, **more):
-    name, scheduler, steps = SAMPLERS[sampler]
+    name, scheduler, steps = AT_INFERENCE[sampler]
     pipe = tiny_models.pipeline(name, torch.float64, scheduler=scheduler())
     given = {"tau": 0.4, "lr": 0.5, "steps": steps} | more
     return training(name, pipe=pipe, dtype=torch.float64, **given)
@@ -160,8 +164,8 @@ def away(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("sampler", AT_INFERENCE)
 def test_a_whole_step_of_the_student_is_that_of_a_run(sampler, order):
     """No block is visited there, but with order 0 blocks add what their components repeat."""
     made = made_for(sampler, order=order, whole_steps=True, keep="fresh")
@@ -173,11 +177,10 @@ def test_a_whole_step_of_the_student_is_that_of_a_run(sampler, order):
     assert skipped == [bool(order) and not on for on in computes.tolist()]
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_components_of_the_student_are_those_of_a_run(sampler, order):
+@pytest.mark.parametrize("sampler", AT_INFERENCE)
+def test_components_of_the_student_are_those_of_a_run(sampler):
     """Where no step reuses everything; such a step is extrapolated at inference, and blended apart in training."""
-    made = made_for(sampler, order=order, keep="fresh")
+    made = made_for(sampler, order=2, keep="fresh")
     generator = torch.Generator().manual_seed(4)
     rows = [(torch.rand(row.shape, generator=generator) < 0.4).float() for row in made.logits]
     assert all(row.any() for row in rows)
