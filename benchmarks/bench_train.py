@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastdit import tiny
 from fastdit.train import HarmoniCa, proxy
-from fastdit.train.student import STOCK
+from fastdit.train.blending import STOCK
 from machine import describe_machine
 
 #: contender -> arguments of the training; None draws, as the unit of all others
@@ -67,12 +67,12 @@ def work(contender: str, steps: int, batch: int) -> tuple[Any, int]:
 
     def draw() -> None:
         with made.trainee:
-            proxy.Sampling(made.trainee, [STOCK] * steps, 0.1, "blended").run(made.draw()())
+            proxy.Sampling(made.trainee, [STOCK] * steps).run(made.draw()())
 
     def estimate() -> None:
         rows = [torch.sigmoid(row.detach()) for row in made.logits]
         with made.trainee:
-            proxy.estimate(made.settings.lambda_form, made.trainee, rows, made.draw(), 0.1, "fresh")
+            proxy.estimate(made.settings.lambda_form, made.trainee, rows, made.draw())
 
     if given is None:
         return draw, steps

@@ -2,7 +2,8 @@
 
     python benchmarks/router_study.py ROUTER [--components ROUTER] [--pairs ROUTER] [--prompts 96] [--side 32]
 
-The rule, fixed before the first run:
+A router that was trained for forecasts is judged by another measure, see `solver_study.py`. The rule of the others,
+fixed before the first run:
 
 * Held-out prompts, half of them of two objects, of a split that neither model nor router saw; noise seeds from SEED on,
   where training draws its own at random from 2^62. Every arm draws the same prompts from the same noise, with the
@@ -35,6 +36,7 @@ import numpy as np
 import torch
 
 import fastdit
+import solver_study
 from fastdit import tiny
 from fastdit.account.cost import Cost
 from fastdit.adapters import find_adapter
@@ -288,6 +290,9 @@ def main() -> None:
     pairs = fastdit.Router.load(options.pairs) if options.pairs else None
     steps = router.provenance["training"]["steps"]
     pipe = tiny.load_pipeline()
+    if router.order:
+        solver_study.study(router, components, pipe, options)
+        return
     if router.conditions.scheduler != type(pipe.scheduler).__name__:
         swap_scheduler(pipe, router.conditions.scheduler)
     arms = arms_of(pipe, router, components, pairs, steps)

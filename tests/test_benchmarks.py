@@ -263,6 +263,31 @@ def test_the_study_of_routers_compares_equal_arithmetic_in_pairs(router_study):
         router_study.compare(found, {"router as every 2": 0.5, "every 2": 0.51})
 
 
+def test_a_router_of_forecasts_meets_an_interval_at_equal_arithmetic(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    study, beds = (importlib.import_module(name) for name in ("solver_study", "bed"))
+    from fastdit import tiny
+
+    pipe = tiny.load_pipeline()
+    pipe.stock_scheduler = pipe.scheduler
+    handle = fastdit.patch(pipe)
+    spec = handle.explain(steps=8).blocks
+    handle.unpatch()
+    rng = np.random.default_rng(0)
+    rows = {kind: rng.normal(size=(8, count, len(names))) for kind, (count, names) in spec.items()}
+    names = {kind: names for kind, (_, names) in spec.items()}
+    found = fastdit.Router(rows, names, order=1)
+    arms, beside = study.arms_of({"some": found}, study.macs_of(pipe, 64), 8)
+    bed = beds.Bed(pipe, "full", 2.5, 64, tmp_path)
+    spent = {name: bed.arithmetic(arm) for name, arm in {**arms, **beside}.items()}
+    # A step that is forecast as a whole spares what lies outside the blocks, too.
+    assert spent["unipc 8, every 2, V"] == pytest.approx(spent["some"], rel=0.03)
+    assert spent["some"] == pytest.approx(spent["some, repeated"], rel=0.03)
+    assert spent["unipc 4"] == spent["ab2 4"] == 4
+    assert arms["some"].method(pipe, 8).forecasts
+    assert not arms["some, repeated"].method(pipe, 8).forecasts
+
+
 def test_the_benchmark_of_training_counts_in_forwards(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     bench = importlib.import_module("bench_train")

@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fastdit
@@ -132,8 +133,6 @@ def test_a_schedule_file_says_which_router_it_is_from(tmp_path):
 
 def damaged(path, **changes):
     """The file with facts of its header replaced."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         facts = json.loads(file.metadata()["fastdit"])
     save_file(load_file(path), path, metadata={"fastdit": json.dumps(facts | changes)})
@@ -143,7 +142,7 @@ def damaged(path, **changes):
     ("changes", "message"),
     [
         ({"format": "other"}, "format"),
-        ({"version": 2}, "newer fastdit"),
+        ({"version": 3}, "newer fastdit"),
         ({"components": {KIND: ["attn1"]}}, r"shape \[steps, blocks, 1\]"),
         ({"components": {"others": ["attn1", "ff"]}}, "block kinds"),
         ({"tau": 7}, "tau"),
@@ -250,6 +249,48 @@ def test_logits_of_five_are_bit_equal_to_stock(name):
     stock = tiny_models.generate(pipe, name)
     fastdit.patch(pipe, fastdit.HarmoniCa(fitting(pipe, value=5.0)), backend="reference")
     same_bits(tiny_models.generate(pipe, name), stock)
+
+
+def test_an_order_is_in_the_file_and_in_every_schedule(tmp_path):
+    """A file of before has none and repeats; one that extrapolates is not read by what would repeat."""
+    path = tmp_path / "router.safetensors"
+    plain, drawn = router(), router(order=2)
+    hashes, versions = set(), []
+    for found in (plain, drawn):
+        found.save(path)
+        back = fastdit.Router.load(path)
+        assert (back.order, back.sha256) == (found.order, found.sha256)
+        hashes.add(back.sha256)
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads(file.metadata()["fastdit"])
+        versions.append(facts["version"])
+        assert ("order" in facts) == (found.order > 0)
+        schedules = [back.schedule(), back.schedule(0.5), *back.sweep([0.3])]
+        assert [one.forecasts for one in schedules] == [found.order > 0] * 3
+        orders = schedules[0].layers[KIND].orders
+        assert (orders == np.where(schedules[0].layers[KIND].bits, 0, found.order)).all()
+    assert versions == [1, 2]
+    assert len(hashes) == 2
+    damaged(path, order=3)
+    with pytest.raises(fastdit.ScheduleError, match="order must be 0, 1 or 2, got 3"):
+        fastdit.Router.load(path)
+    damaged(path, version=1)
+    with pytest.raises(fastdit.ScheduleError, match="exactly the fields"):
+        fastdit.Router.load(path)
+
+
+def test_the_method_takes_the_routers_order_unless_given():
+    assert not fastdit.HarmoniCa(router()).forecasts
+    assert fastdit.HarmoniCa(router(order=1)).forecasts
+    assert not fastdit.HarmoniCa(router(order=1), order=0).forecasts
+    assert fastdit.HarmoniCa(router(), order=2).forecasts
+    with pytest.raises(fastdit.ScheduleError, match="order must be 0, 1 or 2, got 3"):
+        fastdit.HarmoniCa(router(), order=3)
+    pipe = tiny_models.pipeline("sd3")
+    spec = tiny_models.spec_of(pipe)
+    method = fastdit.HarmoniCa(fitting(pipe, order=1), order=2)
+    layers = method.schedule(spec, 4).layers.values()
+    assert {int(order) for layer in layers for order in layer.orders[~layer.bits]} == {2}
 
 
 @pytest.mark.parametrize("name", ["pixart-sigma", "flux"])  # blocks of one kind, and of two

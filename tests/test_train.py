@@ -24,10 +24,12 @@ import harmonica_oracle
 import tiny_models
 from contract import same_bits
 from fastdit.account.cost import Cost
+from fastdit.blocks.nodes import Nodes
 from fastdit.train import HarmoniCa, proxy
+from fastdit.train.blending import COMPUTE, STOCK, Blending
 from fastdit.train.ddim import ListedDDIM
 from fastdit.train.pair import Pair
-from fastdit.train.student import COMPUTE, STOCK, Trainee
+from fastdit.train.student import Trainee
 from snapshot import snapshot
 from trainings import GUIDANCE, STEPS, restated, table, training
 
@@ -157,13 +159,13 @@ def test_heun_has_a_row_for_every_call():
 def student_call(row, slots, keep="blended", tau=0.4, t=500):
     """(output, call) of a tiny DiT's student; and the stock output."""
     pipe = tiny_models.pipeline("dit", torch.float64)
-    trainee = Trainee(pipe)
+    trainee = Trainee(pipe, blending=Blending(tau, keep))
     found = {}
 
     class Once:
         def call(self, step, branch, forward):
             found["stock"] = forward(None)
-            found["student"] = trainee.blend(row, slots, tau, keep)
+            found["student"] = trainee.blend(row, slots)
             found["output"] = forward(found["student"])
             return found["output"]
 
@@ -182,7 +184,7 @@ def student_call(row, slots, keep="blended", tau=0.4, t=500):
 def random_slots(trainee, like, seed=5):
     generator = torch.Generator().manual_seed(seed)
     return {
-        key: torch.randn(like.shape, generator=generator, dtype=like.dtype)
+        key: Nodes((-1,), (torch.randn(like.shape, generator=generator, dtype=like.dtype),))
         for key in trainee.places
     }
 
@@ -193,7 +195,7 @@ def test_a_slot_is_renewed_where_the_ratio_exceeds_tau(keep):
     filled, _, trainee = student_call(COMPUTE, {})
     fresh = filled["student"].written
     assert set(fresh) == set(trainee.places)
-    slots = random_slots(trainee, next(iter(fresh.values())))
+    slots = random_slots(trainee, next(iter(fresh.values())).values[0])
     held = dict(slots)
     found, _, _ = student_call(row, slots, keep)
     written = found["student"].written
@@ -201,20 +203,20 @@ def test_a_slot_is_renewed_where_the_ratio_exceeds_tau(keep):
     assert slots == held, "what was handed in is the caller's"
     # the first component's input does not depend on any blend
     first = next(key for key, place in trainee.places.items() if place == 0)
-    blended = 0.9 * fresh[first] + 0.1 * held[first]
-    expected = blended if keep == "blended" else fresh[first]
-    torch.testing.assert_close(written[first], expected, rtol=1e-6, atol=1e-7)
+    (kept,), (own,), (found,) = (each[first].values for each in (held, fresh, written))
+    expected = 0.9 * own + 0.1 * kept if keep == "blended" else own
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_teacher_is_stock_and_touches_no_slot():
     """Run between the student's calls, it changes nothing that they read."""
     filled, _pipe, trainee = student_call(COMPUTE, {})
     same_bits(filled["output"], filled["stock"])
-    slots = random_slots(trainee, next(iter(filled["student"].written.values())))
-    before = {key: value.clone() for key, value in slots.items()}
+    slots = random_slots(trainee, next(iter(filled["student"].written.values())).values[0])
+    before = {key: held.values[0].clone() for key, held in slots.items()}
     found, _, _ = student_call(torch.full((6,), 0.5), slots)
     for key, value in before.items():
-        same_bits(slots[key], value)
+        same_bits(slots[key].values[0], value)
     same_bits(found["stock"], filled["stock"])
 
 
@@ -227,11 +229,11 @@ def test_a_reused_component_goes_through_the_current_gate():
     h, attn, ff = (
         torch.randn(2, 8, 24, generator=generator, dtype=torch.float64) for _ in range(3)
     )
-    slots = {(0, "attn1"): attn, (0, "ff"): ff}
+    slots = {(0, "attn1"): Nodes((0,), (attn,)), (0, "ff"): Nodes((0,), (ff,))}
     outputs = []
     for t in (100, 700):
         given = {"timestep": torch.tensor([t, t]), "class_labels": torch.tensor([1, 2])}
-        student = trainee.blend(torch.zeros(len(trainee.places)), slots, 0.1, "fresh")
+        student = trainee.blend(torch.zeros(len(trainee.places)), slots)
         student.start_block(0)
         with torch.no_grad():
             out = trainee.adapter.forwards["transformer_blocks"](block, student, h, **given)
@@ -264,7 +266,7 @@ def test_lambda_equals_whole_runs(form):
         lambda *_: calls.append(1)
     )
     with made.trainee:
-        found = proxy.estimate(form, made.trainee, rows, made.draw(), 0.1, "blended")
+        found = proxy.estimate(form, made.trainee, rows, made.draw())
     handle.remove()
     assert len(calls) == STEPS * (STEPS + 1) // 2
     plain = {
@@ -277,15 +279,13 @@ def test_lambda_equals_whole_runs(form):
 def test_the_sensitivity_does_not_depend_on_how_much_is_cached():
     """Where little is cached it is the same to first order, as the released form falls with the square."""
     pipe = tiny_models.pipeline("dit", torch.float64)
-    made = training(pipe=pipe)
+    made = training(pipe=pipe, keep="fresh")
     arguments, found = made.draw(), {}
     for form in ("released", "sensitivity"):
         for logit in (5.0, 4.0):
             rows = [torch.sigmoid(torch.full_like(row, logit)) for row in made.logits]
             with made.trainee:
-                found[form, logit] = proxy.estimate(
-                    form, made.trainee, rows, arguments, 0.1, "fresh"
-                )[1:]
+                found[form, logit] = proxy.estimate(form, made.trainee, rows, arguments)[1:]
     less, more = ((1 - torch.sigmoid(torch.tensor(logit))) ** 2 for logit in (5.0, 4.0))
     np.testing.assert_allclose(
         found["released", 4.0] / found["released", 5.0], more / less, rtol=0.2
@@ -296,10 +296,10 @@ def test_the_sensitivity_does_not_depend_on_how_much_is_cached():
 def test_lambda_of_the_last_step_is_the_schedulers_own_factor():
     """After it no model runs: Euler moves the latents by dt times the prediction."""
     pipe = tiny_models.pipeline("sd3", torch.float64)
-    made = training("sd3", pipe=pipe, dtype=torch.float64)
+    made = training("sd3", pipe=pipe, dtype=torch.float64, keep="fresh")
     rows = rows_of(made, 2.0)
     with made.trainee:
-        found = proxy.estimate("sensitivity", made.trainee, rows, made.draw(), 0.1, "fresh")
+        found = proxy.estimate("sensitivity", made.trainee, rows, made.draw())
     sigmas = pipe.scheduler.sigmas
     assert float(found[-1]) == pytest.approx(float(sigmas[-1] - sigmas[-2]) ** 2, rel=1e-4)
 
@@ -316,7 +316,7 @@ def test_the_changes_of_the_latents_add_up():
     total = sum(after - before for before, after in itertools.pairwise(runs))
     torch.testing.assert_close(total, cached - dense)
     with made.trainee:
-        found = proxy.estimate("released", made.trainee, rows, made.draw(), 0.1, "blended")
+        found = proxy.estimate("released", made.trainee, rows, made.draw())
     np.testing.assert_allclose(found.numpy(), np.array(weights, np.float32), rtol=1e-6)
 
 
@@ -327,9 +327,9 @@ def test_lambda_is_near_zero_where_everything_computes_and_positive_where_it_doe
     rows = [torch.sigmoid(row) for row in full]
     arguments = made.draw()
     with made.trainee:
-        near = proxy.estimate("released", made.trainee, rows, arguments, 0.1, "blended")
+        near = proxy.estimate("released", made.trainee, rows, arguments)
         rows[2] = torch.sigmoid(-full[2])
-        far = proxy.estimate("released", made.trainee, rows, arguments, 0.1, "blended")
+        far = proxy.estimate("released", made.trainee, rows, arguments)
     assert near[0] == 0
     assert (near[1:] > 0).all(), "1 - r is 0.0067, not 0"
     assert far[2] > 100 * near[2]
@@ -428,7 +428,7 @@ def test_an_iteration_costs_about_three_forwards(name):
     made = training(name, lambda_form=None, batch=4)
     with sdpa_kernel(SDPBackend.MATH):  # products that torch has formulas for
         with made.trainee, Flops() as dense:
-            proxy.Sampling(made.trainee, [STOCK] * STEPS, 0.1, "blended").run(made.draw()())
+            proxy.Sampling(made.trainee, [STOCK] * STEPS).run(made.draw()())
         with Flops() as counter:
             made.train_epoch()
     one = dense.total / STEPS

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 from typer.testing import CliRunner
 
 import fastdit
-from fastdit.cli import commands
+from fastdit.cli import commands, training
 from saved_pipelines import save_dit, save_sd3
 
 QUICK = ("--steps", "3", "--epochs", "2", "--batch", "1", "--threads", "1")
@@ -48,12 +49,36 @@ def test_a_router_of_a_class_model(tmp_path):
     assert found.provenance["training"]["loss"] == "released"
 
 
+def test_a_router_for_a_solver_of_flows(tmp_path):
+    """A flow-matching model keeps what it predicts, and its shift, under a solver for noise."""
+    folder, out = save_sd3(tmp_path / "sd3"), tmp_path / "learned.safetensors"
+    options = ("--order", "1", "--whole-steps", "--scheduler", "UniPCMultistepScheduler")
+    run("--model", folder, "--out", out, *QUICK, *options)
+    router = fastdit.Router.load(out)
+    assert router.order == 1
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(
+        folder, text_encoder_3=None, tokenizer_3=None
+    )
+    advised = fastdit.recommend(pipe, 3).scheduler
+    advised.set_timesteps(3)
+    assert router.conditions.scheduler == type(advised).__name__
+    assert router.conditions.timesteps == tuple(advised.timesteps.tolist())
+    training.swap_scheduler(pipe, "UniPCMultistepScheduler")
+    assert pipe.scheduler.config.prediction_type == "flow_prediction"
+    with pytest.raises(fastdit.ArgumentError, match=r"must follow flows.*got 'DDIMScheduler'"):
+        training.swap_scheduler(pipe, "DDIMScheduler")
+    pipe.scheduler = diffusers.DDIMScheduler()
+    with pytest.raises(fastdit.ArgumentError, match="must follow noise"):
+        training.swap_scheduler(pipe, "FlowMatchHeunDiscreteScheduler")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--out", "router.json"), "--out must end in .safetensors"),
         (("--prompts", "missing.txt"), "--prompts missing.txt cannot be read"),
         (("--lambda-form", "paper"), "lambda_form must be one of"),
+        (("--order", "3"), "less than or equal to 2"),
         (("--loss", "all"), "loss must be one of guided, released, got 'all'"),
         (("--scheduler", "DiTPipeline"), "--scheduler must be a scheduler class of diffusers"),
     ],

@@ -77,7 +77,7 @@ def test_runs_of_an_estimate_share_their_noise(sampler, name, form):
     made = made_for(sampler, name)
     rows = [torch.ones_like(row) for row in made.logits]
     with made.trainee:
-        found = proxy.estimate(form, made.trainee, rows, made.draw(), 0.1, "blended")
+        found = proxy.estimate(form, made.trainee, rows, made.draw())
     assert (found == 0).all()
 
 
@@ -96,7 +96,7 @@ def test_the_noise_of_steps_is_not_that_of_the_first_latents(sampler):
 
     made.trainee.pipeline.scheduler.step = watch
     with made.trainee:
-        proxy.Sampling(made.trainee, ["stock"] * STEPS, 0.1, "fresh", stop=1).run(made.draw()())
+        proxy.Sampling(made.trainee, ["stock"] * STEPS, stop=1).run(made.draw()())
     (latents, first), (_, second) = seen
     for noise in (first, second):
         assert abs(torch.corrcoef(torch.stack([latents[0].ravel(), noise[0].ravel()]))[0, 1]) < 0.3

@@ -36,25 +36,42 @@ def table(made):
 
 
 def restated(made):
-    """The oracle's view of the next epoch of a training of DiT or PixArt-Sigma, with embeddings for labels there:
-    model, scheduler, latents, labels, guidance."""
+    """The oracle's view of the next epoch of a training of DiT, PixArt-Sigma or SD3, with embeddings for labels in the
+    last two: model, scheduler, latents, labels, guidance."""
     pipe = made.trainee.pipeline
     state = made.generator.get_state()
     given = made.draw()()
     made.generator.set_state(state)
     dtype = pipe.transformer.dtype
     pipe.scheduler.set_timesteps(made.settings.steps)
-    parts = pipe.transformer, made.settings.tau, made.settings.keep
+    settings = made.settings
+    parts = pipe.transformer, settings.tau, settings.keep
+    more = {"order": settings.order, "whole": settings.whole_steps and settings.order > 0}
     generators = given["generator"]
     if "class_labels" in given:
         # torch's global generator starts from the seed after the first image's
-        model = harmonica_oracle.BlendedDiT(*parts, generators[0].initial_seed() + 1)
+        model = harmonica_oracle.BlendedDiT(*parts, generators[0].initial_seed() + 1, **more)
         x = torch.cat([torch.randn(1, 4, 8, 8, generator=g, dtype=dtype) for g in generators])
         labels = torch.tensor([*given["class_labels"], *[1000] * len(x)])
         return model, pipe.scheduler, torch.cat([x, x]), labels, GUIDANCE
     size = 1, 4, given["height"], given["width"]
+    if "pooled_prompt_embeds" in given:
+        size = (
+            1,
+            4,
+            given["height"] // pipe.vae_scale_factor,
+            given["width"] // pipe.vae_scale_factor,
+        )
     x = torch.cat([torch.randn(size, generator=g, dtype=dtype) for g in generators])
-    model = harmonica_oracle.BlendedPixArt(*parts, [g.get_state() for g in generators])
+    if "pooled_prompt_embeds" in given:
+        prompt = tuple(
+            torch.cat([given[f"negative_{what}"], given[what]])
+            for what in ("prompt_embeds", "pooled_prompt_embeds")
+        )
+        model = harmonica_oracle.BlendedSD3(*parts, **more)
+        return model, pipe.scheduler, x, prompt, given["guidance_scale"]
+    states = [g.get_state() for g in generators]
+    model = harmonica_oracle.BlendedPixArt(*parts, states, **more)
     model.takes_generators = "generator" in inspect.signature(pipe.scheduler.step).parameters
     prompt = tuple(
         torch.cat([given[f"negative_prompt_{what}"], given[f"prompt_{what}"]])

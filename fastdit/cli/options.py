@@ -292,6 +292,14 @@ Pairs = Annotated[
 WholeSteps = Annotated[
     bool, typer.Option("--whole-steps", help="Learn one logit for all components of a step.")
 ]
+RouterOrder = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        max=MAX_ORDER,
+        help="Train for reused outputs that are extrapolated: 1 on a line, 2 on a parabola; 0 repeats.",
+    ),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(

@@ -104,16 +104,22 @@ def check_noise(method: Method, noise: str) -> None:
     if not noise:
         return
     if method.forecasts:
-        raise ArgumentError(
-            f"order must be 0 with a sampler that draws noise at each step ({noise}): outputs of unlike noise lie on "
-            "no line"
-        )
+        check_no_noise(noise)
     drawn = ", ".join(f"{name} {share} %" for name, share in NOISE_COSTS.items())
     warnings.warn(
         f"{method.name} keeps outputs under a sampler that draws noise at each step ({noise}), each of a picture with "
         f"other noise; of the objects asked for, the packaged model drew: {drawn}",
         stacklevel=2,
     )
+
+
+def check_no_noise(noise: str | None) -> None:
+    """Forecasts under a sampler that draws noise are an ArgumentError; "" and None draw none."""
+    if noise:
+        raise ArgumentError(
+            f"order must be 0 with a sampler that draws noise at each step ({noise}): outputs of unlike noise lie on "
+            "no line"
+        )
 
 
 class Method:

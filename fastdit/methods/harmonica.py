@@ -29,8 +29,8 @@ class HarmoniCa(Method):
         tau: Components with sigmoid(logit) > tau compute.
         strict: Refuse a scheduler, timesteps, size or guidance other than the router was trained for. Where False only
             the number of steps and the model's blocks must fit; how such a run looks is not known.
-        order: How what is reused is drawn from what was computed, see :class:`~fastdit.Cached`; routers were trained
-            for 0 unless their authors say otherwise.
+        order: How what is reused is drawn from what was computed, see :class:`~fastdit.Cached`; None as the router was
+            trained.
 
     Example:
         >>> fastdit.patch(pipe, fastdit.HarmoniCa("router.safetensors", tau=0.1))
@@ -41,14 +41,15 @@ class HarmoniCa(Method):
     source: Router | str | os.PathLike[str]
     tau: float = TAU
     strict: bool = True
-    order: int = 0
+    order: int | None = None
 
     name = "HarmoniCa"
     writes = frozenset({"reuse"})
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        check_order(self.order)
+        if self.order is not None:
+            check_order(self.order)
         if isinstance(self.source, (str, os.PathLike)):
             object.__setattr__(self, "source", Router.load(self.source))
         elif not isinstance(self.source, Router):
@@ -80,11 +81,12 @@ class HarmoniCa(Method):
 
     def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
         """The schedule at the threshold is bound to the model and the number of steps."""
-        return self.source.schedule(self.tau).with_order(self.order).bind(spec, steps)
+        found = self.source.schedule(self.tau)
+        return (found if self.order is None else found.with_order(self.order)).bind(spec, steps)
 
     @property
     def forecasts(self) -> bool:
-        return self.order > 0
+        return (self.source.order if self.order is None else self.order) > 0
 
     def check_sampler(self, noise: str) -> None:
         """A router that was trained for a sampler knows its noise; drawn outputs under unlike noise lie on no line."""

@@ -21,6 +21,7 @@ from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.spec import BlockKind, ModelSpec
 
 if TYPE_CHECKING:
+    from fastdit.schedules.layer import Layer
     from fastdit.schedules.schedule import Schedule
 
 #: the ops of every run, and those of runs whose methods decide a field of the plan
@@ -126,7 +127,7 @@ def plan_run(
 
 def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tuple[int, ...]:
     """This gives the order of each step's forecast where all of it is drawn by one, 0 elsewhere."""
-    layers = [schedule.layers[kind.name].filled(kind) for kind in spec.kinds]
+    layers = [_present(schedule.layers[kind.name], kind) for kind in spec.kinds]
     if not layers:  # a model without blocks that are known, whose schedule is of its output
         layers = [(layer.bits, layer.orders) for layer in schedule.layers.values()]
     bits, orders = (
@@ -136,6 +137,15 @@ def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tup
     whole = ~bits.any(axis=1) & (orders == orders[:, :1]).all(axis=1)
     whole[list(fresh)] = False
     return tuple(int(order) if step else 0 for step, order in zip(whole, orders[:, 0], strict=True))
+
+
+def _present(layer: Layer, kind: BlockKind) -> tuple[np.ndarray, np.ndarray]:
+    """This gives bits and orders [steps, n] of what the model has: what it lacks does not compute."""
+    has = np.ones((kind.count, len(kind.components)), dtype=bool)
+    for block, component in kind.absent:
+        has[block, kind.components.index(component)] = False
+    bits, orders = layer.filled(kind)
+    return bits[:, has], orders[:, has]
 
 
 def _sums(

@@ -2,8 +2,8 @@
 
 HarmoniCa (arXiv 2410.01723): r = sigmoid(logit); a component computes where r > tau and is reused elsewhere. The table
 does not look at the input, so a threshold makes it a static :class:`~fastdit.Schedule`. A file is safetensors with one
-float32 tensor ``logits.<block kind>`` [steps, blocks, components] in running order and JSON metadata; reading one
-executes nothing.
+float32 tensor ``logits.<block kind>`` [steps, blocks, components] in running order and JSON metadata, of version 2
+where what is reused is forecast; reading one executes nothing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fastdit import files
 from fastdit.checks import real
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.layer import check_kinds, check_names, check_steps
+from fastdit.schedules.layer import check_kinds, check_names, check_order, check_steps
 from fastdit.schedules.schedule import DEFAULT_KIND, Schedule
 from fastdit.schedules.schedule_file import MAX_BITS, MAX_FILE_BYTES, dumps, expect
 from fastdit.spec import ModelSpec
 
 FORMAT = "fastdit.router"
-VERSION = 1
+VERSIONS = (1, 2)  # without and with an order of forecasts
 #: the logit of what always computes; the bounds of all others (spec section 3)
 LIMIT = 5.0
 TAU = 0.1
@@ -64,6 +64,7 @@ class Router:
         conditions: The runs it was trained for; fields are None where unknown.
         tau: The threshold it was trained with.
         provenance: Free JSON data about its origin.
+        order: How its schedules draw what they reuse, as it was trained: 0 repeats, 1 and 2 extrapolate.
     """
 
     logits: Mapping[str, np.ndarray]
@@ -72,9 +73,11 @@ class Router:
     conditions: Conditions = field(default_factory=Conditions)
     tau: float = TAU
     provenance: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    order: int = 0
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
+        check_order(self.order)
         check_kinds(logits=self.logits, components=self.components)
         logits, names = {}, {}
         for kind, given in self.logits.items():
@@ -112,8 +115,8 @@ class Router:
 
     @property
     def sha256(self) -> str:
-        """This hash is over the logits and what they belong to."""
-        digest = hashlib.sha256()
+        """This hash is over the logits and what they belong to, and an order above 0."""
+        digest = hashlib.sha256(f"order {self.order}".encode() if self.order else b"")
         for kind, array in sorted(self.logits.items()):
             digest.update(repr((kind, self.components[kind], array.shape)).encode())
             digest.update(np.ascontiguousarray(array, dtype="<f4").tobytes())
@@ -198,7 +201,7 @@ class Router:
 
     def _schedule(self, bits: Mapping[str, np.ndarray], how: Mapping[str, Any]) -> Schedule:
         origin = {"router": self.sha256, **how, **self.provenance}
-        return Schedule.from_bits(bits, self.components, origin)
+        return Schedule.from_bits(bits, self.components, origin, self.order)
 
     def check(self, spec: ModelSpec) -> None:
         """This refuses a model of another family or with other blocks.
@@ -221,12 +224,13 @@ class Router:
 
         facts = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSIONS[self.order > 0],
             "components": {kind: list(names) for kind, names in self.components.items()},
             "family": self.family,
             "conditions": self.conditions.facts,
             "tau": self.tau,
             "provenance": dict(self.provenance),
+            **({"order": self.order} if self.order else {}),
         }
         tensors = {_TENSOR + kind: np.array(array) for kind, array in self.logits.items()}
         # Not `save_file`, whose files nobody but their owner may read.
@@ -257,11 +261,12 @@ class Router:
     def _from_file(cls, facts: Any, tensors: Mapping[str, np.ndarray]) -> Router:
         if not isinstance(facts, dict) or facts.get("format") != FORMAT:
             raise ScheduleError(f"its metadata does not say format {FORMAT!r}")
-        if facts.get("version") != VERSION:
+        if facts.get("version") not in VERSIONS:
             raise ScheduleError(
-                f"version must be {VERSION}, got {facts.get('version')!r}; a newer fastdit may read it"
+                f"version must be {VERSIONS[0]} or {VERSIONS[1]}, got {facts.get('version')!r}; "
+                "a newer fastdit may read it"
             )
-        expect(facts, "metadata", _FACTS)
+        expect(facts, "metadata", _FACTS | ({"order": int} if facts["version"] == 2 else {}))
         conditions = {"true_guidance": None, "noise": None} | facts["conditions"]
         expect(conditions, "conditions", _CONDITIONS)
         timesteps = conditions["timesteps"]
@@ -276,6 +281,7 @@ class Router:
             Conditions(**{**conditions, "timesteps": timesteps}),
             facts["tau"],
             facts["provenance"],
+            facts.get("order", 0),
         )
 
     @classmethod

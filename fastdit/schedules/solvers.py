@@ -119,7 +119,7 @@ def recommend(pipe: Any, steps: int) -> Advice:
     from diffusers import UniPCMultistepScheduler
 
     config, arguments = scheduler.config, {"num_inference_steps": steps}
-    flow = any(cls.__name__.startswith("FlowMatch") for cls in type(scheduler).__mro__)
+    flow = matches_flows(type(scheduler))
     if why := _no_unipc(pipe, scheduler, flow):
         return Advice(scheduler, arguments, f"{type(scheduler).__name__} stays: {why}")
     settings: dict[str, Any] = {
@@ -129,16 +129,26 @@ def recommend(pipe: Any, steps: int) -> Advice:
         "final_sigmas_type": "zero",
     }
     if flow:
-        settings |= {
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-            "flow_shift": 1.0 if config.get("use_dynamic_shifting") else config.get("shift", 1.0),
-        }
+        settings |= flow_settings(config)
     return Advice(
         UniPCMultistepScheduler.from_config(config, **settings),
         arguments,
         "UniPC of order 2 follows curved trajectories in fewer steps than Euler",
     )
+
+
+def matches_flows(scheduler_class: type) -> bool:
+    """This tells whether a scheduler's class is for flow matching alone."""
+    return any(cls.__name__.startswith("FlowMatch") for cls in scheduler_class.__mro__)
+
+
+def flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A solver for noise follows the flow of a flow-matching scheduler, of this config, with these settings."""
+    return {
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "flow_shift": 1.0 if config.get("use_dynamic_shifting") else config.get("shift", 1.0),
+    }
 
 
 def _no_unipc(pipe: Any, scheduler: Any, flow: bool) -> str:

@@ -76,6 +76,7 @@ def _facts(training: HarmoniCa) -> str:
 
 
 def _check_same(facts: dict[str, Any], now: dict[str, Any]) -> None:
+    facts["settings"].setdefault("order", 0)  # older files name none
     # More epochs than last time are a longer training, not another one.
     for found in (facts, now):
         found["settings"].pop("epochs", None)

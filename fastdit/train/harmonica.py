@@ -1,8 +1,8 @@
 """Training a HarmoniCa router (arXiv 2410.01723): step-wise denoising with an image error proxy, on a stock pipeline.
 
 One epoch is one trajectory of the student from pure noise; no pictures are needed. At each step but the first, which
-always computes, the teacher (the model as it is) and the student (components blended with what their slots hold) see
-the student's latents; the loss of step i is
+always computes, the teacher (the model as it is) and the student (outputs blended with what slots give, `blending.py`)
+see the student's latents; the loss of step i is
 
     lambda_i mean((teacher - student)^2) + beta sum_k r_ik,    r = sigmoid(logit),
 
@@ -32,8 +32,11 @@ from fastdit import files
 from fastdit.account.cost import Cost
 from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError
+from fastdit.methods.base import check_no_noise
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.schedules.router import LIMIT, TAU, Router, check_tau
 from fastdit.train import checkpoint, proxy
+from fastdit.train.blending import Blending
 from fastdit.train.prompts import arguments_of, check_prompts
 from fastdit.train.ranks import Ranks
 from fastdit.train.settings import Progress, Settings
@@ -67,11 +70,14 @@ class HarmoniCa:
             everything, the one after it is trained against it, and the latents are the teacher's. With
             `lambda_form=None` the loss is that paper's too.
         whole_steps: One logit for all components of a step; not of the paper. For models whose components are so
-            coupled that a step which mixes fresh and stale ones is worse than one that reuses them all.
+            coupled that a step which mixes fresh and stale ones is worse than one that reuses them all. With `order`
+            the model's output is blended, as it is extrapolated at inference; an epoch then costs one forward a step.
         tau: Threshold: a slot is renewed where r > tau.
         keep: What a slot is renewed with, the "blended" output (as released) or the "fresh" one (as at inference).
         spread: Standard deviation of the first logits; 0 starts every component at r = 1/2.
         seed: Of the private generator behind logits, prompts and noise.
+        order: What is reused is drawn from so many more stored outputs than one, at the sampler's sigmas, see
+            :class:`fastdit.Cached`: 0 repeats, 1 is a line, 2 a parabola. The router runs with it.
         checkpointing: Run each block again in the backward pass instead of keeping its activations.
         arguments: Further arguments of the pipeline's call: guidance_scale, height, width and so on.
         folder: Where checkpoints go; a training found there is taken up where it was left, to the same result.
@@ -107,6 +113,7 @@ class HarmoniCa:
         keep: str = "blended",
         spread: float = 1.0,
         seed: int = 0,
+        order: int = 0,
         checkpointing: bool = False,
         arguments: Mapping[str, Any] | None = None,
         folder: str | os.PathLike[str] | None = None,
@@ -131,6 +138,7 @@ class HarmoniCa:
             one_of("keep", keep, KEEPS),
             _at_least_0("spread", spread),
             whole("seed", seed, 0),
+            one_of("order", whole("order", order, 0), range(MAX_ORDER + 1)),
         )
         if batch % self.ranks.count:
             raise ArgumentError(
@@ -150,7 +158,8 @@ class HarmoniCa:
         self.folder = None if folder is None else Path(folder)
         self.save_every = whole("save_every", save_every)
         self.report = report
-        self.trainee = Trainee(pipeline, checkpointing)
+        blending = Blending(self.settings.tau, keep, order, whole=bool(whole_steps) and order > 0)
+        self.trainee = Trainee(pipeline, checkpointing, blending)
         self.generator = torch.Generator().manual_seed(seed)
         self._start()
 
@@ -197,6 +206,7 @@ class HarmoniCa:
             self.conditions,
             self.settings.tau,
             {"method": "HarmoniCa", "model": type(self.trainee.transformer).__name__, **origin},
+            self.settings.order,
         )
 
     # ---- one epoch
@@ -214,8 +224,6 @@ class HarmoniCa:
                     self.trainee,
                     ratios,
                     arguments,
-                    self.settings.tau,
-                    self.settings.keep,
                     lambda values: self.ranks.mean(values, self._device),
                 )
             trajectory = Trajectory(self)
@@ -273,6 +281,8 @@ class HarmoniCa:
             found, text = self.trainee.look(call | self.arguments)
         if found.guidance is None and "guidance_scale" in self.arguments:
             found = replace(found, guidance=float(self.arguments["guidance_scale"]))
+        if self.settings.order:
+            check_no_noise(found.noise)
         self.conditions = found
         self._device = next(self.trainee.transformer.parameters()).device
         cost = Cost.of(self.trainee.transformer, found.image_tokens, text)

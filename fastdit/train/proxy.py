@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from fastdit.blocks.forward import Forward, Slots
-from fastdit.train.student import COMPUTE, STOCK, Ratios, Trainee, squares
+from fastdit.train.blending import COMPUTE, STOCK, Ratios
+from fastdit.train.student import Trainee, squares
 
 FORMS = ("released", "published", "sensitivity")
 
@@ -36,7 +37,6 @@ class Sampling:
     Attributes:
         trainee: What runs.
         ratios: Of each step: r [N], COMPUTE (and store), or STOCK (compute, store nothing).
-        tau, keep: See :class:`~fastdit.train.HarmoniCa`.
         record: The transformer's outputs, one list for each step with one entry for each call. Steps already in it are
             not run; those that run are added.
         slots: What the slots hold when the first step runs, by call within a step.
@@ -47,8 +47,6 @@ class Sampling:
 
     trainee: Trainee
     ratios: Sequence[Ratios]
-    tau: float
-    keep: str
     record: list[list[Tensor]] = field(default_factory=list)
     slots: dict[int, Slots] = field(default_factory=dict)
     stop: int | None = None
@@ -74,9 +72,7 @@ class Sampling:
             output = forward(None)
         else:
             held = self.slots.get(branch, {})
-            student = self.trainee.blend(self.ratios[step], held, self.tau, self.keep)
-            output = forward(student)
-            self.slots[branch] = held | student.written
+            output, self.slots[branch] = self.trainee.student(self.ratios[step], held, forward)
         if branch == 0:
             self.record.append([])
         self.record[step].append(output.clone())
@@ -98,8 +94,6 @@ def estimate(
     trainee: Trainee,
     ratios: Sequence[Tensor],
     arguments: Callable[[], Mapping[str, Any]],
-    tau: float,
-    keep: str,
     mean: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Tensor:
     """This estimates lambda [T], float32, 0 at the first step, which always computes.
@@ -111,26 +105,20 @@ def estimate(
         mean: Takes means over this process's images to means over everybody's.
     """
     if form == "published":
-        return mean(_published(trainee, list(ratios), arguments, tau, keep))
-    moved, changed = mean(_chain(trainee, list(ratios), arguments, tau, keep))
+        return mean(_published(trainee, list(ratios), arguments))
+    moved, changed = mean(_chain(trainee, list(ratios), arguments))
     return torch.where(changed > 0, moved / changed, 0.0) if form == "sensitivity" else moved
 
 
-def _chain(
-    trainee: Trainee,
-    ratios: list[Ratios],
-    arguments: Callable[[], Any],
-    tau: float,
-    keep: str,
-) -> Tensor:
+def _chain(trainee: Trainee, ratios: list[Ratios], arguments: Callable[[], Any]) -> Tensor:
     """This gives [2, T]: mean squared change of the final latents, and of what the scheduler got at the step itself."""
     steps = len(ratios)
     found = torch.zeros(2, steps)
-    before = Sampling(trainee, [COMPUTE] + [STOCK] * (steps - 1), tau, keep).run(arguments())
+    before = Sampling(trainee, [COMPUTE] + [STOCK] * (steps - 1)).run(arguments())
     for step in range(1, steps):
         chain = [COMPUTE, *ratios[1 : step + 1], *[STOCK] * (steps - 1 - step)]
         # Up to this step the run before is the same; its slots were last written at the step before.
-        run = Sampling(trainee, chain, tau, keep, before.record[:step], before.slots)
+        run = Sampling(trainee, chain, before.record[:step], before.slots)
         run.run(arguments())
         # Both came to this step with the same latents.
         pairs = (run.latents, before.latents), (run.predictions[step], before.predictions[step])
@@ -139,18 +127,16 @@ def _chain(
     return found
 
 
-def _published(
-    trainee: Trainee, ratios: list[Ratios], arguments: Callable[[], Any], tau: float, keep: str
-) -> Tensor:
+def _published(trainee: Trainee, ratios: list[Ratios], arguments: Callable[[], Any]) -> Tensor:
     steps = len(ratios)
     ratios = [COMPUTE, *ratios[1:]]
-    base = Sampling(trainee, ratios, tau, keep, stop=0).run(arguments())
+    base = Sampling(trainee, ratios, stop=0).run(arguments())
     masked = []
     for step in range(1, steps):
         once = [*ratios[:step], COMPUTE, *ratios[step + 1 :]]
-        fork = Sampling(trainee, once, tau, keep, base.record, base.slots).run(arguments())
+        fork = Sampling(trainee, once, base.record, base.slots).run(arguments())
         masked.append(fork.latents)
-        base = Sampling(trainee, ratios, tau, keep, base.record, base.slots, stop=step)
+        base = Sampling(trainee, ratios, base.record, base.slots, stop=step)
         base.run(arguments())
     weights = torch.zeros(steps)
     for step, latents in enumerate(masked, start=1):

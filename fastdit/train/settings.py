@@ -52,3 +52,4 @@ class Settings:
     keep: str
     spread: float
     seed: int
+    order: int

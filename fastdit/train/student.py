@@ -2,15 +2,14 @@
 
 The pipeline's own `__call__` runs unchanged. Three places are taken over while training, on instances and for that
 time alone: the transformer's forward, its blocks' forwards, and the scheduler's `step`. The student is the adapters'
-own text of a block with another `component`: both the fresh output and the slot are there, and what goes on is
-r fresh + (1 - r) slot (HarmoniCa, arXiv 2410.01723; spec section 5).
+own text of a block with another `component` (`blending.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,18 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastdit import ops
 from fastdit.adapters import find_adapter
 from fastdit.blocks.forward import Forward, Slots
+from fastdit.blocks.nodes import Weights
 from fastdit.errors import ArgumentError
 from fastdit.runtime.install import LINK, check_installable, install, uninstall
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.solvers import noise_of
+from fastdit.schedules.solvers import noise_of, step_sigmas
+from fastdit.train.blending import BlendForward, Blending, Ratios, blend_output
 from fastdit.train.noise import own_noise
-
-#: what a step may weigh its components by: a ratio for each, or one of these two
-COMPUTE, STOCK = "compute", "stock"
-Ratios = Tensor | str
 
 
 class Driver(Protocol):
@@ -45,58 +41,18 @@ class Driver(Protocol):
         """It sees the latents after the step, and tells whether the run is over."""
 
 
-class BlendForward(Forward):
-    """In this transformer call every component runs, and its output is blended with what its slot holds.
-
-    A pure function of the slots it was made with: what it would store is in `written`, so that checkpointed blocks may
-    run again in the backward pass.
-    """
-
-    def __init__(
-        self,
-        blocks: Sequence[nn.Module],
-        places: Mapping[tuple[int, str], int],
-        ratios: Ratios,
-        slots: Slots,
-        tau: float,
-        keep: str,
-    ) -> None:
-        super().__init__(ops.bind("reference"), blocks, slots=dict(slots))
-        self.written: Slots = {}
-        self._places = places
-        self._keep = keep
-        self._ratios = ratios.unbind() if isinstance(ratios, Tensor) else None
-        self._renew = (ratios > tau).tolist() if isinstance(ratios, Tensor) else None
-
-    def computes(self, component: str) -> bool:
-        """Everything runs."""
-        return True
-
-    def component(self, name: str, compute: Callable[[], Any]) -> Any:
-        """The output is blended; see the class."""
-        key = self.index, name
-        fresh = compute()
-        self.computed += 1
-        held = self.slots.get(key)
-        if self._ratios is None or held is None:
-            out, renew = fresh, True
-        else:
-            place = self._places[key]
-            out, renew = _blend(fresh, held, self._ratios[place]), self._renew[place]
-        if renew:
-            self.written[key] = _detached(out if self._keep == "blended" else fresh)
-        return out
-
-
 class Trainee:
     """A training runs on this pipeline, in a `with`.
 
     Attributes:
         pipeline, transformer, adapter, spec, blocks: What runs.
         places: (block over all kinds, component) -> its place k among the N ratios of a step, in running order.
+        blending: How its students blend.
     """
 
-    def __init__(self, pipeline: Any, checkpointing: bool = False) -> None:
+    def __init__(
+        self, pipeline: Any, checkpointing: bool = False, blending: Blending | None = None
+    ) -> None:
         transformer = getattr(pipeline, "transformer", None)
         if not isinstance(transformer, nn.Module) or not hasattr(pipeline, "scheduler"):
             raise ArgumentError(
@@ -125,10 +81,12 @@ class Trainee:
             (first[kind.name] + block, component): k
             for k, (kind, block, component) in enumerate(self.spec.components())
         }
+        self.blending = blending or Blending()
         self._checkpointing = checkpointing
         self._driver: Driver | None = None
         self._forward: Forward | None = None
         self._step = self._branch = 0
+        self._weights = Weights([])
         self._undo: list[Callable[[], None]] = []
 
     # ---- in and out
@@ -178,9 +136,32 @@ class Trainee:
             "before its driver said so: training needs a scheduler that every prediction goes through"
         )
 
-    def blend(self, ratios: Ratios, slots: Slots, tau: float, keep: str) -> BlendForward:
-        """A student's call is made; `ratios` [N] say how much of each output is fresh, COMPUTE stands for all ones."""
-        return BlendForward(self.blocks, self.places, ratios, slots, tau, keep)
+    def student(
+        self,
+        ratios: Ratios,
+        slots: Slots,
+        forward: Callable[[Forward | None], Tensor],
+        teacher: Tensor | None = None,
+    ) -> tuple[Tensor, Slots]:
+        """This gives a student's output in the running call, and its slots afterwards.
+
+        Args:
+            ratios: How much of each output is fresh, [N]; COMPUTE stands for all ones.
+            slots: Those before.
+            forward: Runs the model, see :class:`Driver`.
+            teacher: What the stock model gives in this call, where that is known.
+        """
+        if self.blending.whole:
+            fresh = forward(None) if teacher is None else teacher
+            return blend_output(fresh, ratios, slots, self.blending, self._step, self._weights)
+        student = self.blend(ratios, slots)
+        output = forward(student)
+        return output, slots | student.written
+
+    def blend(self, ratios: Ratios, slots: Slots) -> BlendForward:
+        """A student's call is made, which blends the outputs of components."""
+        given = self.blending, self._step, self._weights
+        return BlendForward(self.blocks, self.places, ratios, slots, *given)
 
     def look(self, arguments: Mapping[str, Any]) -> tuple[Conditions, int]:
         """A run's first transformer call tells what the run is like, and its number of text tokens."""
@@ -217,6 +198,8 @@ class Trainee:
 
         if self._driver is None:
             return type(module).forward(module, *args, **kwargs)
+        if self._step == self._branch == 0:  # the pipeline has set its timesteps
+            self._weights = Weights(step_sigmas(self.pipeline.scheduler))
         output = self._driver.call(self._step, self._branch, forward)
         self._branch += 1
         if kwargs.get("return_dict", True):
@@ -280,21 +263,3 @@ def squares(first: Tensor, second: Tensor) -> Tensor:
 
 def _sample(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output.sample
-
-
-def _blend(fresh: Any, held: Any, weight: Tensor) -> Any:
-    """This is r fresh + (1 - r) held, of a tensor or of each of a tuple."""
-    if isinstance(fresh, (tuple, list)):
-        return tuple(map(_blend, fresh, held, [weight] * len(fresh)))
-    if fresh is None:
-        return None
-    if fresh.ndim == 3:
-        return ops.blend(fresh, held, weight)
-    weight = weight.to(fresh.dtype)
-    return weight * fresh + (1 - weight) * held  # Lumina's attentions have their heads apart
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_detached, value))
-    return None if value is None else value.detach()

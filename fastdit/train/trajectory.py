@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastdit.blocks.forward import Forward, Slots
 from fastdit.errors import ArgumentError
+from fastdit.train.blending import COMPUTE
 from fastdit.train.pair import Pair
-from fastdit.train.student import COMPUTE, squares
+from fastdit.train.student import squares
 
 if TYPE_CHECKING:
     from fastdit.train.harmonica import HarmoniCa
@@ -40,21 +41,18 @@ class Trajectory:
 
     def call(self, step: int, branch: int, forward: Callable[[Forward | None], Tensor]) -> Tensor:
         """Teacher and student run; where nothing is trained the model alone does, which fills the slots."""
-        training = self._training
-        settings, held = training.settings, self._slots.get(branch, {})
+        training, held = self._training, self._slots.get(branch, {})
+        student = training.trainee.student
         if not training.logits[step].requires_grad:
-            student = training.trainee.blend(COMPUTE, held, settings.tau, settings.keep)
-            output = forward(student)
-        else:
-            teacher = forward(None)
-            with torch.enable_grad():
-                if self._ratios is None:
-                    self._ratios = torch.sigmoid(training.logits[step])
-                student = training.trainee.blend(self._ratios, held, settings.tau, settings.keep)
-                blended = forward(student)
-                output = Pair.of(blended, teacher)
-            self._outputs.append((blended, teacher))
-        self._slots[branch] = held | student.written
+            output, self._slots[branch] = student(COMPUTE, held, forward)
+            return output
+        teacher = forward(None)
+        with torch.enable_grad():
+            if self._ratios is None:
+                self._ratios = torch.sigmoid(training.logits[step])
+            blended, self._slots[branch] = student(self._ratios, held, forward, teacher)
+            output = Pair.of(blended, teacher)
+        self._outputs.append((blended, teacher))
         return output
 
     def step(self, step: int, prediction: Tensor) -> Tensor:
