@@ -309,6 +309,15 @@ def test_a_sweep_goes_through_ecads_files_into_its_search(name, tmp_path):
     assert len({genome.vector(schedule).tobytes() for schedule in family} & set(seeds)) == 3
 
 
+def test_auto_takes_a_router_of_whole_blocks():
+    logits = np.where(np.arange(4)[:, None, None] % 2, -4.0, 4.0) * np.ones((4, 3, 2))
+    method = fastdit.HarmoniCa(fastdit.Router({KIND: logits}, NAMES), order="auto")
+    assert method.adapts
+    assert method.forecasts
+    with pytest.raises(fastdit.ScheduleError, match=r'order="auto" takes .* step 1 '):
+        fastdit.HarmoniCa(router(), order="auto")
+
+
 @pytest.mark.parametrize("name", tiny_models.one_each(tiny_models.forms()))
 def test_a_router_runs_as_its_schedule(name, tmp_path):
     pipe = tiny_models.pipeline(name)

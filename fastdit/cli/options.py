@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fastdit.cli.launch import MAX_WORKERS
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.schedules.layer import AUTO
 from fastdit.schedules.schedule_file import MAX_COUNT
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import Method, check_noise
+from fastdit.methods.cached import drawn_by
 from fastdit.methods.ecad import shipped
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.layer import check_order
+from fastdit.schedules.layer import AUTO
 from fastdit.schedules.router import TAU, Router, check_tau
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
@@ -41,21 +42,20 @@ class HarmoniCa(Method):
     source: Router | str | os.PathLike[str]
     tau: float = TAU
     strict: bool = True
-    order: int | None = None
+    order: int | str | None = None
 
     name = "HarmoniCa"
     writes = frozenset({"reuse"})
 
     def __post_init__(self) -> None:
         check_tau(self.tau)
-        if self.order is not None:
-            check_order(self.order)
         if isinstance(self.source, (str, os.PathLike)):
             object.__setattr__(self, "source", Router.load(self.source))
         elif not isinstance(self.source, Router):
             raise ScheduleError(
                 f"router must be a Router or a path, got {type(self.source).__name__}"
             )
+        self._scheduled()
 
     @classmethod
     def preset(cls, model: str, **arguments: Any) -> HarmoniCa:
@@ -81,12 +81,19 @@ class HarmoniCa(Method):
 
     def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
         """The schedule at the threshold is bound to the model and the number of steps."""
+        return self._scheduled().bind(spec, steps)
+
+    def _scheduled(self) -> Schedule:
         found = self.source.schedule(self.tau)
-        return (found if self.order is None else found.with_order(self.order)).bind(spec, steps)
+        return found if self.order is None else drawn_by(self.order, found)
+
+    @property
+    def adapts(self) -> bool:
+        return self.order == AUTO
 
     @property
     def forecasts(self) -> bool:
-        return (self.source.order if self.order is None else self.order) > 0
+        return self.adapts or (self.source.order if self.order is None else self.order) > 0
 
     def check_sampler(self, noise: str) -> None:
         """A router that was trained for a sampler knows its noise; drawn outputs under unlike noise lie on no line."""
