@@ -65,6 +65,15 @@ def test_what_is_said_of_forecasts_is_what_was_measured(readme):
             assert all(ratio["high"] >= 1.0 for ratio in repeated.values())
 
 
+def test_no_router_of_forecasts_ships_since_each_loses(readme):
+    result = json.loads((ROOT / "benchmarks" / "results" / "router-unipc.json").read_text())
+    rows = {row["arm"]: row for row in result["rows"]}
+    for name in result["routers"]:
+        assert rows[name]["against"]["unipc 20, every 2, V"]["low"] > 1.0
+    assert fastdit.HarmoniCa.preset("tiny").source.order == 0
+    assert any("None ships" in line for line in readme.routed())
+
+
 def test_the_readme_is_short_enough_to_read():
     assert README.stat().st_size <= 12 * 1024
 

@@ -318,7 +318,8 @@ def routed() -> list[str]:
     for path in sorted(RESULTS.glob("router-*.json")):
         result = json.loads(path.read_text())
         if "order" in result:
-            continue  # the page says it in a sentence, and refers to the results
+            lines += ["", *_beside_every(result)]
+            continue
         lines += [
             "",
             (
@@ -329,6 +330,23 @@ def routed() -> list[str]:
             *_router_differences(result),
         ]
     return lines
+
+
+def _beside_every(result: dict[str, Any]) -> list[str]:
+    """A sentence on routers of forecasts."""
+    found = []
+    for name in result["routers"]:
+        row = next(row for row in result["rows"] if row["arm"] == name)
+        found.append(f"{name} {_ratio(next(iter(row['against'].values())))}")
+    sampler, order = _sampler(result), result["order"]
+    return [
+        (
+            f"For {result['steps']} steps of {sampler} and order {order}, at the arithmetic of "
+            f"`Cached(Schedule.every(2), order={order})`, trained routers are so many times as far from the solution "
+            f"as that: {', '.join(found)}. None ships "
+            f"([the results](../results.md#routers-for-{sampler.lower()}s-sampler))."
+        )
+    ]
 
 
 def arguments(name: str) -> list[str]:

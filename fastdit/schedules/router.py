@@ -263,7 +263,7 @@ class Router:
             raise ScheduleError(f"its metadata does not say format {FORMAT!r}")
         if facts.get("version") not in VERSIONS:
             raise ScheduleError(
-                f"version must be {VERSIONS[0]} or {VERSIONS[1]}, got {facts.get('version')!r}; "
+                f"version must be {' or '.join(map(str, VERSIONS))}, got {facts.get('version')!r}; "
                 "a newer fastdit may read it"
             )
         expect(facts, "metadata", _FACTS | ({"order": int} if facts["version"] == 2 else {}))
