@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import scipy.fft
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +78,10 @@ def _image(
         tokens = cut(noise[:, ::2, ::2], 2)
     clean = None
     for index, stage in enumerate(method.stages()):
-        if index:
+        if index and method.lift != "pixels":
+            state = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
+            tokens = cut(_lifted(pipe, method, stage, state, clean, generator), 1)
+        elif index:
             scale, deviation, c = stage.scale, stage.deviation, method.noise
             if stage.layout == "full":
                 chosen = {i for i, token in enumerate(tokens) if token[0] == 2}
@@ -185,6 +190,43 @@ class Unchanged:
 
     def step(self, velocity: Tensor) -> Tensor:
         return velocity
+
+
+def _lifted(
+    pipe: Any, method: RALU, stage: Any, state: Tensor, clean: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The state [C, 2 h, 2 w] of the full stage from the coarse one's [C, h, w], by scipy's cosine transform."""
+    channels, height, width = state.shape
+    cells = height, width  # of the full stage: a token has 2 x 2 pixels
+    eps = torch.randn(height * width, channels * P * P, generator=generator)
+    tokens = [
+        (1, i // width, i % width, row.view(channels, P, P)) for i, row in enumerate(eps.double())
+    ]
+    z = paste(tokens, cells).numpy()
+
+    def low(coefficients: np.ndarray) -> np.ndarray:
+        """The picture [C, 2 h, 2 w] of a low half alone."""
+        padded = np.zeros((channels, 2 * height, 2 * width))
+        padded[:, :height, :width] = coefficients
+        return scipy.fft.idctn(padded, axes=(1, 2), norm="ortho")
+
+    def waves(picture: np.ndarray) -> np.ndarray:
+        return scipy.fft.dctn(picture, axes=(1, 2), norm="ortho")
+
+    told = low(waves(z)[:, :height, :width])
+    z = z + ((1 - 4 * method.noise) ** 0.5 - 1) * told
+    found = stage.scale * 2 * low(waves(state.double().numpy())) + stage.deviation * z
+    if method.lift == "picture":
+        config, vae = pipe.vae.config, pipe.vae
+        shift = config.shift_factor or 0
+        image = vae.decode(clean[None] / config.scaling_factor + shift).sample.float()
+        image = nn.functional.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        encoded = vae.encode(image.to(vae.dtype)).latent_dist.mode()
+        drawn = ((encoded - shift) * config.scaling_factor)[0].double().numpy()
+        found = found + stage.scale * method.ends[0] * (
+            drawn - 2 * low(waves(clean.double().numpy()))
+        )
+    return torch.from_numpy(found).to(state.dtype)
 
 
 def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:

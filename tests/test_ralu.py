@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.models import embeddings
@@ -34,6 +35,7 @@ from fastdit import (
 )
 from fastdit.account.cost import Cost
 from fastdit.ops import bind
+from fastdit.tokens import lift
 from fastdit.tokens.layout import Layout
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import mismatch
@@ -183,6 +185,9 @@ def test_how_many_tokens_are_split(split, align, text, count):
         ({"noise": None}, "shifts and noise belong together"),
         ({"split": 1.5}, "split must be a number in"),
         ({"selector": "canny"}, "selector must be one of edges, gradient, variance"),
+        ({"lift": "bicubic"}, "lift must be one of pixels, spectrum, picture"),
+        ({"lift": "spectrum"}, 'lift must be "pixels" with a mixed stage'),
+        ({"lift": "picture", "mode": "parity", "steps": (2, 0, 3)}, 'with mode="parity"'),
         ({"mode": "exact"}, 'mode must be "corrected" or "parity"'),
         ({"align": 0}, "align must be a whole number"),
         ({"base_shift": -1.0}, "base_shift must be a number above 0"),
@@ -309,6 +314,42 @@ def test_noise_is_white_after_each_transition(mode):
         torch.testing.assert_close(covariance, expected, rtol=0, atol=0.11 * variance)
 
 
+@pytest.mark.parametrize("noise", [0.25, 0.1])
+def test_noise_is_white_after_a_lift(noise):
+    """From data 0 the state must be the next time's noise, as after a transition of tokens."""
+    method = dataclasses.replace(SHORT, steps=(2, 0, 3), noise=noise, lift="spectrum")
+    run = stages_of(method)
+    run.begin((4, 6), 0, torch.device("cpu"))
+    channels = 4096
+    latents = torch.randn(1, channels, 8, 12)
+    run.seed(latents)
+    small = torch.randn(1, channels, 4, 6) * method.stages()[0].sigmas[-1]
+    latents.copy_(small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    run.finish(torch.zeros_like(latents), latents)
+    assert run.now.name == "full"
+    pixels = latents[0].flatten(1)
+    variance = method.stages()[1].deviation ** 2
+    expected = torch.eye(96) * variance
+    torch.testing.assert_close(pixels.T @ pixels / channels, expected, rtol=0, atol=0.11 * variance)
+
+
+def test_a_lift_keeps_the_low_half_and_adds_noise_to_the_other():
+    """A wave of the coarse picture is the same wave of the fine one; at c = 1/4 its own noise is all it has."""
+
+    def wave(scale):
+        y, x = (torch.arange(side * scale, dtype=torch.float64) + 0.5 for side in (4, 6))
+        of_y, of_x = 2 * y / (4 * scale), 5 * x / (6 * scale)
+        return torch.cos(torch.pi * of_y)[:, None] * torch.cos(torch.pi * of_x)
+
+    noise = torch.randn(8, 12, dtype=torch.float64)
+    found = lift.enlarged(wave(1), noise, scale=0.3, deviation=0.7, correlation=0.25)
+    rest = scipy.fft.dctn((found - 0.3 * wave(2)).numpy(), norm="ortho")
+    assert abs(rest[:4, :6]).max() < 1e-12
+    expected = 0.7 * scipy.fft.dctn(noise.numpy(), norm="ortho")
+    expected[:4, :6] = 0
+    np.testing.assert_allclose(rest, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["corrected", "parity"])
 def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     """Without noise the transition leaves the picture as it is, or copies tokens of 2 x 2 pixels as published."""
@@ -389,8 +430,12 @@ CASES = [
     ("sd3", 3, {"mode": "parity"}),
     ("sd3.5", 2, {"selector": "edges", "split": 0.5}),
     ("sd3", 1, {"steps": (2, 0, 3)}),
+    ("sd3", 2, {"steps": (2, 0, 3), "lift": "spectrum"}),
+    ("sd3", 1, {"steps": (2, 0, 3), "lift": "picture", "noise": 0.25}),
     ("flux", 1, {}),
     ("flux", 3, {}),
+    ("flux", 1, {"steps": (2, 0, 3), "lift": "spectrum", "noise": 0.25}),
+    ("flux", 2, {"steps": (2, 0, 3), "lift": "picture"}),
     ("flux-dev", 2, {"selector": "variance", "mode": "parity"}),
 ]
 

@@ -61,6 +61,12 @@ class Pictures:
         latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
         return vae.decode(latents, return_dict=False)[0]
 
+    def encode(self, image: Tensor, vae: Any) -> Tensor:
+        """The latents [B, C, h, w] of a picture [B, 3, H, W], -1 to 1: the inverse of :meth:`decode`."""
+        shift = (vae.config.shift_factor or 0.0) if self.shifts_latents else 0.0
+        latents = vae.encode(image.to(vae.dtype), return_dict=False)[0].mode()
+        return (latents - shift) * vae.config.scaling_factor
+
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
         grid = velocity.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))

@@ -12,6 +12,9 @@ picture whose darker half is clipped. `"corrected"` draws each latent pixel twic
 neighbours are, gives those tokens the variance the equations ask for, and looks at the whole range. The noise that
 four copies or four pixels share is cancelled in either. Random numbers are drawn for every image from its own initial
 latents, never from a global generator.
+
+A run without a mixed stage may split all tokens at once in two better ways, see `lift`: then every query meets keys of
+its own stride alone, noise is new only where the coarse picture had none, and the full stage can begin late.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import Stage
 
 SELECTORS = ("edges", "gradient", "variance")
+LIFTS = ("pixels", "spectrum", "picture")
 #: token layouts of the three stages
 LAYOUTS = ("coarse", "mixed", "full")
 
@@ -45,6 +49,9 @@ class RALU(Method):
         split: Share r in [0, 1] of the coarse tokens that are split early.
         selector: What splits a token early: "edges" of the decoded half-size picture, "gradient" or "variance" of its
             latents. Edges need the pipeline's VAE once in a run; under offload it moves in for that.
+        lift: How coarse tokens become fine ones. "pixels" draws each latent pixel twice as large. The others need
+            `steps` without a mixed stage: "spectrum" keeps the coarse picture as the low half of the fine one's cosine
+            transform, and "picture" also decodes the clean estimate, enlarges it and encodes it again, once in a run.
         mode: "corrected" or "parity".
         align: The tokens of the mixed stage, text included, are made a multiple of this; 1 leaves `split` as it is.
             128 suits GPUs.
@@ -62,6 +69,7 @@ class RALU(Method):
     noise: float | None = None
     split: float = 0.3
     selector: str = "edges"
+    lift: str = "pixels"
     mode: str = "corrected"
     align: int = 1
     base_shift: float = 3.0
@@ -76,6 +84,7 @@ class RALU(Method):
         real("base_shift", self.base_shift, "above 0", lambda x: x > 0)
         one_of("selector", self.selector, SELECTORS)
         check_mode(self)
+        self._check_lift()
         whole("align", self.align)
         if (self.shifts is None) != (self.noise is None):
             given = "shifts" if self.noise is None else "noise"
@@ -103,6 +112,20 @@ class RALU(Method):
         if reached[-1] != 1 or any(a >= b for a, b in itertools.pairwise(reached)):
             raise ArgumentError(
                 f"ends must rise to 1 over the stages that have steps, got {self.ends!r}"
+            )
+
+    def _check_lift(self) -> None:
+        one_of("lift", self.lift, LIFTS)
+        if self.lift == "pixels":
+            return
+        if self.mode == "parity":
+            raise ArgumentError(
+                f'lift must be "pixels" with mode="parity", which is as published, got {self.lift!r}'
+            )
+        if self.steps[1]:
+            raise ArgumentError(
+                f'lift must be "pixels" with a mixed stage, got {self.lift!r} with steps={self.steps}; '
+                f"steps=({self.steps[0]}, 0, {self.steps[2]}) has none"
             )
 
     def _solve(self) -> None:
