@@ -74,7 +74,9 @@ class Bed:
         side = self.size // self.pipe.vae_scale_factor
         channels = self.pipe.transformer.config.in_channels
         noise = [
-            torch.randn(channels, side, side, generator=torch.Generator().manual_seed(SEED + i))
+            torch.randn(
+                channels, side, side, generator=torch.Generator().manual_seed(SEED + arm.seed + i)
+            )
             for i in range(first, first + len(texts))
         ]
         arguments = arm.prepare(self.pipe)

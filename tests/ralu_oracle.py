@@ -76,7 +76,7 @@ def _image(
         tokens = cut(noise, 1)
     else:
         tokens = cut(noise[:, ::2, ::2], 2)
-    clean = None
+    clean, velocities = None, []
     for index, stage in enumerate(method.stages()):
         if index and method.lift != "pixels":
             state = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
@@ -86,7 +86,13 @@ def _image(
             if stage.layout == "full":
                 chosen = {i for i, token in enumerate(tokens) if token[0] == 2}
             else:
-                energy = _energy(pipe, method, clean)
+                if method.selector == "change":
+                    energy = [
+                        float((now - before).square().sum())
+                        for before, now in zip(*velocities[-2:], strict=True)
+                    ]
+                else:
+                    energy = _energy(pipe, method, clean)
                 count = method.split_count(len(tokens), given["prompt_embeds"].shape[1])
                 chosen = set(sorted(range(len(tokens)), key=lambda i: -energy[i])[:count])
             kept = [token for i, token in enumerate(tokens) if i not in chosen]
@@ -129,6 +135,7 @@ def _image(
         with _leaving_out(pipe, stage, sigmas, bits, sparse, b, orders) as whole:
             for now, then in itertools.pairwise(sigmas):
                 velocity = whole(model(tokens, stage.layout, now, (gh, gw)))
+                velocities.append(velocity)
                 tokens = [
                     (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
                     for (size, y, x, t), v in zip(tokens, velocity, strict=True)

@@ -185,6 +185,7 @@ def test_how_many_tokens_are_split(split, align, text, count):
         ({"noise": None}, "shifts and noise belong together"),
         ({"split": 1.5}, "split must be a number in"),
         ({"selector": "canny"}, "selector must be one of edges, gradient, variance"),
+        ({"selector": "change", "steps": (1, 2, 3)}, "needs at least 2 coarse steps"),
         ({"lift": "bicubic"}, "lift must be one of pixels, spectrum, picture"),
         ({"lift": "spectrum"}, 'lift must be "pixels" with a mixed stage'),
         ({"lift": "picture", "mode": "parity", "steps": (2, 0, 3)}, 'with mode="parity"'),
@@ -314,6 +315,24 @@ def test_noise_is_white_after_each_transition(mode):
         torch.testing.assert_close(covariance, expected, rtol=0, atol=0.11 * variance)
 
 
+def test_the_latest_end_is_told_by_what_a_small_picture_lacks():
+    """Two waves that half the size cannot show, of 96 - 24 coefficients; the same waves half as strong allow more."""
+    waves = np.zeros((3, 8, 12))
+    waves[:, 5, 2], waves[:, 1, 9], waves[:, 1, 2] = 3.0, 4.0, 100.0
+    latents = torch.from_numpy(scipy.fft.idctn(waves, axes=(1, 2), norm="ortho"))
+    for noise in (0.25, 0.1):
+        end = RALU.latest_end(latents, share=0.04, noise=noise)
+        start = dataclasses.replace(SHORT, ends=(end, 0.99, 1.0), noise=noise).stages()[1].sigmas[0]
+        power = 25 / 72
+        assert ((1 - start) / start) ** 2 * power == pytest.approx(0.04)
+    assert RALU.latest_end(latents / 2) > RALU.latest_end(latents)
+    assert RALU.latest_end(torch.zeros(1, 4, 4)) == 1
+    with pytest.raises(ArgumentError, match="latents must be pictures"):
+        RALU.latest_end(torch.zeros(1, 4, 5))
+    with pytest.raises(ArgumentError, match="share must be"):
+        RALU.latest_end(latents, share=0)
+
+
 @pytest.mark.parametrize("noise", [0.25, 0.1])
 def test_noise_is_white_after_a_lift(noise):
     """From data 0 the state must be the next time's noise, as after a transition of tokens."""
@@ -429,6 +448,8 @@ CASES = [
     ("sd3", 1, {}),
     ("sd3", 3, {"mode": "parity"}),
     ("sd3.5", 2, {"selector": "edges", "split": 0.5}),
+    ("sd3", 2, {"selector": "change"}),
+    ("flux", 2, {"steps": (3, 1, 2), "selector": "change"}),
     ("sd3", 1, {"steps": (2, 0, 3)}),
     ("sd3", 2, {"steps": (2, 0, 3), "lift": "spectrum"}),
     ("sd3", 1, {"steps": (2, 0, 3), "lift": "picture", "noise": 0.25}),

@@ -24,14 +24,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from fastdit.checks import is_whole, one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode
-from fastdit.tokens import stages
+from fastdit.tokens import lift, stages
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import Stage
 
-SELECTORS = ("edges", "gradient", "variance")
+SELECTORS = ("edges", "gradient", "variance", "change")
 LIFTS = ("pixels", "spectrum", "picture")
 #: token layouts of the three stages
 LAYOUTS = ("coarse", "mixed", "full")
@@ -48,7 +50,8 @@ class RALU(Method):
         noise: The constant c in (0, 1/4] of the noise added between them.
         split: Share r in [0, 1] of the coarse tokens that are split early.
         selector: What splits a token early: "edges" of the decoded half-size picture, "gradient" or "variance" of its
-            latents. Edges need the pipeline's VAE once in a run; under offload it moves in for that.
+            latents, or the "change" of their velocity over the last two coarse steps. Edges need the pipeline's VAE
+            once in a run; under offload it moves in for that.
         lift: How coarse tokens become fine ones. "pixels" draws each latent pixel twice as large. The others need
             `steps` without a mixed stage: "spectrum" keeps the coarse picture as the low half of the fine one's cosine
             transform, and "picture" also decodes the clean estimate, enlarges it and encodes it again, once in a run.
@@ -85,6 +88,10 @@ class RALU(Method):
         one_of("selector", self.selector, SELECTORS)
         check_mode(self)
         self._check_lift()
+        if self.selector == "change" and self.steps[1] and self.steps[0] < 2:
+            raise ArgumentError(
+                f'selector="change" needs at least 2 coarse steps, got steps={self.steps}'
+            )
         whole("align", self.align)
         if (self.shifts is None) != (self.noise is None):
             given = "shifts" if self.noise is None else "noise"
@@ -150,7 +157,8 @@ class RALU(Method):
 
         "flux-4x", "flux-5x" and "flux-7x" for FLUX.1-dev; "sd3-2x" and "sd3-3x" for SD3-medium; "schnell" and
         "sd35-turbo", whose shifts and noise were never published and are solved as the others were.
-        They run on that model's family only; `family=None` lets them run on any.
+        They run on that model's family only; `family=None` lets them run on any. "late" is none of the paper's: it
+        has no mixed stage and leaves the coarse one late, for any family.
         """
         one_of("preset", name, PRESETS)
         return replace(PRESETS[name], **changes)
@@ -170,6 +178,22 @@ class RALU(Method):
         if 0 in asked.steps:
             raise ArgumentError(f"steps must be at least 1 in every stage, got {asked.steps!r}")
         return stages.solve(asked.steps, asked.ends, base_shift)
+
+    @staticmethod
+    def latest_end(latents: Tensor, share: float = 0.01, noise: float = 0.25) -> float:
+        """How late a coarse stage may end, by the spectrum of a VAE: the time for `ends`.
+
+        The full stage begins with nothing but noise where the coarse picture tells nothing. At this time the signal
+        that is missing there has, on the mean, at most `share` of that noise's power.
+
+        Args:
+            latents: Clean latents [..., h, w] of pictures at full size, scaled as the transformer takes them.
+            share: Above 0.
+            noise: The constant c, as for the method.
+        """
+        real("share", share, "above 0", lambda x: x > 0)
+        real("noise", noise, "in (0, 1/4]", lambda x: 0 < x <= 0.25)
+        return stages.latest_end(lift.new_power(latents), share, noise)
 
     # ---- the plan
 
@@ -248,6 +272,8 @@ PRESETS = {
         (1, 1, 2), _FLUX, (1.008, 0.568, 0.864), 0.25, 0.3, base_shift=1.0, family="flux"
     ),
     "sd35-turbo": RALU((1, 1, 2), _FLUX, (4.603, 2.277, 2.612), 38.5**-2, 0.3, family="sd3"),
+    # The time is what `latest_end` says of the VAE in the package; the shifts are that of the models.
+    "late": RALU((5, 0, 5), (0.5, 0.75, 1.0), (3.0, 3.0, 3.0), 0.25, lift="picture"),
 }
 
 METHOD = RALU

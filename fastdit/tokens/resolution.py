@@ -51,6 +51,7 @@ class ResolutionRun(MethodRun):
         now: The layout of the stage's tokens; None before the run's first call.
         records: The stages that have ended.
         generators: One for each image of the batch, for the noise between stages.
+        velocities: Of the coarse stage's last two steps, as tokens, where the selector looks at them.
         memory: Free space of the adapter that lives as long as the stage: tables of positions.
     """
 
@@ -63,6 +64,7 @@ class ResolutionRun(MethodRun):
         self.memory: dict[Any, Any] = {}
         self.adapter, self.ops = run.patched.adapter, run.patched.ops
         self.generators: list[torch.Generator] = []
+        self.velocities: list[Tensor] = []
         self._text = 0
 
     # ---- hooks
@@ -105,6 +107,9 @@ class ResolutionRun(MethodRun):
         run = self.run
         if run.step == run.first:
             self.project(step.latents)
+        if self.method.selector == "change" and self.now.name == "coarse":
+            velocity = self.now.read(self._field(step.velocity), self.ops)
+            self.velocities = [*self.velocities[-1:], velocity]
         if self.end_sigma(run.step) is not None:
             self.finish(step.velocity, step.latents)
             ended = len(self.records) == len(self.stages)
@@ -114,6 +119,7 @@ class ResolutionRun(MethodRun):
         """Only the records stay."""
         self.memory.clear()
         self.generators.clear()
+        self.velocities.clear()
 
     # ---- stages
 
@@ -247,7 +253,10 @@ class ResolutionRun(MethodRun):
     def _chosen(self) -> Tensor:
         method, cells = self.method, tuple(side // 2 for side in self.now.grid)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
-        energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
+        if method.selector == "change":
+            energy = edges.change_energy(*self.velocities)
+        else:
+            energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
         return edges.top_rows(energy, method.split_count(self.now.tokens, self._text))
 
     def _picture(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
