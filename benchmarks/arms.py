@@ -17,6 +17,8 @@ import fastdit
 from ab2 import AB2Scheduler
 from fastdit import Schedule
 from fastdit.methods.ras import RASRun
+from fastdit.tokens import resolution
+from fastdit.tokens.layout import Layout
 
 SOLVERS = ("euler", "unipc", "ab2")
 EVALUATIONS = (5, 7, 10, 14)
@@ -117,6 +119,16 @@ def random_tokens() -> Iterator[None]:
         yield
 
 
+def corners() -> Any:
+    """RALU whose coarse tokens keep their published places among fine ones, everything else as it is."""
+
+    def make(*given: Any, centred: bool = False) -> Layout:
+        return Layout(*given)
+
+    make.uniform = Layout.uniform
+    return mock.patch.object(resolution, "Layout", make)
+
+
 def caches() -> Iterator[tuple[str, Arm]]:
     """Whole steps and halves of the depth, repeated and drawn, and one arm or two of each other method."""
     for count in EVALUATIONS:
@@ -160,8 +172,9 @@ def ralu() -> Iterator[tuple[str, Arm]]:
     The two stages of the last rows cost less than any published setting; all ways between the stages have equal steps.
     """
     published = functools.partial(fastdit.RALU.preset, "sd3-3x")
-    yield "RALU 3x", fixed(published())
     yield "RALU 3x, parity", fixed(published(mode="parity"))
+    yield "RALU 3x, corners", fixed(published(), around=corners)
+    yield "RALU 3x", fixed(published())
     yield "RALU 3x, split by change", fixed(published(selector="change"))
     yield "RALU 3x, no mixed stage", fixed(published(steps=(3, 0, 6)))
     for lift in ("pixels", "spectrum", "picture"):

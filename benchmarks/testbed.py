@@ -26,14 +26,14 @@ import numpy as np
 
 import frechet
 from arms import SOLVERS, STUDIES, Arm, plain
-from bed import BATCH, Bed, prompts
+from bed import BATCH, TIMED, Bed, prompts
 from fastdit import tiny
 from fastdit.tiny.score import find_objects
 from machine import describe_machine
 from paired import ratio, share
 
 #: plain steps that are timed; those between take what a line through them says
-TIMED = (4, 20)
+ENDS = (4, 20)
 RESAMPLES = 200  # of Fréchet distances
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -112,9 +112,9 @@ def baselines(
     solvers: Iterable[str] = SOLVERS,
 ) -> tuple[dict[str, Arm], dict[str, dict[str, list[str]]]]:
     """These are all plain arms, and of each arm those beside it: what is equal -> their names."""
-    few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in TIMED)
-    step = (many - few) / (TIMED[1] - TIMED[0])
-    rest = few - TIMED[0] * step
+    few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in ENDS)
+    step = (many - few) / (ENDS[1] - ENDS[0])
+    rest = few - ENDS[0] * step
     found: dict[str, Arm] = {}
     beside: dict[str, dict[str, list[str]]] = {}
     for name, arm in arms.items():
@@ -163,7 +163,7 @@ def judge(
 
 def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
     """Seconds of a picture of all arms and of a few plain steps; kept in a file, which goes when an arm is new."""
-    arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in TIMED)}
+    arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in ENDS)}
     known = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
     if missing := set(arms) - set(known["seconds"]):
         print(f"timing {len(missing)} arms", flush=True)
@@ -270,6 +270,7 @@ def main() -> None:
         "size": size,
         "solvers": study.solvers,
         "truth_steps": study.truth,
+        "timed_batch": TIMED,
         "machine": clock["machine"],
         "seconds": clock["seconds"],
         "evaluations": {n: beds[0].arithmetic(arm) for n, arm in {**arms, **others}.items()},

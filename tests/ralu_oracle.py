@@ -63,6 +63,7 @@ def _image(
     orders: Bits | None,
 ) -> Tensor:
     model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
+    model.centred = method.mode == "corrected"
     noise = latents[b]
     content = pack(noise) if _is_flux(pipe) else noise
     digest = hashlib.blake2b(
@@ -280,7 +281,18 @@ def _is_flux(pipe: Any) -> bool:
     return "Flux" in type(pipe.transformer).__name__
 
 
-class FluxCalls:
+class Calls:
+    """A stock model on a list of tokens."""
+
+    centred: bool
+
+    def places(self, tokens: list[Any], layout: str) -> list[tuple[float, float]]:
+        """Row and column of each token, in cells: a coarse one among others may lie in the middle of its four."""
+        off = 0.5 if layout == "mixed" and self.centred else 0.0
+        return [(y + off * (size - 1), x + off * (size - 1)) for size, y, x, _ in tokens]
+
+
+class FluxCalls(Calls):
     """Stock FLUX on a list of tokens, true guidance by a second call."""
 
     def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
@@ -290,7 +302,7 @@ class FluxCalls:
         self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
     ) -> list[Tensor]:
         given, unit = self.given, 1.0 if layout == "full" else 0.5
-        ids = torch.tensor([[0.0, y * unit, x * unit] for _, y, x, _ in tokens])
+        ids = torch.tensor([[0.0, y * unit, x * unit] for y, x in self.places(tokens, layout)])
         x = torch.stack([content.flatten() for *_, content in tokens])[None]
         if "condition" in given:  # of Fill and Control, [C, H, W]
             extra = [
@@ -321,7 +333,7 @@ class FluxCalls:
         return self.model.config.guidance_embeds
 
 
-class SD3Calls:
+class SD3Calls(Calls):
     """Stock SD3 on a list of tokens, guidance by two calls; positions by their formula."""
 
     def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
@@ -342,7 +354,7 @@ class SD3Calls:
         positions = torch.stack(
             [
                 sincos((left + x / scale) * unit, (top + y / scale) * unit, projected.shape[-1])
-                for _, y, x, _ in tokens
+                for y, x in self.places(tokens, layout)
             ]
         )
 

@@ -596,8 +596,9 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
     for _ in range(2):  # and anew in each run
         made.clear()
         generate(pipe, name, steps=7, batch=2, cfg=cfg, **SIZE)
-        # FLUX: text and tokens, of the mixed stage those of both images; SD3 crops a table where there is one size.
-        assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)])
+        # FLUX: text and tokens, of the mixed stage those of both images; SD3 crops a table where there is one size,
+        # and makes one of corners and one of middles for the mixed stage.
+        assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)] * 2)
 
 
 @pytest.mark.parametrize("name", STAGED)

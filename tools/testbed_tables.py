@@ -108,7 +108,8 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             f"{_errors(result)}Clean pictures show objects of some shape, the score is the share of "
             "the prompt's objects that are there, the Fréchet distance is to the truth's pictures on features of the "
             f"model's own encoder; each less that of {solvers(result)} with the most steps that take no more time. "
-            f"Seconds are a picture's in batches of 16, parity alone ({machine}; `benchmarks/testbed.py {study}`)."
+            f"Seconds are a picture's in batches of {result.get('timed_batch', 16)}, parity alone ({machine}; "
+            f"`benchmarks/testbed.py {study}`)."
         ),
         "",
         f"![distances over evaluations](testbed-{study}.png)",

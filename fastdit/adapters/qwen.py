@@ -150,11 +150,11 @@ class Qwen(Packed):
             return type(module).forward(module, *args, **kwargs)
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.grid]
         if length not in memory:
-            level, *places = layout.table.float().cpu().unbind(-1)
+            places = layout.places().cpu().unbind(-1)
             places = [p / 2 - (n - n // 2) for p, n in zip(places, sides, strict=True)]
-            axes = zip((0 * level, *places), module.axes_dim, strict=True)
+            axes = zip((0 * places[0], *places), module.axes_dim, strict=True)
             turns = [module.rope_params(place.flatten(), dim, module.theta) for place, dim in axes]
-            image = torch.cat(turns, dim=-1).unflatten(0, level.shape)
+            image = torch.cat(turns, dim=-1).unflatten(0, places[0].shape)
             found = image.squeeze(0), module.pos_freqs[max(sides) // 2 :][:length]
             memory[length] = tuple(part.to(layout.table.device) for part in found)
         return memory[length]

@@ -205,9 +205,10 @@ class ResolutionRun(MethodRun):
             raster=before.grid[1] if full else None,
         )
         coarse = before.coarse - rows.shape[1]
-        self.now = (
-            Layout.uniform(before.grid, 0, x.device) if full else Layout(before.grid, table, coarse)
-        )
+        if full:
+            self.now = Layout.uniform(before.grid, 0, x.device)
+        else:
+            self.now = Layout(before.grid, table, coarse, centred=not parity)
         return x
 
     def _lifted(self, x: Tensor) -> Tensor:
