@@ -194,6 +194,7 @@ class Study(NamedTuple):
         pictures: How many.
         solvers: Of the plain arms.
         truth: Heun steps of the truth.
+        sides: What plain arms are equal in, see `testbed.baselines`.
     """
 
     arms: Callable[[], Iterator[tuple[str, Arm]]]
@@ -202,6 +203,7 @@ class Study(NamedTuple):
     pictures: int
     solvers: tuple[str, ...] = SOLVERS
     truth: int = 60
+    sides: tuple[str, ...] = ("arithmetic", "time", "more time")
 
 
 BOTH = tuple((captions, guidance) for guidance in (2.5, 7.0) for captions in ("full", "open"))
@@ -209,5 +211,5 @@ STUDIES = {
     "caches": Study(caches, BOTH, 64, 96),
     "ras": Study(ras, BOTH[:2], 128, 96),
     # Pictures that are not the truth's are judged by Fréchet distance alone, for which 20 steps are enough.
-    "ralu": Study(ralu, BOTH[:2], 128, 256, ("unipc",), 20),
+    "ralu": Study(ralu, BOTH[:2], 128, 256, ("unipc",), 20, ("arithmetic", "time")),
 }

@@ -110,6 +110,7 @@ def baselines(
     bed: Bed,
     seconds: Mapping[str, float],
     solvers: Iterable[str] = SOLVERS,
+    sides: Iterable[str] = ("arithmetic", "time", "more time"),
 ) -> tuple[dict[str, Arm], dict[str, dict[str, list[str]]]]:
     """These are all plain arms, and of each arm those beside it: what is equal -> their names."""
     few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in ENDS)
@@ -124,7 +125,7 @@ def baselines(
             "time": most,
             "more time": most + 1,
         }
-        made = {what: [plain(s, count) for s in solvers] for what, count in counts.items()}
+        made = {what: [plain(s, counts[what]) for s in solvers] for what in sides}
         if arm.nodes:
             levels = bed.levels(arm)
             nodes = tuple(levels[node] for node in arm.nodes)
@@ -236,7 +237,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes[0][column].set_title(title, fontsize=10)
     for axis, label in zip(axes[:, 0], shown.values(), strict=True):
         axis.set_ylabel(label)
-    axes[1][0].legend(fontsize=7)
+    axes[1][0].legend(
+        fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (0, -0.15)} if own else {})
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -263,7 +266,7 @@ def main() -> None:
     beds = [Bed(pipe, *condition, size, options.folder) for condition in conditions]
     arms = dict(study.arms())
     clock = timed(beds[0], arms, options.folder / f"seconds-{options.study}-{size}.json")
-    others, beside = baselines(arms, beds[0], clock["seconds"], study.solvers)
+    others, beside = baselines(arms, beds[0], clock["seconds"], study.solvers, study.sides)
     result = {
         "study": options.study,
         "pictures": count,

@@ -233,6 +233,13 @@ def test_one_split_token_and_its_four():
     assert full[0, :, 0].unflatten(0, (4, 4)).tolist() == expected
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_coarse_token_lies_at_its_first_cell_or_in_the_middle_of_four(centred):
+    table = torch.tensor([[[1, 0, 2], [1, 4, 0], [0, 0, 0], [0, 3, 5]]], dtype=torch.int32)
+    coarse = [[0.5, 2.5], [4.5, 0.5]] if centred else [[0.0, 2.0], [4.0, 0.0]]
+    assert Layout((6, 6), table, 2, centred).places()[0].tolist() == [*coarse, [0, 0], [3, 5]]
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["picture", "packed"])
 def test_what_is_drawn_is_read_back(packed):
     ops = bind("reference")
@@ -680,9 +687,17 @@ def test_adapters_and_offloading(name, feature):
     within_contract(found["feature"], found["plain"])
 
 
-@pytest.mark.parametrize(("selector", "decodings"), [("edges", 2), ("gradient", 0)])
-def test_offloading_moves_the_decoder_in_for_edges(selector, decodings):
-    """Once for each image, and the transformer comes back for the next step."""
+@pytest.mark.parametrize(
+    ("change", "uses"),
+    [
+        ({"selector": "edges"}, 2),
+        ({"selector": "gradient"}, 0),
+        ({"steps": (2, 0, 5), "lift": "spectrum"}, 0),
+        ({"steps": (2, 0, 5), "lift": "picture"}, 4),  # each is decoded and encoded
+    ],
+)
+def test_offloading_moves_the_autoencoder_in_where_it_is_used(change, uses):
+    """For each image, and the transformer comes back for the next step."""
     pipe = tiny_models.pipeline("flux")
     pipe.enable_model_cpu_offload(device="cpu")
     moves = []
@@ -694,9 +709,9 @@ def test_offloading_moves_the_decoder_in_for_edges(selector, decodings):
             return real(*args, **kwargs)
 
         hook.pre_forward = pre_forward
-    fastdit.patch(pipe, dataclasses.replace(SHORT, selector=selector))
+    fastdit.patch(pipe, dataclasses.replace(SHORT, **change))
     generate(pipe, "flux", batch=2, steps=7, cfg=False, **SIZE)
-    assert moves == ["transformer"] * 2 + ["vae"] * decodings + ["transformer"] * 5
+    assert moves == ["transformer"] * 2 + ["vae"] * uses + ["transformer"] * 5
 
 
 @pytest.mark.slow

@@ -77,6 +77,7 @@ def ralu(folder: Path) -> None:
             axis.set_yticks([])
         if len(drawn) < len(LAYOUTS):
             row[1].set_title("no mixed stage", fontsize=9)
+            row[1].axis("off")
             row = np.delete(row, 1)
         for axis, picture, title in zip(row, shown, titles, strict=True):
             axis.imshow(picture)

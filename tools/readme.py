@@ -375,6 +375,7 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "arguments": functools.partial(arguments, "RALU"),
         "measured": functools.partial(measured, "RALU", "+", including="RALU"),
         "quality": lambda: testbed_tables.beside_fewer_steps(_result("testbed-ralu.json")),
+        "lifts": lambda: testbed_tables.lifts(_result("lifts.json")),
     },
     "per_stage": {"arguments": functools.partial(arguments, "PerStage")},
 }

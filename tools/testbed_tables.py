@@ -1,4 +1,4 @@
-"""What the documents say of the studies of `benchmarks/testbed.py`."""
+"""What the documents say of the studies of `benchmarks/testbed.py`, and of `benchmarks/lifts.py` beside them."""
 
 from __future__ import annotations
 
@@ -213,3 +213,21 @@ def beside_fewer_steps(result: Mapping[str, Any]) -> list[str]:
                     )
                 )
     return lines
+
+
+def lifts(result: Mapping[str, Any]) -> list[str]:
+    """How near enlarged latents come to those of the picture at full size."""
+    return [
+        (
+            f"Latents of {result['scenes']} scenes at half the size, enlarged, beside those of the same scenes at full "
+            "size; relative distances (`benchmarks/lifts.py`). `RALU.latest_end` gives "
+            f"{result['latest_end']:.2f} for them:"
+        ),
+        "",
+        "| lift | latents | low half of their cosine transform | decoded pictures, from those drawn |",
+        "|---|---|---|---|",
+        *(
+            _row(name, f"{way['latents']:.0%}", f"{way['low']:.0%}", f"{way['pictures']:.0%}")
+            for name, way in result["ways"].items()
+        ),
+    ]
