@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -16,6 +17,8 @@ import fastdit
 from ab2 import AB2Scheduler
 from fastdit import Schedule
 from fastdit.methods.ras import RASRun
+from fastdit.tokens import resolution
+from fastdit.tokens.layout import Layout
 
 SOLVERS = ("euler", "unipc", "ab2")
 EVALUATIONS = (5, 7, 10, 14)
@@ -34,6 +37,7 @@ class Arm:
         sigmas: The noise levels of the steps, where they are not the solver's own.
         nodes: Steps at which the whole model runs, where that is all that ever runs.
         alone: Pictures are drawn one by one.
+        seed: Another than 0 draws other noise, as a control.
         around: A context manager that draws run in.
     """
 
@@ -43,6 +47,7 @@ class Arm:
     sigmas: tuple[float, ...] | None = None
     nodes: tuple[int, ...] = ()
     alone: bool = False
+    seed: int = 0
     around: Callable[[], Any] = contextlib.nullcontext
 
     def prepare(self, pipe: Any) -> dict[str, Any]:
@@ -123,6 +128,16 @@ def random_tokens() -> Iterator[None]:
         yield
 
 
+def corners() -> Any:
+    """RALU whose coarse tokens keep their published places among fine ones, everything else as it is."""
+
+    def make(*given: Any, centred: bool = False) -> Layout:
+        return Layout(*given)
+
+    make.uniform = Layout.uniform
+    return mock.patch.object(resolution, "Layout", make)
+
+
 def caches() -> Iterator[tuple[str, Arm]]:
     """Whole steps and halves of the depth, repeated and drawn, and one arm or two of each other method."""
     for count in EVALUATIONS:
@@ -169,20 +184,49 @@ def ras() -> Iterator[tuple[str, Arm]]:
 
 
 def ralu() -> Iterator[tuple[str, Arm]]:
-    """RALU's published settings of SD3 at 2x and 3x, by each selector; the published arithmetic."""
-    for speed in ("2x", "3x"):
-        for selector in ("edges", "gradient", "variance"):
-            yield (
-                f"RALU {speed}, {selector}",
-                fixed(fastdit.RALU.preset(f"sd3-{speed}", selector=selector)),
-            )
-        yield f"RALU {speed}, parity", fixed(fastdit.RALU.preset(f"sd3-{speed}", mode="parity"))
+    """RALU's published settings and one of their parts after the other mended, all beside the same model's own noise.
+
+    The two stages of the last rows cost less than any published setting; all ways between the stages have equal steps.
+    """
+    published = functools.partial(fastdit.RALU.preset, "sd3-3x")
+    yield "RALU 3x, parity", fixed(published(mode="parity"))
+    yield "RALU 3x, corners", fixed(published(), around=corners)
+    yield "RALU 3x", fixed(published())
+    yield "RALU 3x, split by change", fixed(published(selector="change"))
+    yield "RALU 3x, no mixed stage", fixed(published(steps=(3, 0, 6)))
+    for lift in ("pixels", "spectrum", "picture"):
+        yield f"RALU late, {lift}", fixed(fastdit.RALU.preset("late", lift=lift))
+    early = fastdit.RALU.preset("late", steps=(3, 0, 7), ends=(0.2, 0.75, 1.0))
+    yield "RALU 3 + 7 steps to 0.2, picture", fixed(early)
+    yield "unipc 8, other noise", Arm("unipc", 8, seed=1_000_000)
 
 
-#: study -> (its arms, (captions, guidance) of its conditions, pixels, pictures)
+class Study(NamedTuple):
+    """What is set beside each other.
+
+    Attributes:
+        arms: Makes them.
+        conditions: (captions, guidance) of each.
+        size: Pixels.
+        pictures: How many.
+        solvers: Of the plain arms.
+        truth: Heun steps of the truth.
+        sides: What plain arms are equal in, see `testbed.baselines`.
+    """
+
+    arms: Callable[[], Iterator[tuple[str, Arm]]]
+    conditions: tuple[tuple[str, float], ...]
+    size: int
+    pictures: int
+    solvers: tuple[str, ...] = SOLVERS
+    truth: int = 60
+    sides: tuple[str, ...] = ("arithmetic", "time", "more time")
+
+
 BOTH = tuple((captions, guidance) for guidance in (2.5, 7.0) for captions in ("full", "open"))
 STUDIES = {
-    "caches": (caches, BOTH, 64, 48),
-    "ras": (ras, BOTH[:2], 64, 96),
-    "ralu": (ralu, BOTH[:2], 128, 256),
+    "caches": Study(caches, BOTH, 64, 48),
+    "ras": Study(ras, BOTH[:2], 64, 96),
+    # Pictures that are not the truth's are judged by Fréchet distance alone, for which 20 steps are enough.
+    "ralu": Study(ralu, BOTH[:2], 128, 256, ("unipc",), 20, ("arithmetic", "time")),
 }

@@ -22,6 +22,7 @@ from fastdit.tiny import scenes
 
 BATCH = 16
 ROUNDS = 3  # of timing
+TIMED = 2  # pictures of a batch that is timed
 SEED = 70_000  # of the first picture's noise
 
 
@@ -74,7 +75,9 @@ class Bed:
         side = self.size // self.pipe.vae_scale_factor
         channels = self.pipe.transformer.config.in_channels
         noise = [
-            torch.randn(channels, side, side, generator=torch.Generator().manual_seed(SEED + i))
+            torch.randn(
+                channels, side, side, generator=torch.Generator().manual_seed(SEED + arm.seed + i)
+            )
             for i in range(first, first + len(texts))
         ]
         arguments = arm.prepare(self.pipe)
@@ -135,7 +138,7 @@ class Bed:
         With a single thread the processor's time is taken, which is wall time where nothing else runs.
         """
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        texts = prompts(self.captions, BATCH)
+        texts = prompts(self.captions, TIMED)
         found: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(ROUNDS + 1):
             for name, arm in arms.items():

@@ -92,22 +92,8 @@ def ras_arms() -> dict[str, Arm]:
     return arms
 
 
-def ralu_arms() -> dict[str, Arm]:
-    """RALU's published settings of SD3 at 2x and 3x, by each selector; the published arithmetic."""
-    arms = {}
-    for speed in ("2x", "3x"):
-        for selector in ("edges", "gradient", "variance"):
-            name = f"RALU {speed}" + (f", {selector}" if selector != "edges" else "")
-            method = fastdit.RALU.preset(f"sd3-{speed}", selector=selector)
-            arms[name] = Arm(method.run_steps, lambda m=method: m)
-        parity = fastdit.RALU.preset(f"sd3-{speed}", mode="parity")
-        arms[f"RALU {speed}, parity"] = Arm(parity.run_steps, lambda m=parity: m)
-    return arms
-
-
 #: study -> (its arms, those that fewer plain steps are set beside)
 STUDIES: dict[str, tuple[Callable[[], dict[str, Arm]], tuple[str, ...]]] = {
-    "ralu": (ralu_arms, ("RALU 2x", "RALU 3x")),
     "ras": (ras_arms, ("RAS 0.75", "RAS 0.5", "RAS 0.25")),
 }
 

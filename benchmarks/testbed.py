@@ -1,12 +1,13 @@
 """How near a way of drawing comes to the solution of the sampler's equation, beside fewer steps of better solvers.
 
-    python benchmarks/testbed.py [caches|ras|ralu] [--pictures N] [--size N] [--folder build/testbed]
+    python benchmarks/testbed.py [caches|ras|ralu] [--pictures N] [--size N] [--captions full] [--folder build/testbed]
 
-The truth is Heun's method with 60 steps, whose own error is told. An arm's pictures are judged by the relative L2
-distance of their latents to the truth's, by whether they are clean (objects, each of some shape), by the share of the
-prompt's objects that are there, and by the Fréchet distance to the truth's pictures (`frechet.py`), which alone can
-judge a method that draws other pictures. A verdict is paired (`paired.py`), and against plain steps of three solvers:
-of equal arithmetic, the most that take no longer, one more than that, and AB2 on the arm's own levels.
+The truth is Heun's method with 60 steps (20 for RALU), whose own error is told. An arm's pictures are judged by the
+relative L2 distance of their latents to the truth's, by whether they are clean (objects, each of some shape), by the
+share of the prompt's objects that are there, and by the Fréchet distance to the truth's pictures (`frechet.py`), which
+alone can judge a method that draws other pictures. A verdict is paired (`paired.py`), and against plain steps of three
+solvers (of UniPC for RALU): of equal arithmetic, the most that take no longer, one more than that, and AB2 on the arm's
+own levels.
 
 What is drawn is kept in the folder, so a run that was interrupted goes on, and more pictures are only added. Seconds
 are measured once for a study and kept there as well: with OMP_NUM_THREADS=1 they are the processor's.
@@ -15,6 +16,7 @@ are measured once for a study and kept there as well: with OMP_NUM_THREADS=1 the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,16 +26,14 @@ import numpy as np
 
 import frechet
 from arms import SOLVERS, STUDIES, Arm, plain
-from bed import BATCH, Bed, prompts
+from bed import BATCH, TIMED, Bed, prompts
 from fastdit import tiny
 from fastdit.tiny.score import find_objects
 from machine import describe_machine
 from paired import ratio, share
 
-TRUTH = Arm("heun", 60)
-COARSER = Arm("heun", 30)
 #: plain steps that are timed; those between take what a line through them says
-TIMED = (4, 20)
+ENDS = (4, 20)
 RESAMPLES = 200  # of Fréchet distances
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -106,12 +106,16 @@ def against(arm: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> d
 
 
 def baselines(
-    arms: Mapping[str, Arm], bed: Bed, seconds: Mapping[str, float]
+    arms: Mapping[str, Arm],
+    bed: Bed,
+    seconds: Mapping[str, float],
+    solvers: Iterable[str] = SOLVERS,
+    sides: Iterable[str] = ("arithmetic", "time", "more time"),
 ) -> tuple[dict[str, Arm], dict[str, dict[str, list[str]]]]:
     """These are all plain arms, and of each arm those beside it: what is equal -> their names."""
-    few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in TIMED)
-    step = (many - few) / (TIMED[1] - TIMED[0])
-    rest = few - TIMED[0] * step
+    few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in ENDS)
+    step = (many - few) / (ENDS[1] - ENDS[0])
+    rest = few - ENDS[0] * step
     found: dict[str, Arm] = {}
     beside: dict[str, dict[str, list[str]]] = {}
     for name, arm in arms.items():
@@ -121,7 +125,7 @@ def baselines(
             "time": most,
             "more time": most + 1,
         }
-        made = {what: [plain(s, count) for s in SOLVERS] for what, count in counts.items()}
+        made = {what: [plain(s, counts[what]) for s in solvers] for what in sides}
         if arm.nodes:
             levels = bed.levels(arm)
             nodes = tuple(levels[node] for node in arm.nodes)
@@ -139,11 +143,12 @@ def judge(
     others: Mapping[str, Arm],
     beside: Mapping[str, Mapping[str, Iterable[str]]],
     count: int,
+    steps: int,
 ) -> dict[str, Any]:
-    """This draws what is missing under one condition, and compares."""
-    truth = bed.latents("truth", TRUTH, count)
-    # Heun's error falls by 4 where its steps are halved.
-    own = away(bed.latents("truth, half the steps", COARSER, count), truth) / 3
+    """This draws what is missing under one condition, and compares with Heun's method of so many steps."""
+    truth = bed.latents("truth", Arm("heun", steps), count)
+    # Heun's error grows by 4 where its steps are halved.
+    own = away(bed.latents("truth, half the steps", Arm("heun", steps // 2), count), truth) / 3
     bench = Judge(bed, prompts(bed.captions, count), truth)
     measured = {}
     for name, arm in {**arms, **others}.items():
@@ -159,7 +164,7 @@ def judge(
 
 def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
     """Seconds of a picture of all arms and of a few plain steps; those that a file has are not measured again."""
-    arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in TIMED)}
+    arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in ENDS)}
     known = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
     if missing := {name: arm for name, arm in arms.items() if name not in known["seconds"]}:
         print(f"timing {len(missing)} arms", flush=True)
@@ -188,7 +193,7 @@ GROUPS = {
 def plot(result: dict[str, Any], path: Path) -> None:
     """Over evaluations, a column a condition: plain solvers as lines, everything else as points.
 
-    RALU draws other pictures, so it is shown by Fréchet distance alone.
+    RALU draws other pictures, so it is shown by Fréchet distance alone; in its own study, by score too.
     """
     import matplotlib
 
@@ -197,25 +202,28 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import NullLocator
 
     conditions, spent = result["conditions"], result["evaluations"]
-    shown = {
-        "median": "median distance to the solution",
-        "frechet": "Fréchet distance to its pictures",
-    }
+    own = result["study"] == "ralu"
+    shown = {"frechet": "Fréchet distance to the solution's pictures"}
+    if own:
+        shown = {"score": "share of the objects that are there", **shown}
+    else:
+        shown = {"median": "median distance to the solution", **shown}
+    groups = {name: name for name in result["beside"]} if own else GROUPS
     figure, axes = plt.subplots(
         2, len(conditions), figsize=(4.2 * len(conditions), 7.5), squeeze=False
     )
     for column, condition in enumerate(conditions):
         rows = condition["rows"]
         for axis, measure in zip(axes[:, column], shown, strict=True):
-            for solver in SOLVERS:
+            for solver in result["solvers"]:
                 some = [n for n in rows if "against" not in rows[n] and n.split()[0] == solver]
                 some = sorted((n for n in some if " on " not in n), key=spent.__getitem__)
                 axis.plot(
                     [spent[n] for n in some], [rows[n][measure] for n in some], lw=1, label=solver
                 )
-            for marker, (label, key) in zip("ospd^vP*x", GROUPS.items(), strict=True):
-                some = [n for n in rows if "against" in rows[n] and key in n]
-                if some and (label != "RALU" or measure == "frechet"):
+            for marker, (label, key) in zip(itertools.cycle("ospd^vP*x<>"), groups.items()):
+                some = [n for n in rows if "against" in rows[n] and (n == key if own else key in n)]
+                if some and (own or label != "RALU" or measure == "frechet"):
                     axis.plot(
                         [spent[n] for n in some],
                         [rows[n][measure] for n in some],
@@ -223,7 +231,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
                         ms=4,
                         label=label,
                     )
-            axis.set(xscale="log", yscale="log", xlabel="evaluations of the model")
+            axis.set(
+                xscale="log", yscale="linear" if own else "log", xlabel="evaluations of the model"
+            )
             axis.set_xticks([3, 5, 7, 10, 14, 20], ["3", "5", "7", "10", "14", "20"], minor=False)
             axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3, which="both")
@@ -231,7 +241,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes[0][column].set_title(title, fontsize=10)
     for axis, label in zip(axes[:, 0], shown.values(), strict=True):
         axis.set_ylabel(label)
-    axes[1][0].legend(fontsize=7)
+    axes[1][0].legend(
+        fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (0, -0.15)} if own else {})
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -242,30 +254,35 @@ def main() -> None:
     parser.add_argument("study", nargs="?", choices=STUDIES, default="caches")
     parser.add_argument("--pictures", type=int)
     parser.add_argument("--size", type=int, help="pixels")
+    parser.add_argument("--captions", choices=("full", "open"), help="these alone")
     parser.add_argument("--folder", type=Path, default=Path("build/testbed"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    make, conditions, size, count = STUDIES[options.study]
-    size, count = options.size or size, options.pictures or count
+    study = STUDIES[options.study]
+    size, count = options.size or study.size, options.pictures or study.pictures
     if count % BATCH:
         parser.error(f"--pictures must be a multiple of {BATCH}, got {count}")
     pipe = tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
+    conditions = [c for c in study.conditions if options.captions in (None, c[0])]
     beds = [Bed(pipe, *condition, size, options.folder) for condition in conditions]
-    arms = dict(make())
+    arms = dict(study.arms())
     clock = timed(beds[0], arms, options.folder / f"seconds-{options.study}-{size}.json")
-    others, beside = baselines(arms, beds[0], clock["seconds"])
+    others, beside = baselines(arms, beds[0], clock["seconds"], study.solvers, study.sides)
     result = {
         "study": options.study,
         "pictures": count,
         "size": size,
+        "solvers": study.solvers,
+        "truth_steps": study.truth,
+        "timed_batch": TIMED,
         "machine": clock["machine"],
         "seconds": clock["seconds"],
         "evaluations": {n: beds[0].arithmetic(arm) for n, arm in {**arms, **others}.items()},
         "beside": beside,
-        "conditions": [judge(bed, arms, others, beside, count) for bed in beds],
+        "conditions": [judge(bed, arms, others, beside, count, study.truth) for bed in beds],
     }
     out = options.out or RESULTS / f"testbed-{options.study}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")

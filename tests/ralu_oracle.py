@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import scipy.fft
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,7 @@ def _image(
     orders: Bits | None,
 ) -> Tensor:
     model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
+    model.centred = method.mode == "corrected"
     noise = latents[b]
     content = pack(noise) if _is_flux(pipe) else noise
     digest = hashlib.blake2b(
@@ -74,14 +77,23 @@ def _image(
         tokens = cut(noise, 1)
     else:
         tokens = cut(noise[:, ::2, ::2], 2)
-    clean = None
+    clean, velocities = None, []
     for index, stage in enumerate(method.stages()):
-        if index:
+        if index and method.lift != "pixels":
+            state = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
+            tokens = cut(_lifted(pipe, method, stage, state, clean, generator), 1)
+        elif index:
             scale, deviation, c = stage.scale, stage.deviation, method.noise
             if stage.layout == "full":
                 chosen = {i for i, token in enumerate(tokens) if token[0] == 2}
             else:
-                energy = _energy(pipe, method, clean)
+                if method.selector == "change":
+                    energy = [
+                        float((now - before).square().sum())
+                        for before, now in zip(*velocities[-2:], strict=True)
+                    ]
+                else:
+                    energy = _energy(pipe, method, clean)
                 count = method.split_count(len(tokens), given["prompt_embeds"].shape[1])
                 chosen = set(sorted(range(len(tokens)), key=lambda i: -energy[i])[:count])
             kept = [token for i, token in enumerate(tokens) if i not in chosen]
@@ -124,6 +136,7 @@ def _image(
         with _leaving_out(pipe, stage, sigmas, bits, sparse, b, orders) as whole:
             for now, then in itertools.pairwise(sigmas):
                 velocity = whole(model(tokens, stage.layout, now, (gh, gw)))
+                velocities.append(velocity)
                 tokens = [
                     (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
                     for (size, y, x, t), v in zip(tokens, velocity, strict=True)
@@ -187,6 +200,43 @@ class Unchanged:
         return velocity
 
 
+def _lifted(
+    pipe: Any, method: RALU, stage: Any, state: Tensor, clean: Tensor, generator: torch.Generator
+) -> Tensor:
+    """The state [C, 2 h, 2 w] of the full stage from the coarse one's [C, h, w], by scipy's cosine transform."""
+    channels, height, width = state.shape
+    cells = height, width  # of the full stage: a token has 2 x 2 pixels
+    eps = torch.randn(height * width, channels * P * P, generator=generator)
+    tokens = [
+        (1, i // width, i % width, row.view(channels, P, P)) for i, row in enumerate(eps.double())
+    ]
+    z = paste(tokens, cells).numpy()
+
+    def low(coefficients: np.ndarray) -> np.ndarray:
+        """The picture [C, 2 h, 2 w] of a low half alone."""
+        padded = np.zeros((channels, 2 * height, 2 * width))
+        padded[:, :height, :width] = coefficients
+        return scipy.fft.idctn(padded, axes=(1, 2), norm="ortho")
+
+    def waves(picture: np.ndarray) -> np.ndarray:
+        return scipy.fft.dctn(picture, axes=(1, 2), norm="ortho")
+
+    told = low(waves(z)[:, :height, :width])
+    z = z + ((1 - 4 * method.noise) ** 0.5 - 1) * told
+    found = stage.scale * 2 * low(waves(state.double().numpy())) + stage.deviation * z
+    if method.lift == "picture":
+        config, vae = pipe.vae.config, pipe.vae
+        shift = config.shift_factor or 0
+        image = vae.decode(clean[None] / config.scaling_factor + shift).sample.float()
+        image = nn.functional.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        encoded = vae.encode(image.to(vae.dtype)).latent_dist.mode()
+        drawn = ((encoded - shift) * config.scaling_factor)[0].double().numpy()
+        found = found + stage.scale * method.ends[0] * (
+            drawn - 2 * low(waves(clean.double().numpy()))
+        )
+    return torch.from_numpy(found).to(state.dtype)
+
+
 def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
     cells = tuple(side // P for side in clean.shape[1:])
     if method.selector == "gradient":
@@ -231,7 +281,18 @@ def _is_flux(pipe: Any) -> bool:
     return "Flux" in type(pipe.transformer).__name__
 
 
-class FluxCalls:
+class Calls:
+    """A stock model on a list of tokens."""
+
+    centred: bool
+
+    def places(self, tokens: list[Any], layout: str) -> list[tuple[float, float]]:
+        """Row and column of each token, in cells: a coarse one among others may lie in the middle of its four."""
+        off = 0.5 if layout == "mixed" and self.centred else 0.0
+        return [(y + off * (size - 1), x + off * (size - 1)) for size, y, x, _ in tokens]
+
+
+class FluxCalls(Calls):
     """Stock FLUX on a list of tokens, true guidance by a second call."""
 
     def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
@@ -241,7 +302,7 @@ class FluxCalls:
         self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
     ) -> list[Tensor]:
         given, unit = self.given, 1.0 if layout == "full" else 0.5
-        ids = torch.tensor([[0.0, y * unit, x * unit] for _, y, x, _ in tokens])
+        ids = torch.tensor([[0.0, y * unit, x * unit] for y, x in self.places(tokens, layout)])
         x = torch.stack([content.flatten() for *_, content in tokens])[None]
         if "condition" in given:  # of Fill and Control, [C, H, W]
             extra = [
@@ -272,7 +333,7 @@ class FluxCalls:
         return self.model.config.guidance_embeds
 
 
-class SD3Calls:
+class SD3Calls(Calls):
     """Stock SD3 on a list of tokens, guidance by two calls; positions by their formula."""
 
     def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
@@ -293,7 +354,7 @@ class SD3Calls:
         positions = torch.stack(
             [
                 sincos((left + x / scale) * unit, (top + y / scale) * unit, projected.shape[-1])
-                for _, y, x, _ in tokens
+                for y, x in self.places(tokens, layout)
             ]
         )
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.fft
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from diffusers.models import embeddings
@@ -34,6 +35,7 @@ from fastdit import (
 )
 from fastdit.account.cost import Cost
 from fastdit.ops import bind
+from fastdit.tokens import lift
 from fastdit.tokens.layout import Layout
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import mismatch
@@ -183,6 +185,10 @@ def test_how_many_tokens_are_split(split, align, text, count):
         ({"noise": None}, "shifts and noise belong together"),
         ({"split": 1.5}, "split must be a number in"),
         ({"selector": "canny"}, "selector must be one of edges, gradient, variance"),
+        ({"selector": "change", "steps": (1, 2, 3)}, "needs at least 2 coarse steps"),
+        ({"lift": "bicubic"}, "lift must be one of pixels, spectrum, picture"),
+        ({"lift": "spectrum"}, 'lift must be "pixels" with a mixed stage'),
+        ({"lift": "picture", "mode": "parity", "steps": (2, 0, 3)}, 'with mode="parity"'),
         ({"mode": "exact"}, 'mode must be "corrected" or "parity"'),
         ({"align": 0}, "align must be a whole number"),
         ({"base_shift": -1.0}, "base_shift must be a number above 0"),
@@ -225,6 +231,13 @@ def test_one_split_token_and_its_four():
     )
     expected = [[2 * (row // 2) + column // 2 for column in range(4)] for row in range(4)]
     assert full[0, :, 0].unflatten(0, (4, 4)).tolist() == expected
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_coarse_token_lies_at_its_first_cell_or_in_the_middle_of_four(centred):
+    table = torch.tensor([[[1, 0, 2], [1, 4, 0], [0, 0, 0], [0, 3, 5]]], dtype=torch.int32)
+    coarse = [[0.5, 2.5], [4.5, 0.5]] if centred else [[0.0, 2.0], [4.0, 0.0]]
+    assert Layout((6, 6), table, 2, centred).places()[0].tolist() == [*coarse, [0, 0], [3, 5]]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["picture", "packed"])
@@ -309,6 +322,60 @@ def test_noise_is_white_after_each_transition(mode):
         torch.testing.assert_close(covariance, expected, rtol=0, atol=0.11 * variance)
 
 
+def test_the_latest_end_is_told_by_what_a_small_picture_lacks():
+    """Two waves that half the size cannot show, of 96 - 24 coefficients; the same waves half as strong allow more."""
+    waves = np.zeros((3, 8, 12))
+    waves[:, 5, 2], waves[:, 1, 9], waves[:, 1, 2] = 3.0, 4.0, 100.0
+    latents = torch.from_numpy(scipy.fft.idctn(waves, axes=(1, 2), norm="ortho"))
+    for noise in (0.25, 0.1):
+        end = RALU.latest_end(latents, share=0.04, noise=noise)
+        start = dataclasses.replace(SHORT, ends=(end, 0.99, 1.0), noise=noise).stages()[1].sigmas[0]
+        power = 25 / 72
+        assert ((1 - start) / start) ** 2 * power == pytest.approx(0.04)
+    assert RALU.latest_end(latents / 2) > RALU.latest_end(latents)
+    assert RALU.latest_end(torch.zeros(1, 4, 4)) == 1
+    with pytest.raises(ArgumentError, match="latents must be pictures"):
+        RALU.latest_end(torch.zeros(1, 4, 5))
+    with pytest.raises(ArgumentError, match="share must be"):
+        RALU.latest_end(latents, share=0)
+
+
+@pytest.mark.parametrize("noise", [0.25, 0.1])
+def test_noise_is_white_after_a_lift(noise):
+    """From data 0 the state must be the next time's noise, as after a transition of tokens."""
+    method = dataclasses.replace(SHORT, steps=(2, 0, 3), noise=noise, lift="spectrum")
+    run = stages_of(method)
+    run.begin((4, 6), 0, torch.device("cpu"))
+    channels = 4096
+    latents = torch.randn(1, channels, 8, 12)
+    run.seed(latents)
+    small = torch.randn(1, channels, 4, 6) * method.stages()[0].sigmas[-1]
+    latents.copy_(small.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    run.finish(torch.zeros_like(latents), latents)
+    assert run.now.name == "full"
+    pixels = latents[0].flatten(1)
+    variance = method.stages()[1].deviation ** 2
+    expected = torch.eye(96) * variance
+    torch.testing.assert_close(pixels.T @ pixels / channels, expected, rtol=0, atol=0.11 * variance)
+
+
+def test_a_lift_keeps_the_low_half_and_adds_noise_to_the_other():
+    """A wave of the coarse picture is the same wave of the fine one; at c = 1/4 its own noise is all it has."""
+
+    def wave(scale):
+        y, x = (torch.arange(side * scale, dtype=torch.float64) + 0.5 for side in (4, 6))
+        of_y, of_x = 2 * y / (4 * scale), 5 * x / (6 * scale)
+        return torch.cos(torch.pi * of_y)[:, None] * torch.cos(torch.pi * of_x)
+
+    noise = torch.randn(8, 12, dtype=torch.float64)
+    found = lift.enlarged(wave(1), noise, scale=0.3, deviation=0.7, correlation=0.25)
+    rest = scipy.fft.dctn((found - 0.3 * wave(2)).numpy(), norm="ortho")
+    assert abs(rest[:4, :6]).max() < 1e-12
+    expected = 0.7 * scipy.fft.dctn(noise.numpy(), norm="ortho")
+    expected[:4, :6] = 0
+    np.testing.assert_allclose(rest, expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["corrected", "parity"])
 def test_a_token_that_is_split_is_drawn_larger_or_tiled(mode, monkeypatch):
     """Without noise the transition leaves the picture as it is, or copies tokens of 2 x 2 pixels as published."""
@@ -388,9 +455,15 @@ CASES = [
     ("sd3", 1, {}),
     ("sd3", 3, {"mode": "parity"}),
     ("sd3.5", 2, {"selector": "edges", "split": 0.5}),
+    ("sd3", 2, {"selector": "change"}),
+    ("flux", 2, {"steps": (3, 1, 2), "selector": "change"}),
     ("sd3", 1, {"steps": (2, 0, 3)}),
+    ("sd3", 2, {"steps": (2, 0, 3), "lift": "spectrum"}),
+    ("sd3", 1, {"steps": (2, 0, 3), "lift": "picture", "noise": 0.25}),
     ("flux", 1, {}),
     ("flux", 3, {}),
+    ("flux", 1, {"steps": (2, 0, 3), "lift": "spectrum", "noise": 0.25}),
+    ("flux", 2, {"steps": (2, 0, 3), "lift": "picture"}),
     ("flux-dev", 2, {"selector": "variance", "mode": "parity"}),
 ]
 
@@ -530,8 +603,9 @@ def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
     for _ in range(2):  # and anew in each run
         made.clear()
         generate(pipe, name, steps=7, batch=2, cfg=cfg, **SIZE)
-        # FLUX: text and tokens, of the mixed stage those of both images; SD3 crops a table where there is one size.
-        assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)])
+        # FLUX: text and tokens, of the mixed stage those of both images; SD3 crops a table where there is one size,
+        # and makes one of corners and one of middles for the mixed stage.
+        assert made == ([5 + 24, 2 * (5 + 45), 5 + 96] if name == "flux" else [(8, 12)] * 2)
 
 
 @pytest.mark.parametrize("name", STAGED)
@@ -613,9 +687,17 @@ def test_adapters_and_offloading(name, feature):
     within_contract(found["feature"], found["plain"])
 
 
-@pytest.mark.parametrize(("selector", "decodings"), [("edges", 2), ("gradient", 0)])
-def test_offloading_moves_the_decoder_in_for_edges(selector, decodings):
-    """Once for each image, and the transformer comes back for the next step."""
+@pytest.mark.parametrize(
+    ("change", "uses"),
+    [
+        ({"selector": "edges"}, 2),
+        ({"selector": "gradient"}, 0),
+        ({"steps": (2, 0, 5), "lift": "spectrum"}, 0),
+        ({"steps": (2, 0, 5), "lift": "picture"}, 4),  # each is decoded and encoded
+    ],
+)
+def test_offloading_moves_the_autoencoder_in_where_it_is_used(change, uses):
+    """For each image, and the transformer comes back for the next step."""
     pipe = tiny_models.pipeline("flux")
     pipe.enable_model_cpu_offload(device="cpu")
     moves = []
@@ -627,9 +709,9 @@ def test_offloading_moves_the_decoder_in_for_edges(selector, decodings):
             return real(*args, **kwargs)
 
         hook.pre_forward = pre_forward
-    fastdit.patch(pipe, dataclasses.replace(SHORT, selector=selector))
+    fastdit.patch(pipe, dataclasses.replace(SHORT, **change))
     generate(pipe, "flux", batch=2, steps=7, cfg=False, **SIZE)
-    assert moves == ["transformer"] * 2 + ["vae"] * decodings + ["transformer"] * 5
+    assert moves == ["transformer"] * 2 + ["vae"] * uses + ["transformer"] * 5
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import testbed
 from ab2 import AB2Scheduler
 from fastdit import tiny
 from fastdit.tiny.captions import parse
+from fastdit.tokens import resolution
 from paired import ratio, share
 
 
@@ -114,6 +115,23 @@ def test_a_baseline_takes_no_longer_and_has_the_arms_own_levels():
     wanted = fastdit.recommend(stock(), 8).scheduler
     wanted.set_timesteps(8)
     np.testing.assert_allclose(pipe.scheduler.sigmas[:-1], wanted.sigmas[:-1][::2], rtol=1e-6)
+
+
+def test_the_controls_of_ralu_change_what_they_say(tmp_path):
+    """Other noise draws other pictures; corners move the coarse tokens of a mixed stage and nothing else."""
+    pipe = tiny.load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.stock_scheduler = pipe.scheduler
+    bed = beds.Bed(pipe, "full", 2.5, 64, tmp_path)
+    some = bed.latents("some", arms.Arm("euler", 1), 16)
+    assert np.abs(some - bed.latents("other", arms.Arm("euler", 1, seed=1_000_000), 16)).min() > 0
+    table = torch.zeros(1, 3, 3, dtype=torch.int32)
+    with arms.corners():
+        moved = resolution.Layout((2, 2), table, 1, centred=True)
+        assert resolution.Layout.uniform((2, 2), 1, table.device).name == "coarse"
+    kept = resolution.Layout((2, 2), table, 1, centred=True)
+    assert (moved.centred, kept.centred) == (False, True)
+    assert (moved.grid, moved.table, moved.coarse) == (kept.grid, kept.table, kept.coarse)
 
 
 def stock():

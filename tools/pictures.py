@@ -13,10 +13,12 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 
 import fastdit
 from fastdit import tiny
+from fastdit.methods.ralu import LAYOUTS
 
 PROMPT = (
     "a large red circle at the left and a small blue triangle at the right on a white background"
@@ -57,9 +59,9 @@ def ralu(folder: Path) -> None:
         generator = torch.Generator().manual_seed(3)
         return pipe(PROMPT, num_inference_steps=steps, generator=generator).images[0]
 
-    presets = ("sd3-2x", "sd3-3x")
+    presets = ("sd3-2x", "sd3-3x", "late")
     unpatched = draw(STEPS)
-    figure, axes = plt.subplots(len(presets), 5, figsize=(12, 5.25))
+    figure, axes = plt.subplots(len(presets), 5, figsize=(12, 7.9))
     for row, preset in zip(axes, presets, strict=True):
         method = fastdit.RALU.preset(preset)
         handle = fastdit.patch(pipe, method)
@@ -70,11 +72,16 @@ def ralu(folder: Path) -> None:
         shown = [*drawn, result, unpatched]
         titles = [f"{s.layout}: {s.steps} steps of {s.tokens} tokens" for s in report.stages]
         titles += [f"result, {method.run_steps} steps", f"unpatched, {STEPS} steps"]
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        if len(drawn) < len(LAYOUTS):
+            row[1].set_title("no mixed stage", fontsize=9)
+            row[1].axis("off")
+            row = np.delete(row, 1)
         for axis, picture, title in zip(row, shown, titles, strict=True):
             axis.imshow(picture)
             axis.set_title(title, fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
         row[0].set_ylabel(f"RALU {preset}", fontsize=10)
     figure.tight_layout(pad=0.4, h_pad=1.2)
     figure.savefig(folder / "ralu.png", dpi=90)

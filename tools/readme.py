@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import testbed_tables
+
 import fastdit
 from fastdit import ops
 from fastdit.adapters import adapters
@@ -62,6 +64,10 @@ def results() -> list[str]:
         ]
     for path in RESULTS.glob("testbed.json"):
         lines += ["", "## Distance to the solution", *_testbed(json.loads(path.read_text()))]
+    for path in RESULTS.glob("testbed-ralu.json"):
+        found = json.loads(path.read_text())
+        lines += ["", "## Pictures by RALU"]
+        lines += testbed_tables.tables(found, _machine(found["machine"]))
     for path in sorted(RESULTS.glob("quality-*.json")):
         found = json.loads(path.read_text())
         lines += ["", f"## Quality of {found['study'].upper()}", *_quality(found)]
@@ -412,7 +418,8 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "ralu": {
         "arguments": functools.partial(arguments, "RALU"),
         "measured": functools.partial(measured, "RALU", "+", including="RALU"),
-        "quality": functools.partial(beside_fewer_steps, "ralu"),
+        "quality": lambda: testbed_tables.beside_fewer_steps(_result("testbed-ralu.json")),
+        "lifts": lambda: testbed_tables.lifts(_result("lifts.json")),
     },
     "per_stage": {"arguments": functools.partial(arguments, "PerStage")},
 }

@@ -1,4 +1,4 @@
-"""What the documents say of the studies of `benchmarks/testbed.py`."""
+"""What the documents say of the studies of `benchmarks/testbed.py`, and of `benchmarks/lifts.py` beside them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ SIDES = {
     "more time": "one step more",
     "nodes": "AB2, same levels",
 }
+
+
+#: what judges every arm
+JUDGED = ("clean", "score", "Fréchet")
 
 
 class Verdict(NamedTuple):
@@ -50,6 +54,10 @@ def condition_name(condition: Mapping[str, Any]) -> str:
     return f"{condition['captions']} captions, guidance {condition['guidance']:g}"
 
 
+def _row(*cells: str | None) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def ratio(found: Mapping[str, float]) -> str:
     """A ratio with its interval."""
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
@@ -62,8 +70,31 @@ def less(found: Mapping[str, float], form: str = "+.0%") -> str:
 
 
 def judges_distance(arm: str) -> bool:
-    """RALU draws other pictures, which a distance to the solution cannot judge."""
-    return not arm.startswith("RALU")
+    """RALU and other noise draw other pictures, which a distance to the solution cannot judge."""
+    return not arm.startswith("RALU") and "other noise" not in arm
+
+
+def solvers(result: Mapping[str, Any]) -> str:
+    """The plain solvers of a study, in words."""
+    known = {"euler": "Euler", "ab2": "AB2", "unipc": "UniPC"}
+    names = [known[name] for name in result.get("solvers", known)]
+    return f"the best of {', '.join(names[:-1])} and {names[-1]}" if names[1:] else names[0]
+
+
+def _truth_steps(result: Mapping[str, Any]) -> int:
+    return result.get("truth_steps", 60)
+
+
+def _errors(result: Mapping[str, Any]) -> str:
+    """What is said of errors in a study whose arms draw the truth's pictures."""
+    if not any(map(judges_distance, result["beside"])):
+        return ""
+    return (
+        "an error is the relative distance of a picture's latents to it. A ratio is the geometric mean of an arm's "
+        f"error over that of {solvers(result)}, Euler and AB2 on the trailing grid (of equal arithmetic; with the most "
+        "steps that take no more time; with one step more; AB2 on the very levels at which the arm computes), with its "
+        "95 % interval: below 1 the arm is nearer. "
+    )
 
 
 def tables(result: Mapping[str, Any], machine: str) -> list[str]:
@@ -73,20 +104,18 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
         "",
         (
             f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in "
-            "the package, equal noise for all. The truth is Heun's method in 60 steps; an error is the relative "
-            "distance of a picture's latents to it. A ratio is the geometric mean of an arm's error over that of the "
-            "best of Euler and AB2 on the trailing grid and UniPC (of equal arithmetic; with the most steps that take "
-            "no more time; with one step more; AB2 on the very levels at which the arm computes), with its 95 % "
-            "interval: below 1 the arm is nearer. Clean pictures show objects of some shape, the score is the share of "
+            f"the package, equal noise for all. The truth is Heun's method in {_truth_steps(result)} steps; "
+            f"{_errors(result)}Clean pictures show objects of some shape, the score is the share of "
             "the prompt's objects that are there, the Fréchet distance is to the truth's pictures on features of the "
-            "model's own encoder; each less that of the baseline of no more time. Seconds are a picture's in batches "
-            "of 16, parity alone "
-            f"({machine}; `benchmarks/testbed.py {study}`)."
+            f"model's own encoder; each less that of {solvers(result)} with the most steps that take no more time. "
+            f"Seconds are a picture's in batches of {result.get('timed_batch', 16)}, parity alone ({machine}; "
+            f"`benchmarks/testbed.py {study}`)."
         ),
         "",
         f"![distances over evaluations](testbed-{study}.png)",
     ]
-    sides = [side for side in SIDES if any(side in some for some in result["beside"].values())]
+    judged = [some for arm, some in result["beside"].items() if judges_distance(arm)]
+    sides = [side for side in SIDES if any(side in some for some in judged)]
     for condition in result["conditions"]:
         truth, rows = condition["truth"], condition["rows"]
         lines += [
@@ -94,18 +123,24 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             f"### {study.upper() if study != 'caches' else 'Caches'}: {condition_name(condition)}",
             "",
             (
-                f"The truth's own error, estimated from 30 steps, has the median {truth['median']:.4f}; it is clean in "
+                f"The truth's own error, estimated from {_truth_steps(result) // 2} steps, has the median "
+                f"{truth['median']:.4f}; it is clean in "
                 f"{truth['clean']:.0%} and scores {truth['score']:.0%}."
             ),
             "",
-            "| | evaluations | seconds | error | "
-            + " | ".join(SIDES[side] for side in sides)
-            + " | clean | score | Fréchet |",
-            "|---|---|---|---|" + "---|" * (len(sides) + 3),
+            _row(
+                "",
+                "evaluations",
+                "seconds",
+                *(["error"] if judged else []),
+                *map(SIDES.get, sides),
+                *JUDGED,
+            ),
+            "|---" * (3 + bool(judged) + len(sides) + len(JUDGED)) + "|",
         ]
         for arm, beside in result["beside"].items():
             row, known = rows[arm], judges_distance(arm)
-            cells = [f"{row['median']:.4f}" if known else ""]
+            cells = [f"{row['median']:.4f}" if known else ""] if judged else []
             for side in sides:
                 shown = verdict(rows, arm, beside[side]) if side in beside and known else None
                 cells.append(
@@ -115,10 +150,10 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             cells += [
                 f"{row['clean']:.0%}, {less(found['clean'])}",
                 f"{row['score']:.0%}, {less(found['score'])}",
-                f"{row['frechet']:.3f}, {less(found['frechet'], '+.3f')}",
+                f"{row['frechet']:.4f}, {less(found['frechet'], '+.4f')}",
             ]
-            spent = f"{result['evaluations'][arm]:.1f} | {result['seconds'][arm]:.2f}"
-            lines.append(f"| {arm} | {spent} | {' | '.join(cells)} |")
+            spent = f"{result['evaluations'][arm]:.1f}", f"{result['seconds'][arm]:.2f}"
+            lines.append(_row(arm, *spent, *cells))
     return lines
 
 
@@ -145,22 +180,54 @@ def beside_fewer_steps(result: Mapping[str, Any]) -> list[str]:
     lines = [
         (
             f"On the model in the package, {result['pictures']} held-out prompts of each kind, 95 % bootstrap "
-            "intervals, beside the best of Euler, UniPC and AB2; what each column means is said in "
+            f"intervals, beside {solvers(result)}; what each column means is said in "
             f"[the results](../results.md#pictures-by-{result['study']}):"
         ),
     ]
+    error_head = ["error over its"] if any(map(judges_distance, result["beside"])) else []
     for condition in result["conditions"]:
         lines += [
             "",
-            f"| {condition_name(condition)} | beside | error over its | clean | score | Fréchet distance |",
-            "|---|---|---|---|---|---|",
+            _row(
+                condition_name(condition),
+                "beside",
+                *error_head,
+                "clean",
+                "score",
+                "Fréchet distance",
+            ),
+            "|---" * (5 + len(error_head)) + "|",
         ]
         for side in ("time", "arithmetic"):
             for arm, beside in result["beside"].items():
                 found = verdict(condition["rows"], arm, beside[side])
                 error = ratio(found.found["error"]) if judges_distance(arm) else ""
                 lines.append(
-                    f"| {arm} | {found.best}, {SIDES[side]} | {error} | {less(found.found['clean'])} | "
-                    f"{less(found.found['score'])} | {less(found.found['frechet'], '+.3f')} |"
+                    _row(
+                        arm,
+                        f"{found.best}, {SIDES[side]}",
+                        *([error] if error_head else []),
+                        less(found.found["clean"]),
+                        less(found.found["score"]),
+                        less(found.found["frechet"], "+.4f"),
+                    )
                 )
     return lines
+
+
+def lifts(result: Mapping[str, Any]) -> list[str]:
+    """How near enlarged latents come to those of the picture at full size."""
+    return [
+        (
+            f"Latents of {result['scenes']} scenes at half the size, enlarged, beside those of the same scenes at full "
+            "size; relative distances (`benchmarks/lifts.py`). `RALU.latest_end` gives "
+            f"{result['latest_end']:.2f} for them:"
+        ),
+        "",
+        "| lift | latents | low half of their cosine transform | decoded pictures, from those drawn |",
+        "|---|---|---|---|",
+        *(
+            _row(name, f"{way['latents']:.0%}", f"{way['low']:.0%}", f"{way['pictures']:.0%}")
+            for name, way in result["ways"].items()
+        ),
+    ]

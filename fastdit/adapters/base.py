@@ -36,7 +36,7 @@ NEEDS: Mapping[str, str] = {
     "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
-    "replaces_attention owns_attention",
+    "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections condition_embedding condition_arguments layer_inputs "
     "embed_condition timesteps_per_unit given_timesteps",
 }

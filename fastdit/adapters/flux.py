@@ -201,16 +201,17 @@ class Flux(Packed):
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [S, d], or [B, S, d] where each image has other tokens; made once for a stage.
 
-        Below full resolution positions are those of a picture of half the size, in steps of a half.
+        Below full resolution positions are those of a picture of half the size, in steps of a half, or of a quarter
+        where coarse tokens are centred.
         """
         key = "rotation", ids.shape[0]
         if key not in memory:
-            places = layout.table.float()
+            places = layout.places()
             images, count = places.shape[:2]
             if layout.name == "full":
                 memory[key] = type(module).forward(module, ids)
             else:
-                places = torch.cat([torch.zeros_like(places[..., :1]), places[..., 1:] / 2], dim=-1)
+                places = torch.cat([torch.zeros_like(places[..., :1]), places / 2], dim=-1)
                 text = ids[:-count].float().expand(images, -1, -1)
                 joint = torch.cat([text, places], dim=1)
                 turn = type(module).forward(module, joint.flatten(0, 1))

@@ -61,6 +61,12 @@ class Pictures:
         latents = (latents / vae.config.scaling_factor + shift).to(vae.dtype)
         return vae.decode(latents, return_dict=False)[0]
 
+    def encode(self, image: Tensor, vae: Any) -> Tensor:
+        """The latents [B, C, h, w] of a picture [B, 3, H, W], -1 to 1: the inverse of :meth:`decode`."""
+        shift = (vae.config.shift_factor or 0.0) if self.shifts_latents else 0.0
+        latents = vae.encode(image.to(vae.dtype), return_dict=False)[0].mode()
+        return (latents - shift) * vae.config.scaling_factor
+
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
         grid = velocity.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
@@ -170,17 +176,21 @@ class Pictures:
     ) -> Tensor:
         """The embedded tokens of a layout, positions added; `memory` lives as long as the layout.
 
-        Where tokens are mixed, the coarse keep their places in a half-size picture, and each split one's four have
-        places half a step apart.
+        Where tokens are mixed, the coarse keep their places in a half-size picture, or lie in the middle of what they
+        cover, and each split one's four have places half a step apart.
         """
         if layout.name != "mixed":
             return type(module).forward(module, patches)
 
         def positions() -> Tensor:
             if "positions" not in memory:
-                table = _half_step_positions(module, layout.grid, patches.device)
-                _, y, x = layout.table.long().unbind(-1)
-                memory["positions"] = table[y * layout.grid[1] + x]
+                level, y, x = layout.table.long().unbind(-1)
+                cell = y * layout.grid[1] + x
+                found = _half_step_positions(module, layout.grid, patches.device)[cell]
+                if layout.centred:
+                    middles = _half_step_positions(module, layout.grid, patches.device, 0.25)[cell]
+                    found = torch.where(level[..., None] > 0, middles, found)
+                memory["positions"] = found
             return memory["positions"].repeat(
                 patches.shape[0] // memory["positions"].shape[0], 1, 1
             )
@@ -238,14 +248,19 @@ def _positions(module: nn.Module, height: int, width: int, device: torch.device)
     return table.float().unsqueeze(0)
 
 
-def _half_step_positions(module: nn.Module, cells: tuple[int, int], device: torch.device) -> Tensor:
-    """Positions [gh gw, D] of a `PatchEmbed`, row by row, at the half steps of a picture of half as many patches."""
+def _half_step_positions(
+    module: nn.Module, cells: tuple[int, int], device: torch.device, off: float = 0.0
+) -> Tensor:
+    """Positions [gh gw, D] of a `PatchEmbed`, row by row, at the half steps of a picture of half as many patches.
+
+    `off` is added to all of them, in steps.
+    """
     from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 
     size = module.pos_embed_max_size
     places = []
     for side in cells:
-        steps = torch.arange(side, device=device, dtype=torch.float32) / 2
+        steps = torch.arange(side, device=device, dtype=torch.float32) / 2 + off
         if size:  # the picture lies in the middle of a table
             steps = (size - side // 2) // 2 + steps
         places.append(steps / ((size or side // 2) / module.base_size) / module.interpolation_scale)

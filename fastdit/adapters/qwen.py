@@ -74,6 +74,14 @@ def _shapes(given: Any) -> Sequence[tuple[int, int, int]]:
     return [given[0]] if isinstance(given[0][0], int) else given[0]
 
 
+def _statistics(vae: Any, like: Tensor) -> list[Tensor]:
+    """The mean and the deviation of a video's latents, [1, C, 1, 1, 1] each."""
+    return [
+        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    ]
+
+
 class Qwen(Packed):
     """Adapter of `QwenImageTransformer2DModel`, but for the form of two modulations (Edit-2511), which is wrapped."""
 
@@ -124,12 +132,15 @@ class Qwen(Packed):
 
     def decode(self, latents: Tensor, vae: Any) -> Tensor:
         """Its VAE is one of videos."""
-        mean, std = (
-            torch.tensor(values, device=latents.device, dtype=latents.dtype).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        mean, std = _statistics(vae, latents)
         video = (latents.unsqueeze(2) / (1.0 / std) + mean).to(vae.dtype)
         return vae.decode(video, return_dict=False)[0][:, :, 0]
+
+    def encode(self, image: Tensor, vae: Any) -> Tensor:
+        """Its VAE is one of videos."""
+        video = vae.encode(image.unsqueeze(2).to(vae.dtype), return_dict=False)[0].mode()
+        mean, std = _statistics(vae, video)
+        return ((video - mean) * (1.0 / std))[:, :, 0]
 
     def embed_layout(
         self, module: nn.Module, layout: Layout, memory: Any, *args: Any, **kwargs: Any
@@ -139,11 +150,11 @@ class Qwen(Packed):
             return type(module).forward(module, *args, **kwargs)
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.grid]
         if length not in memory:
-            level, *places = layout.table.float().cpu().unbind(-1)
+            places = layout.places().cpu().unbind(-1)
             places = [p / 2 - (n - n // 2) for p, n in zip(places, sides, strict=True)]
-            axes = zip((0 * level, *places), module.axes_dim, strict=True)
+            axes = zip((0 * places[0], *places), module.axes_dim, strict=True)
             turns = [module.rope_params(place.flatten(), dim, module.theta) for place, dim in axes]
-            image = torch.cat(turns, dim=-1).unflatten(0, level.shape)
+            image = torch.cat(turns, dim=-1).unflatten(0, places[0].shape)
             found = image.squeeze(0), module.pos_freqs[max(sides) // 2 :][:length]
             memory[length] = tuple(part.to(layout.table.device) for part in found)
         return memory[length]

@@ -12,6 +12,9 @@ picture whose darker half is clipped. `"corrected"` draws each latent pixel twic
 neighbours are, gives those tokens the variance the equations ask for, and looks at the whole range. The noise that
 four copies or four pixels share is cancelled in either. Random numbers are drawn for every image from its own initial
 latents, never from a global generator.
+
+A run without a mixed stage may split all tokens at once in two better ways, see `lift`: then every query meets keys of
+its own stride alone, noise is new only where the coarse picture had none, and the full stage can begin late.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from fastdit.checks import is_whole, one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode
-from fastdit.tokens import stages
+from fastdit.tokens import lift, stages
 from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import Stage
 
-SELECTORS = ("edges", "gradient", "variance")
+SELECTORS = ("edges", "gradient", "variance", "change")
+LIFTS = ("pixels", "spectrum", "picture")
 #: token layouts of the three stages
 LAYOUTS = ("coarse", "mixed", "full")
 
@@ -44,7 +50,11 @@ class RALU(Method):
         noise: The constant c in (0, 1/4] of the noise added between them.
         split: Share r in [0, 1] of the coarse tokens that are split early.
         selector: What splits a token early: "edges" of the decoded half-size picture, "gradient" or "variance" of its
-            latents. Edges need the pipeline's VAE once in a run; under offload it moves in for that.
+            latents, or the "change" of their velocity over the last two coarse steps. Edges need the pipeline's VAE
+            once in a run; under offload it moves in for that.
+        lift: How coarse tokens become fine ones. "pixels" draws each latent pixel twice as large. The others need
+            `steps` without a mixed stage: "spectrum" keeps the coarse picture as the low half of the fine one's cosine
+            transform, and "picture" also decodes the clean estimate, enlarges it and encodes it again, once in a run.
         mode: "corrected" or "parity".
         align: The tokens of the mixed stage, text included, are made a multiple of this; 1 leaves `split` as it is.
             128 suits GPUs.
@@ -62,6 +72,7 @@ class RALU(Method):
     noise: float | None = None
     split: float = 0.3
     selector: str = "edges"
+    lift: str = "pixels"
     mode: str = "corrected"
     align: int = 1
     base_shift: float = 3.0
@@ -76,6 +87,11 @@ class RALU(Method):
         real("base_shift", self.base_shift, "above 0", lambda x: x > 0)
         one_of("selector", self.selector, SELECTORS)
         check_mode(self)
+        self._check_lift()
+        if self.selector == "change" and self.steps[1] and self.steps[0] < 2:
+            raise ArgumentError(
+                f'selector="change" needs at least 2 coarse steps, got steps={self.steps}'
+            )
         whole("align", self.align)
         if (self.shifts is None) != (self.noise is None):
             given = "shifts" if self.noise is None else "noise"
@@ -105,6 +121,20 @@ class RALU(Method):
                 f"ends must rise to 1 over the stages that have steps, got {self.ends!r}"
             )
 
+    def _check_lift(self) -> None:
+        one_of("lift", self.lift, LIFTS)
+        if self.lift == "pixels":
+            return
+        if self.mode == "parity":
+            raise ArgumentError(
+                f'lift must be "pixels" with mode="parity", which is as published, got {self.lift!r}'
+            )
+        if self.steps[1]:
+            raise ArgumentError(
+                f'lift must be "pixels" with a mixed stage, got {self.lift!r} with steps={self.steps}; '
+                f"steps=({self.steps[0]}, 0, {self.steps[2]}) has none"
+            )
+
     def _solve(self) -> None:
         steps, ends = self._of_stages(self.steps), self._of_stages(self.ends)
         shifts, z = ((self.base_shift,), 2.0)
@@ -127,7 +157,8 @@ class RALU(Method):
 
         "flux-4x", "flux-5x" and "flux-7x" for FLUX.1-dev; "sd3-2x" and "sd3-3x" for SD3-medium; "schnell" and
         "sd35-turbo", whose shifts and noise were never published and are solved as the others were.
-        They run on that model's family only; `family=None` lets them run on any.
+        They run on that model's family only; `family=None` lets them run on any. "late" is none of the paper's: it
+        has no mixed stage and leaves the coarse one late, for any family.
         """
         one_of("preset", name, PRESETS)
         return replace(PRESETS[name], **changes)
@@ -147,6 +178,22 @@ class RALU(Method):
         if 0 in asked.steps:
             raise ArgumentError(f"steps must be at least 1 in every stage, got {asked.steps!r}")
         return stages.solve(asked.steps, asked.ends, base_shift)
+
+    @staticmethod
+    def latest_end(latents: Tensor, share: float = 0.01, noise: float = 0.25) -> float:
+        """How late a coarse stage may end, by the spectrum of a VAE: the time for `ends`.
+
+        The full stage begins with nothing but noise where the coarse picture tells nothing. At this time the signal
+        that is missing there has, on the mean, at most `share` of that noise's power.
+
+        Args:
+            latents: Clean latents [..., h, w] of pictures at full size, scaled as the transformer takes them.
+            share: Above 0.
+            noise: The constant c, as for the method.
+        """
+        real("share", share, "above 0", lambda x: x > 0)
+        real("noise", noise, "in (0, 1/4]", lambda x: 0 < x <= 0.25)
+        return stages.latest_end(lift.new_power(latents), share, noise)
 
     # ---- the plan
 
@@ -225,6 +272,8 @@ PRESETS = {
         (1, 1, 2), _FLUX, (1.008, 0.568, 0.864), 0.25, 0.3, base_shift=1.0, family="flux"
     ),
     "sd35-turbo": RALU((1, 1, 2), _FLUX, (4.603, 2.277, 2.612), 38.5**-2, 0.3, family="sd3"),
+    # The time is what `latest_end` says of the VAE in the package; the shifts are that of the models.
+    "late": RALU((5, 0, 5), (0.5, 0.75, 1.0), (3.0, 3.0, 3.0), 0.25, lift="picture"),
 }
 
 METHOD = RALU

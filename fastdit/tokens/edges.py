@@ -1,8 +1,9 @@
 """Where a picture has detail: an energy for each token, and the tokens with the most of it.
 
-Three energies, each fp32 [B, N] over tokens in raster order: `edge_energy` counts Canny edges of a
-decoded image, `gradient_energy` and `variance_energy` look at latents and need no decoder. `energy`
-is the one that RALU's selector names, and `top_rows` turns it into the rows of the K tokens to refine.
+Four energies, each fp32 [B, N] over tokens in raster order: `edge_energy` counts Canny edges of a
+decoded image, `gradient_energy` and `variance_energy` look at latents and need no decoder,
+`change_energy` compares velocities. `energy` is the one of a picture that RALU's selector names, and
+`top_rows` turns it into the rows of the K tokens to refine.
 
 `canny` finds the pixels that OpenCV's detector finds (8-bit grey, Sobel 3 x 3 with a replicated
 border, L1 norm), pixel for pixel: integers throughout, its test of tan 22.5 degrees in 15-bit fixed
@@ -102,6 +103,11 @@ def variance_energy(latents: Tensor, cells: tuple[int, int]) -> Tensor:
     """
     values = _by_token(latents.float(), cells, around=1).flatten(3)  # [B, N, C, pixels]
     return values.var(-1, unbiased=False).mean(-1)
+
+
+def change_energy(before: Tensor, now: Tensor) -> Tensor:
+    """How far the velocity of each token moved in a step, squared, of tokens [B, N, C]."""
+    return (now.float() - before.float()).square().sum(-1)
 
 
 def top_rows(energy: Tensor, keep: int) -> Tensor:

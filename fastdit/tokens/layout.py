@@ -29,11 +29,13 @@ class Layout:
         table: int32 [B, n, 3], level (1 for coarse), y and x of each token's first cell, coarse tokens first;
             [1, n, 3] where all images have the same.
         coarse: How many tokens are coarse.
+        centred: Whether a coarse token's place is the middle of its four cells, and not its first cell.
     """
 
     grid: tuple[int, int]
     table: Tensor
     coarse: int
+    centred: bool = False
 
     @classmethod
     def uniform(cls, grid: tuple[int, int], level: int, device: torch.device) -> Layout:
@@ -55,6 +57,11 @@ class Layout:
     def tokens(self) -> int:
         """Tokens of one image."""
         return self.table.shape[1]
+
+    def places(self) -> Tensor:
+        """fp32 [B, n, 2]: y and x of each token, in cells."""
+        level, *places = self.table.float().unbind(-1)
+        return torch.stack(places, dim=-1) + (level / 2 if self.centred else 0 * level)[..., None]
 
     def table_of(self, batch: int) -> Tensor:
         """The table of `batch` rows, CFG branches of the images one after the other."""

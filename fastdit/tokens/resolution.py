@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
-from fastdit.tokens import edges
+from fastdit.tokens import edges, lift
 from fastdit.tokens.layout import SIDE, Layout
 from fastdit.tokens.stages import Stage
 
@@ -50,6 +51,7 @@ class ResolutionRun(MethodRun):
         now: The layout of the stage's tokens; None before the run's first call.
         records: The stages that have ended.
         generators: One for each image of the batch, for the noise between stages.
+        velocities: Of the coarse stage's last two steps, as tokens, where the selector looks at them.
         memory: Free space of the adapter that lives as long as the stage: tables of positions.
     """
 
@@ -62,6 +64,7 @@ class ResolutionRun(MethodRun):
         self.memory: dict[Any, Any] = {}
         self.adapter, self.ops = run.patched.adapter, run.patched.ops
         self.generators: list[torch.Generator] = []
+        self.velocities: list[Tensor] = []
         self._text = 0
 
     # ---- hooks
@@ -104,6 +107,9 @@ class ResolutionRun(MethodRun):
         run = self.run
         if run.step == run.first:
             self.project(step.latents)
+        if self.method.selector == "change" and self.now.name == "coarse":
+            velocity = self.now.read(self._field(step.velocity), self.ops)
+            self.velocities = [*self.velocities[-1:], velocity]
         if self.end_sigma(run.step) is not None:
             self.finish(step.velocity, step.latents)
             ended = len(self.records) == len(self.stages)
@@ -113,6 +119,7 @@ class ResolutionRun(MethodRun):
         """Only the records stay."""
         self.memory.clear()
         self.generators.clear()
+        self.velocities.clear()
 
     # ---- stages
 
@@ -160,7 +167,7 @@ class ResolutionRun(MethodRun):
         if self.index + 1 < len(self.stages):
             self.index += 1
             self.memory.clear()
-            x = self._transition(x)
+            x = self._transition(x) if self.method.lift == "pixels" else self._lifted(x)
             self.now.write(x, state, self.ops)
 
     @torch.no_grad()
@@ -179,21 +186,17 @@ class ResolutionRun(MethodRun):
     def _transition(self, x: Tensor) -> Tensor:
         """The state of the stage that begins, and its layout, from that of the one before."""
         stage, before, noise = self.stage, self.now, self.method.noise
-        batch, _, width = x.shape
+        batch = x.shape[0]
         full, parity = stage.layout == "full", self.method.mode == "parity"
         if full:
             rows = torch.arange(before.coarse, device=before.table.device).expand(batch, -1)
         else:
             rows = self._chosen()
-        count = before.tokens + 3 * rows.shape[1]
-        eps = torch.stack(
-            [torch.randn(count, width, generator=generator) for generator in self.generators]
-        )
         x, table = self.ops.resolution_transition(
             x,
             before.table_of(batch),
             rows,
-            eps.to(x.device),
+            self._noise(before.tokens + 3 * rows.shape[1], x),
             scale=stage.scale,
             deviation=stage.deviation,
             correlation=noise,
@@ -202,10 +205,46 @@ class ResolutionRun(MethodRun):
             raster=before.grid[1] if full else None,
         )
         coarse = before.coarse - rows.shape[1]
-        self.now = (
-            Layout.uniform(before.grid, 0, x.device) if full else Layout(before.grid, table, coarse)
-        )
+        if full:
+            self.now = Layout.uniform(before.grid, 0, x.device)
+        else:
+            self.now = Layout(before.grid, table, coarse, centred=not parity)
         return x
+
+    def _lifted(self, x: Tensor) -> Tensor:
+        """The state of the full stage, and its layout, from that of the coarse one, by way of the picture they make."""
+        stage, clean = self.stage, self.records[-1].estimate
+        fine = Layout.uniform(self.now.grid, 0, x.device)
+        small = self._picture(x.to(clean.dtype))
+        noise = self._picture(self._noise(fine.tokens, x), fine)
+        # One image after the other, so that each comes out in a batch as it would alone.
+        found = []
+        for image, own, estimate in zip(small, noise, clean.split(1), strict=True):
+            state = lift.enlarged(
+                image,
+                own,
+                scale=stage.scale,
+                deviation=stage.deviation,
+                correlation=self.method.noise,
+            )
+            if self.method.lift == "picture":
+                drawn = self._redrawn(estimate)[0] - lift.enlarged(estimate[0])
+                state = state + (1 - stage.sigmas[0]) * drawn
+            found.append(state)
+        self.now = fine
+        return fine.read(_field(torch.stack(found)), self.ops).to(x.dtype)
+
+    def _redrawn(self, clean: Tensor) -> Tensor:
+        """Clean latents of one image at twice the size, as the VAE encodes their picture when it is enlarged."""
+        pipeline = self.run.pipeline() or self.run.patched.pipeline()
+        image = self._decoded(clean).float()
+        image = F.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        return self.adapter.encode(image, pipeline.vae).to(clean)
+
+    def _noise(self, count: int, x: Tensor) -> Tensor:
+        """Standard normal tokens [B, count, 4 C], fp32, of each image's own generator."""
+        eps = [torch.randn(count, x.shape[2], generator=own) for own in self.generators]
+        return torch.stack(eps).to(x.device)
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """The picture of latents; offloading hooks move the VAE in."""
@@ -215,19 +254,26 @@ class ResolutionRun(MethodRun):
     def _chosen(self) -> Tensor:
         method, cells = self.method, tuple(side // 2 for side in self.now.grid)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
-        energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
+        if method.selector == "change":
+            energy = edges.change_energy(*self.velocities)
+        else:
+            energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
         return edges.top_rows(energy, method.split_count(self.now.tokens, self._text))
 
-    def _picture(self, tokens: Tensor) -> Tensor:
+    def _picture(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
-        layout = self.now
+        layout = layout or self.now
         if layout.name == "coarse":
             layout = Layout.uniform(tuple(side // 2 for side in layout.grid), 0, tokens.device)
         height, width = (SIDE * side for side in layout.grid)
         picture = tokens.new_empty(tokens.shape[0], tokens.shape[2] // SIDE**2, height, width)
-        field = picture.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 2, 4, 3, 5, 1)
-        layout.write(tokens, field, self.ops)
+        layout.write(tokens, _field(picture), self.ops)
         return picture
 
     def _field(self, latents: Tensor) -> Tensor:
         return self.adapter.field(latents, self.now.grid)
+
+
+def _field(picture: Tensor) -> Tensor:
+    """Latents [B, C, H, W] as [B, gh, gw, 2, 2, C], a view."""
+    return picture.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 2, 4, 3, 5, 1)

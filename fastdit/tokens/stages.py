@@ -62,6 +62,17 @@ def transition(end: float, noise: float) -> tuple[float, float, float]:
     return end / (delta + end), 1 / (delta + end), delta / (delta + end)
 
 
+def latest_end(power: float, share: float, noise: float) -> float:
+    """The time at whose transition a signal of this power in what is new has `share` of the power of the noise there.
+
+    With s / (1 - s) = sqrt(share / power) for the start s of the next stage; see :func:`transition`.
+    """
+    if not power:
+        return 1.0
+    ratio = math.sqrt(share / power / noise)  # e / (1 - e)
+    return ratio / (1 + ratio)
+
+
 def starts(ends: Sequence[float], noise: float) -> tuple[float, ...]:
     """Start times of all stages."""
     return (0.0, *(transition(end, noise)[0] for end in ends[:-1]))
