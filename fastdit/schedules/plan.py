@@ -117,16 +117,21 @@ def plan_run(
     lengths = [stage.steps for stage in stages] or [steps]
     reusing = (method for method in methods if "reuse" in method.writes)
     reuse = next((method.staged_schedule(spec, lengths, timesteps) for method in reusing), None)
-    forecasts = _forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
+    forecasts = whole_forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
     actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
     sums = _sums(actions, spec) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
 
-def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tuple[int, ...]:
+def whole_forecasts(
+    schedule: Schedule, spec: ModelSpec, fresh: Sequence[int] = ()
+) -> tuple[int, ...]:
     """This gives the order of each step's forecast where all of it is drawn by one, 0 elsewhere."""
-    layers = [schedule.layers[kind.name].filled(kind) for kind in spec.kinds]
+    layers = [
+        tuple(part[:, _present(kind)] for part in schedule.layers[kind.name].filled(kind))
+        for kind in spec.kinds
+    ]
     if not layers:  # a model without blocks that are known, whose schedule is of its output
         layers = [(layer.bits, layer.orders) for layer in schedule.layers.values()]
     bits, orders = (
@@ -136,6 +141,16 @@ def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tup
     whole = ~bits.any(axis=1) & (orders == orders[:, :1]).all(axis=1)
     whole[list(fresh)] = False
     return tuple(int(order) if step else 0 for step, order in zip(whole, orders[:, 0], strict=True))
+
+
+def _present(kind: BlockKind) -> np.ndarray:
+    """This tells which entries of a step there are, bool [blocks, components]; the others decide nothing."""
+    return np.array(
+        [
+            [(block, name) not in kind.absent for name in kind.components]
+            for block in range(kind.count)
+        ]
+    )
 
 
 def _sums(actions: Sequence[Sequence[BlockActions]], spec: ModelSpec) -> Sequence[StepSums]:
