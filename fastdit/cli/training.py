@@ -1,4 +1,4 @@
-"""What `fastdit train-router` trains on: prompts of a file, or some that suit the model, and a scheduler."""
+"""What `fastdit train-router` trains on: prompts of a file, or some that suit the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from fastdit.cli.loading import PROMPTS, Model, calls, draws_classes
 from fastdit.cli.search import prompts_of
-from fastdit.errors import ArgumentError
 
 SCENES = 64  # of the embedded model's training split, with one object and with two
 
@@ -30,19 +29,3 @@ def training_prompts(model: Model, file: Path | None) -> list[Any]:
         texts = list(PROMPTS)
     asked = calls(model.pipeline, texts)
     return [call["class_labels"][0] if "class_labels" in call else call["prompt"] for call in asked]
-
-
-def swap_scheduler(pipeline: Any, name: str) -> None:
-    """A pipeline gets another scheduler of diffusers, with what the old one's settings say to it.
-
-    Raises:
-        ArgumentError: diffusers has no such class.
-    """
-    import diffusers
-
-    scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not hasattr(scheduler_class, "from_config"):
-        raise ArgumentError(
-            f"--scheduler must be a scheduler class of diffusers, such as DDIMScheduler, got {name!r}"
-        )
-    pipeline.scheduler = scheduler_class.from_config(pipeline.scheduler.config)
