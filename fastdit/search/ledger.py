@@ -147,7 +147,7 @@ class Ledger:
         found = entry["identity"]
         found, own = {**EARLIER, **found}, {**EARLIER, **self.identity}
         if different := sorted(name for name in {*found, *own} if found.get(name) != own.get(name)):
-            name = different[0]
+            name = min(different, key=lambda each: len(repr(own.get(each))))
             raise SearchError(
                 f"{self.path} belongs to another search: {', '.join(different)} differ, "
                 f"e.g. {name} was {found.get(name)!r:.200} and is {own.get(name)!r:.200}; "
