@@ -41,7 +41,7 @@ from fastdit import tiny
 from fastdit.account.cost import Cost
 from fastdit.adapters import find_adapter
 from fastdit.cli.distance import relative_l2
-from fastdit.cli.training import swap_scheduler
+from fastdit.cli.sampler import swap_scheduler
 from machine import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,8 +20,11 @@ FACTS = {
     "kinds": [("transformer_blocks", 3, ("attn", "ff"), [(2, "ff")], {})],
     "costs": {"macs": 250.0, "true-macs": 325.0},
     "model": "fake",
+    "calls": STEPS,
+    "repeats": False,
+    "scheduler": "FakeScheduler",
 }
-GENOME = genome_of(FACTS, STEPS)
+GENOME = genome_of(FACTS)
 WORK = Work(tuple(f"prompt {i}" for i in range(6)), steps=STEPS)
 HARM = np.random.default_rng(7).uniform(0.1, 1.0, (WORK.items, GENOME.size))
 COST = np.tile([10.0, 10.0, 10.0, 10.0, 10.0], STEPS)

@@ -191,7 +191,7 @@ def explain_patched(
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
         macs=_spent(stages, not patched.eager),
-        linear_macs=count.linear_macs(plan.reuse, steps),
+        linear_macs=count.linear_macs(plan.reuse, steps - sum(map(bool, plan.forecasts))),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,

@@ -96,6 +96,9 @@ def search(
     cost: options.Costs = None,
     quality: options.Quality = "paired",
     quality_path: options.QualityPath = None,
+    scheduler: options.SearchScheduler = None,
+    orders: options.Orders = "0",
+    guidance: options.GuidanceScale = None,
     images_per_prompt: options.ImagesPerPrompt = 1,
     race: options.Race = 0,
     unit: options.Unit = "bit",
@@ -127,7 +130,7 @@ def search(
 
     require_pymoo()
     check_folder(out, "--out")
-    size = {name: value for name, value in (("height", height), ("width", width)) if value}
+    given = {"height": height, "width": width, "guidance_scale": guidance}
     work = Work(
         view.prompts_of(prompts, embedded=model is None),
         steps=steps,
@@ -138,7 +141,9 @@ def search(
         quality=quality,
         quality_path=None if quality_path is None else str(quality_path),
         backend=backend,
-        arguments=size,
+        arguments={name: value for name, value in given.items() if value is not None},
+        scheduler=scheduler,
+        orders=view.orders_of(orders),
     )
     costs = tuple(cost) if cost else Settings.costs
     operators = Operators.of(unit, seed)
@@ -241,7 +246,8 @@ def train_router(
 
     take_device()
     loaded = arguments.load(model, dtype)
-    from fastdit.cli.training import swap_scheduler, training_prompts
+    from fastdit.cli.sampler import swap_scheduler
+    from fastdit.cli.training import training_prompts
     from fastdit.train import HarmoniCa
 
     if scheduler is not None:

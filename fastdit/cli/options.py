@@ -189,13 +189,33 @@ Costs = Annotated[
 ]
 Quality = Annotated[
     str,
-    typer.Option(metavar="NAME", help="How to judge: paired, task, clip or image-reward."),
+    typer.Option(
+        metavar="NAME",
+        help="How to judge: paired, by the unpatched run; truth, by what many steps come to; "
+        "task, clip or image-reward.",
+    ),
 ]
 QualityPath = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
         help="Folder with the weights of clip or image-reward; nothing is downloaded.",
+    ),
+]
+SearchScheduler = Annotated[
+    str | None,
+    typer.Option(
+        "--scheduler",
+        metavar="CLASS",
+        help="Scheduler class of diffusers to search for, or recommended for what suits few steps; the pipeline's if "
+        "left out.",
+    ),
+]
+Orders = Annotated[
+    str,
+    typer.Option(
+        metavar="N,N",
+        help="Orders by which a reused output may be drawn: 0 repeats it; with 0,1 or 0,1,2 the search chooses.",
     ),
 ]
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MAX_SIZE, help="Pictures per prompt.")]

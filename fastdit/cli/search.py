@@ -51,6 +51,14 @@ def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
     return found
 
 
+def orders_of(text: str) -> tuple[int, ...]:
+    """Orders are numbers between commas."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ArgumentError(f"--orders must be numbers between commas, got {text!r}") from error
+
+
 def load_pipeline(folder: Path | None, dtype: str | None) -> Any:
     """A worker loads its pipeline by this; it is at the top level of a module, so that processes can be sent it."""
     from fastdit.cli.loading import load_model

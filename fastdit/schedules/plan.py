@@ -21,7 +21,6 @@ from fastdit.schedules.collapse import StepSums, find_sums
 from fastdit.spec import BlockKind, ModelSpec
 
 if TYPE_CHECKING:
-    from fastdit.schedules.layer import Layer
     from fastdit.schedules.schedule import Schedule
 
 #: the ops of every run, and those of runs whose methods decide a field of the plan
@@ -118,16 +117,21 @@ def plan_run(
     lengths = [stage.steps for stage in stages] or [steps]
     reusing = (method for method in methods if "reuse" in method.writes)
     reuse = next((method.staged_schedule(spec, lengths, timesteps) for method in reusing), None)
-    forecasts = _forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
+    forecasts = whole_forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
     actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
     sums = _sums(actions, spec, repeats) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
 
-def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tuple[int, ...]:
+def whole_forecasts(
+    schedule: Schedule, spec: ModelSpec, fresh: Sequence[int] = ()
+) -> tuple[int, ...]:
     """This gives the order of each step's forecast where all of it is drawn by one, 0 elsewhere."""
-    layers = [_present(schedule.layers[kind.name], kind) for kind in spec.kinds]
+    layers = [
+        tuple(part[:, _present(kind)] for part in schedule.layers[kind.name].filled(kind))
+        for kind in spec.kinds
+    ]
     if not layers:  # a model without blocks that are known, whose schedule is of its output
         layers = [(layer.bits, layer.orders) for layer in schedule.layers.values()]
     bits, orders = (
@@ -139,13 +143,14 @@ def _forecasts(schedule: Schedule, spec: ModelSpec, fresh: Sequence[int]) -> tup
     return tuple(int(order) if step else 0 for step, order in zip(whole, orders[:, 0], strict=True))
 
 
-def _present(layer: Layer, kind: BlockKind) -> tuple[np.ndarray, np.ndarray]:
-    """This gives bits and orders [steps, n] of what the model has: what it lacks does not compute."""
-    has = np.ones((kind.count, len(kind.components)), dtype=bool)
-    for block, component in kind.absent:
-        has[block, kind.components.index(component)] = False
-    bits, orders = layer.filled(kind)
-    return bits[:, has], orders[:, has]
+def _present(kind: BlockKind) -> np.ndarray:
+    """This tells which entries of a step there are, bool [blocks, components]; the others decide nothing."""
+    return np.array(
+        [
+            [(block, name) not in kind.absent for name in kind.components]
+            for block in range(kind.count)
+        ]
+    )
 
 
 def _sums(

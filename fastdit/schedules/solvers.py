@@ -118,8 +118,7 @@ def recommend(pipe: Any, steps: int) -> Advice:
         )
     from diffusers import UniPCMultistepScheduler
 
-    config, arguments = scheduler.config, {"num_inference_steps": steps}
-    flow = matches_flows(type(scheduler))
+    arguments, flow = {"num_inference_steps": steps}, _flow(type(scheduler))
     if why := _no_unipc(pipe, scheduler, flow):
         return Advice(scheduler, arguments, f"{type(scheduler).__name__} stays: {why}")
     settings: dict[str, Any] = {
@@ -128,27 +127,41 @@ def recommend(pipe: Any, steps: int) -> Advice:
         "lower_order_final": True,
         "final_sigmas_type": "zero",
     }
-    if flow:
-        settings |= flow_settings(config)
     return Advice(
-        UniPCMultistepScheduler.from_config(config, **settings),
+        converted(scheduler, UniPCMultistepScheduler, **settings),
         arguments,
         "UniPC of order 2 follows curved trajectories in fewer steps than Euler",
     )
 
 
-def matches_flows(scheduler_class: type) -> bool:
-    """This tells whether a scheduler's class is for flow matching alone."""
-    return any(cls.__name__.startswith("FlowMatch") for cls in scheduler_class.__mro__)
+def converted(scheduler: Any, cls: type, **settings: Any) -> Any:
+    """This is a scheduler of another class for the same model, with a flow's sigmas where it follows one.
+
+    Raises:
+        UnsupportedModelError: One of the two follows a flow, and the other cannot.
+    """
+    config = scheduler.config
+    flow = _flow(type(scheduler)) or bool(config.get("use_flow_sigmas"))
+    accepted = inspect.signature(cls.__init__).parameters
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    if flow and "use_flow_sigmas" in accepted:
+        settings |= {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 1.0 if config.get("use_dynamic_shifting") else shift,
+        }
+    elif flow and _flow(cls):
+        settings |= {"shift": shift}
+    elif flow or _flow(cls):
+        raise UnsupportedModelError(
+            f"{cls.__name__} cannot stand for {type(scheduler).__name__}: "
+            + ("the model gives velocities of a flow" if flow else "the model follows no flow")
+        )
+    return cls.from_config(config, **settings)
 
 
-def flow_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A solver for noise follows the flow of a flow-matching scheduler, of this config, with these settings."""
-    return {
-        "prediction_type": "flow_prediction",
-        "use_flow_sigmas": True,
-        "flow_shift": 1.0 if config.get("use_dynamic_shifting") else config.get("shift", 1.0),
-    }
+def _flow(cls: type) -> bool:
+    return any(each.__name__.startswith("FlowMatch") for each in cls.__mro__)
 
 
 def _no_unipc(pipe: Any, scheduler: Any, flow: bool) -> str:

@@ -40,7 +40,7 @@ class Candidate:
         vector: bool [genome size].
         losses: Of each item that was drawn.
         values: The objectives: mean loss, then the costs.
-        reused: Entries of the effective schedule that reuse, out of the genome's size.
+        reused: Entries of the effective schedule that reuse, out of the genome's cells.
         complete: Whether all items were drawn; False after a lost race.
     """
 

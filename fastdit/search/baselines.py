@@ -1,4 +1,7 @@
-"""What a front has to beat, measured like the front: the uncached run, FORA grids, TGATE, and fewer plain steps."""
+"""What a front has to beat, measured like the front: the uncached run, FORA grids, TGATE, and fewer plain steps.
+
+Where forecasts are searched, also the grids whose other steps are drawn by each order.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from fastdit.search.archive import Archive, Progress, silent
 FORA = (2, 3, 4, 5, 7, 10)
 TGATE = tuple((gate, period) for gate in (10, 15) for period in (1, 3, 5))
 STEP_SHARES = (0.8, 0.65, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15)
-UNCACHED, FEWER_STEPS = "uncached", "fewer steps"
+FORECAST = (2, 3, 4)
+UNCACHED, FEWER_STEPS, DRAWN = "uncached", "fewer steps", "forecasts"
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,15 @@ class Baseline:
 
 def measure_baselines(archive: Archive, progress: Progress = silent) -> list[Baseline]:
     """All baselines that exist for the model are measured; TGATE needs a cross-attention of its own."""
-    genome, steps = archive.genome, archive.work.steps
+    genome, steps = archive.genome, archive.genome.steps
     named = {
         ("FORA", f"every {n}"): seeds.fora(genome, n) for n in FORA if n < steps or n == FORA[0]
     }
+    for order in filter(None, genome.orders):
+        drawn = {n: seeds.whole_steps(genome, range(0, steps, n), order) for n in FORECAST}
+        named |= {
+            (DRAWN, f"every {n}, order {order}"): each for n, each in drawn.items() if n < steps
+        }
     if seeds.has_cross_attention(genome):
         for gate, period in TGATE:
             step = math.ceil(gate * steps / seeds.PAPER_STEPS)
@@ -47,9 +56,10 @@ def measure_baselines(archive: Archive, progress: Progress = silent) -> list[Bas
         Baseline(group, name, candidate.values)
         for (group, name), candidate in zip(named, measured, strict=True)
     ]
-    counts = sorted({max(1, round(share * steps)) for share in STEP_SHARES}, reverse=True)
-    points = archive.fewer_steps([steps, *counts], progress)
-    found.append(Baseline(UNCACHED, f"{steps} steps", points[0]))
+    asked = archive.work.steps
+    counts = sorted({max(1, round(share * asked)) for share in STEP_SHARES}, reverse=True)
+    points = archive.fewer_steps([asked, *counts], progress)
+    found.append(Baseline(UNCACHED, f"{asked} steps", points[0]))
     found += [
         Baseline(FEWER_STEPS, f"{count} steps", values)
         for count, values in zip(counts, points[1:], strict=True)

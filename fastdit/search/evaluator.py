@@ -7,6 +7,7 @@ when.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import statistics
@@ -18,13 +19,17 @@ from typing import Any
 import numpy as np
 
 from fastdit.cli import launch
+from fastdit.cli.sampler import swap_scheduler
 from fastdit.errors import ArgumentError
+from fastdit.runtime.timesteps import Timesteps, predicted_timesteps
 from fastdit.search import cost
 from fastdit.search.genome import Genome
-from fastdit.search.quality import Quality, make_quality
+from fastdit.search.quality import Quality, is_of_latents, make_quality
+from fastdit.search.solution import check_solvable, solving
 from fastdit.spec import BlockKind, ModelSpec
 
 LATENCY_WARMUP = 1
+ORDERS = ((0,), (0, 1), (0, 2), (0, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Work:
 
     Attributes:
         prompts: Texts, or class numbers for a class-conditional model.
-        steps: Inference steps.
+        steps: Inference steps, as the pipeline is asked for; Heun's sampler makes more calls than that.
         images_per_prompt: Pictures of each prompt, each with a seed of its own.
         seed: Of the first item.
         batch: Pictures per pipeline call.
@@ -42,6 +47,9 @@ class Work:
         backend: As in :func:`fastdit.patch`.
         arguments: Further arguments of the pipeline's call, e.g. height and guidance_scale.
         latency_repeats: Timed calls per schedule where latency is an objective.
+        scheduler: The sampler of all runs: a class of diffusers, or "recommended" for what :func:`fastdit.recommend`
+            gives; None for the pipeline's own.
+        orders: By which a reused output may be drawn, rising from 0, which repeats it.
     """
 
     prompts: tuple[str, ...]
@@ -55,6 +63,8 @@ class Work:
     backend: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     latency_repeats: int = 3
+    scheduler: str | None = None
+    orders: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts:
@@ -69,6 +79,10 @@ class Work:
             or not 0 <= self.seed < 2**63
         ):
             raise ArgumentError(f"seed must be an int from 0 to {2**63 - 1}, got {self.seed!r}")
+        orders = tuple(self.orders)
+        if orders not in ORDERS:
+            raise ArgumentError(f"orders must be 0, or 0 with 1, 2 or both, got {self.orders!r}")
+        object.__setattr__(self, "orders", orders)
         if self.threads > launch.MAX_WORKERS:
             raise ArgumentError(f"threads must be at most {launch.MAX_WORKERS}, got {self.threads}")
 
@@ -83,7 +97,8 @@ class Work:
         quality = self.quality if isinstance(self.quality, str) else self.quality.name
         found = {name: getattr(self, name) for name in names}
         arguments = {name: self.arguments[name] for name in sorted(self.arguments)}
-        return {**found, "quality": quality, "arguments": arguments, "prompts": list(self.prompts)}
+        lists = {"prompts": list(self.prompts), "orders": list(self.orders)}
+        return {**found, **lists, "quality": quality, "arguments": arguments}
 
 
 @dataclass(frozen=True)
@@ -122,16 +137,23 @@ class Evaluator:
         torch.set_num_threads(work.threads)
         self.pipeline, self.work = factory(), work
         self.pipeline.set_progress_bar_config(disable=True)
-        transformer = self.pipeline.transformer
-        self.genome = Genome(find_adapter(transformer).spec(transformer), work.steps)
+        if work.scheduler is not None:
+            swap_scheduler(self.pipeline, work.scheduler, work.steps)
+        transformer, scheduler = self.pipeline.transformer, self.pipeline.scheduler
+        spec = find_adapter(transformer).spec(transformer)
+        timesteps = set_timesteps(scheduler, work.steps)
+        calls = len(scheduler.timesteps)
+        self.genome = Genome(spec, calls, work.orders, timesteps.repeat)
         named = isinstance(work.quality, str)
         self.quality = make_quality(work.quality, work.quality_path) if named else work.quality
+        self._of_latents = is_of_latents(self.quality)
+        if self._of_latents:
+            check_solvable(self.pipeline)
         self._references: dict[tuple[int, int], np.ndarray] = {}
 
     def facts(self) -> dict[str, Any]:
         """Plain data describe the model: its identity, its block kinds, and what the uncached run costs."""
-        with self._patched(np.ones(self.genome.size, dtype=bool)) as handle:
-            costs = cost.counted(handle, self.work.steps, self.work.arguments)
+        costs = self._uncached()
         spec = self.genome.spec
         kinds = [
             (kind.name, kind.count, kind.components, sorted(kind.absent), dict(kind.consumers))
@@ -142,32 +164,52 @@ class Evaluator:
             "kinds": kinds,
             "costs": costs,
             "model": fingerprint(self.pipeline.transformer),
+            "calls": self.genome.steps,
+            "repeats": self.genome.repeats,
+            "scheduler": type(self.pipeline.scheduler).__name__,
         }
 
     def measure(self, task: Task) -> dict[str, Any]:
         """A task gives {"costs", "losses"} or {"costs", "latency"}."""
+        if self._of_latents and task.what == "losses":
+            self._solve(task)
         if task.bits is None:
-            with self._patched(np.ones(self.genome.size, dtype=bool)) as handle:
-                dense = cost.counted(handle, self.work.steps, self.work.arguments)
-            share = task.steps / self.work.steps
-            return {"costs": {k: v * share for k, v in dense.items()}, **self._result(task)}
+            scheduler = copy.deepcopy(self.pipeline.scheduler)
+            set_timesteps(scheduler, task.steps)
+            share = len(scheduler.timesteps) / self.genome.steps
+            costs = {name: value * share for name, value in self._uncached().items()}
+            return {"costs": costs, **self._result(task)}
         # A bit that nobody reads costs nothing, so that equal keys have equal costs.
         with self._patched(self.genome.effective(self.genome.from_bytes(task.bits))) as handle:
-            costs = cost.counted(handle, self.work.steps, self.work.arguments)
+            costs = cost.counted(handle, self.genome.steps, self.work.arguments)
             return {"costs": costs, **self._result(task, handle)}
+
+    def _uncached(self) -> dict[str, int]:
+        with self._patched(np.ones(self.genome.size, dtype=bool)) as handle:
+            return cost.counted(handle, self.genome.steps, self.work.arguments)
 
     def _result(self, task: Task, handle: Any = None) -> dict[str, Any]:
         if task.what == "latency":
             return {"latency": self._latency(task)}
         losses: list[float] = []
-        for first in range(task.first, task.last, self.work.batch):
-            chunk = (first, min(first + self.work.batch, task.last))
+        for chunk in self._chunks(task):
             references = None
             if self.quality.needs_reference:
                 references = self._reference(chunk, handle)
             images = self._draw(*chunk, task.steps)
             losses += self.quality.losses(images, self._prompts(*chunk), references)
         return {"losses": [float(loss) for loss in losses]}
+
+    def _chunks(self, task: Task) -> list[tuple[int, int]]:
+        batch = self.work.batch
+        return [(at, min(at + batch, task.last)) for at in range(task.first, task.last, batch)]
+
+    def _solve(self, task: Task) -> None:
+        """What a task is compared with is drawn once, of the unpatched model."""
+        for chunk in self._chunks(task):
+            if chunk not in self._references:
+                with solving(self.pipeline) as steps:
+                    self._references[chunk] = self._draw(*chunk, steps)
 
     def _reference(self, chunk: tuple[int, int], handle: Any) -> np.ndarray:
         if chunk not in self._references:
@@ -193,7 +235,7 @@ class Evaluator:
         return [prompts[item % len(prompts)] for item in range(first, last)]
 
     def _draw(self, first: int, last: int, steps: int) -> np.ndarray:
-        """This draws the items' pictures, [n, H, W, 3] in [0, 1]."""
+        """This draws the items' pictures, [n, H, W, 3] in [0, 1], or their latents where those are judged."""
         import torch
 
         from fastdit.cli.loading import calls
@@ -210,8 +252,10 @@ class Evaluator:
                 torch.Generator("cpu").manual_seed(self.work.seed + item)
                 for item in range(first, last)
             ],
-            output_type="np",
+            output_type="latent" if self._of_latents else "np",
         )
+        if self._of_latents:
+            return output.images.float().cpu().numpy()
         return np.asarray(output.images, dtype=np.float32)
 
     def _patched(self, vector: np.ndarray) -> Any:
@@ -234,13 +278,22 @@ class _Patched:
         self._handle.unpatch()
 
 
-def genome_of(facts: Mapping[str, Any], steps: int) -> Genome:
+def set_timesteps(scheduler: Any, steps: int) -> Timesteps:
+    """A scheduler is set as a pipeline sets it for so many steps, which says how many calls those are."""
+    timesteps = predicted_timesteps(scheduler, steps, tokens=1)  # the tokens move no call
+    given = {name: value for name, value in timesteps.arguments.items() if name == "mu"}
+    scheduler.set_timesteps(num_inference_steps=steps, **given)
+    return timesteps
+
+
+def genome_of(facts: Mapping[str, Any], orders: tuple[int, ...] = (0,)) -> Genome:
     """The model that `facts` describe has this genome."""
     kinds = [
         BlockKind(name, count, tuple(names), frozenset(map(tuple, absent)), consumers)
         for name, count, names, absent, consumers in facts["kinds"]
     ]
-    return Genome(ModelSpec(facts["family"], tuple(kinds)), steps)
+    spec = ModelSpec(facts["family"], tuple(kinds))
+    return Genome(spec, facts["calls"], orders, facts["repeats"])
 
 
 def fingerprint(transformer: Any) -> str:

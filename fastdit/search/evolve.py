@@ -24,7 +24,7 @@ from fastdit.search.front import corner, hypervolume, on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
-from fastdit.search.quality import is_logarithmic
+from fastdit.search.quality import is_logarithmic, is_of_latents
 from fastdit.search.seeds import default_population, evenly_spread_steps, first_population
 from fastdit.search.surrogate import propose
 from fastdit.search.workers import Workers
@@ -42,7 +42,8 @@ class Settings:
         costs: Cost objectives beside the loss, out of `cost.OBJECTIVES`; by default the paper's.
         race: Items of the race of a fresh candidate (see `archive.py`); 0 for none.
         operators: NSGA-II's settings.
-        even_steps: Begin with whole steps, evenly spread, too: half of the population at most, of all costs.
+        even_steps: Begin with whole steps, evenly spread, too: half of the population at most, of all costs, drawn by
+            each of the orders that are searched.
         surrogate: Generations bred on predictions between two that are measured (see `surrogate.py`); 0 measures what
             NSGA-II breeds, as the paper does.
     """
@@ -101,6 +102,7 @@ class Search:
         genome: Vectors to schedules and back.
         uncached: Costs of the uncached run, by objective.
         archive: Everything that was measured.
+        scheduler: Class of the sampler.
     """
 
     front: tuple[Candidate, ...]
@@ -108,6 +110,7 @@ class Search:
     genome: Genome
     uncached: dict[str, float]
     archive: Archive
+    scheduler: str
 
     @property
     def gain(self) -> float:
@@ -146,19 +149,25 @@ def evolve(
     """
     require_pymoo()
     facts = workers.facts()
-    genome = genome_of(facts, work.steps)
+    genome = genome_of(facts, work.orders)
     population = settings.population or default_population(genome.spec.family)
     if settings.even_steps:
-        even = evenly_spread_steps(genome)
-        chosen = np.linspace(0, len(even) - 1, min(len(even), population // 2)).round().astype(int)
-        seeds = [*seeds, *(genome.schedule(even[index]) for index in chosen)]
+        for order in genome.orders:
+            even, most = evenly_spread_steps(genome, order), population // 2 // len(genome.orders)
+            chosen = np.linspace(0, len(even) - 1, min(len(even), most)).round().astype(int)
+            seeds = [*seeds, *(genome.schedule(even[index]) for index in chosen)]
     first = first_population(genome, population, seeds, settings.operators.seed)
     files.make_folder(folder, "out")
     ledger = Ledger(folder / LEDGER, identity(work, settings, seeds, facts))
     try:
         archive = Archive(genome, work, settings.costs, settings.race, ledger, workers)
         algorithm = Nsga2(
-            first, population, 1 + len(settings.costs), settings.operators, genome.components
+            first,
+            population,
+            1 + len(settings.costs),
+            settings.operators,
+            genome.components,
+            len(genome.orders),
         )
         loop = _Loop(archive, algorithm, ledger, settings, watch)
         for number in range(settings.generations + 1):
@@ -168,7 +177,8 @@ def evolve(
         ledger.close()
         raise
     done = tuple(ledger.generations[number] for number in range(loop.done))
-    return Search(tuple(archive.front()), done, genome, facts["costs"], archive), ledger
+    front, sampler = tuple(archive.front()), facts["scheduler"]
+    return Search(front, done, genome, facts["costs"], archive, sampler), ledger
 
 
 @dataclass
@@ -233,6 +243,7 @@ class _Loop:
             replace(operators, seed=operators.seed + number),
             self.settings.surrogate,
             is_logarithmic(self.archive.work.quality),
+            vanishes=not is_of_latents(self.archive.work.quality),
         )
 
     def _on_axes(self, candidates: Sequence[Candidate]) -> np.ndarray:

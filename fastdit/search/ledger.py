@@ -31,6 +31,7 @@ from fastdit.schedules.schedule_file import expect
 FORMAT = "fastdit.search-ledger"
 VERSION = 2
 UNSEALED = 1  # the version without checksums
+EARLIER = {"orders": [0], "scheduler": None}  # where a ledger says nothing of it
 MAX_FILE_BYTES = 1 << 30
 _SEAL = re.compile(rb',"crc":"([0-9a-f]{8})"}$')
 _NUMBER = (int, float)
@@ -144,13 +145,12 @@ class Ledger:
             )
         self._unsealed = entry["version"] == UNSEALED
         found = entry["identity"]
-        if different := sorted(
-            name for name in {*found, *self.identity} if found.get(name) != self.identity.get(name)
-        ):
-            name = different[0]
+        found, own = {**EARLIER, **found}, {**EARLIER, **self.identity}
+        if different := sorted(name for name in {*found, *own} if found.get(name) != own.get(name)):
+            name = min(different, key=lambda each: len(repr(own.get(each))))
             raise SearchError(
                 f"{self.path} belongs to another search: {', '.join(different)} differ, "
-                f"e.g. {name} was {found.get(name)!r:.200} and is {self.identity.get(name)!r:.200}; "
+                f"e.g. {name} was {found.get(name)!r:.200} and is {own.get(name)!r:.200}; "
                 "give another folder, or the same settings"
             )
 

@@ -3,6 +3,9 @@
 The paper's operators cut and flip single bits, so a child mixes fresh and stale components within a step. The schedules
 that it published hardly do: of FLUX 98 % of the block-steps are all or nothing, and half of PixArt's steps recompute
 nothing (spec 7). Here the step is what is cut, added, dropped and moved, and only some moves take a part of one.
+
+Orders of forecasts change by the step too: one of a single order spares the model's other layers and is extrapolated
+as a solver would, a mixed one is not.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 PART_SHARE, SHIFT_SHARE = 0.2, 0.4  # of the moves; the others add or drop a step
+ORDER_SHARE = 0.25  # of the moves, before those, where there are orders to choose from
 ANOTHER = 0.5  # probability that a move is followed by a further one
 
 
@@ -37,15 +41,22 @@ def move(bits: np.ndarray, parts: np.ndarray, rng: np.random.Generator) -> None:
 
     One move, and with probability `ANOTHER` one more, again and again. A move adds or drops a step, as probably the one
     as the other whatever there are more of; or has two neighbouring steps trade places; or adds or drops a part of a
-    step.
+    step. Where columns of orders follow (:class:`~fastdit.search.genome.Genome`), another one draws a step.
     """
+    rows, width = bits, parts.shape[1]
+    bits, orders = rows[:, :width], rows[:, width:].reshape(len(rows), -1, width)
     while True:
+        if orders.size and rng.random() < ORDER_SHARE:
+            _redraw(bits, orders, parts, rng)
+            if rng.random() >= ANOTHER:
+                return
+            continue
         draw = rng.random()
         if draw < PART_SHARE:
             columns = parts[rng.integers(len(parts))]
             _toggle(bits, columns, rng)
         elif draw < PART_SHARE + SHIFT_SHARE:
-            _shift(bits, rng)
+            _shift(rows, rng)
         else:
             _toggle(bits, np.ones(bits.shape[1], dtype=bool), rng)
         if rng.random() >= ANOTHER:
@@ -62,6 +73,22 @@ def _toggle(bits: np.ndarray, columns: np.ndarray, rng: np.random.Generator) -> 
     if not len(steps):
         wanted, steps = not wanted, np.arange(len(computes))
     bits[1 + rng.choice(steps), columns] = wanted
+
+
+def _redraw(
+    bits: np.ndarray, orders: np.ndarray, parts: np.ndarray, rng: np.random.Generator
+) -> None:
+    """At a random step that reuses, another order draws all of it or, seldom, a part; orders are [steps, planes, n]."""
+    steps = 1 + np.flatnonzero(~bits[1:].all(axis=1))
+    if not len(steps):
+        return
+    step, columns = rng.choice(steps), np.ones(bits.shape[1], dtype=bool)
+    if rng.random() < PART_SHARE:
+        columns = parts[rng.integers(len(parts))]
+    planes = orders.shape[1]
+    usual = round(float(orders[step][:, columns].sum(axis=0).mean()))
+    place = rng.choice([other for other in range(planes + 1) if other != usual])
+    orders[step][:, columns] = np.arange(planes)[:, None] < place
 
 
 def _shift(bits: np.ndarray, rng: np.random.Generator) -> None:

@@ -73,6 +73,7 @@ class Nsga2:
         objectives: How many.
         operators: See :class:`Operators`.
         components: (kind, block, component) of each bit of a step, as of :class:`~fastdit.search.genome.Genome`.
+        orders: How many orders an entry may be drawn by.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Nsga2:
         objectives: int,
         operators: Operators,
         components: Sequence[tuple[str, int, str]] = (),
+        orders: int = 1,
     ) -> None:
         require_pymoo()
         from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -92,7 +94,7 @@ class Nsga2:
         self._operators = operators
         self.problem = Problem(n_var=bits, n_obj=objectives, n_ieq_constr=1, vtype=bool)
         make = _by_steps if operators.unit == "step" else _by_bits
-        crossover, mutation = make(operators, bits, components)
+        crossover, mutation = make(operators, bits, components, orders)
         self.algorithm = NSGA2(
             pop_size=population,
             sampling=np.array(seeds, dtype=bool),
@@ -135,7 +137,7 @@ class Nsga2:
         self.algorithm.tell(infills=self._asked)
 
 
-def _by_bits(operators: Operators, bits: int, components: Sequence[Any]) -> tuple[Any, Any]:
+def _by_bits(operators: Operators, bits: int, *_: Any) -> tuple[Any, Any]:
     """This is the paper's crossover and mutation."""
     from pymoo.operators.crossover.pntx import PointCrossover
     from pymoo.operators.mutation.bitflip import BitflipMutation
@@ -148,13 +150,16 @@ def _by_bits(operators: Operators, bits: int, components: Sequence[Any]) -> tupl
     )
 
 
-def _by_steps(operators: Operators, bits: int, components: Sequence[Any]) -> tuple[Any, Any]:
+def _by_steps(
+    operators: Operators, bits: int, components: Sequence[Any], orders: int
+) -> tuple[Any, Any]:
     """This is crossover and mutation by `moves.py`."""
     from pymoo.core.crossover import Crossover
     from pymoo.core.mutation import Mutation
 
     parts = moves.parts_of(components)
-    shape = (bits // len(components), len(components))
+    width = len(components) * orders
+    shape = (bits // width, width)
 
     class StepCrossover(Crossover):
         def _do(self, problem: Any, X: Any, *args: Any, random_state: Any = None, **_: Any) -> Any:

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from fastdit.search.baselines import FEWER_STEPS, UNCACHED, Baseline
+from fastdit.search.baselines import DRAWN, FEWER_STEPS, UNCACHED, Baseline
 
 FRONT, THIN = "#1f6feb", ("#9aa4af", "#57ab5a", "#d2a8ff")
 STYLES = {
     UNCACHED: {"color": "#24292f", "marker": "*", "markersize": 11, "linestyle": "none"},
     "FORA": {"color": "#d4810b", "marker": "s", "markersize": 5, "linestyle": "--"},
     "TGATE": {"color": "#8250df", "marker": "^", "markersize": 6, "linestyle": "none"},
+    DRAWN: {"color": "#0969da", "marker": "D", "markersize": 4, "linestyle": "none"},
     FEWER_STEPS: {"color": "#cf222e", "marker": "x", "markersize": 6, "linestyle": ":"},
 }
 

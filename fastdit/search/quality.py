@@ -1,6 +1,8 @@
 """What makes a picture good: the plug-ins that turn images into losses, smaller being better.
 
 * `paired`: relative L2 distance to the uncached picture of the same seed; asks for sameness, not for beauty.
+* `truth`: relative L2 distance of the latents to those of many steps from the same noise (`solution.py`); the
+  sampler's own error counts too, which `paired` rewards repeating.
 * `task`: for the embedded model, the share of the named objects that are wrong (`fastdit.tiny.score`).
 * `clip`: 1 - cosine between image and prompt by a CLIP model in a local folder.
 * `image-reward`: 1 - ImageReward, the paper's objective, from a local folder; see `image_reward.py`.
@@ -30,7 +32,8 @@ class Quality(Protocol):
         needs_reference: Whether `losses` is given the uncached pictures of the same seeds.
 
     One with `logarithmic = True` has positive losses of which the ratios matter: the search spreads its front, and
-    measures hypervolume, over their logarithm.
+    measures hypervolume, over their logarithm. One with `of_latents = True` is given latents, and the solution's as
+    references; its losses do not vanish where nothing is reused.
     """
 
     name: str
@@ -54,6 +57,21 @@ class Paired:
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
     ) -> list[float]:
         """Each picture has |image - reference| / |reference|."""
+        return [relative_l2(*pair) for pair in zip(images, references, strict=True)]
+
+
+class Truth:
+    """The loss is the relative L2 distance of a run's latents to those of many steps."""
+
+    name = "truth"
+    needs_reference = True
+    logarithmic = True
+    of_latents = True
+
+    def losses(
+        self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
+    ) -> list[float]:
+        """Each picture's latents have |latents - reference| / |reference|."""
         return [relative_l2(*pair) for pair in zip(images, references, strict=True)]
 
 
@@ -144,6 +162,12 @@ def is_logarithmic(quality: str | Quality) -> bool:
     return bool(getattr(judge, "logarithmic", False))
 
 
+def is_of_latents(quality: str | Quality) -> bool:
+    """This tells whether a judge is given latents, and the solution's beside them."""
+    judge = QUALITIES.get(quality) if isinstance(quality, str) else quality
+    return bool(getattr(judge, "of_latents", False))
+
+
 def _image_reward(folder: Path) -> Quality:
     from fastdit.search.image_reward import ImageReward
 
@@ -152,6 +176,7 @@ def _image_reward(folder: Path) -> Quality:
 
 QUALITIES: dict[str, Callable[..., Any]] = {
     "paired": Paired,
+    "truth": Truth,
     "task": Task,
     "clip": Clip,
     "image-reward": _image_reward,

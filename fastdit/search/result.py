@@ -52,7 +52,7 @@ def write_result(
     dense = next(b for b in baselines if b.group == UNCACHED).values[1]
     save_plot(
         folder / PLOT,
-        f"{search.genome.spec.family}, {search.genome.steps} steps, "
+        f"{search.genome.spec.family}, {search.archive.work.steps} steps of {search.scheduler}, "
         f"{len(search.archive.seen)} schedules measured",
         [candidate.values for candidate in search.front],
         baselines,
@@ -71,6 +71,8 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "family": search.genome.spec.family,
         "model": identity["model"],
         "items": search.archive.work.items,
+        "scheduler": search.scheduler,
+        "num_inference_steps": search.archive.work.steps,
         "generations": len(search.generations) - 1,
     }
     return search.genome.schedule(search.genome.effective(candidate.vector), provenance)
@@ -111,7 +113,7 @@ def summary(
             {
                 "name": name,
                 "key": candidate.key,
-                "reused": candidate.reused / search.genome.size,
+                "reused": candidate.reused / search.genome.cells,
                 **objectives(search, candidate.values),
             }
             for name, candidate in zip(names, search.front, strict=True)

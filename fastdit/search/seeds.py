@@ -6,6 +6,9 @@
 * evenly spaced: at some steps, some blocks reuse one role of component.
 * TGATE without the averaging of its cross-attention, for models that have a cross-attention of their own.
 
+Where forecasts are searched, not of the paper: whole steps drawn by each order, evenly spread and dense early, and each
+half of the depth in turn.
+
 A population smaller than the families takes from each in turn; a larger one is filled by crossing them.
 """
 
@@ -28,6 +31,8 @@ TGATE_STEPS = (10, 12, 14, 16, 18, 20)
 TGATE_PERIODS = (1, 3, 5, 7, 9, 11)
 TGATE_COUNT = 13
 TGATE_WARMUP = 2
+DENSITY = 1.4  # of dense early steps: 1 would spread them evenly
+FORECAST_SHARES = (0.5, 0.7, 0.35, 0.6, 0.85)  # of the steps that compute
 PAPER_STEPS = 20
 POPULATIONS = {"pixart": 72}
 POPULATION = 24
@@ -63,7 +68,7 @@ def first_population(
 
 def uncached(genome: Genome) -> np.ndarray:
     """All components compute at all steps."""
-    return np.ones(genome.size, dtype=bool)
+    return genome.join(np.ones((genome.steps, len(genome.components)), dtype=bool))
 
 
 def fora(genome: Genome, period: int) -> np.ndarray:
@@ -86,17 +91,36 @@ def evenly_spaced(genome: Genome, role: str, blocks: int, steps: int) -> np.ndar
     )
 
 
-def evenly_spread_steps(genome: Genome) -> list[np.ndarray]:
-    """Vectors compute whole steps, evenly spread: 1, 2, ... of them, up to all but one.
+def evenly_spread_steps(genome: Genome, order: int = 0) -> list[np.ndarray]:
+    """Vectors compute whole steps, evenly spread: 1, 2, ... of them, up to all but one; `order` draws the others.
 
     Not of the paper, which has the grids among them: they fill the costs between every second step and all of them.
     """
-    found = []
-    for count in range(1, genome.steps):
-        rows = np.zeros((genome.steps, len(genome.components)), dtype=bool)
-        rows[np.arange(count) * genome.steps // count] = True
-        found.append(rows.ravel())
-    return found
+    counts = range(1, genome.steps)
+    return [
+        whole_steps(genome, np.arange(count) * genome.steps // count, order) for count in counts
+    ]
+
+
+def dense_early_steps(genome: Genome, count: int, order: int) -> np.ndarray:
+    """About so many whole steps compute, the nearer to each other the earlier they are."""
+    places = genome.steps * (np.arange(count) / count) ** DENSITY
+    return whole_steps(genome, [0, min(1, genome.steps - 1), *places.astype(int)], order)
+
+
+def whole_steps(genome: Genome, computed: Sequence[int] | np.ndarray, order: int) -> np.ndarray:
+    """These steps compute; the others are drawn by `order`."""
+    rows = np.zeros((genome.steps, len(genome.components)), dtype=bool)
+    rows[list(computed)] = True
+    return genome.join(rows, order)
+
+
+def halves(genome: Genome, order: int, first: int = 2) -> np.ndarray:
+    """From step `first`, each half of the depth computes at every other step and is drawn by `order` at the next."""
+    half = genome.spec.block_count // 2
+    return _build(
+        genome, lambda step, block, role: step < first or (step % 2 == 0) == (block < half), order
+    )
 
 
 def tgate(genome: Genome, gate: int, period: int) -> np.ndarray:
@@ -119,12 +143,23 @@ def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
     """The FORA grids come first, then a member of every other family, again and again."""
     yield from (fora(genome, n) for n in _periods(genome, PERIODS))
     roles = set(_roles(genome))
-    families = [[attention_only(genome, n) for n in _periods(genome, ATTENTION_PERIODS)]]
+    families = [_forecasts(genome, order) for order in genome.orders if order]
+    families += [[attention_only(genome, n) for n in _periods(genome, ATTENTION_PERIODS)]]
     families += [_spaced(genome, role, n) for role, n in SPACED.items() if role in roles]
     if "cross" in roles:
         families.append(_tgates(genome))
     for group in zip_longest(*families):
         yield from (vector for vector in group if vector is not None)
+
+
+def _forecasts(genome: Genome, order: int) -> list[np.ndarray]:
+    """These are drawn by one order, the most useful first."""
+    counts = [max(2, round(share * genome.steps)) for share in FORECAST_SHARES]
+    even = evenly_spread_steps(genome, order)
+    found = [halves(genome, order)]
+    for count in counts:
+        found += [even[min(count, len(even)) - 1], dense_early_steps(genome, count, order)]
+    return [*found, halves(genome, order, first=genome.steps // 2)]
 
 
 def _periods(genome: Genome, periods: Sequence[int]) -> list[int]:
@@ -188,7 +223,7 @@ def _roles(genome: Genome) -> list[str]:
     ]
 
 
-def _build(genome: Genome, computes: Callable[[int, int, str], bool]) -> np.ndarray:
+def _build(genome: Genome, computes: Callable[[int, int, str], bool], order: int = 0) -> np.ndarray:
     """A rule over (step, block over all kinds, role) has this vector."""
     first, offsets = 0, {}
     for kind in genome.spec.kinds:
@@ -199,6 +234,5 @@ def _build(genome: Genome, computes: Callable[[int, int, str], bool]) -> np.ndar
         (offsets[kind] + block, role)
         for (kind, block, _), role in zip(genome.components, roles, strict=True)
     ]
-    return np.array(
-        [computes(step, block, role) for step in range(genome.steps) for block, role in blocks]
-    )
+    rows = [[computes(step, block, role) for block, role in blocks] for step in range(genome.steps)]
+    return genome.join(np.array(rows), order)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fastdit.schedules.forecast import MAX_ORDER
 from fastdit.search.front import hypervolume, non_dominated
 from fastdit.search.genome import Genome
 from fastdit.search.nsga2 import Nsga2, Operators
@@ -32,22 +33,30 @@ class Surrogate:
     Args:
         bits: What was measured, bool [n, steps, components].
         values: Its objectives, [n, objectives].
-        logarithmic: Whether the loss is given as its decimal logarithm.
+        proportional: Whether the loss is given as its decimal logarithm, and vanishes with what is reused.
+        orders: By which all of it is drawn, shaped like `bits`, where that differs.
     """
 
-    def __init__(self, bits: np.ndarray, values: np.ndarray, logarithmic: bool = True) -> None:
-        where, trend = _where(bits), _trend(bits)
-        self._slope = np.array([0.0, 1.0, 0.0])  # as much loss as is reused
-        free = [0, 2] if logarithmic else [0, 1, 2]
-        rest = values[:, 0] - trend @ self._slope * logarithmic
+    def __init__(
+        self,
+        bits: np.ndarray,
+        values: np.ndarray,
+        proportional: bool = True,
+        orders: np.ndarray | None = None,
+    ) -> None:
+        where, trend = _where(bits, orders), _trend(bits, orders)
+        self._slope = np.eye(trend.shape[1])[1]  # as much loss as is reused
+        free = [i for i in range(trend.shape[1]) if i != 1 or not proportional]
+        rest = values[:, 0] - trend @ self._slope * proportional
         self._slope[free] = np.linalg.lstsq(trend[:, free], rest, rcond=None)[0]
         self._loss = _Ridge(_exponential(where), where, values[:, 0] - trend @ self._slope)
-        self._costs = [_Ridge(_linear, _computed(bits), column) for column in values.T[1:]]
+        spent = _computed(bits, orders)
+        self._costs = [_Ridge(_linear, spent, column) for column in values.T[1:]]
 
-    def __call__(self, bits: np.ndarray) -> np.ndarray:
-        """bool [m, steps, components] has [m, objectives]."""
-        computed = _computed(bits)
-        loss = _trend(bits) @ self._slope + self._loss(_where(bits))
+    def __call__(self, bits: np.ndarray, orders: np.ndarray | None = None) -> np.ndarray:
+        """bool [m, steps, components], with orders where they differ, has [m, objectives]."""
+        computed = _computed(bits, orders)
+        loss = _trend(bits, orders) @ self._slope + self._loss(_where(bits, orders))
         columns = [loss, *(costs(computed) for costs in self._costs)]
         return np.column_stack(columns).round(DIGITS)
 
@@ -62,6 +71,7 @@ def propose(
     operators: Operators,
     generations: int,
     logarithmic: bool = True,
+    vanishes: bool = True,
 ) -> np.ndarray:
     """These are measured in place of `children`, bool [n, genome size]: as many, and none that was measured.
 
@@ -75,8 +85,10 @@ def propose(
         operators: NSGA-II's; the seed should differ between calls.
         generations: To be bred on predictions.
         logarithmic: Whether the first of `values` is a logarithm.
+        vanishes: Whether a schedule that reuses nothing has no loss.
     """
-    surrogate = Surrogate(_bits_of(genome, measured), values, logarithmic)
+    known, drawn = _parts_of(genome, measured)
+    surrogate = Surrogate(known, values, logarithmic and vanishes, drawn)
     front = non_dominated(values)
     # The uncached run is worth nothing by itself, but what reuses a little descends from it.
     algorithm = Nsga2(
@@ -85,13 +97,14 @@ def propose(
         values.shape[1],
         replace(operators, min_difference=0),
         genome.components,
+        len(genome.orders),
     )
     for _ in range(generations + 1):
         vectors = algorithm.ask()
         if not len(vectors):
             break
-        bits = _bits_of(genome, vectors)
-        algorithm.tell(surrogate(bits), (~bits).sum(axis=(1, 2)))
+        bits, orders = _parts_of(genome, vectors)
+        algorithm.tell(surrogate(bits, orders), (~bits).sum(axis=(1, 2)))
     fresh: dict[str, np.ndarray] = {}
     for vector in algorithm.survivors():
         key = genome.key(vector)
@@ -100,7 +113,9 @@ def propose(
     if not fresh:
         return children
     bred = np.stack(list(fresh.values()))
-    chosen = _enlarging(surrogate(_bits_of(genome, bred)), values[front], reference, len(children))
+    chosen = _enlarging(
+        surrogate(*_parts_of(genome, bred)), values[front], reference, len(children)
+    )
     return np.concatenate([bred[chosen], children[: len(children) - len(chosen)]])
 
 
@@ -135,15 +150,21 @@ class _Ridge:
         return self._mean + self._kernel(inputs, self._inputs) @ self._weights
 
 
-def _bits_of(genome: Genome, vectors: np.ndarray) -> np.ndarray:
-    """Vectors become [n, steps, components]; step 0 computes."""
-    bits = vectors.reshape(len(vectors), genome.steps, len(genome.components)).copy()
+def _parts_of(genome: Genome, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Vectors become bits [n, steps, components], step 0 computing, and orders where several are searched."""
+    bits, orders = genome.parts(vectors)
+    bits = bits.copy()
     bits[:, 0] = True
-    return bits
+    return bits, np.where(bits, 0, orders) if len(genome.orders) > 1 else None
 
 
-def _computed(bits: np.ndarray) -> np.ndarray:
-    return bits.reshape(len(bits), -1) - 0.5
+def _computed(bits: np.ndarray, orders: np.ndarray | None) -> np.ndarray:
+    """A cost follows what computes, and which steps the model does not run at."""
+    computed = bits.reshape(len(bits), -1) - 0.5
+    if orders is None:
+        return computed
+    whole = (orders == orders[:, :, :1]).all(axis=2) & (orders[:, :, 0] > 0)
+    return np.concatenate([computed, whole], axis=1)
 
 
 def _staleness(bits: np.ndarray) -> np.ndarray:
@@ -154,17 +175,29 @@ def _staleness(bits: np.ndarray) -> np.ndarray:
     return np.log1p(ages).reshape(len(bits), -1)
 
 
-def _where(bits: np.ndarray) -> np.ndarray:
-    """Staleness has a direction and a size: few stale entries are as far from few others as many from many."""
+def _where(bits: np.ndarray, orders: np.ndarray | None) -> np.ndarray:
+    """Staleness has a direction and a size: few stale entries are as far from few others as many from many.
+
+    What is repeated lies in other directions than what is drawn, by each order.
+    """
     stale = _staleness(bits)
+    if orders is not None:
+        drawn = orders.reshape(len(bits), -1)
+        stale = np.concatenate([stale * (drawn == each) for each in range(MAX_ORDER + 1)], axis=1)
     size = np.linalg.norm(stale, axis=1, keepdims=True) + 1e-9
     return np.concatenate([stale / size, MAGNITUDE * np.log(size)], axis=1)
 
 
-def _trend(bits: np.ndarray) -> np.ndarray:
-    """A loss follows this at large, [n, 3]: how much is reused, and how stale that is, as decimal logarithms."""
+def _trend(bits: np.ndarray, orders: np.ndarray | None) -> np.ndarray:
+    """A loss follows this at large: how much is reused, and how stale that is, as decimal logarithms.
+
+    And, where orders differ, which share of it is not repeated: [n, 3 or 4].
+    """
     reused, stale = (~bits).sum(axis=(1, 2)) + 1.0, _staleness(bits).sum(axis=1) + 1.0
-    return np.column_stack([np.ones(len(bits)), np.log10(reused), np.log10(stale / reused)])
+    columns = [np.ones(len(bits)), np.log10(reused), np.log10(stale / reused)]
+    if orders is not None:
+        columns.append((orders > 0).sum(axis=(1, 2)) / reused)
+    return np.column_stack(columns)
 
 
 def _linear(one: np.ndarray, other: np.ndarray) -> np.ndarray:
