@@ -67,7 +67,7 @@ def test_a_router_for_a_solver_of_flows(tmp_path):
     swap_scheduler(pipe, "UniPCMultistepScheduler")
     assert pipe.scheduler.config.prediction_type == "flow_prediction"
     refused = fastdit.UnsupportedModelError
-    with pytest.raises(refused, match="DDIMScheduler cannot stand for UniPC.*velocities"):
+    with pytest.raises(refused, match=r"DDIMScheduler cannot stand for UniPC.*velocities"):
         swap_scheduler(pipe, "DDIMScheduler")
     pipe.scheduler = diffusers.DDIMScheduler()
     with pytest.raises(refused, match="the model follows no flow"):
