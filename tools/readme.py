@@ -64,8 +64,9 @@ def results() -> list[str]:
             "## Runs in stages on a CPU",
             *_ralu(json.loads(path.read_text())),
         ]
-    for path in RESULTS.glob("testbed.json"):
-        lines += ["", "## Distance to the solution", *_testbed(json.loads(path.read_text()))]
+    found = _result("testbed-caches.json")
+    lines += ["", "## Distance to the solution"]
+    lines += testbed_tables.tables(found, _machine(found["machine"]))
     for path in RESULTS.glob("testbed-ralu.json"):
         found = json.loads(path.read_text())
         lines += ["", "## Pictures by RALU"]
@@ -237,26 +238,6 @@ def beside_fewer_steps(study: str) -> list[str]:
     ]
 
 
-def forecasts() -> list[str]:
-    """Repeats and forecasts of whole steps beside the best plain solver."""
-    result = _result("testbed.json")
-    heads = [f"{c['captions']} captions, guidance {c['guidance']:g}" for c in result["conditions"]]
-    lines = [
-        (
-            "Ratio of errors to those of the best of Euler, UniPC and AB2 with as many evaluations, from "
-            "[the table](../results.md#distance-to-the-solution); below 1 the arm is nearer to the solution."
-        ),
-        "",
-        "| | evaluations | " + " | ".join(heads) + " |",
-        "|---|---|" + "---|" * len(heads),
-    ]
-    for name, evaluations, found in verdicts(result):
-        if name.startswith("unipc") and "every 2" in name:
-            cells = " | ".join(_ratio(ratio) for _, ratio, _ in found)
-            lines.append(f"| {name} | {evaluations:.0f} | {cells} |")
-    return lines
-
-
 def noisy() -> list[str]:
     """What reuse does under a sampler that draws noise."""
     result = _result("noisy-sampler.json")
@@ -406,7 +387,7 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "sums": sums,
         "noisy": noisy,
         "measured": functools.partial(measured, "every", "random"),
-        "forecasts": forecasts,
+        "forecasts": lambda: testbed_tables.forecasts(_result("testbed-caches.json")),
     },
     "ecad": {"arguments": functools.partial(arguments, "ECAD"), "measured": searched},
     "harmonica": {"arguments": functools.partial(arguments, "HarmoniCa"), "measured": routed},
@@ -785,51 +766,6 @@ def _ralu(result: dict[str, Any]) -> list[str]:
             "factors of a dense covariance at each transition, of which one was timed."
         ),
     ]
-
-
-def _testbed(result: dict[str, Any]) -> list[str]:
-    """The table of `testbed.py`: an arm a row, a condition a column."""
-    conditions = result["conditions"]
-    heads = [f"{c['captions']} captions, guidance {c['guidance']:g}" for c in conditions]
-    own = ", ".join(f"{c['truth']['median']:.4f}" for c in conditions)
-    lines = [
-        "",
-        (
-            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in the "
-            "package. The truth is Heun's method in 60 steps (its own error, estimated from 30: medians "
-            f"{own}); the error of a picture is the relative distance of its latents to it. Each cell is the geometric "
-            "mean of the ratio of an arm's error to that of the best of Euler and AB2 on the trailing grid and UniPC, "
-            "with as many evaluations of the model (equal arithmetic), its 95 % interval, and the share of clean "
-            "pictures, less that baseline's: below 1 the arm wins. RALU draws other pictures, which a distance cannot "
-            f"judge ({_machine(result['machine'])}; `benchmarks/testbed.py`)."
-        ),
-        "",
-        "![median error over evaluations](testbed.png)",
-        "",
-        "| | evaluations | " + " | ".join(heads) + " |",
-        "|---|---|" + "---|" * len(heads),
-    ]
-    for name, evaluations, found in verdicts(result):
-        cells = (
-            f"{_ratio(ratio)} {best.split()[0]}; {cleaner['value']:.0%} ({cleaner['less']:+.0%})"
-            for best, ratio, cleaner in found
-        )
-        lines.append(f"| {name} | {evaluations:.1f} | {' | '.join(cells)} |")
-    return lines
-
-
-def verdicts(result: dict[str, Any]) -> Iterator[tuple[str, float, list[tuple[str, Any, Any]]]]:
-    """Each arm of `testbed.py`, its evaluations, and in each condition how it does beside the best plain solver."""
-    conditions = result["conditions"]
-    for rows in zip(*(c["rows"] for c in conditions), strict=True):
-        if "ratios" not in rows[0]:
-            continue
-        found = []
-        for row, condition in zip(rows, conditions, strict=True):
-            medians = {one["arm"]: one["median"] for one in condition["rows"]}
-            best = min(row["ratios"], key=medians.__getitem__)
-            found.append((best, row["ratios"][best], row["cleaner"][best]))
-        yield rows[0]["arm"], rows[0]["evaluations"], found
 
 
 def _ratio(found: dict[str, float]) -> str:
