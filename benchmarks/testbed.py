@@ -242,7 +242,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for axis, label in zip(axes[:, 0], shown.values(), strict=True):
         axis.set_ylabel(label)
     axes[1][0].legend(
-        fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (0, -0.15)} if own else {})
+        fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (0, -0.25)} if own else {})
     )
     figure.tight_layout()
     figure.savefig(path, dpi=80)
