@@ -163,15 +163,12 @@ def judge(
 
 
 def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
-    """Seconds of a picture of all arms and of a few plain steps; those that a file has are not measured again."""
+    """Seconds of a picture of all arms and of a few plain steps, kept in a file; all anew where an arm is new."""
     arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in ENDS)}
     known = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
-    if missing := {name: arm for name, arm in arms.items() if name not in known["seconds"]}:
-        print(f"timing {len(missing)} arms", flush=True)
-        known = {
-            "machine": describe_machine(),
-            "seconds": known["seconds"] | bed.seconds(missing),
-        }
+    if missing := set(arms) - set(known["seconds"]):
+        print(f"timing {len(arms)} arms, {len(missing)} of them new", flush=True)
+        known = {"machine": describe_machine(), "seconds": bed.seconds(arms)}
         path.write_text(json.dumps(known, indent=1))
     return known
 
