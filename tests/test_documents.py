@@ -44,25 +44,40 @@ def test_what_noise_costs_is_what_was_measured():
 
 
 def test_what_is_said_of_forecasts_is_what_was_measured(readme):
-    """In the README and on the page of Cached, in words."""
-    result = json.loads((ROOT / "benchmarks" / "results" / "testbed.json").read_text())
+    """In the README and on the pages of Cached and RAS, in words."""
+    tables = readme.testbed_tables
+    result = json.loads((ROOT / "benchmarks" / "results" / "testbed-caches.json").read_text())
     places = [(c["captions"], c["guidance"]) for c in result["conditions"]]
     found = {
-        name: dict(zip(places, (ratio for _, ratio, _ in said), strict=True))
-        for name, _, said in readme.verdicts(result)
+        side: {
+            name: dict(zip(places, (one.found["error"] for one in said), strict=True))
+            for name, said in tables.verdicts(result, side)
+        }
+        for side in ("arithmetic", "time")
     }
+    equal = found["arithmetic"]
     for captions in ("full", "open"):
         mild = captions, 2.5
-        level = found["unipc 20, every 2, V"][mild]
+        level = equal["unipc 20, every 2, V"][mild]
         assert level["low"] <= 1.0
         assert 0.9 < level["value"] < 1.1
-        assert found["unipc 28, every 2, V"][mild]["high"] < 1.0
-        assert found["unipc 10, every 2, V"][mild]["value"] > 1.0
+        assert equal["unipc 28, every 2, V"][mild]["high"] < 1.0
+        assert equal["unipc 28, every 2, auto"][mild]["high"] < 1.0
+        assert equal["unipc 20, every 2, auto"][mild]["value"] < 1.1
+        assert equal["unipc 10, every 2, V"][mild]["value"] > 1.0
     for steps in (10, 14, 20, 28):
-        assert found[f"unipc {steps}, every 2, V"]["full", 7.0]["low"] > 2.0
+        line, auto = (equal[f"unipc {steps}, every 2, {how}"]["full", 7.0] for how in ("V", "auto"))
+        assert line["low"] > 2.0
+        assert auto["low"] > 1.0
+        assert auto["high"] < line["low"]
         for solver in ("euler", "unipc"):
-            repeated = found[f"{solver} {steps}, every 2, repeated"]
+            repeated = equal[f"{solver} {steps}, every 2, repeated"]
             assert all(ratio["high"] >= 1.0 for ratio in repeated.values())
+    assert found["time"]["RAS 0.5 change"]["full", 2.5]["high"] < 1.0
+    assert found["time"]["RAS 0.5 change"]["open", 2.5]["low"] > 1.0
+    assert found["time"]["RAS 0.25 change"]["full", 2.5]["low"] > 1.0
+    for ratio in ("0.5", "0.25"):
+        assert found["time"][f"RAS {ratio} std"]["full", 2.5]["low"] > 1.0
 
 
 def test_no_router_of_forecasts_ships_since_each_loses(readme):
