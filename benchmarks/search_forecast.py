@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import fastdit
-from arms import Arm, plain
+from arms import TRUTH, Arm, plain
 from bed import BATCH, Bed
 from fastdit import tiny
 from fastdit.patch import find_adapter
@@ -37,7 +37,7 @@ from fastdit.search.result import FRONT, SUMMARY
 from fastdit.search.seeds import evenly_spread_steps
 from machine import describe_machine
 from search_front import compare
-from testbed import TRUTH, away
+from testbed import away
 
 RESULT = Path(__file__).parent / "results/search-forecast-cpu.json"
 SEARCHED, EVEN, PLAIN = "searched front", "evenly spread steps with V", "plain steps"

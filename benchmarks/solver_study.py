@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 import fastdit
-from arms import Arm, every, plain
+from arms import COARSER, TRUTH, Arm, every, plain
 from bed import BATCH, Bed
 from fastdit.account.cost import Cost
 from fastdit.adapters import find_adapter
 from machine import describe_machine
 from paired import ratio
-from testbed import COARSER, TRUTH, away
+from testbed import away
 
 RESULTS = Path(__file__).parent / "results"
 INTERVAL = 2

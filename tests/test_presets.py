@@ -22,7 +22,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].family])
 def test_a_preset_is_refused_on_another_family(name):
     method = METHODS[name]
     pipe = tiny_models.pipeline(OTHER[method.family])

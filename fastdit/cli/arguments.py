@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from fastdit.cli.options import Orders
+from fastdit.cli.options import OneOrder
 from fastdit.errors import ArgumentError, ScheduleError
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def methods(
-    schedule: Path | None, every: list[int] | None, given: Orders | None, default: tuple[int, ...]
+    schedule: Path | None, every: list[int] | None, given: OneOrder | None, default: tuple[int, ...]
 ) -> dict[str, Method]:
     """--schedule or --every, and --order, become methods by name."""
     if schedule is not None and every:
         raise ArgumentError("--schedule and --every exclude each other: give one of them")
     from fastdit import Cached, Schedule
 
-    order = None if given is None else given.value if given is Orders.auto else int(given.value)
+    order = None if given is None else given.value if given is OneOrder.auto else int(given.value)
     said = f", order {order}" if order else ""
     if schedule is not None:
         found = read_schedule(schedule, "--schedule")

@@ -70,14 +70,14 @@ SeveralEvery = Annotated[
 ]
 
 
-class Orders(str, Enum):
+class OneOrder(str, Enum):
     """What `--order` takes."""
 
     repeat, line, parabola, auto = "0", "1", "2", AUTO
 
 
 Order = Annotated[
-    Orders | None,
+    OneOrder | None,
     typer.Option(
         help="How a reused output is drawn: 0 repeats the last computed one, 1 is the line through two, 2 the "
         "parabola through three, auto the line while it is nearer; 0, or what the schedule says, if left out.",
