@@ -17,20 +17,19 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
 import fastdit
 import frechet
+from arms import random_tokens
 from fastdit import tiny
 from fastdit.cli.distance import relative_l2
-from fastdit.methods.ras import RASRun
 from fastdit.tiny import scenes
 from machine import describe_machine
 
@@ -57,21 +56,6 @@ class Arm:
     method: Callable[[], Any] | None = None
     batch: int = 16
     around: Callable[[], Any] = contextlib.nullcontext
-
-
-@contextlib.contextmanager
-def random_tokens() -> Iterator[None]:
-    """RAS with active tokens drawn at random, everything else as it is."""
-    generator = torch.Generator().manual_seed(0)
-
-    def choose(self: Any, velocity: torch.Tensor, delta: Any, coming: Any) -> torch.Tensor | None:
-        if coming is None:
-            return None
-        order = torch.rand(velocity.shape[0], self.tokens, generator=generator).argsort(1)
-        return order[:, : coming.keep].sort(1).values.to(torch.int32)
-
-    with mock.patch.object(RASRun, "choose", choose):
-        yield
 
 
 def ras_arms() -> dict[str, Arm]:

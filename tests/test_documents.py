@@ -46,6 +46,7 @@ def test_what_noise_costs_is_what_was_measured():
 def test_what_is_said_of_forecasts_is_what_was_measured(readme):
     """In the README and on the pages of Cached and RAS, in words."""
     tables = readme.testbed_tables
+    clean = {}
     result = json.loads((ROOT / "benchmarks" / "results" / "testbed-caches.json").read_text())
     places = [(c["captions"], c["guidance"]) for c in result["conditions"]]
     found = {
@@ -55,6 +56,13 @@ def test_what_is_said_of_forecasts_is_what_was_measured(readme):
         }
         for side in ("arithmetic", "time")
     }
+    for name, said in tables.verdicts(result, "arithmetic"):
+        clean[name] = dict(zip(places, (one.found["clean"] for one in said), strict=True))
+    for steps in (20, 28):
+        sharp = "full", 7.0
+        assert clean[f"unipc {steps}, every 2, auto"][sharp]["low"] <= 0.0
+        assert clean[f"unipc {steps}, every 2, auto"][sharp]["high"] >= 0.0
+        assert clean[f"unipc {steps}, every 2, V"][sharp]["high"] < 0.0
     equal = found["arithmetic"]
     for captions in ("full", "open"):
         mild = captions, 2.5
@@ -78,6 +86,25 @@ def test_what_is_said_of_forecasts_is_what_was_measured(readme):
     assert found["time"]["RAS 0.25 change"]["full", 2.5]["low"] > 1.0
     for ratio in ("0.5", "0.25"):
         assert found["time"][f"RAS {ratio} std"]["full", 2.5]["low"] > 1.0
+
+
+def test_what_is_said_of_ralu_is_what_was_measured(readme):
+    """In the README and on its page: no interval is clear of zero, and how the values of distances lie."""
+    tables = readme.testbed_tables
+    result = json.loads((ROOT / "benchmarks" / "results" / "testbed-ralu.json").read_text())
+    assert result["pictures"] == 64
+    for side in ("time", "arithmetic"):
+        for name, (said,) in tables.verdicts(result, side):
+            for judged in ("clean", "score", "frechet"):
+                assert said.found[judged]["low"] <= 0.0 <= said.found[judged]["high"], name
+            assert said.found["frechet"]["less"] > 0.0
+    (condition,) = result["conditions"]
+    away = {name: row["frechet"] for name, row in condition["rows"].items()}
+    lifts = [away[f"RALU late, {lift}"] for lift in ("picture", "spectrum", "pixels")]
+    assert sorted(lifts) == lifts
+    assert away["RALU 3x"] < away["RALU 3x, no mixed stage"]
+    assert away["RALU 3 + 7 steps to 0.2, picture"] == pytest.approx(away["RALU 3x"], rel=0.15)
+    assert away["RALU 3x"] == pytest.approx(away["unipc 8, other noise"], rel=0.25)
 
 
 def test_no_router_of_forecasts_ships_since_each_loses(readme):

@@ -96,8 +96,8 @@ def expected_of(model, bits, inputs):
         return [model(**given)[0] for given in inputs]
 
 
-def ran(handle, model, inputs, seen=None):
-    with torch.no_grad(), handle.run(range(len(inputs))):
+def ran(handle, model, inputs, seen=None, sigmas=None):
+    with torch.no_grad(), handle.run(range(len(inputs)) if sigmas is None else sigmas):
         for given in inputs:
             yield model(**given)[0]
             if seen is not None:
@@ -241,29 +241,39 @@ def test_families_with_gates_of_their_own_say_nothing():
     assert handle.explain(steps=6).collapse == ""
 
 
-@pytest.mark.parametrize("at", [1, 2])
-@pytest.mark.parametrize("what", ["batch", "text", "grad", "hook"])
-def test_changes_within_a_run(what, at):
-    """Another batch, another text, and what makes sums come or go: the step computes, and the next ones reuse that."""
-    model, inputs = model_of(4, torch.float64), calls(5, 2, torch.float64)
+def change_inputs(inputs, what, at):
+    """From a step on another batch, or another text."""
     text = inputs[0]["encoder_hidden_states"] + 1
-    for step in range(at, 5):
+    for step in range(at, len(inputs)):
         if what == "batch":
             inputs[step] = tiny_models.call("pixart-sigma", 1, torch.float64, step=step)
         elif what == "text":
             inputs[step]["encoder_hidden_states"] = text
-    anew = np.zeros((5, 4, 3), dtype=bool)
-    anew[at] = True
-    expected = expected_of(model, anew, inputs)
-    bits = np.zeros((5, 4, 3), dtype=bool)
-    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, PARTS)))
-    with torch.no_grad(), handle.run(range(5)):
+
+
+def check_through_change(handle, model, inputs, expected, sigmas, what, at):
+    """Each step of a run, of which one brings a hook, or gradients from then on."""
+    with torch.no_grad(), handle.run(sigmas):
         for step, (given, wanted) in enumerate(zip(inputs, expected, strict=True)):
             if what == "hook" and step == at:
                 model.transformer_blocks[1].register_forward_hook(lambda *_: None)
             with torch.set_grad_enabled(what == "grad" and step >= at):
                 actual = model(**given)[0].detach()
             assert distance(actual, wanted) <= FORWARD_FP64, step
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("what", ["batch", "text", "grad", "hook"])
+def test_changes_within_a_run(what, at):
+    """Another batch, another text, and what makes sums come or go: the step computes, and the next ones reuse that."""
+    model, inputs = model_of(4, torch.float64), calls(5, 2, torch.float64)
+    change_inputs(inputs, what, at)
+    anew = np.zeros((5, 4, 3), dtype=bool)
+    anew[at] = True
+    expected = expected_of(model, anew, inputs)
+    bits = np.zeros((5, 4, 3), dtype=bool)
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, PARTS)))
+    check_through_change(handle, model, inputs, expected, range(5), what, at)
 
 
 def test_a_cap_holds_for_sums():

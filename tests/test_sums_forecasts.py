@@ -20,7 +20,7 @@ from fastdit.schedules.collapse import find_sums, passes
 from fastdit.schedules.plan import plan_run
 from oracle import Oracle
 from test_cached import as_double
-from test_sums import KIND, PARTS, banded, calls, model_of
+from test_sums import KIND, PARTS, banded, calls, change_inputs, check_through_change, model_of, ran
 
 
 def orders_like(bits, seed):
@@ -125,14 +125,6 @@ def expected_of(model, bits, orders, inputs, sigmas):
         return [model(**given)[0] for given in inputs]
 
 
-def ran(handle, model, inputs, sigmas, seen=None):
-    with torch.no_grad(), handle.run(sigmas):
-        for given in inputs:
-            yield model(**given)[0]
-            if seen is not None:
-                seen.append(reachable_bytes(handle))
-
-
 def patched(model, bits, orders, **options):
     return fastdit.patch(model, Cached(Schedule.from_bits(bits, PARTS, orders=orders)), **options)
 
@@ -159,7 +151,7 @@ def test_sums_equal_plain_hooks_and_their_bytes_are_as_predicted(
     expected = expected_of(model, bits, orders, inputs, sigmas)
     handle = patched(model, bits, orders)
     seen = []
-    for actual, wanted in zip(ran(handle, model, inputs, sigmas, seen), expected, strict=True):
+    for actual, wanted in zip(ran(handle, model, inputs, seen, sigmas), expected, strict=True):
         assert distance(actual, wanted) <= FORWARD_FP64
     said = handle.explain(
         steps=steps, batch=batch, cfg=False, height=8 * size[0], width=8 * size[1], text_tokens=5
@@ -179,7 +171,7 @@ def test_sums_err_at_most_twice_as_much_as_the_cache(dtype, order, seed):
     truth = expected_of(model_of(13, dtype).double(), bits, orders, wide, sigmas)
     handle = patched(model, bits, orders)
     assert "36 outputs are kept as 3 sums" in handle.explain(steps=12, text_tokens=5).collapse
-    actual = list(ran(handle, model, inputs, sigmas))
+    actual = list(ran(handle, model, inputs, sigmas=sigmas))
     within_contract(torch.cat(actual), torch.cat(expected), torch.cat(truth))
 
 
@@ -194,7 +186,7 @@ def test_sums_take_the_place_of_outputs():
     x, text = 2 * 32 * model.inner_dim * 4, 2 * 5 * model.inner_dim * 4
     assert said.cache_bytes == 2 * (3 * x + 2 * 2 * model.inner_dim * 4) + text
     seen = []
-    list(ran(handle, model, inputs, grid(12), seen))
+    list(ran(handle, model, inputs, seen, grid(12)))
     assert max(seen) == said.cache_bytes
 
 
@@ -310,12 +302,12 @@ def test_reference_adds_each_forecast_by_itself():
     orders = np.ones(bits.shape, dtype=int)
     model, inputs = model_of(5, torch.float32), calls(8, 1, torch.float32)
     handle, seen = patched(model, bits, orders, backend="reference"), []
-    found = list(ran(handle, model, inputs, grid(8), seen))
+    found = list(ran(handle, model, inputs, seen, grid(8)))
     x = inputs[0]["hidden_states"][0, 0].numel() // 4 * model.inner_dim * 4
     assert max(seen) == 2 * 12 * x
     model.transformer_blocks[1].register_forward_hook(lambda *_: None)  # nor with hooks
     handle = patched(model, bits, orders, backend="reference")
-    for actual, wanted in zip(ran(handle, model, inputs, grid(8)), found, strict=True):
+    for actual, wanted in zip(ran(handle, model, inputs, sigmas=grid(8)), found, strict=True):
         same_bits(actual, wanted)
 
 
@@ -326,12 +318,7 @@ def test_changes_within_a_run(what, at):
     bits = part_of_each_step(np.zeros((10, 5, 3), dtype=bool), 3)
     orders = np.full(bits.shape, 2)
     model, inputs, sigmas = model_of(5, torch.float64), calls(10, 2, torch.float64), grid(10)
-    text = inputs[0]["encoder_hidden_states"] + 1
-    for step in range(at, 10):
-        if what == "batch":
-            inputs[step] = tiny_models.call("pixart-sigma", 1, torch.float64, step=step)
-        elif what == "text":
-            inputs[step]["encoder_hidden_states"] = text
+    change_inputs(inputs, what, at)
     expected = []
     oracle = Oracle(model, {KIND: bits}, orders={KIND: orders}, sigmas=sigmas)
     with torch.no_grad(), oracle.installed():
@@ -340,23 +327,17 @@ def test_changes_within_a_run(what, at):
                 oracle.drop()
             expected.append(model(**given)[0])
     handle = patched(model, bits, orders)
-    with torch.no_grad(), handle.run(sigmas):
-        for step, (given, wanted) in enumerate(zip(inputs, expected, strict=True)):
-            if what == "hook" and step == at:
-                model.transformer_blocks[1].register_forward_hook(lambda *_: None)
-            with torch.set_grad_enabled(what == "grad" and step >= at):
-                actual = model(**given)[0].detach()
-            assert distance(actual, wanted) <= FORWARD_FP64, step
+    check_through_change(handle, model, inputs, expected, sigmas, what, at)
 
 
 def test_a_lower_precision_halves_sums_of_forecasts_too():
     bits = part_of_each_step(np.zeros((9, 5, 3), dtype=bool), 3)
     orders = np.ones(bits.shape, dtype=int)
     model, inputs = model_of(5, torch.float32), calls(9, 1, torch.float32)
-    exact = list(ran(patched(model, bits, orders), model, inputs, grid(9)))
+    exact = list(ran(patched(model, bits, orders), model, inputs, sigmas=grid(9)))
     method = Cached(Schedule.from_bits(bits, PARTS, orders=orders), cache_dtype="bfloat16")
     handle, seen = fastdit.patch(model, method), []
-    for actual, wanted in zip(ran(handle, model, inputs, grid(9), seen), exact, strict=True):
+    for actual, wanted in zip(ran(handle, model, inputs, seen, grid(9)), exact, strict=True):
         assert 0 <= distance(actual, wanted) < 0.02
     said = handle.explain(steps=9, cfg=False, height=64, width=128, text_tokens=5)
     x, others = 32 * model.inner_dim * 2, (2 * 2 + 5) * model.inner_dim * 4

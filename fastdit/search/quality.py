@@ -60,19 +60,11 @@ class Paired:
         return [relative_l2(*pair) for pair in zip(images, references, strict=True)]
 
 
-class Truth:
-    """The loss is the relative L2 distance of a run's latents to those of many steps."""
+class Truth(Paired):
+    """The loss is the same of a run's latents, to those of many steps."""
 
     name = "truth"
-    needs_reference = True
-    logarithmic = True
     of_latents = True
-
-    def losses(
-        self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
-    ) -> list[float]:
-        """Each picture's latents have |latents - reference| / |reference|."""
-        return [relative_l2(*pair) for pair in zip(images, references, strict=True)]
 
 
 class Task:
