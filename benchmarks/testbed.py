@@ -200,11 +200,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     conditions, spent = result["conditions"], result["evaluations"]
     own = result["study"] == "ralu"
-    shown = {"frechet": "Fréchet distance to the solution's pictures"}
+    shown = {"frechet": "Fréchet distance\nto the solution's pictures"}
     if own:
-        shown = {"score": "share of the objects that are there", **shown}
+        shown = {"score": "share of the objects\nthat are there", **shown}
     else:
-        shown = {"median": "median distance to the solution", **shown}
+        shown = {"median": "median distance\nto the solution", **shown}
     groups = {name: name for name in result["beside"]} if own else GROUPS
     figure, axes = plt.subplots(
         2, len(conditions), figsize=(4.2 * len(conditions), 7.5), squeeze=False
