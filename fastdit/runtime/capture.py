@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ Replay = Callable[[], None]
 
 #: two captures at once would each see the other's allocations
 _capturing = threading.Lock()
+
+#: graphs whose capture failed: some versions of torch give a pool back with one that others never gave back
+_abandoned: list[Any] = []
 
 
 class CudaCapture:
@@ -37,22 +40,48 @@ class CudaCapture:
         """This gives what runs it, and what `compute` returned, which a replay fills."""
         with _capturing, torch.cuda.device(device):
             if self._stream is None:
-                gc.collect()  # a graph that is destroyed meanwhile would break the capture
+                torch.cuda.empty_cache()  # blocks that are cached elsewhere do not serve a pool
                 self._stream = torch.cuda.Stream()
                 self._pool = torch.cuda.graph_pool_handle()
             graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream), _uncollected():
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     output = compute()
+                    graph.capture_end()
                 except BaseException:
-                    with contextlib.suppress(RuntimeError):  # whatever the driver says of it
-                        graph.capture_end()
+                    _abandon(graph, self._pool)
                     raise
-                graph.capture_end()
             current.wait_stream(self._stream)
         return graph.replay, output
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Garbage waits: a graph that is destroyed meanwhile would break the capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _abandon(graph: Any, pool: Any) -> None:
+    """A capture that failed is ended, in what torch leaves open too where the driver had given it up already.
+
+    Then `capture_end` raises before the allocator takes memory from elsewhere again, and before random numbers may be
+    drawn again (pytorch/pytorch 180395, 190308).
+    """
+    device = torch.cuda.current_device()
+    for end in (graph.capture_end, lambda: torch._C._cuda_endAllocateToPool(device, pool)):
+        with contextlib.suppress(RuntimeError):  # of the driver, or because it has ended
+            end()
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+    _abandoned.append(graph)
 
 
 def described(leaves: Sequence[Any], spec: Any) -> Any:
