@@ -198,32 +198,42 @@ def ralu() -> Iterator[tuple[str, Arm]]:
     yield "unipc 8, other noise", Arm("unipc", 8, seed=1_000_000)
 
 
+class Condition(NamedTuple):
+    """Under which pictures are drawn, and how many."""
+
+    captions: str
+    guidance: float
+    pictures: int
+
+
 class Study(NamedTuple):
     """What is set beside each other.
 
     Attributes:
         arms: Makes them.
-        conditions: (captions, guidance) of each.
+        conditions: Under which all are drawn.
         size: Pixels.
-        pictures: How many.
         solvers: Of the plain arms.
         truth: Heun steps of the truth.
         sides: What plain arms are equal in, see `testbed.baselines`.
     """
 
     arms: Callable[[], Iterator[tuple[str, Arm]]]
-    conditions: tuple[tuple[str, float], ...]
+    conditions: tuple[Condition, ...]
     size: int
-    pictures: int
     solvers: tuple[str, ...] = SOLVERS
     truth: int = 60
     sides: tuple[str, ...] = ("arithmetic", "time", "more time")
 
 
-BOTH = tuple((captions, guidance) for guidance in (2.5, 7.0) for captions in ("full", "open"))
+def both(guidance: float, pictures: int) -> tuple[Condition, Condition]:
+    """These are so many pictures of either captions."""
+    return Condition("full", guidance, pictures), Condition("open", guidance, pictures)
+
+
 STUDIES = {
-    "caches": Study(caches, BOTH, 64, 48),
-    "ras": Study(ras, BOTH[:2], 64, 96),
+    "caches": Study(caches, (*both(2.5, 96), *both(7.0, 48)), 64),
+    "ras": Study(ras, both(2.5, 48), 64),
     # Pictures that are not the truth's are judged by Fréchet distance alone, for which 20 steps are enough.
-    "ralu": Study(ralu, BOTH[:2], 128, 256, ("unipc",), 20, ("arithmetic", "time")),
+    "ralu": Study(ralu, both(2.5, 256), 128, ("unipc",), 20, ("arithmetic", "time")),
 }

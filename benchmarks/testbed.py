@@ -159,7 +159,8 @@ def judge(
         names = {other for group in some.values() for other in group}
         rows[name]["against"] = {o: against(measured[name], measured[o]) for o in sorted(names)}
     solved = values(bench.measure(truth)) | {"median": float(np.median(own))}
-    return {"captions": bed.captions, "guidance": bed.guidance, "truth": solved, "rows": rows}
+    said = {"captions": bed.captions, "guidance": bed.guidance, "pictures": count}
+    return {**said, "truth": solved, "rows": rows}
 
 
 def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def main() -> None:
     """Draw what is missing, judge, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", nargs="?", choices=STUDIES, default="caches")
-    parser.add_argument("--pictures", type=int)
+    parser.add_argument("--pictures", type=int, help="under each condition")
     parser.add_argument("--size", type=int, help="pixels")
     parser.add_argument("--captions", choices=("full", "open"), help="these alone")
     parser.add_argument("--folder", type=Path, default=Path("build/testbed"))
@@ -257,20 +258,24 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     study = STUDIES[options.study]
-    size, count = options.size or study.size, options.pictures or study.pictures
-    if count % BATCH:
-        parser.error(f"--pictures must be a multiple of {BATCH}, got {count}")
+    size = options.size or study.size
+    conditions = [
+        c._replace(pictures=options.pictures or c.pictures)
+        for c in study.conditions
+        if options.captions in (None, c.captions)
+    ]
+    if options.pictures is not None and (options.pictures < 1 or options.pictures % BATCH):
+        parser.error(f"--pictures must be a multiple of {BATCH}, got {options.pictures}")
     pipe = tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
-    conditions = [c for c in study.conditions if options.captions in (None, c[0])]
-    beds = [Bed(pipe, *condition, size, options.folder) for condition in conditions]
+    beds = [Bed(pipe, c.captions, c.guidance, size, options.folder) for c in conditions]
     arms = dict(study.arms())
     clock = timed(beds[0], arms, options.folder / f"seconds-{options.study}-{size}.json")
     others, beside = baselines(arms, beds[0], clock["seconds"], study.solvers, study.sides)
     result = {
         "study": options.study,
-        "pictures": count,
+        "pictures": conditions[0].pictures,
         "size": size,
         "solvers": study.solvers,
         "truth_steps": study.truth,
@@ -279,7 +284,10 @@ def main() -> None:
         "seconds": clock["seconds"],
         "evaluations": {n: beds[0].arithmetic(arm) for n, arm in {**arms, **others}.items()},
         "beside": beside,
-        "conditions": [judge(bed, arms, others, beside, count, study.truth) for bed in beds],
+        "conditions": [
+            judge(bed, arms, others, beside, condition.pictures, study.truth)
+            for bed, condition in zip(beds, conditions, strict=True)
+        ],
     }
     out = options.out or RESULTS / f"testbed-{options.study}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
