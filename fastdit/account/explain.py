@@ -16,6 +16,7 @@ from torch import nn
 from fastdit.account.cost import Cost
 from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
+from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.modulation import ahead
 from fastdit.blocks.prepacked import packs
 from fastdit.checks import is_whole
@@ -41,6 +42,7 @@ class Explanation:
         blocks: Block kind -> (count, component names).
         methods: Names of the methods.
         backends: Op -> backend that will serve it.
+        attention: What was measured of attentions on this GPU, see :meth:`fastdit.Handle.tune_attention`; else empty.
         steps, transformer_batch, image_tokens, text_tokens: The run: the transformer's batch is images times branches
             of guidance.
         reuse_share: Share of all (step, block, component) entries that do not run, counted alike (HarmoniCa's CUR).
@@ -82,6 +84,7 @@ class Explanation:
     packed_bytes: int = 0
     tokens_per_step: tuple[int, ...] = ()
     waves: str = ""
+    attention: str = ""
     resampled: tuple[int, ...] = ()
     collapse: str = ""
     reusable_share: float = 1.0
@@ -103,6 +106,7 @@ class Explanation:
             f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
             f"  blocks    {blocks}",
             f"  ops       {backends}",
+            self.attention and f"  attention {self.attention}",
             f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
@@ -208,6 +212,7 @@ def explain_patched(
         modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
+        attention=str(choices(weight.device) or ""),
         waves=_waves(patched.writer("rows"), asked_for, active, waves),
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
