@@ -97,7 +97,7 @@ def test_their_products_are_left_to_them(quantise):
     block = model.single_transformer_blocks[0]
     for layer in (block.proj_out, block.proj_mlp):
         assert type(layer) is nn.Linear
-        assert not products.plain(layer, torch.zeros(1, 1, dtype=DTYPE))
+        assert products.weight_and_bias(layer, torch.zeros(1, 1, dtype=DTYPE)) is None
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.blocks import segments
@@ -39,23 +40,26 @@ def project(
     The inputs [B, n, D] and [B, n, F] are read where they are: concatenated, they are read and written once more.
     """
     mlp_output = activation(mlp_output)
-    if not plain(module, attention_output, mlp_output):
+    own = weight_and_bias(module, attention_output, mlp_output)
+    if own is None:
         return segments.project(module, attention_output, segments.unchanged, mlp_output)
-    width, weight, bias = attention_output.shape[-1], module.weight, module.bias
-    first, second = weight[:, :width].t(), weight[:, width:].t()
-    rows = attention_output.flatten(0, 1)
-    out = torch.mm(rows, first) if bias is None else torch.addmm(bias, rows, first)
+    weight, bias = own
+    width, wide = attention_output.shape[-1], mlp_output.shape[-1]
+    first, second = weight.split((width, wide), 1)
+    out = F.linear(attention_output, first, bias)
+    rows = out.view(-1, out.shape[-1])
     # In place, but not by `addmm_`, which torch's counter of FLOPs does not know.
-    torch.addmm(out, mlp_output.flatten(0, 1), second, out=out)
-    return out.unflatten(0, attention_output.shape[:2])
+    torch.addmm(rows, mlp_output.reshape(-1, wide), second.t(), out=rows)
+    return out
 
 
 def activated(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(module(x))``, a GELU on the way out of the product where torch has that, rounded once."""
     form = getattr(activation, "approximate", None) if type(activation) is nn.GELU else None
-    if form is None or observed(activation) or not _has_epilogue(module, form, x):
+    if form is None or gelu_of_products(x.device) != form or observed(activation):
         return segments.activated(module, activation, x)
-    return _with_gelu(module, x)
+    out = _with_gelu(module, x)
+    return segments.activated(module, activation, x) if out is None else out
 
 
 def feed_forward(
@@ -68,25 +72,28 @@ def feed_forward(
         return module(x)
     first, *rest = module.net
     form = getattr(first, "approximate", None) if type(first).__name__ == "GELU" else None
-    if form is None or observed(first) or not _has_epilogue(first.proj, form, x):
+    if form is None or gelu_of_products(x.device) != form or observed(first):
         return module(x)
-    x = _with_gelu(first.proj, x)
+    out = _with_gelu(first.proj, x)
+    if out is None:
+        return module(x)
     for layer in rest:
-        x = layer(x)
-    return x
+        out = layer(out)
+    return out
 
 
-def plain(module: nn.Module, *inputs: Tensor) -> bool:
-    """Whether a module is torch's own linear layer as it was made, unseen, and computes in its inputs' dtype."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or observed(module):
-        return False
-    weight, bias = module.weight, module.bias
-    return (
-        type(weight) is nn.Parameter
-        and weight.layout is torch.strided
-        and (bias is None or type(bias) is nn.Parameter)
-        and all(type(x) is Tensor and x.dtype is weight.dtype for x in inputs)
-    )
+def weight_and_bias(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Those of torch's own linear layer as it was made, unseen, which computes in its inputs' dtype; None of others."""
+    state = module.__dict__
+    if type(module) is not nn.Linear or "forward" in state or observed(module):
+        return None
+    weight, bias = state["_parameters"]["weight"], state["_parameters"]["bias"]
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided:
+        return None
+    for x in inputs:
+        if type(x) is not Tensor or x.dtype is not weight.dtype:
+            return None
+    return (weight, bias) if bias is None or type(bias) is nn.Parameter else None
 
 
 @functools.cache
@@ -100,17 +107,13 @@ def gelu_of_products(device: torch.device) -> str | None:
     return "tanh" if torch.cuda.get_device_capability(device) >= CAPABILITY else None
 
 
-def _has_epilogue(module: nn.Module, form: str, x: Tensor) -> bool:
-    return (
-        x.dtype.itemsize == 2
-        and gelu_of_products(x.device) == form
-        and plain(module, x)
-        and module.bias is not None
-    )
-
-
-def _with_gelu(module: nn.Linear, x: Tensor) -> Tensor:
-    rows = torch._addmm_activation(module.bias, x.flatten(0, -2), module.weight.t(), use_gelu=True)
+def _with_gelu(module: nn.Module, x: Tensor) -> Tensor | None:
+    """The GELU of a layer's output, in 16 bits; None where torch has no epilogue for it."""
+    own = weight_and_bias(module, x) if x.dtype.itemsize == 2 else None
+    if own is None or own[1] is None:
+        return None
+    weight, bias = own
+    rows = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
     return rows.unflatten(0, x.shape[:-1])
 
 
