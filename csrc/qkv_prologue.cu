@@ -1,8 +1,9 @@
 // Two kernels. Where the norm is that of one head, or none, a group of 1 to 32 lanes takes one head
 // of q, k or v: 16 lanes of one vector at d = 128, 8 at 64, 4 of three at 72 and 96 (bf16). Lanes
 // of a group are neighbours within a warp, so a norm is a few shuffles and needs no barrier, and
-// the heads of a token are neighbours too: its rows, cos and sin come from L1 for all but the
-// first. Where the norm spans all heads, a block takes one token's q, k or v.
+// the heads of a block are one token's: its rows, cos and sin come from L1 for all but the first.
+// Its block (x, y, z) is of token x of sample z, so that no thread divides to find out where it is.
+// Where the norm spans all heads, a block takes one token's q, k or v.
 //
 // Everything is read once and kept in registers. A vector never crosses a head, and holds whole
 // pairs, so the rotation needs no other lane. Variance takes two passes, as in norm_modulate.
@@ -16,15 +17,17 @@ namespace fd {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;  // of a block that takes heads
-// Blocks of it on a processor: all of its 1536 or 2048 threads, but on sm_100, which would spill.
+// Of a block that takes heads, at most: 24 heads with as many keys and values fill whole blocks.
+constexpr int kThreads = 288;
+// Blocks of it on a processor: near its 1536 or 2048 threads, but on sm_100, which would spill.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1000)
-constexpr int kResident = 6;
+constexpr int kResident = 5;
 #else
-constexpr int kResident = 8;
+constexpr int kResident = 7;
 #endif
-constexpr int kMaxThreads = 512;  // of one that takes a token
-constexpr int kMaxVectors = 4;    // of a thread of it
+constexpr int kMaxSamples = 65535;  // of a grid
+constexpr int kMaxThreads = 512;    // of one that takes a token
+constexpr int kMaxVectors = 4;      // of a thread of it
 
 enum class Part : int { kQ = 0, kK = 1, kV = 2 };
 
@@ -41,9 +44,7 @@ struct Task {
 };
 
 template <class T>
-__device__ __forceinline__ Task<T> task_of(const QkvPrologue& p, Part part, uint32_t row) {
-  const int64_t b = row / static_cast<uint32_t>(p.shape.tokens);
-  const int64_t k = row % static_cast<uint32_t>(p.shape.tokens);
+__device__ __forceinline__ Task<T> task_of(const QkvPrologue& p, Part part, int64_t b, int64_t k) {
   const int64_t stored = p.rows.at(b, k);
   const bool is_q = part == Part::kQ;
   const Operand from = is_q ? p.q : part == Part::kK ? p.k : p.v;
@@ -111,19 +112,16 @@ __device__ __forceinline__ Words finished(const Task<T>& t, const Words& x, floa
 // little under way, so many threads are to be resident.
 template <class T, int kVectors, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kVectors == 1 ? kResident : 4)
-    qkv_prologue_heads_kernel(const __grid_constant__ QkvPrologue p, int lanes) {
-  const uint32_t thread = blockIdx.x * kThreads + threadIdx.x;
-  const uint32_t heads = p.heads + 2 * p.kv_heads;
-  const uint32_t group = thread / lanes, lane = thread % lanes;
-  const uint32_t row = group / heads;
-  const int number = static_cast<int>(group % heads);
-  const bool inside = row < static_cast<uint32_t>(p.shape.batch * p.shape.tokens);
+    qkv_prologue_heads_kernel(const __grid_constant__ QkvPrologue p) {
+  const int lanes = blockDim.x, lane = threadIdx.x;
+  const int number = blockIdx.y * blockDim.y + threadIdx.y;  // of the heads of q, then k, then v
+  const bool inside = number < p.heads + 2 * p.kv_heads;
   const bool is_q = number < p.heads;
   const bool is_k = number < p.heads + p.kv_heads;
   const int head = is_q ? number : is_k ? number - p.heads : number - p.heads - p.kv_heads;
   Task<T> t = {};
   if (inside) {
-    t = task_of<T>(p, is_q ? Part::kQ : is_k ? Part::kK : Part::kV, row);
+    t = task_of<T>(p, is_q ? Part::kQ : is_k ? Part::kK : Part::kV, blockIdx.z, blockIdx.x);
     t.from += head * p.head;
     t.to += head * p.head;
     t.bias = nullptr;
@@ -161,15 +159,16 @@ __global__ void __launch_bounds__(kThreads, kVectors == 1 ? kResident : 4)
   }
 }
 
-// Block 3 r + part takes that part of row r. Vector v of a thread is number v * blockDim.x +
-// threadIdx.x of the row, where each head begins a vector of its own.
+// Block 3 r + part takes that part of row r of all samples. Vector v of a thread is number v *
+// blockDim.x + threadIdx.x of the row, where each head begins a vector of its own.
 template <class T, int kVectors, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads)
     qkv_prologue_tokens_kernel(const __grid_constant__ QkvPrologue p, int head_vectors) {
   FD_SHARED(float, partial_mean, kMaxThreads / kWarp);
   FD_SHARED(float, partial_about, 2 * (kMaxThreads / kWarp));
   const Part part = static_cast<Part>(blockIdx.x % 3);
-  const Task<T> t = task_of<T>(p, part, blockIdx.x / 3);
+  const uint32_t row = blockIdx.x / 3, tokens = static_cast<uint32_t>(p.shape.tokens);
+  const Task<T> t = task_of<T>(p, part, row / tokens, row % tokens);
   const int heads = part == Part::kQ ? p.heads : p.kv_heads;
   const float width = static_cast<float>(heads * p.head);
 
@@ -234,32 +233,51 @@ bool all_aligned(const QkvPrologue& p) {
   return yes && aligned<float>(p.cos) && aligned<float>(p.sin);
 }
 
-// B K times what a token takes of a grid that is numbered in 32 bits.
-uint32_t checked_size(const Shape& shape, int64_t of_token) {
-  const int64_t tokens = shape.batch * shape.tokens, limit = (int64_t{1} << 31) / of_token;
-  if (tokens >= limit) {
-    throw std::invalid_argument("q: got " + std::to_string(tokens) +
-                                " tokens; accepted with these heads is fewer than " +
-                                std::to_string(limit));
+// So many blocks for each token of each sample.
+dim3 grid_of(const Shape& shape, int blocks) {
+  if (shape.batch > kMaxSamples || shape.tokens >= int64_t{1} << 31) {
+    throw std::invalid_argument("q: got " + std::to_string(shape.batch) + " times " +
+                                std::to_string(shape.tokens) + " tokens; accepted is up to " +
+                                std::to_string(kMaxSamples) + " times 2147483647");
   }
-  return static_cast<uint32_t>(tokens * of_token);
+  return dim3(static_cast<unsigned>(shape.tokens), blocks, static_cast<unsigned>(shape.batch));
+}
+
+int divided(int n, int by) { return (n + by - 1) / by; }  // rounded up
+
+// How many heads a block takes, in whole warps: all, or what leaves the fewest lanes of a token
+// without one, in the largest blocks that do.
+int heads_of_block(int heads, int lanes) {
+  const int of_warp = kWarp / lanes, most = kThreads / kWarp;
+  int best = most * of_warp;
+  if (heads <= best) return divided(heads, of_warp) * of_warp;
+  for (int n = best - of_warp; n >= most / 2 * of_warp; n -= of_warp) {
+    if (divided(heads, n) * n < divided(heads, best) * best) best = n;
+  }
+  return best;
 }
 
 template <class T, int kVectors>
 void launch_heads(const QkvPrologue& p, int lanes, void* stream) {
-  const uint32_t threads = checked_size(p.shape, (p.heads + 2 * p.kv_heads) * lanes);
-  const dim3 grid((threads + kThreads - 1) / kThreads), block(kThreads);
+  const int heads = p.heads + 2 * p.kv_heads, of_block = heads_of_block(heads, lanes);
+  const dim3 grid = grid_of(p.shape, divided(heads, of_block)), block(lanes, of_block);
   if (all_aligned<T>(p)) {
-    FD_LAUNCH((qkv_prologue_heads_kernel<T, kVectors, true>), grid, block, stream, p, lanes);
+    FD_LAUNCH((qkv_prologue_heads_kernel<T, kVectors, true>), grid, block, stream, p);
   } else {
-    FD_LAUNCH((qkv_prologue_heads_kernel<T, kVectors, false>), grid, block, stream, p, lanes);
+    FD_LAUNCH((qkv_prologue_heads_kernel<T, kVectors, false>), grid, block, stream, p);
   }
 }
 
 template <class T, int kVectors>
 void launch_tokens(const QkvPrologue& p, int vectors, int head_vectors, void* stream) {
-  const int threads = (vectors + kVectors - 1) / kVectors;
-  const dim3 grid(checked_size(p.shape, 3)), block((threads + kWarp - 1) / kWarp * kWarp);
+  const int threads = divided(vectors, kVectors);
+  const int64_t rows = p.shape.batch * p.shape.tokens, limit = (int64_t{1} << 31) / 3;
+  if (rows >= limit) {
+    throw std::invalid_argument("q: got " + std::to_string(rows) +
+                                " tokens; accepted for norm 'layer' is fewer than " +
+                                std::to_string(limit));
+  }
+  const dim3 grid(3 * rows), block(divided(threads, kWarp) * kWarp);
   if (all_aligned<T>(p)) {
     FD_LAUNCH((qkv_prologue_tokens_kernel<T, kVectors, true>), grid, block, stream, p,
               head_vectors);

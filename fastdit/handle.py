@@ -14,6 +14,7 @@ from fastdit.account.explain import Asked, Explanation, explain_patched, run_spe
 from fastdit.account.measure import Measurement, measure
 from fastdit.account.previews import Previews
 from fastdit.account.report import Report, report_run
+from fastdit.blocks.attention_choice import Tuning
 from fastdit.errors import ArgumentError
 from fastdit.runtime.attach import remove
 from fastdit.runtime.install import LINK
@@ -89,6 +90,31 @@ class Handle:
             ArgumentError: `run` cannot be called, or `repeats` is not a positive int.
         """
         return measure(run, self.disabled, self._transformer.device, repeats)
+
+    @contextmanager
+    def tune_attention(self) -> Iterator[Tuning]:
+        """This measures which attention is the fastest on this GPU at the sizes of what runs inside the `with`.
+
+        Measured are, when the `with` is over, torch's attentions and FlashAttention-3 where it is installed, in the
+        attentions that fastdit itself runs. They are added to a file that later patches of this and other processes
+        read, see :mod:`fastdit.blocks.attention_choice`; an attention that the user chooses is theirs all the same.
+
+        Example:
+            >>> with handle.tune_attention() as tuning:
+            ...     pipe("a red circle", num_inference_steps=8)
+            >>> print(tuning)
+
+        Raises:
+            ArgumentError: The model is not on a GPU, or the file can be neither read nor written.
+        """
+        tuning = Tuning(next(self._transformer.parameters()).device)
+        token = tuning.listen()
+        done = False
+        try:
+            yield tuning
+            done = True
+        finally:
+            tuning.finish(token, measures=done)
 
     def stage_pictures(self) -> np.ndarray:
         """This decodes, with the pipeline's VAE, what the picture was to be at the end of each stage of the last run.

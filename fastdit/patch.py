@@ -20,6 +20,7 @@ from fastdit.account.explain import Explanation
 from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
 from fastdit.adapters.base import Size
+from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.prepacked import check_packable, linears_of
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
@@ -212,6 +213,7 @@ def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> 
     if weight is not None:
         for op in names:
             bound.backend_for(op, weight.device, transformer.dtype)
+        choices(weight.device)  # read before a run asks
 
 
 def _check_resizing(method: Method, pipeline: Any | None) -> None:

@@ -294,3 +294,14 @@ def test_the_benchmark_of_training_counts_in_forwards(monkeypatch):
     one = bench.measure("drawing", 2, 1)["operations"] / 2
     epoch = bench.measure("training", 2, 1)["operations"] / one
     assert 2 < epoch - 1 <= 3.2
+
+
+def test_fusions_are_rehearsed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fusions = importlib.import_module("fusions")
+    rows = fusions.measure(torch.device("cpu"), turns=1)
+    assert {row["what"] for row in rows} == {"project", "gelu", "waves"}
+    assert not any(row["failed"] for row in rows)
+    for row in rows:
+        rivals = {"waves": 1, "project": 3, "gelu": 3}[row["what"]]
+        assert len(row["us"]) == rivals, row

@@ -187,7 +187,7 @@ FAULTS = {
         PROLOGUE, "is_q ? k : stored", "part == Part::kV ? stored : k", "check_rows"
     ),
     "a row of the cache stays stale": Fault(
-        PROLOGUE, "if (!inside) return;", "if (!inside || (is_k && !is_q && row == 0)) return;",
+        PROLOGUE, "if (!inside) return;", "if (!inside || (is_k && !is_q && blockIdx.x == 0)) return;",
         "check_sizes",
     ),
     "a head is stored past its end": Fault(
@@ -196,6 +196,13 @@ FAULTS = {
     ),
     "v begins behind as many heads as q has": Fault(
         PROLOGUE, "number - p.heads - p.kv_heads;", "number - 2 * p.heads;", "check_sizes"
+    ),
+    "heads of the last block are left out": Fault(
+        PROLOGUE, "grid_of(p.shape, divided(heads, of_block))",
+        "grid_of(p.shape, heads < of_block ? 1 : heads / of_block)", "check_model_heads",
+    ),
+    "every sample is the first": Fault(
+        PROLOGUE, "blockIdx.z, blockIdx.x)", "0, blockIdx.x)", "check_sizes"
     ),
     "k and v are as wide as q": Fault(
         PROLOGUE, "part == Part::kQ ? p.heads : p.kv_heads", "p.heads", "check_sizes"

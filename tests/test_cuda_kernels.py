@@ -78,10 +78,10 @@ def test_more_rows_than_a_grid_has(run):
     with pytest.raises(ValueError, match="2147483648 rows; accepted is fewer"):
         run.backend.gated_residual(x, [x], [None], -1, None, None, x)
     heads = x.unsqueeze(2)
-    # Two lanes of 16 bytes take a head of fp32, or a block each of q, k and v.
-    for norm, limit in ((None, (1 << 31) // (3 * 2)), ("layer", (1 << 31) // 3)):
+    most = {None: "65536 times 32768 tokens; accepted is up to 65535", "layer": "than 715827882"}
+    for norm, words in most.items():
         plain = (None, 0, 0, norm, None, None, None, None, 1e-6, None, None)
-        with pytest.raises(ValueError, match=f"with these heads is fewer than {limit}"):
+        with pytest.raises(ValueError, match=words):
             run.backend.qkv_prologue(x, x, x, heads, heads, heads, *plain)
 
 

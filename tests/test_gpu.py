@@ -16,9 +16,11 @@ from torch import Tensor
 import kernel_checks
 from fastdit import ops
 from fastdit.backends.base import Backend
+from fastdit.blocks import products
 from fastdit.ops import BACKENDS
 from inputs import Runner, checks_of, some_rows
 from test_resolution_transition import coarse
+from tolerance import assert_close
 
 SHARED = {
     f"{name}-{check}": function
@@ -274,3 +276,18 @@ def test_tensors_of_a_device_that_is_not_current(backend):
     with torch.cuda.device(0):
         assert_all_equal(results(tensors, call, start), expected)
         assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_the_gelu_of_a_product_is_the_one_by_tanh(dtype, device):
+    """What `fastdit/blocks/products.py` trusts torch to do there."""
+    assert products.gelu_of_products(device) == "tanh"
+    module, gelu = torch.nn.Linear(256, 1024).to(dtype), torch.nn.GELU(approximate="tanh")
+    x = torch.randn(2, 700, 256).to(dtype)
+    exact = gelu(module.double()(x.double()))
+    module.to(device, dtype)
+    stock = gelu(module(x.to(device))).cpu()
+    actual = products.activated(module, gelu, x.to(device)).cpu()
+    assert_close("activated", actual, exact, stock)

@@ -26,6 +26,7 @@ from safetensors.torch import load as load_tensors
 
 import fastdit
 import tiny_models
+from fastdit.blocks.attention_choice import Choices, Shape
 from fastdit.cli.saved import INDEX, index_of
 from fastdit.cli.search import prompts_of
 from fastdit.errors import MAX_MESSAGE, ArgumentError, ScheduleError, SearchError
@@ -82,6 +83,15 @@ def training(folder: Path) -> HarmoniCa:
     """One training for all tries of a folder: what it reads replaces what it read before."""
     pipe = tiny_models.pipeline("dit")
     return HarmoniCa(pipe, steps=3, prompts=[3], epochs=1, batch=1, folder=folder)
+
+
+def save_attentions(path: Path) -> None:
+    sizes = Shape("bfloat16", 1, 1536, 24, 4608, 24, 128)
+    Choices("GPU", {sizes: {"torch": 300.0, "cudnn": 200.0}}).write(path)
+
+
+def read_attentions(path: Path) -> None:
+    Choices.read(path, "GPU").best(Shape("bfloat16", 1, 1536, 24, 4608, 24, 128))
 
 
 def save_scenes(path: Path) -> None:
@@ -141,9 +151,18 @@ READERS = {
         ArgumentError,
         "state.safetensors",
     ),
+    "attentions": Reader(save_attentions, read_attentions, ArgumentError),
     "scenes": Reader(save_scenes, lambda path: load_bank(path.parent), ArgumentError, "bank.json"),
 }
-JSON_FILES = ("schedule", "ecad", "ledger of version 1", "index", "tiny's facts", "scenes")
+JSON_FILES = (
+    "schedule",
+    "ecad",
+    "ledger of version 1",
+    "index",
+    "tiny's facts",
+    "attentions",
+    "scenes",
+)
 TENSOR_FILES = ("router", "training")
 
 VALUES = [

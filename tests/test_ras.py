@@ -21,6 +21,7 @@ from fastdit.adapters import find_adapter
 from fastdit.blocks.active import CachedRows
 from fastdit.methods.ras import SparseStep
 from fastdit.tokens.active import TokenRun
+from fastdit.tokens.waves import Waves
 from ras_oracle import RowOracle, published, random_rows
 from snapshot import snapshot
 from test_coexistence import FEATURES
@@ -31,6 +32,7 @@ PIPELINES = tiny_models.forms("layouts")
 ONE_EACH, LAST_OF_EACH = (tiny_models.one_each(PIPELINES, which) for which in (0, -1))
 TOKENS = 32  # of the tiny pipelines' default size
 STEPS = 7
+NO_GPU = Waves(0, 1, 1, ())
 COUNTS = {1: 16, 2: 20, 4: 8, 5: 8, 6: 31}
 
 
@@ -69,7 +71,7 @@ def token_run(method, steps, tokens, backend=None):
     run = SimpleNamespace(patched=patched, steps=steps, first=0)
     run.resolution, run.plan_partial = None, lambda _: None
     made = method.begin(run)
-    made.lay_out(tokens)
+    made.lay_out(tokens, NO_GPU)
     return made
 
 
@@ -787,6 +789,8 @@ def test_a_nan_in_the_velocity_is_kept_active():
         ({"resets": (0,)}, "resets"),
         ({"schedule": 256}, "schedule must be None or Linear"),
         ({"align": 0}, "align"),
+        ({"align": "row"}, "align must be a whole number from 1 on or \"wave\", got 'row'"),
+        ({"align": "wave", "mode": "parity"}, 'align must be a number with mode="parity"'),
         ({"max_age": 0}, "max_age"),
     ],
 )

@@ -17,7 +17,7 @@ from contract import distance, within_contract
 from fastdit import RAS, ArgumentError
 from ras_oracle import RowOracle, by_change
 from test_ralu import SHORT, SIZE, as_picture, start_of
-from test_ras import TOKENS, calls_per_step, noise_of, observed_run, single_run
+from test_ras import NO_GPU, TOKENS, calls_per_step, noise_of, observed_run, single_run
 from tiny_models import arguments, generate
 
 STEPS, START, RESETS = 14, 4, (8,)
@@ -183,7 +183,7 @@ def token_run(method, steps, tokens, sigmas=None):
     run.first, run.step, run.resolution, run.plan_partial = 0, 0, None, lambda _: None
     run.sigmas = sigmas or []
     made = method.begin(run)
-    made.lay_out(tokens)
+    made.lay_out(tokens, NO_GPU)
 
     def observe(values):
         """Velocities [tokens] of single pixels; the rows that were chosen."""

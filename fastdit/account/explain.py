@@ -16,6 +16,7 @@ from torch import nn
 from fastdit.account.cost import Cost
 from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
+from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.modulation import ahead
 from fastdit.blocks.prepacked import packs
 from fastdit.checks import is_whole
@@ -25,6 +26,7 @@ from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, everywhere, ops_of, plan_run
 from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
+from fastdit.tokens.waves import UNIT, Waves, waves_of
 
 DEFAULT_STEPS = 28
 MAX_SIZE = 1 << 16  # of batch, height and width
@@ -40,6 +42,7 @@ class Explanation:
         blocks: Block kind -> (count, component names).
         methods: Names of the methods.
         backends: Op -> backend that will serve it.
+        attention: What was measured of attentions on this GPU, see :meth:`fastdit.Handle.tune_attention`; else empty.
         steps, transformer_batch, image_tokens, text_tokens: The run: the transformer's batch is images times branches
             of guidance.
         reuse_share: Share of all (step, block, component) entries that do not run, counted alike (HarmoniCa's CUR).
@@ -51,6 +54,7 @@ class Explanation:
             call and its timesteps are known.
         packed_bytes: Most bytes of weights kept packed for few tokens, beside the caches; 0 without `pack_weights`.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
+        waves: What became of the numbers of active tokens that were fitted to the GPU; empty where none were.
         resampled: The step of a schedule of another number of steps that each step takes; else empty.
         collapse: Which reused outputs are kept as sums, or why none are; empty where the family has no such sums.
         reusable_share: Share of the arithmetic of a dense step that is in components: the most that reuse can spare.
@@ -79,6 +83,8 @@ class Explanation:
     modulation_bytes: int = 0
     packed_bytes: int = 0
     tokens_per_step: tuple[int, ...] = ()
+    waves: str = ""
+    attention: str = ""
     resampled: tuple[int, ...] = ()
     collapse: str = ""
     reusable_share: float = 1.0
@@ -100,6 +106,7 @@ class Explanation:
             f"fastdit {' + '.join(self.methods)} on {self.model} ({self.family})",
             f"  blocks    {blocks}",
             f"  ops       {backends}",
+            self.attention and f"  attention {self.attention}",
             f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
@@ -113,6 +120,7 @@ class Explanation:
             and f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB",
             self.collapse and f"  collapse  {self.collapse}",
             self.tokens_per_step and f"  tokens    per step {ranges(self.tokens_per_step)}",
+            self.waves and f"  waves     {self.waves}",
             resampled and f"  schedule  its steps {resampled}, the nearest in timestep",
             self.raster and f"  plan      step 0 to {self.steps - 1}\n{self.raster}",
         )
@@ -160,7 +168,8 @@ def explain_patched(
     size = Size(image, adapter.text_tokens_of(pipeline) if text is None else text)
     batch = asked.batch * (2 if (adapter.uses_cfg if asked.cfg is None else asked.cfg) else 1)
     weight = next(p for p in transformer.parameters() if p.is_floating_point())
-    lengths, active = _tokens_per_step(patched, steps, size)
+    waves = waves_of(patched, transformer, weight.device, batch, size.text)
+    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves)
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
@@ -203,6 +212,8 @@ def explain_patched(
         modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
+        attention=str(choices(weight.device) or ""),
+        waves=_waves(patched.writer("rows"), asked_for, active, waves),
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats),
@@ -255,16 +266,37 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     return dense / spent if spent else 1.0, count.exact
 
 
-def _tokens_per_step(patched: Any, steps: int, size: Size) -> tuple[list[int], list[Any]]:
-    """Each step has so many image tokens, and what a method that leaves some out computes of them, or None."""
+def _tokens_per_step(
+    patched: Any, steps: int, size: Size, waves: Waves
+) -> tuple[list[int], list[Any], list[Any]]:
+    """Each step has so many image tokens, and what a method that leaves some out computes of them, or None.
+
+    The third is the same before it was fitted to the device.
+    """
     lengths, active, first = [size.image] * steps, [None] * steps, 0
+    asked_for = list(active)
     sparse, resolution = patched.writer("rows"), patched.writer("resolution")
     if resolution is not None:
         resolution.check_steps(steps)
         lengths, first = resolution.tokens(size.image, size.text), resolution.stages()[-1].first
     if sparse is not None:
-        active[first:] = sparse.active(steps - first, size.image)
-    return lengths, active
+        asked_for[first:] = sparse.active(steps - first, size.image)
+        active[first:] = sparse.fitted(asked_for[first:], size.image, waves)
+    return lengths, active, asked_for
+
+
+def _waves(method: Any, asked_for: Sequence[Any], active: Sequence[Any], waves: Waves) -> str:
+    """This says how full the GPU's waves are with the counts that a method fitted to it."""
+    if method is None or not method.fits_waves:
+        return ""
+    if not waves.multiprocessors:
+        return f"none: no GPU; counts are rounded to {UNIT}"
+    pairs = {(a.keep, b.keep) for a, b in zip(asked_for, active, strict=True) if a and b}
+    told = (
+        f"{kept} tokens for {asked}, {waves.fill(kept):.0%} full for {waves.fill(asked):.0%}"
+        for asked, kept in sorted(pairs)
+    )
+    return f"of {waves.multiprocessors} tiles: {'; '.join(told)}"
 
 
 def _stages(

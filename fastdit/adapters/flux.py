@@ -19,6 +19,7 @@ from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.residual import gathered, joint_normed
+from fastdit.blocks.segments import unchanged
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import Layout
 
@@ -110,10 +111,17 @@ def single_block(
             **(joint_attention_kwargs or {}),
         )
 
+    activation = block.act_mlp
+
     def expand() -> Tensor:
         return fw.segments.linear(block.proj_mlp, u)
 
+    def expand_and_activate() -> Tensor:
+        return fw.segments.activated(block.proj_mlp, block.act_mlp, u)
+
     if runs_out:
+        if fw.consumes("single_proj_mlp"):  # nobody keeps what it was before the activation
+            expand, activation = expand_and_activate, unchanged
         mlp = gathered(fw.component("single_proj_mlp", expand))
         attention = gathered(fw.component("single_attn", attend_single))
     else:  # the output is reused; refresh what a later step will read
@@ -123,7 +131,7 @@ def single_block(
             fw.component("single_attn", attend_single)
     branch = fw.component(
         "single_proj_out",
-        lambda: fw.segments.project(block.proj_out, attention, block.act_mlp, mlp),
+        lambda: fw.segments.project(block.proj_out, attention, activation, mlp),
     )
     for stream, part in zip((text, image), fw.parted(branch, text_length), strict=True):
         stream.add(part, gate)

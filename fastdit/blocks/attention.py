@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.backends.base import attention as torch_attention
+from fastdit.blocks.attention_choice import TORCH, attend_by, chosen
 from fastdit.observe import observed
 from fastdit.ops.qkv_prologue import HEAD_DIMS as PROLOGUE_HEAD_DIMS
 from fastdit.ops.sparse_attention import HEAD_DIMS, sparse_attention
@@ -266,11 +267,12 @@ def _attention(
     scale: float | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """[B, Q, H, d] over [B, S, G, d], on the attention backend the user chose for the processor, else by the op.
+    """[B, Q, H, d] over [B, S, G, d], on the attention backend that the user chose, else by the op.
 
-    Torch's own runs with a mask, and for heads that the op does not take.
+    Torch's own runs with a mask, and for heads that the op does not take; one that was measured to be faster on this
+    GPU runs in the op's place, unless the user has named the backend of ops.
     """
-    backend = getattr(processor, "_attention_backend", None)
+    backend = _backend_of(processor)
     mask = None if mask is None else mask.unsqueeze(1)
     if backend is not None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -282,7 +284,22 @@ def _attention(
         return torch_attention(query, key, value, scale, mask)
     if ops is None:
         return sparse_attention(query, key, value, scale=scale, backend="reference")
+    name = chosen(query, key) if ops.backend in (None, "cuda") else TORCH
+    if name != TORCH:
+        return attend_by(name, query, key, value, scale)
     return ops.sparse_attention(query, key, value, scale=scale)
+
+
+def _backend_of(processor: Any) -> Any:
+    """The attention backend of diffusers that the user chose, for a processor or for all; None where they did not."""
+    if not hasattr(processor, "_attention_backend"):
+        return None  # the stock one asks torch too
+    if processor._attention_backend is not None:
+        return processor._attention_backend
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
+    return None if backend == "native" else backend
 
 
 def joint_attention(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Drawn, HeldSums, Nodes, Weights
+from fastdit.blocks.products import FUSED
 from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, norm_parameters
 from fastdit.blocks.segments import EAGER, Segments, segments_like
 from fastdit.blocks.sums import Sums
@@ -101,7 +102,8 @@ class Forward:
         self._planned += len(self._row)
         self._asked = {}
         self._block_compiled = block._compiled_call_impl or self.compiled
-        self.segments = segments_like(self._block_compiled, block)
+        fused = self._block_compiled is None and not self.immediate
+        self.segments = FUSED if fused else segments_like(self._block_compiled, block)
 
     def take_counts(self, computed: int, reused: int) -> None:
         """Stand for a call whose blocks were not visited."""
@@ -118,6 +120,11 @@ class Forward:
         return ((self.index, component, again) if again else (self.index, component)) not in (
             self.slots
         )
+
+    def consumes(self, component: str) -> bool:
+        """Whether the component runs in this call for its consumer alone, which nobody else compiles or rounds."""
+        kept = self._row.get(component, COMPUTE) & (KEEP | DRAWN)
+        return self.segments is FUSED and not kept and self.computes(component)
 
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.

@@ -28,6 +28,7 @@ class Segments:
         self.attention = wrap(attention)
         self.feed_forward = wrap(feed_forward)
         self.project = wrap(project)
+        self.activated = wrap(activated)
         self.project_heads = wrap(project_heads)
         self.linear = wrap(linear)
         self.stock = wrap(stock)
@@ -53,10 +54,23 @@ def feed_forward(
 
 
 def project(
-    module: nn.Module, attention_output: Tensor, activation: nn.Module, mlp_output: Tensor
+    module: nn.Module,
+    attention_output: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    mlp_output: Tensor,
 ) -> Tensor:
     """FLUX's fused output projection over the attention output and the activated MLP branch."""
     return module(torch.cat([attention_output, activation(mlp_output)], dim=2))
+
+
+def activated(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer and the activation behind it."""
+    return activation(module(x))
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """In the place of an activation that was applied before."""
+    return x
 
 
 def project_heads(module: nn.Module, attention: Tensor, cross: Tensor, gate: Tensor) -> Tensor:

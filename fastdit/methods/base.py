@@ -139,6 +139,7 @@ class Method:
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
         adapts: Whole steps are extrapolated only where that was better than a repeat before.
         skips_steps: It leaves out whole steps and nothing else, so that any model will do.
+        fits_waves: How many tokens it computes depends on the GPU.
     """
 
     name: str = ""
@@ -151,6 +152,7 @@ class Method:
     forecasts: bool = False
     adapts: bool = False
     skips_steps: bool = False
+    fits_waves: bool = False
 
     def check_steps(self, steps: int) -> None:
         """It refuses a number of steps that it does not fit, when a run starts."""
@@ -192,6 +194,10 @@ class Method:
             For each step an object whose `keep` is the number of active tokens; None where all are.
         """
         return [None] * steps
+
+    def fitted(self, plan: list[Any], tokens: int, waves: Any) -> list[Any]:
+        """This is the `active` plan of `tokens` image tokens for a device, see :mod:`fastdit.tokens.waves`."""
+        return plan
 
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], timesteps: Any = None

@@ -27,6 +27,7 @@ from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_mode, check_noise
 from fastdit.tokens.active import TokenRun
 from fastdit.tokens.change import ChangeRun
+from fastdit.tokens.waves import Waves
 
 #: resets of the published runs, by number of steps
 PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}
@@ -129,6 +130,20 @@ class RASRun(TokenRun):
         return order[low : self.tokens - coming.high][None]
 
 
+def check_align(method: RAS) -> None:
+    """This refuses an `align` that is neither a number nor "wave", and "wave" where nothing is rounded."""
+    if not isinstance(method.align, str):
+        whole("align", method.align)
+    elif method.align != "wave":
+        raise ArgumentError(
+            f'align must be a whole number from 1 on or "wave", got {method.align!r}'
+        )
+    elif method.mode == "parity":
+        raise ArgumentError(
+            'align must be a number with mode="parity", whose published counts are not rounded, got "wave"'
+        )
+
+
 @dataclass(frozen=True)
 class RAS(Method):
     """This method computes a part of the image tokens at each step.
@@ -146,6 +161,7 @@ class RAS(Method):
         schedule: None for the same number of tokens at all steps, or `Linear`.
         mode: "corrected" or "parity". The published rule knows one image, so parity refuses more.
         align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
+            "wave" moves it by up to an eighth, to where the GPU's last wave of tiles is fullest; elsewhere it is 64.
         max_age: A token that was inactive for so many steps is active at the next; None for no bound. Not in "parity".
             With "change" it bounds what a velocity that did not change at all would be left out.
         family: The only model family it may run on, which a preset knows; None for any.
@@ -163,7 +179,7 @@ class RAS(Method):
     starvation: float | None = None
     schedule: Linear | None = None
     mode: str = "corrected"
-    align: int = 64
+    align: int | str = 64
     max_age: int | None = None
     family: str | None = None
 
@@ -177,7 +193,7 @@ class RAS(Method):
         if self.starvation is not None:
             real("starvation", self.starvation, "at least 0", lambda x: x >= 0)
         whole("start", self.start)
-        whole("align", self.align)
+        check_align(self)
         if self.max_age is not None:
             whole("max_age", self.max_age)
         one_of("metric", self.metric, METRICS)
@@ -222,6 +238,11 @@ class RAS(Method):
                 raise ArgumentError(
                     f'{name} must be None with metric="change", got {value!r}: {why}'
                 )
+
+    @property
+    def fits_waves(self) -> bool:
+        """Whether `align` is "wave"."""
+        return self.align == "wave"
 
     @property
     def rate_of_drops(self) -> float:
@@ -284,12 +305,24 @@ class RAS(Method):
                 low, high = int(count * (1 - share)), int(count * share)
                 count = low + high
             else:
-                units = round((tokens - count) / self.align)
-                keep = min(tokens, max(1, units) * self.align)
+                unit = 1 if self.fits_waves else self.align  # `fitted` rounds those
+                keep = min(tokens, max(1, round((tokens - count) / unit)) * unit)
                 count = tokens - keep if count else 0
                 high = round(count * share)
             found.append(SparseStep(tokens - count, high) if count else None)
         return found
+
+    def fitted(
+        self, plan: list[SparseStep | None], tokens: int, waves: Waves
+    ) -> list[SparseStep | None]:
+        if not self.fits_waves:
+            return plan
+        return [step and self._fitted(step, tokens, waves) for step in plan]
+
+    def _fitted(self, step: SparseStep, tokens: int, waves: Waves) -> SparseStep | None:
+        keep = waves.nearest(step.keep, tokens)
+        share = step.high / (tokens - step.keep)
+        return SparseStep(keep, round((tokens - keep) * share)) if keep < tokens else None
 
 
 PRESETS = {

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.methods.base import MethodRun, Step
+from fastdit.tokens.waves import Waves, waves_of
 
 
 class TokenRun(MethodRun):
@@ -45,7 +46,10 @@ class TokenRun(MethodRun):
                 f"{self.method.name} has no gradient: run under torch.no_grad(), or inside `with handle.disabled()`"
             )
         if not self.tokens:
-            self.lay_out(run.patched.adapter.moved_tokens(arguments))
+            latents = arguments.hidden_states
+            size = latents.shape[0], arguments.text
+            waves = waves_of(run.patched, call.transformer, latents.device, *size)
+            self.lay_out(run.patched.adapter.moved_tokens(arguments), waves)
         planned = self.at(run.step - self.first) is not None
         batch, rows = arguments.hidden_states.shape[0], self.active
         if not planned or rows is None or call.branch.velocity is None or batch % rows.shape[0]:
@@ -110,13 +114,14 @@ class TokenRun(MethodRun):
     def _acts(self, call: Any) -> bool:
         return call.layout is None or call.layout.name == "full"
 
-    def lay_out(self, tokens: int) -> None:
-        """Lay out the plan, now that the number of tokens is known."""
+    def lay_out(self, tokens: int, waves: Waves) -> None:
+        """Lay out the plan, now that the number of tokens is known, and what they ask of the device."""
         run = self.run
         resolution = run.resolution
         self.first = resolution.stage.first if resolution is not None else run.first or 0
         self.tokens = tokens
-        self.plan = self.method.active(run.steps - self.first, tokens)
+        plan = self.method.active(run.steps - self.first, tokens)
+        self.plan = self.method.fitted(plan, tokens, waves)
         # A component that computes some rows does not replace what the others hold.
         dense = (None,) * self.first
         run.plan_partial(tuple(step is not None for step in (*dense, *self.plan)))
