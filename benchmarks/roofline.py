@@ -72,7 +72,7 @@ def step_rows(ceilings: dict[str, float], measured: list[dict[str, Any]]) -> Ite
 
 def predicted(real: RealModel) -> tuple[tuple[int, int], tuple[int, int]]:
     """(multiply-accumulates, bytes of residual updates) of a dense and of a fully reused step."""
-    model = real.build(torch.device("meta"), DTYPE, rehearsal=False)
+    model = real.build(torch.device("meta"), DTYPE, tiny=False)
     size = {"height": 8 * real.latent, "width": 8 * real.latent, "text_tokens": real.text}
     run = fastdit.patch(model, fastdit.Cached(Schedule.every(STEPS))).explain(
         **size, batch=real.batch, cfg=False, steps=STEPS

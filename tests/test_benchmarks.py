@@ -1,4 +1,4 @@
-"""Every benchmark runs, at a tiny size and untimed; what a GPU would measure is rehearsed."""
+"""Every benchmark runs, at a tiny size and untimed; `test_gpu_check.py` rehearses what a GPU would measure."""
 
 from __future__ import annotations
 
@@ -51,48 +51,6 @@ def test_a_gpu_would_measure_every_op(monkeypatch):
     cases, shapes = (importlib.import_module(name) for name in ("op_cases", "shapes"))
     measured = {case.op for case in cases.cases(shapes.TINY)}
     assert set(ops.OPS) - measured == {"sparse_attention"}
-
-
-@pytest.fixture(scope="module")
-def rehearsed(tmp_path_factory) -> Path:
-    """The file that a whole `gpu_check` writes on a machine without a GPU."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    done = run("gpu_check.py", folder, "--out", str(folder / "result.json"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "result.json"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="not a rehearsal: a GPU is here")
-def test_what_a_gpu_would_measure_is_rehearsed(rehearsed, monkeypatch):
-    result = json.loads(rehearsed.read_text())
-    assert result["rehearsal"] is True
-    assert result["tests"]["passed"]
-    assert not [name for name, found in result.items() if name != "rehearsal" and "error" in found]
-    for row in result["ops"]["rows"]:
-        assert set(row["us"]) >= {"eager", "cpu"}, row
-        assert not set(row["failed"]) - {"compile"}, row
-    assert len(result["steps"]["rows"]) == 5
-    for row in result["steps"]["rows"]:
-        assert "fastdit every(2), a reused step" in row["ms"]
-    for model in ("FLUX.1-dev 1024", "SD3 medium 1024", "PixArt-Sigma 1024"):
-        assert not result["runs"][model]["failed"]
-        methods = {row["method"] for row in result["runs"][model]["rows"]}
-        assert methods >= {"unpatched", "dense", "random 75 %", "RAS 0.25 + every(2)"}
-    for row in result["pictures"]["rows"]:
-        assert row["to_cpu"] < 1e-5, row
-    monkeypatch.syspath_prepend(str(BENCHMARKS.parent / "tools"))
-    lines = importlib.import_module("readme").gpu(result)
-    assert sum(line.startswith("| gated_residual") for line in lines) == 3
-    assert sum(line.startswith("| FLUX.1-dev") for line in lines) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="not a rehearsal: a GPU is here")
-def test_a_rehearsal_is_not_taken_for_a_measurement(rehearsed, tmp_path):
-    done = run("roofline.py", tmp_path, "--results", str(rehearsed))
-    assert done.returncode != 0
-    assert "rehearsal" in done.stderr
 
 
 @pytest.mark.slow
