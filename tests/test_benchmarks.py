@@ -161,15 +161,29 @@ def test_a_study_draws_the_same_after_an_interruption_and_judges_it(quality, tmp
 
 @pytest.mark.slow
 def test_roofline_counts_what_public_models_cost(tmp_path):
-    """TFLOP of a dense step, counted by others with a dispatch trace of stock diffusers."""
+    """TFLOP of a dense step, and GB of a stock one's launches that are no products, counted by others with a dispatch
+    trace of stock diffusers; and the page is what results and code say.
+    """
     done = run("roofline.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    dense = dict(re.findall(r"\| ([^|]+) \| dense \| ([\d.]+) ", done.stdout))
-    counted = {"FLUX.1-dev 1024": 74.4, "SD3 medium 1024": 17.8, "SD3.5 large 1024": 62.2}
-    counted |= {"PixArt-Sigma 1024": 13.3, "DiT-XL/2 512": 2.10}
-    assert set(dense) == set(counted)
-    for model, tflop in counted.items():
-        assert float(dense[model]) == pytest.approx(tflop, rel=0.01), model
+    rows = re.findall(r"\| ([^|]+) \| (stock|dense) \| ([\d.]+) \| ([\d.]+) ", done.stdout)
+    found = {(model, step): (float(tflop), float(gb)) for model, step, tflop, gb in rows}
+    counted = {
+        "FLUX.1-dev 1024": (74.4, 143.8),
+        "SD3 medium 1024": (17.8, 26.4),
+        "SD3.5 large 1024": (62.2, 122.2),
+        "PixArt-Sigma 1024": (13.3, 19.7),
+        "DiT-XL/2 512": (2.10, 4.34),
+    }
+    assert {model for model, _ in found} == set(counted)
+    for model, (tflop, gb) in counted.items():
+        assert found[model, "dense"][0] == pytest.approx(tflop, rel=0.01), model
+        assert found[model, "stock"][1] == pytest.approx(gb, rel=0.01), model
+        assert found[model, "dense"][1] < 0.7 * gb, model
+    page = BENCHMARKS.parent / "docs" / "roofline.md"
+    assert done.stdout.strip() == page.read_text().strip(), (
+        "run benchmarks/roofline.py --out docs/roofline.md"
+    )
 
 
 def test_a_race_times_each_contender_and_checks_itself():
