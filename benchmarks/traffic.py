@@ -27,7 +27,7 @@ from fastdit import Schedule
 from real_models import RealModel
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_addmm_activation"}
-PRODUCTS |= {"_scaled_mm", "scaled_dot_product_attention", "sparse_attention"}
+PRODUCTS |= {"addmm_", "baddbmm_", "_scaled_mm", "scaled_dot_product_attention", "sparse_attention"}
 ACTIVATIONS = {"gelu", "silu"}
 COPIES = {"cat", "clone", "copy_", "_to_copy", "contiguous", "stack", "index_select", "gather"}
 KINDS = ("fused ops", "activations", "copies", "other")
