@@ -10,6 +10,7 @@ DOCS := $(VENV)/docs
 LINT := $(VENV)/lint
 TIMED := tools/timed
 DEMO ?=
+CHECK ?= --call 1
 # Where diffusers' tests come from: a checkout, or a git URL (then the tag of the installed version).
 DIFFUSERS ?= https://github.com/huggingface/diffusers
 PEER ?=
@@ -68,10 +69,8 @@ bench: $(VENV)/.testable  ## measure the ops; writes benchmarks/results
 	$(VENV)/bin/python benchmarks/record.py
 
 # For a machine with a GPU and no network: the interpreter's own torch, triton and build tools.
-gpu-check:  ## build for the GPU at hand, then test and measure everything on it
-	$(TIMED) build env FASTDIT_CUDA_ARCHS=$$($(PYTHON) tools/gpu_arch.py) $(PYTHON) -m pip install -q \
-	    --no-index --no-build-isolation --no-deps --upgrade --target $(CURDIR)/build/gpu .
-	PYTHONPATH=$(CURDIR)/build/gpu:$$PYTHONPATH $(TIMED) gpu-check $(PYTHON) benchmarks/gpu_check.py
+gpu-check:  ## build for the GPU at hand and measure on it, in 300 s (CHECK="--call 2 ...": docs/gpu-check.md)
+	$(TIMED) gpu-check $(PYTHON) benchmarks/gpu_check.py $(CHECK)
 
 clean:  ## remove .venv and all build products
 	rm -rf $(VENV) build *.egg-info

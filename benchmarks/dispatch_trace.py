@@ -65,7 +65,7 @@ class Trace(TorchDispatchMode):
         storages = {t.untyped_storage().data_ptr() for t in inputs}
         fresh = [t for t in outputs if t.untyped_storage().data_ptr() not in storages]
         if written or (fresh and "empty" not in func.name()):
-            moved = [_bytes(t) for t in (*_reads(inputs, written, func), *written, *fresh)]
+            moved = [bytes_of(t) for t in (*_reads(inputs, written, func), *written, *fresh)]
             self.kernels.append(
                 Kernel(func.name(), sum(moved), sum(m for m in moved if m >= self.large))
             )
@@ -91,7 +91,7 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> list[tuple[Any, Any]]:
     return [*zip(schema, args, strict=False), *named]
 
 
-def _bytes(tensor: Tensor) -> int:
+def bytes_of(tensor: Tensor) -> int:
     """Bytes of the distinct elements: expanded dimensions are read once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):

@@ -2,7 +2,7 @@
 
 What diffusers' hooks and the papers' repositories do, without their bookkeeping: every norm,
 modulation and gated residual of a block still runs, only the wrapped module does not. The baseline
-of `bench_step.py` and `gpu_check.py`.
+of `bench_step.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from fastdit import Schedule
-from fastdit.adapters import find_adapter
 
 
 class HookCache:
@@ -52,25 +50,3 @@ class HookCache:
         """Take the wrappers out."""
         for module in self._modules:
             del module.forward
-
-
-#: components that are not named as their modules
-MODULES = {
-    "full_attn": "attn",
-    "full_ff": "ff",
-    "full_ff_context": "ff_context",
-    "single_attn": "attn",
-    "single_proj_mlp": "proj_mlp",
-    "single_proj_out": "proj_out",
-}
-
-
-def hooks_of(model: nn.Module) -> list[HookCache]:
-    """Plain hooks on all components of all blocks, for a step that computes and one that reuses all."""
-    found = []
-    for kind in find_adapter(model).spec(model).kinds:
-        names = tuple(MODULES.get(name, name) for name in kind.components)
-        bits = np.zeros((2, kind.count, len(names)), dtype=bool)
-        blocks = list(getattr(model, kind.name))
-        found.append(HookCache(blocks, names, Schedule.from_bits(bits, names)))
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def describe_machine() -> dict[str, object]:
         "cpu": models[0] if models else platform.processor(),
         "cores": len(models),
         "gpu": gpu,
+        **({"driver": _driver()} if gpu else {}),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -40,3 +42,11 @@ def _commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
     )
     return found.stdout.strip() or "unknown"
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0] or None

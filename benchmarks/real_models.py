@@ -1,7 +1,7 @@
 """Transformers of the published sizes with random weights: nothing is downloaded.
 
-The sizes are those of the models' public configurations. `reduced` keeps the width's arithmetic and
-the block structure, and takes two blocks of each kind and few tokens: a rehearsal.
+The sizes are those of the models' public configurations. A tiny one has as many blocks and next to no width, so that
+only what Python does of a step is left: it rehearses without a GPU, and on one it tells the host's time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class RealModel:
         name: The model and picture size.
         cls: Class of diffusers.
         config: Its arguments.
-        reduced: What a rehearsal changes in them.
+        narrow: What a tiny one changes in them.
         batch: Rows of a step; two with classifier-free guidance.
         latent: Side of the latent.
         text: Tokens of text.
@@ -35,18 +35,18 @@ class RealModel:
     name: str
     cls: str
     config: dict[str, Any]
-    reduced: dict[str, Any]
+    narrow: dict[str, Any]
     batch: int
     latent: int
     text: int
     steps: int
     inputs: Callable[..., Inputs] = field(repr=False)
 
-    def build(self, device: torch.device, dtype: torch.dtype, rehearsal: bool) -> nn.Module:
+    def build(self, device: torch.device, dtype: torch.dtype, tiny: bool) -> nn.Module:
         """Random weights, made on the device in the dtype."""
         import diffusers
 
-        config = self.config | (self.reduced if rehearsal else {})
+        config = self.config | (self.narrow if tiny else {})
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -56,14 +56,14 @@ class RealModel:
             torch.set_default_dtype(before)
         return model.to(dtype).eval().requires_grad_(False)
 
-    def arguments(self, model: nn.Module, rehearsal: bool) -> Inputs:
+    def arguments(self, model: nn.Module, tiny: bool) -> Inputs:
         """Inputs of one step at t = 500, at the end of no particular prompt."""
         weight = next(model.parameters())
 
         def new(*shape: int) -> Tensor:
             return torch.randn(shape, device=weight.device, dtype=weight.dtype)
 
-        latent, text = (16, 8) if rehearsal else (self.latent, self.text)
+        latent, text = (16, 8) if tiny else (self.latent, self.text)
         made = self.inputs(model, self.batch, latent, text, new)
         made.setdefault("timestep", torch.full((self.batch,), 500, device=weight.device))
         return made | {"return_dict": False}
@@ -125,12 +125,26 @@ def _dit(model, batch, latent, text, new) -> Inputs:
     return {"hidden_states": new(batch, 4, latent, latent), "class_labels": labels}
 
 
+NARROW_SD3 = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "caption_projection_dim": 16,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 16,
+}
+
 MODELS = (
     RealModel(
         "FLUX.1-dev 1024",
         "FluxTransformer2DModel",
         {"guidance_embeds": True},
-        {"num_layers": 2, "num_single_layers": 2, "num_attention_heads": 4},
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "axes_dims_rope": (2, 2, 4),
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 16,
+        },
         1,
         128,
         512,
@@ -147,7 +161,7 @@ MODELS = (
             "caption_projection_dim": 1536,
             "pos_embed_max_size": 192,
         },
-        {"num_layers": 2, "num_attention_heads": 4, "caption_projection_dim": 256},
+        NARROW_SD3,
         2,
         128,
         333,
@@ -165,7 +179,7 @@ MODELS = (
             "pos_embed_max_size": 192,
             "qk_norm": "rms_norm",
         },
-        {"num_layers": 2, "num_attention_heads": 4, "caption_projection_dim": 256},
+        NARROW_SD3,
         2,
         128,
         333,
@@ -176,7 +190,12 @@ MODELS = (
         "PixArt-Sigma 1024",
         "PixArtTransformer2DModel",
         {"sample_size": 128, "caption_channels": 4096, "use_additional_conditions": False},
-        {"num_layers": 2, "num_attention_heads": 4, "cross_attention_dim": 288},
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": 24,
+        },
         2,
         128,
         300,
@@ -187,7 +206,7 @@ MODELS = (
         "DiT-XL/2 512",
         "DiTTransformer2DModel",
         {"sample_size": 64},
-        {"num_layers": 2, "num_attention_heads": 4},
+        {"num_attention_heads": 2, "attention_head_dim": 8},
         2,
         64,
         0,

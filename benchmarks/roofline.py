@@ -1,17 +1,16 @@
 """Bytes, arithmetic and the least time of every op and of whole steps, beside what was measured.
 
-    python benchmarks/roofline.py [--results benchmarks/results/gpu-check-....json] [--out FILE]
+    python benchmarks/roofline.py [--results benchmarks/results/gpu-check-....json] [--out docs/roofline.md]
 
-The least time of an op is its bytes at copy speed: all of them are bound by memory. That of a step is
-its arithmetic (linear layers and attention) at matmul speed plus its residual updates at copy speed,
-as a step would take if nothing else cost anything. Ceilings are those measured in the results file;
-without one, those of an H200 in public measurements.
+Ceilings and measurements are those of the newest result of `gpu_check.py`, or of the file named; without any, ceilings
+are those of an H200 in public measurements.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,43 @@ from typing import Any
 import torch
 
 import fastdit
+import gpu_results
 from fastdit import Schedule
 from op_cases import DTYPE, cases
 from real_models import MODELS, RealModel
 from shapes import ALL
+from traffic import KINDS, Traffic, patched, stock
 
 H200 = {"copy_tb_s": 4.3, "matmul_tflop_s": 790.0}
 STEPS = 2  # of every(2): the second reuses everything
+
+SAID = """\
+# What is possible
+
+Written by `python benchmarks/roofline.py --out docs/roofline.md`. Ceilings and measurements are those of the newest
+result of `make gpu-check`, here {source}: copy {copy_tb_s:.2f} TB/s, matmul {matmul_tflop_s:.0f} TFLOP/s. bf16.
+
+## Steps
+
+A step has to take its arithmetic, matrix products and attention, at matmul speed, and at copy speed the bytes that no
+product can take along. Bytes are counted by dispatch, of real sizes on tensors without memory: each launch that is no
+product reads its inputs and writes its outputs once. There are four kinds. *Fused ops* are fastdit's: they norm whole
+rows, rotate and place queries and keys, or add what was kept, so they have to read what a product wrote, and are the
+**floor**. *Activations* could be a product's epilogue. *Copies*, such as concatenations, could be where a product
+writes. *Other* is what torch does apart, such as biases that are not added within a product and divisions by one.
+
+Times are in milliseconds: *least* has the floor alone, *as it is* all bytes, both with every byte and operation at its
+ceiling, one after the other. Measured steps are shares of whole runs, or calls of the transformer where these were
+timed.
+
+"""
+
+OPS = """
+## Ops
+
+The least time of an op is its bytes at copy speed: all of them are bound by memory.
+
+"""
 
 
 def op_rows(ceilings: dict[str, float], measured: list[dict[str, Any]]) -> Iterator[list[str]]:
@@ -33,54 +62,70 @@ def op_rows(ceilings: dict[str, float], measured: list[dict[str, Any]]) -> Itera
     for case in cases(ALL):
         moved = case.bytes_moved()
         least = moved / (ceilings["copy_tb_s"] * 1e12)
+        own = (case.op, case.name, case.shape.name)
         found = next(
-            (
-                row.get("us", {})
-                for row in measured
-                if (row["op"], row["case"], row.get("shape"))
-                == (case.op, case.name, case.shape.name)
-            ),
-            {},
+            (row["us"] for row in measured if (row["op"], row["case"], row["shape"]) == own), {}
         )
         shown = ", ".join(f"{name} {us:.1f}" for name, us in found.items()) or "-"
-        yield [
-            case.op,
-            case.name,
-            case.shape.name,
-            f"{moved / 1e6:.1f}",
-            f"{1e6 * least:.1f}",
-            shown,
-        ]
+        yield [*own, f"{moved / 1e6:.1f}", f"{1e6 * least:.1f}", shown]
 
 
-def step_rows(ceilings: dict[str, float], measured: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """Two rows for each model: a dense step and one that reuses everything."""
+def step_rows(ceilings: dict[str, float], result: gpu_results.Result) -> Iterator[list[str]]:
+    """Three rows for each model: a stock step, a dense one, and one that reuses everything."""
     for real in MODELS:
-        found = next((row.get("ms", {}) for row in measured if row["model"] == real.name), {})
-        dense, reused = predicted(real)
-        for name, (macs, moved) in (("dense", dense), ("reused", reused)):
-            least = 2 * macs / (ceilings["matmul_tflop_s"] * 1e12)
-            least += moved / (ceilings["copy_tb_s"] * 1e12)
-            shown = ", ".join(
-                f"{key} {ms:.1f}"
-                for key, ms in found.items()
-                if ("reused" in key) == (name == "reused")
-            )
-            row = [real.name, name, f"{2 * macs / 1e12:.2f}", f"{moved / 1e9:.2f}"]
-            yield [*row, f"{1e3 * least:.2f}", shown or "-"]
+        dense, reused = patched(real, DTYPE)
+        arithmetic = predicted(real)
+        steps = {"stock": stock(real, DTYPE), "dense": dense, "reused": reused}
+        for name, traffic in steps.items():
+            floor = (reused if name == "reused" else dense).bytes["fused ops"]
+            operations = 2 * arithmetic[name == "reused"]
+            products = operations / (ceilings["matmul_tflop_s"] * 1e12)
+            per_byte = 1 / (ceilings["copy_tb_s"] * 1e12)
+            now = sum(traffic.bytes.values())
+            yield [
+                real.name,
+                name,
+                f"{operations / 1e12:.2f}",
+                f"{now / 1e9:.2f}",
+                _kinds(traffic),
+                f"{floor / 1e9:.2f}",
+                f"{1e3 * (products + floor * per_byte):.2f}",
+                f"{1e3 * (products + now * per_byte):.2f}",
+                _measured(result, real.name, name) or "-",
+            ]
 
 
-def predicted(real: RealModel) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(multiply-accumulates, bytes of residual updates) of a dense and of a fully reused step."""
-    model = real.build(torch.device("meta"), DTYPE, rehearsal=False)
+def _kinds(traffic: Traffic) -> str:
+    return " + ".join(f"{traffic.bytes[kind] / 1e9:.2f}" for kind in KINDS)
+
+
+def _measured(result: gpu_results.Result, model: str, step: str) -> str:
+    """Milliseconds of such a step by whatever ran it."""
+    arms = {"stock": ("unpatched", "compiled"), "dense": ("dense",), "reused": ("every(2)",)}[step]
+    found = {}
+    for other, made in gpu_results.runs(result):
+        for row in made["rows"] if other == model else ():
+            if not row["method"].startswith(arms) or "order" in row["method"]:
+                continue
+            if step != "reused":
+                found[row["method"]] = 1e3 * row["seconds"] / row["steps"]
+            elif row.get("call_ms"):
+                calls = row["call_ms"]
+                found[row["method"]] = statistics.median(calls[1::2])
+    return ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
+
+
+def predicted(real: RealModel) -> tuple[int, int]:
+    """Multiply-accumulates of a dense and of a fully reused step."""
+    model = real.build(torch.device("meta"), DTYPE, tiny=False)
     size = {"height": 8 * real.latent, "width": 8 * real.latent, "text_tokens": real.text}
     run = fastdit.patch(model, fastdit.Cached(Schedule.every(STEPS))).explain(
         **size, batch=real.batch, cfg=False, steps=STEPS
     )
     plain = fastdit.patch(model).explain(**size, batch=real.batch, cfg=False, steps=STEPS)
     fastdit.unpatch(model)
-    dense = plain.macs // STEPS, plain.residual_bytes // STEPS
-    return dense, (run.macs - dense[0], run.residual_bytes - dense[1])
+    dense = plain.macs // STEPS
+    return dense, run.macs - dense
 
 
 def table(head: list[str], rows: Iterator[list[str]]) -> str:
@@ -89,27 +134,34 @@ def table(head: list[str], rows: Iterator[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def page(result: gpu_results.Result) -> str:
+    """docs/roofline.md by a result, or by public ceilings where it is empty."""
+    ceilings = gpu_results.ceilings(result) or H200
+    source = "an H200 in public measurements"
+    if ceilings is not H200:
+        machine = result["machine"]
+        source = f"{machine['gpu']}, {machine['date']}"
+    kinds = ", ".join(KINDS)
+    head = ["model", "step", "TFLOP", "GB", f"of them {kinds}", "floor GB", "least"]
+    head += ["as it is", "measured"]
+    text = SAID.format(source=source, **ceilings) + table(head, step_rows(ceilings, result))
+    head = ["op", "form", "shape", "MB", "least us", "measured us"]
+    return text + OPS + table(head, op_rows(ceilings, gpu_results.rows(result, "ops")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--results", type=Path, help="a file of gpu_check.py")
     parser.add_argument("--out", type=Path, help="write Markdown here too")
     arguments = parser.parse_args()
-    result = json.loads(arguments.results.read_text()) if arguments.results else {}
-    if result.get("rehearsal"):
-        parser.error(f"{arguments.results} is a rehearsal without a GPU: its figures mean nothing")
-    ceilings = result.get("ceilings", H200)
-    rows = {name: result.get(name, {}).get("rows", []) for name in ("ops", "steps")}
-    source = result["machine"]["gpu"] if result else "an H200 in public measurements"
-    text = (
-        "# What is possible\n\nWritten by `python benchmarks/roofline.py --out docs/roofline.md`, which explains how "
-        "the figures are made; with `--results FILE` they stand beside what `make gpu-check` measured.\n\n"
-        f"Ceilings of {source}: copy {ceilings['copy_tb_s']:.2f} TB/s, "
-        f"matmul {ceilings['matmul_tflop_s']:.0f} TFLOP/s. bf16.\n\n"
-    )
-    head = ["op", "form", "shape", "MB", "least us", "measured us"]
-    text += table(head, op_rows(ceilings, rows["ops"]))
-    head = ["model", "step", "TFLOP", "residual GB", "least ms", "measured ms"]
-    text += "\n" + table(head, step_rows(ceilings, rows["steps"]))
+    if arguments.results:
+        result = json.loads(arguments.results.read_text())
+        if result.get("rehearsal"):
+            said = "is a rehearsal without a GPU: its figures mean nothing"
+            parser.error(f"{arguments.results} {said}")
+    else:
+        result = next(filter(gpu_results.ceilings, gpu_results.results()), {})
+    text = page(result)
     print(text)
     if arguments.out:
         arguments.out.write_text(text)

@@ -16,10 +16,11 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import testbed_tables
 
 import fastdit
@@ -50,8 +51,8 @@ FAMILIES = {
 def results() -> list[str]:
     """What docs/results.md shows: whole models."""
     lines = ["## Whole runs on a GPU"]
-    for path in _gpu_files():
-        lines += [*gpu_runs(json.loads(path.read_text())), ""]
+    for result in gpu_tables.gpu_results.results():
+        lines += [*gpu_tables.runs(result), ""]
     lines += ["", "## Whole runs on a CPU", "", *_step(_result("step-cpu.json"))]
     lines += ["", "## Schedules like the published ones", *_ecad(_result("ecad-cpu.json"))]
     lines += ["", "## Searched schedules", *_search(_result("search-cpu.json"))]
@@ -92,40 +93,6 @@ def results() -> list[str]:
     return [*lines, "", "## The model in the package", *_tiny(json.loads(TINY.read_text()))]
 
 
-def _gpu_files() -> list[Path]:
-    return sorted(RESULTS.glob("gpu-check-*.json"))
-
-
-def _gpu_models() -> Iterator[tuple[dict[str, Any], str, dict[str, Any]]]:
-    """(machine, model, runs) of every model that was run on a GPU, the largest first."""
-    for path in _gpu_files():
-        result = json.loads(path.read_text())
-        for model, found in reversed(result.get("runs", {}).items()):  # the largest was run last
-            if isinstance(found, dict) and found.get("rows"):
-                yield result["machine"], model, found
-
-
-def claim() -> list[str]:
-    """The README's first figures: the largest model's, and the least gain of all."""
-    machine, model, found = next(_gpu_models())
-    gains = {row["method"]: row["speedup"] for row in found["rows"]}
-    skipping = [gain for name, gain in gains.items() if name not in ("unpatched", "dense")]
-    least, where = min(
-        (row["speedup"], f"`{row['method']}` on {other}")
-        for _, other, runs in _gpu_models()
-        for row in runs["rows"]
-        if row["method"] != "unpatched"
-    )
-    return [
-        (
-            f"On one {machine['gpu']}, in bf16 at 1024 x 1024 with random weights, {model.removesuffix(' 1024')} draws "
-            f"{gains['dense']:.1f} times as fast as stock diffusers with nothing skipped, and {min(skipping):.1f} to "
-            f"{max(skipping):.1f} times as fast with tokens, components or "
-            f"resolution left out. The least of all measured is {least:.2f}, {where}."
-        )
-    ]
-
-
 def support() -> list[str]:
     """Which family runs which method, as the adapters say."""
     lines = [
@@ -152,72 +119,6 @@ def support() -> list[str]:
 
 def _yes(able: Any) -> str:
     return "yes" if able else "no"
-
-
-def best() -> list[str]:
-    """The best row of each way to skip work, and the worst row of all, of each model that was run on a GPU."""
-    lines: list[str] = []
-    for machine, model, found in _gpu_models():
-        rows = [row for row in found["rows"] if row["method"] != "unpatched"]
-        chosen = [row["method"] for row in found["rows"][:1]]
-        chosen.append(min(rows, key=lambda row: row["speedup"])["method"])
-        for way in ("dense", "every", "random", "RAS", "RALU", "+"):
-            fitting = [row for row in rows if _way(row["method"]) == way]
-            chosen += [
-                row["method"] for row in sorted(fitting, key=lambda row: row["speedup"])[-1:]
-            ]
-        if not lines:
-            lines = [
-                (
-                    f"{machine['gpu']}, bf16, 1024 x 1024, one picture, random weights of the published sizes, medians "
-                    f"of {found['rounds']} rounds; speed-up over stock diffusers at its usual steps. Of each model the "
-                    "best row of each way to skip work, and the worst of all."
-                ),
-                "",
-                *GPU_HEAD,
-            ]
-        lines += [_gpu_row(model, row) for row in found["rows"] if row["method"] in chosen]
-    return lines
-
-
-def _way(method: str) -> str:
-    """What a row of a GPU's table skips; "+" where two methods are composed."""
-    if "+" in method:
-        return "+"
-    return next(
-        way for way in ("unpatched", "dense", "every", "random", "RAS", "RALU") if way in method
-    )
-
-
-GPU_HEAD = (
-    "| model | | steps | seconds | speed-up [range] | of the arithmetic | realised |",
-    "|---|---|---|---|---|---|---|",
-)
-
-
-def _gpu_row(model: str, row: dict[str, Any]) -> str:
-    return (
-        f"| {model} | {row['method']} | {row['steps']} | {row['seconds']:.2f} | {row['speedup']:.2f}x "
-        f"{_range(row['speedup_range'])} | {row['flop_speedup']:.2f}x | {row['realised']:.0%} |"
-    )
-
-
-def measured(*ways: str, including: str = "") -> list[str]:
-    """The rows of a method in the tables of a GPU."""
-    lines: list[str] = []
-    for machine, model, found in _gpu_models():
-        if not lines:
-            lines = [
-                f"Whole runs on {machine['gpu']}, as in [the results](../results.md#whole-runs-on-a-gpu):",
-                "",
-                *GPU_HEAD,
-            ]
-        lines += [
-            _gpu_row(model, row)
-            for row in found["rows"]
-            if _way(row["method"]) in ways and including in row["method"]
-        ]
-    return lines
 
 
 def searched() -> list[str]:
@@ -367,8 +268,8 @@ def kernels() -> list[str]:
     for op in ops.FILES:
         for path in sorted(RESULTS.glob(f"{op}-cpu-*.json"))[-1:]:
             lines += _op(json.loads(path.read_text()))
-    for path in sorted(RESULTS.glob("gpu-check-*.json")):
-        lines += gpu(json.loads(path.read_text()))
+    for result in gpu_tables.gpu_results.results():
+        lines += gpu_tables.kernels(result)
     return lines
 
 
@@ -381,26 +282,26 @@ LABELS = {
 }
 
 METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
-    "dense": {"measured": functools.partial(measured, "dense")},
+    "dense": {"measured": functools.partial(gpu_tables.measured, "dense")},
     "cached": {
         "arguments": functools.partial(arguments, "Cached"),
         "sums": sums,
         "noisy": noisy,
-        "measured": functools.partial(measured, "every", "random"),
+        "measured": functools.partial(gpu_tables.measured, "every", "random"),
         "forecasts": lambda: testbed_tables.forecasts(_result("testbed-caches.json")),
     },
     "ecad": {"arguments": functools.partial(arguments, "ECAD"), "measured": searched},
     "harmonica": {"arguments": functools.partial(arguments, "HarmoniCa"), "measured": routed},
     "ras": {
         "arguments": functools.partial(arguments, "RAS"),
-        "measured": functools.partial(measured, "RAS", "+", including="RAS"),
+        "measured": functools.partial(gpu_tables.measured, "RAS", "+", including="RAS"),
         "quality": functools.partial(beside_fewer_steps, "ras"),
         "choices": choices,
         "noisy": noisy,
     },
     "ralu": {
         "arguments": functools.partial(arguments, "RALU"),
-        "measured": functools.partial(measured, "RALU", "+", including="RALU"),
+        "measured": functools.partial(gpu_tables.measured, "RALU", "+", including="RALU"),
         "quality": lambda: testbed_tables.beside_fewer_steps(_result("testbed-ralu.json")),
         "lifts": lambda: testbed_tables.lifts(_result("lifts.json")),
     },
@@ -409,10 +310,15 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
 
 #: file -> section -> what writes it
 FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
-    ROOT / "README.md": {"claim": claim, "support": support, "measured": best},
-    ROOT / "docs" / "index.md": {"claim": claim, "support": support},
+    ROOT / "README.md": {
+        "claim": gpu_tables.claim,
+        "support": support,
+        "measured": gpu_tables.best,
+    },
+    ROOT / "docs" / "index.md": {"claim": gpu_tables.claim, "support": support},
     ROOT / "docs" / "results.md": {"tables": results},
     ROOT / "docs" / "kernels.md": {"tables": kernels},
+    ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},
     **{ROOT / "docs" / "methods" / f"{name}.md": made for name, made in METHOD_PAGES.items()},
 }
 
@@ -968,82 +874,6 @@ def _op(result: dict[str, Any]) -> list[str]:
             f"| {', '.join(named)} | {1e3 * row['seconds']['median']:.2f} ms | "
             f"{row['share_of_copy']:.0%} | {rivals['eager']:.2f}x | {compiled} |"
         )
-    return lines
-
-
-def gpu_runs(result: dict[str, Any]) -> list[str]:
-    """Whole runs on a GPU."""
-    machine, lines, rounds = result["machine"], [], 0
-    for model, found in reversed(result.get("runs", {}).items()):  # the largest was run last
-        if not isinstance(found, dict) or not found.get("rows"):
-            continue
-        rounds = found["rounds"]
-        lines += [
-            "",
-            f"**{model}**, {found['steps']} steps:",
-            "",
-            "| | steps | seconds | speed-up [range] | of the arithmetic | realised |",
-            "|---|---|---|---|---|---|",
-        ]
-        for row in found["rows"]:
-            low, high = row["speedup_range"]
-            lines.append(
-                f"| {row['method']} | {row['steps']} | {row['seconds']:.2f} | {row['speedup']:.2f}x "
-                f"[{low:.2f}, {high:.2f}] | {row['flop_speedup']:.2f}x | {row['realised']:.0%} |"
-            )
-    if not lines:
-        return []
-    return [
-        "",
-        (
-            f"Whole runs of stock pipelines on {machine['gpu']}, bf16, 1024 x 1024, one picture, random weights of the "
-            f"published sizes, embeddings in and latents out (`make gpu-check`, torch {machine['torch']}, driver "
-            f"{machine['driver']}). Methods take turns; medians and ranges of {rounds} rounds after one to "
-            "warm up. `dense` skips nothing; `random n %` reuses so many single components, drawn at random, as "
-            "irregular as any searched schedule; speed-ups are over the unpatched pipeline at its usual steps."
-        ),
-        *lines,
-    ]
-
-
-def gpu(result: dict[str, Any]) -> list[str]:
-    """The tables of single ops and steps of `gpu_check.py`; sections that were not run are left out."""
-    machine, ceilings = result["machine"], result["ceilings"]
-    lines = [
-        "",
-        (
-            f"On {machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, commit "
-            f"{machine['commit']} (`make gpu-check`): copy {ceilings['copy_tb_s']:.2f} TB/s, matmul "
-            f"{ceilings['matmul_tflop_s']:.0f} TFLOP/s. bf16, graph replay with cold caches, medians."
-        ),
-    ]
-    tests = result.get("tests", {})
-    if tests.get("outcomes") and not result["rehearsal"]:
-        failed = ", ".join(f"`{name.partition('::')[2]}`" for name in tests["failures"])
-        lines += [
-            "",
-            f"Kernel tests there: {tests['outcomes']['PASSED']} passed"
-            + (f"; failed: {failed}." if failed else ", none failed."),
-        ]
-    ops = [row for row in result.get("ops", {}).get("rows", []) if "us" in row]
-    if ops:
-        lines += _columns(ops, ("op", "case", "shape"), "us", "microseconds")
-    steps = [row for row in result.get("steps", {}).get("rows", []) if "ms" in row]
-    if steps:
-        lines += _columns(steps, ("model",), "ms", "milliseconds of a step")
-    return lines
-
-
-def _columns(
-    rows: list[dict[str, Any]], keys: tuple[str, ...], values: str, unit: str
-) -> list[str]:
-    """A table with a column for every contender."""
-    names = list(dict.fromkeys(name for row in rows for name in row[values]))
-    head = [*keys, *(f"{name}, {unit}" for name in names)]
-    lines = ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for row in rows:
-        cells = [f"{row[values][name]:.1f}" if name in row[values] else "-" for name in names]
-        lines.append(f"| {' | '.join([*(row[key] for key in keys), *cells])} |")
     return lines
 
 
