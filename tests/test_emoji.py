@@ -50,7 +50,10 @@ def test_a_sprite_at_half_size_is_the_mean_of_its_pixels() -> None:
 
 
 def test_a_scene_is_drawn_the_same_by_the_same_generator() -> None:
-    scene = scenes.sample_scene(np.random.default_rng(5), 3)
+    rng = np.random.default_rng(5)
+    scene = next(
+        s for s in (scenes.sample_scene(rng, 3) for _ in range(50)) if s.ground == "clouds"
+    )
     pictures = [scenes.render(scene, 128, np.random.default_rng(seed)) for seed in (1, 1, 2)]
     assert pictures[0].shape == (128, 128, 3)
     assert pictures[0].dtype == np.float32
@@ -64,13 +67,12 @@ def test_emoji_lie_on_the_grid_and_never_on_each_other() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
         scene = scenes.sample_scene(rng, int(rng.integers(1, 4)))
-        for cells in scenes.arrangements(scene.objects):
-            cover = np.zeros((scenes.CELLS, scenes.CELLS), int)
-            for one, (x, y) in zip(scene.objects, cells, strict=True):
-                side = scenes.SIZES[one.size]
-                assert cover[y : y + side, x : x + side].shape == (side, side)
-                cover[y : y + side, x : x + side] += 1
-            assert cover.max() == 1
+        cover = np.zeros((scenes.CELLS, scenes.CELLS), int)
+        for one in scene.objects:
+            x, y, side = one.box
+            assert cover[y : y + side, x : x + side].shape == (side, side)
+            cover[y : y + side, x : x + side] += 1
+        assert cover.max() == 1
 
 
 def test_grounds_differ_and_keep_their_colour() -> None:

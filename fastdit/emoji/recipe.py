@@ -77,12 +77,12 @@ class Emoji(Recipe):
         return scenes.render(scenes.sample_scene(rng, objects=1 + index % 3), 128, rng)
 
     def sample(self, rng: np.random.Generator, single: float) -> Scene:
-        """A train scene has one emoji, or two, or (half as often) three."""
-        objects = 1 if rng.random() < single else 2 if rng.random() < 0.67 else 3
+        """A train scene has one emoji, or two, or (rarely) three."""
+        objects = 1 if rng.random() < single else 2 if rng.random() < 0.85 else 3
         return scenes.sample_scene(rng, objects)
 
     def render(self, scene: Scene, size: int, rng: np.random.Generator) -> np.ndarray:
-        """Cells, directions of gradients and clouds vary."""
+        """Directions of gradients and clouds vary."""
         return scenes.render(scene, size, rng)
 
     def caption(self, scene: Scene, rng: np.random.Generator, complete: bool, drop: float) -> str:

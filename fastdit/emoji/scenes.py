@@ -7,7 +7,6 @@ the same to it wherever it is. Pictures of the emoji come from ``sprites.py``; c
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -39,15 +38,13 @@ PLACES: dict[str, tuple[str, str]] = {  # along x and y
     "bottom left": ("near", "far"),
     "bottom right": ("far", "far"),
 }
-#: the first cell of an emoji along an axis, by its size
-STARTS: dict[int, dict[str, tuple[int, ...]]] = {
-    3: {"near": (0, 1), "middle": (2, 3), "far": (4, 5)},
-    5: {"near": (0,), "middle": (1, 2), "far": (3,)},
+#: the first cell of an emoji along an axis, by its size in cells
+STARTS: dict[int, dict[str, int]] = {
+    3: {"near": 0, "middle": 2, "far": 5},
+    5: {"near": 0, "middle": 1, "far": 3},
 }
 SPLITS: tuple[str, ...] = ("train", "test")
 _TEST_SHARE = 8  # one pair of names in eight is held out, and one single scene in eight
-
-Cell = tuple[int, int]  # (x, y)
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,13 @@ class SceneObject:
     style: str
     size: str
     place: str
+
+    @property
+    def box(self) -> tuple[int, int, int]:
+        """It has this first column, this first row, and so many cells a side."""
+        side = SIZES[self.size]
+        x, y = (STARTS[side][axis] for axis in PLACES[self.place])
+        return x, y, side
 
 
 @dataclass(frozen=True)
@@ -118,30 +122,16 @@ def sample_scene(rng: np.random.Generator, objects: int = 1, split: str = "train
             SceneObject(name, _choose(rng, STYLES), size, _choose(rng, PLACES))
             for name, size in zip(names, sizes, strict=True)
         )
-        if not arrangements(chosen):
+        if not _apart(chosen):
             continue
         scene = Scene(chosen, _choose(rng, COLORS), _choose(rng, GROUNDS))
         if scene.split == split:
             return scene
 
 
-def arrangements(objects: tuple[SceneObject, ...]) -> tuple[tuple[Cell, ...], ...]:
-    """These are all first cells of the emoji in which none touches another's cells."""
-    return _arrangements(tuple((one.place, SIZES[one.size]) for one in objects))
-
-
-@functools.lru_cache(maxsize=4096)
-def _arrangements(objects: tuple[tuple[str, int], ...]) -> tuple[tuple[Cell, ...], ...]:
-    options = []
-    for place, side in objects:
-        x, y = (STARTS[side][axis] for axis in PLACES[place])
-        options.append(list(itertools.product(x, y)))
-    sides = [side for _, side in objects]
-    return tuple(cells for cells in itertools.product(*options) if _apart(cells, sides))
-
-
-def _apart(cells: tuple[Cell, ...], sides: list[int]) -> bool:
-    boxes = [(x, y, side) for (x, y), side in zip(cells, sides, strict=True)]
+def _apart(objects: tuple[SceneObject, ...]) -> bool:
+    """This tells whether no emoji has a cell of another's."""
+    boxes = [one.box for one in objects]
     return all(
         ax + a <= bx or bx + b <= ax or ay + a <= by or by + b <= ay
         for (ax, ay, a), (bx, by, b) in itertools.combinations(boxes, 2)
@@ -158,8 +148,7 @@ def render(scene: Scene, size: int = 128, rng: np.random.Generator | None = None
     size : int
         Pixels along a side, a multiple of 16.
     rng : numpy.random.Generator, optional
-        Chooses among the cells of a place, the direction of a gradient and the clouds; without it
-        the drawing is always the same.
+        Chooses the direction of a gradient and the clouds; without it the drawing is always the same.
 
     Returns
     -------
@@ -169,11 +158,10 @@ def render(scene: Scene, size: int = 128, rng: np.random.Generator | None = None
     if size % 16:
         raise ValueError(f"size must be a multiple of 16, got {size!r}")
     picture = _ground(scene, size, np.random.default_rng(0) if rng is None else rng)
-    options = arrangements(scene.objects)
-    chosen = options[0 if rng is None else int(rng.integers(len(options)))]
     cell = size // CELLS
-    for one, (x, y) in zip(scene.objects, chosen, strict=True):
-        side = SIZES[one.size] * cell
+    for one in scene.objects:
+        x, y, cells = one.box
+        side = cells * cell
         drawn, alpha = sprite(one.name, one.style, side)
         there = picture[y * cell : y * cell + side, x * cell : x * cell + side]
         there[:] = there * (1.0 - alpha) + drawn

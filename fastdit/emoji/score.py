@@ -1,7 +1,7 @@
 """A judge by least squares: which emoji does a picture show, and does it show them clearly?
 
 At every place of the grid and for every emoji of either size, the picture is fitted by that emoji
-on a ground of one free colour; what is explained best is found first. Names are compared with
+on a ground whose colour is a free plane; what is explained best is found first. Names are compared with
 the prompt only afterwards. It does not rate grounds or beauty.
 """
 
@@ -22,9 +22,9 @@ from .scenes import CELLS, PLACES, SIZES, STARTS
 from .sprites import NAMES, STYLES, sprite
 
 _FIT = 0.5  # share of a window's variance that an emoji must explain to be found at all
-_CLEAR_FIT = 0.8  # and to be clear
+_CLEAR_FIT = 0.75  # and to be clear
 _CLEAR_MARGIN = 0.15  # what the best emoji of another name must explain less
-_SPREAD = 0.14  # of a window, RGB: above it there is more than a ground
+_SPREAD = 0.18  # of a window, RGB: above it there is more than a ground
 _SIDE = 64  # pixels at which pictures are read
 
 
@@ -37,7 +37,7 @@ class Found:
     name, style, size, place : str
         As in captions.
     fit : float
-        Share of its window's variance that the emoji on a plain ground explains.
+        Share of its window's variance that the emoji on such a ground explains.
     margin : float
         How much less the best emoji of another name explains there.
     """
@@ -114,30 +114,32 @@ class Score:
 
 @dataclass(frozen=True)
 class _Templates:
-    """All emoji of a size as rows: colours times cover ``[s, 3, n]``, uncovered ``[s, n]``."""
+    """All emoji of a size as rows: colours times cover ``[s, 3, n]``, and what is seen of the ground.
+
+    ``ground`` ``[s, 3, n]`` holds orthonormal combinations of 1, x and y times the uncovered share.
+    """
 
     drawn: np.ndarray
-    open: np.ndarray
-    openness: np.ndarray
-    energy: np.ndarray
-    shift: np.ndarray
+    ground: np.ndarray
 
     @classmethod
     @functools.cache
     def of(cls, cells: int) -> _Templates:
         side = cells * _SIDE // CELLS
         pairs = [sprite(name, style, side) for name in NAMES for style in STYLES]
-        drawn = np.stack([d.reshape(-1, 3).T for d, _ in pairs])
-        uncovered = np.stack([1.0 - a.ravel() for _, a in pairs])
-        shift = np.einsum("scn,sn->sc", drawn, uncovered)
-        return cls(drawn, uncovered, (uncovered**2).sum(1), (drawn**2).sum((1, 2)), shift)
+        drawn = np.stack([d.reshape(-1, 3).T for d, _ in pairs]).astype(np.float64)
+        y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j]
+        plane = np.stack([np.ones(side * side), x.ravel(), y.ravel()])
+        seen = [(1.0 - cover.ravel()) * plane for _, cover in pairs]
+        return cls(drawn, np.stack([np.linalg.qr(one.T)[0].T for one in seen]))
 
     def errors(self, windows: np.ndarray) -> np.ndarray:
         """Squared errors ``[w, s]`` of the best fits of all emoji to windows ``[w, 3, n]``."""
-        there = np.einsum("wcn,sn->wsc", windows, self.open) - self.shift
-        cross = np.einsum("wcn,scn->ws", windows, self.drawn)
-        whole = (windows**2).sum((1, 2))[:, None] - 2.0 * cross + self.energy
-        return whole - (there**2).sum(2) / np.maximum(self.openness, 1e-6)
+        cross = np.einsum("wcn,scn->ws", windows, self.drawn, optimize=True)
+        left = (windows**2).sum((1, 2))[:, None] - 2.0 * cross + (self.drawn**2).sum((1, 2))
+        there = np.einsum("wcn,sgn->wscg", windows, self.ground, optimize=True)
+        there -= np.einsum("scn,sgn->scg", self.drawn, self.ground, optimize=True)
+        return left - (there**2).sum((2, 3))
 
 
 def _windows(picture: np.ndarray, cells: int) -> tuple[list[tuple[int, int]], np.ndarray]:
@@ -149,10 +151,13 @@ def _windows(picture: np.ndarray, cells: int) -> tuple[list[tuple[int, int]], np
 
 
 def _place(x: int, y: int, cells: int) -> str:
-    axes = [
-        next(axis for axis, starts in STARTS[cells].items() if start in starts) for start in (x, y)
-    ]
-    return next(place for place, own in PLACES.items() if own == tuple(axes))
+    gaps = {
+        place: sum(
+            abs(STARTS[cells][axis] - start) for axis, start in zip(axes, (x, y), strict=True)
+        )
+        for place, axes in PLACES.items()
+    }
+    return min(gaps, key=lambda place: gaps[place])
 
 
 def _resized(picture: np.ndarray) -> np.ndarray:
@@ -191,7 +196,7 @@ def read(picture: np.ndarray, limit: int = 4) -> Reading:
     names = {cells: size for size, cells in SIZES.items()}
     for _, box, fit, best, margin in sorted(options, reverse=True):
         x, y, cells = box
-        bright = max(s for s, own in spread if _inside(own, box)) > _SPREAD / 2
+        bright = max(s for s, own in spread if _inside(own, box)) > _SPREAD / 3
         if fit < _FIT or not bright or len(found) == limit or any(_touch(box, o) for o in taken):
             continue
         taken.append(box)

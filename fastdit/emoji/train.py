@@ -43,10 +43,10 @@ COURSE = Course(
     RECIPE,
     VaeTraining(minutes=18.0, batch=8, rate=2e-3, kl=1e-4, consistency=0.1, bfloat16=True),
     CompactTraining(minutes=10.0, batch=8, rate=1e-3, disturbance=0.1, bfloat16=True),
-    BankConfig(half=1500, full=7000, single=0.4),
+    BankConfig(half=1000, full=6000, single=0.4),
     TransformerTraining(
         minutes=65.0,
-        half_share=0.12,
+        half_share=0.08,
         simple_until=0.3,
         simple_share=0.5,
         half_batch=32,
