@@ -1,7 +1,6 @@
-"""The model in the package under one condition of the testbed: it draws, keeps what it drew, and times.
+"""A model in the package under one condition of the testbed: it draws, keeps what it drew, and times.
 
-Captions are full, or open: those say a shape and leave size, place and background to the model, so that trajectories
-curve as those of large models do. Every arm draws the same held-out prompts from the same noise.
+Every arm draws the same held-out prompts from the same noise.
 """
 
 from __future__ import annotations
@@ -17,27 +16,12 @@ import torch
 
 import fastdit
 from arms import Arm
-from fastdit import tiny
-from fastdit.tiny import scenes
+from subjects import SUBJECTS, Subject
 
 BATCH = 16
 ROUNDS = 3  # of timing
 TIMED = 2  # pictures of a batch that is timed
 SEED = 70_000  # of the first picture's noise
-
-
-def prompts(captions: str, count: int) -> list[str]:
-    """These are held-out prompts: half of two objects, or a shape, a colour and a shape, two of either by turns."""
-    if captions == "full":
-        one, two = (tiny.prompts(count, "test", objects, seed=7) for objects in (1, 2))
-        return [(one, two)[i % 2][i // 2] for i in range(count)]
-    rng = np.random.default_rng(5)
-    found = []
-    for index in range(count):
-        (a, b), (c, d) = (rng.choice(list(names), 2) for names in (scenes.SHAPES, scenes.COLORS))
-        forms = f"a {a}", f"a {c} {a}", f"a {a} and a {b}", f"a {c} {a} and a {d} {b}"
-        found.append(forms[index % 4])
-    return found
 
 
 class Bed:
@@ -46,12 +30,26 @@ class Bed:
     Args:
         pipe: With its own scheduler as `stock_scheduler`.
         folder: Where latents are kept; what was interrupted goes on there.
+        subject: Whose pipeline it is.
     """
 
-    def __init__(self, pipe: Any, captions: str, guidance: float, size: int, folder: Path) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        captions: str,
+        guidance: float,
+        size: int,
+        folder: Path,
+        subject: Subject = SUBJECTS["tiny"],
+    ) -> None:
+        self.subject = subject
         self.pipe, self.captions, self.guidance, self.size = pipe, captions, guidance, size
         self.folder = folder / f"{captions}-{guidance:g}-{size}"
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def prompts(self, count: int) -> list[str]:
+        """The first prompts are these."""
+        return self.subject.prompts(self.captions, count)
 
     def latents(self, name: str, arm: Arm, count: int) -> np.ndarray:
         """These are the latents [count, C, H, W] that an arm ends with; batches are kept as they come."""
@@ -59,7 +57,7 @@ class Bed:
         done = np.load(path) if path.exists() else None
         while done is None or len(done) < count:
             first = 0 if done is None else len(done)
-            texts = prompts(self.captions, first + BATCH)[first:]
+            texts = self.prompts(first + BATCH)[first:]
             more = self._draw(arm, texts, first)
             done = more if done is None else np.concatenate([done, more])
             part = path.with_suffix(".part.npy")
@@ -138,7 +136,7 @@ class Bed:
         With a single thread the processor's time is taken, which is wall time where nothing else runs.
         """
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-        texts = prompts(self.captions, TIMED)
+        texts = self.prompts(TIMED)
         found: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(ROUNDS + 1):
             for name, arm in arms.items():

@@ -1,9 +1,10 @@
 """How near a way of drawing comes to the solution of the sampler's equation, beside fewer steps of better solvers.
 
-    python benchmarks/testbed.py [caches|ras|ralu] [--pictures N] [--size N] [--captions full] [--folder build/testbed]
+    python benchmarks/testbed.py [caches|ras|ralu] [--model tiny|emoji] [--pictures N] [--size N] [--captions full]
+        [--folder build/testbed]
 
 The truth is Heun's method with 60 steps (20 for RALU), whose own error is told. An arm's pictures are judged by the
-relative L2 distance of their latents to the truth's, by whether they are clean (objects, each of some shape), by the
+relative L2 distance of their latents to the truth's, by whether they are clean (objects, each of some kind), by the
 share of the prompt's objects that are there, and by the Fréchet distance to the truth's pictures (`frechet.py`), which
 alone can judge a method that draws other pictures. A verdict is paired (`paired.py`), and against plain steps of three
 solvers (of UniPC for RALU): of equal arithmetic, the most that take no longer, one more than that, and AB2 on the arm's
@@ -26,11 +27,10 @@ import numpy as np
 
 import frechet
 from arms import SOLVERS, STUDIES, Arm, plain
-from bed import BATCH, TIMED, Bed, prompts
-from fastdit import tiny
-from fastdit.tiny.score import find_objects
+from bed import BATCH, TIMED, Bed
 from machine import describe_machine
 from paired import ratio, share
+from subjects import SUBJECTS
 
 #: plain steps that are timed; those between take what a line through them says
 ENDS = (4, 20)
@@ -67,16 +67,15 @@ class Judge:
     def measure(self, latents: np.ndarray) -> dict[str, np.ndarray]:
         """These are an arm's error, "clean" and "score" [n], and its Fréchet distance [RESAMPLES + 1], of all first."""
         pictures = self.bed.pictures(latents)
-        found = [find_objects(picture)[0] for picture in pictures]
         verdicts = [
-            tiny.score(picture[None], text).objects
+            self.bed.subject.judge(picture, text)
             for picture, text in zip(pictures, self.texts, strict=True)
         ]
         rows = self._features(pictures)
         return {
             "error": away(latents, self.truth),
-            "clean": np.array([bool(some) and all(one.shape for one in some) for some in found]),
-            "score": np.array([np.mean([one.right for one in some]) for some in verdicts]),
+            "clean": np.array([clean for clean, _ in verdicts]),
+            "score": np.array([there for _, there in verdicts]),
             "frechet": np.array(
                 [frechet.distance(frechet.gaussian(rows[d]), self._solved) for d in self._draws]
             ),
@@ -149,7 +148,7 @@ def judge(
     truth = bed.latents("truth", Arm("heun", steps), count)
     # Heun's error grows by 4 where its steps are halved.
     own = away(bed.latents("truth, half the steps", Arm("heun", steps // 2), count), truth) / 3
-    bench = Judge(bed, prompts(bed.captions, count), truth)
+    bench = Judge(bed, bed.prompts(count), truth)
     measured = {}
     for name, arm in {**arms, **others}.items():
         measured[name] = bench.measure(bed.latents(name, arm, count))
@@ -250,6 +249,7 @@ def main() -> None:
     """Draw what is missing, judge, and write the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("study", nargs="?", choices=STUDIES, default="caches")
+    parser.add_argument("--model", choices=SUBJECTS, default="tiny")
     parser.add_argument("--pictures", type=int, help="under each condition")
     parser.add_argument("--size", type=int, help="pixels")
     parser.add_argument("--captions", choices=("full", "open"), help="these alone")
@@ -257,24 +257,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    study = STUDIES[options.study]
-    size = options.size or study.size
+    study, subject = STUDIES[options.study], SUBJECTS[options.model]
+    size = options.size or subject.size or study.size
     conditions = [
-        c._replace(pictures=options.pictures or c.pictures)
+        c._replace(pictures=options.pictures or subject.pictures or c.pictures)
         for c in study.conditions
         if options.captions in (None, c.captions)
     ]
     if options.pictures is not None and (options.pictures < 1 or options.pictures % BATCH):
         parser.error(f"--pictures must be a multiple of {BATCH}, got {options.pictures}")
-    pipe = tiny.load_pipeline()
+    # The first model's files bear the name of the study alone.
+    mark = "" if options.model == "tiny" else f"-{options.model}"
+    folder = options.folder / options.model if mark else options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    pipe = subject.load()
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
-    beds = [Bed(pipe, c.captions, c.guidance, size, options.folder) for c in conditions]
+    beds = [Bed(pipe, c.captions, c.guidance, size, folder, subject) for c in conditions]
     arms = dict(study.arms())
-    clock = timed(beds[0], arms, options.folder / f"seconds-{options.study}-{size}.json")
+    clock = timed(beds[0], arms, folder / f"seconds-{options.study}-{size}.json")
     others, beside = baselines(arms, beds[0], clock["seconds"], study.solvers, study.sides)
     result = {
         "study": options.study,
+        "model": options.model,
         "pictures": conditions[0].pictures,
         "size": size,
         "solvers": study.solvers,
@@ -289,9 +294,9 @@ def main() -> None:
             for bed, condition in zip(beds, conditions, strict=True)
         ],
     }
-    out = options.out or RESULTS / f"testbed-{options.study}.json"
+    out = options.out or RESULTS / f"testbed-{options.study}{mark}.json"
     out.write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, options.plot or DOCS / f"testbed-{options.study}.png")
+    plot(result, options.plot or DOCS / f"testbed-{options.study}{mark}.png")
     print(f"written to {out}")
 
 

@@ -19,6 +19,7 @@ from fastdit import tiny
 from fastdit.tiny.captions import parse
 from fastdit.tokens import resolution
 from paired import ratio, share
+from subjects import SUBJECTS
 
 
 def test_ratios_are_paired():
@@ -57,14 +58,14 @@ def test_ab2_integrates_a_line_exactly_after_its_first_step(shift):
 
 
 def test_open_captions_say_shapes_and_leave_the_rest():
-    texts = beds.prompts("open", 32)
+    texts = SUBJECTS["tiny"].prompts("open", 32)
     assert len(set(texts)) > 16
     for text in texts:
         objects = parse(text).objects
         assert 1 <= len(objects) <= 2
         assert all(one.size is None and one.place is None for one in objects)
-    assert beds.prompts("open", 16) == texts[:16]
-    assert beds.prompts("full", 16) == beds.prompts("full", 32)[:16]
+    assert SUBJECTS["tiny"].prompts("open", 16) == texts[:16]
+    assert SUBJECTS["tiny"].prompts("full", 16) == SUBJECTS["tiny"].prompts("full", 32)[:16]
 
 
 def test_a_run_goes_on_where_it_stopped(tmp_path):
@@ -144,7 +145,7 @@ def test_the_judge_finds_no_fault_in_the_truth(tmp_path):
     pipe.stock_scheduler = pipe.scheduler
     bed = beds.Bed(pipe, "full", 2.5, 64, tmp_path)
     latents = bed.latents("some", arms.plain("ab2", 4)[1], 16)
-    judge = testbed.Judge(bed, beds.prompts("full", 16), latents)
+    judge = testbed.Judge(bed, SUBJECTS["tiny"].prompts("full", 16), latents)
     itself = judge.measure(latents)
     assert itself["error"].max() == pytest.approx(1e-9)
     assert abs(itself["frechet"][0]) < 1e-5  # of some 10; roots of rounded eigenvalues

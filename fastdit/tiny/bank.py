@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save
 from fastdit import files
 from fastdit.errors import ArgumentError
 
-from . import scenes
 from .checkpoint import MAX_FILE_BYTES
-from .scenes import Scene, SceneObject
+from .recipe import Recipe
+from .shapes import SHAPES_RECIPE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -41,10 +41,10 @@ class BankConfig:
 
 @dataclass(frozen=True)
 class Bank:
-    """A bank has scaled latents ``[n, 4, h, w]`` (float16) with their scenes, by size in pixels."""
+    """A bank has scaled latents ``[n, c, h, w]`` (float16) with their scenes, by size in pixels."""
 
     latents: dict[int, torch.Tensor]
-    scenes: dict[int, list[Scene]]
+    scenes: dict[int, list[Any]]
 
     @cached_property
     def single(self) -> dict[int, np.ndarray]:
@@ -55,14 +55,12 @@ class Bank:
         }
 
 
-def draw(count: int, size: int, config: BankConfig) -> tuple[list[Scene], np.random.Generator]:
+def draw(
+    count: int, size: int, config: BankConfig, recipe: Recipe = SHAPES_RECIPE
+) -> tuple[list[Any], np.random.Generator]:
     """This samples ``count`` train scenes; it also gives the generator that draws their jitter."""
     rng = np.random.default_rng((config.seed, 4, size))
-    chosen = []
-    for _ in range(count):
-        objects = 1 if rng.random() < config.single else 2
-        chosen.append(scenes.sample_scene(rng, objects))
-    return chosen, rng
+    return [recipe.sample(rng, config.single) for _ in range(count)], rng
 
 
 @torch.no_grad()
@@ -74,18 +72,21 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
 
 
 def build_bank(
-    vae: AutoencoderKL, config: BankConfig, report: Callable[[str], None] = print
+    vae: AutoencoderKL,
+    config: BankConfig,
+    report: Callable[[str], None] = print,
+    recipe: Recipe = SHAPES_RECIPE,
 ) -> Bank:
     """This draws and encodes all scenes of ``config``."""
     vae.eval()
     latents: dict[int, torch.Tensor] = {}
-    chosen: dict[int, list[Scene]] = {}
+    chosen: dict[int, list[Any]] = {}
     for size, count in ((64, config.half), (128, config.full)):
-        chosen[size], rng = draw(count, size, config)
+        chosen[size], rng = draw(count, size, config, recipe)
         parts = []
         for start in range(0, count, 50):
             some = chosen[size][start : start + 50]
-            pictures = np.stack([scenes.render(scene, size, rng) for scene in some])
+            pictures = np.stack([recipe.render(scene, size, rng) for scene in some])
             parts.append(encode(vae, pictures).half())
             if start % 2000 == 0:
                 report(f"bank {size} px: {start} of {count}")
@@ -104,7 +105,7 @@ def save_bank(bank: Bank, folder: str | Path) -> None:
     (folder / "bank.json").write_text(json.dumps(listed))
 
 
-def load_bank(folder: str | Path) -> Bank | None:
+def load_bank(folder: str | Path, recipe: Recipe = SHAPES_RECIPE) -> Bank | None:
     """This reads what :func:`save_bank` wrote, or gives ``None``.
 
     Raises
@@ -118,11 +119,7 @@ def load_bank(folder: str | Path) -> Bank | None:
     try:
         listed = files.parse(files.read_text(folder / "bank.json", MAX_FILE_BYTES))
         chosen = {
-            int(size): [
-                Scene(tuple(SceneObject(**item) for item in scene["objects"]), scene["background"])
-                for scene in some
-            ]
-            for size, some in listed.items()
+            int(size): [recipe.read(scene) for scene in some] for size, some in listed.items()
         }
         files.check_regular(folder / "bank.safetensors", MAX_FILE_BYTES)
         latents = load_file(str(folder / "bank.safetensors"))

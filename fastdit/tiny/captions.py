@@ -97,13 +97,13 @@ def parse(prompt: str) -> ParsedPrompt:
             pending["size"] = token
         elif token in _PLACE_WORDS and objects:
             earlier = objects[-1].get("place")
-            objects[-1]["place"] = _join_place(earlier, token)
+            objects[-1]["place"] = join_place(earlier, token)
     if not objects:
         raise ValueError(f"prompt must name a shape out of {SHAPES}, got {prompt!r}")
     return ParsedPrompt(tuple(ParsedObject(**item) for item in objects), background)
 
 
-def _join_place(earlier: str | None, word: str) -> str:
+def join_place(earlier: str | None, word: str) -> str:
     """This adds a place word to those read before: ``top`` and ``left`` make ``top left``."""
     if earlier in ("top", "bottom") and word in ("left", "right"):
         return f"{earlier} {word}"

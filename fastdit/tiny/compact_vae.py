@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from . import checkpoint, scenes
-from .models import build_vae
-from .train_vae import confetti, gradient_loss
+from . import checkpoint
+from .models import VaeConfig, build_vae
+from .recipe import Recipe
+from .shapes import SHAPES_RECIPE
+from .train_vae import gradient_loss
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompactTraining:
-    """The compact stage has these settings; ``steps`` overrides the time budget."""
+    """The compact stage has these settings; ``steps`` overrides the time budget.
+
+    With ``bfloat16``, products are taken in it; weights stay float32.
+    """
 
     minutes: float = 28.0
     steps: int | None = None
@@ -35,30 +40,24 @@ class CompactTraining:
     rate: float = 2e-3
     warmup: int = 50
     disturbance: float = 0.06
+    bfloat16: bool = False
     seed: int = 0
     log_every: int = 50
     save_every: int = 100
 
 
-def compact_batch(config: CompactTraining, step: int) -> torch.Tensor:
-    """A batch has pictures ``[n, 3, h, w]`` in [-1, 1]: six of eight steps whole scenes at half size,
-    one at full size (a quarter as many), one confetti."""
+def compact_batch(
+    config: CompactTraining, step: int, recipe: Recipe = SHAPES_RECIPE
+) -> torch.Tensor:
+    """A step has these pictures: float32 ``[n, 3, h, w]`` in [-1, 1], a function of seed and step."""
     rng = np.random.default_rng((config.seed, 6, step))
-    turn = step % 8
-    count = max(1, config.batch // 4) if turn == 3 else config.batch
-    pictures = []
-    for _ in range(count):
-        if turn == 7:
-            pictures.append(confetti(rng))
-            continue
-        scene = scenes.sample_scene(rng, objects=1 if rng.random() < 0.2 else 2)
-        pictures.append(scenes.render(scene, 128 if turn == 3 else 64, rng))
+    pictures = recipe.compact_pictures(rng, step % 8, config.batch)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
 
 
-def start_compact(teacher: AutoencoderKL) -> AutoencoderKL:
+def start_compact(teacher: AutoencoderKL, config: VaeConfig) -> AutoencoderKL:
     """A small autoencoder begins with the teacher's weights where the shapes agree."""
-    compact = build_vae()
+    compact = build_vae(config)
     own, given = compact.state_dict(), teacher.state_dict()
     own |= {n: t for n, t in given.items() if n in own and own[n].shape == t.shape}
     compact.load_state_dict(own)
@@ -96,6 +95,7 @@ def train_compact(
     config: CompactTraining,
     folder: str | Path,
     report: Callable[[str], None] = print,
+    recipe: Recipe = SHAPES_RECIPE,
 ) -> AutoencoderKL:
     """This trains the shipped autoencoder, continuing from ``folder`` if a checkpoint is there.
 
@@ -109,9 +109,11 @@ def train_compact(
         Where checkpoints are written (``compact`` below it).
     report : callable
         Receives progress lines.
+    recipe : Recipe
+        Whose autoencoder it is.
     """
     torch.manual_seed(config.seed)
-    compact = start_compact(teacher)
+    compact = start_compact(teacher, recipe.sizes.vae)
     names = {parameter: name for name, parameter in compact.named_parameters()}
     optimizer = torch.optim.AdamW(compact.parameters(), lr=config.rate, betas=(0.9, 0.95))
     step, spent = 0, 0.0
@@ -136,8 +138,9 @@ def train_compact(
         cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
         optimizer.param_groups[0]["lr"] = config.rate * warm * (0.01 + 0.99 * cosine)
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        pictures = compact_batch(config, step)
-        loss, latent, pixel = compact_loss(compact, teacher, pictures, config, noise)
+        pictures = compact_batch(config, step, recipe)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            loss, latent, pixel = compact_loss(compact, teacher, pictures, config, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(compact.parameters(), 1.0)

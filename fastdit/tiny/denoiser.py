@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .models import build_text_encoder, build_transformer
+from .recipe import Sizes
+from .shapes import SHAPES_RECIPE
 from .tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
 class Denoiser(torch.nn.Module):
     """Stock transformer and text encoders are used the way Stable Diffusion 3 uses them."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Sizes = SHAPES_RECIPE.sizes) -> None:
         super().__init__()
-        self.text_encoder = build_text_encoder()
-        self.text_encoder_2 = build_text_encoder()
-        self.transformer = build_transformer()
-        self.tokenizer = build_tokenizer()
+        self.sizes = sizes
+        self.text_encoder = build_text_encoder(sizes.text, sizes.words)
+        self.text_encoder_2 = build_text_encoder(sizes.text, sizes.words)
+        self.transformer = build_transformer(sizes.transformer, sizes.text, sizes.vae)
+        self.tokenizer = build_tokenizer(sizes.text.max_tokens, sizes.words)
 
     def encoders(self) -> tuple[CLIPTextModelWithProjection, CLIPTextModelWithProjection]:
         """These are both text encoders, in the order in which their features are joined."""

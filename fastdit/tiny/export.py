@@ -14,7 +14,9 @@ import torch
 
 from . import checkpoint
 from .denoiser import Denoiser
-from .models import TEACHER, VaeConfig, build_scheduler, build_vae
+from .models import build_scheduler, build_vae
+from .recipe import Recipe, Sizes
+from .shapes import SHAPES_RECIPE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from .pipeline import TinySD3Pipeline
 
 
-def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
+def load_vae(
+    folder: str | Path, stage: str = "compact", recipe: Recipe = SHAPES_RECIPE
+) -> AutoencoderKL:
     """A run has this autoencoder, scaled.
 
     Parameters
@@ -32,6 +36,8 @@ def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
     stage : str
         ``"vae"`` for the larger one that the bank is encoded with, ``"compact"`` for the
         shipped one.
+    recipe : Recipe
+        Whose autoencoder it is.
 
     Raises
     ------
@@ -42,7 +48,7 @@ def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
     if saved is None or "scaling_factor" not in saved[1]:
         raise FileNotFoundError(f"folder must hold a finished {stage} stage, got {str(folder)!r}")
     tensors, facts = saved
-    vae = build_vae(TEACHER if stage == "vae" else VaeConfig())
+    vae = build_vae(recipe.teacher if stage == "vae" else recipe.sizes.vae)
     vae.load_state_dict({n[6:]: t for n, t in tensors.items() if n.startswith("model.")})
     vae.register_to_config(
         scaling_factor=facts["scaling_factor"], shift_factor=facts["shift_factor"]
@@ -50,12 +56,12 @@ def load_vae(folder: str | Path, stage: str = "compact") -> AutoencoderKL:
     return vae.eval()
 
 
-def load_denoiser(folder: str | Path) -> Denoiser:
+def load_denoiser(folder: str | Path, sizes: Sizes = SHAPES_RECIPE.sizes) -> Denoiser:
     """A run has this averaged denoiser; ``FileNotFoundError`` if that stage has not run."""
     saved = checkpoint.load(Path(folder) / "transformer")
     if saved is None:
         raise FileNotFoundError(f"folder must hold a transformer stage, got {str(folder)!r}")
-    model = Denoiser()
+    model = Denoiser(sizes)
     model.load_state_dict({n[8:]: t for n, t in saved[0].items() if n.startswith("average.")})
     return model.eval()
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .captions import VOCABULARY
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
     from transformers import CLIPTextModelWithProjection
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """The autoencoder makes 4 x 32 x 32 latents of 128 x 128 pixels."""
+    """The tiny autoencoder makes 4 x 32 x 32 latents of 128 x 128 pixels; every level but the last halves."""
 
-    channels: tuple[int, int, int] = (16, 32, 32)
+    channels: tuple[int, ...] = (16, 32, 32)
     latent_channels: int = 4
     layers_per_block: int = 1
     groups: int = 8
@@ -74,15 +76,17 @@ def build_vae(config: VaeConfig = VaeConfig()) -> AutoencoderKL:
     )
 
 
-def build_text_encoder(config: TextConfig = TextConfig()) -> CLIPTextModelWithProjection:
-    """This builds one untrained text encoder for the vocabulary of ``tokenizer.py``."""
+def build_text_encoder(
+    config: TextConfig = TextConfig(), words: tuple[str, ...] = VOCABULARY
+) -> CLIPTextModelWithProjection:
+    """This builds one untrained text encoder for a vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from .tokenizer import SPECIAL, vocabulary
 
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
-            vocab_size=len(vocabulary()),
+            vocab_size=len(vocabulary(words)),
             hidden_size=config.width,
             intermediate_size=4 * config.width,
             projection_dim=config.width,

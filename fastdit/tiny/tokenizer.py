@@ -18,18 +18,22 @@ if TYPE_CHECKING:
 SPECIAL: dict[str, int] = {"<pad>": 0, "<bos>": 1, "<unk>": 2, "<eos>": 3}
 
 
-def vocabulary() -> dict[str, int]:
+def vocabulary(words: tuple[str, ...] = VOCABULARY) -> dict[str, int]:
     """Token ids are those of four special marks, then of the caption words in alphabetical order."""
-    return {**SPECIAL, **{word: len(SPECIAL) + i for i, word in enumerate(VOCABULARY)}}
+    return {**SPECIAL, **{word: len(SPECIAL) + i for i, word in enumerate(words)}}
 
 
-def build_tokenizer(max_tokens: int = 24) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    max_tokens: int = 24, words: tuple[str, ...] = VOCABULARY
+) -> PreTrainedTokenizerFast:
     """This builds the tokenizer.
 
     Parameters
     ----------
     max_tokens : int
         Length to which prompts are padded or cut, begin and end marks included.
+    words : tuple of str
+        The vocabulary, in alphabetical order.
 
     Returns
     -------
@@ -39,7 +43,7 @@ def build_tokenizer(max_tokens: int = 24) -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(vocabulary(words), unk_token="<unk>"))
     core.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex("[-_]"), " ")]
     )

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch.nn.functional import avg_pool2d
 
-from . import checkpoint, scenes
-from .models import TEACHER, build_vae
+from . import checkpoint
+from .recipe import Recipe
+from .shapes import SHAPES_RECIPE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -24,7 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VaeTraining:
-    """The autoencoder stage has these settings; ``steps`` overrides the time budget."""
+    """The autoencoder stage has these settings; ``steps`` overrides the time budget.
+
+    With ``consistency``, where a step shows full size, latents of the same pictures at half size
+    are pulled towards the mean of four latents, which lets a sampler change its resolution. With
+    ``bfloat16``, products are taken in it; weights stay float32.
+    """
 
     minutes: float = 9.0
     steps: int | None = None
@@ -33,49 +40,17 @@ class VaeTraining:
     warmup: int = 50
     kl: float = 2e-4
     gradient: float = 1.0
+    consistency: float = 0.0
+    bfloat16: bool = False
     seed: int = 0
     log_every: int = 25
     save_every: int = 100
 
 
-def confetti(rng: np.random.Generator, size: int = 64) -> np.ndarray:
-    """A square picture is crowded with shapes in random places, float32 ``[size, size, 3]``.
-
-    Scenes are mostly background; an autoencoder that sees only scenes is slow to care for
-    the colours of what little is on them.
-    """
-    names = list(scenes.COLORS.values())
-    grounds = list(scenes.BACKGROUNDS.values())
-    axis = np.arange(size, dtype=np.float32) + 0.5
-    picture = np.empty((size, size, 3), dtype=np.float32)
-    picture[:] = rng.random(3) if rng.random() < 0.3 else grounds[int(rng.integers(4))]
-    for _ in range(int(rng.integers(3, 9))):
-        shape = scenes.SHAPES[int(rng.integers(len(scenes.SHAPES)))]
-        color = rng.random(3) if rng.random() < 0.2 else names[int(rng.integers(len(names)))]
-        x, y = rng.uniform(0, size, size=2).astype(np.float32)
-        radius = float(rng.uniform(5.0, 20.0))
-        distance = scenes.shape_distance(shape, axis[None, :] - x, axis[:, None] - y, radius)
-        cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None].astype(np.float32)
-        picture = picture * (1.0 - cover) + cover * np.asarray(color, np.float32)
-    return picture
-
-
-def vae_batch(config: VaeTraining, step: int) -> torch.Tensor:
-    """A step has these pictures: float32 ``[n, 3, h, w]`` in [-1, 1], a function of seed and step.
-
-    Of eight steps, five show confetti, two whole scenes at half size, and one whole scenes
-    at full size (a quarter as many).
-    """
+def vae_batch(config: VaeTraining, step: int, recipe: Recipe = SHAPES_RECIPE) -> torch.Tensor:
+    """A step has these pictures: float32 ``[n, 3, h, w]`` in [-1, 1], a function of seed and step."""
     rng = np.random.default_rng((config.seed, 1, step))
-    turn = step % 8
-    count = max(1, config.batch // 4) if turn == 7 else config.batch
-    pictures = []
-    for _ in range(count):
-        if turn < 5:
-            pictures.append(confetti(rng))
-            continue
-        scene = scenes.sample_scene(rng, objects=int(rng.integers(1, 3)))
-        pictures.append(scenes.render(scene, 128 if turn == 7 else 64, rng))
+    pictures = recipe.vae_pictures(rng, step % 8, config.batch)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous() * 2.0 - 1.0
 
 
@@ -90,17 +65,31 @@ def vae_loss(
     vae: AutoencoderKL, pictures: torch.Tensor, config: VaeTraining, noise: torch.Generator
 ) -> tuple[torch.Tensor, float]:
     """This gives the training loss and the plain L1 error (pictures in [-1, 1])."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+        return _vae_loss(vae, pictures, config, noise)
+
+
+def _vae_loss(
+    vae: AutoencoderKL, pictures: torch.Tensor, config: VaeTraining, noise: torch.Generator
+) -> tuple[torch.Tensor, float]:
     moments = vae.encode(pictures).latent_dist
     sample = moments.mean + moments.std * torch.randn(moments.mean.shape, generator=noise)
     difference = vae.decode(sample).sample - pictures
     pixel = difference.abs().mean() + 2.0 * difference.square().mean()
     divergence = 0.5 * (moments.mean.square() + moments.var - 1.0 - moments.logvar).mean()
     loss = pixel + config.gradient * gradient_loss(difference) + config.kl * divergence
+    if config.consistency and pictures.shape[-1] == 128:
+        halved = vae.encode(avg_pool2d(pictures, 2)).latent_dist.mean
+        apart = (halved - avg_pool2d(moments.mean, 2)).square().mean()
+        loss = loss + config.consistency * apart / moments.mean.detach().float().var()
     return loss, float(difference.detach().abs().mean())
 
 
 def train_vae(
-    config: VaeTraining, folder: str | Path, report: Callable[[str], None] = print
+    config: VaeTraining,
+    folder: str | Path,
+    report: Callable[[str], None] = print,
+    recipe: Recipe = SHAPES_RECIPE,
 ) -> AutoencoderKL:
     """This trains the autoencoder, continuing from ``folder`` if a checkpoint is there.
 
@@ -112,6 +101,8 @@ def train_vae(
         Where checkpoints are written (``vae`` below it).
     report : callable
         Receives progress lines.
+    recipe : Recipe
+        Whose autoencoder it is.
 
     Returns
     -------
@@ -119,7 +110,7 @@ def train_vae(
         In evaluation mode, with ``scaling_factor`` and ``shift_factor`` measured.
     """
     torch.manual_seed(config.seed)
-    vae = build_vae(TEACHER)
+    vae = recipe.start_vae()
     names = {parameter: name for name, parameter in vae.named_parameters()}
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.rate, betas=(0.9, 0.95))
     step, spent = 0, 0.0
@@ -144,7 +135,7 @@ def train_vae(
         rate = config.rate * min(1.0, (step + 1) / config.warmup)
         optimizer.param_groups[0]["lr"] = rate * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * done)))
         noise = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        loss, pixel = vae_loss(vae, vae_batch(config, step), config, noise)
+        loss, pixel = vae_loss(vae, vae_batch(config, step, recipe), config, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -156,21 +147,22 @@ def train_vae(
         if step % config.log_every == 0:
             report(f"vae step {step} {spent / 60:.1f} min L1 {np.mean(pixels):.4f}")
             pixels = []
-    measure_latents(vae)
+    measure_latents(vae, recipe)
     facts |= {key: vae.config[key] for key in ("scaling_factor", "shift_factor")}
     checkpoint.save(Path(folder) / "vae", tensors, facts)
     return vae
 
 
 @torch.no_grad()
-def measure_latents(vae: AutoencoderKL, count: int = 128, seed: int = 7) -> None:
+def measure_latents(
+    vae: AutoencoderKL, recipe: Recipe = SHAPES_RECIPE, count: int = 128, seed: int = 7
+) -> None:
     """This sets ``scaling_factor`` and ``shift_factor`` so that latents have mean 0 and std 1."""
     vae.eval()
     rng = np.random.default_rng((seed, 2))
     latents = []
     for index in range(count):
-        scene = scenes.sample_scene(rng, objects=1 + index % 2)
-        picture = torch.from_numpy(scenes.render(scene, 64, rng)).permute(2, 0, 1)[None]
+        picture = torch.from_numpy(recipe.measure_picture(rng, index)).permute(2, 0, 1)[None]
         latents.append(vae.encode(picture * 2.0 - 1.0).latent_dist.mean)
     stacked = torch.cat(latents)
     vae.register_to_config(
