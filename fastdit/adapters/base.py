@@ -37,8 +37,8 @@ NEEDS: Mapping[str, str] = {
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections condition_embedding condition_arguments layer_inputs "
-    "embed_condition timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections position_embedding condition_embedding condition_arguments "
+    "layer_inputs embed_condition timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -327,6 +327,17 @@ class Adapter(Pictures):
         found = (_module_at(transformer, path) for path in self.prompt_projections)
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
+
+    # ---- positions
+
+    #: path of the module that makes rotary angles of the positions alone, the same at every step; in a family that has
+    #: one it is the only one of the `embedders`
+    position_embedding: str | None = None
+
+    def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """That module, if the family has one."""
+        path = self.position_embedding
+        return [] if path is None else [_module_at(transformer, path)]
 
     # ---- modulations of several steps at once
 

@@ -164,6 +164,7 @@ class Flux(Packed):
     }
     fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
+    position_embedding = "pos_embed"
     condition_embedding = "time_text_embed"
     condition_arguments = ("guidance", "pooled_projections")
     processors = ("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0")

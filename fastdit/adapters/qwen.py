@@ -102,6 +102,7 @@ class Qwen(Packed):
     layouts = {"attn": ("image", "text"), "img_mlp": ("image",), "txt_mlp": ("text",)}
     fused_attentions = ("attn",)
     prompt_projections = ("txt_in",)
+    position_embedding = "pos_embed"
     condition_embedding = "time_text_embed"
     condition_arguments = ("additional_t_cond",)
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -147,7 +148,9 @@ class Qwen(Packed):
     ) -> tuple[Tensor, Tensor]:
         """Below full resolution positions are those of a picture of half the size, in steps of a half."""
         if layout.name == "full":
-            return type(module).forward(module, *args, **kwargs)
+            if "full" not in memory:
+                memory["full"] = type(module).forward(module, *args, **kwargs)
+            return memory["full"]
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.grid]
         if length not in memory:
             places = layout.places().cpu().unbind(-1)
