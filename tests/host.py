@@ -26,6 +26,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny_models
+from fastdit.ops import BACKENDS, OPS
+from fastdit.ops.registry import resolve
+from fastdit.runtime import programmed
 
 #: of a run; the call that is counted is one of its later ones
 STEPS = 12
@@ -184,7 +187,12 @@ def frames(name: str, pipe: Any, steps: int = STEPS) -> list[Counter[str]]:
 
 
 class Launches(TorchDispatchMode):
-    """Operators that make or change memory, by name, and what else was called."""
+    """Operators that make or change memory, by name, and all operators that were called.
+
+    Attributes:
+        kernels: The former.
+        seen: The latter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,27 +204,70 @@ class Launches(TorchDispatchMode):
         aliases = (a.alias_info for a in func._schema.arguments)
         view = any(alias is not None and not alias.is_write for alias in aliases)
         self.seen[name] += 1
-        if not view and "empty" not in name and name not in NO_LAUNCH:
+        if not (view or "empty" in name or name in NO_LAUNCH or name.startswith("fastdit::")):
             self.kernels[name] += 1
         return func(*args, **(kwargs or {}))
 
 
-NO_LAUNCH = ("aten::detach", "aten::_unsafe_view", "aten::_reshape_alias", "aten::sym_size")
+#: views by another name; and a look at a timestep that only calls on a CPU take
+NO_LAUNCH = (
+    "aten::detach",
+    "aten::_unsafe_view",
+    "aten::_reshape_alias",
+    "aten::sym_size",
+    "aten::equal",
+)
+
+
+@contextmanager
+def counted_ops(count: Callable[[str], None]) -> Iterator[None]:
+    """Inside it each launch of an op by the backend `cpu` is counted; programs are recorded in there, too."""
+    backend = BACKENDS["cpu"]
+
+    def counting(op: str) -> Callable[..., None]:
+        function = getattr(backend, op)
+
+        def run(*args: Any) -> None:
+            count(f"fastdit::{op}")
+            function(*args)
+
+        return run
+
+    vars(backend).update({op: counting(op) for op in OPS if hasattr(backend, op)})
+    resolve.cache_clear()
+    try:
+        yield
+    finally:
+        for op in OPS:
+            vars(backend).pop(op, None)
+        resolve.cache_clear()
 
 
 def launches(name: str, pipe: Any, steps: int = STEPS) -> list[Launches]:
-    """What each transformer call of a second run launches."""
+    """What each transformer call of a second run launches, programs included."""
     found: list[Launches] = []
+    now: list[Launches] = []
 
     def around(number: int, call: Callable[[], Any]) -> Any:
-        with Launches() as trace:
+        now.append(Launches())
+        with now[-1]:
             output = call()
-        found.append(trace)
+        found.append(now.pop())
         return output
 
-    draw(name, pipe, steps)
-    with each_call(pipe, around):
-        draw(name, pipe, steps)
+    def count(op: str) -> None:
+        if now:
+            now[-1].kernels[op] += 1
+
+    is_seen = programmed.is_seen
+    programmed.is_seen = lambda: False
+    try:
+        with counted_ops(count):
+            draw(name, pipe, steps)
+            with each_call(pipe, around):
+                draw(name, pipe, steps)
+    finally:
+        programmed.is_seen = is_seen
     return found
 
 

@@ -54,7 +54,7 @@ class Forward:
         defer: Whether residuals may wait beyond their block.
         compiled: What the user's compilation of the whole transformer left as its call, or None.
         tokens: Those that pass, where the adapter's own attention runs; else None.
-        layouts: The adapter's.
+        layouts, unread: The adapter's.
         precision: The dtypes of slots and of the model, where they differ; else None.
         modulations: Those made ahead for the next steps, or None.
         sums: What stands for several outputs, or None.
@@ -75,6 +75,7 @@ class Forward:
     compiled: Callable[..., Any] | None = None
     tokens: ActiveTokens | None = None
     layouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unread: Sequence[str] = ()
     precision: tuple[torch.dtype, torch.dtype] | None = None
     modulations: Modulations | None = None
     sums: Sums | None = None
@@ -300,6 +301,19 @@ class Forward:
     def complete(self) -> bool:
         """Whether no residual waits; anything else at the end of a call is a defect of an adapter."""
         return not any(self._waiting.values())
+
+    def waits_at_first(self) -> bool:
+        """Whether something may be added to a stream before the first block: nobody looks at it there."""
+        return self.defer and not observed(self.blocks[0])
+
+    def wait_at_first(self, stream: str, branch: Tensor) -> None:
+        """Add a branch [B, n, D] to the stream that the first block enters, once somebody reads that."""
+        self._waiting.setdefault(stream, []).append((branch, None))
+
+    def _drops(self, stream: str) -> bool:
+        """Whether the running block is the last one and nobody reads a stream behind it."""
+        last = self.index == len(self.blocks) - 1
+        return last and self.defer and stream in self.unread and not observed(self.blocks[-1])
 
     def _may_wait(self) -> bool:
         """Whether residuals may wait beyond the running block: nobody looks at the stream before the next one."""

@@ -30,10 +30,12 @@ def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
         found += _of_call("embed", adapter.embedders(transformer))
     elif not patched.eager:
         found += _of_call("embed", adapter.position_embeddings_of(transformer), compiles=True)
+        found += _of_call("embed", adapter.table_embeddings_of(transformer), compiles=True)
     if not patched.eager:
         found += _of_call("project_prompt", adapter.prompt_projections_of(transformer))
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
+        found += _of_call("norm_output", adapter.output_norms_of(transformer), compiles=True)
     found += _of_call("run.prepacked.linear", patched.linears, compiles=True)
     for index, name, module in adapter.wrapped(transformer):
         found.append((module, partial(ComponentLink, index=index, name=name)))

@@ -25,13 +25,14 @@ from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import unobserved
 from fastdit.runtime import programmed
+from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
 from fastdit.versions import same, versions
 
 
-class Call:
+class Call(Asked):
     """This is one call of the transformer of a run.
 
     Attributes:
@@ -176,6 +177,7 @@ class Call:
             compiled=patched.compiled_call(self.transformer, run),
             tokens=self._tokens(self._count, self.keeps),
             layouts=patched.adapter.layouts,
+            unread=patched.adapter.unread,
             precision=patched.precision(self.arguments.hidden_states.dtype),
             modulations=ahead,
             step=run.step,
@@ -256,7 +258,10 @@ class Call:
             return None
         batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
         first, inputs = branch.modulations is None, None
-        if isinstance(timestep, Tensor):
+        if isinstance(timestep, Tensor) and (
+            self.model is not None
+            or all(map(unobserved, adapter.condition_embeddings_of(self.transformer)))
+        ):
             inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
         if first and inputs is not None:
             timesteps = run.told if isinstance(run.told, Tensor) else None
@@ -346,36 +351,6 @@ class Call:
             self.prepare()
             patched.here.forward = self.forward
             return compute()
-
-    # ---- what modules ask
-
-    def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """This computes a module that embeds patches and adds their positions, for the tokens that pass."""
-        adapter = self.run.patched.adapter
-        if self.rows is not None:
-            shape = self.arguments.hidden_states.shape
-            return adapter.embed(module, shape, self.rows, *args, **kwargs)
-        if self.layout is not None:
-            memory = self.run.resolution.memory
-            return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
-        if adapter.position_embedding is None:
-            return type(module).forward(module, *args, **kwargs)
-        return self._once(self.branch.memory, module, *args, **kwargs)
-
-    def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A module that depends on the prompt alone is computed once a run, exactly."""
-        return self._once(self.branch.prompts, module, *args, **kwargs)
-
-    def _once(self, kept: dict[Any, Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a module gives is kept.
-
-        A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
-        """
-        if self.forward.immediate or not unobserved(module):
-            return type(module).forward(module, *args, **kwargs)
-        if module not in kept:
-            kept[module] = type(module).forward(module, *args, **kwargs)
-        return kept[module]
 
     # ---- after the transformer's forward
 

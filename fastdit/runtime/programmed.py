@@ -34,7 +34,7 @@ def model_of(call: Any) -> Model | None:
     run, patched, transformer = call.run, call.run.patched, call.transformer
     if patched.programs is None or call.immediate or call.arguments.skips_blocks:
         return None
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if is_seen():
         return None
     model = run.model
     if model is None or run.hooks != hooks_so_far() or not model.has_its_processors():
@@ -43,6 +43,11 @@ def model_of(call: Any) -> Model | None:
     if model.why is not None or patched.compiled_call(transformer, run) is not None:
         return None
     return model
+
+
+def is_seen() -> bool:
+    """Whether a mode sees what is called, or does something else in its place."""
+    return torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack() > 0
 
 
 def fuses_attention(call: Any, model: Model) -> bool:
@@ -98,6 +103,7 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def run(program: Program, call: Any, args: Any, kwargs: Any, written: State) -> Any:
     """The transformer's output, by a program."""
     call.program, ahead = program, call.ahead
+    call.run.programs += 1
     row, tables = (0, {}) if ahead is None else (ahead.row, ahead.tables)
     return program.run(args, kwargs, row, tables, _given(call), **written)
 

@@ -104,6 +104,7 @@ class Run:
         branches, outputs, positions, latents, patch: What its calls leave behind for each other.
         calls: How many there were in this step, so far.
         records: Step -> what it did, which the report tells.
+        programs: How many calls ran as programs.
     """
 
     patched: Any
@@ -136,6 +137,7 @@ class Run:
     positions: Tensor | None = None
     calls: int = 0
     records: dict[int, StepRecord] = field(default_factory=dict)
+    programs: int = 0
     packed_bytes: int = 0
     peak_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
