@@ -52,6 +52,7 @@ METHODS = {
     "random, order 1": lambda pipe: [Cached(random_schedule(pipe, 3).source, order=1)],
     "ras": lambda pipe: [ras()],
     "ras + random": lambda pipe: [ras(), random_schedule(pipe, 1)],
+    "ras + every(3), order 1": lambda pipe: [ras(), Cached(Schedule.every(3), order=1)],
     "ralu": lambda pipe: [ralu(pipe)],
 }
 CASES = [
@@ -189,6 +190,34 @@ BETWEEN_RUNS = IN_MID_RUN | {
     "a module": ("sd3", replace_module),
     "a setting": ("sd3", set_eps),
 }
+
+
+def test_the_attention_backend_that_diffusers_is_told_is_seen(monkeypatch):
+    """Whether for a model, or for all in a `with`: then the processors are asked anew."""
+    from diffusers.models import attention_dispatch
+
+    pipe = tiny_models.pipeline("flux")
+    module = type(pipe.transformer.transformer_blocks[0].attn.processor).__module__
+    stock, asked = attention_dispatch.dispatch_attention_fn, []
+
+    def dispatch(*args, **kwargs):
+        asked.append(kwargs.get("backend"))
+        return stock(*args, **kwargs)
+
+    def times():
+        asked.clear()
+        draw("flux", pipe)
+        return len(asked)
+
+    monkeypatch.setattr(f"{module}.dispatch_attention_fn", dispatch)
+    fastdit.patch(pipe, Dense())
+    times()
+    first_calls = times()  # the others are programs
+    pipe.transformer.set_attention_backend("_native_math")
+    assert times() > first_calls
+    assert times() == first_calls
+    with attention_dispatch.attention_backend("native"):
+        assert times() > first_calls
 
 
 @pytest.mark.parametrize("what", IN_MID_RUN)

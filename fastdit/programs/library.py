@@ -13,8 +13,8 @@ from fastdit.programs.program import NoProgram, Program, write
 from fastdit.programs.recorder import Recorder
 from fastdit.programs.state import Form, State, UnknownState
 
-#: programs, and states of the model, that are kept; the one that was not run for longest goes first
-MOST_PROGRAMS, MOST_MODELS = 256, 4
+#: programs that are kept; the one that was not run for longest goes first
+MOST_PROGRAMS = 256
 #: what stands for keys, before they are forgotten, and with them their programs
 MOST_INTERNED = 4096
 
@@ -30,17 +30,18 @@ class Programs:
         self.found: dict[Any, Program | str] = {}
         self._used: dict[Any, int] = {}
         self._count = itertools.count()
-        self._models: list[Model] = []
+        self._model: Model | None = None
         self._interned: dict[Any, Any] = {}
         self._rows: dict[int, tuple[Sequence[Any], Any]] = {}
 
     def model(self, transformer: nn.Module, is_ours: Callable[[nn.Module], bool]) -> Model:
         """The model as it is now; the same object as long as it is the same."""
-        for known in self._models:
-            if known.is_still(transformer):
-                return known
-        model = Model(transformer, is_ours)
-        self._models = [model, *self._models[: MOST_MODELS - 1]]
+        known = self._model
+        if known is not None and known.is_still(transformer):
+            return known
+        # What was recorded before goes, lest it keeps modules that somebody replaced.
+        self.found, self._used = {}, {}
+        self._model = model = Model(transformer, is_ours)
         return model
 
     def interned(self, key: Any) -> Any:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -50,7 +51,10 @@ class Model:
         self._looks: list[Any] = []
         self._hooked = self._hooks()
         self._processed = [d for d in self._dicts if "processor" in d]
-        self._processors = self._processors_now()
+        self._settings = [
+            d["processor"].__dict__ for d in self._processed if hasattr(d["processor"], "__dict__")
+        ]
+        self._processors = list(self._processors_now())
         self.why = self._why_not(is_ours)
         try:
             self._looks = self._look()
@@ -61,8 +65,7 @@ class Model:
         """Whether nothing is another since."""
         if transformer is not self._transformer:
             return False
-        held = list(self._holds())
-        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
+        if not (_same(self._holds(), self._held) and self.has_its_processors()):
             return False
         try:
             return self._looks == self._look() and self._hooked == self._hooks()
@@ -71,7 +74,7 @@ class Model:
 
     def has_its_processors(self) -> bool:
         """Whether its attention processors are what they were, which somebody may change between two steps."""
-        return all(map(operator.is_, self._processors_now(), self._processors))
+        return _same(self._processors_now(), self._processors)
 
     def weights(self) -> dict[int, tuple[dict[str, Any], str]]:
         """Where each tensor of the modules is, by id."""
@@ -98,8 +101,11 @@ class Model:
         found = [len(d[name]) for d in self._dicts[1:] for name in _HOOKS]
         return [*found, *(len(getattr(module_state, name)) for name in _GLOBAL_HOOKS)]
 
-    def _processors_now(self) -> Sequence[Any]:
-        return [d.get("processor") for d in self._processed]
+    def _processors_now(self) -> Iterable[Any]:
+        """The attention processors with their settings, and the backend that diffusers is told for all."""
+        found = [d.get("processor") for d in self._processed]
+        settings = itertools.chain.from_iterable(map(dict.values, self._settings))
+        return (*found, _attention_backend(), *settings)
 
     def _why_not(self, is_ours: Any) -> str | None:
         if any(self._hooked):
@@ -127,6 +133,18 @@ class Model:
         if "_old_forward" in self._transformer.__dict__ or (registry and registry.hooks):
             return "offloading or caching hooks are on the transformer"
         return None
+
+
+def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
+    found = list(now)
+    return len(found) == len(before) and all(map(operator.is_, found, before))
+
+
+def _attention_backend() -> Any:
+    """What `diffusers.attention_backend` chose, if that was imported."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    return getattr(getattr(dispatch, "_AttentionBackendRegistry", None), "_active_backend", None)
 
 
 def hooks_so_far() -> int:

@@ -397,7 +397,8 @@ class Call(Asked):
             outputs.add(run.step, output, weights, order)
         else:
             patches = functools.partial(run.patched.adapter.patches, patch=run.patch)
-            outputs.add_tokens(run.step, output, self.forward.tokens, patches, weights, order)
+            tokens = self._tokens(self._count, self.keeps)
+            outputs.add_tokens(run.step, output, tokens, patches, weights, order)
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:
