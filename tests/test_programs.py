@@ -213,11 +213,12 @@ def test_the_attention_backend_that_diffusers_is_told_is_seen(monkeypatch):
     fastdit.patch(pipe, Dense())
     times()
     first_calls = times()  # the others are programs
-    pipe.transformer.set_attention_backend("_native_math")
-    assert times() > first_calls
-    assert times() == first_calls
-    with attention_dispatch.attention_backend("native"):
-        assert times() > first_calls
+    with attention_dispatch.attention_backend("_native_math"):  # which is set around each attention
+        assert times() == times() > first_calls
+        assert any("settings" in why for why in programs_of(pipe)[1])
+    assert times() > times() == first_calls
+    pipe.transformer.set_attention_backend("native")
+    assert times() > times() == first_calls
 
 
 @pytest.mark.parametrize("what", IN_MID_RUN)

@@ -77,7 +77,7 @@ class Recorder(TorchFunctionMode):
 
     def __enter__(self) -> Recorder:
         if not self._inside:
-            self._dice = _dice()
+            self._dice, self._settings = _dice(), _settings()
         super().__enter__()
         return self
 
@@ -153,6 +153,8 @@ class Recorder(TorchFunctionMode):
     def _record(
         self, func: Any, name: str, args: Any, kwargs: Any, result: Any, versions: list[Any]
     ) -> None:
+        if _settings() != self._settings:
+            raise _Unknown("runs under other settings of torch than the call")
         given = list(_tensors((args, kwargs)))
         op = ""
         if isinstance(func, torch._ops.OpOverload):
@@ -238,6 +240,20 @@ def _dice() -> list[Tensor]:
     if torch.cuda.is_initialized():
         found.append(torch.cuda.get_rng_state())
     return found
+
+
+def _settings() -> tuple[Any, ...]:
+    """What a call may set for a while that decides how functions compute: a program would not."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch._C._is_any_autocast_enabled(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+        torch.get_default_dtype(),
+    )
 
 
 @functools.cache
