@@ -31,7 +31,7 @@ from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
 from fastdit.runtime.attach import attach, remove, rewrites
 from fastdit.runtime.graphs import Graphs
-from fastdit.runtime.install import LINK, check_installable
+from fastdit.runtime.install import LINK, check_installable, is_installable
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
 from fastdit.runtime.timesteps import check_flow
@@ -113,7 +113,10 @@ def patch(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
         )
     rewritten = rewrites(patched, transformer)
-    for module in (*(module for module, _ in rewritten), *[transformer] * cuda_graphs):
+    if not is_installable(transformer):
+        patched.programs = None
+    needs = cuda_graphs or patched.forecasts
+    for module in (*(module for module, _ in rewritten), *[transformer] * needs):
         check_installable(module)
     if pipeline is not None:
         patched.check_sampler(noise_of(pipeline.scheduler))

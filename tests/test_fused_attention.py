@@ -57,7 +57,7 @@ def test_dense_is_exact_in_fp64(family, shape, fused):
     fastdit.patch(model)
     for _ in range(2):
         within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
-    assert len(fused) == 2 * len(attentions(model))
+    assert len(fused) == len(attentions(model))  # the second call is a program
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

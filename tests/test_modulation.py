@@ -47,7 +47,6 @@ def layers(model):
         any(part in type(module).__name__ for part in ("AdaLayerNorm", "RMSNormZero"))
         or name.endswith("_mod")
         for name, module in model.named_modules()
-        if name != "norm_out"
     )
 
 

@@ -115,6 +115,8 @@ class Counts:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
+        for norm in adapter.output_norms_of(skeleton.transformer):
+            found["modulation", None, None] += batch * norm.linear.out_features
         return {name: value // batch for name, value in found.items()}
 
 

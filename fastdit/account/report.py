@@ -46,6 +46,7 @@ class Report:
         live: False when a method that should have reused or left out something did neither.
         first: The scheduler's index of the first executed step; image-to-image begins late.
         flop_speedup: Multiply-accumulates of the stock model over those executed.
+        programs: Transformer calls that ran as programs; others, such as the first of a kind, ran the model's forward.
         exact: Whether these are counted; of some models without an adapter they are estimates.
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
         stages: Those that have ended, where a method changes the resolution.
@@ -68,6 +69,7 @@ class Report:
     packed_bytes: int = 0
     graphs: str = ""
     exact: bool = True
+    programs: int = 0
 
     @property
     def reuse_share(self) -> float:
@@ -191,6 +193,7 @@ def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Repo
         packed_bytes=run.packed_bytes,
         graphs=str(run.trace or ""),
         exact=exact,
+        programs=run.programs,
     )
 
 

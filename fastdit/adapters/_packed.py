@@ -65,8 +65,7 @@ class Packed(Adapter):
     def embed(
         self, module: nn.Module, shape: Sequence[int], rows: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        """This rotation is read by nobody: attention takes that of all tokens at the rows."""
-        return type(module).forward(module, *args, **kwargs)
+        """No rotation: attention takes that of all tokens at the rows."""
 
     replaces_attention = True
 

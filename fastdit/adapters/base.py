@@ -23,7 +23,7 @@ from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.latents import Pictures
 from fastdit.blocks.modulation import LayerInputs, repeated
 from fastdit.errors import ArgumentError, UnsupportedModelError
-from fastdit.observe import observed, unobserved
+from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
 
 #: which members a family says for what methods do: for all of them, for those that write "reuse", "rows" (a part of
@@ -37,8 +37,8 @@ NEEDS: Mapping[str, str] = {
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections condition_embedding condition_arguments layer_inputs "
-    "embed_condition timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections position_embedding condition_embedding condition_arguments "
+    "output_norm unread layer_inputs embed_condition timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -328,6 +328,21 @@ class Adapter(Pictures):
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
 
+    # ---- positions
+
+    #: path of the module that makes rotary angles of the positions alone, the same at every step; in a family that has
+    #: one it is the only one of the `embedders`
+    position_embedding: str | None = None
+
+    def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """That module, if the family has one."""
+        path = self.position_embedding
+        return [] if path is None else [_module_at(transformer, path)]
+
+    def table_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """The modules that embed patches and add positions out of a table, the same at every step."""
+        return [m for m in self.embedders(transformer) if type(m).__name__ == "PatchEmbed"]
+
     # ---- modulations of several steps at once
 
     #: path of the module whose output is what the adaLN layers are given, if there is one for all
@@ -335,12 +350,20 @@ class Adapter(Pictures):
     #: what it embeds beside the timestep, if given
     condition_arguments: Sequence[str] = ()
 
+    #: path of the adaLN norm behind the blocks, with `silu`, `linear` (scale, then shift) and `norm`, if there is one
+    output_norm: str | None = None
+    #: names of the streams that nobody reads behind the last block, though it gives them
+    unread: Sequence[str] = ()
+
+    def output_norms_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """That norm; none in a family whose output is modulated otherwise."""
+        return [] if self.output_norm is None else [_module_at(transformer, self.output_norm)]
+
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs | None:
         """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
-        embeds = self.condition_embeddings_of(transformer)
-        if not embeds or not unobserved(embeds[0]):
+        if self.condition_embedding is None:
             return None
         given = arguments_of(transformer, args, kwargs)
         latents = given[self.image_argument]

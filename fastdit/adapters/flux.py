@@ -172,6 +172,9 @@ class Flux(Packed):
     }
     fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
+    position_embedding = "pos_embed"
+    output_norm = "norm_out"
+    unread = ("text",)
     condition_embedding = "time_text_embed"
     condition_arguments = ("guidance", "pooled_projections")
     processors = ("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0")

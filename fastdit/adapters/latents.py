@@ -43,6 +43,24 @@ class Pictures:
             lambda: _positions(module, shape[-2], shape[-1], patches.device)[0][rows],
         )
 
+    def embed_apart(
+        self, module: nn.Module, kept: dict[Any, Any], patches: Tensor, *more: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """The embedded tokens [B, N, D] and their positions, which are yet to be added, [B, N, D]; `kept` holds these.
+
+        None where the sum is more than that.
+        """
+        table = getattr(module, "pos_embed", None)
+        if more or table is None or module.layer_norm or not module.flatten:
+            return None
+        tokens = module.proj(patches).flatten(2).transpose(1, 2)
+        if table.dtype is not tokens.dtype:
+            return None
+        if module not in kept:
+            found = _positions(module, *patches.shape[-2:], patches.device)
+            kept[module] = found.to(table.dtype)
+        return tokens, kept[module].expand(len(tokens), -1, -1)
+
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch in latent pixels."""
         return transformer.config.patch_size

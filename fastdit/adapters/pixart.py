@@ -1,9 +1,9 @@
 """PixArt-alpha and -Sigma: self-attention, cross-attention, feed-forward, modulated by adaLN-single.
 
 Restates the `ada_norm_single` path of diffusers' `BasicTransformerBlock.forward`. The modulation of a block is its own
-table plus a vector shared by all blocks, so those of all blocks are formed by one addition per call once every block
-has shown its table (in the first call after patching; tables may live on another device until their block runs). The
-cross-attention reads the un-normed stream and is added without a gate.
+table plus a vector shared by all blocks, so those of all blocks are formed by one addition per call, unless some tables
+live on another device until their block runs. The cross-attention reads the un-normed stream and is added without a
+gate.
 """
 
 from __future__ import annotations
@@ -75,42 +75,15 @@ def basic_block(
 
 def _modulation(block: nn.Module, fw: Forward, vectors: Tensor) -> tuple[Tensor, ...]:
     """Shift, scale, gate of the attention, then of the feed-forward, [B, 1, D] each; `vectors` are [B, 6, D]."""
-    stacked = None
-    if not fw.immediate:
-        if "tables" not in fw.family:
-            fw.family["tables"] = Tables(len(fw.blocks))
-        stacked = fw.family["tables"].stack(fw.index, block.scale_shift_table)
-    if stacked is None or stacked.device != vectors.device:
+    if not fw.immediate and "modulations" not in fw.scratch:
+        tables = [each.scale_shift_table for each in fw.blocks]
+        near = all(table.device == vectors.device for table in tables)
+        fw.scratch["modulations"] = (
+            (torch.stack(tables)[:, None] + vectors).unbind(0) if near else None
+        )
+    if fw.immediate or fw.scratch["modulations"] is None:
         return (block.scale_shift_table[None] + vectors).chunk(6, dim=1)
-    if "modulations" not in fw.scratch:
-        fw.scratch["modulations"] = (stacked + vectors).unbind(0)
     return fw.scratch["modulations"][fw.index].split(1, dim=1)
-
-
-class Tables:
-    """The blocks' scale/shift tables, each taken when its block runs, stacked [blocks, 1, 6, D] once all are known."""
-
-    def __init__(self, count: int) -> None:
-        self._seen: list[tuple[int, int] | None] = [None] * count
-        self._tables: list[Tensor | None] = [None] * count
-        self._stacked: Tensor | None = None
-
-    def stack(self, index: int, table: Tensor) -> Tensor | None:
-        """Note block `index`'s table; the stack, or None until every block has been seen as it is now.
-
-        Of inference tensors, whose writes nobody counts, there is none.
-        """
-        if table.is_inference():
-            self._seen[index] = None
-            return None
-        mark = table.data_ptr(), table._version
-        if self._seen[index] != mark:
-            self._seen[index] = mark
-            self._tables[index] = table.detach().clone()
-            self._stacked = None
-        if self._stacked is None and index == len(self._tables) - 1 and None not in self._seen:
-            self._stacked = torch.stack(self._tables)[:, None]
-        return self._stacked
 
 
 class PixArt(Adapter):

@@ -102,6 +102,9 @@ class Qwen(Packed):
     layouts = {"attn": ("image", "text"), "img_mlp": ("image",), "txt_mlp": ("text",)}
     fused_attentions = ("attn",)
     prompt_projections = ("txt_in",)
+    position_embedding = "pos_embed"
+    output_norm = "norm_out"
+    unread = ("text",)
     condition_embedding = "time_text_embed"
     condition_arguments = ("additional_t_cond",)
     processors = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -146,10 +149,10 @@ class Qwen(Packed):
         self, module: nn.Module, layout: Layout, memory: Any, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Below full resolution positions are those of a picture of half the size, in steps of a half."""
-        if layout.name == "full":
-            return type(module).forward(module, *args, **kwargs)
         length, sides = int(kwargs["max_txt_seq_len"]), [side // 2 for side in layout.grid]
-        if length not in memory:
+        if layout.name == "full" and length not in memory:
+            memory[length] = type(module).forward(module, *args, **kwargs)
+        elif length not in memory:
             places = layout.places().cpu().unbind(-1)
             places = [p / 2 - (n - n // 2) for p, n in zip(places, sides, strict=True)]
             axes = zip((0 * places[0], *places), module.axes_dim, strict=True)

@@ -114,6 +114,7 @@ class SD3(Adapter):
     }
     fused_attentions = ("attn", "attn2")
     prompt_projections = ("context_embedder",)
+    output_norm = "norm_out"
     condition_embedding = "time_text_embed"
     condition_arguments = ("pooled_projections",)
     processors = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0")

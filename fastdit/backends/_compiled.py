@@ -42,16 +42,25 @@ class Compiled(Backend):
 
     def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
         width = x.shape[2]
-        # Stores of another length than K need their strides told.
-        operand = _address if rows is None else strided
+        # A call each would take as long as the launch. Stores of another length than K need their strides told.
+        if rows is None:
+            operand = _address
+            read = [b.data_ptr() if b.is_contiguous() else strided(b) for b in branches]
+        else:
+            operand = strided
+            read = list(map(strided, branches))
+        by = [
+            g.data_ptr() if g is not None and g.numel() == width else _modulation(g, width)
+            for g in gates
+        ]
         self.module.gated_residual(
             DTYPE_CODES[x.dtype],
             *x.shape,
             _address(x),
             x.stride(2),
             _address(out),
-            [operand(branch) for branch in branches],
-            [_modulation(gate, width) for gate in gates],
+            read,
+            by,
             0 if weights is None else weights.data_ptr(),
             weights is not None and weights.ndim > 1,
             fresh,

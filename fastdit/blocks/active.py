@@ -58,14 +58,14 @@ class ActiveTokens:
             where all are as long.
         keys: Attention -> its keys and values; None where no later call reads them.
         ops: The ops that stand for modules in attention; None where only modules will do.
-        memory: Free space of the adapter that lives as long as the keys: `rotation`.
+        memory: Free space of the adapter that lives as long as the keys: "rotation".
         ages: When the tokens of components were computed, see `token_nodes.py`; it lives as long as the slots.
     """
 
     count: int
     rows: Tensor | None
     keys: dict[Any, Any] | None
-    memory: Any
+    memory: dict[Any, Any]
     ops: Any
     ages: dict[Any, Any] = field(default_factory=dict)
     texts: Tensor | None = field(default=None, init=False)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,7 @@ class Rotation:
         return self.cos[..., ::2].float().contiguous(), self.sin[..., ::2].float().contiguous()
 
 
-@dataclass
-class KeyValues:
+class KeyValues(NamedTuple):
     """Keys and values of one attention, [B, S, G, d] each."""
 
     k: Tensor

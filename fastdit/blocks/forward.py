@@ -53,10 +53,9 @@ class Forward:
         slots, owned: The branch's kept outputs, and the keys of those that nobody else holds.
         immediate: Whether every residual is added at once.
         defer: Whether residuals may wait beyond their block.
-        family: Free space of the adapter that lives as long as the run.
         compiled: What the user's compilation of the whole transformer left as its call, or None.
         tokens: Those that pass, where the adapter's own attention runs; else None.
-        layouts: The adapter's.
+        layouts, unread: The adapter's.
         precision: The dtypes of slots and of the model, where they differ; else None.
         modulations: Those made ahead for the next steps, or None.
         sums: What stands for several outputs, or None.
@@ -71,13 +70,13 @@ class Forward:
     _: KW_ONLY
     actions: Sequence[BlockActions] = ()
     slots: Slots = field(default_factory=dict)
-    owned: set[Key] = field(default_factory=set)
+    owned: dict[Key, None] = field(default_factory=dict)
     immediate: bool = True
     defer: bool = False
-    family: dict[str, Any] = field(default_factory=dict)
     compiled: Callable[..., Any] | None = None
     tokens: ActiveTokens | None = None
     layouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unread: Sequence[str] = ()
     precision: tuple[torch.dtype, torch.dtype] | None = None
     modulations: Modulations | None = None
     sums: Sums | None = None
@@ -151,7 +150,7 @@ class Forward:
             if sparse and held is not None and flags & KEEP:
                 held = self._renewed(key, held, value)
             else:
-                self.owned.discard(key)
+                self.owned.pop(key, None)
                 # The rows of a value that was never held whole cannot stand for it later.
                 held = None if sparse else self.to_slot(value)
         else:
@@ -215,7 +214,10 @@ class Forward:
             and any(part is not None and part.is_inference() for part in parts)
         )
         owned = key in self.owned and not locked
-        (self.owned.discard if locked else self.owned.add)(key)
+        if locked:
+            self.owned.pop(key, None)
+        else:
+            self.owned[key] = None
         return self.tokens.renewed(held, value, self.layouts[key[1]], owned)
 
     def parted(self, branch: Branch, text: int) -> tuple[Branch, Branch]:
@@ -278,8 +280,8 @@ class Forward:
         """The rotation of all positions; a call of a part of the tokens has that of the last whole one."""
         memory = self.tokens.memory
         if self.tokens.rows is None and "rotation" not in self.scratch:
-            memory.rotation = self.scratch["rotation"] = make()
-        return memory.rotation
+            memory["rotation"] = self.scratch["rotation"] = make()
+        return memory["rotation"]
 
     def normed(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""
@@ -306,6 +308,19 @@ class Forward:
     def complete(self) -> bool:
         """Whether no residual waits; anything else at the end of a call is a defect of an adapter."""
         return not any(self._waiting.values())
+
+    def waits_at_first(self) -> bool:
+        """Whether something may be added to a stream before the first block: nobody looks at it there."""
+        return self.defer and not observed(self.blocks[0])
+
+    def wait_at_first(self, stream: str, branch: Tensor) -> None:
+        """Add a branch [B, n, D] to the stream that the first block enters, once somebody reads that."""
+        self._waiting.setdefault(stream, []).append((branch, None))
+
+    def _drops(self, stream: str) -> bool:
+        """Whether the running block is the last one and nobody reads a stream behind it."""
+        last = self.index == len(self.blocks) - 1
+        return last and self.defer and stream in self.unread and not observed(self.blocks[-1])
 
     def _may_wait(self) -> bool:
         """Whether residuals may wait beyond the running block: nobody looks at the stream before the next one."""

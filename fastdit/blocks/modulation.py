@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastdit.versions import same, versions
@@ -52,10 +53,15 @@ class Modulations:
         self._timesteps = timesteps
         self._batch = batch
         self._versions = versions(inputs.tensors)
-        self._first = self._count = self._row = 0
+        self._first = self._count = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
-        self._tables: dict[nn.Module, Tensor] = {}
+        #: what was made of the window, as views of a step each: by layer, and under "inputs" what the layers are given
+        self.tables: dict[Any, tuple[Tensor, ...]] = {}
+        #: which of the window the step is
+        self.row = 0
+        #: what stands for the layers and shapes of the tables, for who keeps it; None once there are others
+        self.form: Any = None
 
     def begin(
         self, step: int, timestep: Tensor, inputs: LayerInputs, batch: int, look: bool
@@ -74,26 +80,32 @@ class Modulations:
             and all(a is b for a, b in zip(given, held, strict=True))
             and same(held, self._versions, given)
         )
-        if not foreseen or (look and not bool((timestep == self._timesteps[step]).all())):
+        if not foreseen:
+            return False
+        if look and not torch.equal(timestep, self._timesteps[step].expand_as(timestep)):
             return False
         if not self._first <= step < self._first + self._count:
             self._first, self._count = step, max(1, FREE_ROWS // self._batch)
             self._inputs = None
-            self._tables.clear()
-        self._row = (step - self._first) * self._batch
+            self.tables, self.form = {}, None
+        self.row = step - self._first
         return True
 
     def of(self, layer: nn.Module, compute: Callable[..., Tensor]) -> Tensor:
         """[B, k D] of this step; `compute` makes those of all rows it is given."""
-        if layer not in self._tables:
-            self._tables[layer] = compute(*self._all_inputs())
-        return self._tables[layer][self._row : self._row + self._batch]
+        if layer not in self.tables:
+            self.tables[layer] = compute(*self._all_inputs()).split(self._batch)
+            self.form = None
+        return self.tables[layer][self.row]
 
     def given(self) -> Tensor | None:
         """[B, D], the first input of the layers at this step; None while those of the window are being made."""
         if self._making:
             return None
-        return self._all_inputs()[0][self._row : self._row + self._batch]
+        if "inputs" not in self.tables:
+            self.tables["inputs"] = self._all_inputs()[0].split(self._batch)
+            self.form = None
+        return self.tables["inputs"][self.row]
 
     def _all_inputs(self) -> tuple[Any, ...]:
         if self._inputs is None:

@@ -53,6 +53,11 @@ class Weights:
             self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
         return self._made[key]
 
+    @property
+    def made(self) -> list[Tensor]:
+        """All that were made so far."""
+        return list(self._made.values())
+
     def table(self, device: torch.device) -> Tensor:
         """This is the sigma of each step known so far, fp64."""
         key = "sigmas", len(self.sigmas), device

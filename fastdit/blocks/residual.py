@@ -157,6 +157,9 @@ class Residual:
 
         `clips` where the block in fp16 clips to that dtype's finite range.
         """
+        if self._forward._drops(self._stream):
+            self.discard()
+            return self._h
         if clips and self._h.dtype is torch.float16:
             self._h = self.read().clip(-65504, 65504)
         if self._forward._may_wait():

@@ -152,10 +152,15 @@ def _refuse_without_branch(gate, cache) -> None:
 _run = checked("norm_modulate", _check)
 
 
+def _without_branch(*given) -> tuple:
+    *arguments, rows, out = given
+    return *arguments, None, None, None, rows, out
+
+
 def _run_without_branch(*given) -> None:
-    *arguments, rows, out, backend = given
-    _run(*arguments, None, None, None, rows, out, backend)
+    *arguments, backend = given
+    _run(*_without_branch(*arguments), backend)
 
 
-define(SCHEMA, _run_without_branch)
-define(RESIDUAL_SCHEMA, _run)
+define(SCHEMA, _run_without_branch, order=_without_branch)
+define(RESIDUAL_SCHEMA, _run, "norm_modulate")

@@ -88,8 +88,12 @@ def resolve(
 
 
 def traced() -> bool:
-    """Whether torch must see the op itself: while compiling, and under any dispatch mode."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch must see the op itself: while compiling, and under any mode that sees what is called."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+    )
 
 
 def checked(op: str, check: Callable[..., Any]) -> Callable[..., None]:
@@ -107,9 +111,34 @@ def checked(op: str, check: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
-def define(schema: str, run: Callable[..., None]) -> None:
-    """Declare `fastdit::<schema>`, served by `run` on every device and invisible to autograd."""
+#: name in torch.ops -> the op, and what makes its backend's arguments of the schema's
+_HANDED: dict[str, tuple[str, Callable[..., tuple[Any, ...]]]] = {}
+
+
+def handed_over(overload: Any, given: tuple[Any, ...]) -> tuple[str, Callable[..., None], Any]:
+    """The op, the backend's function and its arguments that a call of ``torch.ops.fastdit`` comes to, once checked."""
+    *arguments, backend = given
+    op, order = _HANDED[overload._schema.name.rpartition(":")[2]]
+    first = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+    return op, resolve(op, first.device, first.dtype, backend), order(*arguments)
+
+
+def _as_they_are(*given: Any) -> tuple[Any, ...]:
+    return given
+
+
+def define(
+    schema: str,
+    run: Callable[..., None],
+    op: str | None = None,
+    order: Callable[..., tuple[Any, ...]] = _as_they_are,
+) -> None:
+    """Declare `fastdit::<schema>`, served by `run` on every device and invisible to autograd.
+
+    It is another form of `op`, if that has another name, whose backends take what `order` makes of the arguments.
+    """
     name = schema.partition("(")[0]
+    _HANDED[name] = op or name, order
     LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)

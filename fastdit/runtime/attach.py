@@ -28,10 +28,14 @@ def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
     ]
     if patched.writer("rows") or patched.writer("resolution"):
         found += _of_call("embed", adapter.embedders(transformer))
+    elif not patched.eager:
+        found += _of_call("embed", adapter.position_embeddings_of(transformer), compiles=True)
+        found += _of_call("embed", adapter.table_embeddings_of(transformer), compiles=True)
     if not patched.eager:
         found += _of_call("project_prompt", adapter.prompt_projections_of(transformer))
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
+        found += _of_call("norm_output", adapter.output_norms_of(transformer), compiles=True)
     found += _of_call("run.prepacked.linear", patched.linears, compiles=True)
     for index, name, module in adapter.wrapped(transformer):
         found.append((module, partial(ComponentLink, index=index, name=name)))
@@ -51,7 +55,7 @@ def attach(
         transformer.__dict__[LINK] = patched
         for module, link in rewritten:
             install(module, link(patched))
-        if patched.graphs is not None or patched.forecasts:
+        if patched.graphs is not None or patched.forecasts or patched.programs is not None:
             install(transformer, patched)
         transformer.register_forward_pre_hook(patched.forward_pre_hook, with_kwargs=True)
         transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)

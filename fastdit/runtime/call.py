@@ -24,13 +24,15 @@ from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import unobserved
+from fastdit.runtime import programmed
+from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
 from fastdit.versions import same, versions
 
 
-class Call:
+class Call(Asked):
     """This is one call of the transformer of a run.
 
     Attributes:
@@ -41,6 +43,10 @@ class Call:
         rows: Indices [B, K] of the image tokens that pass; None where all do.
         forward: What its blocks ask; None before it is prepared, and in a call that runs stock or is forecast.
         forecast: What stands for the model's output; None where the model runs.
+        model: The model as its programs know it; None where this call has none.
+        program: What ran in place of the model's forward; None where that did.
+        actions, ahead, collapses, keeps, fuses: What the blocks are told, the modulations made ahead, and whether
+            outputs are kept as sums, keys and values are, and the adapter's own attention spares copies.
         tokens: How many image tokens pass.
         immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
@@ -50,6 +56,8 @@ class Call:
         self.run: Run | None = None
         self.forward: Forward | None = None
         self.forecast: Any = None
+        self.model: Any = None
+        self.program: Any = None
 
     # ---- before the transformer's forward
 
@@ -99,6 +107,8 @@ class Call:
             args, kwargs = self.trace.enter(self, args, kwargs)
             self.arguments = adapter.call(transformer, args, kwargs)
         self._args, self._kwargs = args, kwargs
+        if self.trace is None:
+            self.model = programmed.model_of(self)
         self.prepare()
         if self._smaller:
             return adapter.reduce_inputs(transformer, args, kwargs, self.layout, patched.ops)
@@ -122,15 +132,17 @@ class Call:
             keeps = method.keeps_keys(self) or keeps
         if self.rows is not None and trace is not None:
             self.rows = trace.hold("rows", self.rows)
-        collapses = defer and run.has_sums and patched.may_collapse()
+        collapses = defer and run.has_sums and (self.model is not None or patched.may_collapse())
+        self.collapses, self.keeps = collapses, keeps
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot
-            branch.collapses = collapses
+            branch.collapses, branch.form = collapses, None
         if patched.max_cache_bytes is not None:
             self._check_cache_bytes(collapses)
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
-        ahead = None if immediate else self._foresee()
+        self._count = count
+        self.ahead = ahead = None if immediate else self._foresee()
         state = self.tokens, collapses, ahead is not None
         if trace is not None and not trace.agrees(run, state):
             self.prepare()
@@ -140,19 +152,33 @@ class Call:
         actions = run.plan.actions[run.step] if planned else ()
         for method in run.methods:
             actions = method.actions(self, actions)
-        self.forward = Forward(
+        self.actions = actions
+        self.fuses = not immediate and (
+            self._fuses_attention()
+            if self.model is None
+            else programmed.fuses_attention(self, self.model)
+        )
+        if self.model is None:
+            self.interpret()
+
+    def interpret(self) -> None:
+        """The blocks will ask for what was chosen, where no program stands for them."""
+        run, branch = self.run, self.branch
+        patched = run.patched
+        ahead, collapses = self.ahead, self.collapses
+        self.forward = patched.here.forward = Forward(
             patched.ops,
             patched.blocks,
-            actions=actions,
+            actions=self.actions,
             slots=branch.slots,
             owned=branch.owned,
-            immediate=immediate,
-            defer=defer,
-            family=run.family,
+            immediate=self.immediate,
+            defer=not self.immediate and not self.arguments.skips_blocks,
             compiled=patched.compiled_call(self.transformer, run),
-            tokens=self._tokens(count, keeps),
+            tokens=self._tokens(self._count, self.keeps),
             layouts=patched.adapter.layouts,
-            precision=patched.precision(arguments.hidden_states.dtype),
+            unread=patched.adapter.unread,
+            precision=patched.precision(self.arguments.hidden_states.dtype),
             modulations=ahead,
             step=run.step,
             weights=run.forecast_weights if patched.forecasts else None,
@@ -173,10 +199,14 @@ class Call:
         )
         if not unchanged:
             branch.prompts.clear()
+        if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
+            branch.memory.clear()  # with the rotation of all positions
+            branch.form = None
         if branch.signature != signature or not unchanged:
             branch.slots.clear()
             branch.keys.clear()
             branch.ages.clear()
+            branch.form = None
             branch.outputs = Outputs(run.patched.adapts)
             branch.velocity = None
         branch.signature = signature
@@ -191,12 +221,12 @@ class Call:
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
         if keeps:
-            return ActiveTokens(count, self.rows, branch.keys, branch, ops, branch.ages)
+            return ActiveTokens(count, self.rows, branch.keys, branch.memory, ops, branch.ages)
         owns = self.layout is not None and patched.adapter.owns_attention(
             self.layout, self.arguments.hidden_states.shape[0]
         )
-        if owns or (ops is not None and self._fuses_attention()):
-            return ActiveTokens(count, None, None, branch, ops)
+        if owns or self.fuses:
+            return ActiveTokens(count, None, None, branch.memory, ops)
         return None
 
     def _fuses_attention(self) -> bool:
@@ -228,7 +258,10 @@ class Call:
             return None
         batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
         first, inputs = branch.modulations is None, None
-        if isinstance(timestep, Tensor):
+        if isinstance(timestep, Tensor) and (
+            self.model is not None
+            or all(map(unobserved, adapter.condition_embeddings_of(self.transformer)))
+        ):
             inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
         if first and inputs is not None:
             timesteps = run.told if isinstance(run.told, Tensor) else None
@@ -296,6 +329,8 @@ class Call:
         if self.forecast is not None:
             return self.forecast
         patched, stock = self.run.patched, type(self.transformer).forward
+        if self.model is not None:
+            return programmed.compute(self, args, kwargs)
         if self.trace is None:
             if not patched.blocks:  # the blocks see to that themselves
                 compiled = patched.compiled_call(self.transformer, self.run)
@@ -317,31 +352,6 @@ class Call:
             patched.here.forward = self.forward
             return compute()
 
-    # ---- what modules ask
-
-    def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """This computes a module that embeds patches and adds their positions, for the tokens that pass."""
-        adapter = self.run.patched.adapter
-        if self.rows is not None:
-            shape = self.arguments.hidden_states.shape
-            return adapter.embed(module, shape, self.rows, *args, **kwargs)
-        if self.layout is not None:
-            memory = self.run.resolution.memory
-            return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
-
-    def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """A module that depends on the prompt alone is computed once a run, exactly.
-
-        A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
-        """
-        if self.forward.immediate or not unobserved(module):
-            return type(module).forward(module, *args, **kwargs)
-        kept = self.branch.prompts
-        if module not in kept:
-            kept[module] = type(module).forward(module, *args, **kwargs)
-        return kept[module]
-
     # ---- after the transformer's forward
 
     def finish(self, output: Any) -> Any:
@@ -353,17 +363,17 @@ class Call:
         Raises:
             RuntimeError: A residual was left waiting: an adapter's last block did not leave its streams.
         """
-        run, forward = self.run, self.forward
+        run, forward = self.run, self.forward or self.program
         record = run.records.setdefault(run.step, StepRecord())
         if forward is None:
             record.reused += run.patched.spec.component_count or 1
             return None
-        if not forward.complete:
+        if self.program is None and not forward.complete:
             raise RuntimeError(
                 f"a residual was left waiting: the last block of the {run.patched.adapter.family} adapter did not "
                 "leave its streams"
             )
-        record.tokens, record.actions = self.tokens, forward.actions
+        record.tokens, record.actions = self.tokens, self.actions
         record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
         given = sample = output[0] if isinstance(output, tuple) else output.sample
@@ -387,7 +397,8 @@ class Call:
             outputs.add(run.step, output, weights, order)
         else:
             patches = functools.partial(run.patched.adapter.patches, patch=run.patch)
-            outputs.add_tokens(run.step, output, self.forward.tokens, patches, weights, order)
+            tokens = self._tokens(self._count, self.keeps)
+            outputs.add_tokens(run.step, output, tokens, patches, weights, order)
 
 
 def _replaced(output: Any, sample: Tensor) -> Any:

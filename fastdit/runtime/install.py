@@ -28,12 +28,18 @@ def check_installable(module: nn.Module) -> None:
     Raises:
         UnsupportedModelError: Somebody else has replaced the instance's forward.
     """
-    if not is_installed(module) and _stock_holder(module) is None and "forward" in module.__dict__:
+    if not is_installable(module):
         replaced = module.__dict__["forward"]
         raise UnsupportedModelError(
             f"the forward of this {type(module).__name__} was replaced on the instance by "
             f"{getattr(replaced, '__qualname__', replaced)!r}; undo that before patching"
         )
+
+
+def is_installable(module: nn.Module) -> bool:
+    """This tells whether a module's innermost forward is its class's, or ours."""
+    replaced = "forward" in module.__dict__ and _stock_holder(module) is None
+    return is_installed(module) or not replaced
 
 
 def install(module: nn.Module, link: Any) -> None:

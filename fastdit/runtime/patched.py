@@ -20,6 +20,7 @@ from torch import nn
 from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.observe import observed
+from fastdit.programs.library import Programs
 from fastdit.runtime import arrivals, owners
 from fastdit.runtime.call import Call
 from fastdit.runtime.followed import Followed
@@ -53,6 +54,7 @@ class Patched:
         blocks: The transformer's blocks of all kinds in running order.
         linears: Layers of the blocks whose weights are kept packed in a run.
         graphs: What captures and replays whole runs; None where they stay eager.
+        programs: What stands for whole calls; None where all calls stay as they are.
         pipeline: Weak reference to the pipeline that was patched, or what gives None.
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
@@ -78,6 +80,10 @@ class Patched:
         self.eager = self.ops.backend == "reference"
         self.acts = any(method.writes for method in self.methods)
         self.forecasts = any(method.forecasts for method in self.methods)
+        known = self.adapter.restates and not self.linears and self.graphs is None
+        self.programs = Programs() if known and not self.eager else None
+        #: torch's compiler traces the transformer's own forward
+        self.compiles = self.graphs is None and not self.forecasts
         self.adapts = any(method.adapts for method in self.methods)
         self.made_steps = self._first("run_steps")
         self.made_for = {m.name: m.made_for for m in self.methods if m.made_for is not None}
@@ -168,7 +174,6 @@ class Patched:
         except FastDiTError:
             run.end()
             raise
-        here.forward = call.forward
         return given
 
     def after_forward(
@@ -181,14 +186,13 @@ class Patched:
             return None
         here.call = call.outer
         here.forward = None if call.outer is None else call.outer.forward
-        if (call.forward is None and call.forecast is None) or output is None:
-            return None
-        return call.finish(output)
+        ran = call.forward is not None or call.program is not None or call.forecast is not None
+        return call.finish(output) if ran and output is not None else None
 
     def __call__(self, transformer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The transformer's rewritten forward computes the call, where runs are replayed."""
         call = self.here.call
-        if call is None or (call.forward is None and call.forecast is None):
+        if call is None or (call.forward is None and call.forecast is None and call.model is None):
             return type(transformer).forward(transformer, *args, **kwargs)
         return call.compute(args, kwargs)
 

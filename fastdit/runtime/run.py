@@ -59,7 +59,7 @@ class Branch:
     """
 
     slots: Slots = field(default_factory=dict)
-    owned: set[tuple[int, str]] = field(default_factory=set)  # slots that may be written into
+    owned: dict[Any, None] = field(default_factory=dict)  # slots that may be written into
     prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
     modulations: Modulations | None = None
     foresees: bool = True
@@ -68,14 +68,15 @@ class Branch:
     outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
-    rotation: Any = None
+    memory: dict[Any, Any] = field(default_factory=dict)
+    form: Any = None  # what stands for what is kept, where that is known; see `programmed.py`
     signature: tuple[Any, ...] | None = None
     embeddings: tuple[Tensor, ...] = ()
     versions: tuple[Any, ...] = ()
 
     def clear(self) -> None:
         """Everything is freed, also for whoever still holds on to the branch."""
-        for held in (self.slots, self.owned, self.prompts, self.keys):
+        for held in (self.slots, self.owned, self.prompts, self.keys, self.memory):
             held.clear()
         self.__init__()
 
@@ -100,9 +101,10 @@ class Run:
         guidance: Names of guidance scales -> what the pipeline's call was given.
         follower: What the scheduler that leads it knows of it.
         live: False once it has ended.
-        branches, family, outputs, positions, latents, patch: What its calls leave behind for each other.
+        branches, outputs, positions, latents, patch: What its calls leave behind for each other.
         calls: How many there were in this step, so far.
         records: Step -> what it did, which the report tells.
+        programs: How many calls ran as programs.
     """
 
     patched: Any
@@ -121,10 +123,11 @@ class Run:
     follower: Any = None
     live: bool = True
     branches: dict[Any, Branch] = field(default_factory=dict)
-    family: dict[str, Any] = field(default_factory=dict)
     prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
     previews: Any = None
     trace: Trace | str | None = None
+    model: Any = None
+    hooks: int = -1
     outputs: list[Tensor] = field(default_factory=list)
     bytes_checked: Any = None
     image_tokens: int = 0
@@ -134,6 +137,7 @@ class Run:
     positions: Tensor | None = None
     calls: int = 0
     records: dict[int, StepRecord] = field(default_factory=dict)
+    programs: int = 0
     packed_bytes: int = 0
     peak_bytes: int = 0
     started: float = field(default_factory=time.perf_counter)
@@ -321,7 +325,6 @@ class Run:
         for branch in self.branches.values():
             branch.clear()
         self.branches.clear()
-        self.family.clear()
         self.outputs.clear()
         self.packed_bytes = max(self.packed_bytes, self.prepacked.nbytes)
         self.prepacked.clear()
@@ -330,9 +333,8 @@ class Run:
         """The caches hold so many bytes now; each storage counts once."""
         storages = {}
         for branch in list(self.branches.values()):
-            kept = [(keys.k, keys.v) for keys in list(branch.keys.values())]
             made = [*branch.slots.values(), *branch.prompts.values(), branch.velocity]
-            waiting = [*made, *kept, branch.outputs.nodes, branch.outputs.tokens]
+            waiting = [*made, *branch.keys.values(), branch.outputs.nodes, branch.outputs.tokens]
             while waiting:
                 value = waiting.pop()
                 if isinstance(value, Tensor):

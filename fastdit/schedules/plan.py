@@ -42,7 +42,7 @@ class PlanningMethod(Protocol):
     ) -> Schedule | None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunPlan:
     """One run follows this plan.
 

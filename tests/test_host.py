@@ -1,0 +1,64 @@
+"""What a transformer call costs the host, counted: Python frames against stock's, and launches of a reused step."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+import fastdit
+import host
+from fastdit import RAS, Cached, Dense, Schedule
+
+METHODS = {
+    "dense": lambda: Dense(),
+    "reused": lambda: Cached(Schedule.every(2)),
+    "sparse": lambda: RAS(ratio=0.25, start=2, resets=(), align=1),
+}
+STEPS = 6
+#: frames of a call, as a share of stock's
+SHARES = {"dense": 0.4, "sparse": 0.5}
+#: launches of a fully reused step: patch embedding, residuals, norm, projection and unpatching, 64 residuals a launch.
+#: SD3's own forward copies the tokens before; PixArt and Lumina embed each timestep, and Lumina makes its modulations.
+LAUNCHES = {"SD3": 6, "SD3.5": 6, "FLUX": 5, "Qwen-Image": 5, "PixArt": 24, "Lumina": 125}
+
+
+@functools.cache
+def frames(name, method):
+    """Of each call of a second run."""
+    pipe = host.pipeline(name)
+    if method != "stock":
+        fastdit.patch(pipe, METHODS[method](), backend="cpu")
+    return [sum(call.values()) for call in host.frames(name, pipe, STEPS)]
+
+
+@functools.cache
+def launches(name, method):
+    """Of each call of a second run."""
+    pipe = host.pipeline(name)
+    fastdit.patch(pipe, METHODS[method](), backend="cpu")
+    return host.launches(name, pipe, STEPS)
+
+
+@pytest.mark.parametrize("method", SHARES)
+@pytest.mark.parametrize("name", host.MODELS)
+def test_frames_of_a_call(name, method):
+    """The first calls of a run may prepare what the others use."""
+    stock, found = frames(name, "stock")[-1], frames(name, method)
+    assert max(found[2:]) <= SHARES[method] * stock, (found, stock)
+
+
+@pytest.mark.parametrize("name", host.MODELS)
+def test_a_reused_step(name):
+    found = frames(name, "reused")[3::2]
+    assert max(found) <= 350, found
+    for call in launches(name, "reused")[3::2]:
+        assert sum(call.kernels.values()) <= LAUNCHES[name], call.kernels
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", host.MODELS)
+def test_no_step_reads_a_value(name, method):
+    """Beyond a run's first call nothing waits for a device."""
+    for call in launches(name, method)[1:]:
+        assert not call.seen["aten::_local_scalar_dense"], call.seen
