@@ -15,6 +15,7 @@ from contract import same_bits
 from fastdit import RALU, RAS, Cached, Dense, Schedule
 from fastdit.blocks import attention
 from fastdit.patch import handle_of
+from fastdit.programs import library
 from fastdit.programs.program import Program
 from fastdit.runtime import programmed
 from oracle import random_bits
@@ -391,6 +392,16 @@ def test_the_fused_attention_has_programs(interpreted, ran, monkeypatch):
         for _ in range(2):
             same_bits(draw(name, pipe), expected)
         assert len(ran) > STEPS
+
+
+def test_no_more_programs_are_kept_than_that(interpreted, ran, monkeypatch):
+    monkeypatch.setattr(library, "MOST_PROGRAMS", 3)
+    pipe = tiny_models.pipeline("sd3")
+    fastdit.patch(pipe, *METHODS["random"](pipe))
+    expected = interpreted(draw, "sd3", pipe)
+    for _ in range(3):
+        same_bits(draw("sd3", pipe), expected)
+        assert sum(map(len, programs_of(pipe))) <= 3
 
 
 def test_reference_has_none(ran):

@@ -60,7 +60,7 @@ class Programs:
     def keep(self, kind: Any, program: Program | str) -> None:
         """A kind of call was recorded."""
         if len(self.found) >= MOST_PROGRAMS:
-            oldest = min(list(self._used), key=self._used.__getitem__)
+            oldest = min(list(self._used), key=lambda kind: self._used.get(kind, 0), default=None)
             self.found.pop(oldest, None)
             self._used.pop(oldest, None)
         self.found[kind] = program
