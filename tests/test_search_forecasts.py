@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from contextlib import closing
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -28,7 +27,6 @@ from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import LEDGER, evolve
 from fastdit.search.front import on_axes
 from fastdit.search.genome import Genome
-from fastdit.search.knobs import Run
 from fastdit.search.ledger import Ledger
 from fastdit.search.surrogate import Surrogate
 from fastdit.spec import BlockKind, ModelSpec
@@ -512,40 +510,15 @@ def test_a_front_is_compared_up_to_the_worst_even_steps():
     assert [row[1:] for row in found["fronts"]["searched front"]] == [[0.01, 0.5]]
 
 
-def test_plans_of_a_front_and_even_steps_are_arms(tmp_path):
-    """Nodes are told of plans that compute whole steps alone, so that AB2 can take the same levels."""
-    (tmp_path / "front").mkdir()
-    plans = {
-        "01": (seeds.whole_steps(GENOME, [0, 1, 3], 2), Run(6, 1.0, "recommended"), "xx2x22"),
-        "02": (seeds.whole_steps(GENOME, [0, 2, 4], 0), Run(6, 1.0, "own"), "x0x0x0"),
-        "03": (seeds.whole_steps(GENOME, [0, 1, 3], 1), Run(6, 0.5, "own"), "xx1x11"),
-        "04": (seeds.halves(GENOME, 1), Run(6, 1.0, "own"), "xxpppp"),
-    }
-    for name, (vector, _, _) in plans.items():
-        GENOME.schedule(vector).save(tmp_path / f"front/{name}.json")
-    points = [
-        {"name": name, "key": name * 10, "loss": 0.1, **asdict(run)}
-        for name, (_, run, _) in plans.items()
-    ]
-    (tmp_path / "search.json").write_text(json.dumps({"front": points}))
-    front = search_forecast.front_of(tmp_path, SD3)
-    assert [point["text"] for _, point in front.values()] == [p[2] for p in plans.values()]
-    arms = [arm for arm, _ in front.values()]
-    assert [arm.nodes for arm in arms] == [(0, 1, 3), (), (), ()]
-    assert [arm.solver for arm in arms] == ["unipc", "stock", "stock", "stock"]
-    assert [len(arm.method(None, 6)) for arm in arms] == [1, 1, 2, 1]
-    assert arms[2].method(None, 6)[1] == Run(6, 0.5).ras
-
-    even = search_forecast.sets_of({}, SD3, 6)[search_forecast.EVEN]
-    arm = even["unipc 6, 3 evenly, order 1"]
-    assert (arm.solver, arm.steps, arm.nodes) == ("unipc", 6, (0, 2, 4))
+def test_even_arms_draw_whole_steps_as_lines(tmp_path):
     genome = Genome(SD3, 6, (0, 1))
+    (tmp_path / "front").mkdir()
+    genome.schedule(seeds.halves(genome, 1)).save(tmp_path / "front/01.json")
+    sets = search_forecast.arms_of(tmp_path, genome, 6)
+    assert len(sets[search_forecast.SEARCHED]) == 1
+    arm = sets[search_forecast.EVEN]["even 3 of 6, order 1"]
+    schedule = arm.method(None, 6).source
+    assert (arm.solver, arm.steps) == ("unipc", 6)
     expected = genome.vector(Schedule.every(2, 1).bind(SD3, 6))
-    assert genome.key(genome.vector(arm.method(None, 6)[0].source)) == genome.key(expected)
-
-
-def test_the_plan_of_a_speed_up_is_the_searchs_best_that_is_fast_enough():
-    front = {name: (None, {"loss": loss}) for name, loss in (("a", 1.0), ("b", 2.0), ("c", 3.0))}
-    seconds = {"a": 6.0, "b": 5.0, "c": 3.0}
-    assert search_forecast.picked(front, seconds, 10.0) == {"b": 2, "c": 3}
-    assert search_forecast.picked(front, seconds, 5.0) == {}
+    assert genome.key(genome.vector(schedule)) == genome.key(expected)
+    assert {arm.solver for arm in sets[search_forecast.PLAIN].values()} == {"unipc", "ab2"}
