@@ -83,8 +83,10 @@ def measured(
     return found
 
 
-def summed_up(sets: Mapping[str, Mapping[str, Candidate]]) -> dict[str, Any]:
-    """The corner, and the comparison of what no member of the same set dominates."""
+def summed_up(
+    sets: Mapping[str, Mapping[str, Candidate]], quality: str = "paired"
+) -> dict[str, Any]:
+    """The corner, and the comparison of what no member of the same set dominates; by the mean of that quality."""
     fronts = {}
     for name, group in sets.items():
         every = list(group.values())
@@ -93,7 +95,7 @@ def summed_up(sets: Mapping[str, Mapping[str, Candidate]]) -> dict[str, Any]:
     ((height, _),) = on_axes(np.array([[worst, 1.0]]), (1.0,), True)
     return {
         "corner": worst,
-        **compare(fronts, (1.0,), (float(height), 1.0)),
+        **compare(fronts, (1.0,), (float(height), 1.0), quality=quality),
         "fronts": {
             name: [[c.key, *c.values] for c in sorted(group, key=lambda c: c.values[1])]
             for name, group in fronts.items()

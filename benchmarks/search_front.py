@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 
 from fastdit import tiny
-from fastdit.search import Operators, Settings, Work, moves
+from fastdit.search import Knobs, Operators, Settings, Work, moves
 from fastdit.search.archive import Archive, Candidate
 from fastdit.search.baselines import UNCACHED, Baseline, measure_baselines
 from fastdit.search.evolve import LEDGER, Search, evolve
@@ -53,6 +53,7 @@ from fastdit.search.front import corner, growth, hypervolume, non_dominated, on_
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.plot import save_plot
+from fastdit.search.quality import average
 from fastdit.search.result import SUMMARY, schedule_of
 from fastdit.search.seeds import evenly_spread_steps
 from fastdit.search.workers import Processes, Workers
@@ -72,8 +73,9 @@ def settings_of(folder: Path) -> tuple[Work, Settings]:
     with (folder / LEDGER).open(encoding="utf-8") as lines:
         identity = json.loads(next(lines))["identity"]
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    work = {name: identity[name] for name in Work.__dataclass_fields__}
+    work = {name: identity[name] for name in Work.__dataclass_fields__ if name in identity}
     work["prompts"] = tuple(work["prompts"])
+    work["knobs"] = Knobs(**work.get("knobs", {}))
     settings = Settings(
         summary["generations"],
         identity["population"],
@@ -168,6 +170,7 @@ def compare(
     reference: Sequence[float],
     logarithmic: bool = True,
     resamples: int = RESAMPLES,
+    quality: str = "paired",
 ) -> dict[str, Any]:
     """Hypervolumes of the sets, and how far the first exceeds each other one, over draws of the items.
 
@@ -177,13 +180,14 @@ def compare(
         reference: The corner, on the axes of `on_axes`.
         logarithmic: Whether the axis of the loss is.
         resamples: Draws of the bootstrap.
+        quality: Whose mean of losses is taken.
     """
     losses = {name: np.array([c.losses for c in group]) for name, group in sets.items()}
     costs = {name: np.array([c.values[1:] for c in group]) for name, group in sets.items()}
     items = next(iter(losses.values())).shape[1]
 
     def volume(name: str, chosen: np.ndarray) -> float:
-        mean = losses[name][:, chosen].mean(axis=1)
+        mean = [average(quality, row) for row in losses[name][:, chosen]]
         values = np.column_stack([mean, costs[name]])
         return hypervolume(on_axes(values, uncached, logarithmic), reference)
 

@@ -22,7 +22,7 @@ FACTS = {
     "model": "fake",
     "calls": STEPS,
     "repeats": False,
-    "scheduler": "FakeScheduler",
+    "schedulers": {"None": "FakeScheduler"},
 }
 GENOME = genome_of(FACTS)
 WORK = Work(tuple(f"prompt {i}" for i in range(6)), steps=STEPS)

@@ -268,3 +268,29 @@ def test_without_a_gpu_or_a_file_nothing_is_measured(monkeypatch):
     with pytest.raises(ArgumentError, match="FASTDIT_ATTENTION is 'off'"):
         fastdit.patch(model).tune_attention().__enter__()
     assert choices(torch.device("cpu")) is None
+
+
+@pytest.mark.diffusers
+@torch.no_grad()
+def test_a_program_runs_the_measured_attention(path, monkeypatch):
+    """Calls that were recorded before are recorded anew, and what is led to another attention stays so."""
+    seen = []
+    attend = attention_choice.attention
+    monkeypatch.setattr(
+        attention_choice, "attention", lambda *given: seen.append(order()[0]) or attend(*given)
+    )
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe)
+
+    def drawn():
+        return tiny_models.latents_of(pipe, tiny_models.arguments("sd3", steps=4)).clone()
+
+    before = drawn()
+    assert handle.last_run().programs > 0
+    with handle.tune_attention():
+        same_bits(drawn(), before)
+    for recorded in (True, False):
+        seen.clear()
+        same_bits(drawn(), before)
+        assert set(seen) == {SDPBackend.CUDNN_ATTENTION.value}, recorded
+    assert handle.last_run().programs > 0

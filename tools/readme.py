@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import composed_tables
 import gpu_tables
 import testbed_tables
 
@@ -29,6 +30,7 @@ from fastdit.adapters import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+COMPOSED = RESULTS / "search-composed-cpu.json"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
 #: what stands between a begin marker and an end marker is written here
 SECTION = re.compile(
@@ -58,6 +60,10 @@ def results() -> list[str]:
     lines += ["", "## Searched schedules", *_search(_result("search-cpu.json"))]
     for path in RESULTS.glob("search-forecast-cpu.json"):
         lines += ["", "## Searched forecasts", *_search_forecast(json.loads(path.read_text()))]
+    if COMPOSED.exists():
+        found = json.loads(COMPOSED.read_text())
+        lines += ["", "## Composed plans"]
+        lines += composed_tables.tables(found, _machine(found["machine"]))
     lines += ["", "## Sparse steps on a CPU", *_ras(_result("ras-cpu.json"))]
     for path in RESULTS.glob("ralu-cpu.json"):
         lines += [
@@ -202,6 +208,15 @@ def choices() -> list[str]:
     return lines
 
 
+def composed() -> list[str]:
+    """What plans are worth that were searched over everything at once."""
+    if not COMPOSED.exists():
+        return [
+            "What such a search finds was not yet judged on held-out prompts, so nothing of it ships."
+        ]
+    return composed_tables.sentences(json.loads(COMPOSED.read_text()))
+
+
 def routed() -> list[str]:
     """Routers less the intervals that cost as much."""
     lines: list[str] = []
@@ -290,7 +305,11 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "measured": functools.partial(gpu_tables.measured, "every", "random"),
         "forecasts": lambda: testbed_tables.forecasts(_result("testbed-caches.json")),
     },
-    "ecad": {"arguments": functools.partial(arguments, "ECAD"), "measured": searched},
+    "ecad": {
+        "arguments": functools.partial(arguments, "ECAD"),
+        "composed": composed,
+        "measured": searched,
+    },
     "harmonica": {"arguments": functools.partial(arguments, "HarmoniCa"), "measured": routed},
     "ras": {
         "arguments": functools.partial(arguments, "RAS"),

@@ -30,6 +30,7 @@ from fastdit import files
 from fastdit.backends.base import attention
 from fastdit.checks import is_whole, one_of
 from fastdit.errors import ArgumentError
+from fastdit.ops.registry import whole
 
 ENVIRONMENT, OFF = "FASTDIT_ATTENTION", "off"
 FORMAT = "fastdit attention 1"
@@ -196,6 +197,11 @@ def choices(device: torch.device) -> Choices | None:
     return None if path is None or not path.exists() else Choices.read(path, gpu)
 
 
+def is_tuning() -> bool:
+    """Whether attentions that are met in this thread or task are noted."""
+    return _met.get() is not None
+
+
 def chosen(query: Tensor, key: Tensor) -> str:
     """The attention that was measured to be the fastest for q [B, Q, H, d] and k [B, S, G, d]."""
     met = _met.get()
@@ -205,6 +211,7 @@ def chosen(query: Tensor, key: Tensor) -> str:
     return TORCH if found is None else found.best(Shape.of(query, key))
 
 
+@whole
 def attend_by(name: str, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """[B, Q, H, d] over [B, S, G, d] by the attention of that name.
 

@@ -97,7 +97,8 @@ def search(
     quality: options.Quality = "paired",
     quality_path: options.QualityPath = None,
     scheduler: options.SearchScheduler = None,
-    orders: options.Orders = "0",
+    space: options.Space = "schedule",
+    orders: options.Orders = None,
     guidance: options.GuidanceScale = None,
     images_per_prompt: options.ImagesPerPrompt = 1,
     race: options.Race = 0,
@@ -143,7 +144,8 @@ def search(
         backend=backend,
         arguments={name: value for name, value in given.items() if value is not None},
         scheduler=scheduler,
-        orders=view.orders_of(orders),
+        orders=view.orders_of(orders, space),
+        knobs=view.knobs_of(space, steps, scheduler),
     )
     costs = tuple(cost) if cost else Settings.costs
     operators = Operators.of(unit, seed)

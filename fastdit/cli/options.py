@@ -211,11 +211,19 @@ SearchScheduler = Annotated[
         "left out.",
     ),
 ]
-Orders = Annotated[
+Space = Annotated[
     str,
     typer.Option(
+        metavar="NAME,NAME",
+        help="What one search varies: schedule, and beside it order, ras, steps and solver.",
+    ),
+]
+Orders = Annotated[
+    str | None,
+    typer.Option(
         metavar="N,N",
-        help="Orders by which a reused output may be drawn: 0 repeats it; with 0,1 or 0,1,2 the search chooses.",
+        help="Orders by which a reused output may be drawn: 0 repeats it; with 0,1 or 0,1,2 the search chooses. "
+        "[dim]\\[default: 0; 0,1,2 where --space has order][/dim]",
     ),
 ]
 ImagesPerPrompt = Annotated[int, typer.Option(min=1, max=MAX_SIZE, help="Pictures per prompt.")]

@@ -18,14 +18,17 @@ from rich.table import Table
 from rich.text import Text
 
 from fastdit import files
+from fastdit.cli.sampler import RECOMMENDED
 from fastdit.errors import ArgumentError
 from fastdit.schedules.schedule_file import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
     from fastdit.schedules.schedule import Schedule
-    from fastdit.search import Search, Settings, State, Work, Workers
+    from fastdit.search import Knobs, Search, Settings, State, Work, Workers
     from fastdit.search.archive import Candidate
 
+SPACE = ("schedule", "order", "ras", "steps", "solver")
+STEP_SHARES = (1.0, 0.7, 0.5)  # of --steps
 SHOWN = 12  # points of the front in the table
 EMBEDDED_PROMPTS = 3  # of scenes with one object, and with two
 
@@ -51,8 +54,35 @@ def prompts_of(file: Path | None, embedded: bool) -> tuple[str, ...]:
     return found
 
 
-def orders_of(text: str) -> tuple[int, ...]:
+def names_of(space: str) -> set[str]:
+    """A space is names between commas, the schedule always one of them."""
+    found = space.split(",")
+    if not set(found) <= set(SPACE) or len(set(found)) < len(found) or SPACE[0] not in found:
+        raise ArgumentError(
+            f"--space must have {SPACE[0]} and may have {', '.join(SPACE[1:])} between commas, got {space!r}"
+        )
+    return set(found)
+
+
+def knobs_of(space: str, steps: int, scheduler: str | None) -> Knobs:
+    """What a search of at most `steps` steps varies beside schedules, the uncached run first."""
+    from fastdit.search import Knobs
+    from fastdit.search.knobs import OWN, RATIOS
+
+    names, own = names_of(space), scheduler or OWN
+    counts = {max(2, round(share * steps)) for share in STEP_SHARES}
+    both = [own, *(each for each in (OWN, RECOMMENDED) if each != own)]
+    return Knobs(
+        steps=tuple(sorted(counts, reverse=True)) if "steps" in names else (),
+        ratios=RATIOS if "ras" in names else RATIOS[:1],
+        solvers=tuple(both) if "solver" in names else (),
+    )
+
+
+def orders_of(text: str | None, space: str = "schedule") -> tuple[int, ...]:
     """Orders are numbers between commas."""
+    if text is None:
+        return (0, 1, 2) if "order" in names_of(space) else (0,)
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:

@@ -123,6 +123,24 @@ def handed_over(overload: Any, given: tuple[Any, ...]) -> tuple[str, Callable[..
     return op, resolve(op, first.device, first.dtype, backend), order(*arguments)
 
 
+#: functions in Python that set something for a while, and so are asked for as a whole, see :func:`whole`
+WHOLE: set[Any] = set()
+
+
+def whole(func: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that a mode which sees torch's calls is shown as one of them, and not what it calls."""
+
+    @functools.wraps(func)
+    def shown(*given: Any) -> Any:
+        if torch._C._len_torch_function_stack():
+            some = [value for value in given if isinstance(value, torch.Tensor)]
+            return torch.overrides.handle_torch_function(shown, some, *given)
+        return func(*given)
+
+    WHOLE.add(shown)
+    return shown
+
+
 def _as_they_are(*given: Any) -> tuple[Any, ...]:
     return given
 

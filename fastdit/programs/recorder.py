@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastdit.ops.registry import handed_over
+from fastdit.ops.registry import WHOLE, handed_over
 from fastdit.programs.lines import Line, Ref
 
 #: attributes and methods of tensors, and functions, that say what a tensor is and not what it holds
@@ -124,7 +124,7 @@ class Recorder(TorchFunctionMode):
             func, name = None, func.__self__.__name__
         if self.why is not None or name in _FACTS:
             return _called(func, name, args, kwargs)
-        if isinstance(func, FunctionType):
+        if isinstance(func, FunctionType) and func not in WHOLE:
             if func not in self._inside:
                 return self._look_into(func, args, kwargs)
             below = _underneath(func)  # which goes by the same name

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastdit.blocks import attention
 from fastdit.blocks.attention import KeyValues, Rotation
+from fastdit.blocks.attention_choice import choices, is_tuning
 from fastdit.blocks.nodes import HeldSums, Nodes
 from fastdit.programs.library import described, record
 from fastdit.programs.model import Model, hooks_so_far
@@ -29,12 +30,12 @@ def model_of(call: Any) -> Model | None:
     """The model of a call that may have a program; None where it has none.
 
     It has none where gradients, autocast or the `reference` backend are wanted, where somebody sees what is called, and
-    where the model is one that nobody can know.
+    where the model is one that nobody can know. A call whose attentions are noted has none for the while.
     """
     run, patched, transformer = call.run, call.run.patched, call.transformer
     if patched.programs is None or call.immediate or call.arguments.skips_blocks:
         return None
-    if is_seen():
+    if is_seen() or is_tuning():
         return None
     model = run.model
     if model is None or run.hooks != hooks_so_far() or not model.has_its_processors():
@@ -152,6 +153,7 @@ def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         call.collapses,
         call.keeps,
         call.fuses,
+        choices(call.arguments.hidden_states.device),
         programs.row(call.actions),
         None if ahead is None else _form_of(ahead, programs),
     ]

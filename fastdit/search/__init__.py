@@ -6,8 +6,9 @@ It uses the library and is not used by it.
 
 from fastdit.search.evaluator import Work
 from fastdit.search.evolve import Search, Settings, State
+from fastdit.search.knobs import Knobs
 from fastdit.search.nsga2 import Operators
 from fastdit.search.run import ecad
 from fastdit.search.workers import Workers
 
-__all__ = ["Operators", "Search", "Settings", "State", "Work", "Workers", "ecad"]
+__all__ = ["Knobs", "Operators", "Search", "Settings", "State", "Work", "Workers", "ecad"]

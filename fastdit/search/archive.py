@@ -19,6 +19,7 @@ from fastdit.search.evaluator import Task, Work
 from fastdit.search.front import non_dominated
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
+from fastdit.search.quality import average, is_geometric
 
 if TYPE_CHECKING:
     from fastdit.search.workers import Workers
@@ -40,7 +41,7 @@ class Candidate:
         vector: bool [genome size].
         losses: Of each item that was drawn.
         values: The objectives: mean loss, then the costs.
-        reused: Entries of the effective schedule that reuse, out of the genome's cells.
+        reused: Entries of the uncached run's, out of the genome's cells, that are not computed for all tokens.
         complete: Whether all items were drawn; False after a lost race.
     """
 
@@ -119,17 +120,27 @@ class Archive:
     def _task(self, key: str, vector: np.ndarray, what: str, first: int = 0, last: int = 0) -> Task:
         return Task(key, what, self.genome.to_bytes(vector), self.work.steps, first, last)
 
-    def fewer_steps(self, counts: Sequence[int], progress: Progress = silent) -> list[Point]:
-        """The unpatched model is measured at other numbers of steps, judged like everything else."""
-        items = self.work.items
-        keys = {steps: f"unpatched-{steps}" for steps in counts}
+    def fewer_steps(
+        self, counts: Sequence[int], progress: Progress = silent, solver: str | None = None
+    ) -> list[Point]:
+        """The unpatched model is measured at other numbers of steps, judged like everything else.
+
+        Args:
+            counts: Of steps.
+            progress: Hears of pieces done and known of.
+            solver: One of those searched; None for the uncached run's.
+        """
+        items, named = self.work.items, "" if solver is None else f"-{solver}"
+        keys = {steps: f"unpatched-{steps}{named}" for steps in counts}
         if cost.LATENCY in self.costs:
-            tasks = [Task(key, "latency", None, steps) for steps, key in keys.items()]
+            tasks = [
+                Task(key, "latency", None, steps, solver=solver) for steps, key in keys.items()
+            ]
             self._measure(tasks, progress)
-        tasks = [Task(key, "losses", None, steps, 0, items) for steps, key in keys.items()]
+        tasks = [Task(key, "losses", None, steps, 0, items, solver) for steps, key in keys.items()]
         self._measure(tasks, progress)
         return [
-            (float(np.mean(self._ledger.losses[key, 0, items])), *self._cost(key))
+            (self._average(self._ledger.losses[key, 0, items]), *self._cost(key))
             for key in keys.values()
         ]
 
@@ -150,6 +161,9 @@ class Archive:
                 self._ledger.add_losses(task.key, task.first, task.last, found["losses"])
             progress(done, len(missing))
 
+    def _average(self, losses: Sequence[float]) -> float:
+        return average(self.work.quality, losses)
+
     def _known(self, task: Task) -> bool:
         if task.what == "latency":
             return cost.LATENCY in self._ledger.costs.get(task.key, {})
@@ -166,7 +180,7 @@ class Archive:
             behind = np.subtract(own, rival.losses[: self.race])
             dearer = any(r > c for r, c in zip(rival.values[1:], costs, strict=True))
             if not dearer and (behind > 0).all():
-                found.append((rival.values[0] + float(behind.mean()), rival))
+                found.append((self._behind(rival, own), rival))
         if not found:
             return None
         loss, rival = min(found, key=lambda pair: (pair[0], pair[1].key))
@@ -181,5 +195,12 @@ class Archive:
             return Candidate(key, vector, tuple(losses), (lost[1], *self._cost(key)), reused, False)
         if self.race:
             losses += self._ledger.losses[key, first, self.work.items]
-        values = (float(np.mean(losses)), *self._cost(key))
+        values = (self._average(losses), *self._cost(key))
         return Candidate(key, vector, tuple(losses), values, reused, True)
+
+    def _behind(self, rival: Candidate, own: Sequence[float]) -> float:
+        """A candidate that is as far behind on all items as on these first has this loss."""
+        first = rival.losses[: self.race]
+        if is_geometric(self.work.quality):
+            return rival.values[0] * self._average(own) / self._average(first)
+        return rival.values[0] + float(np.subtract(own, first).mean())

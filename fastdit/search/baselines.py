@@ -64,4 +64,10 @@ def measure_baselines(archive: Archive, progress: Progress = silent) -> list[Bas
         Baseline(FEWER_STEPS, f"{count} steps", values)
         for count, values in zip(counts, points[1:], strict=True)
     ]
+    for solver in archive.work.knobs.solvers[1:]:
+        points = archive.fewer_steps([asked, *counts], progress, solver)
+        found += [
+            Baseline(f"{FEWER_STEPS}, {solver}", f"{count} steps", values)
+            for count, values in zip([asked, *counts], points, strict=True)
+        ]
     return found

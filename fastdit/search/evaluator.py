@@ -12,7 +12,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastdit.errors import ArgumentError
 from fastdit.runtime.timesteps import Timesteps, predicted_timesteps
 from fastdit.search import cost
 from fastdit.search.genome import Genome
+from fastdit.search.knobs import OWN, Knobs
 from fastdit.search.quality import Quality, is_of_latents, make_quality
 from fastdit.search.solution import check_solvable, solving
 from fastdit.spec import BlockKind, ModelSpec
@@ -50,6 +52,7 @@ class Work:
         scheduler: The sampler of all runs: a class of diffusers, or "recommended" for what :func:`fastdit.recommend`
             gives; None for the pipeline's own.
         orders: By which a reused output may be drawn, rising from 0, which repeats it.
+        knobs: What is searched beside the schedule.
     """
 
     prompts: tuple[str, ...]
@@ -65,6 +68,7 @@ class Work:
     latency_repeats: int = 3
     scheduler: str | None = None
     orders: tuple[int, ...] = (0,)
+    knobs: Knobs = field(default_factory=Knobs)
 
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str) or not self.prompts:
@@ -83,6 +87,12 @@ class Work:
         if orders not in ORDERS:
             raise ArgumentError(f"orders must be 0, or 0 with 1, 2 or both, got {self.orders!r}")
         object.__setattr__(self, "orders", orders)
+        uncached = self.steps, self.scheduler or OWN
+        for values, own in zip((self.knobs.steps, self.knobs.solvers), uncached, strict=True):
+            if values and values[0] != own:
+                raise ArgumentError(
+                    f"knobs must begin with the uncached run's steps and scheduler, {own!r}, got {values!r}"
+                )
         if self.threads > launch.MAX_WORKERS:
             raise ArgumentError(f"threads must be at most {launch.MAX_WORKERS}, got {self.threads}")
 
@@ -98,7 +108,8 @@ class Work:
         found = {name: getattr(self, name) for name in names}
         arguments = {name: self.arguments[name] for name in sorted(self.arguments)}
         lists = {"prompts": list(self.prompts), "orders": list(self.orders)}
-        return {**found, **lists, "quality": quality, "arguments": arguments}
+        knobs = self.knobs.described()
+        return {**found, **lists, "quality": quality, "arguments": arguments, "knobs": knobs}
 
 
 @dataclass(frozen=True)
@@ -109,8 +120,9 @@ class Task:
         key: The candidate's name in the ledger.
         what: "losses", or "latency" in seconds per picture.
         bits: The vector as bytes; None runs the unpatched model.
-        steps: Inference steps; other than the work's only for the unpatched model.
+        steps: Inference steps of the unpatched model; those of a vector are its run's.
         first, last: The items to draw, from `first` to before `last`.
+        solver: Of the unpatched model; None for the uncached run's.
     """
 
     key: str
@@ -119,6 +131,7 @@ class Task:
     steps: int
     first: int = 0
     last: int = 0
+    solver: str | None = None
 
 
 class Evaluator:
@@ -137,13 +150,13 @@ class Evaluator:
         torch.set_num_threads(work.threads)
         self.pipeline, self.work = factory(), work
         self.pipeline.set_progress_bar_config(disable=True)
-        if work.scheduler is not None:
-            swap_scheduler(self.pipeline, work.scheduler, work.steps)
-        transformer, scheduler = self.pipeline.transformer, self.pipeline.scheduler
+        self._schedulers = schedulers_of(self.pipeline, work)
+        self.pipeline.scheduler = scheduler = self._schedulers[None]
+        transformer = self.pipeline.transformer
         spec = find_adapter(transformer).spec(transformer)
         timesteps = set_timesteps(scheduler, work.steps)
         calls = len(scheduler.timesteps)
-        self.genome = Genome(spec, calls, work.orders, timesteps.repeat)
+        self.genome = Genome(spec, calls, work.orders, timesteps.repeat, work.knobs)
         named = isinstance(work.quality, str)
         self.quality = make_quality(work.quality, work.quality_path) if named else work.quality
         self._of_latents = is_of_latents(self.quality)
@@ -166,37 +179,49 @@ class Evaluator:
             "model": fingerprint(self.pipeline.transformer),
             "calls": self.genome.steps,
             "repeats": self.genome.repeats,
-            "scheduler": type(self.pipeline.scheduler).__name__,
+            "schedulers": {
+                str(name): type(scheduler).__name__ for name, scheduler in self._schedulers.items()
+            },
         }
 
     def measure(self, task: Task) -> dict[str, Any]:
         """A task gives {"costs", "losses"} or {"costs", "latency"}."""
-        if self._of_latents and task.what == "losses":
-            self._solve(task)
+        if self.quality.needs_reference and task.what == "losses":
+            self._refer(task)
         if task.bits is None:
-            scheduler = copy.deepcopy(self.pipeline.scheduler)
-            set_timesteps(scheduler, task.steps)
-            share = len(scheduler.timesteps) / self.genome.steps
-            costs = {name: value * share for name, value in self._uncached().items()}
-            return {"costs": costs, **self._result(task)}
+            with self._under(task.solver):
+                scheduler = copy.deepcopy(self.pipeline.scheduler)
+                set_timesteps(scheduler, task.steps)
+                share = len(scheduler.timesteps) / self.genome.steps
+                costs = {name: value * share for name, value in self._uncached().items()}
+                return {"costs": costs, **self._result(task, task.steps)}
         # A bit that nobody reads costs nothing, so that equal keys have equal costs.
-        with self._patched(self.genome.effective(self.genome.from_bytes(task.bits))) as handle:
-            costs = cost.counted(handle, self.genome.steps, self.work.arguments)
-            return {"costs": costs, **self._result(task, handle)}
+        vector = self.genome.effective(self.genome.from_bytes(task.bits))
+        run = self.genome.run(vector)
+        with self._under(run.solver), self._patched(vector) as handle:
+            costs = cost.counted(handle, run.steps or self.genome.steps, self.work.arguments)
+            return {"costs": costs, **self._result(task, run.steps or self.work.steps)}
 
     def _uncached(self) -> dict[str, int]:
-        with self._patched(np.ones(self.genome.size, dtype=bool)) as handle:
+        everything = np.ones((self.genome.steps, len(self.genome.components)), dtype=bool)
+        with self._under(None), self._patched(self.genome.join(everything)) as handle:
             return cost.counted(handle, self.genome.steps, self.work.arguments)
 
-    def _result(self, task: Task, handle: Any = None) -> dict[str, Any]:
+    @contextmanager
+    def _under(self, solver: str | None) -> Iterator[None]:
+        """Inside, runs are by one of the solvers that are searched; afterwards by what it was before."""
+        before, self.pipeline.scheduler = self.pipeline.scheduler, self._schedulers[solver]
+        try:
+            yield
+        finally:
+            self.pipeline.scheduler = before
+
+    def _result(self, task: Task, steps: int) -> dict[str, Any]:
         if task.what == "latency":
-            return {"latency": self._latency(task)}
+            return {"latency": self._latency(steps)}
         losses: list[float] = []
         for chunk in self._chunks(task):
-            references = None
-            if self.quality.needs_reference:
-                references = self._reference(chunk, handle)
-            images = self._draw(*chunk, task.steps)
+            images, references = self._draw(*chunk, steps), self._references.get(chunk)
             losses += self.quality.losses(images, self._prompts(*chunk), references)
         return {"losses": [float(loss) for loss in losses]}
 
@@ -204,29 +229,24 @@ class Evaluator:
         batch = self.work.batch
         return [(at, min(at + batch, task.last)) for at in range(task.first, task.last, batch)]
 
-    def _solve(self, task: Task) -> None:
+    def _refer(self, task: Task) -> None:
         """What a task is compared with is drawn once, of the unpatched model."""
         for chunk in self._chunks(task):
-            if chunk not in self._references:
+            if chunk in self._references:
+                continue
+            if self._of_latents:
                 with solving(self.pipeline) as steps:
                     self._references[chunk] = self._draw(*chunk, steps)
-
-    def _reference(self, chunk: tuple[int, int], handle: Any) -> np.ndarray:
-        if chunk not in self._references:
-            if handle is None:
-                self._references[chunk] = self._draw(*chunk, self.work.steps)
             else:
-                with handle.disabled():
-                    self._references[chunk] = self._draw(*chunk, self.work.steps)
-        return self._references[chunk]
+                self._references[chunk] = self._draw(*chunk, self.work.steps)
 
-    def _latency(self, task: Task) -> float:
+    def _latency(self, steps: int) -> float:
         """These are median seconds per picture of whole pipeline calls, after a warm-up."""
         count = min(self.work.batch, self.work.items)
         seconds = []
         for _ in range(LATENCY_WARMUP + self.work.latency_repeats):
             start = time.perf_counter()
-            self._draw(0, count, task.steps)
+            self._draw(0, count, steps)
             seconds.append((time.perf_counter() - start) / count)
         return statistics.median(seconds[LATENCY_WARMUP:])
 
@@ -258,24 +278,18 @@ class Evaluator:
             return output.images.float().cpu().numpy()
         return np.asarray(output.images, dtype=np.float32)
 
-    def _patched(self, vector: np.ndarray) -> Any:
-        return _Patched(self.pipeline, self.genome.schedule(vector), self.work.backend)
-
-
-class _Patched:
-    """The pipeline is under a schedule for the length of a `with`."""
-
-    def __init__(self, pipeline: Any, schedule: Any, backend: str | None) -> None:
-        self._pipeline, self._schedule, self._backend = pipeline, schedule, backend
-
-    def __enter__(self) -> Any:
+    @contextmanager
+    def _patched(self, vector: np.ndarray) -> Iterator[Any]:
+        """The pipeline is under a vector's methods for the length of a `with`."""
         from fastdit import Cached, patch
 
-        self._handle = patch(self._pipeline, Cached(self._schedule), backend=self._backend)
-        return self._handle
-
-    def __exit__(self, *error: Any) -> None:
-        self._handle.unpatch()
+        ras = self.genome.run(vector).ras
+        methods = [Cached(self.genome.schedule(vector)), *([] if ras is None else [ras])]
+        handle = patch(self.pipeline, *methods, backend=self.work.backend)
+        try:
+            yield handle
+        finally:
+            handle.unpatch()
 
 
 def set_timesteps(scheduler: Any, steps: int) -> Timesteps:
@@ -286,14 +300,45 @@ def set_timesteps(scheduler: Any, steps: int) -> Timesteps:
     return timesteps
 
 
-def genome_of(facts: Mapping[str, Any], orders: tuple[int, ...] = (0,)) -> Genome:
+def schedulers_of(pipeline: Any, work: Work) -> dict[str | None, Any]:
+    """Each solver that is searched has this scheduler, made of the pipeline's own; None is the uncached run's.
+
+    Raises:
+        ArgumentError: One makes other calls than steps, where several are searched, or their number.
+        ScheduleError: RAS leaves no sparse step in a run that is searched.
+    """
+    own, found, knobs = pipeline.scheduler, {}, work.knobs
+    for name in (None, *knobs.solvers):
+        asked = work.scheduler if name is None else name
+        if asked not in (None, OWN):
+            swap_scheduler(pipeline, asked, work.steps)
+        found[name], pipeline.scheduler = pipeline.scheduler, own
+        calls = copy.deepcopy(found[name])
+        timesteps = set_timesteps(calls, work.steps)
+        several = knobs.solvers or knobs.steps
+        if several and (timesteps.repeat or len(calls.timesteps) != work.steps):
+            raise ArgumentError(
+                "a search over solvers or numbers of steps needs samplers that call the model once a step, "
+                f"{type(calls).__name__} makes {len(calls.timesteps)} calls of {work.steps}"
+            )
+    for run in knobs.runs():
+        if run.ras is not None:
+            run.ras.check_steps(run.steps or work.steps)
+    return found
+
+
+def genome_of(
+    facts: Mapping[str, Any],
+    orders: tuple[int, ...] = (0,),
+    knobs: Knobs = Knobs(),  # noqa: B008 (frozen)
+) -> Genome:
     """The model that `facts` describe has this genome."""
     kinds = [
         BlockKind(name, count, tuple(names), frozenset(map(tuple, absent)), consumers)
         for name, count, names, absent, consumers in facts["kinds"]
     ]
     spec = ModelSpec(facts["family"], tuple(kinds))
-    return Genome(spec, facts["calls"], orders, facts["repeats"])
+    return Genome(spec, facts["calls"], orders, facts["repeats"], knobs)
 
 
 def fingerprint(transformer: Any) -> str:

@@ -7,7 +7,7 @@ comes out of the ledger. So a search that was killed, at any point, ends with th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class Settings:
         race: Items of the race of a fresh candidate (see `archive.py`); 0 for none.
         operators: NSGA-II's settings.
         even_steps: Begin with whole steps, evenly spread, too: half of the population at most, of all costs, drawn by
-            each of the orders that are searched.
+            each of the orders that are searched; of the uncached run's steps and solver.
         surrogate: Generations bred on predictions between two that are measured (see `surrogate.py`); 0 measures what
             NSGA-II breeds, as the paper does.
     """
@@ -102,7 +102,7 @@ class Search:
         genome: Vectors to schedules and back.
         uncached: Costs of the uncached run, by objective.
         archive: Everything that was measured.
-        scheduler: Class of the sampler.
+        schedulers: The sampler's class of each solver that was searched.
     """
 
     front: tuple[Candidate, ...]
@@ -110,7 +110,7 @@ class Search:
     genome: Genome
     uncached: dict[str, float]
     archive: Archive
-    scheduler: str
+    schedulers: Mapping[str, str]
 
     @property
     def gain(self) -> float:
@@ -149,7 +149,7 @@ def evolve(
     """
     require_pymoo()
     facts = workers.facts()
-    genome = genome_of(facts, work.orders)
+    genome = genome_of(facts, work.orders, work.knobs)
     population = settings.population or default_population(genome.spec.family)
     if settings.even_steps:
         for order in genome.orders:
@@ -168,6 +168,7 @@ def evolve(
             settings.operators,
             genome.components,
             len(genome.orders),
+            genome.knobs,
         )
         loop = _Loop(archive, algorithm, ledger, settings, watch)
         for number in range(settings.generations + 1):
@@ -177,8 +178,8 @@ def evolve(
         ledger.close()
         raise
     done = tuple(ledger.generations[number] for number in range(loop.done))
-    front, sampler = tuple(archive.front()), facts["scheduler"]
-    return Search(front, done, genome, facts["costs"], archive, sampler), ledger
+    front = tuple(archive.front())
+    return Search(front, done, genome, facts["costs"], archive, facts["schedulers"]), ledger
 
 
 @dataclass
@@ -232,7 +233,7 @@ class _Loop:
     def _proposed(self, children: np.ndarray, number: int) -> np.ndarray:
         """The surrogate would rather measure this than these children."""
         measured = [candidate for candidate in self.archive.seen.values() if candidate.reused]
-        operators = self.settings.operators
+        operators, work = self.settings.operators, self.archive.work
         return propose(
             self.archive.genome,
             children,
@@ -242,8 +243,8 @@ class _Loop:
             self.reference,
             replace(operators, seed=operators.seed + number),
             self.settings.surrogate,
-            is_logarithmic(self.archive.work.quality),
-            vanishes=not is_of_latents(self.archive.work.quality),
+            is_logarithmic(work.quality),
+            vanishes=not (is_of_latents(work.quality) or len(work.knobs.solvers) > 1),
         )
 
     def _on_axes(self, candidates: Sequence[Candidate]) -> np.ndarray:

@@ -6,13 +6,16 @@ nothing. Components that a block does not have are left out.
 
 Where forecasts are searched too, a step's bits are followed by as many for each order beyond the first: an entry that
 reuses is drawn by the order whose place in the list is the number of its bits that are set.
+
+Where more than a schedule is searched, the bits of `knobs.py` follow the last step. A run of fewer steps takes those of
+the longest that lie at the same part of it, so that a schedule keeps its shape; the other rows then mean nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,8 +25,10 @@ from fastdit.errors import ScheduleError
 from fastdit.schedules.actions import COMPUTE, REUSE
 from fastdit.schedules.plan import lower, whole_forecasts
 from fastdit.schedules.schedule import Schedule
+from fastdit.search.knobs import Knobs, Run
 from fastdit.spec import ModelSpec
 
+MANY_TOKENS = 4096  # of a picture whose sparse steps are the most there can be
 _ORDER, _WHOLE = 4, 1 << 7  # of the codes that `key` is made of
 
 
@@ -36,12 +41,14 @@ class Genome:
         steps: Steps of a schedule: the transformer's calls, of which Heun's sampler makes more than it has steps.
         orders: By which a reused output may be drawn, rising from 0.
         repeats: Whether some calls are at the sigma of the one before, as Heun's are.
+        knobs: What is searched beside the schedule. Where that is the number of steps, `steps` is the largest.
     """
 
     spec: ModelSpec
     steps: int
     orders: tuple[int, ...] = (0,)
     repeats: bool = False
+    knobs: Knobs = field(default_factory=Knobs)
 
     @cached_property
     def components(self) -> tuple[tuple[str, int, str], ...]:
@@ -59,19 +66,62 @@ class Genome:
         return len(self.components) * len(self.orders)
 
     @property
-    def size(self) -> int:
-        """A vector has so many bits."""
+    def table(self) -> int:
+        """So many bits come before those of the knobs."""
         return self.steps * self.width
 
+    @property
+    def size(self) -> int:
+        """A vector has so many bits."""
+        return self.table + self.knobs.size
+
+    def run(self, vector: np.ndarray) -> Run:
+        """A vector's run is made so."""
+        return self.knobs.read(vector[self.table :])
+
+    def alone(self, run: Run) -> Genome:
+        """Schedules of one run have this genome, without knobs."""
+        return Genome(self.spec, run.steps or self.steps, self.orders, self.repeats)
+
+    def taken(self, run: Run) -> np.ndarray:
+        """A run's steps take these rows."""
+        steps = run.steps or self.steps
+        return np.arange(steps) * self.steps // steps
+
+    def embed(self, vector: np.ndarray, run: Run) -> np.ndarray:
+        """A vector of `alone(run)` becomes one of this genome."""
+        rows = np.zeros((self.steps, self.width), dtype=bool)
+        rows[self.taken(run)] = vector.reshape(-1, self.width)
+        return np.concatenate([rows.ravel(), self.knobs.write(run)])
+
+    def own(self, vector: np.ndarray) -> np.ndarray:
+        """This reverses :meth:`embed`."""
+        rows = vector[: self.table].reshape(self.steps, self.width)
+        return rows[self.taken(self.run(vector))].ravel()
+
     def parts(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors, bool [..., size], say what computes and by which orders all is drawn: [..., steps, components]."""
+        """Vectors, bool [..., size], say what computes and by which orders all is drawn: [..., steps, components].
+
+        Rows that no step takes compute nothing.
+        """
         shape = (*vectors.shape[:-1], self.steps, len(self.orders), len(self.components))
-        table = vectors.reshape(shape)
+        table = vectors[..., : self.table].reshape(shape)
+        if self.knobs.steps:
+            masks = np.zeros((len(self.knobs.steps), self.steps), dtype=bool)
+            for mask, steps in zip(masks, self.knobs.steps, strict=True):
+                mask[self.taken(Run(steps))] = True
+            place = self.knobs.places(vectors[..., self.table :])[..., 0]
+            table = table & masks[place][..., None, None]
         raised = table[..., 1:, :].sum(axis=-2)
         return table[..., 0, :], np.array(self.orders, dtype=np.uint8)[raised]
 
-    def join(self, computes: np.ndarray, orders: Any = 0) -> np.ndarray:
+    def join(self, computes: np.ndarray, orders: Any = 0, run: Run | None = None) -> np.ndarray:
         """This reverses :meth:`parts` for one schedule; `orders` may be one for all.
+
+        Args:
+            computes: bool [steps, components].
+            orders: Shaped like it, or one.
+            run: The uncached run's if left out.
 
         Raises:
             ScheduleError: An order is none that is searched.
@@ -83,16 +133,18 @@ class Genome:
             )
         place = np.searchsorted(self.orders, orders)
         planes = [computes.astype(bool), *(place > p for p in range(len(self.orders) - 1))]
-        return np.stack(planes, axis=1).reshape(self.size)
+        run = run or next(self.knobs.runs())
+        return np.concatenate([np.stack(planes, axis=1).ravel(), self.knobs.write(run)])
 
     def schedule(self, vector: np.ndarray, provenance: Mapping[str, Any] | None = None) -> Schedule:
-        """A vector, bool [size], stands for this schedule."""
-        table, drawn = self.parts(vector)
+        """A vector, bool [size], stands for this schedule, of its run's steps."""
+        rows = self.taken(self.run(vector))
+        table, drawn = (part[rows] for part in self.parts(vector))
         bits, orders, named = {}, {}, {}
         for kind in self.spec.kinds:
             present = {name for owner, _, name in self.components if owner == kind.name}
             names = tuple(name for name in kind.components if name in present)
-            shape = (self.steps, kind.count, len(names))
+            shape = (len(rows), kind.count, len(names))
             bits[kind.name] = np.ones(shape, dtype=bool)
             orders[kind.name] = np.zeros(shape, dtype=np.uint8)
             named[kind.name] = names
@@ -103,7 +155,7 @@ class Genome:
         return Schedule.from_bits(bits, named, provenance, orders)
 
     def vector(self, schedule: Schedule) -> np.ndarray:
-        """A schedule has this vector, bool [size]; a component that it does not name computes.
+        """A schedule of the uncached run has this vector, bool [size]; a component that it does not name computes.
 
         Raises:
             ScheduleError: The schedule is for another model or another number of steps, or has orders that are not
@@ -125,19 +177,23 @@ class Genome:
 
         Step 0 computes, what nobody reads does not, and only what is reused has an order.
         """
+        run = self.run(vector)
         flags, whole = self._flags(vector)
-        orders = self.parts(vector)[1]
+        orders = self.parts(vector)[1][self.taken(run)]
         drawn = (flags & REUSE != 0) | (whole > 0)[:, None]
-        return self.join(flags & COMPUTE != 0, np.where(drawn, orders, 0))
+        alone = self.alone(run).join(flags & COMPUTE != 0, np.where(drawn, orders, 0))
+        return self.embed(alone, run)
 
     def key(self, vector: np.ndarray) -> str:
         """Two vectors share this name if and only if they run the same components at the same steps, drawn alike.
 
-        A forecast through fewer outputs than its order asks for is one of a lower order.
+        A forecast through fewer outputs than its order asks for is one of a lower order. Under RAS a few names may
+        stand for the same, never one for two.
         """
+        run = self.run(vector)
         flags, whole = self._flags(vector)
         codes = flags & (COMPUTE | REUSE)
-        orders = self.parts(vector)[1] * (codes == REUSE)
+        orders = self.parts(vector)[1][self.taken(run)] * (codes == REUSE)
         made = np.cumsum(codes & COMPUTE, axis=0, dtype=int)
         codes += np.minimum(orders, np.maximum(made, 1) - 1) << _ORDER
         runs = 0
@@ -146,11 +202,14 @@ class Genome:
                 codes[step] = _WHOLE + (max(1, min(order, runs - 1)) << _ORDER)
             else:
                 runs += 1
-        return hashlib.sha256(codes.astype(np.uint8).tobytes()).hexdigest()[:32]
+        turned = repr(astuple(run)).encode() if self.knobs.size else b""
+        return hashlib.sha256(codes.astype(np.uint8).tobytes() + turned).hexdigest()[:32]
 
     def reused(self, vector: np.ndarray) -> int:
-        """So many entries differ from the uncached run."""
-        return int((~self.parts(self.effective(vector))[0]).sum())
+        """So many entries of the uncached run's are not computed, or not for all tokens."""
+        computes, run = self.parts(self.effective(vector))[0], self.run(vector)
+        sparse = computes[self.taken(run)][self._sparse(run)].sum() if run.ras else 0
+        return int((~computes).sum() + sparse)
 
     def to_bytes(self, vector: np.ndarray) -> bytes:
         """A byte holds eight bits."""
@@ -165,9 +224,9 @@ class Genome:
 
     def _flags(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Every entry, [steps, components], has COMPUTE, REUSE or neither; every step the order it is forecast by."""
-        schedule = self.schedule(vector)
+        schedule, partial = self.schedule(vector), self._sparse(self.run(vector))
         whole = whole_forecasts(schedule, self.spec)
-        actions = lower(schedule, self.spec, forecasts=whole, repeats=self.repeats)
+        actions = lower(schedule, self.spec, partial, forecasts=whole, repeats=self.repeats)
         first, offsets = 0, {}
         for kind in self.spec.kinds:
             offsets[kind.name] = first
@@ -177,3 +236,8 @@ class Genome:
             for blocks in actions
         ]
         return np.array(flags), np.array(whole)
+
+    def _sparse(self, run: Run) -> np.ndarray:
+        """These steps of a run leave out tokens, bool [steps]; empty without RAS."""
+        planned = [] if run.ras is None else run.ras.active(run.steps or self.steps, MANY_TOKENS)
+        return np.array([step is not None for step in planned], dtype=bool)

@@ -31,7 +31,12 @@ from fastdit.schedules.schedule_file import expect
 FORMAT = "fastdit.search-ledger"
 VERSION = 2
 UNSEALED = 1  # the version without checksums
-EARLIER = {"orders": [0], "scheduler": None}  # where a ledger says nothing of it
+#: where a ledger says nothing of it
+EARLIER = {
+    "orders": [0],
+    "scheduler": None,
+    "knobs": {"steps": [], "ratios": [1.0], "solvers": []},
+}
 MAX_FILE_BYTES = 1 << 30
 _SEAL = re.compile(rb',"crc":"([0-9a-f]{8})"}$')
 _NUMBER = (int, float)

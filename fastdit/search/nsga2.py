@@ -18,6 +18,7 @@ import numpy as np
 
 from fastdit.errors import ArgumentError, DependencyError
 from fastdit.search import moves
+from fastdit.search.knobs import MOVE_SHARE, Knobs
 
 UNITS = ("bit", "step")
 
@@ -74,6 +75,7 @@ class Nsga2:
         operators: See :class:`Operators`.
         components: (kind, block, component) of each bit of a step, as of :class:`~fastdit.search.genome.Genome`.
         orders: How many orders an entry may be drawn by.
+        knobs: What else is searched; its bits are the vectors' last.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Nsga2:
         operators: Operators,
         components: Sequence[tuple[str, int, str]] = (),
         orders: int = 1,
+        knobs: Knobs = Knobs(),  # noqa: B008 (frozen)
     ) -> None:
         require_pymoo()
         from pymoo.algorithms.moo.nsga2 import NSGA2
@@ -94,7 +97,7 @@ class Nsga2:
         self._operators = operators
         self.problem = Problem(n_var=bits, n_obj=objectives, n_ieq_constr=1, vtype=bool)
         make = _by_steps if operators.unit == "step" else _by_bits
-        crossover, mutation = make(operators, bits, components, orders)
+        crossover, mutation = make(operators, bits, components, orders, knobs)
         self.algorithm = NSGA2(
             pop_size=population,
             sampling=np.array(seeds, dtype=bool),
@@ -151,35 +154,38 @@ def _by_bits(operators: Operators, bits: int, *_: Any) -> tuple[Any, Any]:
 
 
 def _by_steps(
-    operators: Operators, bits: int, components: Sequence[Any], orders: int
+    operators: Operators, bits: int, components: Sequence[Any], orders: int, knobs: Knobs
 ) -> tuple[Any, Any]:
-    """This is crossover and mutation by `moves.py`."""
+    """This is crossover and mutation by `moves.py`, and of knobs one by one."""
     from pymoo.core.crossover import Crossover
     from pymoo.core.mutation import Mutation
 
     parts = moves.parts_of(components)
     width = len(components) * orders
-    shape = (bits // width, width)
+    table = bits - knobs.size
+    shape = (table // width, width)
 
     class StepCrossover(Crossover):
         def _do(self, problem: Any, X: Any, *args: Any, random_state: Any = None, **_: Any) -> Any:
-            pairs = [
-                moves.cross(
-                    one.reshape(shape),
-                    other.reshape(shape),
-                    operators.crossover_points,
-                    random_state,
-                )
-                for one, other in zip(*X.astype(bool), strict=True)
-            ]
+            pairs = [self._pair(*parents, random_state) for parents in zip(*X, strict=True)]
             return np.array(pairs).reshape(len(pairs), 2, bits).swapaxes(0, 1)
+
+        def _pair(self, one: Any, other: Any, rng: Any) -> list[Any]:
+            rows = (each[:table].astype(bool).reshape(shape) for each in (one, other))
+            children = moves.cross(*rows, operators.crossover_points, rng)
+            tails = [each[table:].astype(bool) for each in (one, other)]
+            tails = knobs.cross(*tails, rng) if knobs.size else tails
+            return [np.append(*pair) for pair in zip(children, tails, strict=True)]
 
     class StepMutation(Mutation):
         def _do(self, problem: Any, X: Any, *args: Any, random_state: Any = None, **_: Any) -> Any:
-            changed = X.astype(bool).reshape(-1, *shape)
-            for rows in changed:
-                moves.move(rows, parts, random_state)
-            return changed.reshape(len(X), bits)
+            changed = X.astype(bool)
+            for vector in changed:
+                if knobs.size and random_state.random() < MOVE_SHARE:
+                    knobs.turn(vector[table:], random_state)
+                else:
+                    moves.move(vector[:table].reshape(shape), parts, random_state)
+            return changed
 
     return (
         StepCrossover(2, 2, prob=operators.crossover_share),

@@ -17,6 +17,7 @@ STYLES = {
     DRAWN: {"color": "#0969da", "marker": "D", "markersize": 4, "linestyle": "none"},
     FEWER_STEPS: {"color": "#cf222e", "marker": "x", "markersize": 6, "linestyle": ":"},
 }
+FURTHER = {"marker": "+", "markersize": 6, "linestyle": ":"}  # of other solvers
 
 
 def save_plot(
@@ -54,7 +55,7 @@ def save_plot(
         axis.plot(*line(points), "o-", color=color, label=name, lw=1, ms=2.5)
     axis.plot(*line(front), "o-", color=FRONT, label="searched front", ms=4.5, lw=1.4)
     for group, points in _groups(baselines).items():
-        axis.plot(*line(points), label=group, **STYLES[group])
+        axis.plot(*line(points), label=group, **STYLES.get(group, FURTHER))
     axis.set_xlabel(f"{labels[0]}, share of the uncached run")
     axis.set_ylabel(f"{labels[1]} (smaller is better)")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastdit.cli.distance import relative_l2
 from fastdit.errors import ArgumentError
+from fastdit.search.front import TINY
 from fastdit.search.local_models import eight_bits, require_files
 
 
@@ -33,7 +34,8 @@ class Quality(Protocol):
 
     One with `logarithmic = True` has positive losses of which the ratios matter: the search spreads its front, and
     measures hypervolume, over their logarithm. One with `of_latents = True` is given latents, and the solution's as
-    references; its losses do not vanish where nothing is reused.
+    references; its losses do not vanish where nothing is reused. One with `geometric = True` has the logarithms of its
+    losses averaged, so that a few pictures which became others do not rule.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Truth(Paired):
 
     name = "truth"
     of_latents = True
+    geometric = True
 
 
 class Task:
@@ -150,14 +153,29 @@ def make_quality(name: str, folder: str | Path | None = None) -> Quality:
 
 def is_logarithmic(quality: str | Quality) -> bool:
     """This tells whether the ratios of a judge's losses matter rather than their differences."""
-    judge = QUALITIES.get(quality) if isinstance(quality, str) else quality
-    return bool(getattr(judge, "logarithmic", False))
+    return _says(quality, "logarithmic")
 
 
 def is_of_latents(quality: str | Quality) -> bool:
     """This tells whether a judge is given latents, and the solution's beside them."""
+    return _says(quality, "of_latents")
+
+
+def is_geometric(quality: str | Quality) -> bool:
+    """This tells whether a judge's losses are averaged as logarithms."""
+    return _says(quality, "geometric")
+
+
+def average(quality: str | Quality, losses: Sequence[float]) -> float:
+    """The loss over pictures is the mean of theirs; the geometric one where the judge says so."""
+    if not is_geometric(quality):
+        return float(np.mean(losses))
+    return float(np.exp(np.log(np.maximum(losses, TINY)).mean()))
+
+
+def _says(quality: str | Quality, what: str) -> bool:
     judge = QUALITIES.get(quality) if isinstance(quality, str) else quality
-    return bool(getattr(judge, "of_latents", False))
+    return bool(getattr(judge, what, False))
 
 
 def _image_reward(folder: Path) -> Quality:

@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def write_result(
     dense = next(b for b in baselines if b.group == UNCACHED).values[1]
     save_plot(
         folder / PLOT,
-        f"{search.genome.spec.family}, {search.archive.work.steps} steps of {search.scheduler}, "
+        f"{search.genome.spec.family}, {search.archive.work.steps} steps of "
+        f"{' and '.join(search.schedulers.values())}, "
         f"{len(search.archive.seen)} schedules measured",
         [candidate.values for candidate in search.front],
         baselines,
@@ -63,7 +65,11 @@ def write_result(
 
 
 def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any]) -> Schedule:
-    """A candidate has this effective schedule, with where it comes from."""
+    """A candidate has this effective schedule, with where it comes from and how its run is made."""
+    run = search.genome.run(candidate.vector)
+    ras = (
+        None if run.ras is None else {n: getattr(run.ras, n) for n in ("ratio", "metric", "align")}
+    )
     provenance = {
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
@@ -71,8 +77,9 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "family": search.genome.spec.family,
         "model": identity["model"],
         "items": search.archive.work.items,
-        "scheduler": search.scheduler,
-        "num_inference_steps": search.archive.work.steps,
+        "scheduler": search.schedulers[str(run.solver)],
+        "num_inference_steps": run.steps or search.archive.work.steps,
+        **({} if ras is None else {"ras": ras}),
         "generations": len(search.generations) - 1,
     }
     return search.genome.schedule(search.genome.effective(candidate.vector), provenance)
@@ -114,6 +121,7 @@ def summary(
                 "name": name,
                 "key": candidate.key,
                 "reused": candidate.reused / search.genome.cells,
+                **_turned(search, candidate),
                 **objectives(search, candidate.values),
             }
             for name, candidate in zip(names, search.front, strict=True)
@@ -123,6 +131,11 @@ def summary(
             {"group": b.group, "name": b.name, **objectives(search, b.values)} for b in baselines
         ],
     }
+
+
+def _turned(search: Search, candidate: Candidate) -> dict[str, Any]:
+    """How a candidate's run is made, where more than schedules were searched."""
+    return asdict(search.genome.run(candidate.vector)) if search.genome.knobs.size else {}
 
 
 def _front_of_seeds(search: Search) -> list[tuple[float, ...]]:

@@ -7,7 +7,8 @@
 * TGATE without the averaging of its cross-attention, for models that have a cross-attention of their own.
 
 Where forecasts are searched, not of the paper: whole steps drawn by each order, evenly spread and dense early, and each
-half of the depth in turn.
+half of the depth in turn. Where more than a schedule is searched, all of that for each number of steps and each solver,
+and beside it what needs no schedule: plain runs of each, and RAS alone.
 
 A population smaller than the families takes from each in turn; a larger one is filled by crossing them.
 """
@@ -17,12 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastdit.errors import ArgumentError
 from fastdit.schedules.schedule import Schedule
 from fastdit.search.genome import Genome
+
+if TYPE_CHECKING:
+    from fastdit.search.knobs import Run
 
 PERIODS = (2, 3, 4, 5, 7, 10, 20)
 ATTENTION_PERIODS = (2, 4, 5, 7, 10, 20)
@@ -140,7 +145,15 @@ def has_cross_attention(genome: Genome) -> bool:
 
 
 def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
-    """The FORA grids come first, then a member of every other family, again and again."""
+    """The FORA grids come first, then a member of every other family, again and again; of knobs each run in turn."""
+    if genome.knobs.size:
+        runs = list(genome.knobs.runs())
+        plain = [run for run in runs if run.ras is None]
+        for run in sorted(runs, key=lambda run: run not in plain):
+            yield genome.embed(uncached(genome.alone(run)), run)
+        for group in zip_longest(*(_of_run(genome, run) for run in plain)):
+            yield from (vector for vector in group if vector is not None)
+        return
     yield from (fora(genome, n) for n in _periods(genome, PERIODS))
     roles = set(_roles(genome))
     families = [_forecasts(genome, order) for order in genome.orders if order]
@@ -150,6 +163,14 @@ def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
         families.append(_tgates(genome))
     for group in zip_longest(*families):
         yield from (vector for vector in group if vector is not None)
+
+
+def _of_run(genome: Genome, run: Run) -> Iterator[np.ndarray]:
+    """The families of one run, forecasts before others."""
+    alone = genome.alone(run)
+    drawn = zip_longest(*(_forecasts(alone, order) for order in alone.orders if order))
+    for vector in (*(v for group in drawn for v in group if v is not None), *_in_turn(alone)):
+        yield genome.embed(vector, run)
 
 
 def _forecasts(genome: Genome, order: int) -> list[np.ndarray]:

@@ -1,0 +1,147 @@
+"""What a search varies beside a schedule: how many steps a run has, how many tokens RAS computes, and which solver.
+
+A knob has a list of values, the first that of the uncached run, and one bit less than values: it stands at the value
+whose place in the list is the number of its bits that are set. So any bits mean something, and one that flips is one
+place further.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastdit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from fastdit.methods.ras import RAS
+
+MOVE_SHARE = 0.25  # of a step's moves: a knob is turned instead
+#: tokens of RAS are computed by so many, which suits small pictures too
+ALIGN = 8
+RATIOS = (1.0, 0.75, 0.5, 0.25)
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run is made so.
+
+    Attributes:
+        steps: How many; None for what the search says of all.
+        ratio: Of the tokens in a sparse step of RAS; 1 runs without it.
+        solver: A scheduler by name, as in `Work`, or "own" for the pipeline's; None for what the search says of all.
+    """
+
+    steps: int | None = None
+    ratio: float = 1.0
+    solver: str | None = None
+
+    @property
+    def ras(self) -> RAS | None:
+        """RAS with the rule that was best on the model in the package; None where all tokens are computed."""
+        if self.ratio == 1:
+            return None
+        from fastdit.methods.ras import RAS
+
+        return RAS(ratio=self.ratio, metric="change", align=ALIGN)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """These values are searched, of each the uncached run's first.
+
+    Attributes:
+        steps: Numbers of steps, falling; empty for the search's own alone.
+        ratios: Shares of the tokens that RAS computes, falling from 1, which is without RAS.
+        solvers: Schedulers by name, as in `Work`, or "own" for the pipeline's; empty for the search's own alone.
+    """
+
+    steps: tuple[int, ...] = ()
+    ratios: tuple[float, ...] = (1.0,)
+    solvers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 2), ("ratios", 0)):
+            values = tuple(getattr(self, name))
+            falling = all(a > b for a, b in itertools.pairwise(values))
+            if not falling or any(value < least or value == 0 for value in values):
+                raise ArgumentError(
+                    f"{name} must fall and be {f'at least {least}' if least else 'above 0'}, got {values!r}"
+                )
+            object.__setattr__(self, name, values)
+        object.__setattr__(self, "solvers", tuple(self.solvers))
+        if not self.ratios or self.ratios[0] != 1:
+            raise ArgumentError(f"ratios must begin with 1, without RAS, got {self.ratios!r}")
+        if len(set(self.solvers)) < len(self.solvers):
+            raise ArgumentError(f"solvers must be distinct, got {self.solvers!r}")
+
+    @cached_property
+    def values(self) -> tuple[tuple[Any, ...], ...]:
+        """Of each knob, in the order of :class:`Run`."""
+        return self.steps or (None,), self.ratios, self.solvers or (None,)
+
+    @property
+    def size(self) -> int:
+        """So many bits are theirs."""
+        return sum(len(values) - 1 for values in self.values)
+
+    def runs(self) -> Iterator[Run]:
+        """All there are, the uncached run's first."""
+        return itertools.starmap(Run, itertools.product(*self.values))
+
+    def places(self, bits: np.ndarray) -> np.ndarray:
+        """Bits, bool [..., size], have each knob at this place of its values, int [..., 3]."""
+        parts = np.split(bits, self._cuts(), axis=-1)
+        return np.stack([part.sum(axis=-1) for part in parts], axis=-1)
+
+    def read(self, bits: np.ndarray) -> Run:
+        """Bits, bool [size], stand for this run."""
+        return Run(*(v[p] for v, p in zip(self.values, self.places(bits), strict=True)))
+
+    def write(self, run: Run) -> np.ndarray:
+        """A run has these bits, bool [size].
+
+        Raises:
+            ArgumentError: It has a value that is not searched.
+        """
+        found = []
+        for (name, value), values in zip(asdict(run).items(), self.values, strict=True):
+            if value not in values:
+                raise ArgumentError(f"{name} {value!r} is not searched, which has {list(values)}")
+            found.append(np.arange(len(values) - 1) < values.index(value))
+        return np.concatenate(found)
+
+    def columns(self, bits: np.ndarray) -> np.ndarray:
+        """Bits, bool [n, size], have a one for each knob that is turned, in the value's column: float [n, size]."""
+        shown = [
+            np.arange(1, len(values)) == place[:, None]
+            for values, place in zip(self.values, self.places(bits).T, strict=True)
+        ]
+        return np.concatenate(shown, axis=1).astype(float)
+
+    def turn(self, bits: np.ndarray, rng: np.random.Generator) -> None:
+        """A random knob is set to another of its values, in place."""
+        places, counts = self.places(bits), [len(values) for values in self.values]
+        knob = rng.choice([k for k, count in enumerate(counts) if count > 1])
+        other = rng.choice([p for p in range(counts[knob]) if p != places[knob]])
+        np.split(bits, self._cuts())[knob][:] = np.arange(counts[knob] - 1) < other
+
+    def cross(
+        self, one: np.ndarray, other: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Two settings, bool [size], exchange each knob with a probability of one half; they stay as they are."""
+        lengths = [len(values) - 1 for values in self.values]
+        swapped = np.repeat(rng.random(len(lengths)) < 0.5, lengths)
+        return np.where(swapped, other, one), np.where(swapped, one, other)
+
+    def described(self) -> dict[str, Any]:
+        """JSON data describe them so."""
+        return {name: list(values) for name, values in asdict(self).items()}
+
+    def _cuts(self) -> Sequence[int]:
+        return np.cumsum([len(values) - 1 for values in self.values])[:-1]
