@@ -135,8 +135,8 @@ def random_tokens() -> Iterator[None]:
 def corners() -> Any:
     """RALU whose coarse tokens keep their published places among fine ones, everything else as it is."""
 
-    def make(*given: Any, centred: bool = False) -> Layout:
-        return Layout(*given)
+    def make(grid: Any, table: Any, coarse: int, centred: bool, *rest: Any) -> Layout:
+        return Layout(grid, table, coarse, False, *rest)
 
     make.uniform = Layout.uniform
     return mock.patch.object(resolution, "Layout", make)
@@ -186,8 +186,11 @@ def ralu() -> Iterator[tuple[str, Arm]]:
     The two stages of the last rows cost less than any published setting; all ways between the stages have equal steps.
     """
     published = functools.partial(fastdit.RALU.preset, "sd3-3x")
+    alike = functools.partial(published, weigh_keys=False)
     yield "RALU 3x, parity", fixed(published(mode="parity"))
-    yield "RALU 3x, corners", fixed(published(), around=corners)
+    yield "RALU 3x, corners, keys alike", fixed(alike(), around=corners)
+    yield "RALU 3x, keys alike", fixed(alike())
+    yield "RALU 3x, keys alike, split by change", fixed(alike(selector="change"))
     yield "RALU 3x", fixed(published())
     yield "RALU 3x, split by change", fixed(published(selector="change"))
     yield "RALU 3x, no mixed stage", fixed(published(steps=(3, 0, 6)))

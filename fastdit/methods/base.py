@@ -138,6 +138,7 @@ class Method:
         made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
         adapts: Whole steps are extrapolated only where that was better than a repeat before.
+        weighs_keys: Some keys of an attention count more than others.
         skips_steps: It leaves out whole steps and nothing else, so that any model will do.
     """
 
@@ -150,6 +151,7 @@ class Method:
     made_for: Conditions | None = None
     forecasts: bool = False
     adapts: bool = False
+    weighs_keys: bool = False
     skips_steps: bool = False
 
     def check_steps(self, steps: int) -> None:

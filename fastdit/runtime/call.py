@@ -190,13 +190,16 @@ class Call:
         """The adapter's own attention is told of these tokens; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
+        bias = None
+        if self.layout is not None:
+            bias = self.layout.key_bias(self.arguments.hidden_states.dtype)
         if keeps:
-            return ActiveTokens(count, self.rows, branch.keys, branch, ops, branch.ages)
+            return ActiveTokens(count, self.rows, branch.keys, branch, ops, branch.ages, bias)
         owns = self.layout is not None and patched.adapter.owns_attention(
             self.layout, self.arguments.hidden_states.shape[0]
         )
         if owns or (ops is not None and self._fuses_attention()):
-            return ActiveTokens(count, None, None, branch, ops)
+            return ActiveTokens(count, None, None, branch, ops, key_bias=bias)
         return None
 
     def _fuses_attention(self) -> bool:
