@@ -1134,7 +1134,8 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
         methods.append(Cached(Schedule.from_bits(bits, names)))
     if left_out != "outputs":
         mode = "parity" if batch == 1 else "corrected"
-        methods.append(RAS(0.5, start=start, resets=(4,), align=1, high_ratio=0.3, mode=mode))
+        of_tokens = {"metric": "std", "high_ratio": 0.3, "mode": mode}
+        methods.append(RAS(0.5, start=start, resets=(4,), align=1, **of_tokens))
         rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name == "flux")
 
         def choose(b, step, velocity, sigmas):

@@ -108,6 +108,8 @@ def test_a_baseline_takes_no_longer_and_has_the_arms_own_levels():
         "more time": {6},
         "nodes": {4},
     }
+    _, untimed = testbed.baselines({"RAS": arms.fixed(None, 8)}, Stand(), {}, sides=("arithmetic",))
+    assert untimed == {"RAS": {"arithmetic": ["euler 4", "unipc 4", "ab2 4"]}}
     own = found[sides["nodes"][0]]
     arguments = own.prepare(pipe)
     assert isinstance(pipe.scheduler, AB2Scheduler)

@@ -20,7 +20,7 @@ from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 #: percent of the objects that prompts asked the packaged model for, as `benchmarks/noisy_sampler.py` measured it
-NOISE_COSTS = {"uncached": 90, "every(4)": 56, "RAS 0.5": 62}
+NOISE_COSTS = {"uncached": 90, "every(4)": 56, "RAS 0.25": 65}
 
 
 @dataclass
