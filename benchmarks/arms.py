@@ -16,7 +16,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 import fastdit
 from ab2 import AB2Scheduler
 from fastdit import Schedule
-from fastdit.methods.ras import RASRun
+from fastdit.methods.ras import PUBLISHED_RESETS, RASRun
 from fastdit.tokens import resolution
 from fastdit.tokens.layout import Layout
 
@@ -135,8 +135,8 @@ def random_tokens() -> Iterator[None]:
 def corners() -> Any:
     """RALU whose coarse tokens keep their published places among fine ones, everything else as it is."""
 
-    def make(*given: Any, centred: bool = False) -> Layout:
-        return Layout(*given)
+    def make(grid: Any, table: Any, coarse: int, centred: bool, *rest: Any) -> Layout:
+        return Layout(grid, table, coarse, False, *rest)
 
     make.uniform = Layout.uniform
     return mock.patch.object(resolution, "Layout", make)
@@ -151,7 +151,7 @@ def caches() -> Iterator[tuple[str, Arm]]:
         yield f"unipc {2 * count}, halves, order 1", Arm("unipc", 2 * count, halves)
     for metric in ("std", "change"):
         for ratio in (0.5, 0.25):
-            method = fastdit.RAS(ratio=ratio, metric=metric, align=8)
+            method = fastdit.RAS(ratio, metric=metric, align=8, resets=PUBLISHED_RESETS[28])
             yield f"RAS {ratio} {metric}", fixed(method, 28)
     for solver in SOLVERS[:2]:
         name = f"{solver} 28, every 2, V and RAS 0.5 change"
@@ -162,22 +162,24 @@ def caches() -> Iterator[tuple[str, Arm]]:
 
 
 def ras() -> Iterator[tuple[str, Arm]]:
-    """RAS by each metric, the published one from both ends, the published arithmetic, random tokens as a control."""
+    """RAS by each metric, the published one from both ends, the published arithmetic, random tokens as a control.
+
+    Resets are the published ones but where a name says otherwise.
+    """
     for ratio in (0.75, 0.5, 0.25):
-        given = {"ratio": ratio, "align": 8}
-        yield f"RAS {ratio} change", fixed(fastdit.RAS(**given, metric="change"), 28)
-        yield f"RAS {ratio} std", fixed(fastdit.RAS(**given), 28)
-        yield (
-            f"RAS {ratio} std, the smallest dropped",
-            fixed(fastdit.RAS(**given, high_ratio=0.0), 28),
+        change, std = (
+            functools.partial(fastdit.RAS, ratio, metric=metric, align=8)
+            for metric in ("change", "std")
         )
-        rare = fastdit.RAS(**given, metric="change", resets=tuple(range(8, 28, 4)))
-        yield f"RAS {ratio} change, every fourth step dense", fixed(rare, 28)
+        yield f"RAS {ratio} change", fixed(change(resets=PUBLISHED_RESETS[28]), 28)
+        yield f"RAS {ratio} std", fixed(std(), 28)
+        yield f"RAS {ratio} std, the smallest dropped", fixed(std(high_ratio=0.0), 28)
+        yield f"RAS {ratio} change, every fourth step dense", fixed(change(), 28)
         yield (
             f"RAS {ratio} std, parity",
             fixed(fastdit.RAS(ratio=ratio, mode="parity"), 28, alone=True),
         )
-        yield f"RAS {ratio}, random tokens", fixed(fastdit.RAS(**given), 28, around=random_tokens)
+        yield f"RAS {ratio}, random tokens", fixed(std(), 28, around=random_tokens)
 
 
 def ralu() -> Iterator[tuple[str, Arm]]:
@@ -186,8 +188,11 @@ def ralu() -> Iterator[tuple[str, Arm]]:
     The two stages of the last rows cost less than any published setting; all ways between the stages have equal steps.
     """
     published = functools.partial(fastdit.RALU.preset, "sd3-3x")
+    alike = functools.partial(published, weigh_keys=False)
     yield "RALU 3x, parity", fixed(published(mode="parity"))
-    yield "RALU 3x, corners", fixed(published(), around=corners)
+    yield "RALU 3x, corners, keys alike", fixed(alike(), around=corners)
+    yield "RALU 3x, keys alike", fixed(alike())
+    yield "RALU 3x, keys alike, split by change", fixed(alike(selector="change"))
     yield "RALU 3x", fixed(published())
     yield "RALU 3x, split by change", fixed(published(selector="change"))
     yield "RALU 3x, no mixed stage", fixed(published(steps=(3, 0, 6)))
@@ -233,7 +238,8 @@ def both(guidance: float, pictures: int) -> tuple[Condition, Condition]:
 
 STUDIES = {
     "caches": Study(caches, (*both(2.5, 96), *both(7.0, 48)), 64),
-    "ras": Study(ras, both(2.5, 48), 64),
+    # The study of caches has RAS beside steps that take as long.
+    "ras": Study(ras, both(2.5, 48), 64, sides=("arithmetic",)),
     # Pictures that are not the truth's are judged by Fréchet distance alone, for which 20 steps are enough.
     "ralu": Study(ralu, both(2.5, 256), 128, ("unipc",), 20, ("arithmetic", "time")),
 }

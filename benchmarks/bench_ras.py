@@ -81,7 +81,7 @@ def last_step_seconds(
     timesteps = torch.linspace(999, 0, STEPS)
     rows, handle = len(inputs["hidden_states"]), None
     if ratio is not None:
-        method = fastdit.RAS(ratio=ratio, start=1, resets=())
+        method = fastdit.RAS(ratio=ratio, metric="std", start=1, resets=())
         handle = fastdit.patch(model, method, pack_weights=packed)
         run = handle.run(timesteps)
         run.__enter__()
@@ -142,7 +142,7 @@ def outside_library(model: nn.Module, inputs: dict[str, Any], ratio: float, pack
 def macs(model: nn.Module, ratio: float, tokens: int, rows: int) -> tuple[int, int, int]:
     """(active tokens, multiply-accumulates) of a sparse step, and those of a step of the unpatched model."""
     side = 16 * int(tokens**0.5)
-    handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, start=1, resets=()))
+    handle = fastdit.patch(model, fastdit.RAS(ratio=ratio, metric="std", start=1, resets=()))
     size = {"height": side, "width": side, "batch": rows, "cfg": False, "text_tokens": TEXT_TOKENS}
     said = [handle.explain(**size, steps=steps) for steps in (2, 3)]
     handle.unpatch()

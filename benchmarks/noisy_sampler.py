@@ -18,6 +18,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 import fastdit
 from fastdit import tiny
+from fastdit.methods.ras import PUBLISHED_RESETS
 from machine import describe_machine
 
 PROMPTS, BATCH, STEPS, SIZE = 48, 12, 28, 64
@@ -26,7 +27,9 @@ ARMS = {
     "uncached": None,
     "every(2)": fastdit.Cached(fastdit.Schedule.every(2)),
     "every(4)": fastdit.Cached(fastdit.Schedule.every(4)),
-    "RAS 0.5": fastdit.RAS(ratio=0.5, align=8),
+    "RAS 0.5": fastdit.RAS(ratio=0.5, align=8, resets=PUBLISHED_RESETS[28]),
+    "RAS 0.25": fastdit.RAS(ratio=0.25, align=4, resets=PUBLISHED_RESETS[28]),
+    "RAS 0.5 by std": fastdit.RAS(ratio=0.5, metric="std", align=8),
 }
 
 

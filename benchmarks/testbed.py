@@ -8,7 +8,7 @@ relative L2 distance of their latents to the truth's, by whether they are clean 
 share of the prompt's objects that are there, and by the Fréchet distance to the truth's pictures (`frechet.py`), which
 alone can judge a method that draws other pictures. A verdict is paired (`paired.py`), and against plain steps of three
 solvers (of UniPC for RALU): of equal arithmetic, the most that take no longer, one more than that, and AB2 on the arm's
-own levels.
+own levels; of equal arithmetic alone for RAS.
 
 What is drawn is kept in the folder, so a run that was interrupted goes on, and more pictures are only added. Seconds
 are measured once for a study and kept there as well: with OMP_NUM_THREADS=1 they are the processor's.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,18 +113,18 @@ def baselines(
     sides: Iterable[str] = ("arithmetic", "time", "more time"),
 ) -> tuple[dict[str, Arm], dict[str, dict[str, list[str]]]]:
     """These are all plain arms, and of each arm those beside it: what is equal -> their names."""
-    few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in ENDS)
-    step = (many - few) / (ENDS[1] - ENDS[0])
-    rest = few - ENDS[0] * step
+    sides = tuple(sides)
+    if "time" in sides:
+        few, many = (seconds[plain(SOLVERS[0], steps)[0]] for steps in ENDS)
+        step = (many - few) / (ENDS[1] - ENDS[0])
+        rest = few - ENDS[0] * step
     found: dict[str, Arm] = {}
     beside: dict[str, dict[str, list[str]]] = {}
     for name, arm in arms.items():
-        most = max(1, int((seconds[name] - rest) / step))
-        counts = {
-            "arithmetic": max(1, round(bed.arithmetic(arm))),
-            "time": most,
-            "more time": most + 1,
-        }
+        counts = {"arithmetic": max(1, round(bed.arithmetic(arm)))}
+        if "time" in sides:
+            counts["time"] = max(1, int((seconds[name] - rest) / step))
+            counts["more time"] = counts["time"] + 1
         made = {what: [plain(s, counts[what]) for s in solvers] for what in sides}
         if arm.nodes:
             levels = bed.levels(arm)
@@ -173,7 +174,7 @@ def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
     return known
 
 
-#: label of points in the plot -> what their names hold
+#: label of points in the plot of caches -> what their names hold
 GROUPS = {
     "V": "V",
     "V, adaptive": "auto",
@@ -181,16 +182,25 @@ GROUPS = {
     "halves": "halves",
     "RAS, std": "std",
     "RAS, change": "change",
-    "RAS, random": "random",
     "ECAD": "ECAD",
-    "RALU": "RALU",
 }
+
+
+def grouped(result: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Label of points in a study's plot -> its arms: each of RALU's alone, RAS's at all ratios."""
+    names = list(result["beside"])
+    if result["study"] == "caches":
+        return {label: [n for n in names if key in n] for label, key in GROUPS.items()}
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"^RAS [\d.]+,? ", "RAS, ", name), []).append(name)
+    return found
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Over evaluations, a column a condition: plain solvers as lines, everything else as points.
 
-    RALU draws other pictures, so it is shown by Fréchet distance alone; in its own study, by score too.
+    RALU draws other pictures, so it is shown by its score in the place of its distance.
     """
     import matplotlib
 
@@ -205,7 +215,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
         shown = {"score": "share of the objects\nthat are there", **shown}
     else:
         shown = {"median": "median distance\nto the solution", **shown}
-    groups = {name: name for name in result["beside"]} if own else GROUPS
     figure, axes = plt.subplots(
         2, len(conditions), figsize=(4.2 * len(conditions), 7.5), squeeze=False
     )
@@ -218,29 +227,30 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axis.plot(
                     [spent[n] for n in some], [rows[n][measure] for n in some], lw=1, label=solver
                 )
-            for marker, (label, key) in zip(itertools.cycle("ospd^vP*x<>"), groups.items()):
-                some = [n for n in rows if "against" in rows[n] and (n == key if own else key in n)]
-                if some and (own or label != "RALU" or measure == "frechet"):
-                    axis.plot(
-                        [spent[n] for n in some],
-                        [rows[n][measure] for n in some],
-                        marker,
-                        ms=4,
-                        label=label,
-                    )
+            for marker, (label, some) in zip(
+                itertools.cycle("ospd^vP*x<>"), grouped(result).items()
+            ):
+                axis.plot(
+                    [spent[n] for n in some],
+                    [rows[n][measure] for n in some],
+                    marker,
+                    ms=4,
+                    label=label,
+                )
             axis.set(
                 xscale="log", yscale="linear" if own else "log", xlabel="evaluations of the model"
             )
-            axis.set_xticks([3, 5, 7, 10, 14, 20], ["3", "5", "7", "10", "14", "20"], minor=False)
+            some = [spent[n] for n in rows]
+            ticks = [n for n in (3, 5, 7, 10, 14, 17, 20, 24) if min(some) <= n <= max(some)]
+            axis.set_xticks(ticks, list(map(str, ticks)), minor=False)
             axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3, which="both")
         title = f"{condition['captions']} captions, guidance {condition['guidance']:g}"
         axes[0][column].set_title(title, fontsize=10)
     for axis, label in zip(axes[:, 0], shown.values(), strict=True):
         axis.set_ylabel(label)
-    axes[1][0].legend(
-        fontsize=7, **({"loc": "upper left", "bbox_to_anchor": (0, -0.25)} if own else {})
-    )
+    below = {"loc": "upper left", "bbox_to_anchor": (0, -0.25)}
+    axes[1][0].legend(fontsize=7, **({} if result["study"] == "caches" else below))
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -275,7 +285,9 @@ def main() -> None:
     pipe.stock_scheduler = pipe.scheduler
     beds = [Bed(pipe, c.captions, c.guidance, size, folder, subject) for c in conditions]
     arms = dict(study.arms())
-    clock = timed(beds[0], arms, folder / f"seconds-{options.study}-{size}.json")
+    clock = {"machine": describe_machine(), "seconds": {}}
+    if "time" in study.sides:
+        clock = timed(beds[0], arms, folder / f"seconds-{options.study}-{size}.json")
     others, beside = baselines(arms, beds[0], clock["seconds"], study.solvers, study.sides)
     result = {
         "study": options.study,

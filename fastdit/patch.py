@@ -102,12 +102,12 @@ def patch(
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)
-    sparse, resizing = patched.writer("rows"), patched.writer("resolution")
-    if sparse is not None:
-        adapter.check_tokens(transformer)
+    resizing = patched.writer("resolution")
     if resizing is not None:
         adapter.check_resolution(transformer)
         _check_resizing(resizing, pipeline)
+    if patched.stands_in:
+        adapter.check_tokens(transformer)
     if cuda_graphs and resizing is not None:
         raise CompositionError(
             f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"

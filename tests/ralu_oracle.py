@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import scipy.fft
@@ -64,6 +65,7 @@ def _image(
 ) -> Tensor:
     model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
     model.centred = method.mode == "corrected"
+    model.weighs = method.weighs_keys
     noise = latents[b]
     content = pack(noise) if _is_flux(pipe) else noise
     digest = hashlib.blake2b(
@@ -281,10 +283,47 @@ def _is_flux(pipe: Any) -> bool:
     return "Flux" in type(pipe.transformer).__name__
 
 
+@contextlib.contextmanager
+def standing(often: list[int], texts: Sequence[int], text_first: bool) -> Iterator[None]:
+    """Attention in plain arithmetic, in which the key of each image token stands so often; prompts are so long."""
+    image = torch.arange(len(often)).repeat_interleave(torch.tensor(often))
+    places = {len(often): image}
+    for text in texts:
+        beside = torch.arange(text)
+        joint = [beside, image + text] if text_first else [image, beside + len(often)]
+        places[len(often) + text] = torch.cat(joint)
+    stock = nn.functional.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **given: Any
+    ) -> Tensor:
+        rows = places.get(key.shape[2])
+        if rows is None:  # of another stage
+            return stock(query, key, value, attn_mask=attn_mask, **given)
+        assert not any(given.get(name) for name in ("is_causal", "scale", "enable_gqa"))
+        products = query @ key[:, :, rows].transpose(-1, -2) / query.shape[-1] ** 0.5
+        if attn_mask is not None:
+            products = products.masked_fill(~attn_mask[..., rows], -torch.inf)
+        return products.softmax(-1) @ value[:, :, rows]
+
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", attend):
+        yield
+
+
 class Calls:
     """A stock model on a list of tokens."""
 
     centred: bool
+    weighs: bool
+    text_first: bool
+
+    def attention(
+        self, tokens: list[Any], layout: str, text: int
+    ) -> contextlib.AbstractContextManager:
+        """That in which a coarse token among others stands for its four cells, if it does; else the model's own."""
+        if layout != "mixed" or not self.weighs:
+            return contextlib.nullcontext()
+        return standing([size**2 for size, *_ in tokens], [text], self.text_first)
 
     def places(self, tokens: list[Any], layout: str) -> list[tuple[float, float]]:
         """Row and column of each token, in cells: a coarse one among others may lie in the middle of its four."""
@@ -294,6 +333,8 @@ class Calls:
 
 class FluxCalls(Calls):
     """Stock FLUX on a list of tokens, true guidance by a second call."""
+
+    text_first = True
 
     def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
         self.model, self.given = pipe.transformer, given
@@ -312,15 +353,16 @@ class FluxCalls(Calls):
             x = torch.cat([x, torch.stack([content.flatten() for content in extra])[None]], dim=2)
 
         def call(prompt: Tensor, pooled: Tensor) -> Tensor:
-            return self.model(
-                hidden_states=x,
-                encoder_hidden_states=prompt,
-                pooled_projections=pooled,
-                timestep=(1000 * sigma).expand(1).to(x.dtype) / 1000,
-                guidance=torch.tensor([given["guidance_scale"]]) if self._distilled else None,
-                img_ids=ids,
-                txt_ids=torch.zeros(prompt.shape[1], 3),
-            ).sample[0]
+            with self.attention(tokens, layout, prompt.shape[1]):
+                return self.model(
+                    hidden_states=x,
+                    encoder_hidden_states=prompt,
+                    pooled_projections=pooled,
+                    timestep=(1000 * sigma).expand(1).to(x.dtype) / 1000,
+                    guidance=torch.tensor([given["guidance_scale"]]) if self._distilled else None,
+                    img_ids=ids,
+                    txt_ids=torch.zeros(prompt.shape[1], 3),
+                ).sample[0]
 
         velocity = call(given["prompt_embeds"], given["pooled_prompt_embeds"])
         if given["true_cfg_scale"] > 1:
@@ -335,6 +377,8 @@ class FluxCalls(Calls):
 
 class SD3Calls(Calls):
     """Stock SD3 on a list of tokens, guidance by two calls; positions by their formula."""
+
+    text_first = False
 
     def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
         self.model, self.given, self.b = pipe.transformer, given, slice(b, b + 1)
@@ -359,7 +403,8 @@ class SD3Calls(Calls):
         )
 
         def call(prompt: Tensor, pooled: Tensor) -> Tensor:
-            with _embedding(model, (projected + positions).to(projected.dtype)):
+            embedded = _embedding(model, (projected + positions).to(projected.dtype))
+            with embedded, self.attention(tokens, layout, prompt.shape[1]):
                 return model(
                     hidden_states=patches,
                     encoder_hidden_states=prompt,

@@ -88,6 +88,31 @@ def test_what_is_said_of_forecasts_is_what_was_measured(readme):
         assert found["time"][f"RAS {ratio} std"]["full", 2.5]["low"] > 1.0
 
 
+def test_what_is_said_of_ras_is_what_was_measured(readme):
+    """In the README and on its page: its own choice beats the others, and plain steps where captions say all."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "testbed-ras.json").read_text())
+    full, open_ = (
+        {
+            name: said[place].found["error"]
+            for name, said in readme.testbed_tables.verdicts(result, "arithmetic")
+        }
+        for place in (0, 1)
+    )
+    assert [condition["captions"] for condition in result["conditions"]] == ["full", "open"]
+    for share in ("0.75", "0.5", "0.25"):
+        own, std = f"RAS {share} change, every fourth step dense", f"RAS {share} std"
+        for errors in (full, open_):
+            others = [n for n in errors if n.startswith(f"RAS {share}") and n != own]
+            assert all(errors[own]["value"] <= errors[n]["value"] * 1.01 for n in others)
+            assert errors[f"RAS {share} change"]["high"] < errors[std]["low"]
+        for condition in result["conditions"]:
+            median = {name: row["median"] for name, row in condition["rows"].items()}
+            assert median[f"RAS {share} std, parity"] > median[f"RAS {share}, random tokens"]
+            assert median[std] > median[f"RAS {share}, random tokens"]
+        assert (full[own]["high"] < 1.0) == (share != "0.25")
+        assert open_[own]["low"] > 1.0
+
+
 def test_what_is_said_of_ralu_is_what_was_measured(readme):
     """In the README and on its page: no interval is clear of zero, and how the values of distances lie."""
     tables = readme.testbed_tables
@@ -105,6 +130,31 @@ def test_what_is_said_of_ralu_is_what_was_measured(readme):
     assert away["RALU 3x"] < away["RALU 3x, no mixed stage"]
     assert away["RALU 3 + 7 steps to 0.2, picture"] == pytest.approx(away["RALU 3x"], rel=0.15)
     assert away["RALU 3x"] == pytest.approx(away["unipc 8, other noise"], rel=0.25)
+
+
+def test_what_is_said_of_the_mixed_stage_is_what_was_measured():
+    """Places and weights mend it one after the other, and at the end of the run nothing is left of it."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "mixed-stage.json").read_text())
+    rows = [row["stage"] for row in result["rows"].values()]
+    parity, corners, alike, weighed = (row["clean"] for row in rows)
+    assert corners["low"] < 0.0 < corners["high"]
+    assert alike["low"] > 0.0
+    assert weighed["low"] > alike["less"]
+    assert weighed["value"] > 0.95 > 0.6 > parity["value"]
+    for row in result["rows"].values():
+        assert all(found["low"] <= 0.0 <= found["high"] for found in row["run"].values())
+
+
+def test_what_is_said_of_kept_keys_is_what_was_measured():
+    """Less than half of what RAS adds to the error of as many plain steps goes with fresh ones."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "ras-keys.json").read_text())
+    median, plain = result["median"], result["median"]["plain"]
+    for share, gain in result["fresh over kept"].items():
+        kept, fresh = median[f"RAS {share}"], median[f"RAS {share}, fresh keys"]
+        assert plain < fresh < kept
+        assert kept - fresh < 0.5 * (kept - plain)
+        assert gain["value"] < 1.0
+    assert result["fresh over kept"]["0.25"]["high"] < 1.0
 
 
 def test_no_router_of_forecasts_ships_since_each_loses(readme):

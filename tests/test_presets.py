@@ -51,7 +51,7 @@ def test_changed_presets_keep_their_family():
     assert changed == replace(fastdit.RAS.preset("sd3"), ratio=0.25)
     assert hash(changed) == hash(fastdit.RAS.preset("sd3", ratio=0.25))
     assert changed.family == "sd3"
-    assert fastdit.RAS.preset("flux", family=None) == fastdit.RAS()
+    assert fastdit.RAS.preset("flux", family=None) == fastdit.RAS(metric="std")
     assert fastdit.RALU.preset("flux-4x", split=0.1).family == "flux"
     assert fastdit.ECAD.preset("tiny", "fast", resample="sigma").family == "sd3"
     assert fastdit.ECAD.preset("tiny", "fast", family=None).family is None

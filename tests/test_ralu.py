@@ -11,6 +11,7 @@ import pytest
 import scipy.fft
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers.models import attention_processor as processors
 from diffusers.models import embeddings
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.testing import CompileCounter
@@ -20,7 +21,7 @@ import oracle
 import ralu_oracle
 import ras_oracle
 import tiny_models
-from contract import distance, same_bits, within_contract
+from contract import FORWARD_FP64, distance, same_bits, within_contract
 from fastdit import (
     ECAD,
     RALU,
@@ -34,6 +35,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.account.cost import Cost
+from fastdit.blocks import attention
 from fastdit.ops import bind
 from fastdit.tokens import lift
 from fastdit.tokens.layout import Layout
@@ -190,6 +192,8 @@ def test_how_many_tokens_are_split(split, align, text, count):
         ({"lift": "spectrum"}, 'lift must be "pixels" with a mixed stage'),
         ({"lift": "picture", "mode": "parity", "steps": (2, 0, 3)}, 'with mode="parity"'),
         ({"mode": "exact"}, 'mode must be "corrected" or "parity"'),
+        ({"weigh_keys": 1}, "weigh_keys must be True, False or None"),
+        ({"weigh_keys": True, "mode": "parity"}, 'not True with mode="parity"'),
         ({"align": 0}, "align must be a whole number"),
         ({"base_shift": -1.0}, "base_shift must be a number above 0"),
     ],
@@ -238,6 +242,17 @@ def test_a_coarse_token_lies_at_its_first_cell_or_in_the_middle_of_four(centred)
     table = torch.tensor([[[1, 0, 2], [1, 4, 0], [0, 0, 0], [0, 3, 5]]], dtype=torch.int32)
     coarse = [[0.5, 2.5], [4.5, 0.5]] if centred else [[0.0, 2.0], [4.0, 0.0]]
     assert Layout((6, 6), table, 2, centred).places()[0].tolist() == [*coarse, [0, 0], [3, 5]]
+
+
+def test_a_coarse_key_counts_as_four_beside_fine_ones_alone():
+    mixed = Layout((4, 4), torch.zeros(2, 7, 3, dtype=torch.int32), 3, True, 4)
+    bias = mixed.key_bias(torch.float64)
+    assert bias.dtype is torch.float64
+    assert bias.exp().tolist() == [pytest.approx([4, 4, 4, 1, 1, 1, 1])]
+    alike = [dataclasses.replace(mixed, coarse=n) for n in (0, 7)]
+    for layout in (*alike, dataclasses.replace(mixed, coarse_keys=1)):
+        assert layout.key_bias(torch.float64) is None
+        assert not layout.weighs_keys
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["picture", "packed"])
@@ -457,6 +472,8 @@ CASES = [
     ("sd3.5", 2, {"selector": "edges", "split": 0.5}),
     ("sd3", 2, {"selector": "change"}),
     ("flux", 2, {"steps": (3, 1, 2), "selector": "change"}),
+    ("sd3", 2, {"weigh_keys": False}),
+    ("flux", 3, {"weigh_keys": False}),
     ("sd3", 1, {"steps": (2, 0, 3)}),
     ("sd3", 2, {"steps": (2, 0, 3), "lift": "spectrum"}),
     ("sd3", 1, {"steps": (2, 0, 3), "lift": "picture", "noise": 0.25}),
@@ -486,6 +503,40 @@ def test_a_run_is_that_of_the_restatement(name, batch, change):
     assert snapshot(pipe.transformer) == stock
     within_contract(found, expected)
     assert list(report.tokens_per_step) == method.tokens(96, tiny_models.TEXT)
+
+
+@pytest.mark.diffusers
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", STAGED)
+def test_a_weighed_key_stands_four_times(name, batch, backend, monkeypatch):
+    """For every family and in either order of its arithmetic; one number a key serves all queries and heads."""
+    pipe, masks = tiny_models.pipeline(name, torch.float64), []
+    _, latents = start_of(name, batch)
+    given = arguments(name, batch, 7, dtype=torch.float64, latents=latents, **SIZE)
+    prompts = [given[key] for key in ("prompt_embeds", "negative_prompt_embeds") if key in given]
+    texts, mixed = {prompt.shape[1] for prompt in prompts}, 24 + 3 * 7
+    attend = attention.torch_attention
+
+    def seen(q, k, v, scale, mask=None):
+        masks.append(mask)
+        return attend(q, k, v, scale, mask)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attention, "torch_attention", seen)
+        fastdit.patch(pipe, SHORT, backend=backend)
+        found = pipe(**given).images
+    shapes = {tuple(mask.shape[1:]) for mask in masks}
+    assert shapes
+    assert shapes <= {(1, 1, length + mixed) for length in {0, *texts}}
+    if name != "qwen":  # whose prompts have masks of their own
+        assert {mask.shape[0] for mask in masks} == {1}
+    fastdit.patch(pipe, dataclasses.replace(SHORT, weigh_keys=False), backend=backend)
+    plain = pipe(**given).images
+    often = [4] * (24 - 7) + [1] * (4 * 7)
+    with ralu_oracle.standing(often, texts, name.startswith(PACKED)):
+        within_contract(found, pipe(**given).images, bound=FORWARD_FP64)
+    assert distance(found, plain) > 1e-3
 
 
 @pytest.mark.diffusers
@@ -737,6 +788,40 @@ def test_compiled_blocks_run_the_stages():
 
 
 # --- refusals
+
+
+@pytest.mark.diffusers
+def test_a_processor_is_refused_where_keys_are_weighed():
+    """One named like the stock one is another all the same."""
+
+    class JointAttnProcessor2_0(processors.JointAttnProcessor2_0):
+        pass
+
+    pipe = tiny_models.pipeline("sd3")
+    pipe.transformer.transformer_blocks[1].attn.processor = JointAttnProcessor2_0()
+    with pytest.raises(UnsupportedModelError, match="a part of the tokens, or weighs them"):
+        fastdit.patch(pipe, SHORT)
+    for change in ({"weigh_keys": False}, {"mode": "parity"}, {"steps": (3, 0, 4)}):
+        fastdit.patch(pipe, dataclasses.replace(SHORT, **change))
+        assert generate(pipe, "sd3", steps=7, **SIZE).isfinite().all()
+
+
+@pytest.mark.diffusers
+def test_an_attention_backend_that_may_leave_the_mask_out_is_refused():
+    pipe = tiny_models.pipeline("flux", torch.float64)
+    fastdit.patch(pipe, SHORT)
+    wanted = generate(pipe, "flux", steps=7, **SIZE)
+    for name in ("native", "_native_math", "flash"):
+        for module in pipe.transformer.modules():
+            if getattr(module, "processor", None) is not None:
+                module.set_attention_backend(name)
+        if name == "flash":
+            with pytest.raises(
+                ArgumentError, match=r"of attn in block 0 must be one of .* got flash"
+            ):
+                generate(pipe, "flux", steps=7, **SIZE)
+        else:
+            within_contract(generate(pipe, "flux", steps=7, **SIZE), wanted)
 
 
 @pytest.mark.parametrize("name", STAGED)
@@ -1049,7 +1134,8 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
         methods.append(Cached(Schedule.from_bits(bits, names)))
     if left_out != "outputs":
         mode = "parity" if batch == 1 else "corrected"
-        methods.append(RAS(0.5, start=start, resets=(4,), align=1, high_ratio=0.3, mode=mode))
+        of_tokens = {"metric": "std", "high_ratio": 0.3, "mode": mode}
+        methods.append(RAS(0.5, start=start, resets=(4,), align=1, **of_tokens))
         rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name == "flux")
 
         def choose(b, step, velocity, sigmas):

@@ -132,7 +132,8 @@ def test_the_active_count_is_rounded(tokens, ratio, align, keep):
     [(7, ()), (10, (7,)), (14, (8,)), (20, (9, 14)), (28, (12, 20)), (30, (12, 22))],
 )
 def test_resets_by_number_of_steps(steps, resets):
-    assert RAS().resets_for(steps) == resets
+    assert RAS(metric="std").resets_for(steps) == RAS(mode="parity").resets_for(steps) == resets
+    assert RAS().resets_for(steps) == tuple(range(8, steps, 4))
     assert RAS(resets=(5,)).resets_for(steps) == (5,)
 
 
@@ -199,7 +200,8 @@ def test_parity_rounds_as_published(dtype, metric):
 
 def test_a_dense_step_resets_the_ages():
     """Tokens 0 to 3 have the small metric and are dropped, but for every third step."""
-    method = RAS(start=2, resets=(6,), align=1, max_age=2, starvation=0.0, high_ratio=0.0)
+    given = {"metric": "std", "starvation": 0.0, "high_ratio": 0.0}
+    method = RAS(start=2, resets=(6,), align=1, max_age=2, **given)
     run = token_run(method, 12, 8, "reference")
     pattern = torch.randn(4, generator=torch.Generator().manual_seed(0))
     velocity = pattern * torch.arange(1.0, 9.0).view(1, 8, 1, 1, 1, 1).expand(-1, -1, 1, 2, 2, 4)
@@ -518,7 +520,7 @@ def test_one_launch_prepares_a_stream(name, attentions, streams, chosen, monkeyp
 @pytest.mark.parametrize("name", LAST_OF_EACH)
 def test_a_batch_is_its_single_runs(name):
     """Each image has an active set of its own."""
-    method = RAS(start=2, ratio=0.5, align=1, high_ratio=0.5, resets=(4,))
+    method = RAS(0.5, metric="std", start=2, align=1, high_ratio=0.5, resets=(4,))
     pipe = tiny_models.pipeline(name, torch.float64)
     noise = tiny_models.arguments(name, batch=4, dtype=torch.float64)
     whole, history = observed_run(pipe, name, method, batch=4, steps=6, latents=noise_of(name, 4))
@@ -752,7 +754,8 @@ def test_a_bare_transformer_needs_the_number_of_steps():
 
 def test_old_tokens_come_back():
     pipe = tiny_models.pipeline("sd3")
-    method = RAS(start=1, ratio=0.5, align=1, resets=(), starvation=0.0, max_age=4)
+    given = {"metric": "std", "starvation": 0.0, "max_age": 4}
+    method = RAS(0.5, start=1, align=1, resets=(), **given)
     _, history = observed_run(pipe, "sd3", method, steps=24)
     waited = torch.zeros(TOKENS)
     for rows in history.values():
@@ -762,7 +765,7 @@ def test_old_tokens_come_back():
 
 
 def test_a_nan_in_the_velocity_is_kept_active():
-    run = token_run(RAS(start=1, align=1), 4, 8)
+    run = token_run(RAS(start=1, align=1, metric="std"), 4, 8)
     velocity = torch.randn(1, 2, 4, 2, 2, 4)
     velocity[0, 1, 2, 0, 0, 0] = float("nan")
     run.observe(0, velocity, 1.0)
@@ -783,7 +786,7 @@ def test_a_nan_in_the_velocity_is_kept_active():
         ({"start": 2.5}, "start"),
         ({"high_ratio": -0.1}, "high_ratio must be a number in [0, 1]"),
         ({"starvation": -1}, "starvation"),
-        ({"metric": "variance"}, "metric must be one of std, l2norm, change, got 'variance'"),
+        ({"metric": "variance"}, "metric must be one of std, l2norm, change, None, got 'variance'"),
         ({"mode": "fast"}, 'mode must be "corrected" or "parity"'),
         ({"resets": 12}, "resets must be a sequence"),
         ({"resets": (0,)}, "resets"),
@@ -890,7 +893,7 @@ def test_explain_knows_the_published_bounds():
         (flux, 512, 1, 0.5, 1.54),
         (flux, 512, 1, 0.125, 2.57),
     ):
-        handle = fastdit.patch(model, RAS(ratio=ratio))
+        handle = fastdit.patch(model, RAS(ratio=ratio, metric="std"))
         said = handle.explain(
             height=1024, width=1024, batch=rows, cfg=False, steps=28, text_tokens=text
         )

@@ -15,6 +15,7 @@ import ralu_oracle
 import tiny_models
 from contract import distance, within_contract
 from fastdit import RAS, ArgumentError
+from fastdit.methods.ras import PRESETS
 from ras_oracle import RowOracle, by_change
 from test_ralu import SHORT, SIZE, as_picture, start_of
 from test_ras import NO_GPU, TOKENS, calls_per_step, noise_of, observed_run, single_run
@@ -288,10 +289,10 @@ def test_a_loop_without_a_scheduler_has_its_timesteps():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"high_ratio": 1.0}, 'high_ratio must be None with metric="change", got 1.0'),
-        ({"starvation": 0.1}, 'starvation must be None with metric="change", got 0.1'),
+        ({"high_ratio": 1.0}, 'high_ratio must be None with metric="change", .* got 1.0'),
+        ({"starvation": 0.1}, 'starvation must be None with metric="change", .* got 0.1'),
         ({"mode": "parity"}, 'metric must be "std" or "l2norm" with mode="parity"'),
-        ({"metric": "changes"}, "metric must be one of std, l2norm, change, got 'changes'"),
+        ({"metric": "changes"}, "metric must be one of std, l2norm, change, None, got 'changes'"),
     ],
 )
 def test_what_makes_no_sense_beside_it_is_refused(given, message):
@@ -303,8 +304,17 @@ def test_a_preset_can_take_it():
     with pytest.raises(ArgumentError, match="high_ratio must be None"):
         RAS.preset("sd3", metric="change")
     assert RAS.preset("sd3", metric="change", high_ratio=None).family == "sd3"
-    assert RAS(metric="change").active(28, 4096)[4].high == 0
-    assert RAS().active(28, 4096)[4].high == 2048
+    assert RAS(metric="std").active(28, 4096)[4].high == 2048
+
+
+def test_it_is_the_corrected_modes_own():
+    assert RAS().rule == "change"
+    assert RAS().active(28, 4096)[4].high == 0
+    assert RAS(mode="parity").rule == "std"
+    assert dataclasses.replace(RAS(), mode="parity").active(28, 4096)[4].high == 2048
+    assert all(preset.rule == "std" for preset in PRESETS.values())
+    with pytest.raises(ArgumentError, match=r'the default of mode="corrected", got 0\.3'):
+        RAS(high_ratio=0.3)
 
 
 def test_gradients_are_refused():

@@ -24,7 +24,7 @@ PROMPT = (
     "a large red circle at the left and a small blue triangle at the right on a white background"
 )
 STEPS = 28
-SHOWN = (0, 3, 4, 6, 9, 11, 12, 16, 20, 24, 27)
+SHOWN = (0, 3, 4, 5, 6, 7, 8, 11, 15, 19, 27)
 
 
 def ras(folder: Path) -> None:

@@ -74,13 +74,10 @@ def results() -> list[str]:
     found = _result("testbed-caches.json")
     lines += ["", "## Distance to the solution"]
     lines += testbed_tables.tables(found, _machine(found["machine"]))
-    for path in RESULTS.glob("testbed-ralu.json"):
-        found = json.loads(path.read_text())
-        lines += ["", "## Pictures by RALU"]
+    for study in ("ras", "ralu"):
+        found = _result(f"testbed-{study}.json")
+        lines += ["", f"## Pictures by {study.upper()}"]
         lines += testbed_tables.tables(found, _machine(found["machine"]))
-    for path in sorted(RESULTS.glob("quality-*.json")):
-        found = json.loads(path.read_text())
-        lines += ["", f"## Quality of {found['study'].upper()}", *_quality(found)]
     for path in sorted(RESULTS.glob("router-*.json")):
         found = json.loads(path.read_text())
         lines += [
@@ -132,19 +129,6 @@ def searched() -> list[str]:
     return [*_presets(_result("search-cpu.json")), *_gains(_result("search-cpu.json"))]
 
 
-def beside_fewer_steps(study: str) -> list[str]:
-    """A method less plain steps in the same time or arithmetic."""
-    result = _result(f"quality-{study}.json")
-    return [
-        (
-            f"On the model in the package, {result['images']} held-out prompts, 95 % bootstrap intervals; what each "
-            f"column means is said in [the results](../results.md#quality-of-{study}):"
-        ),
-        "",
-        *_differences(result),
-    ]
-
-
 def noisy() -> list[str]:
     """What reuse does under a sampler that draws noise."""
     result = _result("noisy-sampler.json")
@@ -180,31 +164,6 @@ def sums() -> list[str]:
             for what in ("step_X", "launches", "run_X", "caches_X")
         )
         lines.append(f"| {row['n']} | {row['order']} | {row['always']} | {' | '.join(cells)} |")
-    return lines
-
-
-def choices() -> list[str]:
-    """What RAS's choice of tokens does, beside the published ones and plain steps of the same arithmetic."""
-    result = _result("ras-study.json")
-    lines = [
-        (
-            f"On the model in the package, {result['images']} prompts of each kind, 28 steps: distance of the decoded "
-            "pictures to those of a Heun solution in 60 steps. A ratio is the geometric mean over the pictures of that "
-            'of `metric="change"` over that of the arm, with a 95 % bootstrap interval; below 1 `change` is closer. '
-            'Open captions are like "a circle". (`benchmarks/ras_study.py`)'
-        ),
-        "",
-        "| captions | arm | steps of arithmetic | distance | `change` over it |",
-        "|---|---|---|---|---|",
-    ]
-    for kind, study in result["studies"].items():
-        ratios = {pair.partition(" / ")[2]: found for pair, found in study["ratios"].items()}
-        for name, arm in study["arms"].items():
-            ratio = (
-                "{:.2f} [{:.2f}, {:.2f}]".format(*ratios[name]["pixel"]) if name in ratios else ""
-            )
-            distance = "{:.4f} [{:.4f}, {:.4f}]".format(*arm["pixel"])
-            lines.append(f"| {kind} | {name} | {arm['steps of work']:.1f} | {distance} | {ratio} |")
     return lines
 
 
@@ -314,14 +273,15 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "ras": {
         "arguments": functools.partial(arguments, "RAS"),
         "measured": functools.partial(gpu_tables.measured, "RAS", "+", including="RAS"),
-        "quality": functools.partial(beside_fewer_steps, "ras"),
-        "choices": choices,
+        "choices": lambda: testbed_tables.choices(_result("testbed-ras.json")),
+        "keys": lambda: testbed_tables.stale_keys(_result("ras-keys.json")),
         "noisy": noisy,
     },
     "ralu": {
         "arguments": functools.partial(arguments, "RALU"),
         "measured": functools.partial(gpu_tables.measured, "RALU", "+", including="RALU"),
         "quality": lambda: testbed_tables.beside_fewer_steps(_result("testbed-ralu.json")),
+        "mixed": lambda: testbed_tables.mixed_stage(_result("mixed-stage.json")),
         "lifts": lambda: testbed_tables.lifts(_result("lifts.json")),
     },
     "per_stage": {"arguments": functools.partial(arguments, "PerStage")},
@@ -695,44 +655,6 @@ def _ralu(result: dict[str, Any]) -> list[str]:
 
 def _ratio(found: dict[str, float]) -> str:
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
-def _quality(result: dict[str, Any]) -> list[str]:
-    """The table of a study of `quality.py`."""
-    lines = [
-        "",
-        (
-            f"Quality on the model in the package: {result['images']} held-out prompts, half of two objects, "
-            f"{result['steps']} steps unless told otherwise, equal noise for all; 95 % bootstrap intervals; seconds "
-            f"of a picture in batches of 16, parity alone ({_machine(result['machine'])}; `benchmarks/quality.py "
-            f"{result['study']}`). Fréchet distance to freshly drawn scenes on features of the model's own encoder; "
-            "relative distance to the unpatched picture; share of the objects that the prompt names."
-        ),
-        "",
-        f"![quality over arithmetic](quality-{result['study']}.png)",
-        "",
-        "| | seconds | arithmetic | Fréchet distance | distance to unpatched | prompt score |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        seconds = f"{row['seconds']:.2f}" if row["seconds"] else ""
-        lines.append(
-            f"| {row['arm']} | {seconds} | {row['arithmetic']:.0%} | {_interval(row['frechet'])} | "
-            f"{_interval(row['distance'])} | {_interval(row['score'])} |"
-        )
-    return [*lines, "", *_differences(result)]
-
-
-def _differences(result: dict[str, Any]) -> list[str]:
-    return [
-        "| difference | in the same | Fréchet distance | distance to unpatched | prompt score |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['arm']} less {row['beside']} | {row['same']} | {_interval(row['frechet'], '+')} | "
-            f"{_interval(row['distance'], '+')} | {_interval(row['score'], '+')} |"
-            for row in result["differences"]
-        ),
-    ]
 
 
 def _routers(result: dict[str, Any], stem: str) -> list[str]:

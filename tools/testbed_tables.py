@@ -14,6 +14,15 @@ SIDES = {
 }
 
 
+#: steps of a run of RAS, as the study has them
+SPARSE = 28
+#: what is equal -> which plain steps are meant
+MEANT = {
+    "arithmetic": "of equal arithmetic",
+    "time": "with the most steps that take no more time",
+    "more time": "with one step more",
+    "nodes": "AB2 on the very levels at which the arm computes",
+}
 #: what judges every arm
 JUDGED = ("clean", "score", "Fréchet")
 
@@ -81,6 +90,12 @@ def solvers(result: Mapping[str, Any]) -> str:
     return f"the best of {', '.join(names[:-1])} and {names[-1]}" if names[1:] else names[0]
 
 
+def sides_of(result: Mapping[str, Any]) -> list[str]:
+    """In what the arms of a study have equal plain steps, as far as distances judge them."""
+    judged = [some for arm, some in result["beside"].items() if judges_distance(arm)]
+    return [side for side in SIDES if any(side in some for some in judged)]
+
+
 def _truth_steps(result: Mapping[str, Any]) -> int:
     return result.get("truth_steps", 60)
 
@@ -89,17 +104,21 @@ def _errors(result: Mapping[str, Any]) -> str:
     """What is said of errors in a study whose arms draw the truth's pictures."""
     if not any(map(judges_distance, result["beside"])):
         return ""
+    meant = "; ".join(MEANT[side] for side in sides_of(result))
     return (
         "an error is the relative distance of a picture's latents to it. A ratio is the geometric mean of an arm's "
-        f"error over that of {solvers(result)}, Euler and AB2 on the trailing grid (of equal arithmetic; with the most "
-        "steps that take no more time; with one step more; AB2 on the very levels at which the arm computes), with its "
-        "95 % interval: below 1 the arm is nearer. "
+        f"error over that of {solvers(result)}, Euler and AB2 on the trailing grid ({meant}), with its 95 % interval: "
+        "below 1 the arm is nearer. "
     )
 
 
 def tables(result: Mapping[str, Any], machine: str) -> list[str]:
     """All of a study: a table a condition."""
-    study = result["study"]
+    study, seconds = result["study"], result["seconds"]
+    side, told = "arithmetic", ""
+    if seconds:
+        batch = result.get("timed_batch", 16)
+        side, told = "time", f"Seconds are a picture's in batches of {batch}, parity alone. "
     lines = [
         "",
         (
@@ -107,15 +126,13 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             f"the package, equal noise for all. The truth is Heun's method in {_truth_steps(result)} steps; "
             f"{_errors(result)}Clean pictures show objects of some shape, the score is the share of "
             "the prompt's objects that are there, the Fréchet distance is to the truth's pictures on features of the "
-            f"model's own encoder; each less that of {solvers(result)} with the most steps that take no more time. "
-            f"Seconds are a picture's in batches of {result.get('timed_batch', 16)}, parity alone ({machine}; "
-            f"`benchmarks/testbed.py {study}`)."
+            f"model's own encoder; each less that of {solvers(result)} {MEANT[side]}. {told}({machine}; "
+            f"`benchmarks/testbed.py {study}`)"
         ),
         "",
         f"![distances over evaluations](testbed-{study}.png)",
     ]
-    judged = [some for arm, some in result["beside"].items() if judges_distance(arm)]
-    sides = [side for side in SIDES if any(side in some for some in judged)]
+    sides = sides_of(result)
     for condition in result["conditions"]:
         truth, rows = condition["truth"], condition["rows"]
         lines += [
@@ -131,28 +148,29 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             _row(
                 "",
                 "evaluations",
-                "seconds",
-                *(["error"] if judged else []),
+                *(["seconds"] if seconds else []),
+                *(["error"] if sides else []),
                 *map(SIDES.get, sides),
                 *JUDGED,
             ),
-            "|---" * (3 + bool(judged) + len(sides) + len(JUDGED)) + "|",
+            "|---" * (2 + bool(seconds) + bool(sides) + len(sides) + len(JUDGED)) + "|",
         ]
         for arm, beside in result["beside"].items():
             row, known = rows[arm], judges_distance(arm)
-            cells = [f"{row['median']:.4f}" if known else ""] if judged else []
-            for side in sides:
-                shown = verdict(rows, arm, beside[side]) if side in beside and known else None
+            cells = [f"{row['median']:.4f}" if known else ""] if sides else []
+            for equal in sides:
+                shown = verdict(rows, arm, beside[equal]) if equal in beside and known else None
                 cells.append(
                     f"{ratio(shown.found['error'])} {shown.best.split()[0]}" if shown else ""
                 )
-            found = verdict(rows, arm, beside["time"]).found
+            found = verdict(rows, arm, beside[side]).found
             cells += [
                 f"{row['clean']:.0%}, {less(found['clean'])}",
                 f"{row['score']:.0%}, {less(found['score'])}",
                 f"{row['frechet']:.4f}, {less(found['frechet'], '+.4f')}",
             ]
-            spent = f"{result['evaluations'][arm]:.1f}", f"{result['seconds'][arm]:.2f}"
+            spent = [f"{result['evaluations'][arm]:.1f}"]
+            spent += [f"{seconds[arm]:.2f}"] if seconds else []
             lines.append(_row(arm, *spent, *cells))
     return lines
 
@@ -212,6 +230,68 @@ def beside_fewer_steps(result: Mapping[str, Any]) -> list[str]:
                         less(found.found["frechet"], "+.4f"),
                     )
                 )
+    return lines
+
+
+def choices(result: Mapping[str, Any]) -> list[str]:
+    """What each choice of RAS's tokens does to the error, beside fewer plain steps."""
+    conditions = result["conditions"]
+    heads = [
+        f"{condition['captions']} captions: {what}"
+        for condition in conditions
+        for what in ("error", "over that of plain steps", "clean")
+    ]
+    lines = [
+        (
+            f"On the model in the package, {result['pictures']} held-out prompts of each kind, {SPARSE} steps, guidance"
+            f" {conditions[0]['guidance']:g}: the median error, its ratio to that of {solvers(result)} of equal "
+            "arithmetic, and the share of clean pictures less theirs, with 95 % intervals "
+            "([the results](../results.md#pictures-by-ras)):"
+        ),
+        "",
+        _row("", "evaluations", *heads),
+        "|---" * (2 + 3 * len(conditions)) + "|",
+    ]
+    for arm, found in verdicts(result, "arithmetic"):
+        cells = []
+        for condition, one in zip(conditions, found, strict=True):
+            error = f"{condition['rows'][arm]['median']:.4f}"
+            cells += [error, f"{ratio(one.found['error'])} {one.best}", less(one.found["clean"])]
+        lines.append(_row(arm, f"{result['evaluations'][arm]:.1f}", *cells))
+    return lines
+
+
+def stale_keys(result: Mapping[str, Any]) -> list[str]:
+    """How much of RAS's error is that of the keys and values that waiting tokens keep."""
+    median = result["median"]
+    found = "; ".join(
+        f"at {share} the median error is {median[f'RAS {share}']:.4f}, with fresh ones "
+        f"{median[f'RAS {share}, fresh keys']:.4f} (their ratio is {ratio(gain)})"
+        for share, gain in result["fresh over kept"].items()
+    )
+    return [
+        (
+            f"On the model in the package, {result['pictures']} pictures of {result['size']} pixels, full captions: "
+            f"{found}. {result['steps']} plain steps have {median['plain']:.4f}. (`benchmarks/ras_keys.py`)"
+        )
+    ]
+
+
+def mixed_stage(result: Mapping[str, Any]) -> list[str]:
+    """Pictures at the end of RALU's mixed stage and of the run, less the published arithmetic's."""
+    lines = [
+        (
+            f"Pictures with which the mixed stage ends, and the run; {result['pictures']} held-out prompts, shares less"
+            " those of parity with 95 % intervals (`benchmarks/mixed_stage.py`):"
+        ),
+        "",
+        "| | clean at the stage's end | objects there | clean at the run's end | objects there |",
+        "|---|---|---|---|---|",
+    ]
+    for name, ends in result["rows"].items():
+        shares = [ends[end][what] for end in ("stage", "run") for what in ("clean", "score")]
+        cells = [f"{found['value']:.0%}, {less(found)}" for found in shares]
+        lines.append(_row(name, *cells))
     return lines
 
 

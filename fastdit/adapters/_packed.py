@@ -47,11 +47,6 @@ class Packed(Adapter):
         """The result is `full` [B, N, 4 C] with `rows` replaced by `sample`."""
         return full.index_put((batch_index(rows), rows), sample)
 
-    def check_resolution(self, transformer: nn.Module) -> None:
-        """Its own attention must be able to run where each image of a batch has other tokens."""
-        super().check_resolution(transformer)
-        self.check_tokens(transformer)
-
     def reduce_latents(self, latents: Tensor, layout: Layout, ops: Any) -> Tensor:
         """The layout's tokens, [B, n, 4 C]."""
         return layout.read(self.field(latents, layout.grid), ops)
@@ -70,5 +65,5 @@ class Packed(Adapter):
     replaces_attention = True
 
     def owns_attention(self, layout: Layout, batch: int) -> bool:
-        """The stock one has one rotation for all images."""
-        return layout.table.shape[0] > 1
+        """The stock one has one rotation for all images, too."""
+        return super().owns_attention(layout, batch) or layout.table.shape[0] > 1

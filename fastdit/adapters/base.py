@@ -281,7 +281,7 @@ class Adapter(Pictures):
     # ---- a part of the tokens
 
     def check_tokens(self, transformer: nn.Module) -> None:
-        """Refuse a model whose attention is not the stock one, where a method computes a part of the tokens.
+        """Refuse a model whose attention is not the stock one, where the adapter's own stands in for it.
 
         Raises:
             UnsupportedModelError: Naming the processor, or the family.
@@ -292,9 +292,10 @@ class Adapter(Pictures):
             )
         for name, module in transformer.named_modules():
             if not self.has_stock_processor(module):
+                stock = ", ".join(sorted(self.processors))
                 raise UnsupportedModelError(
                     f"{name} has the attention processor {type(module.processor).__qualname__}; a method that computes "
-                    f"a part of the tokens stands in for diffusers' {', '.join(sorted(self.processors))}"
+                    f"a part of the tokens, or weighs them, stands in for diffusers' {stock}"
                 )
 
     def has_stock_processor(self, module: nn.Module) -> bool:

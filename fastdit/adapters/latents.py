@@ -215,12 +215,12 @@ class Pictures:
 
         return _embedded(module, patches, positions)
 
-    #: whether tokens of two sizes may need the family's own attention, see :meth:`owns_attention`
+    #: whether tokens of two sizes may need the family's own attention though all keys count alike
     replaces_attention = False
 
     def owns_attention(self, layout: Layout, batch: int) -> bool:
-        """Whether the stock attention cannot run a layout."""
-        return False
+        """Whether the stock attention cannot run a layout: in that all keys count alike."""
+        return layout.weighs_keys
 
     def refuse_residuals(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -7,11 +7,13 @@ nobody else holds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -59,6 +61,7 @@ class ActiveTokens:
         keys: Attention -> its keys and values; None where no later call reads them.
         ops: The ops that stand for modules in attention; None where only modules will do.
         memory: Free space of the adapter that lives as long as the keys: "rotation".
+        key_bias: [1, N], added to every query's products with the image's keys; None where all keys count alike.
         ages: When the tokens of components were computed, see `token_nodes.py`; it lives as long as the slots.
     """
 
@@ -68,8 +71,10 @@ class ActiveTokens:
     memory: dict[Any, Any]
     ops: Any
     ages: dict[Any, Any] = field(default_factory=dict)
+    key_bias: Tensor | None = None
     texts: Tensor | None = field(default=None, init=False)
     _joint: dict[int, Tensor] = field(default_factory=dict, init=False)
+    _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
     _index: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
 
     @property
@@ -99,6 +104,22 @@ class ActiveTokens:
             behind = torch.where(image < active, chosen, places - active + self.count)
             self._joint[text] = torch.where(image < 0, places, behind)
         return self._joint[text]
+
+    def weighed(self, mask: Tensor | None, text: int = 0, text_first: bool = True) -> Tensor | None:
+        """An attention's mask with the weights of its keys: the image's and `text` others, before or behind them.
+
+        Args:
+            mask: Added to the products, or which of them count, [B, 1 or Q, S]; None for all.
+        """
+        if self.key_bias is None:
+            return mask
+        sides = (text, 0) if text_first else (0, text)
+        if sides not in self._biases:
+            self._biases[sides] = F.pad(self.key_bias, sides).unsqueeze(1)
+        bias = self._biases[sides]
+        if mask is None:
+            return bias
+        return torch.where(mask, bias, -math.inf) if mask.dtype is torch.bool else mask + bias
 
     def stored(self, held: Any, layout: Sequence[str]) -> Any:
         """A component's kept output for this call's tokens."""

@@ -112,7 +112,7 @@ def attend(
         rotation: Of all rows, or None.
         scale: Of the products; None for 1 / sqrt(d).
         processor: The stock processor, whose attention backend is used if the user has set one.
-        mask: Added to the products, or which of them count, [B, 1 or sum n, length]; or None.
+        mask: Added to the products, or which of them count, [B or 1, 1 or sum n, length]; or None.
 
     Returns:
         [B, sum n, heads * d].
@@ -333,6 +333,7 @@ def joint_attention(
     if mask is not None:
         shown = mask.new_ones(mask.shape[0], tokens.count)
         mask = torch.cat([mask, shown] if text_first else [shown, mask], dim=1)[:, None]
+    mask = tokens.weighed(mask, length, text_first)
     out = attend(
         tokens,
         (fw.index, name),
@@ -375,6 +376,7 @@ def self_attention(
     part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, rows)
     if mask is not None and mask.shape[1] > 1 and rows is not None:
         mask = mask.take_along_dim(rows[..., None], dim=1)
+    mask = tokens.weighed(mask, text)
     out = attend(
         tokens,
         (fw.index, attention),

@@ -20,7 +20,7 @@ from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
 #: percent of the objects that prompts asked the packaged model for, as `benchmarks/noisy_sampler.py` measured it
-NOISE_COSTS = {"uncached": 90, "every(4)": 56, "RAS 0.5": 62}
+NOISE_COSTS = {"uncached": 90, "every(4)": 56, "RAS 0.25": 65}
 
 
 @dataclass
@@ -138,6 +138,7 @@ class Method:
         made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
         adapts: Whole steps are extrapolated only where that was better than a repeat before.
+        weighs_keys: Some keys of an attention count more than others.
         skips_steps: It leaves out whole steps and nothing else, so that any model will do.
         fits_waves: How many tokens it computes depends on the GPU.
     """
@@ -151,6 +152,7 @@ class Method:
     made_for: Conditions | None = None
     forecasts: bool = False
     adapts: bool = False
+    weighs_keys: bool = False
     skips_steps: bool = False
     fits_waves: bool = False
 

@@ -9,8 +9,9 @@ from which the next stage sets out on a grid of its own.
 Two modes. `"parity"` follows the published implementation: a token that is split is copied four times, which tiles its
 2 x 2 latent pixels over 4 x 4; noise has unit variance also on the tokens that are not split; edges are those of a
 picture whose darker half is clipped. `"corrected"` draws each latent pixel twice as large, as the paper's nearest
-neighbours are, gives those tokens the variance the equations ask for, and looks at the whole range. The noise that
-four copies or four pixels share is cancelled in either. Random numbers are drawn for every image from its own initial
+neighbours are, gives those tokens the variance the equations ask for, looks at the whole range, and lets a coarse token
+among fine ones lie in the middle of its four cells and count as four keys. The noise that four copies or four pixels
+share is cancelled in either. Random numbers are drawn for every image from its own initial
 latents, never from a global generator.
 
 A run without a mixed stage may split all tokens at once in two better ways, see `lift`: then every query meets keys of
@@ -55,6 +56,9 @@ class RALU(Method):
         lift: How coarse tokens become fine ones. "pixels" draws each latent pixel twice as large. The others need
             `steps` without a mixed stage: "spectrum" keeps the coarse picture as the low half of the fine one's cosine
             transform, and "picture" also decodes the clean estimate, enlarges it and encodes it again, once in a run.
+        weigh_keys: Whether the key of a coarse token counts as four beside those of fine tokens, each of which covers a
+            quarter of what it does, and not as one. None is True but in "parity", which never does that. It takes
+            diffusers' stock attention processors.
         mode: "corrected" or "parity".
         align: The tokens of the mixed stage, text included, are made a multiple of this; 1 leaves `split` as it is.
             128 suits GPUs.
@@ -73,6 +77,7 @@ class RALU(Method):
     split: float = 0.3
     selector: str = "edges"
     lift: str = "pixels"
+    weigh_keys: bool | None = None
     mode: str = "corrected"
     align: int = 1
     base_shift: float = 3.0
@@ -87,6 +92,13 @@ class RALU(Method):
         real("base_shift", self.base_shift, "above 0", lambda x: x > 0)
         one_of("selector", self.selector, SELECTORS)
         check_mode(self)
+        if self.weigh_keys not in (None, False) and (
+            self.weigh_keys is not True or self.mode == "parity"
+        ):
+            raise ArgumentError(
+                'weigh_keys must be True, False or None, and not True with mode="parity", which is as published, '
+                f"got {self.weigh_keys!r}"
+            )
         self._check_lift()
         if self.selector == "change" and self.steps[1] and self.steps[0] < 2:
             raise ArgumentError(
@@ -199,6 +211,11 @@ class RALU(Method):
 
     def begin(self, run: Any) -> ResolutionRun:
         return ResolutionRun(self, run)
+
+    @property
+    def weighs_keys(self) -> bool:
+        asked = self.mode == "corrected" if self.weigh_keys is None else self.weigh_keys
+        return asked and self.steps[1] > 0
 
     @property
     def run_steps(self) -> int:

@@ -3,8 +3,8 @@
 After `start` dense steps, and except at the dense steps `resets`, a step computes K of the N image tokens. The others
 keep their keys and values, and the velocity of the last step at which they were active, so every token moves at every
 step. Which tokens are active is decided by the velocity of the step before: per token, by the standard deviation over
-the latent channels (eq. 1), or, with the metric "change", which is not the paper's, by how wrong the velocity that is
-kept for it has become (`tokens/change.py`).
+the latent channels (eq. 1), or by how wrong the velocity that is kept for it has become (`tokens/change.py`): "change",
+the corrected mode's own metric.
 
 Two modes. `"parity"` follows the published implementation: its lists of dropped tokens, metric in the model's dtype,
 drop counters that start at -(S + 1) and make a dropped token's metric larger, unstable ties. `"corrected"` differs
@@ -32,6 +32,8 @@ from fastdit.tokens.waves import Waves
 #: resets of the published runs, by number of steps
 PUBLISHED_RESETS = {14: (8,), 28: (12, 20), 30: (12, 22)}
 METRICS = ("std", "l2norm", "change")
+#: steps from one reset to the next, with the metric "change"
+BETWEEN_RESETS = 4
 #: what stands for arguments that are left out, with the published metrics
 HIGH_RATIO, STARVATION = 1.0, 0.1
 
@@ -108,7 +110,7 @@ class RASRun(TokenRun):
             age=self._age,
             high=coming.high,
             starvation=method.rate_of_drops,
-            metric=method.metric,
+            metric=method.rule,
             max_age=method.max_age,
         )
         return rows
@@ -120,7 +122,7 @@ class RASRun(TokenRun):
             count = -(len(self.plan) + 1)
             self._drops = torch.full((self.tokens,), float(count), device=velocity.device)
         moved = torch.as_tensor(delta) * velocity[0]  # by the sigmas' own difference, not rounded
-        channels = moved.std(-1) if method.metric == "std" else moved.norm(dim=-1)
+        channels = moved.std(-1) if method.rule == "std" else moved.norm(dim=-1)
         metric = channels.mean(-1).mean(-1).flatten()  # two means, so two roundings
         metric = (metric * torch.exp(method.rate_of_drops * self._drops)).to(metric.dtype)
         order = torch.sort(metric).indices
@@ -151,13 +153,16 @@ class RAS(Method):
     Attributes:
         ratio: Mean share of active tokens in a sparse step, in (0, 1]. 1 skips nothing.
         start: Dense steps before the first sparse one, at least 1.
-        resets: Dense steps in between. None is the published choice for the number of steps.
-        metric: "std" or "l2norm" over the latent channels, or "change": how wrong a token's kept velocity is, which is
-            its last observed change per unit of sigma times how far sigma has moved since. Not in "parity".
-        high_ratio: Share of the dropped tokens taken from the large end of the metric; 1, which None stands for, drops
-            the tokens with the largest, as the paper's text says. Not with "change", which drops the smallest.
-        starvation: k in exp(k D), D the times a token was dropped; None stands for 0.1. Not with "change", whose tokens
-            come back by their age.
+        resets: Dense steps in between. None is every fourth one with "change", and the published choice for the number
+            of steps with a published metric.
+        metric: "change", how wrong a token's kept velocity is: its last observed change per unit of sigma times how far
+            sigma has moved since; or as published, "std" or "l2norm" over the latent channels. None is "change", and
+            in "parity", which knows only the published ones, "std".
+        high_ratio: Share of the dropped tokens taken from the large end of a published metric; 1, which None stands
+            for, drops the tokens with the largest, as the paper's text says. Not with "change", which drops the
+            smallest.
+        starvation: k in exp(k D) of a published metric, D the times a token was dropped; None stands for 0.1. Not with
+            "change", whose tokens come back by their age.
         schedule: None for the same number of tokens at all steps, or `Linear`.
         mode: "corrected" or "parity". The published rule knows one image, so parity refuses more.
         align: The active count is rounded to the nearest multiple, at least one; 1 is exact. Parity does not round.
@@ -174,7 +179,7 @@ class RAS(Method):
     ratio: float = 0.5
     start: int = 4
     resets: Sequence[int] | None = None
-    metric: str = "std"
+    metric: str | None = None
     high_ratio: float | None = None
     starvation: float | None = None
     schedule: Linear | None = None
@@ -196,9 +201,9 @@ class RAS(Method):
         check_align(self)
         if self.max_age is not None:
             whole("max_age", self.max_age)
-        one_of("metric", self.metric, METRICS)
+        one_of("metric", self.metric, (*METRICS, None))
         check_mode(self)
-        if self.metric == "change":
+        if self.rule == "change":
             self._check_change()
         if self.schedule is not None and not isinstance(self.schedule, Linear):
             raise ArgumentError(
@@ -236,7 +241,8 @@ class RAS(Method):
             value = getattr(self, name)
             if value is not None:
                 raise ArgumentError(
-                    f'{name} must be None with metric="change", got {value!r}: {why}'
+                    f'{name} must be None with metric="change", the default of mode="corrected", got {value!r}: {why}; '
+                    'metric="std" takes it'
                 )
 
     @property
@@ -245,12 +251,19 @@ class RAS(Method):
         return self.align == "wave"
 
     @property
+    def rule(self) -> str:
+        """This metric chooses the tokens."""
+        if self.metric is None:
+            return "std" if self.mode == "parity" else "change"
+        return self.metric
+
+    @property
     def rate_of_drops(self) -> float:
         """This is k of exp(k D)."""
         return STARVATION if self.starvation is None else self.starvation
 
     def begin(self, run: Any) -> TokenRun:
-        return ChangeRun(self, run) if self.metric == "change" else RASRun(self, run)
+        return ChangeRun(self, run) if self.rule == "change" else RASRun(self, run)
 
     def check_steps(self, steps: int) -> None:
         """A run that `start` or explicit resets do not fit is a ScheduleError that says which."""
@@ -268,6 +281,8 @@ class RAS(Method):
         """These steps of `steps` are dense after the start of a run."""
         if self.resets is not None:
             return tuple(self.resets)
+        if self.rule == "change":
+            return tuple(range(self.start + BETWEEN_RESETS, steps, BETWEEN_RESETS))
         if steps in PUBLISHED_RESETS:
             return PUBLISHED_RESETS[steps]
         if steps < 8:
@@ -297,7 +312,7 @@ class RAS(Method):
         check_noise(self, noise)
 
     def active(self, steps: int, tokens: int) -> list[SparseStep | None]:
-        share = 0.0 if self.metric == "change" else HIGH_RATIO
+        share = 0.0 if self.rule == "change" else HIGH_RATIO
         share = share if self.high_ratio is None else self.high_ratio
         found: list[SparseStep | None] = []
         for count in self.dropped(steps, tokens):
@@ -326,9 +341,9 @@ class RAS(Method):
 
 
 PRESETS = {
-    "sd3": RAS(high_ratio=0.3, family="sd3"),
-    "lumina-next": RAS(schedule=Linear(256, 4), family="lumina"),
-    "flux": RAS(family="flux"),
+    "sd3": RAS(metric="std", high_ratio=0.3, family="sd3"),
+    "lumina-next": RAS(metric="std", schedule=Linear(256, 4), family="lumina"),
+    "flux": RAS(metric="std", family="flux"),
 }
 
 METHOD = RAS

@@ -13,6 +13,9 @@ from torch import nn
 
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 
+#: diffusers' attention backends that add a mask to the products; others drop it, or take it for what counts
+ADDING_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_math")
+
 
 def refuse_replaced_blocks(patched: Any, transformer: nn.Module) -> None:
     """The blocks must be those that were patched.
@@ -41,8 +44,9 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
 
     Raises:
         UnsupportedModelError: Naming the processor.
-        ArgumentError: Naming the arguments.
+        ArgumentError: Naming the arguments, or the attention backend that would drop the weights of keys.
     """
+    weighs = any(method.weighs_keys for method in patched.methods)
     names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
     for index, block in enumerate(patched.blocks):
         for name, module in block.named_children():
@@ -50,6 +54,12 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
                 raise UnsupportedModelError(
                     f"{name} of block {index} has the attention processor {type(module.processor).__qualname__}, "
                     f"which {names} would leave out; remove it, or run inside `with handle.disabled()`"
+                )
+            backend = getattr(getattr(module, "processor", None), "_attention_backend", None)
+            if weighs and backend not in (None, *ADDING_BACKENDS):
+                raise ArgumentError(
+                    f"the attention backend of {name} in block {index} must be one of {', '.join(ADDING_BACKENDS)} for "
+                    f"{names}, which weighs keys by a mask; got {getattr(backend, 'value', backend)}"
                 )
     if told:
         raise ArgumentError(

@@ -216,17 +216,26 @@ class Call(Asked):
             branch.versions = versions(arguments.embeddings)
         return branch
 
+    def key_bias(self) -> Tensor | None:
+        """What its layout adds to the products with its keys, see :meth:`Layout.key_bias`."""
+        if self.layout is None:
+            return None
+        return self.layout.key_bias(self.arguments.hidden_states.dtype)
+
     def _tokens(self, count: int, keeps: bool) -> ActiveTokens | None:
         """The adapter's own attention is told of these tokens; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
+        bias = self.key_bias()
         if keeps:
-            return ActiveTokens(count, self.rows, branch.keys, branch.memory, ops, branch.ages)
+            return ActiveTokens(
+                count, self.rows, branch.keys, branch.memory, ops, branch.ages, bias
+            )
         owns = self.layout is not None and patched.adapter.owns_attention(
             self.layout, self.arguments.hidden_states.shape[0]
         )
         if owns or self.fuses:
-            return ActiveTokens(count, None, None, branch.memory, ops)
+            return ActiveTokens(count, None, None, branch.memory, ops, key_bias=bias)
         return None
 
     def _fuses_attention(self) -> bool:

@@ -59,6 +59,7 @@ class Patched:
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
+        stands_in: Whether the adapter's own attention may run in the place of diffusers' processors.
         acts, forecasts, adapts: Whether a method leaves anything out, draws outputs through earlier ones, or does so
             where that was better than a repeat.
         made_steps, made_for: The number of steps that a method was made for, or None, and method -> its conditions.
@@ -91,9 +92,9 @@ class Patched:
         self.max_cache_bytes: int | None = min(bounds, default=None)
         self._cache_dtype: str | None = self._first("cache_dtype")
         # A family that runs two token sizes by its own attention may do so for one image of several.
-        self._stands_in = self.writer("rows") is not None or (
-            self.writer("resolution") is not None and self.adapter.replaces_attention
-        )
+        resized = self.writer("resolution") is not None and self.adapter.replaces_attention
+        weighs = any(method.weighs_keys for method in self.methods)
+        self.stands_in = self.writer("rows") is not None or weighs or resized
         self._plans: dict[Any, RunPlan] = {}
         # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
         # patch; wrapped here and not in the class, since torch's compiler takes long to import.
@@ -202,7 +203,7 @@ class Patched:
         """This refuses a run that a method was not made for, or that something which came after `patch` would spoil."""
         arrivals.refuse_replaced_blocks(self, transformer)
         arrivals.refuse_other_caches(self, transformer)
-        if self._stands_in:
+        if self.stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
         if self.made_for:  # only where somebody asks: the timesteps may have to come from a GPU
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)

@@ -129,6 +129,9 @@ def _given(call: Any) -> dict[str, Tensor]:
         found["rows"] = call.rows
     if call.layout is not None:
         found["table"] = call.layout.table
+        bias = call.key_bias()
+        if bias is not None:
+            found["key_bias"] = bias
     return found
 
 
@@ -161,7 +164,8 @@ def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         found.append((call.rows.shape, call.rows.dtype))
     if layout is not None:
         table = layout.table.shape
-        found.append((layout.name, layout.grid, table, layout.coarse, layout.centred))
+        given = layout.coarse, layout.centred, layout.weighs_keys
+        found.append((layout.name, layout.grid, table, *given))
         found.append(programs.form_of({"stage": resolution.memory}))
     if call.collapses or run.patched.forecasts:
         # The sums are those of this very step, and so are a forecast's weights.

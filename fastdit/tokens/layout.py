@@ -10,7 +10,8 @@ A field is latents as [B, gh, gw, 2, 2, C], a view. A token is its pixels in the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +31,15 @@ class Layout:
             [1, n, 3] where all images have the same.
         coarse: How many tokens are coarse.
         centred: Whether a coarse token's place is the middle of its four cells, and not its first cell.
+        coarse_keys: How many keys that of a coarse token counts for, where there are fine ones beside it.
     """
 
     grid: tuple[int, int]
     table: Tensor
     coarse: int
     centred: bool = False
+    coarse_keys: int = 1
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def uniform(cls, grid: tuple[int, int], level: int, device: torch.device) -> Layout:
@@ -62,6 +66,24 @@ class Layout:
         """fp32 [B, n, 2]: y and x of each token, in cells."""
         level, *places = self.table.float().unbind(-1)
         return torch.stack(places, dim=-1) + (level / 2 if self.centred else 0 * level)[..., None]
+
+    @property
+    def weighs_keys(self) -> bool:
+        """Whether some keys count more than others."""
+        return self.coarse_keys != 1 and self.name == "mixed"
+
+    def key_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """[1, n]: what is added to every query's products with these keys, the logarithm of how often each counts.
+
+        None where each counts once.
+        """
+        if not self.weighs_keys:
+            return None
+        if dtype not in self._biases:
+            bias = torch.zeros(1, self.tokens, dtype=dtype, device=self.table.device)
+            bias[:, : self.coarse] = math.log(self.coarse_keys)
+            self._biases[dtype] = bias
+        return self._biases[dtype]
 
     def table_of(self, batch: int) -> Tensor:
         """The table of `batch` rows, CFG branches of the images one after the other."""

@@ -208,7 +208,8 @@ class ResolutionRun(MethodRun):
         if full:
             self.now = Layout.uniform(before.grid, 0, x.device)
         else:
-            self.now = Layout(before.grid, table, coarse, centred=not parity)
+            keys = 4 if self.method.weighs_keys else 1
+            self.now = Layout(before.grid, table, coarse, not parity, keys)
         return x
 
     def _lifted(self, x: Tensor) -> Tensor:
