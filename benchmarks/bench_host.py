@@ -41,17 +41,24 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     pipe = host.pipeline(name)
     seconds: dict[str, list[float]] = defaultdict(list)
     counts: dict[str, tuple[int, int]] = {}
-    for turn in range(rounds):
-        for arm in ("stock", *METHODS):
-            if arm != "stock":
-                fastdit.patch(pipe, METHODS[arm], backend="cpu")
-            if not turn:
-                frames = sum(later(host.frames(name, pipe), arm)[-1].values())
-                launched = later(host.launches(name, pipe), arm)[-1]
-                counts[arm] = frames, sum(launched.kernels.values())
-            host.draw(name, pipe)
+
+    def patched(arm: str) -> Any:
+        fastdit.unpatch(
+            pipe
+        )  # with its programs, whose launches are counted only where they are recorded
+        if arm != "stock":
+            fastdit.patch(pipe, METHODS[arm], backend="cpu")
+        return pipe
+
+    for arm in ("stock", *METHODS):
+        launched = later(host.launches(name, patched(arm)), arm)[-1]
+        frames = later(host.frames(name, patched(arm)), arm)[-1]
+        counts[arm] = sum(frames.values()), sum(launched.kernels.values())
+    for _ in range(rounds):
+        for arm in counts:
+            host.draw(name, patched(arm))
             seconds[arm] += later(host.seconds(name, pipe), arm)
-            fastdit.unpatch(pipe)
+    fastdit.unpatch(pipe)
     stock = statistics.median(seconds["stock"])
     rows = []
     for arm, times in seconds.items():

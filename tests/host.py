@@ -244,7 +244,8 @@ def counted_ops(count: Callable[[str], None]) -> Iterator[None]:
 
 
 def launches(name: str, pipe: Any, steps: int = STEPS) -> list[Launches]:
-    """What each transformer call of a second run launches, programs included."""
+    """What each transformer call of a second run launches, of a pipeline that was just patched: programs that were
+    recorded before launch ops unseen."""
     found: list[Launches] = []
     now: list[Launches] = []
 
