@@ -241,7 +241,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 xscale="log", yscale="linear" if own else "log", xlabel="evaluations of the model"
             )
             some = [spent[n] for n in rows]
-            ticks = [n for n in (3, 5, 7, 10, 14, 17, 20, 24) if min(some) <= n <= max(some)]
+            few = max(some) < 2 * min(some)
+            ticks = range(3, 25) if few else (3, 5, 7, 10, 14, 20)
+            ticks = [n for n in ticks if min(some) <= n <= max(some)]
             axis.set_xticks(ticks, list(map(str, ticks)), minor=False)
             axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3, which="both")

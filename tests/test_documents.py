@@ -68,9 +68,9 @@ def test_what_is_said_of_forecasts_is_what_was_measured(readme):
         mild = captions, 2.5
         level = equal["unipc 20, every 2, V"][mild]
         assert level["low"] <= 1.0
-        assert 0.9 < level["value"] < 1.1
+        assert 0.85 < level["value"] < 1.1
         assert equal["unipc 28, every 2, V"][mild]["high"] < 1.0
-        assert equal["unipc 28, every 2, auto"][mild]["high"] < 1.0
+        assert equal["unipc 28, every 2, auto"][mild]["value"] < 1.0
         assert equal["unipc 20, every 2, auto"][mild]["value"] < 1.1
         assert equal["unipc 10, every 2, V"][mild]["value"] > 1.0
     for steps in (10, 14, 20, 28):
@@ -117,7 +117,7 @@ def test_what_is_said_of_ralu_is_what_was_measured(readme):
     """In the README and on its page: no interval is clear of zero, and how the values of distances lie."""
     tables = readme.testbed_tables
     result = json.loads((ROOT / "benchmarks" / "results" / "testbed-ralu.json").read_text())
-    assert result["pictures"] == 64
+    assert result["pictures"] == 256
     for side in ("time", "arithmetic"):
         for name, (said,) in tables.verdicts(result, side):
             for judged in ("clean", "score", "frechet"):
@@ -125,11 +125,14 @@ def test_what_is_said_of_ralu_is_what_was_measured(readme):
             assert said.found["frechet"]["less"] > 0.0
     (condition,) = result["conditions"]
     away = {name: row["frechet"] for name, row in condition["rows"].items()}
-    lifts = [away[f"RALU late, {lift}"] for lift in ("picture", "spectrum", "pixels")]
-    assert sorted(lifts) == lifts
-    assert away["RALU 3x"] < away["RALU 3x, no mixed stage"]
-    assert away["RALU 3 + 7 steps to 0.2, picture"] == pytest.approx(away["RALU 3x"], rel=0.15)
-    assert away["RALU 3x"] == pytest.approx(away["unipc 8, other noise"], rel=0.25)
+    picture, spectrum, pixels = (away[f"RALU late, {n}"] for n in ("picture", "spectrum", "pixels"))
+    assert picture < pixels < spectrum
+    mends = ("RALU 3x", "RALU 3x, keys alike", "RALU 3x, corners, keys alike")
+    assert away[mends[0]] < away[mends[1]] < away[mends[2]]
+    others = "RALU 3x, no mixed stage", "RALU 3 + 7 steps to 0.2, picture", "unipc 8, other noise"
+    assert all(away["RALU 3x"] < away[name] for name in others)
+    assert away["RALU 3x, parity"] < away["unipc 8, other noise"]
+    assert away["RALU 3x, split by change"] == pytest.approx(away["RALU 3x"], rel=0.1)
 
 
 def test_what_is_said_of_the_mixed_stage_is_what_was_measured():
