@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from fastdit import emoji
 from fastdit.emoji import captions, scenes, sprites
 from fastdit.emoji.recipe import RECIPE
 from fastdit.emoji.score import read
+from fastdit.emoji.train import COURSE
 from fastdit.tiny.bank import BankConfig, build_bank, load_bank, save_bank
 from fastdit.tiny.models import build_vae
 from fastdit.tiny.tokenizer import build_tokenizer
+from fastdit.tiny.train import main
 from fastdit.tiny.train_transformer import Trainer, TransformerTraining
 from fastdit.tiny.train_vae import VaeTraining, vae_batch, vae_loss
 
@@ -211,6 +215,44 @@ def test_the_recipe_trains_and_resumes(tmp_path) -> None:
     halves.save()
     resumed = Trainer(bank, settings, tmp_path / "b", RECIPE)
     assert [resumed.advance() for _ in range(2)] == losses[1:]
+
+
+def test_a_course_ends_with_a_pipeline_and_can_be_looked_at(tmp_path) -> None:
+    torch.set_num_threads(1)
+    course = replace(
+        COURSE,
+        bank=BankConfig(half=8, full=8),
+        transformer=replace(COURSE.transformer, half_batch=2, full_batch=2),
+        measure=lambda pipeline, count, report: {"count": count},
+    )
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = ["--run", str(run), "--out", str(out), "--steps", "1", "--count", "3"]
+    main(["all", *options], course)
+    facts = json.loads((out / "training.json").read_text())
+    assert facts["command"].startswith("python -m fastdit.emoji.train all")
+    assert facts["measured"] == {"count": 3}
+    assert {stage: facts["stages"][stage]["steps"] for stage in facts["stages"]} == {
+        "vae": 1,
+        "compact": 1,
+        "transformer": 1,
+    }
+    pipeline = emoji.load_pipeline(out)
+    assert pipeline.transformer.config.in_channels == 16
+    assert pipeline("a cat", num_inference_steps=1, output_type="np").images.shape == (
+        1,
+        128,
+        128,
+        3,
+    )
+    main(["look", *options], course)
+    for name, height in (("vae", 512), ("samples", 256)):
+        with Image.open(run / f"{name}.png") as picture:
+            assert picture.size == (1024, height)
+
+
+def test_missing_weights_are_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no weights of the emoji model"):
+        emoji.load_pipeline(tmp_path)
 
 
 def test_the_autoencoder_starts_with_edges_and_learns_scales() -> None:

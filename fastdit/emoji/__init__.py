@@ -1,4 +1,4 @@
-"""The second embedded model: it draws one to three emoji on a coloured ground.
+"""A second small model, not trained to the end yet: it draws one to three emoji on a coloured ground.
 
 A Stable Diffusion 3 pipeline of stock diffusers classes, like ``fastdit.tiny``, with whose stages
 it was trained. Its captions may be terse ("a cat"), which many pictures fit, so its trajectories
@@ -31,12 +31,16 @@ def assets_path() -> Path:
 
 
 def load_pipeline(
-    torch_dtype: torch.dtype | None = None, progress_bar: bool = False
+    folder: str | Path | None = None,
+    torch_dtype: torch.dtype | None = None,
+    progress_bar: bool = False,
 ) -> TinySD3Pipeline:
-    """This loads the emoji model, from the package alone: no network, no code execution.
+    """This loads the emoji model from a folder: no network, no code execution.
 
     Parameters
     ----------
+    folder : str or Path, optional
+        What ``export`` wrote; the package's own folder if not given.
     torch_dtype : torch.dtype, optional
         Type of the weights in memory; float32 if not given (files hold float16).
     progress_bar : bool
@@ -49,7 +53,14 @@ def load_pipeline(
 
     Raises
     ------
+    FileNotFoundError
+        If there are no weights; the package comes without them, see ``assets/README.md``.
     DependencyError
         If transformers, of the extra "cli", is not installed.
     """
-    return tiny.load_pipeline(ASSETS, torch_dtype, progress_bar)
+    folder = ASSETS if folder is None else Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no weights of the emoji model: python -m fastdit.emoji.train all makes them"
+        )
+    return tiny.load_pipeline(folder, torch_dtype, progress_bar)

@@ -1,4 +1,4 @@
-"""Training of the emoji model: ``python -m fastdit.emoji.train STAGE``, on one core in two hours.
+"""Training of the emoji model: ``python -m fastdit.emoji.train STAGE``, on one core.
 
 What the two embedded models share is in ``fastdit.tiny``; this file only says with which settings.
 """
@@ -45,7 +45,7 @@ COURSE = Course(
     CompactTraining(minutes=10.0, batch=8, rate=1e-3, disturbance=0.1, bfloat16=True),
     BankConfig(half=1000, full=6000, single=0.4),
     TransformerTraining(
-        minutes=65.0,
+        minutes=120.0,
         half_share=0.08,
         simple_until=0.3,
         simple_share=0.5,
