@@ -95,6 +95,21 @@ def arms_of(runs: Runs) -> dict[str, Arm]:
     return {arm.name: arm for arm in found}
 
 
+@torch.no_grad()
+def tune(runs: Runs, place: Place) -> None:
+    """fastdit's attention is measured once, as its users do, since the compiled baseline has its best one too."""
+    if place.rehearsal:
+        place.stands_in("attentions are not measured, torch chooses")
+        return
+    handle = fastdit.patch(runs.pipe, fastdit.RAS(ratio=0.25))
+    try:
+        with handle.tune_attention() as tuning:
+            runs.draw(8)
+    finally:
+        handle.unpatch()
+    place.answer.facts[f"attention, {runs.real.name}"] = str(tuning)
+
+
 def _unpatched(runs: Runs, place: Place) -> AbstractContextManager[None]:
     return nullcontext()
 

@@ -29,6 +29,7 @@ from gpu_sections.run_arms import (
     Absent,
     Arm,
     arms_of,
+    tune,
 )
 from real_models import MODELS, RealModel
 from real_runs import Runs
@@ -128,6 +129,8 @@ def measure(
             place.lack(f"{model}: {name}", f"diffusers is not installed: {error}")
         return
     arms = arms_of(runs)
+    if any(arms[name].kind == "fastdit" for name in names):
+        tune(runs, place)
     found: dict[str, Measured] = {}
     for turn in range(1 if place.order.quick else min(rounds, 2) if place.rehearsal else rounds):
         for name in names:
