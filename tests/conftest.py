@@ -84,3 +84,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def unprogrammed(monkeypatch):
+    """Every call runs the model's own forward: what stands in for a function is seen by all of them."""
+    monkeypatch.setattr("fastdit.runtime.programmed.model_of", lambda call: None)

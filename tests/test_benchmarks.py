@@ -18,7 +18,7 @@ import torch
 
 import fastdit
 import tiny_models
-from fastdit import ops
+from fastdit import ops, tiny
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -96,14 +96,9 @@ def test_the_published_noise_has_the_published_covariance(ralu):
     torch.testing.assert_close(torch.cov(draws.T), expected, rtol=0, atol=0.05)
 
 
-@pytest.fixture
-def quality(monkeypatch):
+def test_frechet_distance_is_that_of_gaussians(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module("quality")
-
-
-def test_frechet_distance_is_that_of_gaussians(quality):
-    distance = quality.frechet.distance
+    distance = importlib.import_module("frechet").distance
     rng = np.random.default_rng(0)
     turn = np.linalg.qr(rng.normal(size=(5, 5)))[0]
     a, b = rng.uniform(0.1, 3, 5), rng.uniform(0.1, 3, 5)
@@ -122,11 +117,13 @@ def test_frechet_distance_is_that_of_gaussians(quality):
     assert distance((np.zeros(5), s1), (np.zeros(5), s2)) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_control_of_ras_draws_its_tokens_at_random(quality):
-    pipe = quality.tiny.load_pipeline()
+def test_the_control_of_ras_draws_its_tokens_at_random(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    random_tokens = importlib.import_module("arms").random_tokens
+    pipe = tiny.load_pipeline()
     handle = fastdit.patch(pipe, fastdit.RAS(ratio=0.5, start=1, align=1, resets=()))
     chosen = []
-    for around in (contextlib.nullcontext, quality.random_tokens, quality.random_tokens):
+    for around in (contextlib.nullcontext, random_tokens, random_tokens):
         with around():
             pipe("a red circle", num_inference_steps=3, output_type="latent")
         chosen.append({step: mask.copy() for step, mask in handle.report().active.items()})
@@ -135,28 +132,6 @@ def test_the_control_of_ras_draws_its_tokens_at_random(quality):
         assert ras[step].sum() == control[step].sum()
         assert not np.array_equal(ras[step], control[step])
         assert np.array_equal(control[step], again[step])
-
-
-def test_a_study_draws_the_same_after_an_interruption_and_judges_it(quality, tmp_path, monkeypatch):
-    pipe = quality.tiny.load_pipeline()
-    texts = quality.held_out(6)
-    assert [len(quality.tiny.captions.parse(text).objects) for text in texts] == [1] * 3 + [2] * 3
-    arm = quality.Arm(steps=1, batch=2)
-    whole = quality.draw_all(pipe, "whole", arm, texts, tmp_path)
-    np.save(tmp_path / "part.npy", whole[:2])
-    draw, drawn = quality.draw, []
-    monkeypatch.setattr(quality, "draw", lambda *some: drawn.append(some[2]) or draw(*some))
-    again = quality.draw_all(pipe, "part", arm, texts, tmp_path)
-    assert drawn == [texts[2:4], texts[4:]]
-    assert np.array_equal(again, whole)
-    monkeypatch.setattr(quality, "REFERENCES", 64)
-    monkeypatch.setattr(quality, "RESAMPLES", 20)
-    found = quality.judge(pipe.vae, {"unpatched": whole, "black": 0 * whole}, texts)
-    assert found["unpatched"]["distance"].max() == 0
-    assert found["black"]["distance"][0] == pytest.approx(1)
-    assert found["black"]["score"][0] == 0
-    assert found["black"]["frechet"][0] > found["unpatched"]["frechet"][0]
-    assert quality.interval(np.array([2.0, *range(101)])) == {"value": 2, "low": 2.5, "high": 97.5}
 
 
 @pytest.mark.slow

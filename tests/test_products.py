@@ -171,6 +171,7 @@ def test_a_gelu_is_fused_where_it_is_the_same(epilogue):
 @pytest.mark.diffusers
 @pytest.mark.parametrize("family", FEED_FORWARDS)
 @torch.no_grad()
+@pytest.mark.usefixtures("unprogrammed")
 def test_feed_forwards_are_as_near_to_fp64_as_stock(family, epilogue):
     dtype = torch.bfloat16
     model = tiny_models.transformer(family, dtype)

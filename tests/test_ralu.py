@@ -509,6 +509,7 @@ def test_a_run_is_that_of_the_restatement(name, batch, change):
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", STAGED)
+@pytest.mark.usefixtures("unprogrammed")
 def test_a_weighed_key_stands_four_times(name, batch, backend, monkeypatch):
     """For every family and in either order of its arithmetic; one number a key serves all queries and heads."""
     pipe, masks = tiny_models.pipeline(name, torch.float64), []
@@ -629,6 +630,7 @@ def test_callbacks_see_full_size_at_every_step(name):
 @pytest.mark.diffusers
 @pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no cfg"])
 @pytest.mark.parametrize("name", ["sd3", "flux"])  # by a table, and by a module
+@pytest.mark.usefixtures("unprogrammed")
 def test_positions_are_made_once_for_a_stage(name, cfg, monkeypatch):
     """Whatever the number of steps and of calls within one."""
     pipe = tiny_models.pipeline(name)

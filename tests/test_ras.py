@@ -490,6 +490,7 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
         ("lumina", 3, 1),
     ],
 )
+@pytest.mark.usefixtures("unprogrammed")
 def test_one_launch_prepares_a_stream(name, attentions, streams, chosen, monkeypatch):
     """Also where a second attention or a single-stream block has one stream only."""
     counts = {1: 16, 2: 16}

@@ -55,8 +55,8 @@ def test_without_a_gpu_counts_are_rounded_as_by_default(count, tokens):
 
 
 def test_the_dropped_keep_their_ends():
-    plan = RAS(0.25, high_ratio=0.5, align="wave").active(28, 4096)
-    moved = RAS(0.25, high_ratio=0.5, align="wave").fitted(plan, 4096, FLUX)
+    plan = RAS(0.25, metric="std", high_ratio=0.5, align="wave").active(28, 4096)
+    moved = RAS(0.25, metric="std", high_ratio=0.5, align="wave").fitted(plan, 4096, FLUX)
     assert [s and (s.keep, s.high) for s in plan[:5]] == [None] * 4 + [(1024, 1536)]
     assert [s and (s.keep, s.high) for s in moved[:5]] == [None] * 4 + [(896, 1600)]
     assert RAS(0.25).fitted(plan, 4096, FLUX) == plan

@@ -38,7 +38,7 @@ NEEDS: Mapping[str, str] = {
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections position_embedding condition_embedding condition_arguments "
-    "output_norm unread layer_inputs embed_condition timesteps_per_unit given_timesteps",
+    "output_norm unread layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
