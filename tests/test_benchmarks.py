@@ -121,7 +121,7 @@ def test_the_control_of_ras_draws_its_tokens_at_random(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     random_tokens = importlib.import_module("arms").random_tokens
     pipe = tiny.load_pipeline()
-    handle = fastdit.patch(pipe, fastdit.RAS(ratio=0.5, start=1, align=1, resets=()))
+    handle = fastdit.patch(pipe, fastdit.RAS(ratio=0.5, metric="std", start=1, align=1, resets=()))
     chosen = []
     for around in (contextlib.nullcontext, random_tokens, random_tokens):
         with around():

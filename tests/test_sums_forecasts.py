@@ -218,15 +218,20 @@ def test_bytes_and_launches_of_steps_are_as_planned(first, order):
             with Trace(large=x // 2) as trace:
                 model(**given)
             until = [count.residual_bytes(plan.part(0, end)) for end in (step, step + 1)]
-            # Positions, of one image, are added with the first residual.
-            assert moved(trace) == until[1] - until[0] + x // 2
+            # Positions, of one image, are added to the patches before the first block, or with its residuals.
+            alone = first == "attn1" or not step % 4
+            positions = (5 if alone else 1) * x // 2
+            assert moved(trace) == until[1] - until[0] + positions
             if step % 4:
                 adding = [k for k in trace.kernels if k.name in UPDATES]
                 nodes = min(order, step // 4) + 1
                 if first == "attn1":  # what it gives is added with the sums, at the end
-                    assert [k.large_bytes for k in adding] == [(1 + 3 * nodes + 2) * x]
+                    assert [k.large_bytes for k in adding] == [positions, (1 + 3 * nodes + 2) * x]
                 else:
-                    assert [k.large_bytes for k in adding] == [(3 * nodes + 2) * x, 3 * x]
+                    assert [k.large_bytes for k in adding] == [
+                        (3 * nodes + 2) * x + positions,
+                        3 * x,
+                    ]
 
 
 # ---- whole runs
