@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdit.tiny.score import as_pictures
+from fastdit.tiny.score import paired, share
 
 from .captions import ParsedObject, parse
 from .scenes import CELLS, PLACES, SIZES, STARTS
@@ -233,11 +233,6 @@ def _judge(prompt: str, named: tuple[ParsedObject, ...], reading: Reading) -> li
     return verdicts
 
 
-def _share(flags: Sequence[bool | None]) -> float:
-    told = [flag for flag in flags if flag is not None]
-    return sum(told) / len(told) if told else 1.0
-
-
 def score(images: Any, prompts: str | Sequence[str]) -> Score:
     """This judges pictures against their prompts.
 
@@ -253,13 +248,7 @@ def score(images: Any, prompts: str | Sequence[str]) -> Score:
     ValueError
         If the numbers differ, there are none, or a prompt names no emoji.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    pictures = as_pictures(images)
-    if len(pictures) != len(prompts) or not prompts:
-        raise ValueError(
-            f"images and prompts must be equally many, at least one; "
-            f"got {len(pictures)} images and {len(prompts)} prompts"
-        )
+    pictures, prompts = paired(images, prompts)
     named = [parse(prompt).objects for prompt in prompts]
     readings = [read(picture) for picture in pictures]
     verdicts = [
@@ -268,11 +257,11 @@ def score(images: Any, prompts: str | Sequence[str]) -> Score:
         for verdict in _judge(prompt, wishes, reading)
     ]
     return Score(
-        mean=_share([verdict.right for verdict in verdicts]),
-        style=_share([verdict.style for verdict in verdicts]),
-        size=_share([verdict.size for verdict in verdicts]),
-        place=_share([verdict.place for verdict in verdicts]),
-        clean=_share([reading.clean for reading in readings]),
+        mean=share([verdict.right for verdict in verdicts]),
+        style=share([verdict.style for verdict in verdicts]),
+        size=share([verdict.size for verdict in verdicts]),
+        place=share([verdict.place for verdict in verdicts]),
+        clean=share([reading.clean for reading in readings]),
         chance=float(np.mean([len(wishes) / len(NAMES) for wishes in named for _ in wishes])),
         objects=tuple(verdicts),
     )

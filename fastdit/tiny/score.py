@@ -237,9 +237,28 @@ def _judge(prompt: str, parsed: ParsedPrompt, found: list[Found]) -> list[Object
     return scores
 
 
-def _share(flags: Sequence[bool | None]) -> float:
+def share(flags: Sequence[bool | None]) -> float:
+    """The part of the flags that are true, of those that say anything; 1 where none does."""
     told = [flag for flag in flags if flag is not None]
     return sum(told) / len(told) if told else 1.0
+
+
+def paired(images: Any, prompts: str | Sequence[str]) -> tuple[list[np.ndarray], list[str]]:
+    """This gives pictures as :func:`as_pictures` does, and the prompt of each.
+
+    Raises
+    ------
+    ValueError
+        If the numbers differ or there are none.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    pictures = as_pictures(images)
+    if len(pictures) != len(prompts) or not prompts:
+        raise ValueError(
+            f"images and prompts must be equally many, at least one; "
+            f"got {len(pictures)} images and {len(prompts)} prompts"
+        )
+    return pictures, prompts
 
 
 def score(images: Any, prompts: str | Sequence[str]) -> Score:
@@ -262,13 +281,7 @@ def score(images: Any, prompts: str | Sequence[str]) -> Score:
     ValueError
         If the numbers differ, there are none, or a prompt names no shape.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    pictures = as_pictures(images)
-    if len(pictures) != len(prompts) or not prompts:
-        raise ValueError(
-            f"images and prompts must be equally many, at least one; "
-            f"got {len(pictures)} images and {len(prompts)} prompts"
-        )
+    pictures, prompts = paired(images, prompts)
     verdicts: list[ObjectScore] = []
     grounds: list[bool | None] = []
     chances: list[float] = []
@@ -280,10 +293,10 @@ def score(images: Any, prompts: str | Sequence[str]) -> Score:
         count = len(parsed.objects)
         chances += [count / (len(scenes.SHAPES) * len(scenes.COLORS))] * count
     return Score(
-        mean=_share([verdict.right for verdict in verdicts]),
-        size=_share([verdict.size for verdict in verdicts]),
-        place=_share([verdict.place for verdict in verdicts]),
-        background=_share(grounds),
+        mean=share([verdict.right for verdict in verdicts]),
+        size=share([verdict.size for verdict in verdicts]),
+        place=share([verdict.place for verdict in verdicts]),
+        background=share(grounds),
         chance=float(np.mean(chances)),
         objects=tuple(verdicts),
     )
