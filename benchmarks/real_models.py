@@ -125,6 +125,32 @@ def _dit(model, batch, latent, text, new) -> Inputs:
     return {"hidden_states": new(batch, 4, latent, latent), "class_labels": labels}
 
 
+def _lumina(model, batch, latent, text, new) -> Inputs:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    device = next(model.parameters()).device
+    with torch.device(device):
+        angles = get_2d_rotary_pos_embed_lumina(model.head_dim, 384, 384)
+    return {
+        "hidden_states": new(batch, 4, latent, latent),
+        "encoder_hidden_states": new(batch, text, model.config.cross_attention_dim),
+        "encoder_mask": torch.ones(batch, text, device=device, dtype=torch.long),
+        "image_rotary_emb": angles,
+        "timestep": new(batch).fill_(0.5),
+        "cross_attention_kwargs": {},
+    }
+
+
+def _qwen(model, batch, latent, text, new) -> Inputs:
+    side = latent // 2
+    return {
+        "hidden_states": new(batch, side * side, model.config.in_channels),
+        "encoder_hidden_states": new(batch, text, model.config.joint_attention_dim),
+        "img_shapes": [[(1, side, side)]] * batch,
+        "timestep": new(batch).fill_(0.5),
+    }
+
+
 NARROW_SD3 = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
@@ -201,6 +227,33 @@ MODELS = (
         300,
         20,
         _pixart,
+    ),
+    RealModel(
+        "Lumina-Next 1024",
+        "LuminaNextDiT2DModel",
+        {"num_layers": 24, "num_kv_heads": 8},
+        {"hidden_size": 32, "num_attention_heads": 4, "num_kv_heads": 2, "cross_attention_dim": 24},
+        2,
+        128,
+        256,
+        30,
+        _lumina,
+    ),
+    RealModel(
+        "Qwen-Image 1024",
+        "QwenImageTransformer2DModel",
+        {},
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "axes_dims_rope": (2, 2, 4),
+            "joint_attention_dim": 24,
+        },
+        1,
+        128,
+        128,
+        50,
+        _qwen,
     ),
     RealModel(
         "DiT-XL/2 512",

@@ -42,6 +42,7 @@ product reads its inputs and writes its outputs once. There are four kinds. *Fus
 rows, rotate and place queries and keys, or add what was kept, so they have to read what a product wrote, and are the
 **floor**. *Activations* could be a product's epilogue. *Copies*, such as concatenations, could be where a product
 writes. *Other* is what torch does apart, such as biases that are not added within a product and divisions by one.
+Launches are those of all operators that make or change memory, products and attention among them.
 
 Times are in milliseconds: *least* has the floor alone, *as it is* all bytes, both with every byte and operation at its
 ceiling, one after the other. Measured steps are shares of whole runs, or calls of the transformer where these were
@@ -86,6 +87,7 @@ def step_rows(ceilings: dict[str, float], result: gpu_results.Result) -> Iterato
                 real.name,
                 name,
                 f"{operations / 1e12:.2f}",
+                f"{traffic.launches:,}",
                 f"{now / 1e9:.2f}",
                 _kinds(traffic),
                 f"{floor / 1e9:.2f}",
@@ -142,7 +144,7 @@ def page(result: gpu_results.Result) -> str:
         machine = result["machine"]
         source = f"{machine['gpu']}, {machine['date']}"
     kinds = ", ".join(KINDS)
-    head = ["model", "step", "TFLOP", "GB", f"of them {kinds}", "floor GB", "least"]
+    head = ["model", "step", "TFLOP", "launches", "GB", f"of them {kinds}", "floor GB", "least"]
     head += ["as it is", "measured"]
     text = SAID.format(source=source, **ceilings) + table(head, step_rows(ceilings, result))
     head = ["op", "form", "shape", "MB", "least us", "measured us"]

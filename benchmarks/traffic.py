@@ -31,6 +31,7 @@ PRODUCTS |= {"addmm_", "baddbmm_", "_scaled_mm", "scaled_dot_product_attention",
 ACTIVATIONS = {"gelu", "silu"}
 COPIES = {"cat", "clone", "copy_", "_to_copy", "contiguous", "stack", "index_select", "gather"}
 KINDS = ("fused ops", "activations", "copies", "other")
+VIEWS = {"_unsafe_view", "_reshape_alias", "detach"}  # which their schemas do not say
 
 
 class Traffic(TorchDispatchMode):
@@ -38,7 +39,7 @@ class Traffic(TorchDispatchMode):
 
     Attributes:
         bytes: By kind, of `KINDS`.
-        launches: Of all of these.
+        launches: Of these, and of products.
     """
 
     def __init__(self) -> None:
@@ -54,9 +55,10 @@ class Traffic(TorchDispatchMode):
         result = func(*args, **kwargs)
         aliases = [argument.alias_info for argument in func._schema.arguments]
         views = any(alias is not None and not alias.is_write for alias in aliases)
-        if not (views or "empty" in name or name in PRODUCTS):
+        if not (views or "empty" in name or name in VIEWS):
             self.launches += 1
-            self.bytes[_kind(func, name)] += _moved(func, name, args, kwargs, result)
+            if name not in PRODUCTS:
+                self.bytes[_kind(func, name)] += _moved(func, name, args, kwargs, result)
         return result
 
 
@@ -95,7 +97,8 @@ class _Whole(TorchFunctionMode):
         given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
         q, v = given["query"], given["value"]
         batch, heads, queries, _ = q.shape  # a GPU's output lies as [B, Q, H, d]
-        return v.new_empty(batch, queries, heads, v.shape[-1]).transpose(1, 2)
+        rows, columns = q.new_empty(batch, queries, 1), v.new_empty(batch, 1, heads * v.shape[-1])
+        return torch.bmm(rows, columns).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def patched(real: RealModel, dtype: torch.dtype) -> tuple[Traffic, Traffic]:
     found = []
     for methods in ([], [fastdit.Cached(Schedule.every(2))]):
         handle = fastdit.patch(model, *methods)
-        with _as_on_a_gpu(), Traffic(), handle.run([999.0, 0.0]):
+        with _as_on_a_gpu(), Traffic(), handle.run(torch.tensor([999.0, 0.0])):
             model(**given)
             handle.advance()
             with Traffic() as second:
