@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.machinery
 import json
 import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -295,3 +297,23 @@ def test_a_build_is_made_anew_where_its_sources_are_others(imported, monkeypatch
     package, paths = build.paths(answer, asked)
     assert "without compiled kernels" in package
     assert paths == [str(tmp_path)]
+
+
+def test_a_model_is_as_before_after_a_rival_that_leaves_its_own_forwards(imported, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    before = [dict(vars(module)) for module in model.modules()]
+
+    def enable_cache(pipe, cache_config):
+        for module in model.modules():
+            module.forward = lambda x: x
+            module.was_here = True
+
+    rival = types.ModuleType("cache_dit")
+    rival.__spec__ = importlib.machinery.ModuleSpec("cache_dit", None)
+    rival.DBCacheConfig = dict
+    rival.enable_cache, rival.disable_cache = enable_cache, lambda pipe: None
+    monkeypatch.setitem(sys.modules, "cache_dit", rival)
+    runs = types.SimpleNamespace(steps=4, transformer=model, pipe=None)
+    with imported("gpu_sections.run_arms").cache_dit(runs, None):
+        assert model.was_here
+    assert [dict(vars(module)) for module in model.modules()] == before

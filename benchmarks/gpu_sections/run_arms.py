@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastdit
@@ -209,11 +210,24 @@ def cache_dit(runs: Runs, place: Place) -> Iterator[None]:
         steps_computation_mask=[1 - step % 2 for step in range(runs.steps)],
         steps_computation_policy="static",
     )
-    cache_dit.enable_cache(runs.pipe, cache_config=config)
+    with _given_back(runs.transformer):
+        cache_dit.enable_cache(runs.pipe, cache_config=config)
+        try:
+            yield
+        finally:
+            cache_dit.disable_cache(runs.pipe)
+
+
+@contextmanager
+def _given_back(model: nn.Module) -> Iterator[None]:
+    """Each module has its own attributes again afterwards: cache-dit leaves a forward of its own on FLUX."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
-        cache_dit.disable_cache(runs.pipe)
+        for module, own in before:
+            vars(module).clear()
+            vars(module).update(own)
 
 
 @contextmanager
