@@ -57,6 +57,25 @@ __device__ __forceinline__ void store(T* p, const Words& w, int64_t n) {
   }
 }
 
+// As many floats as a vector of T has, in fp8: 8 bytes at a time, or 4.
+template <class T, bool kAligned>
+__device__ __forceinline__ void store_fp8(fp8* p, const float* values, int64_t n) {
+  constexpr int kCount = kElements<T> / 4;
+  struct alignas(4 * kCount) Bytes {
+    uint32_t at[kCount];
+  } packed = {};
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) {
+    const fp8 value = from_float<fp8>(values[i]);
+    if constexpr (kAligned) {
+      packed.at[i / 4] |= static_cast<uint32_t>(value.bits) << (8 * (i % 4));
+    } else if (i < n) {
+      p[i] = value;
+    }
+  }
+  if constexpr (kAligned) *reinterpret_cast<Bytes*>(p) = packed;
+}
+
 template <class T>
 __device__ __forceinline__ void to_floats(const Words& w, float* values) {
 #pragma unroll

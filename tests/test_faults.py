@@ -238,9 +238,15 @@ class NormFault(Faulty):
         if cache is not None:
             scatter_rows(cache, rows, branch)
 
+    def quantise(self, y, out, row_scale):
+        quantised, by = reference.quantised_rows(y)
+        out.copy_(quantised)
+        row_scale.copy_(by)
+
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, row_scale=None
     ):
+        dtype = x.dtype
         active = x if rows is None else gather_rows(x, rows)
         if branch is not None:
             active = reference.residual_sum(active, [branch], [gate])
@@ -253,7 +259,11 @@ class NormFault(Faulty):
         y = (active - mean) * inverse
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
-        out.copy_(self.modulate(y, scale, shift))
+        y = self.modulate(y, scale, shift)
+        if row_scale is None:
+            out.copy_(y)
+        else:
+            self.quantise(y.to(dtype), out, row_scale)
 
 
 class SwappedScaleAndShift(NormFault):

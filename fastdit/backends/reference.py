@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.backends.base import Backend
+from fastdit.backends.base import FP8, Backend
 from fastdit.errors import ArgumentError
 
 INFINITY_BITS = 0x7F800000  # of fp32
@@ -72,6 +72,18 @@ def modulated_norm(
     if shift is not None:
         y = y + per_token(shift)
     return y
+
+
+def quantised_rows(y: Tensor) -> tuple[Tensor, Tensor]:
+    """y [B, K, D] in fp8, and what each row is to be multiplied by, fp32 [B, K]: as torchao quantises by row.
+
+    A row that is too small to be divided by such a number is zeros.
+    """
+    most = torch.finfo(FP8).max
+    by = (y.abs().amax(-1, keepdim=True) / most).to(torch.float32)
+    by = torch.where(by < torch.finfo(torch.float32).tiny, 0.0, by)
+    quotient = torch.where(by == 0, 0.0, y.to(torch.float32) / by)
+    return quotient.clamp(-most, most).to(FP8), by.squeeze(-1)
 
 
 def normed_heads(
@@ -298,7 +310,7 @@ class Reference(Backend):
         out.copy_(residual_sum(x, branches, gates, fresh, rows, weights))
 
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, row_scale=None
     ):
         _check_range(rows, x.shape[1])
         active = x if rows is None else gather_rows(x, rows)
@@ -307,7 +319,13 @@ class Reference(Backend):
             scatter_rows(x, rows, active)
             if cache is not None:
                 scatter_rows(cache, rows, branch)
-        out.copy_(modulated_norm(active, scale, shift, weight, bias, eps, rms))
+        y = modulated_norm(active, scale, shift, weight, bias, eps, rms)
+        if row_scale is None:
+            out.copy_(y)
+        else:
+            quantised, by = quantised_rows(y)
+            out.copy_(quantised)
+            row_scale.copy_(by)
 
     def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
         tokens, keep = drops.shape[1], rows.shape[1]
