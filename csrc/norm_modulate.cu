@@ -65,8 +65,7 @@ __device__ __forceinline__ uint32_t largest_of(const Words& w, int n) {
   uint32_t largest = 0;
 #pragma unroll
   for (int e = 0; e < kElements<T>; ++e) {
-    const uint32_t magnitude = e < n ? as_bits(value[e]) & 0x7fffffffu : 0;
-    largest = magnitude > largest ? magnitude : largest;
+    if (e < n) largest = larger(largest, as_bits(value[e]) & 0x7fffffffu);
   }
   return largest;
 }
@@ -158,8 +157,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const Words made = from_floats<T>(y);
     if constexpr (kFp8) {
       row[v] = made;
-      const uint32_t here = largest_of<T>(made, width - i);
-      largest = here > largest ? here : largest;
+      largest = larger(largest, largest_of<T>(made, width - i));
     } else {
       store<kAligned>(p.out.row<T>(b, k) + i, made, width - i);
     }

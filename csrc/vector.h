@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_fp8(fp8* p, const float* values, int64_t n
       p[i] = value;
     }
   }
-  if constexpr (kAligned) *reinterpret_cast<Bytes*>(p) = packed;
+  if constexpr (kAligned) store_whole(p, packed);
 }
 
 template <class T>

@@ -80,7 +80,9 @@ def test_only_the_row_index_is_read_in_small_pieces():
             kernel.startswith("qkv_prologue") and "fp32" not in kernel
         )
         if wide and "aligned" in kernel:
-            assert allowed["narrow"] <= 2, kernel
+            # In fp8 half as many bytes are written as are read, once a vector, and a number a row.
+            fp8 = 1 + int(kernel.split()[2][1:]) if kernel.partition("to fp8")[1] else 0
+            assert allowed["narrow"] <= 2 + fp8, kernel
 
 
 @pytest.mark.parametrize("field", ["registers", "stack", "shared", "spills", "narrow"])

@@ -298,7 +298,7 @@ def check_fp8(run: Runner) -> None:
                 y, row_scale = _in_fp8(run, x, scale, shift, rms=rms, **residual)
                 what = f"norm_modulate on {run.label}, fp8, rms {rms}"
                 exact, _ = exact_norm_modulate(before, scale, shift, rms=rms, **residual)
-                eager, updated = eager_norm_modulate(before, scale, shift, rms=rms, **residual)
+                eager, _ = eager_norm_modulate(before, scale, shift, rms=rms, **residual)
                 assert_close(what, dequantised(y, row_scale), exact, dequantised(*quantised(eager)))
                 plain = run.norm_modulate(other, scale, shift, rms=rms, **residual)
                 _assert_quantised(what, y, row_scale, plain)
@@ -357,7 +357,11 @@ def check_fp8_rows(run: Runner) -> None:
             what = f"norm_modulate on {run.label}, fp8 rows of {width}"
             _assert_quantised(what, out, row_scale, plain)
             assert_equal(f"{what}, x", x, expected_x)
-            assert_equal(f"{what}, cache", torch.stack([c[r] for c, r in zip(cache, rows)]), branch)
+            assert_equal(
+                f"{what}, cache",
+                torch.stack([c[r] for c, r in zip(cache, rows, strict=True)]),
+                branch,
+            )
             for kept in (data, numbers):
                 kept.assert_intact(what)
                 if bool(kept.tensor[:, [0, 6]].any()):
@@ -378,7 +382,9 @@ def _assert_quantised(what: str, y, row_scale, plain) -> None:
         raise Mismatch(f"{what}: NaN elsewhere")
     y, expected = (t.float().nan_to_num(nan=-500.0) for t in (y, expected))
     assert_equal(f"{what}, y", y + 0.0, expected + 0.0)
-    assert_equal(f"{what}, row_scale", row_scale.nan_to_num(nan=-1.0), expected_scale.nan_to_num(nan=-1.0))
+    assert_equal(
+        f"{what}, row_scale", row_scale.nan_to_num(nan=-1.0), expected_scale.nan_to_num(nan=-1.0)
+    )
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -70,8 +70,9 @@ class Compiled(Backend):
         )
 
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, row_scale=None
-    ):
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out,
+        row_scale=None,
+    ):  # fmt: skip
         width = out.shape[2]
         operand = _address if rows is None else strided
         self.module.norm_modulate(

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdit.backends.base import FP8, Backend
+from fastdit.backends._fp8 import quantised_rows
+from fastdit.backends.base import Backend
 from fastdit.errors import ArgumentError
 
 INFINITY_BITS = 0x7F800000  # of fp32
@@ -72,18 +73,6 @@ def modulated_norm(
     if shift is not None:
         y = y + per_token(shift)
     return y
-
-
-def quantised_rows(y: Tensor) -> tuple[Tensor, Tensor]:
-    """y [B, K, D] in fp8, and what each row is to be multiplied by, fp32 [B, K]: as torchao quantises by row.
-
-    A row that is too small to be divided by such a number is zeros.
-    """
-    most = torch.finfo(FP8).max
-    by = (y.abs().amax(-1, keepdim=True) / most).to(torch.float32)
-    by = torch.where(by < torch.finfo(torch.float32).tiny, 0.0, by)
-    quotient = torch.where(by == 0, 0.0, y.to(torch.float32) / by)
-    return quotient.clamp(-most, most).to(FP8), by.squeeze(-1)
 
 
 def normed_heads(
@@ -310,8 +299,9 @@ class Reference(Backend):
         out.copy_(residual_sum(x, branches, gates, fresh, rows, weights))
 
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out, row_scale=None
-    ):
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out,
+        row_scale=None,
+    ):  # fmt: skip
         _check_range(rows, x.shape[1])
         active = x if rows is None else gather_rows(x, rows)
         if branch is not None:
@@ -323,9 +313,7 @@ class Reference(Backend):
         if row_scale is None:
             out.copy_(y)
         else:
-            quantised, by = quantised_rows(y)
-            out.copy_(quantised)
-            row_scale.copy_(by)
+            quantised_rows(y, out, row_scale)
 
     def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
         tokens, keep = drops.shape[1], rows.shape[1]

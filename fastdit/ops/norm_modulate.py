@@ -12,8 +12,9 @@ Shapes: x [B, N, D], y [B, K, D]. Without `rows`, K = N. With `rows` [B, K] the 
 x[b, rows[b, k]] only: branch and y are compact, the updated rows go back into x, the other rows of
 x and of the cache stay as they were.
 
-Bytes moved: 2 B K D elements; 4 with a branch; one more for a cache write; y in fp8 is a byte each. Variance is taken in two
-passes in fp32, over the values of x as they are stored, so the fused form equals the two ops.
+Bytes moved: 2 B K D elements; 4 with a branch; one more for a cache write; y in fp8 is a byte each.
+Variance is taken in two passes in fp32, over the values of x as they are stored, so the fused form
+equals the two ops.
 
 It has no gradient through the in-place form, and does not mix dtypes.
 """
