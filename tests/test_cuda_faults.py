@@ -202,10 +202,6 @@ FAULTS = {
     "NaN is no magnitude": Fault(
         NORM, "if (e < n) largest =", "if (e < n && value[e] == value[e]) largest =", "check_fp8_values"
     ),
-    "y is quantised before it is rounded to T": Fault(
-        NORM, "const Words made = from_floats<T>(y);",
-        "if (kFp8) y[0] *= 1.004f;\n    const Words made = from_floats<T>(y);", "check_fp8",
-    ),
     "the number of a row is that of the first sample's": Fault(
         NORM, "p.row_scale.row(b)[k]", "p.row_scale.row(0)[k]", "check_fp8_rows"
     ),
@@ -233,10 +229,10 @@ FAULTS = {
     ),
     "fp8 overflows to NaN": Fault(
         ELEMENT, "normal < 126u ? normal : 126u", "normal < 127u ? normal : 127u",
-        "check_fp8_values", BF16, NORM,
+        "check_fp8_values", FP16, NORM,
     ),
     "the largest number becomes NaN's": Fault(
-        ELEMENT, "normal < 126u ? normal : 126u", "normal", "check_fp8", BF16, NORM
+        ELEMENT, "normal < 126u ? normal : 126u", "normal", "check_fp8_values", FP16, NORM
     ),
     "fp8 has no sign": Fault(
         ELEMENT, "(u >> 24 & 0x80u) | finite", "finite", "check_fp8", BF16, NORM
