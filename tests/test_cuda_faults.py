@@ -238,7 +238,7 @@ FAULTS = {
         ELEMENT, "(u >> 24 & 0x80u) | finite", "finite", "check_fp8", BF16, NORM
     ),
     "fp8 is stored past the end": Fault(
-        VECTOR, "} else if (i < n) {", "} else {", "check_fp8_rows", BF16, NORM
+        VECTOR, "i < kElements<T> && i < n;", "i < kElements<T>;", "check_fp8_rows", BF16, NORM
     ),
     "fp8 is stored in whole pieces anywhere": Fault(
         NORM, "(number | p.out.batch_stride | p.out.token_stride)", "(0 * number)", "check_fp8_rows"
@@ -279,7 +279,7 @@ FAULTS = {
         "check_odd_head_dims",
     ),
     "no barrier in the norm of all heads": Fault(
-        REDUCE, "  __syncthreads();\n", "", "check_sizes", BF16, PROLOGUE
+        REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n", "check_sizes", BF16, PROLOGUE
     ),
     "both sums of all heads share their memory": Fault(
         PROLOGUE, "sum_over_block<2>(about, partial_about)",
