@@ -20,6 +20,7 @@ from tiling import NUMBERS, WIDTH, Tiling, finish, tiling
 from timing import Contender
 
 DTYPE = torch.bfloat16
+FP8 = torch.float8_e4m3fn
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
     for shape in shapes:
         for branch in (False, True):
             yield norm_modulate(shape, branch)
+        yield norm_modulate(shape, True, fp8=True)
     for shape in shapes:
         yield token_select(shape)
     for shape in shapes:
@@ -115,8 +117,8 @@ def gated_residual(shape: Shape, count: int) -> Case:
     return Case("gated_residual", f"{count} {plural}", shape, count + 2, make)
 
 
-def norm_modulate(shape: Shape, with_branch: bool) -> Case:
-    """Layer norm, scale and shift; with a branch, after a gated residual."""
+def norm_modulate(shape: Shape, with_branch: bool, fp8: bool = False) -> Case:
+    """Layer norm, scale and shift; with a branch, after a gated residual; in fp8, quantised by row."""
 
     def plain(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
@@ -125,13 +127,21 @@ def norm_modulate(shape: Shape, with_branch: bool) -> Case:
         x.add_(gate * branch)
         return plain(x, scale, shift)
 
-    expression = after_branch if with_branch else plain
+    def expression(*given: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = after_branch(*given) if with_branch else plain(*given)
+        if not fp8:
+            return y
+        most = torch.finfo(FP8).max
+        row_scale = y.abs().amax(-1, keepdim=True).float() / most
+        return (y.float() / row_scale).clamp(-most, most).to(FP8), row_scale
+
     compiled = torch.compile(expression, dynamic=False)
 
     def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         size = (shape.batch, shape.tokens, shape.width)
         x, branch = (torch.randn(size, device=device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(x)
+        out = torch.empty_like(x, dtype=FP8 if fp8 else dtype)
+        row_scale = torch.empty(size[:2], device=device) if fp8 else None
         table = 1e-3 * torch.randn(shape.batch, 3, shape.width, device=device, dtype=dtype)
         scale, shift, gate = table.chunk(3, dim=1)
         given = (branch, gate) if with_branch else ()
@@ -143,11 +153,14 @@ def norm_modulate(shape: Shape, with_branch: bool) -> Case:
         for name in backends("norm_modulate", device, dtype):
             run = BACKENDS[name].norm_modulate
             affine = (x, scale, shift, None, None, 1e-6, False)
-            found[name] = lambda run=run, affine=affine: run(*affine, *residual, out)
+            found[name] = lambda run=run, affine=affine: run(*affine, *residual, out, row_scale)
         return found
 
     name = "after a gated branch" if with_branch else "plain"
-    return Case("norm_modulate", name, shape, 4 if with_branch else 2, make)
+    tensors = 4.0 if with_branch else 2.0
+    if fp8:  # a byte an element in place of two, and four a row
+        name, tensors = f"{name}, in fp8", tensors - 0.5 + 2 / shape.width
+    return Case("norm_modulate", name, shape, tensors, make)
 
 
 def token_select(shape: Shape) -> Case:

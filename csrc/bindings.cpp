@@ -58,9 +58,10 @@ void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py:
 void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                    py::handle out, py::handle scale, py::handle shift, py::handle weight,
                    py::handle bias, double eps, bool rms, py::handle branch, py::handle gate,
-                   py::handle cache, py::handle rows, int64_t stored, int threads) {
+                   py::handle cache, py::handle rows, py::handle row_scale, int64_t stored,
+                   int threads) {
   NormModulate p = norm_modulate_of(dtype, batch, tokens, width, x, out, scale, shift, weight, bias,
-                                    eps, rms, branch, gate, cache, rows);
+                                    eps, rms, branch, gate, cache, rows, row_scale);
   check_rows(p.rows, p.shape, stored);
   launch(FD_BY_ISA(norm_modulate), p, elements(p.shape), threads);
 }

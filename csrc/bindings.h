@@ -115,7 +115,7 @@ inline NormModulate norm_modulate_of(int dtype, int64_t batch, int64_t tokens, i
                                      py::handle x, py::handle out, py::handle scale,
                                      py::handle shift, py::handle weight, py::handle bias,
                                      double eps, bool rms, py::handle branch, py::handle gate,
-                                     py::handle cache, py::handle rows) {
+                                     py::handle cache, py::handle rows, py::handle row_scale) {
   NormModulate p;
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};
@@ -131,6 +131,7 @@ inline NormModulate norm_modulate_of(int dtype, int64_t batch, int64_t tokens, i
   p.gate = modulation(gate);
   p.cache = state(cache, p.shape);
   p.rows = row_index(rows);
+  if (!row_scale.is_none()) p.row_scale = numbers(row_scale);
   return p;
 }
 

@@ -20,9 +20,10 @@ void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py:
 void norm_modulate(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
                    py::handle out, py::handle scale, py::handle shift, py::handle weight,
                    py::handle bias, double eps, bool rms, py::handle branch, py::handle gate,
-                   py::handle cache, py::handle rows, int device, uintptr_t stream) {
+                   py::handle cache, py::handle rows, py::handle row_scale, int device,
+                   uintptr_t stream) {
   const NormModulate p = norm_modulate_of(dtype, batch, tokens, width, x, out, scale, shift, weight,
-                                          bias, eps, rms, branch, gate, cache, rows);
+                                          bias, eps, rms, branch, gate, cache, rows, row_scale);
   cuda::norm_modulate(p, {device, reinterpret_cast<void*>(stream)});
 }
 

@@ -36,6 +36,12 @@ __device__ __forceinline__ void store_words(void* p, const Words& w) {
   *static_cast<uint4*>(p) = make_uint4(w.at[0], w.at[1], w.at[2], w.at[3]);
 }
 
+// A few bytes that are as aligned as they are many.
+template <class Bytes>
+__device__ __forceinline__ void store_whole(void* p, const Bytes& bytes) {
+  *static_cast<Bytes*>(p) = bytes;
+}
+
 // Copies 16 bytes to shared memory in the background; they are there after the wait.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));

@@ -1,7 +1,8 @@
 // Element types and their conversions, one definition for every kernel, host and device.
 //
-// bf16 and fp16 are 16-bit payloads without operators: kernels read to float, compute in float and
-// round once when they store (to nearest, ties to even; NaN stays NaN; fp16 overflows to infinity).
+// bf16, fp16 and fp8 are payloads without operators: kernels read to float, compute in float and
+// round once when they store (to nearest, ties to even; NaN stays NaN; fp16 overflows to infinity,
+// fp8, which has none, to its largest number).
 // All conversions are branch-free, so that a compiler can vectorise the loops around them. A GPU
 // has instructions for them, which round the same way.
 #pragma once
@@ -21,6 +22,9 @@ struct bf16 {
 };
 struct fp16 {
   uint16_t bits;
+};
+struct fp8 {  // e4m3fn, only ever written
+  uint8_t bits;
 };
 
 FD_HD float as_float(uint32_t u) {
@@ -106,6 +110,23 @@ FD_HD fp16 from_float<fp16>(float f) {
   const uint32_t special = a > 0x7f800000u ? 0x7e00u : 0x7c00u;
   const uint32_t finite = a < (113u << 23) ? tiny : normal;
   return fp16{uint16_t(sign | (a >= (143u << 23) ? special : finite))};
+#endif
+}
+
+template <>
+FD_HD fp8 from_float<fp8>(float f) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t pair;  // there is an instruction for two
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(f));
+  return fp8{uint8_t(pair)};
+#else
+  const uint32_t u = as_bits(f);
+  const uint32_t a = u & 0x7fffffffu;
+  const uint32_t normal = (a - (120u << 23) + 0x7ffffu + ((a >> 20) & 1u)) >> 20;
+  // Under 2^-6, adding 2^14 aligns the value so that the adder itself rounds at 2^-9.
+  const uint32_t tiny = as_bits(as_float(a) + 16384.0f) - as_bits(16384.0f);
+  const uint32_t finite = a < (121u << 23) ? tiny : normal < 126u ? normal : 126u;
+  return fp8{uint8_t(a > 0x7f800000u ? 127u : (u >> 24 & 0x80u) | finite)};
 #endif
 }
 

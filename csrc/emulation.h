@@ -233,8 +233,8 @@ inline void launch(const dim3& grid, const dim3& size, std::function<void()> bod
   }
 }
 
-inline void require_multiple_of_16(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) {
+inline void require_multiple_of(size_t size, const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % size != 0) {
     throw std::runtime_error("emulation: a vector access at a misaligned address");
   }
 }
@@ -309,7 +309,7 @@ struct Words;
 
 template <class W = Words>
 W load_words(const void* p) {
-  ::emulation::require_multiple_of_16(p);
+  ::emulation::require_multiple_of(16, p);
   W w;
   std::memcpy(&w, p, 16);
   return w;
@@ -317,13 +317,19 @@ W load_words(const void* p) {
 
 template <class W>
 void store_words(void* p, const W& w) {
-  ::emulation::require_multiple_of_16(p);
+  ::emulation::require_multiple_of(16, p);
   std::memcpy(p, &w, 16);
 }
 
+template <class Bytes>
+void store_whole(void* p, const Bytes& bytes) {
+  ::emulation::require_multiple_of(sizeof(Bytes), p);
+  std::memcpy(p, &bytes, sizeof(Bytes));
+}
+
 inline void copy_async(void* shared, const void* global) {
-  ::emulation::require_multiple_of_16(shared);
-  ::emulation::require_multiple_of_16(global);
+  ::emulation::require_multiple_of(16, shared);
+  ::emulation::require_multiple_of(16, global);
   ::emulation::current().copies.back().push_back({shared, global});
 }
 

@@ -1,11 +1,14 @@
 // One block takes one row and keeps it in registers, a few vectors of 16 bytes in each thread: x is
 // read once. Traffic: 2 B K D elements, 4 with a branch, one more with a cache; scale, shift and
-// gate stay in L2.
+// gate stay in L2. In fp8 the row as it would be stored in T stays there for its largest magnitude,
+// and what is written is a byte an element: the result of quantising what the op gives without.
 //
 // Variance takes two passes over the registers, never E[x^2] - m^2 about zero. The mean of the
 // first is rounded, so the second also sums the deviations themselves: that remainder corrects mean
 // and variance, and a row with mean 1e4 and deviation 1e-2 keeps its digits. The residual is the
 // same fma and the same rounding as in gated_residual: both give the same bits.
+#include <limits>
+
 #include "launch.h"
 #include "norm_modulate.h"
 #include "reduce.h"
@@ -53,9 +56,40 @@ __device__ __forceinline__ void affine(const Operand& factor, float one, const O
   }
 }
 
-// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row.
-template <class T, int kVectors, bool kAligned>
-__global__ void __launch_bounds__(kMaxThreads)
+// The largest magnitude among the first n elements, as an integer: infinity, and then NaN, are
+// above all numbers.
+template <class T>
+__device__ __forceinline__ uint32_t largest_of(const Words& w, int n) {
+  float value[kElements<T>];
+  to_floats<T>(w, value);
+  uint32_t largest = 0;
+#pragma unroll
+  for (int e = 0; e < kElements<T>; ++e) {
+    if (e < n) largest = larger(largest, as_bits(value[e]) & 0x7fffffffu);
+  }
+  return largest;
+}
+
+// Division by one number, rounded like one to every fp8: a product with its inverse may miss a tie,
+// which the remainder then corrects. By infinity it is 0 or NaN, by 0 it is 0.
+struct Divisor {
+  float by, inverse;
+
+  __device__ __forceinline__ explicit Divisor(float number)
+      : by(number < kInfinity ? number : 0.0f), inverse(number > 0.0f ? 1.0f / number : number) {}
+
+  __device__ __forceinline__ float quotient(float x) const {
+    const float near = x * inverse;
+    return fmaf(fmaf(-near, by, x), inverse, near);
+  }
+
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+};
+
+// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row. In fp8 a wide row takes
+// all registers that there are for a block: with fewer it spills.
+template <class T, int kVectors, bool kAligned, bool kFp8>
+__global__ void __launch_bounds__(kMaxThreads, kFp8 ? 1 : 0)
     norm_modulate_kernel(const __grid_constant__ NormModulate p) {
   FD_SHARED(float, partial_mean, kMaxThreads / kWarp);
   FD_SHARED(float, partial_about, 2 * (kMaxThreads / kWarp));
@@ -109,6 +143,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     variance = variance < 0.0f ? 0.0f : variance;  // NaN stays
   }
   const float scale = __frsqrt_rn(variance + static_cast<float>(p.eps));
+  uint32_t largest = 0;
 
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -120,7 +155,29 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int e = 0; e < kElements<T>; ++e) y[e] = (y[e] - mean - rest) * scale;
     affine<T, kAligned>(p.weight, 0.0f, p.bias, b, k, i, width - i, y);
     affine<T, kAligned>(p.scale, 1.0f, p.shift, b, k, i, width - i, y);
-    store<kAligned>(p.out.row<T>(b, k) + i, from_floats<T>(y), width - i);
+    const Words made = from_floats<T>(y);
+    if constexpr (kFp8) {
+      row[v] = made;
+      largest = larger(largest, largest_of<T>(made, width - i));
+    } else {
+      store<kAligned>(p.out.row<T>(b, k) + i, made, width - i);
+    }
+  }
+  if constexpr (kFp8) {
+    FD_SHARED(uint32_t, partial_largest, kMaxThreads / kWarp);
+    const float by = row_scale_of<T>(as_float(largest_of_block(largest, partial_largest)));
+    if (threadIdx.x == 0) p.row_scale.row(b)[k] = by;
+    const Divisor divisor(by);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = (v * blockDim.x + threadIdx.x) * kElements<T>;
+      if (i >= width) break;
+      float y[kElements<T>];
+      to_floats<T>(row[v], y);
+#pragma unroll
+      for (int e = 0; e < kElements<T>; ++e) y[e] = divisor.quotient(y[e]);
+      store_fp8<T, kAligned>(p.out.row<fp8>(b, k) + i, y, width - i);
+    }
   }
 }
 
@@ -129,20 +186,30 @@ bool all_aligned(const NormModulate& p) {
   bool yes = p.shape.width % kElements<T> == 0;
   for (const Operand* o :
        {&p.x, &p.out, &p.scale, &p.shift, &p.weight, &p.bias, &p.branch, &p.gate, &p.cache}) {
-    yes = yes && aligned<T>(*o);
+    yes = yes && (aligned<T>(*o) || (p.row_scale && o == &p.out));
+  }
+  if (p.row_scale) {  // as many bytes as a vector has elements
+    const int64_t number = reinterpret_cast<intptr_t>(p.out.data);
+    yes = yes && (number | p.out.batch_stride | p.out.token_stride) % kElements<T> == 0;
   }
   return yes;
 }
 
-template <class T, int kVectors>
+template <class T, int kVectors, bool kFp8>
 void launch(const NormModulate& p, int64_t vectors, void* stream) {
   const int64_t threads = (vectors + kVectors - 1) / kVectors;
   const dim3 grid(checked_rows(p.shape)), block((threads + kWarp - 1) / kWarp * kWarp);
   if (all_aligned<T>(p)) {
-    FD_LAUNCH((norm_modulate_kernel<T, kVectors, true>), grid, block, stream, p);
+    FD_LAUNCH((norm_modulate_kernel<T, kVectors, true, kFp8>), grid, block, stream, p);
   } else {
-    FD_LAUNCH((norm_modulate_kernel<T, kVectors, false>), grid, block, stream, p);
+    FD_LAUNCH((norm_modulate_kernel<T, kVectors, false, kFp8>), grid, block, stream, p);
   }
+}
+
+template <class T, int kVectors>
+void launch(const NormModulate& p, int64_t vectors, void* stream) {
+  if (p.row_scale) return launch<T, kVectors, true>(p, vectors, stream);
+  launch<T, kVectors, false>(p, vectors, stream);
 }
 
 // As few vectors a thread as it takes: many rows are in flight.

@@ -6,22 +6,31 @@
 namespace fd {
 
 struct NormModulate {
-  Operand x;       // [B, N, D] at rows; written where branch is given
-  Operand out;     // [B, K, D]
-  Operand scale;   // broadcast to [B, K, D]; null: 0
-  Operand shift;   // broadcast to [B, K, D]; null: 0
-  Operand weight;  // broadcast to [B, K, D]; null: 1
-  Operand bias;    // broadcast to [B, K, D]; null: 0
-  Operand branch;  // [B, K, D]; null: none
-  Operand gate;    // broadcast to [B, K, D]; null: 1
-  Operand cache;   // [B, N, D] written at rows; null: none
-  Rows rows;       // applies to x and the cache
-  Shape shape;     // B, K, D
+  Operand x;          // [B, N, D] at rows; written where branch is given
+  Operand out;        // [B, K, D]; in fp8 where row_scale is given
+  Operand scale;      // broadcast to [B, K, D]; null: 0
+  Operand shift;      // broadcast to [B, K, D]; null: 0
+  Operand weight;     // broadcast to [B, K, D]; null: 1
+  Operand bias;       // broadcast to [B, K, D]; null: 0
+  Operand branch;     // [B, K, D]; null: none
+  Operand gate;       // broadcast to [B, K, D]; null: 1
+  Operand cache;      // [B, N, D] written at rows; null: none
+  Rows rows;          // applies to x and the cache
+  Numbers row_scale;  // [B, K], written; null: out is as it comes
+  Shape shape;        // B, K, D
   double eps = 0;
   bool rms = false;
   Dtype dtype = Dtype::kFloat32;
   int threads = 1;  // on the CPU
 };
+
+// What a row in fp8 is to be multiplied by, so that its largest magnitude becomes fp8's: rounded to
+// T, as torchao's is. Rows for which that is below the normal numbers of fp32 are zeros.
+template <class T>
+FD_HD float row_scale_of(float largest) {
+  const float scale = to_float(from_float<T>(largest / 448.0f));
+  return scale < 1.17549435e-38f ? 0.0f : scale;  // NaN stays
+}
 
 namespace base {
 void norm_modulate(const NormModulate& p);

@@ -47,6 +47,16 @@ struct Rows {
   }
 };
 
+// An fp32 [B, N]; the last stride is 1.
+struct Numbers {
+  float* data = nullptr;
+  int64_t batch_stride = 0;
+
+  FD_HD explicit operator bool() const { return data != nullptr; }
+
+  FD_HD float* row(int64_t batch) const { return data + batch * batch_stride; }
+};
+
 struct Shape {
   int64_t batch = 0;   // B
   int64_t tokens = 0;  // K, the active ones

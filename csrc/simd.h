@@ -93,6 +93,10 @@ FD_INLINE void store(fp16* p, Vec v) {
 #endif
 }
 
+FD_INLINE void store(fp8* p, Vec v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<fp8>(v[i]);
+}
+
 // The first n <= kWidth elements; the rest reads as zero and is not written.
 template <class T>
 FD_INLINE Vec load(const T* p, int64_t n) {

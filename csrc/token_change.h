@@ -7,14 +7,6 @@
 
 namespace fd {
 
-// An fp32 [B, N]; the last stride is 1.
-struct Numbers {
-  float* data = nullptr;
-  int64_t batch_stride = 0;
-
-  FD_HD float* row(int64_t batch) const { return data + batch * batch_stride; }
-};
-
 struct TokenChange {
   const void* velocity = nullptr;  // [B, gh, gw, ph, pw, C]
   int64_t stride[6] = {};          // of velocity, in elements

@@ -57,6 +57,26 @@ __device__ __forceinline__ void store(T* p, const Words& w, int64_t n) {
   }
 }
 
+// As many floats as a vector of T has, in fp8: 8 bytes at a time, or 4.
+template <class T, bool kAligned>
+__device__ __forceinline__ void store_fp8(fp8* p, const float* values, int64_t n) {
+  uint64_t packed = 0;
+#pragma unroll
+  for (int i = 0; i < kElements<T>; ++i) {
+    packed |= static_cast<uint64_t>(from_float<fp8>(values[i]).bits) << (8 * i);
+  }
+  if constexpr (!kAligned) {
+#pragma unroll 1  // unrolled, it takes more registers than there are
+    for (int i = 0; i < kElements<T> && i < n; ++i, packed >>= 8) {
+      p[i] = fp8{static_cast<uint8_t>(packed)};
+    }
+  } else if constexpr (kElements<T> == 8) {
+    store_whole(p, packed);
+  } else {
+    store_whole(p, static_cast<uint32_t>(packed));
+  }
+}
+
 template <class T>
 __device__ __forceinline__ void to_floats(const Words& w, float* values) {
 #pragma unroll

@@ -9,6 +9,7 @@
 using fd::cuda::copy_async;
 using fd::cuda::copy_async_commit;
 using fd::cuda::copy_async_wait;
+using fd::cuda::store_whole;
 
 namespace {
 
@@ -48,8 +49,18 @@ __global__ void probe(const float* in, float* out) {
 #endif
   const int other = threads - 1 - threadIdx.x;
   sums[threadIdx.x] = warp_sum(tile[4 * other]);
-  for (int i = 0; i < 4; ++i)
-    out[start + 4 * threadIdx.x + i] = tile[4 * other + i] + sums[threadIdx.x];
+  struct alignas(8) Pair {
+    float first, second;
+  };
+  const float sum = sums[threadIdx.x];
+  for (int i = 0; i < 4; i += 2) {
+    const Pair pair = {tile[4 * other + i] + sum, tile[4 * other + i + 1] + sum};
+#ifdef MISALIGNED_STORE
+    store_whole(out + start + 4 * threadIdx.x + i + 1, pair);
+#else
+    store_whole(out + start + 4 * threadIdx.x + i, pair);
+#endif
+  }
 }
 
 // in: 4 floats for each thread, of which the first is a whole number from 0 to 99. out: yes votes

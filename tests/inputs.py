@@ -88,19 +88,18 @@ class Runner:
         cache=None,
         rows=None,
         out=None,
+        row_scale=None,
     ) -> Tensor:
         if out is None:
-            out = poisoned(x.shape if rows is None else (*rows.shape, x.shape[-1]), x.dtype)
+            dtype = x.dtype if row_scale is None else torch.float8_e4m3fn
+            out = poisoned(x.shape if rows is None else (*rows.shape, x.shape[-1]), dtype)
         if BACKENDS.get(self.backend.name) is self.backend:
             affine = {"weight": weight, "bias": bias, "eps": eps, "rms": rms}
             residual = {"branch": branch, "gate": gate, "cache": cache}
-            name = self.backend.name
-            return ops.norm_modulate(
-                x, scale, shift, **affine, **residual, rows=rows, out=out, backend=name
-            )
-        self.backend.norm_modulate(
-            x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
-        )
+            outputs = {"out": out, "row_scale": row_scale, "backend": self.backend.name}
+            return ops.norm_modulate(x, scale, shift, **affine, **residual, rows=rows, **outputs)
+        given = (x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out)
+        self.backend.norm_modulate(*given, *([] if row_scale is None else [row_scale]))
         return out
 
     def token_select(

@@ -72,7 +72,9 @@ def test_only_the_row_index_is_read_in_small_pieces():
         few = ("token_change", "token_select", "patchify", "resolution_transition")
         adds = any(name in kernel for name in ("added_parts", "sum_kernel", "weights"))
         if not kernel.startswith(few) and not adds:
-            assert allowed["narrow"] <= 2, kernel
+            # In fp8 each of the six pieces of a row is written in narrower ones, and a number a row.
+            fp8 = 7 if "to fp8" in kernel else 0
+            assert allowed["narrow"] <= 2 + fp8, kernel
     for kernel, allowed in budget("cuda").items():
         # gated_residual's other form, for a transposed x, is in the same kernel.
         # In fp32 a vector of qkv_prologue has two pairs: 8 bytes of cos and sin.
@@ -80,7 +82,9 @@ def test_only_the_row_index_is_read_in_small_pieces():
             kernel.startswith("qkv_prologue") and "fp32" not in kernel
         )
         if wide and "aligned" in kernel:
-            assert allowed["narrow"] <= 2, kernel
+            # In fp8 half as many bytes are written as are read, once a vector, and a number a row.
+            fp8 = 1 + int(kernel.split()[2][1:]) if kernel.partition("to fp8")[1] else 0
+            assert allowed["narrow"] <= 2 + fp8, kernel
 
 
 @pytest.mark.parametrize("field", ["registers", "stack", "shared", "spills", "narrow"])

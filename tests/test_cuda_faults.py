@@ -27,7 +27,8 @@ pytestmark = [
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BLEND, COLLAPSE = "blend.cu", "collapse.cu"
 GATED, NORM, PROLOGUE = "gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu"
-REDUCE, VECTOR, ELEMENT = "reduce.h", "vector.h", "element.h"
+REDUCE, VECTOR, ELEMENT, OPERAND = "reduce.h", "vector.h", "element.h", "operand.h"
+QUANTISED = "norm_modulate.h"
 SELECT, KEYS = "token_select.cu", "token_select.h"
 CHANGE, NOTES = "token_change.cu", "token_change.h"
 PATCHIFY, PLACES = "patchify.cu", "places.h"
@@ -116,7 +117,7 @@ FAULTS = {
     ),
     # norm_modulate: addresses, barriers and lanes
     "no barrier between the warps' sums": Fault(
-        REDUCE, "  __syncthreads();\n", "", "check_sizes", FP32, NORM
+        REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n", "check_sizes", FP32, NORM
     ),
     "both sums share their memory": Fault(
         NORM, "sum_over_block<2>(about, partial_about)", "sum_over_block<2>(about, partial_mean)",
@@ -182,6 +183,66 @@ FAULTS = {
         NORM, "add<T>(branch, static_cast<bool>(p.gate), gate, sum);",
         "add<T>(branch, false, gate, sum);", "check_branch",
     ),
+    # norm_modulate in fp8
+    "the largest is that of a warp": Fault(
+        REDUCE, "if (count == 1) return value;", "return value;", "check_fp8", BF16, NORM
+    ),
+    "the largest is that of a lane": Fault(
+        REDUCE, "other > 0; other /= 2", "other > 16; other /= 2", "check_fp8", BF16, NORM
+    ),
+    "no barrier before the warps' largest": Fault(
+        REDUCE, "  __syncthreads();\n  for", "  for", "check_fp8", BF16, NORM
+    ),
+    "the tail counts as magnitudes": Fault(
+        NORM, "if (e < n) largest = larger", "largest = larger", "check_fp8"
+    ),
+    "negative numbers are the largest": Fault(
+        NORM, "as_bits(value[e]) & 0x7fffffffu", "as_bits(value[e])", "check_fp8"
+    ),
+    "NaN is no magnitude": Fault(
+        NORM, "if (e < n) largest =", "if (e < n && value[e] == value[e]) largest =", "check_fp8_values"
+    ),
+    "the number of a row is that of the first sample's": Fault(
+        NORM, "p.row_scale.row(b)[k]", "p.row_scale.row(0)[k]", "check_fp8_rows"
+    ),
+    "the number of a row is not rounded": Fault(
+        QUANTISED, "to_float(from_float<T>(largest / 448.0f))", "largest / 448.0f",
+        "check_fp8_values", BF16, NORM,
+    ),
+    "rows too small to divide are divided": Fault(
+        QUANTISED, "scale < 1.17549435e-38f ? 0.0f : scale", "scale", "check_fp8_values", BF16, NORM
+    ),
+    "a row of zeros is divided by zero": Fault(
+        NORM, "number > 0.0f ? 1.0f / number : number", "1.0f / number", "check_fp8_values"
+    ),
+    "a row is divided by infinity with a remainder": Fault(
+        NORM, "number < kInfinity ? number : 0.0f", "number", "check_fp8_values"
+    ),
+    "ties of quotients are missed": Fault(
+        NORM, "return fmaf(fmaf(-near, by, x), inverse, near);", "return near;", "check_fp8_values"
+    ),
+    "fp8 is rounded half up": Fault(
+        ELEMENT, "0x7ffffu + ((a >> 20) & 1u)", "0x80000u", "check_fp8_values", BF16, NORM
+    ),
+    "fp8 has no subnormals": Fault(
+        ELEMENT, "a < (121u << 23) ? tiny :", "a < (121u << 23) ? 0u :", "check_fp8_values", BF16, NORM
+    ),
+    "fp8 overflows to NaN": Fault(
+        ELEMENT, "normal < 126u ? normal : 126u", "normal < 127u ? normal : 127u",
+        "check_fp8_values", FP16, NORM,
+    ),
+    "the largest number becomes NaN's": Fault(
+        ELEMENT, "normal < 126u ? normal : 126u", "normal", "check_fp8_values", FP16, NORM
+    ),
+    "fp8 has no sign": Fault(
+        ELEMENT, "(u >> 24 & 0x80u) | finite", "finite", "check_fp8", BF16, NORM
+    ),
+    "fp8 is stored past the end": Fault(
+        VECTOR, "i < kElements<T> && i < n;", "i < kElements<T>;", "check_fp8_rows", BF16, NORM
+    ),
+    "fp8 is stored in whole pieces anywhere": Fault(
+        NORM, "(number | p.out.batch_stride | p.out.token_stride)", "(0 * number)", "check_fp8_rows"
+    ),
     # qkv_prologue: addresses, lanes and barriers
     "k is stored at compact rows": Fault(
         PROLOGUE, "is_q ? k : stored", "part == Part::kV ? stored : k", "check_rows"
@@ -218,7 +279,7 @@ FAULTS = {
         "check_odd_head_dims",
     ),
     "no barrier in the norm of all heads": Fault(
-        REDUCE, "  __syncthreads();\n", "", "check_sizes", BF16, PROLOGUE
+        REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n", "check_sizes", BF16, PROLOGUE
     ),
     "both sums of all heads share their memory": Fault(
         PROLOGUE, "sum_over_block<2>(about, partial_about)",
@@ -432,7 +493,7 @@ FAULTS = {
         "check_samples_are_apart", BF16, CHANGE,
     ),
     "numbers are taken to be contiguous": Fault(
-        NOTES, "float* row(int64_t batch) const { return data + batch * batch_stride; }",
+        OPERAND, "float* row(int64_t batch) const { return data + batch * batch_stride; }",
         "float* row(int64_t batch) const { return data + batch * 28; }",
         "check_strided_tables", BF16, CHANGE,
     ),

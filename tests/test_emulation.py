@@ -96,6 +96,7 @@ IMPOSSIBLE = {
     "DIVERGENT_BARRIER": "not all threads reach",
     "PARTIAL_WARP": "not all threads reach",
     "MISALIGNED": "misaligned address",
+    "MISALIGNED_STORE": "misaligned address",
 }
 
 

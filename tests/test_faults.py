@@ -238,9 +238,14 @@ class NormFault(Faulty):
         if cache is not None:
             scatter_rows(cache, rows, branch)
 
+    def quantise(self, y, out, row_scale):
+        reference.quantised_rows(y, out, row_scale)
+
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
-    ):
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out,
+        row_scale=None,
+    ):  # fmt: skip
+        dtype = x.dtype
         active = x if rows is None else gather_rows(x, rows)
         if branch is not None:
             active = reference.residual_sum(active, [branch], [gate])
@@ -253,7 +258,11 @@ class NormFault(Faulty):
         y = (active - mean) * inverse
         y = y if weight is None else y * weight
         y = y if bias is None else y + bias
-        out.copy_(self.modulate(y, scale, shift))
+        y = self.modulate(y, scale, shift)
+        if row_scale is None:
+            out.copy_(y)
+        else:
+            self.quantise(y.to(dtype), out, row_scale)
 
 
 class SwappedScaleAndShift(NormFault):
@@ -383,7 +392,51 @@ class ClearsXWithoutRows(NormFault):
             x.zero_()
 
 
+class OneScaleForASample(NormFault):
+    def quantise(self, y, out, row_scale):
+        super().quantise(y.flatten(1).unsqueeze(1), out.flatten(1).unsqueeze(1), row_scale[:, :1])
+        row_scale.copy_(row_scale[:, :1].clone().expand_as(row_scale))
+
+
+class ScaleUnwritten(NormFault):
+    def quantise(self, y, out, row_scale):
+        super().quantise(y, out, torch.empty_like(row_scale))
+
+
+class ScaleInverted(NormFault):
+    def quantise(self, y, out, row_scale):
+        super().quantise(y, out, row_scale)
+        row_scale.reciprocal_()
+
+
+class ScaleOfTheLargestNumber(NormFault):
+    """Not of its magnitude."""
+
+    def quantise(self, y, out, row_scale):
+        super().quantise(y.clamp(min=0), out, row_scale)
+        scaled = y.float() / row_scale[..., None]
+        out.copy_(scaled.clamp(-448, 448).to(out.dtype))
+
+
+class RowsOfZerosDivided(NormFault):
+    def quantise(self, y, out, row_scale):
+        super().quantise(y, out, row_scale)
+        out.copy_((y.float() / row_scale[..., None]).clamp(-448, 448).to(out.dtype))
+
+
+class QuantisedTwice(NormFault):
+    def quantise(self, y, out, row_scale):
+        super().quantise(y, out, row_scale)
+        super().quantise(out.float() * row_scale[..., None] * 1.01, out, row_scale)
+
+
 NORM_FAULTS = {
+    OneScaleForASample: ["check_fp8", "check_fp8_rows"],
+    ScaleUnwritten: ["check_fp8", "check_fp8_rows"],
+    ScaleInverted: ["check_fp8"],
+    ScaleOfTheLargestNumber: ["check_fp8"],
+    RowsOfZerosDivided: ["check_fp8_values"],
+    QuantisedTwice: ["check_fp8"],
     SwappedScaleAndShift: ["check_sizes", "check_optional_parts", "check_modulations"],
     ScaleWithoutOne: ["check_sizes", "check_modulations"],
     WrongBatchScale: ["check_sizes", "check_modulations"],

@@ -22,8 +22,10 @@ from inputs import (
     poisoned,
     some_rows,
 )
-from tolerance import assert_close, assert_equal
-from truth import eager_norm_modulate, exact_norm_modulate
+from tolerance import Mismatch, assert_close, assert_equal
+from truth import dequantised, eager_norm_modulate, exact_norm_modulate, quantised
+
+FP8 = torch.float8_e4m3fn
 
 
 def compare(run: Runner, what: str, y, x, *modulation, updated=None, **options) -> None:
@@ -281,6 +283,109 @@ def check_empty(run: Runner) -> None:
             branch = torch.zeros(shape, dtype=dtype)
             assert run.norm_modulate(x, rows=rows, branch=branch).shape == shape
             assert bool((x == 2.0).all())
+
+
+def check_fp8(run: Runner) -> None:
+    """As near to fp64 as quantising what stock makes; the same bits as quantising what the op makes."""
+    for dtype in run.dtypes():
+        for shape in SHAPES:
+            for rms in (False, True):
+                g = generator(*shape, rms)
+                x, branch = normal(shape, dtype, g), normal(shape, dtype, g)
+                scale, shift, gate = (normal((shape[0], shape[2]), dtype, g) for _ in range(3))
+                residual = {"branch": branch, "gate": gate} if rms else {}
+                before, other = x.clone(), x.clone()
+                y, row_scale = _in_fp8(run, x, scale, shift, rms=rms, **residual)
+                what = f"norm_modulate on {run.label}, fp8, rms {rms}"
+                exact, _ = exact_norm_modulate(before, scale, shift, rms=rms, **residual)
+                eager, _ = eager_norm_modulate(before, scale, shift, rms=rms, **residual)
+                assert_close(what, dequantised(y, row_scale), exact, dequantised(*quantised(eager)))
+                plain = run.norm_modulate(other, scale, shift, rms=rms, **residual)
+                _assert_quantised(what, y, row_scale, plain)
+                assert_equal(f"{what}, x", x, other)
+
+
+def check_fp8_values(run: Runner) -> None:
+    """Whatever is quantised: ties, subnormals, rows of zeros, what is too small to divide by, infinity, NaN."""
+    infinity, nan = float("inf"), float("nan")
+    for dtype in run.dtypes():
+        limits = torch.finfo(dtype)
+        tiny = max(limits.tiny, 1e-36)
+        steps = torch.arange(-448.0, 448.0, 0.5, dtype=torch.float64)
+        rows = [
+            steps,  # all halves, so all ties from 16 on
+            steps * 0.875,  # ties of quotients that a product with the inverse misses
+            torch.cat([torch.tensor([448.0]).double(), steps / 2**13]),  # ties of subnormals
+            torch.cat([torch.tensor([3.0]).double(), steps / 2**10]),
+            torch.zeros(5).double(),
+            torch.tensor([tiny, -tiny]).double(),
+            torch.tensor([limits.max, -limits.max, limits.max / 3]).double(),
+            torch.tensor([1.0, infinity, -infinity, 0.0]).double(),
+            torch.tensor([1.0, nan, 3.0]).double(),
+            torch.tensor([infinity, nan]).double(),
+            *(normal((700,), torch.float64, generator(n)) * 10.0 ** (n - 3) for n in range(7)),
+        ]
+        width = max(map(len, rows))
+        shift = torch.stack([torch.cat([r, r.new_zeros(width - len(r))]) for r in rows]).to(dtype)
+        g = generator(12)
+        x, none = normal((1, *shift.shape), dtype, g), torch.full((width,), -1.0, dtype=dtype)
+        y, row_scale = _in_fp8(run, x, none, shift[None])  # times 0, and so the shift
+        _assert_quantised(f"norm_modulate on {run.label}, values", y, row_scale, shift[None])
+        most = shift.abs().amax(dim=-1).double()
+        usable = most.isfinite() & (most > 500 * 2.0**-126)
+        error = (dequantised(y, row_scale)[0] - shift.double())[usable].abs()
+        rounding = limits.eps * most + most / 448 * 2.0**-9 + shift.double().abs().T / 16
+        if dtype is not torch.float16:  # whose scales are subnormal there
+            assert bool((error <= rounding.T[usable]).all())
+
+
+def check_fp8_rows(run: Runner) -> None:
+    """Of rows, in views, beside guards."""
+    for dtype in run.dtypes():
+        for width in (64, 71, 1160):
+            g = generator(13, width)
+            rows = some_rows(2, 5, 9, g)
+            x, branch = normal((2, 9, width), dtype, g), normal((2, 5, width), dtype, g)
+            modulation = [normal((2, 1, width), dtype, g) for _ in range(2)]
+            residual = {"branch": branch, "gate": modulation[0], "rows": rows}
+            expected_x, cache = x.clone(), poisoned(x.shape, dtype)
+            plain = run.norm_modulate(expected_x, *modulation, **residual)
+            data = Guarded(torch.zeros(2, 7, width + 8, dtype=torch.uint8))
+            numbers = Guarded(torch.zeros(2, 7))
+            out, row_scale = data.tensor.view(FP8)[:, 1:6, :width], numbers.tensor[:, 1:6]
+            outputs = {"out": out, "row_scale": row_scale, "cache": cache}
+            run.norm_modulate(x, *modulation, **residual, **outputs)
+            what = f"norm_modulate on {run.label}, fp8 rows of {width}"
+            _assert_quantised(what, out, row_scale, plain)
+            assert_equal(f"{what}, x", x, expected_x)
+            assert_equal(
+                f"{what}, cache",
+                torch.stack([c[r] for c, r in zip(cache, rows, strict=True)]),
+                branch,
+            )
+            for kept in (data, numbers):
+                kept.assert_intact(what)
+                if bool(kept.tensor[:, [0, 6]].any()):
+                    raise Mismatch(f"{what}: wrote rows that are no part of it")
+            if bool(data.tensor[..., width:].any()):
+                raise Mismatch(f"{what}: wrote past the end of a row")
+
+
+def _in_fp8(run, x, *modulation, **options):
+    row_scale = poisoned(x.shape[:2], torch.float32)
+    return run.norm_modulate(x, *modulation, row_scale=row_scale, **options), row_scale
+
+
+def _assert_quantised(what: str, y, row_scale, plain) -> None:
+    """The bits of `plain` in fp8, but for the sign of a NaN."""
+    expected, expected_scale = quantised(plain)
+    if not torch.equal(y.float().isnan(), expected.float().isnan()):
+        raise Mismatch(f"{what}: NaN elsewhere")
+    y, expected = (t.float().nan_to_num(nan=-500.0) for t in (y, expected))
+    assert_equal(f"{what}, y", y + 0.0, expected + 0.0)
+    assert_equal(
+        f"{what}, row_scale", row_scale.nan_to_num(nan=-1.0), expected_scale.nan_to_num(nan=-1.0)
+    )
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -23,6 +23,7 @@ from inputs import SERVING, generator, normal, poisoned, some_rows
 
 B, K, N, D = 2, 3, 7, 40
 FLOAT = torch.float32
+FP8 = torch.float8_e4m3fn
 
 
 def some(*shape, dtype=FLOAT, key=0):
@@ -120,6 +121,21 @@ WRONG_NORM = {
     "rows rank": ({"rows": rows_of()[0]}, "rows", f"[{B}, K]"),
     "rows out of range": ({"rows": rows_of() + N}, "rows", "0 to 2"),
     "out size": ({"out": some(B, K + 1, D)}, "out", f"[{B}, {K}, {D}]"),
+    "out in fp8 alone": ({"out": X.to(FP8)}, "out", "torch.float32"),
+    "out with row_scale": ({"out": X, "row_scale": some(B, K)}, "out", "torch.float8_e4m3fn"),
+    "row_scale shape": ({"row_scale": some(B, K, 1)}, "row_scale", f"[{B}, {K}]"),
+    "row_scale of all rows": (
+        {"rows": rows_of(), "x": STORE, "row_scale": some(B, N)},
+        "row_scale",
+        f"[{B}, {K}]",
+    ),
+    "row_scale dtype": ({"row_scale": some(B, K).double()}, "row_scale", "torch.float32"),
+    "row_scale stride": ({"row_scale": some(K, B).T}, "row_scale", "last stride"),
+    "row_scale expanded": (
+        {"row_scale": some(1, K).expand(B, K)},
+        "row_scale",
+        "without expanded",
+    ),
     "x expanded": (
         {"x": some(1, K, D).expand(B, K, D), "branch": X},
         "x",
@@ -669,6 +685,8 @@ def test_written_memory_is_not_shared(backend):
         {"x": x, "branch": branch, "cache": branch},
         {"x": x, "scale": branch, "out": branch},
         {"x": x, "branch": branch, "gate": x},
+        {"x": x, "row_scale": x.view(-1)[: B * K].view(B, K)},
+        {"x": x, "out": x.view(FP8)[..., :D], "row_scale": some(B, K)},
     ]
     for arguments in norm:
         with pytest.raises(ArgumentError, match="shares with"):
@@ -816,6 +834,8 @@ def test_in_place_forms_have_no_gradient():
         ops.norm_modulate(x, branch=branch)
     with pytest.raises(ArgumentError, match="gradient"):
         ops.norm_modulate(x, out=branch.clone())
+    with pytest.raises(ArgumentError, match="gradient"):
+        ops.norm_modulate(x, row_scale=torch.empty(B, K))
     with torch.no_grad():
         ops.gated_residual(x, [branch], [None], out=branch.clone())
 
@@ -849,6 +869,11 @@ def norm_step(x, branch, scale, gate, cache, rows):
     return x + 1, ops.norm_modulate(y, None, scale, rms=True)
 
 
+def quantised_step(x, scale, row_scale):
+    y = ops.norm_modulate(x * 2, scale, row_scale=row_scale)
+    return y.float() * row_scale[..., None], row_scale * 2
+
+
 def prologue_step(q, k, v, q_out, k_cache, v_cache, rows, cos, sin):
     table = {"cos": cos, "sin": sin, "norm": "rms"}
     ops.qkv_prologue(q + 1, k, v, q_out, k_cache, v_cache, rows=rows, **table)
@@ -863,6 +888,7 @@ def test_compiles_as_one_graph(backend):
     cases = [
         (residual_step, (compact, store, some(B, K, D, key=2), gate, cache, rows)),
         (norm_step, (store, compact, gate, gate, cache, rows)),
+        (quantised_step, (compact, gate, some(B, K))),
         (prologue_step, tuple(prologue().values())),
     ]
     for step, arguments in cases:
@@ -950,9 +976,9 @@ def opcheck_samples():
     yield "gated_residual", (x, [fresh], [gate], -1, None, None, out, None, None)
     stores = ([store, fresh], [gate, None], 1, cache, rows, out)
     yield "gated_residual", (x, *stores, torch.ones(2), "reference")
-    yield "norm_modulate", (x, gate, gate, None, None, 1e-6, False, None, out, None)
-    yield "norm_modulate", (store, gate, None, some(D), None, 1e-6, True, rows, out, None)
-    tail = (cache, rows, out, None)
+    yield "norm_modulate", (x, gate, gate, None, None, 1e-6, False, None, out, None, None)
+    yield "norm_modulate", (store, gate, None, some(D), None, 1e-6, True, rows, out, None, None)
+    tail = (cache, rows, out, None, None)
     options = (None, None, 1e-6, False)
     yield "residual_norm_modulate", (store, gate, gate, *options, fresh, gate, *tail)
     tables = (table(B, 3), table(B, 8), None)
@@ -990,6 +1016,8 @@ def test_meta_tensors_give_shapes():
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         assert ops.gated_residual(x, [store], [None], rows=rows).shape == (B, K, D)
         assert ops.norm_modulate(store, rows=rows).shape == (B, K, D)
+        quantised = ops.norm_modulate(store, rows=rows, row_scale=x[:, :, 0].clone())
+        assert (quantised.shape, quantised.dtype) == ((B, K, D), FP8)
         assert ops.blend(x, x, torch.empty((), device="meta"), x=x).shape == (B, K, D)
         assert ops.collapse([x] * 2, [None] * 2, [0, 2]).shape == (3, B, K, D)
         field, drops = (t.to("meta") for t in (FIELD, table(B, 8)))

@@ -11,9 +11,9 @@ from torch import nn
 import fastdit
 import tiny_models
 from contract import same_bits, within_contract
-from fastdit import RAS, Cached, Dense, Schedule
+from fastdit import RAS, Cached, Dense, Schedule, ops
 from fastdit.adapters import find_adapter
-from fastdit.blocks import products
+from fastdit.blocks import float8, products
 from test_ralu import SHORT, SIZE
 
 pytest.importorskip("torchao", reason="torchao is not installed")
@@ -98,6 +98,48 @@ def test_their_products_are_left_to_them(quantise):
     for layer in (block.proj_out, block.proj_mlp):
         assert type(layer) is nn.Linear
         assert products.weight_and_bias(layer, torch.zeros(1, 1, dtype=DTYPE)) is None
+
+
+@torch.no_grad()
+def test_rows_that_are_normed_for_them_are_quantised_as_they_would(quantise):
+    layer = quantise(tiny_models.transformer("flux", DTYPE)).single_transformer_blocks[0].proj_mlp
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, layer.in_features).to(DTYPE)
+    assert float8.read_rows([layer], x) == quantise.inputs
+    if quantise.inputs:
+        rows = float8.QuantisedRows.like(x, 9)
+        ops.norm_modulate(x, out=rows.data, row_scale=rows.scale)
+        same_bits(float8.linear(layer, rows), layer(ops.norm_modulate(x)))
+
+
+@torch.no_grad()
+def test_one_scale_for_all_rows_is_left_to_torchao(quantise):
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
+
+    layer = nn.Sequential(nn.Linear(64, 64).to(DTYPE))
+    quantize_(layer, Float8DynamicActivationFloat8WeightConfig())
+    assert not float8.read_rows([layer[0]], torch.zeros(1, 1, 64, dtype=DTYPE))
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+@torch.no_grad()
+def test_models_whose_norms_quantise(family, quantise, monkeypatch):
+    monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: True)
+    whole = tiny_models.transformer(family, DTYPE)
+    model = quantise(copy.deepcopy(whole))
+    methods = METHODS["every(2)"]
+    unquantised = run(whole, family, methods, "reference")
+    reference = run(model, family, methods, "reference")
+    fastdit.unpatch(model)
+    count, norm = [], ops.norm_modulate
+
+    def counted(*given, **named):
+        count.append(named.get("row_scale") is not None)
+        return norm(*given, **named)
+
+    monkeypatch.setitem(ops.OPS, "norm_modulate", counted)
+    within_contract(run(model, family, methods, "cpu"), reference, unquantised.double())
+    assert any(count) == quantise.inputs
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ def assert_equal(what: str, actual: Tensor, expected: Tensor) -> None:
 
 def bits(t: Tensor) -> Tensor:
     """The payload of t as integers."""
-    width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()]
+    width = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[t.element_size()]
     return t.contiguous().view(width)
 
 

@@ -187,6 +187,39 @@ FAULTS = {
         "mean = tl.zeros([ROWS], tl.float32) + mean_of(tl.sum(tl.sum(acc, axis=1), axis=0), WIDTH)",
         "check_special_values",
     ),
+    # norm_modulate in fp8
+    "the largest magnitude is that of the last piece": one(
+        NORM, "tl.maximum(largest, tl.where(inside, magnitude, 0))",
+        "tl.where(inside, magnitude, 0)", "check_fp8",
+    ),
+    "columns past D are magnitudes": one(
+        NORM, "tl.where(inside, magnitude, 0)", "magnitude", "check_fp8"
+    ),
+    "negative numbers are the largest": one(
+        NORM, "bitcast=True) & 0x7FFFFFFF", "bitcast=True)", "check_fp8"
+    ),
+    "y is quantised before it is rounded": one(
+        NORM, "y = y.to(x.start.dtype.element_ty).to(tl.float32)\n            made",
+        "y = y.to(tl.float32)\n            made", "check_fp8",
+    ),
+    "the number of a row is not rounded": one(
+        NORM, "by = by.to(x.start.dtype.element_ty).to(tl.float32)", "by = by.to(tl.float32)",
+        "check_fp8_values",
+    ),
+    "rows too small to divide are divided": one(
+        NORM, "tl.where(by < 1.17549435e-38, 0.0, by)", "by", "check_fp8_values"
+    ),
+    "a row of zeros is divided by zero": one(
+        NORM, "tl.where((by == 0.0)[:, None], 0.0, divided(made[c], by[:, None]))",
+        "divided(made[c], by[:, None])", "check_fp8_values",
+    ),
+    "the number of a row is that of the first sample's": one(
+        NORM, "b * row_scale.batch", "b * 0", "check_fp8_rows"
+    ),
+    "fp8 is stored past D": one(
+        NORM, "fp8_bits(quotient), mask=inside", "fp8_bits(quotient), mask=active[:, None]",
+        "check_fp8_rows",
+    ),
     # token_select: addresses
     "rows and columns of the grid are swapped": one(
         SELECT, "row * strides[1] + column * strides[2]", "row * strides[2] + column * strides[1]",

@@ -73,6 +73,20 @@ def exact_norm_modulate(
     return (y if shift is None else y + gate_of(shift)), x
 
 
+def quantised(y):
+    """y in fp8 and what each row is to be multiplied by, as torchao writes it; rows of zeros stay zeros."""
+    row_scale = (y.abs().amax(dim=-1) / 448.0).float()
+    row_scale[row_scale < 2.0**-126] = 0.0
+    small = row_scale == 0
+    scaled = (y.float() / row_scale[..., None]).clamp(-448.0, 448.0)
+    scaled[small] = 0.0
+    return scaled.to(torch.float8_e4m3fn), row_scale
+
+
+def dequantised(data, row_scale):
+    return data.double() * row_scale.double()[..., None]
+
+
 def eager_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
     """x [B, K, heads d] -> [B, K, heads, d]."""
     batch, tokens, width = x.shape

@@ -5,7 +5,8 @@
 
 Needs nvcc, and the cuobjdump of the triton wheel. An aligned kernel may read the row index, and x
 where it is transposed, in small pieces; so do token_change, token_select, patchify and
-resolution_transition all they need, which is little and of any strides. Everything else goes in 16
+resolution_transition all they need, which is little and of any strides. What is written in fp8 goes
+in as many bytes as 16 bytes have elements, with a number for each row. Everything else goes in 16
 bytes at a time.
 """
 
@@ -54,8 +55,8 @@ def readable(mangled: str) -> str:
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
     counted = r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)(?:, (true|false))?>"
     if found := re.search(counted, name):
-        op, dtype, count, aligned, weighted = found.groups()
-        form = " weighted" * (weighted == "true")
+        op, dtype, count, aligned, also = found.groups()
+        form = (" to fp8" if op.endswith("norm_modulate") else " weighted") * (also == "true")
         return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}{form}"
     if found := re.search(r"(patchify|resolution_transition)_kernel<(?:fd::)?(\w+)>", name):
         return f"{found[1]} {_short(found[2])}"

@@ -84,20 +84,23 @@ def instances() -> dict[str, Callable[[int], None]]:
 
         return call
 
-    def norm(width: int, dtype: torch.dtype, fused: bool, rms: bool = False):
+    def norm(width: int, dtype: torch.dtype, fused: bool, rms: bool = False, fp8: bool = False):
         out = new(batch, tokens, width, dtype=dtype)
         store = new(batch, layout, width, dtype=dtype)
         row = new(batch, 1, width, dtype=dtype)
-        x, cache, rows = out, None, None
+        x, cache, rows, branch = out, None, None, out
         if fused:
             x, cache, rows = store, store, new(batch, tokens, dtype=torch.int32)
+        outputs = (out, None)
+        if fp8:
+            outputs = out.to(torch.float8_e4m3fn), new(batch, tokens, dtype=torch.float32)
 
         def call(architecture: int) -> None:
             launch = launch_for("norm_modulate", width, batch * tokens, architecture)
-            branch, gate = (out, row) if fused else (None, None)
+            residual = (branch, row) if fused else (None, None)
             affine = (new(width, dtype=dtype), None) if rms else (None, None)
             modulation = (row, row, *affine, 1e-6, rms)
-            norm_modulate(x, *modulation, branch, gate, cache, rows, out, launch=launch)
+            norm_modulate(x, *modulation, *residual, cache, rows, *outputs, launch=launch)
 
         return call
 
@@ -214,6 +217,7 @@ def instances() -> dict[str, Callable[[int], None]]:
         "norm_modulate bf16 D2432 branch rows cache": norm(2432, bf16, True),
         "norm_modulate bf16 D3072 branch rows cache": norm(3072, bf16, True),
         "norm_modulate fp32 D3072 branch rows cache": norm(3072, fp32, True),
+        "norm_modulate bf16 D3072 branch rows cache to fp8": norm(3072, bf16, True, fp8=True),
         "patchify bf16 packed": patches(bf16, True, False),
         "patchify fp32 latents": patches(fp32, False, False),
         "patchify bf16 latents drawn": patches(bf16, False, True),

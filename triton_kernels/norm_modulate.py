@@ -5,11 +5,15 @@ where given. With branch, x <- x + gate * branch first, in place, rounded as it 
 [B, N, D] receives a bit-exact copy of branch. With rows [B, K] this happens to the rows
 x[b, rows[b, k]] only, while branch and y are compact [B, K, D].
 
+With row_scale y is written in fp8, each row over its largest magnitude by 448: of y as it would be
+stored, so that the result is that of quantising what the kernel gives without. Bytes of fp8 are made
+of integers, since Triton converts to fp8 on some architectures only.
+
 One program works on ROWS whole rows, in CHUNKS pieces of COLS columns that stay in registers: x is
 read once. COLS is a power of two, as Triton asks; the pieces fit the widths of the models better
 than one power of two does (3072 = 6 x 512, where 4096 would idle a quarter of the lanes).
 
-Bytes moved: 2 B K D elements; 4 with a branch; one more for a cache write.
+Bytes moved: 2 B K D elements; 4 with a branch; one more for a cache write; y in fp8 is a byte each.
 
 The residual is the same fma and the same rounding as in gated_residual: both give the same bits.
 Variance takes two passes over the registers, never E[x^2] - m^2. The mean of the first pass is
@@ -27,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from triton_kernels.exact import inverse_root, mean_of
+from triton_kernels.exact import divided, fp8_bits, inverse_root, mean_of
 from triton_kernels.launch import Launch, arch, launch_for, programs
 from triton_kernels.operand import modulation, operand, pointers, stored_rows
 
@@ -44,6 +48,7 @@ def norm_modulate_kernel(
     gate,
     cache,
     rows,
+    row_scale,
     eps,
     tokens,  # K
     total,  # B K
@@ -101,6 +106,8 @@ def norm_modulate_kernel(
         variance = tl.maximum(variance, 0.0)  # an all-equal row can end an ulp below zero
     inverse = inverse_root(variance + eps)
 
+    made = ()
+    largest = tl.zeros([ROWS, COLS], tl.int32)
     for c in tl.static_range(CHUNKS):
         col = c * COLS + tl.arange(0, COLS)
         wide = (col < WIDTH)[None, :]
@@ -117,7 +124,25 @@ def norm_modulate_kernel(
             y *= 1.0 + tl.load(pointers(scale, b, k, col), mask=inside, other=0.0).to(tl.float32)
         if shift is not None:
             y += tl.load(pointers(shift, b, k, col), mask=inside, other=0.0).to(tl.float32)
-        tl.store(pointers(out, b, k, col), y.to(out.start.dtype.element_ty), mask=inside)
+        if row_scale is None:
+            tl.store(pointers(out, b, k, col), y.to(out.start.dtype.element_ty), mask=inside)
+        else:
+            y = y.to(x.start.dtype.element_ty).to(tl.float32)
+            made += (y,)
+            # As integers infinity, and then NaN, are above all numbers.
+            magnitude = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            largest = tl.maximum(largest, tl.where(inside, magnitude, 0))
+
+    if row_scale is not None:
+        by = divided(tl.max(largest, axis=1).to(tl.float32, bitcast=True), 448.0)
+        by = by.to(x.start.dtype.element_ty).to(tl.float32)
+        by = tl.where(by < 1.17549435e-38, 0.0, by)  # a row that is too small is zeros
+        tl.store(row_scale.start + b * row_scale.batch + k * row_scale.token, by, mask=active)
+        for c in tl.static_range(CHUNKS):
+            col = c * COLS + tl.arange(0, COLS)
+            inside = active[:, None] & (col < WIDTH)[None, :]
+            quotient = tl.where((by == 0.0)[:, None], 0.0, divided(made[c], by[:, None]))
+            tl.store(pointers(out, b, k, col), fp8_bits(quotient), mask=inside)
 
 
 def norm_modulate(
@@ -133,6 +158,7 @@ def norm_modulate(
     cache: Tensor | None,
     rows: Tensor | None,
     out: Tensor,
+    row_scale: Tensor | None = None,
     *,
     launch: Launch | None = None,
 ) -> None:
@@ -149,7 +175,7 @@ def norm_modulate(
     with torch.cuda.device_of(x):
         norm_modulate_kernel[(programs(total, launch.rows),)](
             operand(x),
-            operand(out),
+            operand(out if row_scale is None else out.view(torch.uint8)),
             modulation(scale),
             modulation(shift),
             weight,
@@ -158,6 +184,7 @@ def norm_modulate(
             modulation(gate),
             operand(cache),
             operand(rows),
+            operand(row_scale),
             eps,
             tokens,
             total,

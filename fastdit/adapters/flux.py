@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from fastdit.adapters._packed import Packed
 from fastdit.adapters.base import Call, Size, blank
-from fastdit.blocks.attention import Rotation, joint_attention, self_attention
+from fastdit.blocks.attention import Rotation, joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.products import first_layer
 from fastdit.blocks.residual import gathered, joint_normed
 from fastdit.blocks.segments import unchanged
 from fastdit.errors import ArgumentError
@@ -42,8 +43,10 @@ def double_block(
     c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = context.chunk(6, dim=1)
 
     def attend() -> tuple[Tensor, ...]:
-        u_image = image.normed(block.norm1.norm, scale, shift)
-        u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
+        u_image = image.normed(block.norm1.norm, scale, shift, readers(fw, block.attn))
+        u_text = text.normed(
+            block.norm1_context.norm, c_scale, c_shift, readers(fw, block.attn, added=True)
+        )
         if fw.tokens is not None:
             rotation = fw.rotation(lambda: Rotation(*image_rotary_emb))
             return joint_attention(fw, "full_attn", block.attn, u_image, u_text, rotation=rotation)
@@ -61,7 +64,8 @@ def double_block(
         fw.component(
             "full_ff",
             lambda: fw.segments.feed_forward(
-                block.ff, image.normed(block.norm2, scale_mlp, shift_mlp)
+                block.ff,
+                image.normed(block.norm2, scale_mlp, shift_mlp, first_layer(block.ff)),
             ),
         ),
         gate_mlp,
@@ -73,7 +77,10 @@ def double_block(
         fw.component(
             "full_ff_context",
             lambda: fw.segments.feed_forward(
-                block.ff_context, text.normed(block.norm2_context, c_scale_mlp, c_shift_mlp)
+                block.ff_context,
+                text.normed(
+                    block.norm2_context, c_scale_mlp, c_shift_mlp, first_layer(block.ff_context)
+                ),
             ),
         ),
         c_gate_mlp,
@@ -96,7 +103,9 @@ def single_block(
     shift, scale, gate = fw.adaln(block.norm, temb).chunk(3, dim=1)
     runs_out = fw.computes("single_proj_out")
     if runs_out or fw.computes("single_attn") or fw.computes("single_proj_mlp"):
-        u = joint_normed((text, image), block.norm.norm, scale, shift)
+        attending = readers(fw, block.attn)
+        reading = (*attending, block.proj_mlp) if attending else ()
+        u = joint_normed((text, image), block.norm.norm, scale, shift, reading)
 
     def attend_single() -> Tensor:
         if fw.tokens is not None:

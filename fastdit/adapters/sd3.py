@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, blank, picture
-from fastdit.blocks.attention import joint_attention, self_attention
+from fastdit.blocks.attention import joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.products import first_layer
 
 
 def joint_block(
@@ -38,15 +39,17 @@ def joint_block(
     # Both attentions read the stream as it was before either adds to it.
     runs_attention = fw.computes("attn")
     if runs_attention:
-        u_image = image.normed(block.norm1.norm, scale, shift)
+        u_image = image.normed(block.norm1.norm, scale, shift, readers(fw, block.attn))
         if last:
             dtype = encoder_hidden_states.dtype
             c_scale, c_shift = fw.adaln(block.norm1_context, temb, dtype).chunk(2, dim=1)
         else:
             c_shift, c_scale = context[:2]
-        u_text = text.normed(block.norm1_context.norm, c_scale, c_shift)
+        u_text = text.normed(
+            block.norm1_context.norm, c_scale, c_shift, readers(fw, block.attn, added=True)
+        )
     if block.use_dual_attention and fw.computes("attn2"):
-        u_second = image.normed(block.norm1.norm, second[1], second[0])
+        u_second = image.normed(block.norm1.norm, second[1], second[0], readers(fw, block.attn2))
 
     def attend() -> tuple[Tensor, Tensor | None]:
         if fw.tokens is not None:
@@ -70,7 +73,9 @@ def joint_block(
         fw.component(
             "ff",
             lambda: fw.segments.feed_forward(
-                block.ff, image.normed(block.norm2, scale_mlp, shift_mlp), *chunks
+                block.ff,
+                image.normed(block.norm2, scale_mlp, shift_mlp, first_layer(block.ff, chunks[0])),
+                *chunks,
             ),
         ),
         gate_mlp,
@@ -86,7 +91,12 @@ def joint_block(
             "ff_context",
             lambda: fw.segments.feed_forward(
                 block.ff_context,
-                text.normed(block.norm2_context, c_scale_mlp, c_shift_mlp),
+                text.normed(
+                    block.norm2_context,
+                    c_scale_mlp,
+                    c_shift_mlp,
+                    first_layer(block.ff_context, chunks[0]),
+                ),
                 *chunks,
             ),
         ),

@@ -70,8 +70,9 @@ class Compiled(Backend):
         )
 
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
-    ):
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out,
+        row_scale=None,
+    ):  # fmt: skip
         width = out.shape[2]
         operand = _address if rows is None else strided
         self.module.norm_modulate(
@@ -89,6 +90,7 @@ class Compiled(Backend):
             None if gate is None else _modulation(gate, width),
             None if cache is None else operand(cache),
             None if rows is None else _row_index(rows),
+            None if row_scale is None else _table(row_scale),
             *self._context(x, x.shape[1]),
         )
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAX_BRANCHES = 64  # of one `gated_residual`, as csrc says
+FP8 = torch.float8_e4m3fn  # of norm_modulate's quantised output
 METRICS = ("std", "l2norm")  # of token_select
 
 
@@ -66,9 +67,10 @@ class Backend:
         gate: Tensor | None,
         cache: Tensor | None,  # [B, N, D], written at the active rows
         rows: Tensor | None,  # [B, K]
-        out: Tensor,  # [B, K, D], written
+        out: Tensor,  # [B, K, D], written; in fp8 where row_scale is given
+        row_scale: Tensor | None = None,  # fp32 [B, K], written
     ) -> None:
-        """x[rows] += gate * branch; cache[rows] = branch; out = modulated norm of x[rows]."""
+        """x[rows] += gate * branch; cache[rows] = branch; out = modulated norm of x[rows], over row_scale."""
         raise TypeError(f"backend {self.name} has no norm_modulate")
 
     def token_select(

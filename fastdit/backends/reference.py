@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastdit.backends._fp8 import quantised_rows
 from fastdit.backends.base import Backend
 from fastdit.errors import ArgumentError
 
@@ -298,8 +299,9 @@ class Reference(Backend):
         out.copy_(residual_sum(x, branches, gates, fresh, rows, weights))
 
     def norm_modulate(
-        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out
-    ):
+        self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out,
+        row_scale=None,
+    ):  # fmt: skip
         _check_range(rows, x.shape[1])
         active = x if rows is None else gather_rows(x, rows)
         if branch is not None:
@@ -307,7 +309,11 @@ class Reference(Backend):
             scatter_rows(x, rows, active)
             if cache is not None:
                 scatter_rows(cache, rows, branch)
-        out.copy_(modulated_norm(active, scale, shift, weight, bias, eps, rms))
+        y = modulated_norm(active, scale, shift, weight, bias, eps, rms)
+        if row_scale is None:
+            out.copy_(y)
+        else:
+            quantised_rows(y, out, row_scale)
 
     def token_select(self, velocity, drops, age, high, starvation, metric, max_age, rows, inverse):
         tokens, keep = drops.shape[1], rows.shape[1]

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastdit.backends.base import attention as torch_attention
 from fastdit.blocks.attention_choice import TORCH, attend_by, chosen
+from fastdit.blocks.float8 import QuantisedRows, linear
 from fastdit.observe import observed
 from fastdit.ops.qkv_prologue import HEAD_DIMS as PROLOGUE_HEAD_DIMS
 from fastdit.ops.sparse_attention import HEAD_DIMS, sparse_attention
@@ -83,13 +84,25 @@ class Part:
     rows: Tensor | None
 
 
-def projections(attention: nn.Module, x: Tensor, added: bool = False) -> tuple[Tensor, ...]:
-    """q, k and v of a stream; `added` for the projections of the text. Honours `fuse_qkv_projections`."""
+def projectors(attention: nn.Module, added: bool = False) -> tuple[nn.Module, ...]:
+    """The layers that make q, k and v of a stream, or all three; `added` for those of the text."""
     if getattr(attention, "fused_projections", False):
-        fused = attention.to_added_qkv if added else attention.to_qkv
-        return fused(x).chunk(3, dim=-1)
+        return (attention.to_added_qkv if added else attention.to_qkv,)
     names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
-    return tuple(getattr(attention, name)(x) for name in names)
+    return tuple(getattr(attention, name) for name in names)
+
+
+def projections(
+    attention: nn.Module, x: Tensor | QuantisedRows, added: bool = False
+) -> tuple[Tensor, ...]:
+    """q, k and v of a stream; `added` for the projections of the text. Honours `fuse_qkv_projections`."""
+    made = tuple(linear(layer, x) for layer in projectors(attention, added))
+    return made[0].chunk(3, dim=-1) if len(made) == 1 else made
+
+
+def readers(fw: Any, attention: nn.Module, added: bool = False) -> tuple[nn.Module, ...]:
+    """The layers that alone read what an attention is given; () where its own processor calls them."""
+    return () if fw.tokens is None else projectors(attention, added)
 
 
 def attend(
@@ -305,8 +318,8 @@ def joint_attention(
     fw: Any,
     name: str,
     attention: nn.Module,
-    image: Tensor,
-    text: Tensor,
+    image: Tensor | QuantisedRows,
+    text: Tensor | QuantisedRows,
     *,
     text_first: bool = True,
     rotation: Rotation | None = None,
@@ -355,7 +368,7 @@ def joint_attention(
 def self_attention(
     fw: Any,
     attention: nn.Module,
-    x: Tensor,
+    x: Tensor | QuantisedRows,
     mask: Tensor | None = None,
     rotation: Rotation | None = None,
     text: int = 0,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.blocks.active import ActiveTokens
+from fastdit.blocks.float8 import read_rows
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Drawn, HeldSums, Nodes, Weights
 from fastdit.blocks.products import FUSED
@@ -124,6 +125,10 @@ class Forward:
         """Whether the component runs in this call for its consumer alone, which nobody else compiles or rounds."""
         kept = self._row.get(component, COMPUTE) & (KEEP | DRAWN)
         return self.segments is FUSED and not kept and self.computes(component)
+
+    def quantises(self, readers: Sequence[nn.Module], x: Tensor) -> bool:
+        """Whether the running block gives `readers` their input in fp8, x [B, n, D] normed."""
+        return self.segments is FUSED and read_rows(readers, x)
 
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.blocks import segments
+from fastdit.blocks.float8 import QuantisedRows, linear
 from fastdit.observe import observed
 
 #: the oldest architecture on which cuBLAS has an epilogue with a GELU for 16 bits
@@ -27,6 +28,7 @@ class Fused(segments.Segments):
     def __init__(self) -> None:
         super().__init__(lambda function: function)
         self.feed_forward, self.project, self.activated = feed_forward, project, activated
+        self.linear = linear
 
 
 def project(
@@ -53,8 +55,10 @@ def project(
     return out
 
 
-def activated(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
+def activated(module: nn.Module, activation: nn.Module, x: Tensor | QuantisedRows) -> Tensor:
     """``activation(module(x))``, a GELU on the way out of the product where torch has that, rounded once."""
+    if isinstance(x, QuantisedRows):
+        return activation(linear(module, x))
     form = getattr(activation, "approximate", None) if type(activation) is nn.GELU else None
     if form is None or gelu_of_products(x.device) != form or observed(activation):
         return segments.activated(module, activation, x)
@@ -63,9 +67,15 @@ def activated(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
 
 
 def feed_forward(
-    module: nn.Module, x: Tensor, chunk_size: int | None = None, chunk_dim: int = 0
+    module: nn.Module, x: Tensor | QuantisedRows, chunk_size: int | None = None, chunk_dim: int = 0
 ) -> Tensor:
     """A feed-forward module, the GELU of diffusers' on the way out of its first product."""
+    if isinstance(x, QuantisedRows):
+        first, *rest = module.net
+        out = first.gelu(linear(first.proj, x))
+        for layer in rest:
+            out = layer(out)
+        return out
     if chunk_size is not None or gelu_of_products(x.device) is None:
         return segments.feed_forward(module, x, chunk_size, chunk_dim)
     if type(module).__name__ != "FeedForward" or observed(module):
@@ -80,6 +90,18 @@ def feed_forward(
     for layer in rest:
         out = layer(out)
     return out
+
+
+def first_layer(module: nn.Module, chunk_size: int | None = None) -> tuple[nn.Module, ...]:
+    """The linear layer that alone reads a feed-forward's input: of diffusers' with a GELU, unseen and not in chunks."""
+    if chunk_size is not None or type(module).__name__ != "FeedForward":
+        return ()
+    first = module.net[0]
+    if type(first).__name__ != "GELU" or any(
+        "forward" in part.__dict__ or observed(part) for part in (module, first)
+    ):
+        return ()
+    return (first.proj,)
 
 
 def weight_and_bias(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor | None] | None:

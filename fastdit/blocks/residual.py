@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastdit.backends.base import MAX_BRANCHES
 from fastdit.blocks.active import CachedRows
+from fastdit.blocks.float8 import QuantisedRows
 from fastdit.blocks.nodes import Drawn
 from fastdit.observe import observed
 from fastdit.schedules.forecast import MAX_ORDER
@@ -67,11 +68,17 @@ class Residual:
         return branch.shape == self._h.shape and self._suits(branch, gate)
 
     def normed(
-        self, norm: nn.Module, scale: Gate, shift: Gate, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        norm: nn.Module,
+        scale: Gate,
+        shift: Gate,
+        readers: Sequence[nn.Module] = (),
+        out: Tensor | QuantisedRows | None = None,
+    ) -> Any:
         """``norm(h) * (1 + scale) + shift`` [B, n, D], the input of a component.
 
-        `norm` is a LayerNorm or RMSNorm module; scale and shift may be None.
+        `norm` is a LayerNorm or RMSNorm module; scale and shift may be None. It comes as :class:`QuantisedRows` where
+        `readers`, the linear layers that read it and that nothing else does, all take those.
         """
         forward = self._forward
         if not self.takes_op(norm, scale):
@@ -84,9 +91,14 @@ class Residual:
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
             self._h = forward._own_streams[self._stream] = self._h.contiguous()
-        return forward.ops.norm_modulate(
-            self._h, scale, shift, branch=branch, gate=gate, out=out, **norm_parameters(norm)
-        )
+        given = {"branch": branch, "gate": gate, **norm_parameters(norm)}
+        if out is None and forward.quantises(readers, self._h):
+            out = QuantisedRows.like(self._h, self._h.shape[1])
+        if not isinstance(out, QuantisedRows):
+            return forward.ops.norm_modulate(self._h, scale, shift, out=out, **given)
+        given |= {"out": out.data, "row_scale": out.scale}
+        forward.ops.norm_modulate(self._h, scale, shift, **given)
+        return out
 
     def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
         """Whether :meth:`normed` uses the op, or torch as diffusers does."""
@@ -177,14 +189,29 @@ class Residual:
         return self._forward._own_streams.get(self._stream) is self._h
 
 
-def joint_normed(streams: Sequence[Residual], norm: nn.Module, scale: Gate, shift: Gate) -> Tensor:
-    """The streams' normed and modulated rows one after the other, [B, sum n, D], without joining the streams first."""
+def joint_normed(
+    streams: Sequence[Residual],
+    norm: nn.Module,
+    scale: Gate,
+    shift: Gate,
+    readers: Sequence[nn.Module] = (),
+) -> Any:
+    """The streams' normed and modulated rows one after the other, [B, sum n, D], without joining the streams first.
+
+    As :meth:`Residual.normed` gives those of one.
+    """
     first = streams[0]._h
     if not all(stream.takes_op(norm, scale) for stream in streams):
         return torch.cat([stream.normed(norm, scale, shift) for stream in streams], dim=1)
     lengths = [stream._h.shape[1] for stream in streams]
-    out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
-    for stream, part in zip(streams, out.split(lengths, dim=1), strict=True):
+    out: Tensor | QuantisedRows
+    if streams[0]._forward.quantises(readers, first):
+        out = QuantisedRows.like(first, sum(lengths))
+        parts = out.split(lengths)
+    else:
+        out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
+        parts = out.split(lengths, dim=1)
+    for stream, part in zip(streams, parts, strict=True):
         stream.normed(norm, scale, shift, out=part)
     return out
 
