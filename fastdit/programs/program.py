@@ -17,12 +17,12 @@ from torch import Tensor
 
 from fastdit.programs.folding import fold
 from fastdit.programs.lines import Line, Ref, refs_in
-from fastdit.programs.state import OBJECTS, Form, Place
+from fastdit.programs.state import OBJECTS, Form, Moment, Place
 
-#: where a call's arguments are, and the step's row of the modulations
-CALL = ("args", "kwargs", "row")
+#: where a call's arguments are, the step's row of the modulations, the step, and the steps in the state, latest first
+CALL = ("args", "kwargs", "row", "now", "moments")
 #: the dicts of a state that a program reads, and those that it writes, too
-READ = ("modulations", "given")
+READ = ("modulations", "given", "weights")
 WRITTEN = ("slots", "owned", "keys", "prompts", "memory", "stage")
 
 
@@ -35,14 +35,18 @@ class Program:
     """This stands for the forward of a transformer in all calls of one kind.
 
     Attributes:
-        run: ``run(args, kwargs, row, **state)`` gives the transformer's output.
+        run: ``run(args, kwargs, row, now, moments, **state)`` gives the transformer's output.
         source: Its text.
+        weights: Keys of the weights of forecasts that it reads.
+        moments: The steps in the state afterwards: ranks among those before it, None for its own.
         after: The form of what the branch keeps afterwards.
         computed, reused: Components.
     """
 
     run: Callable[..., Any]
     source: str
+    weights: tuple[Any, ...]
+    moments: tuple[int | None, ...]
     after: Any
     computed: int
     reused: int
@@ -55,8 +59,9 @@ def write(
     before: Form,
     after: Form,
     known: Callable[[Tensor], Ref | None],
-) -> tuple[Callable[..., Any], str]:
-    """The function, and its text, of what was recorded.
+    now: Moment,
+) -> tuple[Any, ...]:
+    """What a :class:`Program` of what was recorded begins with: its function, its text, and so on.
 
     Args:
         lines: What was called.
@@ -65,17 +70,26 @@ def write(
         output: What the call returned.
         before, after: The state.
         known: Gives the Ref of a tensor.
+        now: The step.
 
     Raises:
         NoProgram: A tensor that stays comes from nowhere, or something changed that a program does not write.
     """
-    return _Writer(inputs, before, known).write(lines, output, after)
+    return _Writer(inputs, before, known, now).write(lines, output, after)
 
 
 class _Writer:
     def __init__(
-        self, inputs: Mapping[Ref, Any], before: Form, known: Callable[[Tensor], Ref | None]
+        self,
+        inputs: Mapping[Ref, Any],
+        before: Form,
+        known: Callable[[Tensor], Ref | None],
+        now: Moment,
     ) -> None:
+        self._ranks: dict[int, int | None] = {
+            moment: rank for rank, moment in enumerate(before.moments)
+        }
+        self._ranks[now] = None
         self._given = inputs
         self._before = before
         self._known = known
@@ -86,7 +100,7 @@ class _Writer:
         self._text: list[str] = []
         self._opened: dict[tuple[str, Any], str] = {}
 
-    def write(self, lines: Sequence[Line], output: Any, after: Form) -> tuple[Any, str]:
+    def write(self, lines: Sequence[Line], output: Any, after: Form) -> tuple[Any, ...]:
         ends = [*self._stores(after), f"return {self._output(output)}"]
         self._inputs = dict(self._given)  # what is kept may be one that nobody read
         self._gone = self._changed(after)
@@ -111,7 +125,9 @@ class _Writer:
         body = "\n    ".join([*self._text, *ends])
         source = f"def program({', '.join((*CALL, *READ, *WRITTEN))}):\n    {body}\n"
         exec(compile(source, "<a program of fastdit>", "exec"), self._space)
-        return self._space["program"], source
+        weights = (p.key for p in places if isinstance(p, Place) and p.source == "weights")
+        moments = tuple(self._ranks[moment] for moment in after.moments)
+        return self._space["program"], source, tuple(dict.fromkeys(weights)), moments
 
     # ---- the state
 
@@ -144,6 +160,9 @@ class _Writer:
         if id(value) in self._made:
             return self._made[id(value)]
         kind = type(value)
+        if kind is Moment:
+            rank = self._ranks[value]
+            return "now" if rank is None else f"moments[{rank}]"
         if isinstance(value, tuple):
             parts = "".join(f"{self._value(part, before)}, " for part in value)
             made = (

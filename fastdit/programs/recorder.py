@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdit.ops.registry import WHOLE, handed_over
 from fastdit.programs.lines import Line, Ref
+from fastdit.programs.state import Moment
 
 #: attributes and methods of tensors, and functions, that say what a tensor is and not what it holds
 _FACTS = set(
@@ -197,6 +198,8 @@ class Recorder(TorchFunctionMode):
             if found is None:
                 raise _Unknown(f"is given a tensor {list(value.shape)} that comes from nowhere")
             return found
+        if type(value) is Moment:
+            raise _Unknown("is given the number of a step")
         if isinstance(value, _PLAIN):
             return value
         if type(value) in (tuple, list):

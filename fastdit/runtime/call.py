@@ -24,6 +24,7 @@ from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import unobserved
+from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
@@ -180,7 +181,7 @@ class Call(Asked):
             unread=patched.adapter.unread,
             precision=patched.precision(self.arguments.hidden_states.dtype),
             modulations=ahead,
-            step=run.step,
+            step=Moment(run.step),
             weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )

@@ -7,7 +7,7 @@ that nobody can foresee stay as they are: see :func:`model_of`, and `recorder.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from fastdit.blocks.nodes import HeldSums, Nodes
 from fastdit.programs.library import described, record
 from fastdit.programs.model import Model, hooks_so_far
 from fastdit.programs.program import Program
-from fastdit.programs.state import State, UnknownState, know
+from fastdit.programs.state import Moment, State, UnknownState, know
 from fastdit.runtime.install import is_installed
 
 know(KeyValues, Rotation, HeldSums, Nodes)
@@ -74,10 +74,12 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     except UnknownState as unknown:
         program = str(unknown)
     ahead = call.ahead
-    branch.form = None  # not known until the call is over
+    before, branch.form = branch.form, None  # not known until the call is over
     if isinstance(program, Program):
-        output = run(program, call, args, kwargs, written)
-        branch.form = program.after
+        now, moments = Moment(call.run.step), before[1]
+        output = run(program, call, args, kwargs, now, moments, written)
+        after = tuple(now if rank is None else moments[rank] for rank in program.moments)
+        branch.form = program.after, after
         return output
     call.interpret()
     transformer = call.transformer
@@ -91,22 +93,56 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         args,
         kwargs,
         state,
-        lambda: call.run.forecast_weights.made if call.run.patched.forecasts else (),
+        lambda: _weights_made(call.run, before[1]),
+        Moment(call.run.step),
     )
     if not isinstance(made, str):
         branch.form = programs.form_of(written)
         forward = call.forward
-        made = Program(*made, branch.form, forward.computed, forward.reused)
+        made = Program(*made, branch.form[0], forward.computed, forward.reused)
     programs.keep(kind, made)
     return output
 
 
-def run(program: Program, call: Any, args: Any, kwargs: Any, written: State) -> Any:
+def run(
+    program: Program,
+    call: Any,
+    args: Any,
+    kwargs: Any,
+    now: Moment,
+    moments: Sequence[Moment],
+    written: State,
+) -> Any:
     """The transformer's output, by a program."""
     call.program, ahead = program, call.ahead
     call.run.programs += 1
     row, tables = (0, {}) if ahead is None else (ahead.row, ahead.tables)
-    return program.run(args, kwargs, row, tables, _given(call), **written)
+    weights = weights_of(program, call.run, moments)
+    return program.run(args, kwargs, row, now, moments, tables, _given(call), weights, **written)
+
+
+def weights_of(program: Program, run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
+    """The weights of forecasts that a program reads at this step."""
+    if not program.weights:
+        return {}
+    found = {}
+    for key in program.weights:
+        nodes = tuple(tuple(run.step if n is None else moments[n] for n in each) for each in key[0])
+        found[key] = run.forecast_weights.by_key(run.step, (nodes, *key[1:]))
+    return found
+
+
+def _weights_made(run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
+    """The weights of forecasts made at this step, by key: with ranks among the steps in the state for those steps."""
+    if not run.patched.forecasts:
+        return {}
+    ranks: dict[int, int | None] = {moment: rank for rank, moment in enumerate(moments)}
+    ranks[run.step] = None
+    return {
+        (tuple(tuple(ranks[node] for node in each) for each in key[0]), *key[1:]): made
+        for key, made in run.forecast_weights.made_at(run.step).items()
+        if all(node in ranks for each in key[0] for node in each)
+    }
 
 
 def _written(call: Any) -> State:
@@ -139,17 +175,16 @@ def _form_of(ahead: Any, programs: Any) -> Any:
     """What stands for the modulations that were made."""
     if ahead.form is None:
         rows = {key: rows[ahead.row] for key, rows in ahead.tables.items()}
-        ahead.form = programs.form_of({"modulations": rows})
+        ahead.form = programs.form_of({"modulations": rows})[0]
     return ahead.form
 
 
 def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     run, branch, layout = call.run, call.branch, call.layout
     programs, ahead, resolution = run.patched.programs, call.ahead, run.resolution
-    plan, step = run.plan, run.step
     found = [
         run.model,
-        branch.form,
+        branch.form[0],
         described(args, kwargs),
         torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
@@ -166,10 +201,11 @@ def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         table = layout.table.shape
         given = layout.coarse, layout.centred, layout.weighs_keys
         found.append((layout.name, layout.grid, table, *given))
-        found.append(programs.form_of({"stage": resolution.memory}))
-    if call.collapses or run.patched.forecasts:
-        # The sums are those of this very step, and so are a forecast's weights.
-        found += [plan, step]
+        found.append(programs.form_of({"stage": resolution.memory})[0])
+    if call.collapses:
+        found.append(programs.sums(run.plan.sums[run.step]))
     if run.patched.forecasts:
-        found.append(tuple(run.forecast_weights.sigmas))
+        sigmas = run.forecast_weights.sigmas
+        if len(set(sigmas)) < len(sigmas):  # a step replaces the outputs of one at the same sigma
+            found += [run.step, tuple(sigmas)]
     return tuple(found)
