@@ -23,7 +23,7 @@ from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.prepacked import check_packable, linears_of
 from fastdit.drift import check_drift
-from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
+from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
@@ -108,10 +108,6 @@ def patch(
         _check_resizing(resizing, pipeline)
     if patched.stands_in:
         adapter.check_tokens(transformer)
-    if cuda_graphs and resizing is not None:
-        raise CompositionError(
-            f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
-        )
     rewritten = rewrites(patched, transformer)
     if not is_installable(transformer):
         patched.programs = None

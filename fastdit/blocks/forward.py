@@ -104,10 +104,6 @@ class Forward:
         fused = self._block_compiled is None and not self.immediate
         self.segments = FUSED if fused else segments_like(self._block_compiled, block)
 
-    def take_counts(self, computed: int, reused: int) -> None:
-        """Stand for a call whose blocks were not visited."""
-        self.computed, self._planned = computed, computed + reused
-
     # ---- components
 
     def computes(self, component: str) -> bool:

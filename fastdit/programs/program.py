@@ -8,6 +8,7 @@ Entries of the state that the call took out or put in, the program does, too.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Program:
     Attributes:
         run: ``run(args, kwargs, row, now, moments, **state)`` gives the transformer's output.
         source: Its text.
-        weights: Keys of the weights of forecasts that it reads.
+        reads: Which keys it reads of the dicts in `READ`.
+        weights: The dicts of modules with the weights that it reads, and their names there.
         moments: The steps in the state afterwards: ranks among those before it, None for its own.
         after: The form of what the branch keeps afterwards.
         computed, reused: Components.
@@ -45,11 +47,20 @@ class Program:
 
     run: Callable[..., Any]
     source: str
-    weights: tuple[Any, ...]
+    reads: Mapping[str, tuple[Any, ...]]
+    weights: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]
     moments: tuple[int | None, ...]
     after: Any
     computed: int
     reused: int
+
+    def weights_now(self) -> Iterator[Tensor]:
+        """The weights that it reads, as the modules hold them now."""
+        return map(operator.getitem, *self.weights)
+
+    def moments_after(self, now: Moment, moments: Sequence[Moment]) -> tuple[Moment, ...]:
+        """The steps in the state after a call at the step `now`, of those before it."""
+        return tuple(now if rank is None else moments[rank] for rank in self.moments)
 
 
 def write(
@@ -76,6 +87,17 @@ def write(
         NoProgram: A tensor that stays comes from nowhere, or something changed that a program does not write.
     """
     return _Writer(inputs, before, known, now).write(lines, output, after)
+
+
+def put(before: Form, after: Form, now: Moment) -> Callable[..., None]:
+    """``put(now, moments, **written)`` makes of a state of the form `before` that of the step `now`, `after`.
+
+    What it puts in are the very values of `after`, but for the steps in them.
+
+    Raises:
+        NoProgram: Something changed that a program does not write.
+    """
+    return _Putter({}, before, lambda tensor: None, now).put(after)
 
 
 class _Writer:
@@ -125,9 +147,12 @@ class _Writer:
         body = "\n    ".join([*self._text, *ends])
         source = f"def program({', '.join((*CALL, *READ, *WRITTEN))}):\n    {body}\n"
         exec(compile(source, "<a program of fastdit>", "exec"), self._space)
-        weights = (p.key for p in places if isinstance(p, Place) and p.source == "weights")
+        keys = [(place.source, place.key) for place in places if isinstance(place, Place)]
+        reads = {s: tuple(dict.fromkeys(key for at, key in keys if at == s)) for s in READ}
+        owned = [place for place in places if type(place) is tuple]
+        weights = tuple(values for values, _ in owned), tuple(name for _, name in owned)
         moments = tuple(self._ranks[moment] for moment in after.moments)
-        return self._space["program"], source, tuple(dict.fromkeys(weights)), moments
+        return self._space["program"], source, reads, weights, moments
 
     # ---- the state
 
@@ -282,6 +307,25 @@ class _Writer:
             self._names[id(value)] = name = f"c{len(self._names)}"
             self._space[name] = value  # kept, so that its id stays its own
         return self._names[id(value)]
+
+
+class _Putter(_Writer):
+    def put(self, after: Form) -> Callable[..., None]:
+        gone = [where for where in self._changed(after) if where not in after.entries]
+        lines = [f"del {self._entry(where)}" for where in gone]
+        body = "\n    ".join([*lines, *self._stores(after), "return None"])
+        source = f"def put({', '.join(('now', 'moments', *WRITTEN))}):\n    {body}\n"
+        exec(compile(source, "<a program of fastdit>", "exec"), self._space)
+        return self._space["put"]
+
+    def _value(self, value: Any, before: list[str]) -> str:
+        return super()._value(value, before) if _is_of_steps(value) else self._constant(value)
+
+
+def _is_of_steps(value: Any) -> bool:
+    """Whether the number of a step is in a value of the state."""
+    parts = value if isinstance(value, tuple) else getattr(value, "__dict__", {}).values()
+    return type(value) is Moment or (type(value) is not Tensor and any(map(_is_of_steps, parts)))
 
 
 def _alike(held: tuple[Any, Any], now: tuple[Any, Any]) -> bool:

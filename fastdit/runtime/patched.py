@@ -81,7 +81,7 @@ class Patched:
         self.eager = self.ops.backend == "reference"
         self.acts = any(method.writes for method in self.methods)
         self.forecasts = any(method.forecasts for method in self.methods)
-        known = self.adapter.restates and not self.linears and self.graphs is None
+        known = self.adapter.restates and not self.linears
         self.programs = Programs() if known and not self.eager else None
         #: torch's compiler traces the transformer's own forward
         self.compiles = self.graphs is None and not self.forecasts

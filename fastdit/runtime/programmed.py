@@ -64,11 +64,11 @@ def fuses_attention(call: Any, model: Model) -> bool:
 
 def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The transformer's output, by a program or as it is recorded."""
-    branch, programs = call.branch, call.run.patched.programs
+    branch, programs, trace = call.branch, call.run.patched.programs, call.trace
     written = _written(call)
     try:
         if branch.form is None:
-            branch.form = programs.form_of(written)
+            branch.form = form_of(call, written)
         kind = _kind(call, args, kwargs)
         program = programs.get(kind)
     except UnknownState as unknown:
@@ -76,17 +76,21 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     ahead = call.ahead
     before, branch.form = branch.form, None  # not known until the call is over
     if isinstance(program, Program):
+        call.program = program
+        call.run.programs += 1
+        if trace is not None:
+            output, branch.form = trace.run(program, call, args, kwargs, before, written)
+            return output
         now, moments = Moment(call.run.step), before[1]
         output = run(program, call, args, kwargs, now, moments, written)
-        after = tuple(now if rank is None else moments[rank] for rank in program.moments)
-        branch.form = program.after, after
+        branch.form = program.after, program.moments_after(now, moments), None
         return output
     call.interpret()
     transformer = call.transformer
     if program is not None:
         return type(transformer).forward(transformer, *args, **kwargs)
     tables = {} if ahead is None else {key: rows[ahead.row] for key, rows in ahead.tables.items()}
-    state = {"modulations": tables, "given": _given(call), **written}
+    state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
         lambda: type(transformer).forward(transformer, *args, **kwargs),
         call.run.model,
@@ -97,11 +101,19 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         Moment(call.run.step),
     )
     if not isinstance(made, str):
-        branch.form = programs.form_of(written)
+        after = programs.form_of(written)[0]
         forward = call.forward
-        made = Program(*made, branch.form[0], forward.computed, forward.reused)
+        made = Program(*made, after, forward.computed, forward.reused)
+        branch.form = form_of(call, written)
     programs.keep(kind, made)
     return output
+
+
+def form_of(call: Any, written: State) -> tuple[Any, Sequence[Moment], Any]:
+    """What stands for the form of what a branch keeps, the steps in it, and what for where it lies, if that matters."""
+    if call.trace is not None:
+        return call.trace.settle(call, written)
+    return *call.run.patched.programs.form_of(written), None
 
 
 def run(
@@ -114,19 +126,16 @@ def run(
     written: State,
 ) -> Any:
     """The transformer's output, by a program."""
-    call.program, ahead = program, call.ahead
-    call.run.programs += 1
+    ahead = call.ahead
     row, tables = (0, {}) if ahead is None else (ahead.row, ahead.tables)
     weights = weights_of(program, call.run, moments)
-    return program.run(args, kwargs, row, now, moments, tables, _given(call), weights, **written)
+    return program.run(args, kwargs, row, now, moments, tables, given(call), weights, **written)
 
 
 def weights_of(program: Program, run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
     """The weights of forecasts that a program reads at this step."""
-    if not program.weights:
-        return {}
     found = {}
-    for key in program.weights:
+    for key in program.reads["weights"]:
         nodes = tuple(tuple(run.step if n is None else moments[n] for n in each) for each in key[0])
         found[key] = run.forecast_weights.by_key(run.step, (nodes, *key[1:]))
     return found
@@ -158,7 +167,7 @@ def _written(call: Any) -> State:
     }
 
 
-def _given(call: Any) -> dict[str, Tensor]:
+def given(call: Any) -> dict[str, Tensor]:
     """What a call is given beside its arguments."""
     found = {}
     if call.rows is not None:

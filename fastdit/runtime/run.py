@@ -24,7 +24,7 @@ from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.graphs import Trace
+from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
@@ -125,7 +125,7 @@ class Run:
     branches: dict[Any, Branch] = field(default_factory=dict)
     prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
     previews: Any = None
-    trace: Trace | str | None = None
+    trace: GraphRun | str | None = None
     model: Any = None
     hooks: int = -1
     outputs: list[Tensor] = field(default_factory=list)
@@ -263,8 +263,6 @@ class Run:
             )
         if not self._doubts:
             self._doubts = True
-            if isinstance(self.trace, Trace):
-                self.trace.leave(self)
             self.drop_caches()
             self._sites.clear()
             self._timestep = timestep
@@ -353,8 +351,8 @@ class Run:
         if self.live:
             self.seconds = time.perf_counter() - self.started
         self.live = False
-        if isinstance(self.trace, Trace):
-            self.peak_bytes = self.trace.end(self.peak_bytes)
+        if isinstance(self.trace, GraphRun):
+            self.trace.end()
         self.drop_caches()
         for method in self.methods:
             method.end()
