@@ -23,7 +23,7 @@ from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError
 from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
-from fastdit.schedules.plan import RunPlan, everywhere, ops_of, plan_run
+from fastdit.schedules.plan import RunPlan, everywhere, ops_of
 from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 from fastdit.tokens.waves import UNIT, Waves, waves_of
@@ -179,9 +179,7 @@ def explain_patched(
         timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
     repeats = patched.forecasts and timesteps is not None and timesteps.repeat
-    plan = plan_run(
-        patched.methods, spec, steps, partial, timesteps, patched.may_collapse(), repeats
-    )
+    plan = patched.planned(steps, partial, timesteps, patched.may_collapse(), repeats)
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
@@ -204,7 +202,8 @@ def explain_patched(
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        cache_bytes=max(
+        # What graphs read stays where it is in the other stages, too.
+        cache_bytes=(max if patched.graphs is None else sum)(
             part.cache_bytes(steps, kept[0].itemsize, estimated=True) for part, steps, _ in stages
         )
         + (count.key_bytes() if any(active) else 0)

@@ -315,8 +315,9 @@ class Call(Asked):
         if run.trace is None:
             run.trace = run.patched.graphs.begin(self)
         trace = run.trace
-        follows = isinstance(trace, GraphRun) and trace.ended is None and self.model is not None
-        return trace if follows else None
+        if not isinstance(trace, GraphRun) or trace.ended is not None:
+            return None
+        return trace.follow(self)
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This runs the transformer's forward, by a graph where there is one."""

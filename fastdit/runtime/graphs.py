@@ -8,7 +8,9 @@ are read where they lie, which is looked up before each replay.
 
 The first call of a kind is recorded as a program. The second runs that on the stream of all captures, which warms up
 what may not happen while capturing, and is captured then; so a capture that fails costs no call its result. Later ones
-are replayed. The graphs of one session share a memory pool, for what lives within a call.
+are replayed. A run's first call of each branch stays eager: it keeps nothing yet, so it is like no other, and it
+computes everything, so nobody waits for Python. The graphs of one session share a memory pool, for what lives within a
+call.
 
 A session is of one size of pictures, and is leased by one run at a time: another one of that size meanwhile is eager.
 """
@@ -66,7 +68,8 @@ class Session:
 
     Attributes:
         capture: What captures, into a pool of its own.
-        kept: What a run keeps between its calls.
+        kept: What a run keeps between its calls: outputs, keys and values, prompts.
+        tables: What it keeps beside that, of positions.
         given: What a call is given.
         graphs: (branch, program, where lies what is kept) -> a graph.
         met: How often each of them was called.
@@ -76,6 +79,7 @@ class Session:
     capture: Any
     kept: Arena
     model: Any = None
+    tables: Arena = field(default_factory=Arena)
     given: Arena = field(default_factory=Arena)
     graphs: dict[Any, Graph] = field(default_factory=dict)
     met: Counter[Any] = field(default_factory=Counter)
@@ -109,17 +113,25 @@ class Session:
         ):
             return True
         rarest = min(self.graphs, key=self.met.__getitem__, default=None)
-        if rarest is None or self.met[rarest] >= self.met[key]:
+        if rarest is None or 2 * self.met[rarest] > self.met[key]:
             return False
         del self.graphs[rarest]
         return len(self.graphs) < MOST_GRAPHS
+
+    def settle(self, branch: Any, written: Any) -> Any:
+        """Put what a branch keeps where it stays, and beside it what all of them share; see :meth:`Arena.settle`."""
+        kept = {source: written[source] for source in ("slots", "owned", "keys", "prompts")}
+        arrangement = self.kept.settle(branch, kept)
+        arrangement |= self.tables.settle(branch, {"memory": written["memory"]})
+        self.tables.settle(None, {"stage": written["stage"]})
+        return arrangement
 
     def clear(self) -> None:
         """All is let go: the model is another."""
         self.graphs.clear()
         self.met.clear()
-        self.kept.clear()
-        self.given.clear()
+        for arena in (self.kept, self.tables, self.given):
+            arena.clear()
 
 
 class Graphs:
@@ -159,26 +171,35 @@ class GraphRun:
     """One run that is replayed where it can be.
 
     Attributes:
-        captured, replayed, eager: How many of its calls were.
+        calls, captured, replayed: How many there were, and how many of them were.
         ended: Why no more are; None as long as they may be.
     """
 
     def __init__(self, graphs: Graphs, session: Session) -> None:
         self._graphs = graphs
         self._session = session
-        self.captured = self.replayed = self.eager = 0
+        self.calls = self.captured = self.replayed = 0
+        self._begun: set[Any] = set()
+        self._is_first = False
         self.ended: str | None = None
 
     def __str__(self) -> str:
         if self.ended is not None:
             return self.ended
         mode = "captured" if self.captured else "replayed" if self.replayed else "warming up"
-        return f"{mode}, {self.replayed} of {self.replayed + self.eager} calls replayed"
+        return f"{mode}, {self.replayed} of {self.calls} calls"
 
     @property
     def nbytes(self) -> int:
         """What its caches take, all run long."""
         return self._session.kept.nbytes
+
+    def follow(self, call: Any) -> GraphRun | None:
+        """A call of the run begins; this is None where it has no program."""
+        self.calls += 1
+        self._is_first = call.key not in self._begun
+        self._begun.add(call.key)
+        return None if call.model is None else self
 
     def run(
         self, program: Program, call: Any, args: Any, kwargs: Any, form: Any, written: Any
@@ -191,6 +212,8 @@ class GraphRun:
         session, (_, moments, arrangement) = self._session, form
         now = Moment(call.run.step)
         key = call.key, program, arrangement, _where(written["stage"])
+        if self._is_first:
+            return self._eagerly(program, call, args, kwargs, moments, written)
         session.met[key] += 1
         graph = session.graphs.get(key)
         weights = list(program.weights_now())
@@ -206,13 +229,24 @@ class GraphRun:
         after = program.moments_after(now, moments)
         return _copied_out(graph.output), (graph.form, after, graph.arrangement)
 
+    def _eagerly(
+        self,
+        program: Program,
+        call: Any,
+        args: Any,
+        kwargs: Any,
+        moments: Sequence[Moment],
+        written: Any,
+    ) -> tuple[Any, Any]:
+        """A call that is not to have a graph runs its program."""
+        given = args, kwargs, Moment(call.run.step), moments, written
+        return programmed.run(program, call, *given), self.settle(call, written)
+
     def settle(self, call: Any, written: Any) -> Any:
         """What a call kept that ran without a graph goes where graphs find it; this gives its form."""
         programs, session = call.run.patched.programs, self._session
         try:
-            apart = {source: values for source, values in written.items() if source != "stage"}
-            arrangement = session.kept.settle(call.key, apart)
-            session.kept.settle(None, {"stage": written["stage"]})
+            arrangement = session.settle(call.key, written)
         except (NoRoom, UnknownState) as why:
             self.end(f"since {why}")
             arrangement = None
@@ -236,7 +270,6 @@ class GraphRun:
     ) -> tuple[Any, Any]:
         """A call that has no graph yet runs its program, and is captured."""
         session, device = self._session, call.arguments.hidden_states.device
-        self.eager += 1
         before = {source: dict(values) for source, values in written.items()}
         now, own = Moment(call.run.step), (*args, *kwargs.values())
         given = given_to(program, call, args, kwargs, moments)
@@ -256,18 +289,17 @@ class GraphRun:
             return program.run(*static, 0, now, moments, tables, *sources, **state)
 
         def captured() -> Any:
+            state = {source: dict(values) for source, values in before.items()}
             output = compute(state)
-            session.kept.settle(call.key, {s: v for s, v in state.items() if s != "stage"})
-            session.kept.settle(None, {"stage": state["stage"]})
-            return output
+            session.settle(call.key, state)
+            return output, state
 
         output = session.capture.warm(lambda: compute(written), device)
         form = self.settle(call, written)
         if self.ended is not None or not session.makes_room(key, device):
             return output, form
-        state = {source: dict(values) for source, values in before.items()}
         try:
-            replay, static_output = session.capture(captured, device)
+            replay, (static_output, after) = session.capture(captured, device)
         except Exception as error:
             line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             self._graphs.failure = f"a call could not be captured: {line}"
@@ -276,7 +308,7 @@ class GraphRun:
         self.captured += 1
         hosts = {n: home for n, home in enumerate(homes) if given[n].device != device}
         pointers = list(map(Tensor.data_ptr, program.weights_now()))
-        placed = put(Form(before), Form(state), now)
+        placed = put(Form(before), Form(after), now)
         on_device = [home for n, home in enumerate(homes) if n not in hosts]
         session.graphs[key] = Graph(
             replay, static_output, on_device, hosts, pointers, placed, form[0], form[2]

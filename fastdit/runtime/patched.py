@@ -142,12 +142,16 @@ class Patched:
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, timesteps, not self.eager, repeats)
+        plan = self.planned(steps, partial, timesteps, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.taken:
             if len(self._plans) >= PLANS:
                 self._plans = {}
             self._plans[key] = plan
         return plan
+
+    def planned(self, *given: Any) -> RunPlan:
+        """The plan of a run whose number of steps, partial ones, and so on are `given` as to :func:`plan_run`."""
+        return plan_run(self.methods, self.spec, *given, self.graphs is not None)
 
     # ---- one transformer call
 
