@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -104,7 +105,9 @@ class Tape(TorchDispatchMode):
             key = storage(tensor)
             if key in self.outside and key not in self._before:
                 whole = tensor.new_empty(0).set_(
-                    tensor.untyped_storage(), 0, (tensor.untyped_storage().nbytes() // tensor.itemsize,)
+                    tensor.untyped_storage(),
+                    0,
+                    (tensor.untyped_storage().nbytes() // tensor.itemsize,),
                 )
                 self._before[key] = whole, whole.clone()
 
@@ -180,6 +183,8 @@ def ops_seen() -> Iterator[None]:
 
     def seen(function: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any) -> None:
+            if any(isinstance(tensor, FakeTensor) for tensor in tensors(args)):
+                return  # there is nothing to read
             if Tape.current is None:
                 function(*args)
             else:

@@ -55,7 +55,9 @@ class Weights:
                 own = weights(sigmas, self.sigmas[step]) if sigmas else (1.0,)
                 found += own if place is None else (own[place],)
             found[0] -= changes
-            with torch._C.DisableTorchFunction():  # who records a call finds them here, other ones at other steps
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # who records a call finds them here, other ones at other steps
                 made = torch.tensor(found, dtype=dtype).to(device, non_blocking=True)
             self._made[step, key] = made
         return self._made[step, key]

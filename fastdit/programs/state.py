@@ -43,7 +43,7 @@ def know(*classes: type) -> None:
 
 
 class Moment(int):
-    """The number of a step that something was made at. A form tells only which of them are the same, and which later."""
+    """The number of the step that something was made at; a form tells only which are the same, and which later."""
 
 
 class UnknownState(Exception):

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastdit.observe import observed
-
 Replay = Callable[[], None]
 
 #: two captures at once would each see the other's allocations

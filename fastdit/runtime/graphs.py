@@ -3,8 +3,8 @@
 Where a step is short, a GPU waits for Python; a replay is one launch. A program (`programmed.py`) does the same for all
 calls of one kind, so one graph of it serves them all: what differs from call to call is copied to where the graph reads
 it before it is replayed. That is what the call is given, its modulations, its active rows and the weights of its
-forecasts. What a run keeps lies in an :class:`~fastdit.runtime.arena.Arena`, at one address for each form of it; weights
-are read where they lie, which is looked up before each replay.
+forecasts. What a run keeps lies in an :class:`~fastdit.runtime.arena.Arena`, at one address for each form of it.
+Weights are read where they lie, which is looked up before each replay.
 
 The first call of a kind is recorded as a program. The second runs that on the stream of all captures, which warms up
 what may not happen while capturing, and is captured then; so a capture that fails costs no call its result. Later ones
@@ -107,9 +107,8 @@ class Session:
 
     def makes_room(self, key: Any, device: torch.device) -> bool:
         """Whether a graph may be added; where there is no room, one that was called less often goes."""
-        if (
-            len(self.graphs) < MOST_GRAPHS
-            and self.capture.nbytes <= self.capture.most_bytes(device)
+        if len(self.graphs) < MOST_GRAPHS and self.capture.nbytes <= self.capture.most_bytes(
+            device
         ):
             return True
         rarest = min(self.graphs, key=self.met.__getitem__, default=None)
@@ -117,6 +116,11 @@ class Session:
             return False
         del self.graphs[rarest]
         return len(self.graphs) < MOST_GRAPHS
+
+    @property
+    def nbytes(self) -> int:
+        """What its memories take."""
+        return sum(arena.nbytes for arena in (self.kept, self.tables, self.given))
 
     def settle(self, branch: Any, written: Any) -> Any:
         """Put what a branch keeps where it stays, and beside it what all of them share; see :meth:`Arena.settle`."""
@@ -290,8 +294,10 @@ class GraphRun:
 
         def captured() -> Any:
             state = {source: dict(values) for source, values in before.items()}
-            output = compute(state)
+            output, held = compute(state), session.nbytes
             session.settle(call.key, state)
+            if session.nbytes != held:
+                raise RuntimeError("what it keeps has no place outside of the graph's pool")
             return output, state
 
         output = session.capture.warm(lambda: compute(written), device)
@@ -367,7 +373,11 @@ def _replaced(values: Any, by: Iterator[Tensor]) -> Any:
 
 def _where(stage: Any) -> Any:
     """What tells where a stage's tables lie, which branches share."""
-    return frozenset((place, id(leaf)) for place, leaf in Form({"stage": stage}).leaves) if stage else None
+    return (
+        frozenset((place, id(leaf)) for place, leaf in Form({"stage": stage}).leaves)
+        if stage
+        else None
+    )
 
 
 def _copied_out(output: Any) -> Any:
