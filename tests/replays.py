@@ -97,7 +97,7 @@ def replayed(tapes):
         pipe = tiny_models.pipeline(name)
         fastdit.patch(pipe, *METHODS[method](pipe))
         eager = {seed: draw(name, pipe, seed, **kwargs) for seed in range(3)}
-        handle = fastdit.patch(pipe, *METHODS[method](pipe), cuda_graphs=True)
+        handle = fastdit.patch(pipe, *METHODS[method](pipe), graphs=True)
         for seed in range(3):
             draw(name, pipe, seed, **kwargs)
         return pipe, handle, eager

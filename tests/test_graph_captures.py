@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from unittest.mock import patch
 
 import pytest
@@ -12,8 +13,12 @@ import fastdit
 import tiny_models
 from contract import same_bits
 from fastdit import ECAD, RAS, Cached, Dense, HarmoniCa, Schedule
+from fastdit.account import pace
+from fastdit.account.cost import Cost
+from fastdit.adapters import find_adapter
 from fastdit.programs import library
 from fastdit.runtime import arena, graphs
+from fastdit.schedules.plan import RunPlan, plan_run
 from fastdit.tiny import load_pipeline
 from oracle import random_bits
 from replays import (
@@ -61,7 +66,7 @@ def test_what_waits_for_the_device_inside_a_capture_is_refused(fault, tapes, mon
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, *METHODS["cached"](pipe))
     expected = draw("sd3", pipe, 0)
-    handle = fastdit.patch(pipe, *METHODS["cached"](pipe), cuda_graphs=True)
+    handle = fastdit.patch(pipe, *METHODS["cached"](pipe), graphs=True)
     for _ in range(2):
         same_bits(draw("sd3", pipe, 0), expected)
     assert "could not be captured: RuntimeError: operation not" in handle.report().graphs
@@ -93,7 +98,7 @@ def test_these_tests_notice_a_slot_in_the_wrong_place(fault, tapes, monkeypatch)
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, *METHODS[method](pipe))
     expected = draw("sd3", pipe, 0)
-    fastdit.patch(pipe, *METHODS[method](pipe), cuda_graphs=True)
+    fastdit.patch(pipe, *METHODS[method](pipe), graphs=True)
     monkeypatch.setattr(where, name, planted)
     assert any(not torch.equal(draw("sd3", pipe, 0), expected) for _ in range(4))
 
@@ -103,7 +108,7 @@ def test_these_tests_notice_what_is_not_copied_in(tapes):
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, Dense())
     expected = draw("sd3", pipe, 3)
-    fastdit.patch(pipe, Dense(), cuda_graphs=True)
+    fastdit.patch(pipe, Dense(), graphs=True)
     for seed in range(3):
         draw("sd3", pipe, seed)
     (((_, program, *_), graph),) = graphs_of(pipe).items()
@@ -117,11 +122,11 @@ def test_these_tests_notice_what_is_not_copied_in(tapes):
     same_bits(draw("sd3", pipe, 3), expected)
 
 
-def test_these_tests_notice_an_output_that_is_not_copied_out(tapes, monkeypatch):
+def test_these_tests_notice_an_output_that_is_notcopied_out(tapes, monkeypatch):
     model = tiny_models.transformer("sd3")
     eager = torch.stack(loop(model, fastdit.patch(model), 0))
-    handle = fastdit.patch(model, cuda_graphs=True)
-    monkeypatch.setattr(graphs, "_copied_out", lambda output: output)
+    handle = fastdit.patch(model, graphs=True)
+    monkeypatch.setattr(graphs, "copied_out", lambda output: output)
     found = [torch.stack(loop(model, handle, 0)) for _ in range(3)]
     assert not torch.equal(found[-1], eager)
 
@@ -159,7 +164,7 @@ def test_signatures_are_few(name, method, tapes):
     if name not in tiny_models.PIPELINES:
         pytest.skip("this diffusers has none")
     pipe = tiny_models.pipeline(name)
-    handle = fastdit.patch(pipe, *FEW[method](pipe), cuda_graphs=True)
+    handle = fastdit.patch(pipe, *FEW[method](pipe), graphs=True)
     for seed in range(3):
         draw(name, pipe, seed, steps=STEPS_COUNTED, height=8, width=8)
     branches = [key[0] for key in graphs_of(pipe)]
@@ -180,7 +185,7 @@ PRESETS = {
 def test_a_schedule_has_no_more_graphs_than_distinct_rows(preset, tapes):
     make, steps = PRESETS[preset]
     pipe = load_pipeline()
-    handle = fastdit.patch(pipe, make(), cuda_graphs=True)
+    handle = fastdit.patch(pipe, make(), graphs=True)
     for _ in range(3):
         noise = torch.Generator().manual_seed(0)
         pipe("a red circle", num_inference_steps=steps, generator=noise, output_type="latent")
@@ -199,7 +204,7 @@ def test_over_the_cap_the_rarest_signatures_stay_eager(tapes):
     fastdit.patch(pipe, method)
     expected = draw("sd3", pipe, 0, steps=13)
     tapes.most = 0  # one is captured before it is full
-    handle = fastdit.patch(pipe, method, cuda_graphs=True)
+    handle = fastdit.patch(pipe, method, graphs=True)
     for _ in range(4):
         same_bits(draw("sd3", pipe, 0, steps=13), expected)
     trace = handle.last_run().trace
@@ -212,7 +217,7 @@ def test_over_the_cap_the_rarest_signatures_stay_eager(tapes):
 def test_explain_says_what_stays(family, method, tapes):
     model = tiny_models.transformer(family)
     chosen = METHODS[method](type("Pipe", (), {"transformer": model}))
-    handle = fastdit.patch(model, *chosen, cuda_graphs=True)
+    handle = fastdit.patch(model, *chosen, graphs=True)
     predicted = handle.explain(steps=STEPS, **sizes(family, 2, 8, 16)).cache_bytes
     for _ in range(3):
         with torch.no_grad(), handle.run(range(STEPS)):
@@ -226,16 +231,16 @@ def test_the_bound_on_caches_wins(tapes):
     """Where slots that stay need more than slots that go, what may be kept decides."""
     pipe = tiny_models.pipeline("sd3")
     method = METHODS["cached"](pipe)[0]
-    stays = fastdit.patch(pipe, method, cuda_graphs=True)
+    stays = fastdit.patch(pipe, method, graphs=True)
     for _ in range(2):
         expected = draw("sd3", pipe, 0)
     needed = stays.report().peak_cache_bytes
     bounded = Cached(method.source, max_cache_bytes=needed)
-    handle = fastdit.patch(pipe, bounded, cuda_graphs=True)
+    handle = fastdit.patch(pipe, bounded, graphs=True)
     for _ in range(3):
         same_bits(draw("sd3", pipe, 0), expected)
     assert mode_of(handle) == "replayed"
-    fastdit.patch(pipe, Cached(method.source, max_cache_bytes=needed - 1), cuda_graphs=True)
+    fastdit.patch(pipe, Cached(method.source, max_cache_bytes=needed - 1), graphs=True)
     with pytest.raises(fastdit.ArgumentError, match="max_cache_bytes"):
         draw("sd3", pipe, 0)
 
@@ -244,7 +249,7 @@ def test_what_does_not_fit_where_it_stays_is_eager(tapes, monkeypatch):
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, *METHODS["cached"](pipe))
     expected = draw("sd3", pipe, 0)
-    handle = fastdit.patch(pipe, *METHODS["cached"](pipe), cuda_graphs=True)
+    handle = fastdit.patch(pipe, *METHODS["cached"](pipe), graphs=True)
     monkeypatch.setattr(graphs, "Arena", lambda most=None: arena.Arena(1000))
     for _ in range(3):
         same_bits(draw("sd3", pipe, 0), expected)
@@ -276,8 +281,73 @@ def test_no_capture_needs_a_value(name, method, monkeypatch):
     monkeypatch.setattr("fastdit.runtime.capture.CudaCapture", type("Stand", (), members))
     pipe = tiny_models.pipeline(name)
     with ops_seen():
-        handle = fastdit.patch(pipe, *METHODS[method](pipe), cuda_graphs=True)
+        handle = fastdit.patch(pipe, *METHODS[method](pipe), graphs=True)
         for _ in range(2):
             draw(name, pipe, 0)
     assert made.ran == len(graphs_of(pipe)) > 0
     assert handle.last_run().trace.ended is None
+
+
+# ---- graphs="auto"
+
+
+@pytest.fixture
+def gpu(tapes, monkeypatch):
+    """The CPU is taken for a GPU of some pace."""
+
+    def paced(macs, bytes_):
+        found = pace.Pace(macs, bytes_)
+        monkeypatch.setattr("fastdit.account.explain.pace_of", lambda device: found)
+
+    return paced
+
+
+def test_auto_replays_where_the_device_waits_for_the_host(gpu):
+    pipe = tiny_models.pipeline("sd3")
+    fastdit.patch(pipe, Cached(Schedule.every(2)))
+    expected = draw("sd3", pipe, 0)
+    handle = fastdit.patch(pipe, Cached(Schedule.every(2)), graphs="auto")
+    gpu(1e15, 1e15)
+    for _ in range(3):
+        same_bits(draw("sd3", pipe, 0), expected)
+    assert mode_of(handle) == "replayed"
+    handle = fastdit.patch(pipe, Cached(Schedule.every(2)), graphs="auto")
+    gpu(1e6, 1e6)  # so slow that it never waits
+    for _ in range(3):
+        same_bits(draw("sd3", pipe, 0), expected)
+    assert handle.report().graphs == "since the GPU takes longer than the host at every step"
+    assert not graphs_of(pipe)
+
+
+def test_auto_on_the_cpu_is_eager_and_says_so(recwarn):
+    pipe = tiny_models.pipeline("sd3")
+    handle = fastdit.patch(pipe, Dense(), graphs="auto")
+    draw("sd3", pipe, 0)
+    assert handle.report().graphs == "since the transformer is on cpu"
+    assert "graphs    off: the model is on cpu" in str(handle.explain())
+    assert not [each for each in recwarn if "eager" in str(each.message)]
+    assert "graphs" not in str(fastdit.patch(pipe, Dense()).explain())
+
+
+def test_the_rule_counts_each_step():
+    """A reused step is of few launches and no products; one that computes, of many."""
+    model = tiny_models.transformer("sd3")
+    spec = find_adapter(model).spec(model)
+    plan = plan_run([Cached(Schedule.every(2))], spec, 6)
+    count = dataclasses.replace(Cost.of(model, 32, 5), itemsize=2)
+    components = len(count.components)
+    beside = pace.LAUNCHES_BESIDE * pace.LAUNCH_SECONDS
+    whole = beside + components * pace.LAUNCHES * pace.LAUNCH_SECONDS
+    dense = RunPlan(1, None, ())
+    macs, reused = count.macs(dense), count.macs(plan.part(1, 2))
+    assert 0 < reused < macs
+    stages = [(count, plan, ())]
+
+    def waits(seconds):
+        """Where all the products of a step that computes take so long, and residuals no time."""
+        return pace.steps_that_wait(stages, components, pace.Pace(macs / seconds, float("inf")))
+
+    assert waits(whole * 1.01) == (0 if reused / macs * whole > beside else 3)
+    assert waits(whole * 0.99) >= 3
+    assert waits(whole * 100 * macs / reused) == 0
+    assert waits(beside * 0.5) == 6

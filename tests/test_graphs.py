@@ -43,7 +43,7 @@ def read_from_outside(tapes, pipe):
     known = [*transformer.parameters(), *transformer.buffers()]
     for session in patched.graphs.sessions.values():
         for each in (session.kept, session.tables, session.given):
-            known += each._tensors.values()
+            known += each.tensors.values()
     for program in patched.programs.found.values():
         if isinstance(program, Program):
             known += [t for t in program.run.__globals__.values() if isinstance(t, torch.Tensor)]
@@ -57,7 +57,7 @@ def test_replayed_runs_have_the_bits_of_eager_ones(name, method, tapes):
     fastdit.patch(pipe, *METHODS[method](pipe))
     expected = [draw(name, pipe, seed) for seed in range(4)]
     eager = fastdit.report(pipe)
-    handle = fastdit.patch(pipe, *METHODS[method](pipe), cuda_graphs=True)
+    handle = fastdit.patch(pipe, *METHODS[method](pipe), graphs=True)
     for seed in range(4):
         same_bits(draw(name, pipe, seed), expected[seed])
     assert not read_from_outside(tapes, pipe)
@@ -143,7 +143,7 @@ def test_a_run_that_was_broken_off_leaves_nothing(run, tapes):
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, *METHODS["ras + cached"](pipe))
     expected = [draw("sd3", pipe, seed) for seed in range(3)]
-    handle = fastdit.patch(pipe, *METHODS["ras + cached"](pipe), cuda_graphs=True)
+    handle = fastdit.patch(pipe, *METHODS["ras + cached"](pipe), graphs=True)
 
     def stop(pipe, step, timestep, given):
         pipe._interrupt = step == 2
@@ -165,7 +165,7 @@ def test_a_failed_capture_costs_nothing_but_graphs(method, fails, tapes):
     pipe, other = tiny_models.pipeline("sd3"), tiny_models.pipeline("pixart-sigma")
     fastdit.patch(pipe, *METHODS[method](pipe))
     expected = draw("sd3", pipe, 0)
-    handle = fastdit.patch(pipe, *METHODS[method](pipe), cuda_graphs=True)
+    handle = fastdit.patch(pipe, *METHODS[method](pipe), graphs=True)
     tapes.fails = fails if method != "dense" else 0
     with pytest.warns(UserWarning, match="not be captured: RuntimeError: operation not") as said:
         found = [draw("sd3", pipe, 0) for _ in range(4)]
@@ -176,7 +176,7 @@ def test_a_failed_capture_costs_nothing_but_graphs(method, fails, tapes):
     tapes.fails = None
     fastdit.patch(other, *METHODS[method](other))
     expected = draw("pixart-sigma", other, 0)
-    handle = fastdit.patch(other, *METHODS[method](other), cuda_graphs=True)
+    handle = fastdit.patch(other, *METHODS[method](other), graphs=True)
     for _ in range(4):
         same_bits(draw("pixart-sigma", other, 0), expected)
     assert mode_of(handle) == "replayed"
@@ -213,7 +213,7 @@ def test_what_cannot_be_replayed_runs_eagerly_and_says_why(change, replayed):
 
 def test_the_cpu_is_not_captured():
     pipe = tiny_models.pipeline("sd3")
-    handle = fastdit.patch(pipe, cuda_graphs=True)
+    handle = fastdit.patch(pipe, graphs=True)
     with pytest.warns(UserWarning, match="the transformer is on cpu"):
         draw("sd3", pipe, 0)
     assert handle.report().graphs == "since the transformer is on cpu"
@@ -302,7 +302,7 @@ def test_a_loop_written_by_hand(tapes):
     model = tiny_models.transformer("sd3")
     bits = Schedule.from_bits(*random_bits(model, STEPS, 3))
     eager = [loop(model, fastdit.patch(model, Cached(bits)), seed) for seed in range(4)]
-    handle = fastdit.patch(model, Cached(bits), cuda_graphs=True)
+    handle = fastdit.patch(model, Cached(bits), graphs=True)
     found = []
     for seed, mode in enumerate(MODES):
         found.append(loop(model, handle, seed))
@@ -315,7 +315,7 @@ def test_autocast_that_begins_inside_a_run_leaves_it(tapes):
     model = tiny_models.transformer("sd3")
     method = Cached(Schedule.every(2))
     eager = loop(model, fastdit.patch(model, method), 0, autocast_from=3)
-    handle = fastdit.patch(model, method, cuda_graphs=True)
+    handle = fastdit.patch(model, method, graphs=True)
     for _ in range(3):
         loop(model, handle, 0)
     found = loop(model, handle, 0, autocast_from=3)
@@ -361,7 +361,7 @@ def test_a_prompt_written_in_place_under_inference_mode_is_copied(way, replayed)
 def test_a_loop_that_is_given_up_gives_its_session_back(tapes):
     scheduler = FlowMatchEulerDiscreteScheduler()
     pipe = tiny_models.pipeline("sd3", scheduler=scheduler)
-    handle = fastdit.patch(pipe, cuda_graphs=True)
+    handle = fastdit.patch(pipe, graphs=True)
     for seed in range(2):
         draw("sd3", pipe, seed)
     model, given = pipe.transformer, tiny_models.call("sd3", 2)

@@ -8,7 +8,8 @@ import pytest
 
 import fastdit
 import host
-from fastdit import RAS, Cached, Dense, Schedule
+from fastdit import RALU, RAS, Cached, Dense, Schedule
+from oracle import random_bits
 
 METHODS = {
     "dense": lambda: Dense(),
@@ -54,6 +55,60 @@ def test_a_reused_step(name):
     assert max(found) <= 350, found
     for call in launches(name, "reused")[3::2]:
         assert sum(call.kernels.values()) <= LAUNCHES[name], call.kernels
+
+
+class Still:
+    """Captures nothing: what is left is the host's part of a replay."""
+
+    nbytes = 0
+
+    @staticmethod
+    def serves(device):
+        return True
+
+    def most_bytes(self, device):
+        return 1
+
+    def warm(self, compute, device):
+        return compute()
+
+    def __call__(self, compute, device):
+        return (lambda: None), compute()
+
+
+def parts(pipe):
+    """Attentions compute at each step, what follows them at every third, and is drawn through three values between."""
+    layers = random_bits(pipe.transformer, 12, 0)
+    for kind, bits in layers[0].items():
+        bits[:] = [
+            [["attn" in name or step % 3 == 0 for name in layers[1][kind]]] for step in range(12)
+        ]
+    return Cached(Schedule.from_bits(*layers), order=2)
+
+
+REPLAYED = {
+    "dense": lambda pipe: Dense(),
+    "every(2)": lambda pipe: Cached(Schedule.every(2)),
+    "parts, order 2": parts,
+    "RAS": lambda pipe: RAS(ratio=0.25, start=2, resets=(), align=1),
+    "RALU": lambda pipe: RALU((4, 4, 4), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient"),
+}
+
+
+@pytest.mark.parametrize("method", REPLAYED)
+@pytest.mark.parametrize("name", host.MODELS)
+def test_a_replayed_call(name, method, monkeypatch):
+    pipe = host.pipeline(name)
+    if method == "RALU" and name not in ("SD3", "SD3.5", "FLUX", "Qwen-Image"):
+        pytest.skip("its tokens have one size")
+    monkeypatch.setattr("fastdit.runtime.capture.CudaCapture", Still)
+    handle = fastdit.patch(pipe, REPLAYED[method](pipe), backend="cpu", graphs=True)
+    host.draw(name, pipe, 12)
+    found = [sum(call.values()) for call in host.frames(name, pipe, 12)]
+    trace = handle.last_run().trace
+    assert trace.replayed >= 12 - 3, str(trace)
+    replays = sorted(found)[: trace.replayed]
+    assert max(replays) <= 250, found
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -122,7 +122,7 @@ def _patched(
     @contextmanager
     def enter(runs: Runs, place: Place) -> Iterator[Any]:
         with captures(place) if graphs else nullcontext():
-            handle = fastdit.patch(runs.pipe, *make(runs.pipe), cuda_graphs=graphs)
+            handle = fastdit.patch(runs.pipe, *make(runs.pipe), graphs=graphs)
             try:
                 yield handle
             finally:

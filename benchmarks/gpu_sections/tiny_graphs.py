@@ -52,7 +52,7 @@ def _row(place: Place, here: Any, there: Any, steps: int, chosen: list[Any]) -> 
     }
     try:
         with captures(place):
-            replayed = _drawn(there, steps, chosen, runs=3, cuda_graphs=True)
+            replayed = _drawn(there, steps, chosen, runs=3, graphs=True)
             row["mode"] = fastdit.report(there).graphs
     except fastdit.CompositionError as error:
         row["mode"] = f"refused: {error}"

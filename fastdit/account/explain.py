@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdit.account.cost import Cost
+from fastdit.account.pace import pace_of, steps_that_wait
 from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
@@ -60,6 +62,7 @@ class Explanation:
         reusable_share: Share of the arithmetic of a dense step that is in components: the most that reuse can spare.
         exact: Whether arithmetic and caches are counted. A model without an adapter is counted on the arguments of its
             last call of this size; before there was one they are estimates.
+        graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -87,6 +90,7 @@ class Explanation:
     attention: str = ""
     resampled: tuple[int, ...] = ()
     collapse: str = ""
+    graphs: str = ""
     reusable_share: float = 1.0
     exact: bool = True
 
@@ -119,6 +123,7 @@ class Explanation:
             self.packed_bytes
             and f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB",
             self.collapse and f"  collapse  {self.collapse}",
+            self.graphs and f"  graphs    {self.graphs}",
             self.tokens_per_step and f"  tokens    per step {ranges(self.tokens_per_step)}",
             self.waves and f"  waves     {self.waves}",
             resampled and f"  schedule  its steps {resampled}, the nearest in timestep",
@@ -216,9 +221,38 @@ def explain_patched(
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats),
+        graphs=_graphs(patched, stages, steps, weight.device),
         reusable_share=count.reusable_share,
         exact=count.exact,
     )
+
+
+def _graphs(patched: Any, stages: Sequence[Any], steps: int, device: torch.device) -> str:
+    """This says whether calls are replayed; nothing where nobody asked for it."""
+    if patched.graphs is None:
+        return ""
+    if device.type != "cuda":
+        return f"off: the model is on {device.type}"
+    if patched.programs is None:
+        return "off: its calls are not recorded as programs"
+    waits = steps_that_wait(stages, len(stages[0][0].components), pace_of(device))
+    told = f"the GPU would wait for the host at {waits} of {steps} steps"
+    return f"off: {told}" if patched.graphs.chooses and not waits else f"on: {told}"
+
+
+def waits_for_host(call: Any) -> bool:
+    """Whether the GPU would wait for the host in the run of this call: the choice of ``graphs="auto"``."""
+    run, arguments, patched = call.run, call.arguments, call.run.patched
+    pace = pace_of(arguments.hidden_states.device)
+    if pace is None or run.steps is None:
+        return False
+    size, batch = Size(arguments.tokens, arguments.text), arguments.hidden_states.shape[0]
+    count = Cost(patched.adapter, call.transformer, size, batch, call.transformer.dtype.itemsize)
+    waves = waves_of(patched, call.transformer, arguments.hidden_states.device, batch, size.text)
+    lengths, active, _ = _tokens_per_step(patched, run.steps, size, waves)
+    tokens = [n if a is None else a.keep for n, a in zip(lengths, active, strict=True)]
+    stages = _stages(count, run.plan, lengths, tokens)
+    return steps_that_wait(stages, len(count.components), pace) > 0
 
 
 def _collapse(patched: Any, plan: RunPlan, partial: bool, repeats: bool) -> str:

@@ -50,9 +50,12 @@ class Weights:
         if (step, key) not in self._made:
             nodes, places, dtype, device, changes = key
             found: list[float] = []
+            known: dict[Sequence[int], tuple[float, ...]] = {(): (1.0,)}
             for steps, place in zip(nodes, places or [None] * len(nodes), strict=True):
-                sigmas = [self.sigmas[node] for node in steps]
-                own = weights(sigmas, self.sigmas[step]) if sigmas else (1.0,)
+                if steps not in known:
+                    sigmas = list(map(self.sigmas.__getitem__, steps))
+                    known[steps] = weights(sigmas, self.sigmas[step])
+                own = known[steps]
                 found += own if place is None else (own[place],)
             found[0] -= changes
             with (

@@ -27,12 +27,13 @@ class Arena:
         most: Bytes that they may take; None for no bound.
 
     Attributes:
+        tensors: All of them.
         nbytes: What they take.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self._most = most
-        self._tensors: dict[Any, Tensor] = {}
+        self.tensors: dict[Any, Tensor] = {}
         self.nbytes = 0
 
     def like(self, key: Any, tensor: Tensor, device: torch.device | None = None) -> Tensor:
@@ -42,13 +43,13 @@ class Arena:
             NoRoom: There is none yet, and no room for it.
         """
         key = key, tensor.shape, tensor.stride(), tensor.dtype, device or tensor.device
-        found = self._tensors.get(key)
+        found = self.tensors.get(key)
         if found is None:
             needed = self.nbytes + tensor.numel() * tensor.element_size()
             if self._most is not None and needed > self._most:
                 raise NoRoom(f"caches that stay where they are need more than {self._most} bytes")
             with torch.inference_mode(False):  # written to in whatever mode a later run has
-                found = self._tensors[key] = torch.empty_like(
+                found = self.tensors[key] = torch.empty_like(
                     tensor, device=device, requires_grad=False
                 )
             self.nbytes = needed
@@ -79,7 +80,7 @@ class Arena:
 
     def clear(self) -> None:
         """They are let go."""
-        self._tensors.clear()
+        self.tensors.clear()
         self.nbytes = 0
 
 

@@ -22,7 +22,7 @@ _abandoned: list[Any] = []
 
 
 #: device -> the stream of all that is captured there, or warms up for it
-_streams: dict[torch.device, Any] = {}
+streams: dict[torch.device, Any] = {}
 
 
 class CudaCapture:
@@ -82,9 +82,9 @@ class CudaCapture:
 
 
 def _stream(device: torch.device) -> Any:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream()
-    return _streams[device]
+    if device not in streams:
+        streams[device] = torch.cuda.Stream()
+    return streams[device]
 
 
 @contextlib.contextmanager

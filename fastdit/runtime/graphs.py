@@ -36,6 +36,8 @@ from fastdit.runtime.arena import Arena, NoRoom
 MOST_SESSIONS = 8
 #: graphs of a session; where more would pay, those replayed least give way
 MOST_GRAPHS = 128
+#: choices that are remembered
+MOST_CHOSEN = 64
 
 
 @dataclass(eq=False, repr=False)
@@ -139,23 +141,31 @@ class Session:
 
 
 class Graphs:
-    """A patched model has sessions, and tells once why a run has none."""
+    """A patched model has sessions, and tells once why a run has none.
 
-    def __init__(self) -> None:
+    Args:
+        chooses: Tells of the call that a run begins with whether it is worth it; None where every run is.
+    """
+
+    def __init__(self, chooses: Callable[[Any], bool] | None = None) -> None:
+        self.chooses = chooses
+        self._chosen: dict[Any, bool] = {}
         self.failure: str | None = None
         self.sessions: dict[Any, Session] = {}
         self._told: set[str] = set()
 
     def begin(self, call: Any) -> GraphRun | str:
         """The session of the run that begins with a call; or this says why it is eager."""
-        why = self.failure or capture.why_eager(call)
-        if why is not None:
-            if why not in self._told:
-                self._told.add(why)
-                warnings.warn(f"cuda_graphs: runs eagerly, {why}", stacklevel=2)
-            return why
         patched, arguments = call.run.patched, call.arguments
         key = arguments.hidden_states.shape, arguments.signature
+        why = self.failure or capture.why_eager(call)
+        if why is None and not self._is_chosen(call, key):
+            return "since the GPU takes longer than the host at every step"
+        if why is not None:
+            if why not in self._told and (self.chooses is None or self.failure is not None):
+                self._told.add(why)
+                warnings.warn(f"graphs: runs eagerly, {why}", stacklevel=2)
+            return why
         session = self.sessions.pop(key, None)
         if session is None:
             session = Session(capture.CudaCapture(), Arena(patched.max_cache_bytes))
@@ -169,6 +179,21 @@ class Graphs:
             session.clear()
             session.model = call.run.model
         return run
+
+    def another(self) -> Graphs:
+        """The same of a copied model."""
+        return Graphs(self.chooses)
+
+    def _is_chosen(self, call: Any, size: Any) -> bool:
+        """Whether the run is worth it, which is asked once for each plan and size."""
+        if self.chooses is None:
+            return True
+        key = size, call.run.plan
+        if key not in self._chosen:
+            if len(self._chosen) >= MOST_CHOSEN:
+                self._chosen = {}
+            self._chosen[key] = self.chooses(call)
+        return self._chosen[key]
 
 
 class GraphRun:
@@ -215,7 +240,7 @@ class GraphRun:
         """
         session, (_, moments, arrangement) = self._session, form
         now = Moment(call.run.step)
-        key = call.key, program, arrangement, _where(written["stage"])
+        key = call.key, program, arrangement, programmed.stage_of(call.run)[2]
         if self._is_first:
             return self._eagerly(program, call, args, kwargs, moments, written)
         session.met[key] += 1
@@ -231,7 +256,7 @@ class GraphRun:
         graph.replay()
         graph.put(now, moments, **written)
         after = program.moments_after(now, moments)
-        return _copied_out(graph.output), (graph.form, after, graph.arrangement)
+        return copied_out(graph.output), (graph.form, after, graph.arrangement)
 
     def _eagerly(
         self,
@@ -371,16 +396,7 @@ def _replaced(values: Any, by: Iterator[Tensor]) -> Any:
     return values
 
 
-def _where(stage: Any) -> Any:
-    """What tells where a stage's tables lie, which branches share."""
-    return (
-        frozenset((place, id(leaf)) for place, leaf in Form({"stage": stage}).leaves)
-        if stage
-        else None
-    )
-
-
-def _copied_out(output: Any) -> Any:
+def copied_out(output: Any) -> Any:
     """A transformer's output, with a copy of its sample: the next call may lie there."""
     if isinstance(output, tuple):
         return (output[0].clone(), *output[1:])

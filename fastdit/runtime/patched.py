@@ -107,7 +107,7 @@ class Patched:
         pipeline = memo.get(id(self.pipeline()))  # where the whole pipeline is being copied
         given = {part.name: getattr(self, part.name) for part in fields(self)}
         given["blocks"], given["linears"] = copy.deepcopy((self.blocks, self.linears), memo)
-        given["graphs"] = self.graphs and Graphs()
+        given["graphs"] = self.graphs and self.graphs.another()
         given["pipeline"] = nobody if pipeline is None else weakref.ref(pipeline)
         clone.__init__(**given)
         if pipeline is not None:  # an ordinary one again, but for the copied hook on its decoder

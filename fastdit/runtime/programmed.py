@@ -7,6 +7,7 @@ that nobody can foresee stay as they are: see :func:`model_of`, and `recorder.py
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,9 @@ from fastdit.blocks.attention import KeyValues, Rotation
 from fastdit.blocks.attention_choice import choices, is_tuning
 from fastdit.blocks.nodes import HeldSums, Nodes
 from fastdit.programs.library import described, record
-from fastdit.programs.model import Model, hooks_so_far
+from fastdit.programs.model import Model, hooks_so_far, same_objects
 from fastdit.programs.program import Program
-from fastdit.programs.state import Moment, State, UnknownState, know
+from fastdit.programs.state import Form, Moment, State, UnknownState, know
 from fastdit.runtime.install import is_installed
 
 know(KeyValues, Rotation, HeldSums, Nodes)
@@ -88,7 +89,9 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     call.interpret()
     transformer = call.transformer
     if program is not None:
-        return type(transformer).forward(transformer, *args, **kwargs)
+        output = type(transformer).forward(transformer, *args, **kwargs)
+        _look_after(call, written)
+        return output
     tables = {} if ahead is None else {key: rows[ahead.row] for key, rows in ahead.tables.items()}
     state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
@@ -104,9 +107,17 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         after = programs.form_of(written)[0]
         forward = call.forward
         made = Program(*made, after, forward.computed, forward.reused)
-        branch.form = form_of(call, written)
     programs.keep(kind, made)
+    _look_after(call, written)
     return output
+
+
+def _look_after(call: Any, written: State) -> None:
+    """Find out what a call without a program leaves, so that the next one need not."""
+    with contextlib.suppress(UnknownState):
+        call.branch.form = form_of(call, written)
+        if call.ahead is not None:
+            _form_of(call.ahead, call.run.patched.programs)
 
 
 def form_of(call: Any, written: State) -> tuple[Any, Sequence[Moment], Any]:
@@ -134,9 +145,9 @@ def run(
 
 def weights_of(program: Program, run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
     """The weights of forecasts that a program reads at this step."""
-    found = {}
+    found, steps = {}, (*moments, run.step)  # -1 for the last one
     for key in program.reads["weights"]:
-        nodes = tuple(tuple(run.step if n is None else moments[n] for n in each) for each in key[0])
+        nodes = tuple([tuple(map(steps.__getitem__, each)) for each in key[0]])
         found[key] = run.forecast_weights.by_key(run.step, (nodes, *key[1:]))
     return found
 
@@ -145,8 +156,7 @@ def _weights_made(run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
     """The weights of forecasts made at this step, by key: with ranks among the steps in the state for those steps."""
     if not run.patched.forecasts:
         return {}
-    ranks: dict[int, int | None] = {moment: rank for rank, moment in enumerate(moments)}
-    ranks[run.step] = None
+    ranks = {moment: rank for rank, moment in enumerate(moments)} | {run.step: -1}
     return {
         (tuple(tuple(ranks[node] for node in each) for each in key[0]), *key[1:]): made
         for key, made in run.forecast_weights.made_at(run.step).items()
@@ -180,6 +190,17 @@ def given(call: Any) -> dict[str, Tensor]:
     return found
 
 
+def stage_of(run: Any) -> tuple[Any, Any, Any]:
+    """What all branches keep of the stage in progress, what stands for its form, and what for where it lies."""
+    memory = {} if run.resolution is None else run.resolution.memory
+    values, known = list(memory.values()), run.stage
+    if known is None or not same_objects(values, known[0]):
+        form, programs = Form({"stage": memory}), run.patched.programs
+        lies = frozenset((place, id(leaf)) for place, leaf in form.leaves)
+        known = run.stage = values, programs.interned(form.key), programs.interned(lies)
+    return known
+
+
 def _form_of(ahead: Any, programs: Any) -> Any:
     """What stands for the modulations that were made."""
     if ahead.form is None:
@@ -190,7 +211,7 @@ def _form_of(ahead: Any, programs: Any) -> Any:
 
 def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     run, branch, layout = call.run, call.branch, call.layout
-    programs, ahead, resolution = run.patched.programs, call.ahead, run.resolution
+    programs, ahead = run.patched.programs, call.ahead
     found = [
         run.model,
         branch.form[0],
@@ -210,7 +231,7 @@ def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         table = layout.table.shape
         given = layout.coarse, layout.centred, layout.weighs_keys
         found.append((layout.name, layout.grid, table, *given))
-        found.append(programs.form_of({"stage": resolution.memory})[0])
+        found.append(stage_of(run)[1])
     if call.collapses:
         found.append(programs.sums(run.plan.sums[run.step]))
     if run.patched.forecasts:

@@ -24,7 +24,6 @@ from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
@@ -105,6 +104,8 @@ class Run:
         calls: How many there were in this step, so far.
         records: Step -> what it did, which the report tells.
         programs: How many calls ran as programs.
+        trace: What captures and replays its calls, or why nothing does; see `graphs.py`.
+        model, hooks, stage: What `programmed.py` knows of it.
     """
 
     patched: Any
@@ -125,9 +126,10 @@ class Run:
     branches: dict[Any, Branch] = field(default_factory=dict)
     prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
     previews: Any = None
-    trace: GraphRun | str | None = None
+    trace: Any = None
     model: Any = None
     hooks: int = -1
+    stage: Any = None
     outputs: list[Tensor] = field(default_factory=list)
     bytes_checked: Any = None
     image_tokens: int = 0
@@ -351,7 +353,7 @@ class Run:
         if self.live:
             self.seconds = time.perf_counter() - self.started
         self.live = False
-        if isinstance(self.trace, GraphRun):
+        if self.trace is not None and not isinstance(self.trace, str):
             self.trace.end()
         self.drop_caches()
         for method in self.methods:
