@@ -17,6 +17,7 @@ from contract import same_bits
 from fastdit import Cached, Schedule
 from fastdit.patch import handle_of
 from fastdit.programs.program import Program
+from fastdit.runtime import graphs
 from oracle import random_bits
 from replays import (
     CALLS,
@@ -25,8 +26,11 @@ from replays import (
     MODES,
     STEPS,
     draw,
+    graphs_of,
     loop,
     mode_of,
+    random_schedule,
+    ras,
     reference_of,
     replayed,
     tapes,
@@ -195,8 +199,16 @@ def trained(pipe):
     pipe.transformer.transformer_blocks[0].ff.base_layer = torch.nn.Identity()
 
 
+def quantised(pipe):
+    """Nobody knows what such a weight is made of, and where."""
+    layer = pipe.transformer.transformer_blocks[0].ff.net[2]
+    weight = torch.Tensor._make_subclass(type("Quantised", (torch.Tensor,), {}), layer.weight.data)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
 WHY = {
     hooked: "hooks are on",
+    quantised: "a tensor is a Quantised",
     trained: "transformer_blocks.0.ff carries an adapter",
 }
 
@@ -209,6 +221,39 @@ def test_what_cannot_be_replayed_runs_eagerly_and_says_why(change, replayed):
         found = draw("sd3", pipe, 2)
     assert WHY[change] in handle.report().graphs
     assert torch.allclose(found, eager[2], atol=1e-4)  # a hook makes residuals settle earlier
+
+
+def test_what_has_no_program_is_eager_and_says_why(tapes):
+    """Lumina-Image 2.0 reads the lengths of its prompts; RAS keeps the age of each token that is forecast."""
+    pipe = tiny_models.pipeline("lumina2")
+    handle = fastdit.patch(pipe, graphs=True)
+    for _ in range(2):
+        draw("lumina2", pipe, 0)
+    assert "tolist" in handle.report().graphs
+    pipe = tiny_models.pipeline("sd3")
+    methods = [ras(), random_schedule(pipe, 3, order=1)]
+    fastdit.patch(pipe, *methods)
+    expected = draw("sd3", pipe, 0)
+    handle = fastdit.patch(pipe, *methods, graphs=True)
+    for _ in range(3):
+        same_bits(draw("sd3", pipe, 0), expected)
+    assert "hold a TokenNodes" in handle.report().graphs
+
+
+def test_a_table_on_the_host_is_copied_once_a_run(tapes, monkeypatch):
+    """Lumina's rotary table, which is complex."""
+    monkeypatch.setattr(graphs, "lies_elsewhere", lambda tensor, device: tensor.is_complex())
+    pipe = tiny_models.pipeline("lumina")
+    fastdit.patch(pipe, Cached(Schedule.every(2)))
+    expected = [draw("lumina", pipe, seed) for seed in range(4)]
+    fastdit.patch(pipe, Cached(Schedule.every(2)), graphs=True)
+    copies = []
+    for seed in range(4):
+        same_bits(draw("lumina", pipe, seed), expected[seed])
+        homes = {home for graph in graphs_of(pipe).values() for home in graph.hosts.values()}
+        copies.append([home._version for home in homes])
+    assert len(copies[-1]) == 1
+    assert copies[-1][0] == copies[-2][0] + 1
 
 
 def test_the_cpu_is_not_captured():

@@ -62,6 +62,8 @@ class Arena:
             NoRoom: There is no room for one of them; nothing has changed then.
             UnknownState: The state holds what nobody knows.
         """
+        if not any(state.values()):
+            return frozenset()
         form = Form(state)
         places: dict[int, list[Place]] = {}
         leaves = {}

@@ -202,6 +202,7 @@ class GraphRun:
     Attributes:
         calls, captured, replayed: How many there were, and how many of them were.
         ended: Why no more are; None as long as they may be.
+        unknown: Why a call of it has no program; empty where all have one.
     """
 
     def __init__(self, graphs: Graphs, session: Session) -> None:
@@ -211,10 +212,13 @@ class GraphRun:
         self._begun: set[Any] = set()
         self._is_first = False
         self.ended: str | None = None
+        self.unknown = ""
 
     def __str__(self) -> str:
         if self.ended is not None:
             return self.ended
+        if self.unknown and not self.captured + self.replayed:
+            return f"since a call of its kind {self.unknown}"
         mode = "captured" if self.captured else "replayed" if self.replayed else "warming up"
         return f"{mode}, {self.replayed} of {self.calls} calls"
 
@@ -325,8 +329,9 @@ class GraphRun:
                 raise RuntimeError("what it keeps has no place outside of the graph's pool")
             return output, state
 
-        output = session.capture.warm(lambda: compute(written), device)
-        form = self.settle(call, written)
+        output, form = session.capture.warm(
+            lambda: (compute(written), self.settle(call, written)), device
+        )
         if self.ended is not None or not session.makes_room(key, device):
             return output, form
         try:
@@ -337,7 +342,7 @@ class GraphRun:
             self.end(self._graphs.failure)
             return output, form
         self.captured += 1
-        hosts = {n: home for n, home in enumerate(homes) if given[n].device != device}
+        hosts = {n: home for n, home in enumerate(homes) if lies_elsewhere(given[n], device)}
         pointers = list(map(Tensor.data_ptr, program.weights_now()))
         placed = put(Form(before), Form(after), now)
         on_device = [home for n, home in enumerate(homes) if n not in hosts]
@@ -394,6 +399,11 @@ def _replaced(values: Any, by: Iterator[Tensor]) -> Any:
     if isinstance(values, (tuple, list)):
         return type(values)([_replaced(value, by) for value in values])
     return values
+
+
+def lies_elsewhere(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor is to be copied from the host, where one run has it once: Lumina's rotary table."""
+    return tensor.device != device
 
 
 def copied_out(output: Any) -> Any:

@@ -89,6 +89,8 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     call.interpret()
     transformer = call.transformer
     if program is not None:
+        if trace is not None:
+            trace.unknown = program
         output = type(transformer).forward(transformer, *args, **kwargs)
         _look_after(call, written)
         return output
