@@ -240,8 +240,8 @@ def test_what_has_no_program_is_eager_and_says_why(tapes):
     assert "hold a TokenNodes" in handle.report().graphs
 
 
-def test_a_table_on_the_host_is_copied_once_a_run(tapes, monkeypatch):
-    """Lumina's rotary table, which is complex."""
+def test_a_table_on_the_host_is_copied_once(tapes, monkeypatch):
+    """Lumina's rotary table, which is complex, and made anew for each step; another size has another one."""
     monkeypatch.setattr(graphs, "lies_elsewhere", lambda tensor, device: tensor.is_complex())
     pipe = tiny_models.pipeline("lumina")
     fastdit.patch(pipe, Cached(Schedule.every(2)))
@@ -253,7 +253,14 @@ def test_a_table_on_the_host_is_copied_once_a_run(tapes, monkeypatch):
         homes = {home for graph in graphs_of(pipe).values() for home in graph.hosts.values()}
         copies.append([home._version for home in homes])
     assert len(copies[-1]) == 1
-    assert copies[-1][0] == copies[-2][0] + 1
+    assert copies[-1] == copies[-2]
+    table = next(home for graph in graphs_of(pipe).values() for home in graph.hosts.values())
+    held = table.clone()
+    (session,) = handle_of(pipe).last_run().patched.graphs.sessions.values()
+    next(iter(session.copied.values())).mul_(2)  # as if that had been another one
+    table.zero_()
+    same_bits(draw("lumina", pipe, 0), expected[0])
+    same_bits(table, held)
 
 
 def test_the_cpu_is_not_captured():

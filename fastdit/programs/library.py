@@ -96,6 +96,8 @@ class Programs:
         Raises:
             UnknownState: It holds what nobody knows.
         """
+        if not any(state.values()):
+            return self.interned(()), ()
         form = Form(state)
         return self.interned(form.key), form.moments
 

@@ -75,7 +75,7 @@ class Session:
         given: What a call is given.
         graphs: (branch, program, where lies what is kept) -> a graph.
         met: How often each of them was called.
-        copied: Tensors of the host that were copied, by where to.
+        copied: What was copied from the host, by where to.
     """
 
     capture: Any
@@ -85,7 +85,7 @@ class Session:
     given: Arena = field(default_factory=Arena)
     graphs: dict[Any, Graph] = field(default_factory=dict)
     met: Counter[Any] = field(default_factory=Counter)
-    copied: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    copied: dict[int, Tensor] = field(default_factory=dict)
     _lease: dict[str, weakref.ref[GraphRun]] = field(default_factory=dict)
 
     def lease(self, run: GraphRun) -> bool:
@@ -104,7 +104,6 @@ class Session:
 
     def give_back(self) -> None:
         """The run needs it no more."""
-        self.copied.clear()
         self._lease.pop("to", None)
 
     def makes_room(self, key: Any, device: torch.device) -> bool:
@@ -136,8 +135,8 @@ class Session:
         """All is let go: the model is another."""
         self.graphs.clear()
         self.met.clear()
-        for arena in (self.kept, self.tables, self.given):
-            arena.clear()
+        for memory in (self.copied, self.kept, self.tables, self.given):
+            memory.clear()
 
 
 class Graphs:
@@ -312,6 +311,7 @@ class GraphRun:
         ]
         for home, tensor in zip(homes, given, strict=True):
             home.copy_(tensor)
+            session.copied.pop(id(home), None)
         rest = iter(homes)
         values = _replaced(own, rest)
         static = values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
@@ -352,15 +352,14 @@ class GraphRun:
         return output, form
 
     def _copy_hosts(self, graph: Graph, given: list[Tensor]) -> None:
-        """Take out what lies on the host, copied where it is another than before: that waits for the device."""
+        """Take out what lies on the host; where it holds something else than before it is copied, which waits."""
         copied = self._session.copied
         for number, home in reversed(graph.hosts.items()):
             tensor = given.pop(number)
-            version = -1 if tensor.is_inference() else tensor._version
-            source, before = copied.get(id(home), (None, -1))
-            if source is not tensor or before != version or version < 0:
+            before = copied.get(id(home))
+            if before is None or not torch.equal(before, tensor):
                 home.copy_(tensor)
-                copied[id(home)] = tensor, version
+                copied[id(home)] = tensor.clone()
 
 
 def given_to(
@@ -402,7 +401,7 @@ def _replaced(values: Any, by: Iterator[Tensor]) -> Any:
 
 
 def lies_elsewhere(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a tensor is to be copied from the host, where one run has it once: Lumina's rotary table."""
+    """Whether a tensor is to be copied from the host: Lumina's rotary table, which each step makes anew."""
     return tensor.device != device
 
 

@@ -197,9 +197,10 @@ def stage_of(run: Any) -> tuple[Any, Any, Any]:
     memory = {} if run.resolution is None else run.resolution.memory
     values, known = list(memory.values()), run.stage
     if known is None or not same_objects(values, known[0]):
-        form, programs = Form({"stage": memory}), run.patched.programs
-        lies = frozenset((place, id(leaf)) for place, leaf in form.leaves)
-        known = run.stage = values, programs.interned(form.key), programs.interned(lies)
+        state, programs = {"stage": memory}, run.patched.programs
+        leaves = Form(state).leaves if memory else ()
+        lies = frozenset([(place, id(leaf)) for place, leaf in leaves])
+        known = run.stage = values, programs.form_of(state)[0], programs.interned(lies)
     return known
 
 
