@@ -17,6 +17,7 @@ A session is of one size of pictures, and is leased by one run at a time: anothe
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections import Counter
@@ -76,6 +77,7 @@ class Session:
         graphs: (branch, program, where lies what is kept) -> a graph.
         met: How often each of them was called.
         copied: What was copied from the host, by where to.
+        used: When it was last; a higher number is later.
     """
 
     capture: Any
@@ -86,6 +88,7 @@ class Session:
     graphs: dict[Any, Graph] = field(default_factory=dict)
     met: Counter[Any] = field(default_factory=Counter)
     copied: dict[int, Tensor] = field(default_factory=dict)
+    used: int = 0
     _lease: dict[str, weakref.ref[GraphRun]] = field(default_factory=dict)
 
     def lease(self, run: GraphRun) -> bool:
@@ -152,6 +155,7 @@ class Graphs:
         self.failure: str | None = None
         self.sessions: dict[Any, Session] = {}
         self._told: set[str] = set()
+        self._count = itertools.count()
 
     def begin(self, call: Any) -> GraphRun | str:
         """The session of the run that begins with a call; or this says why it is eager."""
@@ -165,12 +169,14 @@ class Graphs:
                 self._told.add(why)
                 warnings.warn(f"graphs: runs eagerly, {why}", stacklevel=2)
             return why
-        session = self.sessions.pop(key, None)
+        session = self.sessions.get(key)
         if session is None:
-            session = Session(capture.CudaCapture(), Arena(patched.max_cache_bytes))
-        session = self.sessions.setdefault(key, session)  # the last used is the last
-        for other in list(self.sessions)[:-MOST_SESSIONS]:
-            self.sessions.pop(other, None)
+            made = Session(capture.CudaCapture(), Arena(patched.max_cache_bytes))
+            session = self.sessions.setdefault(key, made)
+        session.used = next(self._count)
+        if len(self.sessions) > MOST_SESSIONS:
+            held = sorted(self.sessions.items(), key=lambda item: item[1].used)
+            self.sessions.pop(held[0][0], None)
         run = GraphRun(self, session)
         if not session.lease(run):
             return "since another run of its size is in progress"
