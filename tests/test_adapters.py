@@ -149,7 +149,7 @@ def test_the_base_says_which_member_is_for_what():
         *("has_stock_processor", "has_stock_attention", "refuse_residuals"),
         *("gather_inputs", "reduce_inputs"),
         *("prompt_projections_of", "condition_embeddings_of", "output_norms_of"),
-        *("position_embeddings_of", "table_embeddings_of"),
+        *("modulated_output_of", "position_embeddings_of", "table_embeddings_of"),
     }
     said = [name for names in NEEDS.values() for name in names.split()]
     bases = Adapter.__mro__[:-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -43,9 +45,12 @@ def products(monkeypatch):
 
 
 def layers(model):
+    """Norms with a product of their own, and what adds a table to one that all share."""
+    classes = "AdaLayerNorm(Zero|Continuous)|RMSNormZero|LuminaLayerNormContinuous"
     return sum(
-        any(part in type(module).__name__ for part in ("AdaLayerNorm", "RMSNormZero"))
-        or name.endswith("_mod")
+        bool(re.search(classes, type(module).__name__))
+        or name.endswith(("_mod", "proj_out_1"))
+        or hasattr(module, "scale_shift_table")
         for name, module in model.named_modules()
     )
 
@@ -72,7 +77,7 @@ def test_explain_tells_their_bytes(name, monkeypatch):
 
     def of(self, layer, compute):
         row = stock(self, layer, compute)
-        made[layer] = row.untyped_storage().nbytes()
+        made[layer] = {part.untyped_storage().data_ptr(): part for part in row}
         return row
 
     monkeypatch.setattr(modulation.Modulations, "of", of)
@@ -80,7 +85,9 @@ def test_explain_tells_their_bytes(name, monkeypatch):
     handle = fastdit.patch(pipe)
     generate(pipe, name, steps=STEPS, cfg=False, batch=2)
     said = handle.explain(batch=2, steps=STEPS, cfg=False)
-    assert said.modulation_bytes == sum(made.values()) > 0
+    storages = [part for parts in made.values() for part in parts.values()]
+    held = sum(part.untyped_storage().nbytes() for part in storages)
+    assert said.modulation_bytes == held > 0
     assert "modulations" in str(said)
 
 

@@ -116,7 +116,10 @@ class Counts:
                 if what == "macs":
                     found["outside", None, None] -= times * value
         for norm in adapter.output_norms_of(skeleton.transformer):
-            found["modulation", None, None] += batch * norm.linear.out_features
+            linear = getattr(norm, "linear_1", None) or norm.linear
+            found["modulation", None, None] += batch * linear.out_features
+        if adapter.modulated_output:  # a scale and a shift
+            found["modulation", None, None] += 2 * batch * adapter.width(skeleton.transformer)
         return {name: value // batch for name, value in found.items()}
 
 
@@ -144,9 +147,11 @@ class _Noting(Forward):
 
     width = 0
 
-    def modulation(self, *args: Any) -> Tensor:
+    def modulation(self, *args: Any) -> tuple[Tensor, ...]:
         found = super().modulation(*args)
-        self.width += found.numel()
+        storages = {vector.untyped_storage()._cdata: vector for vector in found}
+        sizes = (v.untyped_storage().nbytes() // v.itemsize for v in storages.values())
+        self.width += sum(sizes)
         return found
 
 

@@ -36,6 +36,9 @@ def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
         found += _of_call("norm_output", adapter.output_norms_of(transformer), compiles=True)
+        output = adapter.modulated_output_of(transformer)
+        for method, module in zip(("hold_output", "project_held"), output, strict=False):
+            found += _of_call(method, [module], compiles=True)
     found += _of_call("run.prepacked.linear", patched.linears, compiles=True)
     for index, name, module in adapter.wrapped(transformer):
         found.append((module, partial(ComponentLink, index=index, name=name)))
