@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdit.programs.copies import without_copies
 from fastdit.programs.folding import fold
 from fastdit.programs.lines import Line, Ref, refs_in
 from fastdit.programs.state import OBJECTS, Form, Place
@@ -92,7 +93,7 @@ class _Writer:
         self._gone = self._changed(after)
         lines, folded = fold(lines, self._inputs, self._kept)
         self._inputs |= folded
-        lines = _live(lines, self._kept)
+        lines = _live(without_copies(lines, self._kept), self._kept)
         last = self._last_uses(lines)
         read = {ref for line in lines for ref in line.reads} | set(self._kept)
         places = [self._inputs[ref] for ref in read if ref in self._inputs]
