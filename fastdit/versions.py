@@ -6,10 +6,11 @@ compared, which waits for its device. Of others that are the same objects nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 #: what tells a write to a tensor: the count of them, or what the tensor held
 Version = int | Tensor
@@ -50,3 +51,29 @@ def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
         elif not torch.equal(a, b):
             return False
     return all(bool(torch.stack(masks).all()) for masks in found.values())
+
+
+class Watched:
+    """Weights of modules: another tensor in a place, or one that was written to, is a change.
+
+    Nobody can tell of inference tensors, nor of those that are offloaded between two looks.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places = [part._parameters for module in modules for part in module.modules()]
+        self._tensors, self._marks = self._look()
+
+    def changed(self) -> bool:
+        """Whether there was one since the last look."""
+        before, marks = self._tensors, self._marks
+        self._tensors, self._marks = self._look()
+        return (
+            marks != self._marks
+            or len(before) != len(self._tensors)
+            or not all(map(operator.is_, before, self._tensors))
+        )
+
+    def _look(self) -> tuple[list[Tensor], list[int]]:
+        found = [t for place in self._places for t in place.values() if t is not None]
+        found = [t for t in found if not (t.is_meta or t.is_inference())]
+        return found, [t._version for t in found]

@@ -58,6 +58,17 @@ def test_a_reused_step(name):
         assert launched <= LAUNCHES + MORE_LAUNCHES.get(name, 0), call.kernels
 
 
+@pytest.mark.parametrize(("name", "layers"), [("PixArt", 28 * 8 + 1), ("Lumina", 24 * 8 + 2)])
+def test_keys_of_the_prompt_are_made_once_a_run(name, layers):
+    """Products of a block: four of its self-attention, two of the other without keys and values, the feed-forward's.
+
+    Lumina's attentions share the last, and its feed-forward has three. Outside of the blocks are the projection of the
+    output and Lumina's patches.
+    """
+    for call in launches(name, "dense")[1:]:
+        assert call.kernels["aten::addmm"] + call.kernels["aten::mm"] == layers
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", host.MODELS)
 def test_no_step_reads_a_value(name, method):

@@ -255,6 +255,8 @@ def test_a_hook_at_an_output_that_its_model_modulates_is_honoured(name, what):
         ("lumina", "time_caption_embed.caption_embedder.1"),
         ("lumina", "norm1.linear"),
         ("lumina2", "norm_out.linear_1"),
+        ("pixart-sigma", "attn2.to_k"),
+        ("lumina", "attn2.to_v"),
     ],
 )
 def test_an_adapter_that_came_after_patching(name, target):

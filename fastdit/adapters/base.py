@@ -37,9 +37,9 @@ NEEDS: Mapping[str, str] = {
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections position_embedding condition_embedding condition_arguments "
-    "output_norm modulated_output modulate_output output_modulators_of unread layer_inputs embed_condition "
-    "embed_apart timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections prompt_attentions position_embedding condition_embedding "
+    "condition_arguments output_norm modulated_output modulate_output output_modulators_of unread layer_inputs "
+    "embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -329,6 +329,23 @@ class Adapter(Modulated, Pictures):
         found = (module_at(transformer, path) for path in self.prompt_projections)
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
+
+    #: block list attribute -> attentions of its blocks whose keys and values are the prompt's alone
+    prompt_attentions: Mapping[str, Sequence[str]] = {}
+
+    def prompt_keys_of(self, kind: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(attention, layer) of a block's layers that make those."""
+        return [
+            (name, getattr(getattr(block, name), layer))
+            for name in self.prompt_attentions.get(kind, ())
+            for layer in ("to_k", "to_v", "to_kv")
+            if getattr(getattr(block, name), layer, None) is not None
+        ]
+
+    def prompt_key_layers_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """Those of all blocks."""
+        found = (self.prompt_keys_of(*each) for each in self.blocks(transformer))
+        return [layer for layers in found for _, layer in layers]
 
     # ---- positions
 

@@ -124,6 +124,7 @@ class Lumina(Adapter):
     layouts = dict.fromkeys(components["layers"], ("image",))
     processors = ("LuminaAttnProcessor2_0",)
     own_attention_arguments = frozenset({"scale", "base_sequence_length"})
+    prompt_attentions = {"layers": ("attn2",)}
     condition_embedding = "time_caption_embed"
     output_norm = "norm_out"
 

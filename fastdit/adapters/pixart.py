@@ -97,6 +97,7 @@ class PixArt(Adapter):
     text_tokens = 120
     layouts = dict.fromkeys(components["transformer_blocks"], ("image",))
     prompt_projections = ("caption_projection",)
+    prompt_attentions = {"transformer_blocks": ("attn2",)}
     processors = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
     condition_embedding = "adaln_single"
     modulated_output = ("norm_out", "proj_out")

@@ -273,9 +273,14 @@ def _alike(held: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
 
 def _live(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
     """The lines that write, or whose results somebody reads."""
+    readers = Counter(ref for line in lines for ref in line.reads)
+    alone = {line.result for line in lines if "empty" in line.name and readers[line.result] == 1}
+    alone -= set(kept)
     wanted, found = set(kept), []
     for line in reversed(lines):
-        if line.writes or any(ref in wanted for ref in refs_in(line.result)):
+        # An op may write into what was made for that, and nobody reads.
+        writes = line.writes and not (line.op and all(ref in alone for ref in line.written))
+        if writes or any(ref in wanted for ref in refs_in(line.result)):
             found.append(line)
             wanted.update(line.reads)
     return found[::-1]

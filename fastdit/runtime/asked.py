@@ -48,6 +48,12 @@ class Asked:
         """A module that depends on the prompt alone is computed once a run, exactly."""
         return self._once(self.branch.prompts, module, *args, **kwargs)
 
+    def project_prompt_keys(self, module: nn.Module, x: Tensor) -> Tensor:
+        """So are keys and values of the prompt alone, where `max_cache_bytes` has room for them."""
+        if not self.run.keeps_prompt_keys:
+            return type(module).forward(module, x)
+        return self._once(self.branch.prompts, module, x)
+
     def _once(self, kept: dict[Any, Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What a module gives is kept.
 

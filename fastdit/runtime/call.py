@@ -29,7 +29,7 @@ from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import CaptureError, Trace
 from fastdit.runtime.run import Branch, Run, StepRecord
-from fastdit.versions import same, versions
+from fastdit.versions import Watched, same, versions
 
 
 class Call(Asked):
@@ -199,6 +199,8 @@ class Call(Asked):
         )
         if not unchanged:
             branch.prompts.clear()
+        if not run.patched.eager:
+            self._watch_prompts()
         if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
             branch.memory.clear()  # with the rotation of all positions
             branch.form = None
@@ -215,6 +217,17 @@ class Call(Asked):
             branch.embeddings = arguments.embeddings
             branch.versions = versions(arguments.embeddings)
         return branch
+
+    def _watch_prompts(self) -> None:
+        """What was made of the prompt alone goes where the weights that made it changed."""
+        run = self.run
+        if run.prompt_weights is None:
+            adapter = run.patched.adapter
+            layers = adapter.prompt_key_layers_of(self.transformer)
+            projections = adapter.prompt_projections_of(self.transformer)
+            run.prompt_weights = Watched((*projections, *layers))
+        elif run.prompt_weights.changed():
+            run.forget_prompts()
 
     def key_bias(self) -> Tensor | None:
         """What its layout adds to the products with its keys, see :meth:`Layout.key_bias`."""
@@ -312,6 +325,9 @@ class Call(Asked):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
+        if run.keeps_prompt_keys and needed + count.prompt_key_bytes() > most:
+            run.keeps_prompt_keys = False
+            run.forget_prompts()
         if needed > most:
             raise ArgumentError(
                 f"the caches of this run need {needed} bytes ({arguments.tokens} image and {arguments.text} text "
