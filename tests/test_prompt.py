@@ -212,9 +212,9 @@ def replace_weight(layer):
 @pytest.mark.parametrize("change", [write_weight, replace_weight])
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_weights_of_the_prompt_that_change_in_a_run_are_seen(name, change):
-    """Of an attention's keys, and of the prompt's projection; as stock does."""
+    """Of an attention's values, and of the prompt's projection; as stock does."""
     model = tiny_models.transformer(name, torch.float64)
-    layers = [part for path, part in model.named_modules() if path.endswith("1.attn2.to_k")]
+    layers = [part for path, part in model.named_modules() if path.endswith("1.attn2.to_v")]
     if name.startswith("pixart"):
         layers.append(model.caption_projection.linear_2)
     call = tiny_models.call(name, 2, dtype=torch.float64)

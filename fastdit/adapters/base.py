@@ -37,9 +37,9 @@ NEEDS: Mapping[str, str] = {
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections prompt_attentions position_embedding condition_embedding "
-    "condition_arguments output_norm modulated_output modulate_output output_modulators_of unread layer_inputs "
-    "embed_condition embed_apart timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
+    "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
+    "layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -346,6 +346,13 @@ class Adapter(Modulated, Pictures):
         """Those of all blocks."""
         found = (self.prompt_keys_of(*each) for each in self.blocks(transformer))
         return [layer for layers in found for _, layer in layers]
+
+    def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
+        """The dicts of the weights behind what a run makes of the prompt alone."""
+        layers = self.prompt_key_layers_of(transformer)
+        made = (*self.prompt_projections_of(transformer), *layers)
+        parts = (part._parameters for module in made for part in module.modules())
+        return [weights for weights in parts if weights]
 
     # ---- positions
 

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
-from fastdit.adapters.base import Adapter, Size, blank, picture
+from fastdit.adapters.base import Adapter, Call, Size, blank, picture
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.layer_inputs import LayerInputs, repeated
@@ -103,8 +104,8 @@ def lumina_block(
 def squashed(
     scale: Tensor, gate: Tensor, scale_mlp: Tensor, gate_mlp: Tensor
 ) -> tuple[Tensor, ...]:
-    """A block's modulation with its gates as they are applied, [B, 1, D]."""
-    return scale, gate.unsqueeze(1).tanh(), scale_mlp, gate_mlp.unsqueeze(1).tanh()
+    """A block's modulation with its gates as they are applied."""
+    return scale, gate.tanh(), scale_mlp, gate_mlp.tanh()
 
 
 class Lumina(Adapter):
@@ -127,6 +128,15 @@ class Lumina(Adapter):
     prompt_attentions = {"layers": ("attn2",)}
     condition_embedding = "time_caption_embed"
     output_norm = "norm_out"
+
+    def call(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Call:
+        """Of the angles those of the picture count; the pipeline makes those of the largest one anew at each step."""
+        call = super().call(transformer, args, kwargs)
+        *others, angles = call.embeddings
+        rows, columns = (side // transformer.patch_size for side in call.hidden_states.shape[-2:])
+        return replace(call, embeddings=(*others, angles[:rows, :columns]))
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """The patch embedding also hands out the rotary angles."""

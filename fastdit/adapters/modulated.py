@@ -42,7 +42,7 @@ class Modulated:
     def modulate_output(
         self, transformer: nn.Module, dtype: torch.dtype, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scale and shift [B, D] or [B, 1, D] between these, of what adaLN layers are given."""
+        """Scale and shift [B, D] between these, of what adaLN layers are given."""
         raise NotImplementedError
 
     def output_modulators_of(self, transformer: nn.Module) -> list[nn.Module]:

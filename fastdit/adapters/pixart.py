@@ -37,7 +37,7 @@ def basic_block(
     kwargs = dict(cross_attention_kwargs or {})
 
     def modulate(shared: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        return (block.scale_shift_table[None] + _vectors(shared)).chunk(6, dim=1)
+        return (block.scale_shift_table[None] + _vectors(shared)).unbind(1)
 
     modulation = fw.modulation(block, modulate, timestep)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -117,10 +117,7 @@ class PixArt(Adapter):
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs:
-        """The vectors that all blocks share [B, 6 D], and the embedding [B, D] that modulates the output.
-
-        The tables that are added to them are looked at, too.
-        """
+        """The vectors that all blocks share [B, 6 D], and the embedding [B, D] that modulates the output."""
         given = arguments_of(transformer, args, kwargs)
         told, latents = given.get("added_cond_kwargs") or {}, given["hidden_states"]
 
@@ -131,16 +128,19 @@ class PixArt(Adapter):
                 timesteps, sizes, batch_size=rows, hidden_dtype=latents.dtype
             )
 
-        tables = [each.scale_shift_table for each in (transformer, *transformer.transformer_blocks)]
-        looked_at = *told.values(), *(t for t in tables if not t.is_inference())
-        return LayerInputs(make, tuple(t for t in looked_at if t is not None))
+        return LayerInputs(make, tuple(t for t in told.values() if t is not None))
+
+    def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
+        """The tables, too."""
+        tables = [each._parameters for each in (transformer, *transformer.transformer_blocks)]
+        return [*super().weights_read_once(transformer), *tables]
 
     def modulate_output(
         self, transformer: Any, dtype: torch.dtype, shared: Tensor, embedded: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The transformer's own table plus the embedded timestep."""
         table = transformer.scale_shift_table
-        shift, scale = (table[None] + embedded[:, None].to(table.device)).chunk(2, dim=1)
+        shift, scale = (table[None] + embedded[:, None].to(table.device)).unbind(1)
         return scale, shift
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:

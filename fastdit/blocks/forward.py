@@ -224,9 +224,11 @@ class Forward:
         """The first `text` tokens of a joint output, all active, and the image's."""
         if isinstance(branch, Drawn):
             return branch.tokens(slice(text)), self._image_of(branch, text)
+        whole = branch if isinstance(branch, Tensor) else branch.whole
+        parts = whole.narrow(1, 0, text), whole.narrow(1, text, whole.shape[1] - text)
         if isinstance(branch, Tensor):
-            return branch[:, :text], branch[:, text:]
-        return branch.whole[:, :text], self.tokens.stored(branch.whole[:, text:], ("image",))
+            return parts
+        return parts[0], self.tokens.stored(parts[1], ("image",))
 
     def _image_of(self, branch: Drawn, text: int) -> Drawn:
         image = branch.tokens(slice(text, None))

@@ -200,7 +200,7 @@ class Call(Asked):
         if not unchanged:
             branch.prompts.clear()
         if not run.patched.eager:
-            self._watch_prompts()
+            self._watch_weights()
         if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
             branch.memory.clear()  # with the rotation of all positions
             branch.form = None
@@ -218,15 +218,12 @@ class Call(Asked):
             branch.versions = versions(arguments.embeddings)
         return branch
 
-    def _watch_prompts(self) -> None:
+    def _watch_weights(self) -> None:
         """What was made of the prompt alone goes where the weights that made it changed."""
         run = self.run
-        if run.prompt_weights is None:
-            adapter = run.patched.adapter
-            layers = adapter.prompt_key_layers_of(self.transformer)
-            projections = adapter.prompt_projections_of(self.transformer)
-            run.prompt_weights = Watched((*projections, *layers))
-        elif run.prompt_weights.changed():
+        if run.watched is None:
+            run.watched = Watched(run.patched.adapter.weights_read_once(self.transformer))
+        elif run.watched.changed():
             run.forget_prompts()
 
     def key_bias(self) -> Tensor | None:

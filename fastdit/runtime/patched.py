@@ -237,6 +237,7 @@ class Patched:
         """The transformer's compiled call is that of `transformer.compile()` or of the pipeline's wrapper; or None."""
         pipeline = run.pipeline() or self.pipeline()
         wrapper = getattr(pipeline, "transformer", None)
-        if getattr(wrapper, "_orig_mod", None) is transformer:
+        # A module takes long to say that it lacks an attribute.
+        if wrapper is not transformer and getattr(wrapper, "_orig_mod", None) is transformer:
             return wrapper.forward
         return transformer._compiled_call_impl

@@ -106,7 +106,7 @@ class Run:
         calls: How many there were in this step, so far.
         records: Step -> what it did, which the report tells.
         keeps_prompt_keys: Whether keys and values of the prompt alone are kept.
-        prompt_weights: What makes them, and the projection of the prompt.
+        watched: The weights that are not read at each step.
         programs: How many calls ran as programs.
     """
 
@@ -134,7 +134,7 @@ class Run:
     outputs: list[Tensor] = field(default_factory=list)
     bytes_checked: Any = None
     keeps_prompt_keys: bool = True
-    prompt_weights: Watched | None = None
+    watched: Watched | None = None
     image_tokens: int = 0
     text_tokens: int = 0
     patch: Any = 1
@@ -321,10 +321,10 @@ class Run:
     # ---- what it holds
 
     def forget_prompts(self) -> None:
-        """What was made of the prompt alone is made anew."""
+        """What was made of the prompt alone, and for steps to come, is made anew."""
         for branch in self.branches.values():
             branch.prompts.clear()
-            branch.form = None
+            branch.form = branch.modulations = None
 
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
