@@ -46,6 +46,7 @@ def patch(
     backend: str | None = None,
     pack_weights: bool = False,
     cuda_graphs: bool = False,
+    programs: bool = True,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -59,6 +60,8 @@ def patch(
         cuda_graphs: Replay whole runs as CUDA graphs from the third of a signature (size, batch, steps, settings) on;
             see `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager,
             and a warning says why.
+        programs: Record each kind of transformer call once, and run that in place of the model's forward. False runs
+            the forward every time, at more Python calls, for who wants to look into it.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -78,7 +81,8 @@ def patch(
         >>> print(handle.report())
     """
     pipeline, transformer = _resolve(target)
-    _check_arguments(methods, pack_weights=pack_weights, cuda_graphs=cuda_graphs)
+    flags = {"pack_weights": pack_weights, "cuda_graphs": cuda_graphs, "programs": programs}
+    _check_arguments(methods, **flags)
     reuses = all(method.writes == {"reuse"} for method in methods)
     wraps = "steps" if all(method.skips_steps for method in methods) else "components"
     adapter = find_adapter(transformer, wraps if methods and reuses else "")
@@ -98,7 +102,7 @@ def patch(
     if pipeline is not None:
         clock.check_scheduler(getattr(pipeline, "scheduler", None))
         weak = weakref.ref(pipeline)
-    patched = Patched(adapter, spec, methods, bound, blocks, linears, graphs, weak)
+    patched = Patched(adapter, spec, methods, bound, blocks, linears, graphs, weak, programs)
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)
