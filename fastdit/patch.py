@@ -46,6 +46,7 @@ def patch(
     backend: str | None = None,
     pack_weights: bool = False,
     graphs: bool | str = False,
+    programs: bool = True,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -59,6 +60,8 @@ def patch(
         graphs: Replay calls of the transformer as CUDA graphs, each kind of call from its third on; see
             `runtime/graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are
             eager, and a warning says why. "auto" chooses by `account/pace.py`, and tells it in `explain` and `report`.
+        programs: Record each kind of transformer call once, and run that in place of the model's forward. False runs
+            the forward every time, at more Python calls, for who wants to look into it.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -78,7 +81,7 @@ def patch(
         >>> print(handle.report())
     """
     pipeline, transformer = _resolve(target)
-    _check_arguments(methods, pack_weights=pack_weights)
+    _check_arguments(methods, pack_weights=pack_weights, programs=programs)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')
     reuses = all(method.writes == {"reuse"} for method in methods)
@@ -100,7 +103,7 @@ def patch(
     if pipeline is not None:
         clock.check_scheduler(getattr(pipeline, "scheduler", None))
         weak = weakref.ref(pipeline)
-    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak)
+    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs)
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)

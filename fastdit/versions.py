@@ -6,6 +6,8 @@ compared, which waits for its device. Of others that are the same objects nothin
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 #: what tells a write to a tensor: the count of them, or what the tensor held
 Version = int | Tensor
+_VERSION = operator.attrgetter("_version")
 
 
 def versions(tensors: Sequence[Tensor]) -> tuple[Version, ...]:
@@ -50,3 +53,32 @@ def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
         elif not torch.equal(a, b):
             return False
     return all(bool(torch.stack(masks).all()) for masks in found.values())
+
+
+class Watched:
+    """Weights in the dicts of modules: another tensor in a place, or one that was written to, is a change.
+
+    Nobody can tell of inference tensors, nor of those that are offloaded between two looks.
+    """
+
+    def __init__(self, places: Sequence[dict[str, Tensor | None]]) -> None:
+        self._places = places
+        self._look()
+
+    def changed(self) -> bool:
+        """Whether there was one since the last look."""
+        if self._is_still():
+            return False
+        before, marks = self._told, self._marks
+        self._look()
+        return marks != self._marks or not all(map(operator.is_, before, self._told))
+
+    def _is_still(self) -> bool:
+        held, marks = self._held, list(map(_VERSION, self._told))
+        now = list(itertools.chain.from_iterable(map(dict.values, self._places)))
+        return marks == self._marks and len(now) == len(held) and all(map(operator.is_, now, held))
+
+    def _look(self) -> None:
+        self._held = list(itertools.chain.from_iterable(map(dict.values, self._places)))
+        self._told = [t for t in self._held if not (t is None or t.is_meta or t.is_inference())]
+        self._marks = list(map(_VERSION, self._told))

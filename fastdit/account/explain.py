@@ -188,6 +188,13 @@ def explain_patched(
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
+    # What graphs read stays where it is in the other stages, too.
+    cached = (max if patched.graphs is None else sum)(
+        part.cache_bytes(steps, kept[0].itemsize, estimated=True) for part, steps, _ in stages
+    ) + (count.key_bytes() if any(active) else 0)
+    prompt, keys = (0, 0) if patched.eager else (count.prompt_bytes(), count.prompt_key_bytes())
+    most = patched.max_cache_bytes
+    keys = keys if most is None or cached + prompt + keys <= most else 0
     return Explanation(
         family=adapter.family,
         model=type(transformer).__name__,
@@ -202,17 +209,12 @@ def explain_patched(
         image_tokens=image,
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
-        macs=_spent(stages, not patched.eager),
+        macs=_spent(stages, not patched.eager, keys > 0),
         linear_macs=count.linear_macs(plan.reuse, steps - sum(map(bool, plan.forecasts))),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        # What graphs read stays where it is in the other stages, too.
-        cache_bytes=(max if patched.graphs is None else sum)(
-            part.cache_bytes(steps, kept[0].itemsize, estimated=True) for part, steps, _ in stages
-        )
-        + (count.key_bytes() if any(active) else 0)
-        + (0 if patched.eager else count.prompt_bytes()),
+        cache_bytes=cached + prompt + keys,
         modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
@@ -294,7 +296,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     lengths = [run.image_tokens] * len(steps)
     if run.resolution is not None:
         lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
-    spent = _spent(_stages(count, plan, lengths, tokens), not patched.eager)
+    keeps = not patched.eager
+    stages = _stages(count, plan, lengths, tokens)
+    spent = _spent(stages, keeps, keeps and run.keeps_prompt_keys)
     dense = count.macs(RunPlan(len(steps), None, ()))
     return dense / spent if spent else 1.0, count.exact
 
@@ -344,8 +348,10 @@ def _stages(
     return found
 
 
-def _spent(stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool) -> int:
-    return sum(count.macs(plan, tokens, keeps_prompt) for count, plan, tokens in stages)
+def _spent(
+    stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool, keeps_keys: bool
+) -> int:
+    return sum(count.macs(plan, tokens, keeps_prompt, keeps_keys) for count, plan, tokens in stages)
 
 
 def raster(plan: RunPlan, spec: ModelSpec) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdit.programs.copies import without_copies
 from fastdit.programs.folding import fold
 from fastdit.programs.lines import Line, Ref, refs_in
 from fastdit.programs.state import OBJECTS, Form, Moment, Place
@@ -128,7 +129,7 @@ class _Writer:
         self._gone = self._changed(after)
         lines, folded = fold(lines, self._inputs, self._kept)
         self._inputs |= folded
-        lines = _live(lines, self._kept)
+        lines = _live(without_copies(lines, self._kept), self._kept)
         last = self._last_uses(lines)
         read = {ref for line in lines for ref in line.reads} | set(self._kept)
         places = [self._inputs[ref] for ref in read if ref in self._inputs]
@@ -335,9 +336,14 @@ def _alike(held: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
 
 def _live(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
     """The lines that write, or whose results somebody reads."""
+    readers = Counter(ref for line in lines for ref in line.reads)
+    alone = {line.result for line in lines if "empty" in line.name and readers[line.result] == 1}
+    alone -= set(kept)
     wanted, found = set(kept), []
     for line in reversed(lines):
-        if line.writes or any(ref in wanted for ref in refs_in(line.result)):
+        # An op may write into what was made for that, and nobody reads.
+        writes = line.writes and not (line.op and all(ref in alone for ref in line.written))
+        if writes or any(ref in wanted for ref in refs_in(line.result)):
             found.append(line)
             wanted.update(line.reads)
     return found[::-1]

@@ -30,7 +30,7 @@ from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.run import Branch, Run, StepRecord
-from fastdit.versions import same, versions
+from fastdit.versions import Watched, same, versions
 
 
 class Call(Asked):
@@ -190,6 +190,8 @@ class Call(Asked):
         )
         if not unchanged:
             branch.prompts.clear()
+        if not run.patched.eager:
+            self._watch_weights()
         if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
             branch.memory.clear()  # with the rotation of all positions
             branch.form = None
@@ -206,6 +208,14 @@ class Call(Asked):
             branch.embeddings = arguments.embeddings
             branch.versions = versions(arguments.embeddings)
         return branch
+
+    def _watch_weights(self) -> None:
+        """What was made of the prompt alone goes where the weights that made it changed."""
+        run = self.run
+        if run.watched is None:
+            run.watched = Watched(run.patched.adapter.weights_read_once(self.transformer))
+        elif run.watched.changed():
+            run.forget_prompts()
 
     def key_bias(self) -> Tensor | None:
         """What its layout adds to the products with its keys, see :meth:`Layout.key_bias`."""
@@ -300,6 +310,9 @@ class Call(Asked):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
+        if run.keeps_prompt_keys and needed + count.prompt_key_bytes() > most:
+            run.keeps_prompt_keys = False
+            run.forget_prompts()
         if needed > most:
             raise ArgumentError(
                 f"the caches of this run need {needed} bytes ({arguments.tokens} image and {arguments.text} text "

@@ -224,6 +224,7 @@ def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         call.collapses,
         call.keeps,
         call.fuses,
+        run.keeps_prompt_keys,
         choices(call.arguments.hidden_states.device),
         programs.row(call.actions),
         None if ahead is None else _form_of(ahead, programs),

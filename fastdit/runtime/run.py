@@ -28,6 +28,7 @@ from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.solvers import step_sigmas
+from fastdit.versions import Watched
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -103,6 +104,8 @@ class Run:
         branches, outputs, positions, latents, patch: What its calls leave behind for each other.
         calls: How many there were in this step, so far.
         records: Step -> what it did, which the report tells.
+        keeps_prompt_keys: Whether keys and values of the prompt alone are kept.
+        watched: The weights that are not read at each step.
         programs: How many calls ran as programs.
         trace: What captures and replays its calls, or why nothing does; see `graphs.py`.
         model, hooks, stage: What `programmed.py` knows of it.
@@ -132,6 +135,8 @@ class Run:
     stage: Any = None
     outputs: list[Tensor] = field(default_factory=list)
     bytes_checked: Any = None
+    keeps_prompt_keys: bool = True
+    watched: Watched | None = None
     image_tokens: int = 0
     text_tokens: int = 0
     patch: Any = 1
@@ -314,6 +319,12 @@ class Run:
         self.end_step(Step(velocity=velocity))
 
     # ---- what it holds
+
+    def forget_prompts(self) -> None:
+        """What was made of the prompt alone, and for steps to come, is made anew."""
+        for branch in self.branches.values():
+            branch.prompts.clear()
+            branch.form = branch.modulations = None
 
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
