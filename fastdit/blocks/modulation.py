@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.blocks.layer_inputs import LayerInputs
+from fastdit.blocks.packed import Packed
 from fastdit.versions import same, versions
 
 #: as many rows of a product take no longer than reading its weights
@@ -43,6 +44,8 @@ class Modulations:
         self._first = self._count = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
+        self._made: dict[Any, tuple[Tensor, ...]] = {}
+        self._packed: Packed | None = None
         #: what was made of the window, by layer a tuple of vectors for each step; under "inputs" what layers are given
         self.tables: dict[Any, list[tuple[Tensor, ...]]] = {}
         #: which of the window the step is
@@ -74,7 +77,7 @@ class Modulations:
         if not self._first <= step < self._first + self._count:
             self._first, self._count = step, max(1, FREE_ROWS // self._batch)
             self._inputs = None
-            self.tables, self.form = {}, None
+            self.tables, self._made, self._packed, self.form = {}, {}, None, None
         self.row = step - self._first
         return True
 
@@ -96,7 +99,14 @@ class Modulations:
 
     def _keep(self, key: Any, made: tuple[Tensor, ...]) -> None:
         self.tables[key] = list(zip(*(part.split(self._batch) for part in made), strict=True))
-        self.form = None
+        self._made[key] = made
+        self._packed = self.form = None
+
+    def packed(self) -> Packed:
+        """All of the window side by side."""
+        if self._packed is None:
+            self._packed = Packed.of(self._made, self._batch)
+        return self._packed
 
     def _all_inputs(self) -> tuple[Any, ...]:
         if self._inputs is None:

@@ -74,7 +74,7 @@ class Session:
         kept: What a run keeps between its calls: outputs, keys and values, prompts.
         tables: What it keeps beside that, of positions.
         given: What a call is given.
-        graphs: (branch, program, where lies what is kept) -> a graph.
+        graphs: (branch, program, where lies what is kept, and what is shared, how modulations lie) -> a graph.
         met: How often each of them was called.
         copied: What was copied from the host, by where to.
         used: When it was last; a higher number is later.
@@ -249,7 +249,8 @@ class GraphRun:
         """
         session, (_, moments, arrangement) = self._session, form
         now = Moment(call.run.step)
-        key = call.key, program, arrangement, programmed.stage_of(call.run)[2]
+        layout = None if call.ahead is None else call.ahead.packed().keys
+        key = call.key, program, arrangement, programmed.stage_of(call.run)[2], layout
         if self._is_first:
             return self._eagerly(program, call, args, kwargs, moments, written)
         session.met[key] += 1
@@ -321,7 +322,11 @@ class GraphRun:
         rest = iter(homes)
         values = _replaced(own, rest)
         static = values[: len(args)], dict(zip(kwargs, values[len(args) :], strict=True))
-        tables = {name: (next(rest),) for name in program.reads["modulations"]}
+        tables = {}
+        if call.ahead is not None:
+            packed = call.ahead.packed()
+            parts = packed.parted([next(rest) for _ in packed.tables])
+            tables = {key: (vectors,) for key, vectors in parts.items()}
         sources = [{name: next(rest) for name in program.reads[s]} for s in ("given", "weights")]
 
         def compute(state: Any) -> Any:
@@ -375,8 +380,7 @@ def given_to(
     found = list(_tensors((*args, *kwargs.values())))
     reads, ahead = program.reads, call.ahead
     if ahead is not None:
-        row, tables = ahead.row, ahead.tables
-        found += [tables[name][row] for name in reads["modulations"]]
+        found += ahead.packed().rows(ahead.row)
     if reads["given"]:
         beside = programmed.given(call)
         found += [beside[name] for name in reads["given"]]
