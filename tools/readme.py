@@ -314,7 +314,7 @@ def _host(result: dict[str, Any]) -> list[str]:
         "",
         (
             "What a call of the transformer asks of the host: models of real depth, as narrow as can be, "
-            f"fp32 on one core; {_machine(result['machine'])}; medians of calls in runs that take turns "
+            f"fp32; {_machine(result['machine'])}; the thread's own time, medians of calls in runs that take turns "
             "(`benchmarks/bench_host.py`). Launches are operators that make or change memory. Sparse is a RAS step "
             "of a quarter of the tokens, reused one that reuses every component."
         ),
