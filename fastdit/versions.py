@@ -36,12 +36,23 @@ def same(held: Sequence[Tensor], before: Sequence[Version], tensors: Sequence[Te
             pairs.append((mark, new))
         elif old._version != mark:
             return False
-        elif old is not new:
+        elif not _is_one_memory(old, new):
             pairs.append((old, new))
     alike = all(
         a.shape == b.shape and a.dtype is b.dtype and a.device == b.device for a, b in pairs
     )
     return alike and _equal(pairs)
+
+
+def _is_one_memory(old: Tensor, new: Tensor) -> bool:
+    """Whether they are one tensor, or views cut alike of one; `old` is still held, so nobody else has its memory."""
+    return old is new or (
+        old.data_ptr() == new.data_ptr()
+        and old.shape == new.shape
+        and old.stride() == new.stride()
+        and old.dtype is new.dtype
+        and old.device == new.device
+    )
 
 
 def _equal(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:

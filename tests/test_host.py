@@ -124,6 +124,23 @@ def test_a_replayed_call(name, method, monkeypatch):
     assert max(replays) <= 250, found
 
 
+@pytest.mark.parametrize(
+    ("name", "spared"), [("SD3", 24 * 4), ("FLUX", 19 * 4 + 38 * 2), ("PixArt", 28 * 2)]
+)
+def test_fused_projections_are_one_product(name, spared):
+    """`fuse_qkv_projections` makes one of three, of image and of text; PixArt's of the prompt are made once a run."""
+
+    def products(fuses):
+        pipe = host.pipeline(name)
+        if fuses:
+            pipe.transformer.fuse_qkv_projections()
+        fastdit.patch(pipe, Dense(), backend="cpu")
+        kernels = host.launches(name, pipe, 4)[-1].kernels
+        return kernels["aten::addmm"] + kernels["aten::mm"]
+
+    assert products(False) - products(True) == spared
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", host.MODELS)
 def test_no_step_reads_a_value(name, method):

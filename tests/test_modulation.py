@@ -242,6 +242,24 @@ def test_a_hook_at_an_output_that_its_model_modulates_is_honoured(name, what):
     hook.remove()
 
 
+@pytest.mark.parametrize("name", ["pixart-sigma", "dit"])
+@torch.no_grad()
+def test_a_projection_that_was_replaced_after_patching(name):
+    """It is another's module, which is given what stock gives it."""
+    model = tiny_models.transformer(name, torch.float64)
+    call = tiny_models.call(name, 2, dtype=torch.float64)
+    path = tiny_models.adapter_of(name).modulated_output[1]
+    old = getattr(model, path)
+    new = tiny_models.randomise(torch.nn.Linear(old.in_features, old.out_features), 7).double()
+    setattr(model, path, new)
+    expected = model(**call)[0]
+    setattr(model, path, old)
+    handle = fastdit.patch(model)
+    setattr(model, path, new)
+    with handle.run(call["timestep"][:1]):
+        assert distance(model(**call)[0], expected) <= FORWARD_FP64
+
+
 @pytest.mark.parametrize(
     ("name", "target"),
     [

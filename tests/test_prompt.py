@@ -200,6 +200,40 @@ def test_keys_of_the_prompt_stay_where_they_fit(name, programmed, made, request)
         assert (said.cache_bytes == needed) is kept
 
 
+@pytest.mark.parametrize("name", ATTENTIONS)
+@torch.no_grad()
+def test_keys_of_the_prompt_give_way_to_a_second_condition(name):
+    """Those of the first fitted alone; the next run's first call is like this run's, and its second is not."""
+    model = tiny_models.transformer(name)
+    first, second = (tiny_models.call(name, 1, step=seed) for seed in range(2))
+    second["timestep"] = first["timestep"]
+
+    def capped(most):
+        method = fastdit.Cached(fastdit.Schedule.every(2), max_cache_bytes=most)
+        return fastdit.patch(model, method)
+
+    def drawn(handle):
+        found = []
+        with handle.run(range(STEPS)):
+            for _ in range(STEPS):
+                found.append(model(**first)[0])
+                found.append(model(**second)[0])
+                handle.advance()
+        return found, handle.report().peak_cache_bytes
+
+    expected, peak = drawn(capped(None))
+    layers = [p for path, p in model.named_modules() if path.endswith(("attn2.to_k", "attn2.to_v"))]
+    tokens = first["encoder_hidden_states"].shape[1]
+    keys = 4 * tokens * sum(layer.out_features for layer in layers)
+    most = max(peak // 2, peak - 2 * keys)
+    handle = capped(most)
+    for _ in range(2):
+        found, peak = drawn(handle)
+        assert peak <= most
+        for each, wanted in zip(found, expected, strict=True):
+            same_bits(each, wanted)
+
+
 def write_weight(layer):
     with torch.no_grad():
         layer.weight.mul_(1.5)

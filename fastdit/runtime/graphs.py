@@ -8,9 +8,9 @@ Weights are read where they lie, which is looked up before each replay.
 
 The first call of a kind is recorded as a program. The second runs that on the stream of all captures, which warms up
 what may not happen while capturing, and is captured then; so a capture that fails costs no call its result. Later ones
-are replayed. A run's first call of each branch stays eager: it keeps nothing yet, so it is like no other, and it
-computes everything, so nobody waits for Python. The graphs of one session share a memory pool, for what lives within a
-call.
+are replayed. The first call of each branch in a run, and in a stage, stays eager: nothing is kept yet, so it is like no
+other, and it computes everything, so nobody waits for Python. The graphs of one session share a memory pool, for what
+lives within a call.
 
 A session is of one size of pictures, and is leased by one run at a time: another one of that size meanwhile is eager.
 """
@@ -235,8 +235,10 @@ class GraphRun:
     def follow(self, call: Any) -> GraphRun | None:
         """A call of the run begins; this is None where it has no program."""
         self.calls += 1
-        self._is_first = call.key not in self._begun
-        self._begun.add(call.key)
+        stages = call.run.resolution
+        branch = call.key, stages and stages.index
+        self._is_first = branch not in self._begun
+        self._begun.add(branch)
         return None if call.model is None else self
 
     def run(
