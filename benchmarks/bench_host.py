@@ -3,9 +3,9 @@
     PYTHONPATH=tests python benchmarks/bench_host.py [--out FILE] [--rounds 7] [NAME ...]
 
 For each model: Python frames, launches, and microseconds of a call: stock, dense, a RAS step of a quarter of the
-tokens, and a fully reused step. Times are medians of later calls of runs that take turns, so that what else the
-machine does falls on all alike; they are a host's, since there is next to no arithmetic. `tests/test_host.py` asserts
-the counts.
+tokens, and a fully reused step. Times are those that the thread computes: medians of later calls of runs that take
+turns, so that what else the machine does falls on all alike; they are a host's, since there is next to no arithmetic.
+`tests/test_host.py` asserts the counts.
 """
 
 from __future__ import annotations

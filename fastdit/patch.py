@@ -16,14 +16,14 @@ from torch import nn
 
 from fastdit import ops
 from fastdit.account.cost import Cost
-from fastdit.account.explain import Explanation
+from fastdit.account.explain import Explanation, waits_for_host
 from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
 from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.prepacked import check_packable, linears_of
 from fastdit.drift import check_drift
-from fastdit.errors import ArgumentError, CompositionError, FastDiTError, UnsupportedModelError
+from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
@@ -45,7 +45,8 @@ def patch(
     *methods: Method,
     backend: str | None = None,
     pack_weights: bool = False,
-    cuda_graphs: bool = False,
+    graphs: bool | str = False,
+    programs: bool = True,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -56,9 +57,11 @@ def patch(
             serves each op's device and dtype. A backend named here or there is never silently replaced.
         pack_weights: Keep a copy of the blocks' weights during a run, laid out for products of few tokens, as RAS has
             them; see `blocks/prepacked.py`. For fp32 on a CPU whose torch has MKL.
-        cuda_graphs: Replay whole runs as CUDA graphs from the third of a signature (size, batch, steps, settings) on;
-            see `graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are eager,
-            and a warning says why.
+        graphs: Replay calls of the transformer as CUDA graphs, each kind of call from its third on; see
+            `runtime/graphs.py`. For steps so short that the GPU waits for Python. Runs that cannot be replayed are
+            eager, and a warning says why. "auto" chooses by `account/pace.py`, and tells it in `explain` and `report`.
+        programs: Record each kind of transformer call once, and run that in place of the model's forward. False runs
+            the forward every time, at more Python calls, for who wants to look into it.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -78,7 +81,9 @@ def patch(
         >>> print(handle.report())
     """
     pipeline, transformer = _resolve(target)
-    _check_arguments(methods, pack_weights=pack_weights, cuda_graphs=cuda_graphs)
+    _check_arguments(methods, pack_weights=pack_weights, programs=programs)
+    if not (isinstance(graphs, bool) or graphs == "auto"):
+        raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')
     reuses = all(method.writes == {"reuse"} for method in methods)
     wraps = "steps" if all(method.skips_steps for method in methods) else "components"
     adapter = find_adapter(transformer, wraps if methods and reuses else "")
@@ -93,12 +98,12 @@ def patch(
         check_packable(transformer, bound.backend)
         wrapped = [part for *_, part in adapter.wrapped(transformer)]
         linears = tuple(layer for layer in linears_of(blocks) if layer not in wrapped)
-    graphs = Graphs() if cuda_graphs else None
+    replays = Graphs(waits_for_host if graphs == "auto" else None) if graphs else None
     weak = nobody
     if pipeline is not None:
         clock.check_scheduler(getattr(pipeline, "scheduler", None))
         weak = weakref.ref(pipeline)
-    patched = Patched(adapter, spec, methods, bound, blocks, linears, graphs, weak)
+    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs)
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)
@@ -108,14 +113,10 @@ def patch(
         _check_resizing(resizing, pipeline)
     if patched.stands_in:
         adapter.check_tokens(transformer)
-    if cuda_graphs and resizing is not None:
-        raise CompositionError(
-            f"cuda_graphs cannot replay {resizing.name}, whose tokens differ from picture to picture; leave one of them"
-        )
     rewritten = rewrites(patched, transformer)
     if not is_installable(transformer):
         patched.programs = None
-    needs = cuda_graphs or patched.forecasts
+    needs = bool(graphs) or patched.forecasts
     for module in (*(module for module, _ in rewritten), *[transformer] * needs):
         check_installable(module)
     if pipeline is not None:

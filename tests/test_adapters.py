@@ -148,7 +148,8 @@ def test_the_base_says_which_member_is_for_what():
         *("spec", "blocks", "block_list", "wrapped", "known_arguments", "check_tokens"),
         *("has_stock_processor", "has_stock_attention", "refuse_residuals"),
         *("gather_inputs", "reduce_inputs"),
-        *("prompt_projections_of", "condition_embeddings_of", "output_norms_of"),
+        *("prompt_projections_of", "prompt_keys_of", "prompt_key_layers_of"),
+        *("condition_embeddings_of", "output_norms_of", "modulated_output_of"),
         *("position_embeddings_of", "table_embeddings_of"),
     }
     said = [name for names in NEEDS.values() for name in names.split()]

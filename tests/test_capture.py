@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastdit.runtime import capture
 from fastdit.runtime.capture import CudaCapture
 
 DEVICE = torch.device("cuda", 0)
@@ -35,6 +36,9 @@ class Torch:
         self.pools = []
         self.generator = Generator()
         self.emptied = 0
+        self.reserved = 0
+        self.workspaces = []
+        self.streams = 0
 
     def begin(self, pool, capture_error_mode):
         self.pools.append(pool)
@@ -59,6 +63,14 @@ class Torch:
     def empty_cache(self):
         self.emptied += 1
 
+    def stream(self):
+        self.streams += 1
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def clear_workspaces(self):
+        """Whether memory came from a pool then."""
+        self.workspaces.append(bool(self.pools))
+
 
 @pytest.fixture
 def cuda(monkeypatch):
@@ -67,7 +79,8 @@ def cuda(monkeypatch):
     members = {
         "device": contextlib.nullcontext,
         "stream": contextlib.nullcontext,
-        "Stream": lambda: stream,
+        "Stream": made.stream,
+        "memory_reserved": lambda: made.reserved,
         "current_stream": lambda: stream,
         "current_device": lambda: 0,
         "graph_pool_handle": lambda: (0, 1),
@@ -78,6 +91,9 @@ def cuda(monkeypatch):
     for name, member in members.items():
         monkeypatch.setattr(torch.cuda, name, member)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.end_pool, raising=False)
+    clear = made.clear_workspaces
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", clear, raising=False)
+    monkeypatch.setattr(capture, "streams", {})
     return made
 
 
@@ -125,3 +141,33 @@ def test_no_garbage_is_collected_meanwhile(cuda, compute):
         assert not gc.isenabled(), "who had switched it off finds it so"
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_one_stream_warms_up_and_captures_for_all(cuda):
+    """What is made ready for a stream, such as a workspace, is there when it is captured."""
+    first, second = CudaCapture(), CudaCapture()
+    assert first.warm(lambda: 4, DEVICE) == 4
+    for each in (first, second):
+        each(lambda: 5, DEVICE)
+        each.warm(lambda: 5, DEVICE)
+    assert cuda.streams == 1
+
+
+@pytest.mark.parametrize("compute", [lambda: 5, broken], ids=["whole", "failing"])
+def test_workspaces_lie_in_the_pool_and_go_with_it(cuda, compute):
+    """They are let go before a capture, so that it makes its own, and after it, outside of the pool's allocation."""
+    with contextlib.suppress(ValueError):
+        CudaCapture()(compute, DEVICE)
+    assert cuda.workspaces == [False, False]
+
+
+def test_what_a_pool_takes_is_known(cuda):
+    made = CudaCapture()
+
+    def compute():
+        cuda.reserved += 3
+
+    for _ in range(2):
+        made(compute, DEVICE)
+    assert made.nbytes == 6
+    assert CudaCapture().nbytes == 0

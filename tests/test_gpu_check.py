@@ -81,7 +81,7 @@ def test_rows_of_runs_stand_beside_both_baselines(rehearsed):
         assert row["idle"] == pytest.approx(1 - sum(row["device_ms"]) / sum(row["call_ms"]))
     assert rows["every(2)"]["flop_speedup"] > 1.9
     assert rows["RAS 0.25"]["flop_speedup"] > 1.2
-    assert rows["every(2), graphs"]["mode"] == "replayed"
+    assert rows["every(2), graphs"]["mode"].startswith("replayed")
     assert rows["every(2), graphs"]["to_eager"] < 1e-5
     (absent,) = (row for row in rehearsed["sections"]["flux"]["rows"] if "absent" in row)
     assert "cache-dit" in absent["name"]
@@ -100,7 +100,7 @@ def test_rows_of_runs_stand_beside_both_baselines(rehearsed):
 def test_pictures_and_kernels_are_right(rehearsed):
     for row in rehearsed["sections"]["graphs"]["rows"]:
         assert row["to_cpu"] < 1e-5, row
-        assert row["mode"] == "replayed"
+        assert row["mode"].startswith("replayed")
         assert row["graphs"] < 1e-5, row
     for row in rehearsed["sections"]["ops"]["rows"]:
         assert set(row["us"]) >= {"eager", "cpu"}, row

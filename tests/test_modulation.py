@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -43,9 +45,12 @@ def products(monkeypatch):
 
 
 def layers(model):
+    """Norms with a product of their own, and what adds a table to one that all share."""
+    classes = "AdaLayerNorm(Zero|Continuous)|RMSNormZero|LuminaLayerNormContinuous"
     return sum(
-        any(part in type(module).__name__ for part in ("AdaLayerNorm", "RMSNormZero"))
-        or name.endswith("_mod")
+        bool(re.search(classes, type(module).__name__))
+        or name.endswith(("_mod", "proj_out_1"))
+        or hasattr(module, "scale_shift_table")
         for name, module in model.named_modules()
     )
 
@@ -72,7 +77,7 @@ def test_explain_tells_their_bytes(name, monkeypatch):
 
     def of(self, layer, compute):
         row = stock(self, layer, compute)
-        made[layer] = row.untyped_storage().nbytes()
+        made[layer] = {part.untyped_storage().data_ptr(): part for part in row}
         return row
 
     monkeypatch.setattr(modulation.Modulations, "of", of)
@@ -80,7 +85,9 @@ def test_explain_tells_their_bytes(name, monkeypatch):
     handle = fastdit.patch(pipe)
     generate(pipe, name, steps=STEPS, cfg=False, batch=2)
     said = handle.explain(batch=2, steps=STEPS, cfg=False)
-    assert said.modulation_bytes == sum(made.values()) > 0
+    storages = [part for parts in made.values() for part in parts.values()]
+    held = sum(part.untyped_storage().nbytes() for part in storages)
+    assert said.modulation_bytes == held > 0
     assert "modulations" in str(said)
 
 
@@ -205,3 +212,96 @@ def test_a_pooled_prompt_written_in_a_run_is_seen(name, mode):
         assert distance(plain, expected) > 1e-3
         fastdit.patch(pipe)
         assert distance(drawn(), expected) <= 1e-12
+
+
+SEEN = {
+    "the norm": lambda model: model.norm_out,
+    "the projection": lambda model: getattr(model, "proj_out", None) or model.proj_out_2,
+    "what modulates it": lambda model: getattr(model, "adaln_single", None) or model.proj_out_1,
+}
+
+
+@pytest.mark.parametrize("what", SEEN)
+@pytest.mark.parametrize("name", ["pixart-sigma", "dit"])
+def test_a_hook_at_an_output_that_its_model_modulates_is_honoured(name, what):
+    """Their forwards modulate between the norm and the projection, in whose place one op stands."""
+    pipe = tiny_models.pipeline(name, torch.float64)
+
+    def louder(module, args, output):
+        return tuple(part * 1.5 for part in output) if isinstance(output, tuple) else output * 1.5
+
+    plain = generate(pipe, name, steps=STEPS, cfg=False)
+    fastdit.patch(pipe)
+    assert distance(generate(pipe, name, steps=STEPS, cfg=False), plain) <= FORWARD_FP64
+    hook = SEEN[what](pipe.transformer).register_forward_hook(louder)
+    found = generate(pipe, name, steps=STEPS, cfg=False)
+    fastdit.unpatch(pipe)
+    expected = generate(pipe, name, steps=STEPS, cfg=False)
+    assert distance(expected, plain) > 1e-4
+    assert distance(found, expected) <= FORWARD_FP64
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", ["pixart-sigma", "dit"])
+@torch.no_grad()
+def test_a_projection_that_was_replaced_after_patching(name):
+    """It is another's module, which is given what stock gives it."""
+    model = tiny_models.transformer(name, torch.float64)
+    call = tiny_models.call(name, 2, dtype=torch.float64)
+    path = tiny_models.adapter_of(name).modulated_output[1]
+    old = getattr(model, path)
+    new = tiny_models.randomise(torch.nn.Linear(old.in_features, old.out_features), 7).double()
+    setattr(model, path, new)
+    expected = model(**call)[0]
+    setattr(model, path, old)
+    handle = fastdit.patch(model)
+    setattr(model, path, new)
+    with handle.run(call["timestep"][:1]):
+        assert distance(model(**call)[0], expected) <= FORWARD_FP64
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("pixart-sigma", "proj_out"),
+        ("pixart-sigma", "adaln_single.linear"),
+        ("dit", "proj_out_2"),
+        ("dit", "proj_out_1"),
+        ("dit", "norm1.emb.timestep_embedder.linear_1"),
+        ("lumina", "norm_out.linear_2"),
+        ("lumina", "norm_out.linear_1"),
+        ("lumina", "time_caption_embed.caption_embedder.1"),
+        ("lumina", "norm1.linear"),
+        ("lumina2", "norm_out.linear_1"),
+        ("pixart-sigma", "attn2.to_k"),
+        ("lumina", "attn2.to_v"),
+    ],
+)
+def test_an_adapter_that_came_after_patching(name, target):
+    """And whose scale changes between the steps."""
+    peft = pytest.importorskip("peft")
+    model = tiny_models.transformer(name, torch.float64)
+    settings = peft.LoraConfig(r=2, init_lora_weights=False, target_modules=[target])
+    calls = [tiny_models.call(name, 2, dtype=torch.float64) for _ in range(3)]
+    first = calls[0]["timestep"]
+    said = torch.stack([first[0], first[0] / 2, first[0] / 4]).to(first.dtype)
+    for call, value in zip(calls, said, strict=True):
+        call |= {k: v for k, v in calls[0].items() if k != "hidden_states"}
+        call["timestep"] = value.expand(2)
+
+    def drawn(advance):
+        with torch.no_grad():
+            for number, call in enumerate(calls):
+                for part in model.modules():
+                    if hasattr(part, "base_layer"):
+                        part.set_scale("default", 0.5**number)
+                yield model(**call)[0]
+                advance()
+
+    handle = fastdit.patch(model)
+    peft.inject_adapter_in_model(settings, model)
+    with handle.run(said):
+        found = list(drawn(handle.advance))
+    handle.unpatch()
+    for each, wanted in zip(found, drawn(lambda: None), strict=True):
+        assert distance(each, wanted) <= FORWARD_FP64

@@ -144,7 +144,7 @@ REFUSALS = {
     "methods in a list": (None, ([EVERY_2],), {}, fastdit.ArgumentError, "one by one"),
     "method by its name": (None, ("ras",), {}, fastdit.ArgumentError, "got 'ras'"),
     "packing in words": (None, (), {"pack_weights": "yes"}, fastdit.ArgumentError, "got 'yes'"),
-    "graphs by number": (None, (), {"cuda_graphs": 1}, fastdit.ArgumentError, "cuda_graphs.*got 1"),
+    "graphs by number": (None, (), {"graphs": 1}, fastdit.ArgumentError, "graphs.*got 1"),
     "two schedules": (None, (EVERY_2, EVERY_2), {}, fastdit.CompositionError, "Cached and Cached"),
     "block count": (None, (schedule(blocks=2),), {}, fastdit.ScheduleError, "has 2 .* has 3"),
     "components": (None, (schedule(names=("mlp",)),), {}, fastdit.ScheduleError, "mlp"),

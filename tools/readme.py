@@ -56,6 +56,8 @@ def results() -> list[str]:
     for result in gpu_tables.gpu_results.results():
         lines += [*gpu_tables.runs(result), ""]
     lines += ["", "## Whole runs on a CPU", "", *_step(_result("step-cpu.json"))]
+    for path in RESULTS.glob("host-cpu.json"):
+        lines += ["", "## Host time of a call", *_host(json.loads(path.read_text()))]
     lines += ["", "## Schedules like the published ones", *_ecad(_result("ecad-cpu.json"))]
     lines += ["", "## Searched schedules", *_search(_result("search-cpu.json"))]
     for path in RESULTS.glob("search-forecast-cpu.json"):
@@ -304,6 +306,28 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
 
 def _result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / name).read_text())
+
+
+def _host(result: dict[str, Any]) -> list[str]:
+    """The table of `bench_host.py`."""
+    lines = [
+        "",
+        (
+            "What a call of the transformer asks of the host: models of real depth, as narrow as can be, "
+            f"fp32; {_machine(result['machine'])}; the thread's own time, medians of calls in runs that take turns "
+            "(`benchmarks/bench_host.py`). Launches are operators that make or change memory. Sparse is a RAS step "
+            "of a quarter of the tokens, reused one that reuses every component."
+        ),
+        "",
+        "| model | call | Python calls | launches | time | of stock |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['call']} | {row['frames']:,} | {row['launches']:,} | "
+            f"{row['microseconds']:,.0f} µs | {row['of_stock']:.2f} |"
+        )
+    return lines
 
 
 def _step(result: dict[str, Any]) -> list[str]:

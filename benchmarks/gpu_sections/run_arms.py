@@ -89,8 +89,10 @@ def arms_of(runs: Runs) -> dict[str, Arm]:
         found.append(Arm(name + GRAPHS, "fastdit", enter[1], graphs=True, guess=guess[1]))
     if preset := RALU_PRESETS.get(runs.real.cls):
         ralu = fastdit.RALU.preset(preset)
-        enter = _patched(lambda pipe: [ralu])
-        found.append(Arm(f"RALU {preset}", "fastdit", enter, steps=ralu.run_steps))
+        enter = _patched(lambda pipe: [ralu]), _patched(lambda pipe: [ralu], graphs=True)
+        name, steps = f"RALU {preset}", ralu.run_steps
+        found.append(Arm(name, "fastdit", enter[0], steps=steps))
+        found.append(Arm(name + GRAPHS, "fastdit", enter[1], steps=steps, graphs=True))
     found.append(Arm(CACHE_DIT, "rival", cache_dit))
     found.append(Arm(FIRST_BLOCK_CACHE, "rival", first_block_cache))
     return {arm.name: arm for arm in found}
@@ -123,7 +125,7 @@ def _patched(
     @contextmanager
     def enter(runs: Runs, place: Place) -> Iterator[Any]:
         with captures(place) if graphs else nullcontext():
-            handle = fastdit.patch(runs.pipe, *make(runs.pipe), cuda_graphs=graphs)
+            handle = fastdit.patch(runs.pipe, *make(runs.pipe), graphs=graphs)
             try:
                 yield handle
             finally:

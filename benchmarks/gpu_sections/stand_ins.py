@@ -21,7 +21,9 @@ def captures(place: Place) -> Iterator[None]:
     place.stands_in("tests/tape.py stands for CUDA graphs")
     if str(ROOT / "tests") not in sys.path:
         sys.path.append(str(ROOT / "tests"))
-    tapes = importlib.import_module("tape").Tapes()
+    tape = importlib.import_module("tape")
+    tapes = tape.Tapes()
     members = {"__new__": lambda cls: tapes, "serves": staticmethod(lambda device: True)}
-    with patch("fastdit.runtime.capture.CudaCapture", type("Stand", (), members)):
+    stand = patch("fastdit.runtime.capture.CudaCapture", type("Stand", (), members))
+    with stand, tape.ops_seen():
         yield

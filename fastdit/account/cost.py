@@ -130,12 +130,26 @@ class Cost:
         )
         return skipped / (plan.steps * len(self.components))
 
-    def macs(self, plan: RunPlan, tokens: Sequence[int] = (), keeps_prompt: bool = False) -> int:
+    def macs(
+        self,
+        plan: RunPlan,
+        tokens: Sequence[int] = (),
+        keeps_prompt: bool = False,
+        keeps_keys: bool = False,
+    ) -> int:
         """A run whose steps compute so many image tokens, all if not said, takes these multiply-accumulates.
 
-        `keeps_prompt` where the prompt is projected at the first step only, as a patched model does.
+        `keeps_prompt` where the prompt is projected at the first step only, as a patched model does, and `keeps_keys`
+        where keys and values of the prompt alone are.
         """
         total = (1 - plan.steps) * self.prompt if keeps_prompt else 0
+        for c in self.components if keeps_keys else ():
+            again = sum(
+                not plan.actions or bool(plan.actions[step][c.block][c.name] & COMPUTE)
+                for step in range(plan.steps)
+                if not plan.forecast_order(step)
+            )
+            total -= max(0, again - 1) * self._of("prompt_key_macs", c.block, c.name)
         for step in range(plan.steps):
             if plan.forecast_order(step):
                 continue
@@ -195,6 +209,10 @@ class Cost:
     def prompt_bytes(self) -> int:
         """The projected prompt that a patched model keeps has so many bytes."""
         return self._of("prompt_slot") * self.itemsize
+
+    def prompt_key_bytes(self) -> int:
+        """Keys and values of the prompt alone, which a patched model keeps where it may, have so many bytes."""
+        return self._of("prompt_keys") * self.itemsize
 
     def modulation_bytes(self, conditions: int) -> int:
         """The modulations made ahead for so many conditions have so many bytes."""

@@ -9,8 +9,9 @@ of second degree since attention is, so a few small examples say what every size
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
-from contextlib import ExitStack
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,9 @@ class Counts:
         """This looks up a count of a block's component or of a call.
 
         `what` is one of "macs", "layers" (macs without products of attention) and "slot" (elements of the kept output)
-        of a component; "outside" (macs outside of all components), "prompt" (those of its projection), "prompt_slot"
-        and "modulation" (channels) of a call.
+        of a component; "prompt_key_macs" (of keys and values of the prompt alone) of an attention; "outside" (macs
+        outside of all components), "prompt" (those of its projection), "prompt_slot", "prompt_keys" and "modulation"
+        (channels) of a call.
         """
         form = None if block is None else self._of[block]
         return self._terms.get((what, form, component), _NOTHING)
@@ -109,14 +111,17 @@ class Counts:
             if key not in example.visits:  # the call has nothing for these blocks
                 continue
             for (what, component), value in _block(adapter, example.visits[key]).items():
-                if what == "modulation":
+                if what in ("modulation", "prompt_keys"):
                     found[what, None, None] += times * value
                 else:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
         for norm in adapter.output_norms_of(skeleton.transformer):
-            found["modulation", None, None] += batch * norm.linear.out_features
+            linear = getattr(norm, "linear_1", None) or norm.linear
+            found["modulation", None, None] += batch * linear.out_features
+        if adapter.modulated_output:  # a scale and a shift
+            found["modulation", None, None] += 2 * batch * adapter.width(skeleton.transformer)
         return {name: value // batch for name, value in found.items()}
 
 
@@ -144,9 +149,11 @@ class _Noting(Forward):
 
     width = 0
 
-    def modulation(self, *args: Any) -> Tensor:
+    def modulation(self, *args: Any) -> tuple[Tensor, ...]:
         found = super().modulation(*args)
-        self.width += found.numel()
+        storages = {vector.untyped_storage()._cdata: vector for vector in found}
+        sizes = (v.untyped_storage().nbytes() // v.itemsize for v in storages.values())
+        self.width += sum(sizes)
         return found
 
 
@@ -168,9 +175,12 @@ def _block(adapter: Any, visit: Visit) -> dict[Any, int]:
             adapter.forwards[kind](block, forward, *visit.args, **visit.kwargs)
         return macs, forward
 
-    with _noting_keys(block, keys):
+    layers = adapter.prompt_keys_of(kind, block)
+    with _noting_keys(block, keys), _noting_layers(layers) as (prompt_keys, prompt_macs):
         full, forward = run(())
-    found = {("modulation", None): forward.width}
+    found: dict[Any, int] = {("prompt_key_macs", name): n for name, n in prompt_macs.items()}
+    found["prompt_keys", None] = sum(prompt_keys.values())
+    found["modulation", None] = forward.width
     for attention, elements in keys.items():
         found["keys", attention] = 2 * elements
     for name in names:
@@ -201,6 +211,24 @@ def _noting_keys(block: nn.Module, keys: dict[str, int]) -> ExitStack:
 
             hooks.enter_context(module.register_forward_hook(note))
     return hooks
+
+
+@contextmanager
+def _noting_layers(
+    layers: Iterable[tuple[str, nn.Module]],
+) -> Iterator[tuple[Counter[str], Counter[str]]]:
+    """This notes how many elements linear layers give, and their macs, by the names they go by."""
+    elements: Counter[str] = Counter()
+    macs: Counter[str] = Counter()
+    with ExitStack() as hooks:
+        for name, layer in layers:
+
+            def note(module: Any, args: Any, output: Tensor, name: str = name) -> None:
+                elements[name] += output.numel()
+                macs[name] += output.numel() * module.in_features
+
+            hooks.enter_context(layer.register_forward_hook(note))
+        yield elements, macs
 
 
 def _monomials(size: Size) -> tuple[int, ...]:

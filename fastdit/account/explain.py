@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastdit.account.cost import Cost
+from fastdit.account.pace import pace_of, steps_that_wait
 from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
@@ -23,7 +25,7 @@ from fastdit.checks import is_whole
 from fastdit.errors import ArgumentError
 from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
-from fastdit.schedules.plan import RunPlan, everywhere, ops_of, plan_run
+from fastdit.schedules.plan import RunPlan, everywhere, ops_of
 from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 from fastdit.tokens.waves import UNIT, Waves, waves_of
@@ -60,6 +62,7 @@ class Explanation:
         reusable_share: Share of the arithmetic of a dense step that is in components: the most that reuse can spare.
         exact: Whether arithmetic and caches are counted. A model without an adapter is counted on the arguments of its
             last call of this size; before there was one they are estimates.
+        graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -87,6 +90,7 @@ class Explanation:
     attention: str = ""
     resampled: tuple[int, ...] = ()
     collapse: str = ""
+    graphs: str = ""
     reusable_share: float = 1.0
     exact: bool = True
 
@@ -119,6 +123,7 @@ class Explanation:
             self.packed_bytes
             and f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB",
             self.collapse and f"  collapse  {self.collapse}",
+            self.graphs and f"  graphs    {self.graphs}",
             self.tokens_per_step and f"  tokens    per step {ranges(self.tokens_per_step)}",
             self.waves and f"  waves     {self.waves}",
             resampled and f"  schedule  its steps {resampled}, the nearest in timestep",
@@ -179,12 +184,17 @@ def explain_patched(
         timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
     repeats = patched.forecasts and timesteps is not None and timesteps.repeat
-    plan = plan_run(
-        patched.methods, spec, steps, partial, timesteps, patched.may_collapse(), repeats
-    )
+    plan = patched.planned(steps, partial, timesteps, patched.may_collapse(), repeats)
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
+    # What graphs read stays where it is in the other stages, too.
+    cached = (max if patched.graphs is None else sum)(
+        part.cache_bytes(steps, kept[0].itemsize, estimated=True) for part, steps, _ in stages
+    ) + (count.key_bytes() if any(active) else 0)
+    prompt, keys = (0, 0) if patched.eager else (count.prompt_bytes(), count.prompt_key_bytes())
+    most = patched.max_cache_bytes
+    keys = keys if most is None or cached + prompt + keys <= most else 0
     return Explanation(
         family=adapter.family,
         model=type(transformer).__name__,
@@ -199,16 +209,12 @@ def explain_patched(
         image_tokens=image,
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
-        macs=_spent(stages, not patched.eager),
+        macs=_spent(stages, not patched.eager, keys > 0),
         linear_macs=count.linear_macs(plan.reuse, steps - sum(map(bool, plan.forecasts))),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
-        cache_bytes=max(
-            part.cache_bytes(steps, kept[0].itemsize, estimated=True) for part, steps, _ in stages
-        )
-        + (count.key_bytes() if any(active) else 0)
-        + (0 if patched.eager else count.prompt_bytes()),
+        cache_bytes=cached + prompt + keys,
         modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
@@ -217,9 +223,38 @@ def explain_patched(
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats),
+        graphs=_graphs(patched, stages, steps, weight.device),
         reusable_share=count.reusable_share,
         exact=count.exact,
     )
+
+
+def _graphs(patched: Any, stages: Sequence[Any], steps: int, device: torch.device) -> str:
+    """This says whether calls are replayed; nothing where nobody asked for it."""
+    if patched.graphs is None:
+        return ""
+    if device.type != "cuda":
+        return f"off: the model is on {device.type}"
+    if patched.programs is None:
+        return "off: its calls are not recorded as programs"
+    waits = steps_that_wait(stages, len(stages[0][0].components), pace_of(device))
+    told = f"the GPU would wait for the host at {waits} of {steps} steps"
+    return f"off: {told}" if patched.graphs.chooses and not waits else f"on: {told}"
+
+
+def waits_for_host(call: Any) -> bool:
+    """Whether the GPU would wait for the host in the run of this call: the choice of ``graphs="auto"``."""
+    run, arguments, patched = call.run, call.arguments, call.run.patched
+    pace = pace_of(arguments.hidden_states.device)
+    if pace is None or run.steps is None:
+        return False
+    size, batch = Size(arguments.tokens, arguments.text), arguments.hidden_states.shape[0]
+    count = Cost(patched.adapter, call.transformer, size, batch, call.transformer.dtype.itemsize)
+    waves = waves_of(patched, call.transformer, arguments.hidden_states.device, batch, size.text)
+    lengths, active, _ = _tokens_per_step(patched, run.steps, size, waves)
+    tokens = [n if a is None else a.keep for n, a in zip(lengths, active, strict=True)]
+    stages = _stages(count, run.plan, lengths, tokens)
+    return steps_that_wait(stages, len(count.components), pace) > 0
 
 
 def _collapse(patched: Any, plan: RunPlan, partial: bool, repeats: bool) -> str:
@@ -261,7 +296,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     lengths = [run.image_tokens] * len(steps)
     if run.resolution is not None:
         lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
-    spent = _spent(_stages(count, plan, lengths, tokens), not patched.eager)
+    keeps = not patched.eager
+    stages = _stages(count, plan, lengths, tokens)
+    spent = _spent(stages, keeps, keeps and run.keeps_prompt_keys)
     dense = count.macs(RunPlan(len(steps), None, ()))
     return dense / spent if spent else 1.0, count.exact
 
@@ -311,8 +348,10 @@ def _stages(
     return found
 
 
-def _spent(stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool) -> int:
-    return sum(count.macs(plan, tokens, keeps_prompt) for count, plan, tokens in stages)
+def _spent(
+    stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool, keeps_keys: bool
+) -> int:
+    return sum(count.macs(plan, tokens, keeps_prompt, keeps_keys) for count, plan, tokens in stages)
 
 
 def raster(plan: RunPlan, spec: ModelSpec) -> str:

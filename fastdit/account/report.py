@@ -51,7 +51,8 @@ class Report:
         active: Sparse step -> which image tokens it computed, bool [B, gh, gw] on the CPU.
         stages: Those that have ended, where a method changes the resolution.
         packed_bytes: What weights that were kept packed took beside the model's own.
-        graphs: With `cuda_graphs`: whether the run was "warming up", "captured", "replayed", or why it was eager.
+        graphs: Under CUDA graphs: whether the run was "warming up", "captured" or "replayed", and how many of its calls
+            were replayed; or why it was eager.
     """
 
     methods: tuple[str, ...]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.latents import Pictures
-from fastdit.blocks.modulation import LayerInputs, repeated
+from fastdit.adapters.modulated import Modulated, module_at
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
@@ -37,8 +37,9 @@ NEEDS: Mapping[str, str] = {
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections position_embedding condition_embedding condition_arguments "
-    "output_norm unread layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
+    "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
+    "layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -81,7 +82,7 @@ class Size:
     text: int
 
 
-class Adapter(Pictures):
+class Adapter(Modulated, Pictures):
     """Base of all adapters.
 
     Attributes:
@@ -188,7 +189,7 @@ class Adapter(Pictures):
 
     def block_list(self, transformer: nn.Module, kind: str) -> Sequence[nn.Module]:
         """The blocks of a kind, whose name is a path from the transformer; none where it has no such list."""
-        return _module_at(transformer, kind) or ()
+        return module_at(transformer, kind) or ()
 
     def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
         """(block, component, module) of all :meth:`parts`."""
@@ -325,9 +326,33 @@ class Adapter(Pictures):
 
     def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's modules there; a model may lack one, and a list stands for its modules."""
-        found = (_module_at(transformer, path) for path in self.prompt_projections)
+        found = (module_at(transformer, path) for path in self.prompt_projections)
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
+
+    #: block list attribute -> attentions of its blocks whose keys and values are the prompt's alone
+    prompt_attentions: Mapping[str, Sequence[str]] = {}
+
+    def prompt_keys_of(self, kind: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
+        """(attention, layer) of a block's layers that make those."""
+        return [
+            (name, getattr(getattr(block, name), layer))
+            for name in self.prompt_attentions.get(kind, ())
+            for layer in ("to_k", "to_v", "to_kv")
+            if getattr(getattr(block, name), layer, None) is not None
+        ]
+
+    def prompt_key_layers_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """Those of all blocks."""
+        found = (self.prompt_keys_of(*each) for each in self.blocks(transformer))
+        return [layer for layers in found for _, layer in layers]
+
+    def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
+        """The dicts of the weights behind what a run makes of the prompt alone."""
+        layers = self.prompt_key_layers_of(transformer)
+        made = (*self.prompt_projections_of(transformer), *layers)
+        parts = (part._parameters for module in made for part in module.modules())
+        return [weights for weights in parts if weights]
 
     # ---- positions
 
@@ -338,59 +363,11 @@ class Adapter(Pictures):
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""
         path = self.position_embedding
-        return [] if path is None else [_module_at(transformer, path)]
+        return [] if path is None else [module_at(transformer, path)]
 
     def table_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """The modules that embed patches and add positions out of a table, the same at every step."""
         return [m for m in self.embedders(transformer) if type(m).__name__ == "PatchEmbed"]
-
-    # ---- modulations of several steps at once
-
-    #: path of the module whose output is what the adaLN layers are given, if there is one for all
-    condition_embedding: str | None = None
-    #: what it embeds beside the timestep, if given
-    condition_arguments: Sequence[str] = ()
-
-    #: path of the adaLN norm behind the blocks, with `silu`, `linear` (scale, then shift) and `norm`, if there is one
-    output_norm: str | None = None
-    #: names of the streams that nobody reads behind the last block, though it gives them
-    unread: Sequence[str] = ()
-
-    def output_norms_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """That norm; none in a family whose output is modulated otherwise."""
-        return [] if self.output_norm is None else [_module_at(transformer, self.output_norm)]
-
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
-        """What the adaLN layers of a call of `batch` rows are given; None for a family that does not say."""
-        if self.condition_embedding is None:
-            return None
-        given = arguments_of(transformer, args, kwargs)
-        latents = given[self.image_argument]
-        told = [given.get(name) for name in self.condition_arguments]
-
-        def make(timesteps: Tensor) -> tuple[Tensor]:
-            rows = (None if t is None else repeated(t, len(timesteps), batch) for t in told)
-            return (self.embed_condition(transformer, latents, timesteps, *rows),)
-
-        return LayerInputs(make, tuple(t for t in told if t is not None))
-
-    def embed_condition(
-        self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any
-    ) -> Tensor:
-        """What the transformer makes of timesteps and of the `condition_arguments` for its adaLN layers."""
-        return _module_at(transformer, self.condition_embedding)(timesteps, *told)
-
-    def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """That module; none in a family whose layers have their own."""
-        path = self.condition_embedding
-        return [] if path is None else [_module_at(transformer, path)]
-
-    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """A scheduler's timesteps as the family's pipelines hand them on."""
-        unit = self.timesteps_per_unit
-        return timesteps if unit == 1 else timesteps.to(dtype) / unit
 
     # ---- an example
 
@@ -427,10 +404,3 @@ def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> N
             f"{place} is the same module as {places[module]}; each place must have a module of its own"
         )
     places[module] = place
-
-
-def _module_at(transformer: Any, path: str) -> Any:
-    """The module at a path, or None."""
-    for name in path.split("."):
-        transformer = getattr(transformer, name, None)
-    return transformer

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Size, blank, picture
 from fastdit.blocks.forward import Forward
-from fastdit.blocks.modulation import LayerInputs, repeated
+from fastdit.blocks.layer_inputs import LayerInputs, repeated
 from fastdit.errors import UnsupportedModelError
 
 
@@ -35,12 +36,12 @@ def basic_block(
     image = fw.enter(hidden_states, "image", branch_first=True)
     norm = block.norm1
 
-    def modulate(timesteps: Tensor, labels: Tensor) -> Tensor:
+    def modulate(timesteps: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         emb = norm.emb(timesteps, labels, hidden_dtype=hidden_states.dtype)
-        return fw.segments.linear(norm.linear, norm.silu(emb))
+        return fw.segments.linear(norm.linear, norm.silu(emb)).chunk(6, dim=1)
 
     modulation = fw.modulation(norm, modulate, timestep, class_labels)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
     image.add(
         fw.component(
             "attn1",
@@ -80,6 +81,7 @@ class DiT(Adapter):
     embeddings_arguments = ("class_labels",)
     processors = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
     text_tokens = 0
+    modulated_output = ("norm_out", "proj_out_2")
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:
         """The block must be of the adaLN-zero form without cross-attention."""
@@ -103,6 +105,18 @@ class DiT(Adapter):
         return LayerInputs(
             lambda timesteps: (timesteps, repeated(labels, len(timesteps), batch)), (labels,)
         )
+
+    def modulate_output(
+        self, transformer: Any, dtype: torch.dtype, timesteps: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """By a layer of its own, of the first block's embedding."""
+        emb = transformer.transformer_blocks[0].norm1.emb(timesteps, labels, hidden_dtype=dtype)
+        shift, scale = transformer.proj_out_1(F.silu(emb)).chunk(2, dim=1)
+        return scale, shift
+
+    def output_modulators_of(self, transformer: Any) -> list[nn.Module]:
+        """That layer and that embedding."""
+        return [transformer.proj_out_1, transformer.transformer_blocks[0].norm1.emb]
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Pictures of a class each."""

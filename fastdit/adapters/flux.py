@@ -38,9 +38,9 @@ def double_block(
 ) -> tuple[Tensor, Tensor]:
     """One `FluxTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
-    modulation, context = fw.adaln(block.norm1, temb), fw.adaln(block.norm1_context, temb)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = context.chunk(6, dim=1)
+    modulation, context = fw.adaln(block.norm1, temb, 6), fw.adaln(block.norm1_context, temb, 6)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
+    c_shift, c_scale, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = context
 
     def attend() -> tuple[Tensor, ...]:
         u_image = image.normed(block.norm1.norm, scale, shift, readers(fw, block.attn))
@@ -100,7 +100,7 @@ def single_block(
     """One `FluxSingleTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     text_length = encoder_hidden_states.shape[1]
-    shift, scale, gate = fw.adaln(block.norm, temb).chunk(3, dim=1)
+    shift, scale, gate = fw.adaln(block.norm, temb, 3)
     runs_out = fw.computes("single_proj_out")
     if runs_out or fw.computes("single_attn") or fw.computes("single_proj_mlp"):
         attending = readers(fw, block.attn)

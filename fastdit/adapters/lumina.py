@@ -14,15 +14,18 @@ which the current step sets. So a reused component costs one gated residual, no 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter, Size, blank, picture
+from fastdit.adapters.arguments import arguments_of
+from fastdit.adapters.base import Adapter, Call, Size, blank, picture
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.layer_inputs import LayerInputs, repeated
 from fastdit.blocks.residual import gathered
 
 
@@ -40,8 +43,7 @@ def lumina_block(
     """One `LuminaNextDiTBlock`: image [B, N, D], text [B, T, C], rotary [1, N, d / 2] complex, temb [B, E] -> image."""
     image = fw.enter(hidden_states, "image")
     kwargs = cross_attention_kwargs or {}
-    modulation = fw.segments.linear(block.norm1.linear, block.norm1.silu(temb))
-    scale, gate, scale_mlp, gate_mlp = modulation.chunk(4, dim=1)
+    scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb, 4, then=squashed)
     runs_out = fw.computes("to_out")
     runs_attn1, runs_attn2 = (runs_out or fw.computes(name) for name in ("attn1", "attn2"))
     if runs_attn1 or runs_attn2:
@@ -85,7 +87,7 @@ def lumina_block(
             fw.segments.project_heads(block.attn2.to_out[0], attention, cross, block.gate),
         ),
     )
-    image.add(branch, gate.unsqueeze(1).tanh())
+    image.add(branch, gate)
     branch = fw.component(
         "feed_forward",
         lambda: fw.normed(
@@ -95,8 +97,15 @@ def lumina_block(
             ),
         ),
     )
-    image.add(branch, gate_mlp.unsqueeze(1).tanh())
+    image.add(branch, gate_mlp)
     return image.leave()
+
+
+def squashed(
+    scale: Tensor, gate: Tensor, scale_mlp: Tensor, gate_mlp: Tensor
+) -> tuple[Tensor, ...]:
+    """A block's modulation with its gates as they are applied."""
+    return scale, gate.tanh(), scale_mlp, gate_mlp.tanh()
 
 
 class Lumina(Adapter):
@@ -116,6 +125,18 @@ class Lumina(Adapter):
     layouts = dict.fromkeys(components["layers"], ("image",))
     processors = ("LuminaAttnProcessor2_0",)
     own_attention_arguments = frozenset({"scale", "base_sequence_length"})
+    prompt_attentions = {"layers": ("attn2",)}
+    condition_embedding = "time_caption_embed"
+    output_norm = "norm_out"
+
+    def call(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Call:
+        """Of the angles those of the picture count; the pipeline makes those of the largest one anew at each step."""
+        call = super().call(transformer, args, kwargs)
+        *others, angles = call.embeddings
+        rows, columns = (side // transformer.patch_size for side in call.hidden_states.shape[-2:])
+        return replace(call, embeddings=(*others, angles[:rows, :columns]))
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """The patch embedding also hands out the rotary angles."""
@@ -137,6 +158,25 @@ class Lumina(Adapter):
         grid = freqs_cis[: shape[-2] // side, : shape[-1] // side].flatten(0, 1)
         angles = grid.to(patches.device)[rows]
         return module.proj(tokens), mask, [(height, width)] * batch, angles
+
+    def layer_inputs(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> LayerInputs:
+        """The embedded timestep plus that of the prompt, which is embedded once for all steps."""
+        given = arguments_of(transformer, args, kwargs)
+        caption, mask = given["encoder_hidden_states"], given["encoder_mask"]
+
+        def make(timesteps: Tensor) -> tuple[Tensor]:
+            embed, shown = transformer.time_caption_embed, mask.float().unsqueeze(-1)
+            times = embed.timestep_embedder(embed.time_proj(timesteps).to(caption.dtype))
+            pooled = ((caption * shown).sum(dim=1) / shown.sum(dim=1)).to(caption)
+            return (times + repeated(embed.caption_embedder(pooled), len(times), batch),)
+
+        return LayerInputs(make, (caption, mask))
+
+    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """They run from 0, noise, to 1."""
+        return 1 - timesteps / 1000
 
     def width(self, transformer: nn.Module) -> int:
         """The width goes by another name here."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.base import BATCH, Adapter, Size, blank, picture
+from fastdit.adapters.lumina import squashed
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.residual import Residual
@@ -67,7 +68,7 @@ def _block(
     text: int = 0,
 ) -> None:
     """Attention and feed-forward of a stream, in components whose names begin with `prefix`."""
-    scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb).chunk(4, dim=1)
+    scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb, 4, then=squashed)
 
     def attend() -> Tensor:
         u = stream.normed(block.norm1.norm, scale, None)
@@ -89,11 +90,11 @@ def _block(
         return fw.segments.feed_forward(block.feed_forward, u)
 
     branch = fw.component(f"{prefix}attn", lambda: fw.normed(block.norm2, attend()))
-    stream.add(branch, gate.unsqueeze(1).tanh())
+    stream.add(branch, gate)
     branch = fw.component(
         f"{prefix}feed_forward", lambda: fw.normed(block.ffn_norm2, feed_forward())
     )
-    stream.add(branch, gate_mlp.unsqueeze(1).tanh())
+    stream.add(branch, gate_mlp)
 
 
 class Lumina2(Adapter):
@@ -119,6 +120,7 @@ class Lumina2(Adapter):
     fused_attentions = ("attn",)
     prompt_projections = ("time_caption_embed.caption_embedder", "context_refiner")
     condition_embedding = "time_caption_embed.timestep_embedder"
+    output_norm = "norm_out"
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """The rotary embedding also cuts the picture into patches."""

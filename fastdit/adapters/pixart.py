@@ -1,21 +1,22 @@
 """PixArt-alpha and -Sigma: self-attention, cross-attention, feed-forward, modulated by adaLN-single.
 
 Restates the `ada_norm_single` path of diffusers' `BasicTransformerBlock.forward`. The modulation of a block is its own
-table plus a vector shared by all blocks, so those of all blocks are formed by one addition per call, unless some tables
-live on another device until their block runs. The cross-attention reads the un-normed stream and is added without a
-gate.
+table plus vectors shared by all blocks. The cross-attention reads the un-normed stream and is added without a gate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Size, blank, picture
 from fastdit.blocks.attention import self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.layer_inputs import LayerInputs, repeated
 from fastdit.errors import UnsupportedModelError
 
 
@@ -34,9 +35,13 @@ def basic_block(
     """One adaLN-single block: image [B, N, D], text [B, T, D], timestep [B, 6 D] -> image."""
     image = fw.enter(hidden_states, "image", branch_first=True)
     kwargs = dict(cross_attention_kwargs or {})
-    vectors = timestep.reshape(timestep.shape[0], 6, -1)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = _modulation(block, fw, vectors)
-    shared = vectors[:, 2::3]  # the gates' parts
+
+    def modulate(shared: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        return (block.scale_shift_table[None] + _vectors(shared)).unbind(1)
+
+    modulation = fw.modulation(block, modulate, timestep)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation
+    shared = _vectors(timestep)[:, 2::3]  # the gates' parts
 
     def attend() -> Tensor:
         u = image.normed(block.norm1, scale, shift)
@@ -73,17 +78,9 @@ def basic_block(
     return image.leave()
 
 
-def _modulation(block: nn.Module, fw: Forward, vectors: Tensor) -> tuple[Tensor, ...]:
-    """Shift, scale, gate of the attention, then of the feed-forward, [B, 1, D] each; `vectors` are [B, 6, D]."""
-    if not fw.immediate and "modulations" not in fw.scratch:
-        tables = [each.scale_shift_table for each in fw.blocks]
-        near = all(table.device == vectors.device for table in tables)
-        fw.scratch["modulations"] = (
-            (torch.stack(tables)[:, None] + vectors).unbind(0) if near else None
-        )
-    if fw.immediate or fw.scratch["modulations"] is None:
-        return (block.scale_shift_table[None] + vectors).chunk(6, dim=1)
-    return fw.scratch["modulations"][fw.index].split(1, dim=1)
+def _vectors(timestep: Tensor) -> Tensor:
+    """Shift, scale, gate of the attention, then of the feed-forward, [B, 6, D], of all blocks."""
+    return timestep.reshape(timestep.shape[0], 6, -1)
 
 
 class PixArt(Adapter):
@@ -100,7 +97,10 @@ class PixArt(Adapter):
     text_tokens = 120
     layouts = dict.fromkeys(components["transformer_blocks"], ("image",))
     prompt_projections = ("caption_projection",)
+    prompt_attentions = {"transformer_blocks": ("attn2",)}
     processors = ("AttnProcessor2_0", "FusedAttnProcessor2_0")
+    condition_embedding = "adaln_single"
+    modulated_output = ("norm_out", "proj_out")
 
     def check_block(self, kind: str, index: int, block: nn.Module) -> None:
         """The block must be of the adaLN-single form with a cross-attention."""
@@ -113,6 +113,35 @@ class PixArt(Adapter):
                 f"{kind}[{index}] must have norm_type 'ada_norm_single', a cross-attention and a self-attention; "
                 f"got norm_type {block.norm_type!r}"
             )
+
+    def layer_inputs(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
+    ) -> LayerInputs:
+        """The vectors that all blocks share [B, 6 D], and the embedding [B, D] that modulates the output."""
+        given = arguments_of(transformer, args, kwargs)
+        told, latents = given.get("added_cond_kwargs") or {}, given["hidden_states"]
+
+        def make(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+            rows = len(timesteps)
+            sizes = {k: None if t is None else repeated(t, rows, batch) for k, t in told.items()}
+            return transformer.adaln_single(
+                timesteps, sizes, batch_size=rows, hidden_dtype=latents.dtype
+            )
+
+        return LayerInputs(make, tuple(t for t in told.values() if t is not None))
+
+    def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
+        """The tables, too."""
+        tables = [each._parameters for each in (transformer, *transformer.transformer_blocks)]
+        return [*super().weights_read_once(transformer), *tables]
+
+    def modulate_output(
+        self, transformer: Any, dtype: torch.dtype, shared: Tensor, embedded: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The transformer's own table plus the embedded timestep."""
+        table = transformer.scale_shift_table
+        shift, scale = (table[None] + embedded[:, None].to(table.device)).unbind(1)
+        return scale, shift
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Pictures and prompts; alpha is told the pictures' sizes."""

@@ -36,7 +36,7 @@ def double_block(
     """One `QwenImageTransformerBlock`: image [B, N, D], text [B, T, D], temb [B, D] -> (text, image)."""
     image, text = fw.enter(hidden_states, "image"), fw.enter(encoder_hidden_states, "text")
     # shift, scale and gate of the attention, then of the feed-forward
-    img, txt = (fw.adaln(m, temb).chunk(6, dim=1) for m in (block.img_mod, block.txt_mod))
+    img, txt = (fw.adaln(m, temb, 6) for m in (block.img_mod, block.txt_mod))
 
     def attend() -> Any:
         u_image = image.normed(block.img_norm1, img[1], img[0])

@@ -31,10 +31,10 @@ def joint_block(
     attention_kwargs = joint_attention_kwargs or {}
     chunks = block._chunk_size, block._chunk_dim
     last = block.context_pre_only
-    modulation = fw.adaln(block.norm1, temb).chunk(9 if block.use_dual_attention else 6, dim=1)
+    modulation = fw.adaln(block.norm1, temb, 9 if block.use_dual_attention else 6)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = modulation
     if not last:
-        context = fw.adaln(block.norm1_context, temb).chunk(6, dim=1)
+        context = fw.adaln(block.norm1_context, temb, 6)
 
     # Both attentions read the stream as it was before either adds to it.
     runs_attention = fw.computes("attn")
@@ -42,7 +42,7 @@ def joint_block(
         u_image = image.normed(block.norm1.norm, scale, shift, readers(fw, block.attn))
         if last:
             dtype = encoder_hidden_states.dtype
-            c_scale, c_shift = fw.adaln(block.norm1_context, temb, dtype).chunk(2, dim=1)
+            c_scale, c_shift = fw.adaln(block.norm1_context, temb, 2, dtype)
         else:
             c_shift, c_scale = context[:2]
         u_text = text.normed(

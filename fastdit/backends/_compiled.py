@@ -50,7 +50,13 @@ class Compiled(Backend):
             operand = strided
             read = list(map(strided, branches))
         by = [
-            g.data_ptr() if g is not None and g.numel() == width else _modulation(g, width)
+            None
+            if g is None
+            else g.data_ptr()
+            if g.numel() == width
+            else (g.data_ptr(), g.stride(0), 0)
+            if g.dim() == 2
+            else _modulation(g, width)
             for g in gates
         ]
         self.module.gated_residual(

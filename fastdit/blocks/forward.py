@@ -105,10 +105,6 @@ class Forward:
         fused = self._block_compiled is None and not self.immediate
         self.segments = FUSED if fused else segments_like(self._block_compiled, block)
 
-    def take_counts(self, computed: int, reused: int) -> None:
-        """Stand for a call whose blocks were not visited."""
-        self.computed, self._planned = computed, computed + reused
-
     # ---- components
 
     def computes(self, component: str) -> bool:
@@ -229,9 +225,11 @@ class Forward:
         """The first `text` tokens of a joint output, all active, and the image's."""
         if isinstance(branch, Drawn):
             return branch.tokens(slice(text)), self._image_of(branch, text)
+        whole = branch if isinstance(branch, Tensor) else branch.whole
+        parts = whole.narrow(1, 0, text), whole.narrow(1, text, whole.shape[1] - text)
         if isinstance(branch, Tensor):
-            return branch[:, :text], branch[:, text:]
-        return branch.whole[:, :text], self.tokens.stored(branch.whole[:, text:], ("image",))
+            return parts
+        return parts[0], self.tokens.stored(parts[1], ("image",))
 
     def _image_of(self, branch: Drawn, text: int) -> Drawn:
         image = branch.tokens(slice(text, None))
@@ -251,33 +249,41 @@ class Forward:
             return held
         return _cast(held, self.precision[1])
 
-    def modulation(self, norm: nn.Module, compute: Callable[..., Tensor], *given: Any) -> Tensor:
-        """``compute(*given)`` [B, k D], the modulation of an adaLN norm; made ahead where the next steps are known."""
+    def modulation(
+        self, norm: nn.Module, compute: Callable[..., tuple[Tensor, ...]], *given: Any
+    ) -> tuple[Tensor, ...]:
+        """``compute(*given)``, vectors [B, ...] of an adaLN norm; made ahead where the next steps are known."""
         if self._block_compiled is not None:
             children = self.blocks[self.index]._modules.items()
             use = next((name for name, child in children if child is norm), "")
             compute = functools.partial(self._compiled_as, use, compute)
-        # Looked up as they lie: attributes of modules are found by a call each.
-        linear = norm._modules.get("linear") or next(reversed(norm._modules.values()))
-        if self.modulations is None or not unobserved(linear):
+        if self.modulations is None or not unobserved(norm):
             return compute(*given)
         return self.modulations.of(norm, compute)
 
     def adaln(
-        self, layer: nn.Module, embedding: Tensor, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """An adaLN layer's linear(activation(embedding)) [B, k D], the linear's input in `dtype` if given.
+        self,
+        layer: nn.Module,
+        embedding: Tensor,
+        parts: int,
+        dtype: torch.dtype | None = None,
+        then: Callable[..., tuple[Tensor, ...]] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """An adaLN layer's linear(activation(embedding)) as so many vectors [B, D], or what `then` makes of these.
 
-        The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer.
+        The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer. The linear's
+        input is in `dtype` if given.
         """
-        parts = layer._modules
+        children = layer._modules
         if isinstance(layer, nn.Sequential):
-            activation, linear = parts.values()
+            activation, linear = children.values()
         else:
-            activation, linear = parts["silu"], parts["linear"]
+            activation, linear = children["silu"], children["linear"]
 
-        def compute(given: Tensor) -> Tensor:
-            return self.segments.linear(linear, activation(given).to(dtype or given.dtype))
+        def compute(given: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+            made = self.segments.linear(linear, activation(given).to(dtype or given.dtype))
+            vectors = made.chunk(parts, dim=1)
+            return vectors if then is None else then(*vectors)
 
         return self.modulation(layer, compute, embedding)
 

@@ -9,12 +9,13 @@ window of steps at once, inside its block, when it first needs one; so offloaded
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdit.blocks.layer_inputs import LayerInputs
+from fastdit.blocks.packed import Packed
 from fastdit.versions import same, versions
 
 #: as many rows of a product take no longer than reading its weights
@@ -24,19 +25,6 @@ FREE_ROWS = 64
 def ahead(batch: int, steps: int) -> int:
     """Rows that a layer makes at once of a run of steps of `batch` rows."""
     return batch * min(steps, max(1, FREE_ROWS // batch))
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """Where adaLN layers get their inputs from.
-
-    Attributes:
-        make: The layers' inputs of timesteps [n B], steps one after the other: tensors of as many rows.
-        tensors: What `make` closes over; another tensor here, or one written into, makes other inputs.
-    """
-
-    make: Callable[[Tensor], tuple[Any, ...]]
-    tensors: tuple[Tensor, ...]
 
 
 class Modulations:
@@ -56,8 +44,10 @@ class Modulations:
         self._first = self._count = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
-        #: what was made of the window, as views of a step each: by layer, and under "inputs" what the layers are given
-        self.tables: dict[Any, tuple[Tensor, ...]] = {}
+        self._made: dict[Any, tuple[Tensor, ...]] = {}
+        self._packed: Packed | None = None
+        #: what was made of the window, by layer a tuple of vectors for each step; under "inputs" what layers are given
+        self.tables: dict[Any, list[tuple[Tensor, ...]]] = {}
         #: which of the window the step is
         self.row = 0
         #: what stands for the layers and shapes of the tables, for who keeps it; None once there are others
@@ -87,25 +77,36 @@ class Modulations:
         if not self._first <= step < self._first + self._count:
             self._first, self._count = step, max(1, FREE_ROWS // self._batch)
             self._inputs = None
-            self.tables, self.form = {}, None
+            self.tables, self._made, self._packed, self.form = {}, {}, None, None
         self.row = step - self._first
         return True
 
-    def of(self, layer: nn.Module, compute: Callable[..., Tensor]) -> Tensor:
-        """[B, k D] of this step; `compute` makes those of all rows it is given."""
+    def of(
+        self, layer: nn.Module, compute: Callable[..., tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """Vectors [B, ...] of this step; `compute` makes those of all rows it is given."""
         if layer not in self.tables:
-            self.tables[layer] = compute(*self._all_inputs()).split(self._batch)
-            self.form = None
+            self._keep(layer, compute(*self._all_inputs()))
         return self.tables[layer][self.row]
 
-    def given(self) -> Tensor | None:
-        """[B, D], the first input of the layers at this step; None while those of the window are being made."""
+    def given(self) -> tuple[Tensor, ...] | None:
+        """[B, ...], the inputs of the layers at this step; None while those of the window are being made."""
         if self._making:
             return None
         if "inputs" not in self.tables:
-            self.tables["inputs"] = self._all_inputs()[0].split(self._batch)
-            self.form = None
+            self._keep("inputs", self._all_inputs())
         return self.tables["inputs"][self.row]
+
+    def _keep(self, key: Any, made: tuple[Tensor, ...]) -> None:
+        self.tables[key] = list(zip(*(part.split(self._batch) for part in made), strict=True))
+        self._made[key] = made
+        self._packed = self.form = None
+
+    def packed(self) -> Packed:
+        """All of the window side by side."""
+        if self._packed is None:
+            self._packed = Packed.of(self._made, self._batch)
+        return self._packed
 
     def _all_inputs(self) -> tuple[Any, ...]:
         if self._inputs is None:
@@ -116,8 +117,3 @@ class Modulations:
             finally:
                 self._making = False
         return self._inputs
-
-
-def repeated(tensor: Tensor, rows: int, batch: int) -> Tensor:
-    """[B or 1, ...] as [n B, ...], the batch again for each step."""
-    return tensor.expand(batch, *tensor.shape[1:]).repeat(rows // batch, *[1] * (tensor.ndim - 1))

@@ -42,25 +42,36 @@ class Weights:
         the weight of that one alone of its outputs.
         """
         dtype = torch.promote_types(like.dtype, torch.float32)
-        key = step, tuple(map(tuple, nodes)), tuple(places), dtype, like.device, changes
-        if key not in self._made:
+        key = tuple(map(tuple, nodes)), tuple(places), dtype, like.device, changes
+        return self.by_key(step, key)
+
+    def by_key(self, step: int, key: Any) -> Tensor:
+        """These are the weights at `step` by nodes, places, dtype, device, and whether they are changes."""
+        if (step, key) not in self._made:
+            nodes, places, dtype, device, changes = key
             found: list[float] = []
+            known: dict[Sequence[int], tuple[float, ...]] = {(): (1.0,)}
             for steps, place in zip(nodes, places or [None] * len(nodes), strict=True):
-                sigmas = [self.sigmas[node] for node in steps]
-                own = weights(sigmas, self.sigmas[step]) if sigmas else (1.0,)
+                if steps not in known:
+                    sigmas = list(map(self.sigmas.__getitem__, steps))
+                    known[steps] = weights(sigmas, self.sigmas[step])
+                own = known[steps]
                 found += own if place is None else (own[place],)
             found[0] -= changes
-            self._made[key] = torch.tensor(found, dtype=dtype).to(like.device, non_blocking=True)
-        return self._made[key]
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # who records a call finds them here, other ones at other steps
+                made = torch.tensor(found, dtype=dtype).to(device, non_blocking=True)
+            self._made[step, key] = made
+        return self._made[step, key]
 
-    @property
-    def made(self) -> list[Tensor]:
-        """All that were made so far."""
-        return list(self._made.values())
+    def made_at(self, step: int) -> dict[Any, Tensor]:
+        """Those of a step that were made so far, by key."""
+        return {key: made for (at, key), made in self._made.items() if at == step}
 
     def table(self, device: torch.device) -> Tensor:
         """This is the sigma of each step known so far, fp64."""
-        key = "sigmas", len(self.sigmas), device
+        key = "sigmas", (len(self.sigmas), device)
         if key not in self._made:
             self._made[key] = torch.tensor(self.sigmas, dtype=torch.float64).to(device)
         return self._made[key]

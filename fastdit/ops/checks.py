@@ -7,6 +7,7 @@ worked out afterwards.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -260,7 +261,8 @@ def _bytes(t: Tensor) -> int:
 
 def _extent(t: Tensor) -> int:
     """Elements from the first to the last of t, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    stride = t.stride()
+    return 1 + sum(map(operator.mul, t.shape, stride)) - sum(stride)
 
 
 def _same_kind(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastdit.programs.model import Model
 from fastdit.programs.program import NoProgram, Program, write
 from fastdit.programs.recorder import Recorder
-from fastdit.programs.state import Form, State, UnknownState
+from fastdit.programs.state import Form, Moment, Place, State, UnknownState
 
 #: programs that are kept; the one that was not run for longest goes first
 MOST_PROGRAMS = 256
@@ -33,6 +33,7 @@ class Programs:
         self._model: Model | None = None
         self._interned: dict[Any, Any] = {}
         self._rows: dict[int, tuple[Sequence[Any], Any]] = {}
+        self._sums: dict[int, tuple[Any, Any]] = {}
 
     def model(self, transformer: nn.Module, is_ours: Callable[[nn.Module], bool]) -> Model:
         """The model as it is now; the same object as long as it is the same."""
@@ -76,13 +77,29 @@ class Programs:
             found = self._rows[id(actions)] = actions, key
         return found[1]
 
-    def form_of(self, state: State) -> Any:
-        """What stands for the form of a state.
+    def sums(self, plan: Any) -> Any:
+        """What stands for the sums that a step makes and keeps, :class:`fastdit.schedules.collapse.StepSums`."""
+        found = self._sums.get(id(plan))
+        if found is None or found[0] is not plan:
+            if len(self._sums) >= MOST_INTERNED:
+                self._sums = {}
+            kept = {slot: each for slot, each in plan.newest.items() if each.last > plan.step}
+            order = {id(each): n for n, each in enumerate(dict.fromkeys(kept.values()))}
+            slots = tuple(each.slots for each in dict.fromkeys(kept.values()))
+            places = tuple((slot, order[id(each)]) for slot, each in kept.items())
+            found = self._sums[id(plan)] = plan, self.interned((slots, places))
+        return found[1]
+
+    def form_of(self, state: State) -> tuple[Any, tuple[Moment, ...]]:
+        """What stands for the form of a state, and the steps in it, latest first.
 
         Raises:
             UnknownState: It holds what nobody knows.
         """
-        return self.interned(Form(state).key)
+        if not any(state.values()):
+            return self.interned(()), ()
+        form = Form(state)
+        return self.interned(form.key), form.moments
 
 
 class _Stand:
@@ -131,14 +148,16 @@ def record(
     args: Sequence[Any],
     kwargs: dict[str, Any],
     state: State,
-    constants: Callable[[], Sequence[Tensor]],
+    weights_made: Callable[[], Mapping[Any, Tensor]],
+    now: Moment,
 ) -> tuple[Any, Any]:
     """The output of a call, and what makes its program; a reason, as text, where there can be none.
 
     Args:
         compute: Runs the call.
         state: What is read and written beside the arguments: of each dict the values that this call may use.
-        constants: Gives tensors that are the same in every call of the kind, once it has run.
+        weights_made: Gives the weights of forecasts by key, once it has run.
+        now: The step.
     """
     before = Form(state)
     origins = {id(leaf): place for place, leaf in before.leaves}
@@ -153,7 +172,8 @@ def record(
         values, name = weights.get(id(tensor), ({}, ""))
         if values.get(name) is tensor:
             return values, name
-        return tensor if any(tensor is each for each in constants()) else None
+        found = (key for key, each in weights_made().items() if each is tensor)
+        return next((Place("weights", key) for key in found), None)
 
     recorder = Recorder(origin)
     with recorder:
@@ -162,7 +182,7 @@ def record(
         return output, recorder.why
     try:
         after = Form(state)
-        written = write(recorder.lines, recorder.inputs, output, before, after, recorder.known)
+        written = write(recorder.lines, recorder.inputs, output, before, after, recorder.known, now)
     except (NoProgram, UnknownState) as reason:
         return output, str(reason)
     return output, written

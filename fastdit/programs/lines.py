@@ -28,6 +28,7 @@ class Line:
         result: The Refs of what it returns: one, a tuple of them, or None.
         writes: It changes a tensor that it is given, so it may not be left out.
         op: The name of the op of fastdit whose backend's function it is; "" elsewhere.
+        written: What an op writes.
     """
 
     function: Callable[..., Any] | None
@@ -37,6 +38,7 @@ class Line:
     result: Any
     writes: bool
     op: str = ""
+    written: tuple[Ref, ...] = ()
 
     @functools.cached_property
     def reads(self) -> frozenset[Ref]:

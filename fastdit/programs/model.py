@@ -65,7 +65,7 @@ class Model:
         """Whether nothing is another since."""
         if transformer is not self._transformer:
             return False
-        if not (_same(self._holds(), self._held) and self.has_its_processors()):
+        if not (same_objects(self._holds(), self._held) and self.has_its_processors()):
             return False
         try:
             return self._looks == self._look() and self._hooked == self._hooks()
@@ -74,7 +74,7 @@ class Model:
 
     def has_its_processors(self) -> bool:
         """Whether its attention processors are what they were, which somebody may change between two steps."""
-        return _same(self._processors_now(), self._processors)
+        return same_objects(self._processors_now(), self._processors)
 
     def weights(self) -> dict[int, tuple[dict[str, Any], str]]:
         """Where each tensor of the modules is, by id."""
@@ -135,7 +135,7 @@ class Model:
         return None
 
 
-def _same(now: Iterable[Any], before: Sequence[Any]) -> bool:
+def same_objects(now: Iterable[Any], before: Sequence[Any]) -> bool:
     """Whether these are the same objects."""
     found = list(now)
     return len(found) == len(before) and all(map(operator.is_, found, before))

@@ -8,6 +8,7 @@ Entries of the state that the call took out or put in, the program does, too.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
+from fastdit.programs.copies import without_copies
 from fastdit.programs.folding import fold
 from fastdit.programs.lines import Line, Ref, refs_in
-from fastdit.programs.state import OBJECTS, Form, Place
+from fastdit.programs.state import OBJECTS, Form, Moment, Place
 
-#: where a call's arguments are, and the step's row of the modulations
-CALL = ("args", "kwargs", "row")
+#: where a call's arguments are, the step's row of the modulations, the step, and the steps in the state, latest first
+CALL = ("args", "kwargs", "row", "now", "moments")
 #: the dicts of a state that a program reads, and those that it writes, too
-READ = ("modulations", "given")
+READ = ("modulations", "given", "weights")
 WRITTEN = ("slots", "owned", "keys", "prompts", "memory", "stage")
 
 
@@ -35,17 +37,31 @@ class Program:
     """This stands for the forward of a transformer in all calls of one kind.
 
     Attributes:
-        run: ``run(args, kwargs, row, **state)`` gives the transformer's output.
+        run: ``run(args, kwargs, row, now, moments, **state)`` gives the transformer's output.
         source: Its text.
+        reads: Which keys it reads of the dicts in `READ`.
+        weights: The dicts of modules with the weights that it reads, and their names there.
+        moments: The steps in the state afterwards: ranks among those before it, None for its own.
         after: The form of what the branch keeps afterwards.
         computed, reused: Components.
     """
 
     run: Callable[..., Any]
     source: str
+    reads: Mapping[str, tuple[Any, ...]]
+    weights: tuple[tuple[dict[str, Any], ...], tuple[str, ...]]
+    moments: tuple[int | None, ...]
     after: Any
     computed: int
     reused: int
+
+    def weights_now(self) -> Iterator[Tensor]:
+        """The weights that it reads, as the modules hold them now."""
+        return map(operator.getitem, *self.weights)
+
+    def moments_after(self, now: Moment, moments: Sequence[Moment]) -> tuple[Moment, ...]:
+        """The steps in the state after a call at the step `now`, of those before it."""
+        return tuple(now if rank is None else moments[rank] for rank in self.moments)
 
 
 def write(
@@ -55,8 +71,9 @@ def write(
     before: Form,
     after: Form,
     known: Callable[[Tensor], Ref | None],
-) -> tuple[Callable[..., Any], str]:
-    """The function, and its text, of what was recorded.
+    now: Moment,
+) -> tuple[Any, ...]:
+    """What a :class:`Program` of what was recorded begins with: its function, its text, and so on.
 
     Args:
         lines: What was called.
@@ -65,17 +82,37 @@ def write(
         output: What the call returned.
         before, after: The state.
         known: Gives the Ref of a tensor.
+        now: The step.
 
     Raises:
         NoProgram: A tensor that stays comes from nowhere, or something changed that a program does not write.
     """
-    return _Writer(inputs, before, known).write(lines, output, after)
+    return _Writer(inputs, before, known, now).write(lines, output, after)
+
+
+def put(before: Form, after: Form, now: Moment) -> Callable[..., None]:
+    """``put(now, moments, **written)`` makes of a state of the form `before` that of the step `now`, `after`.
+
+    What it puts in are the very values of `after`, but for the steps in them.
+
+    Raises:
+        NoProgram: Something changed that a program does not write.
+    """
+    return _Putter({}, before, lambda tensor: None, now).put(after)
 
 
 class _Writer:
     def __init__(
-        self, inputs: Mapping[Ref, Any], before: Form, known: Callable[[Tensor], Ref | None]
+        self,
+        inputs: Mapping[Ref, Any],
+        before: Form,
+        known: Callable[[Tensor], Ref | None],
+        now: Moment,
     ) -> None:
+        self._ranks: dict[int, int | None] = {
+            moment: rank for rank, moment in enumerate(before.moments)
+        }
+        self._ranks[now] = None
         self._given = inputs
         self._before = before
         self._known = known
@@ -86,13 +123,13 @@ class _Writer:
         self._text: list[str] = []
         self._opened: dict[tuple[str, Any], str] = {}
 
-    def write(self, lines: Sequence[Line], output: Any, after: Form) -> tuple[Any, str]:
+    def write(self, lines: Sequence[Line], output: Any, after: Form) -> tuple[Any, ...]:
         ends = [*self._stores(after), f"return {self._output(output)}"]
         self._inputs = dict(self._given)  # what is kept may be one that nobody read
         self._gone = self._changed(after)
         lines, folded = fold(lines, self._inputs, self._kept)
         self._inputs |= folded
-        lines = _live(lines, self._kept)
+        lines = _live(without_copies(lines, self._kept), self._kept)
         last = self._last_uses(lines)
         read = {ref for line in lines for ref in line.reads} | set(self._kept)
         places = [self._inputs[ref] for ref in read if ref in self._inputs]
@@ -111,7 +148,12 @@ class _Writer:
         body = "\n    ".join([*self._text, *ends])
         source = f"def program({', '.join((*CALL, *READ, *WRITTEN))}):\n    {body}\n"
         exec(compile(source, "<a program of fastdit>", "exec"), self._space)
-        return self._space["program"], source
+        keys = [(place.source, place.key) for place in places if isinstance(place, Place)]
+        reads = {s: tuple(dict.fromkeys(key for at, key in keys if at == s)) for s in READ}
+        owned = [place for place in places if type(place) is tuple]
+        weights = tuple(values for values, _ in owned), tuple(name for _, name in owned)
+        moments = tuple(self._ranks[moment] for moment in after.moments)
+        return self._space["program"], source, reads, weights, moments
 
     # ---- the state
 
@@ -144,6 +186,9 @@ class _Writer:
         if id(value) in self._made:
             return self._made[id(value)]
         kind = type(value)
+        if kind is Moment:
+            rank = self._ranks[value]
+            return "now" if rank is None else f"moments[{rank}]"
         if isinstance(value, tuple):
             parts = "".join(f"{self._value(part, before)}, " for part in value)
             made = (
@@ -265,6 +310,25 @@ class _Writer:
         return self._names[id(value)]
 
 
+class _Putter(_Writer):
+    def put(self, after: Form) -> Callable[..., None]:
+        gone = [where for where in self._changed(after) if where not in after.entries]
+        lines = [f"del {self._entry(where)}" for where in gone]
+        body = "\n    ".join([*lines, *self._stores(after), "return None"])
+        source = f"def put({', '.join(('now', 'moments', *WRITTEN))}):\n    {body}\n"
+        exec(compile(source, "<a program of fastdit>", "exec"), self._space)
+        return self._space["put"]
+
+    def _value(self, value: Any, before: list[str]) -> str:
+        return super()._value(value, before) if _is_of_steps(value) else self._constant(value)
+
+
+def _is_of_steps(value: Any) -> bool:
+    """Whether the number of a step is in a value of the state."""
+    parts = value if isinstance(value, tuple) else getattr(value, "__dict__", {}).values()
+    return type(value) is Moment or (type(value) is not Tensor and any(map(_is_of_steps, parts)))
+
+
 def _alike(held: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
     """Whether an entry is the same object, and still looks the same."""
     return held[0] is now[0] and held[1] == now[1]
@@ -272,9 +336,14 @@ def _alike(held: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
 
 def _live(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
     """The lines that write, or whose results somebody reads."""
+    readers = Counter(ref for line in lines for ref in line.reads)
+    alone = {line.result for line in lines if "empty" in line.name and readers[line.result] == 1}
+    alone -= set(kept)
     wanted, found = set(kept), []
     for line in reversed(lines):
-        if line.writes or any(ref in wanted for ref in refs_in(line.result)):
+        # An op may write into what was made for that, and nobody reads.
+        writes = line.writes and not (line.op and all(ref in alone for ref in line.written))
+        if writes or any(ref in wanted for ref in refs_in(line.result)):
             found.append(line)
             wanted.update(line.reads)
     return found[::-1]

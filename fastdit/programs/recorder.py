@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastdit.ops.registry import WHOLE, handed_over
 from fastdit.programs.lines import Line, Ref
+from fastdit.programs.state import Moment
 
 #: attributes and methods of tensors, and functions, that say what a tensor is and not what it holds
 _FACTS = set(
@@ -156,10 +157,11 @@ class Recorder(TorchFunctionMode):
         if _settings() != self._settings:
             raise _Unknown("runs under other settings of torch than the call")
         given = list(_tensors((args, kwargs)))
-        op = ""
+        op, written = "", ()
         if isinstance(func, torch._ops.OpOverload):
             if func.namespace != "fastdit":
                 raise _Unknown("is an operator of somebody else's")
+            written = tuple(self._refs(list(_written(func, args))))
             op, func, args = handed_over(func, args)
             writes = True
         else:
@@ -183,7 +185,7 @@ class Recorder(TorchFunctionMode):
             raise _Unknown(f"gives a {type(result).__name__}, not a tensor")
         if made is None and not writes:
             raise _Unknown("gives nothing")
-        self.lines.append(Line(func, name, args, kwargs, made, writes, op))
+        self.lines.append(Line(func, name, args, kwargs, made, writes, op, written))
 
     def _fresh(self, tensor: Tensor) -> Ref:
         if self.known(tensor) is not None:
@@ -197,6 +199,8 @@ class Recorder(TorchFunctionMode):
             if found is None:
                 raise _Unknown(f"is given a tensor {list(value.shape)} that comes from nowhere")
             return found
+        if type(value) is Moment:
+            raise _Unknown("is given the number of a step")
         if isinstance(value, _PLAIN):
             return value
         if type(value) in (tuple, list):
@@ -227,6 +231,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
+
+
+def _written(func: Any, args: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors that an operator writes, of those that it is given."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if value is not None and argument.alias_info is not None and argument.alias_info.is_write:
+            yield value
 
 
 def _version(tensor: Tensor) -> int:

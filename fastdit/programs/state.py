@@ -42,6 +42,10 @@ def know(*classes: type) -> None:
         (TUPLES if issubclass(cls, tuple) else OBJECTS).add(cls)
 
 
+class Moment(int):
+    """The number of the step that something was made at; a form tells only which are the same, and which later."""
+
+
 class UnknownState(Exception):
     """Something in a state is of a class that is not known."""
 
@@ -53,6 +57,7 @@ class Form:
         key: Equal for states of one form.
         entries: (dict, key) -> (the value, what it looks like).
         leaves: Each tensor with its place.
+        moments: The steps in it, latest first.
 
     Args:
         lists: There may be lists and dicts, too: what a call is given, nobody changes meanwhile.
@@ -60,6 +65,7 @@ class Form:
 
     def __init__(self, state: State, lists: bool = False) -> None:
         self._lists = lists
+        self._moments: set[Moment] = set()
         self.entries: dict[tuple[str, Any], tuple[Any, Any]] = {}
         self.leaves: list[tuple[Place, Tensor]] = []
         for source, values in state.items():
@@ -70,7 +76,12 @@ class Form:
         for place, leaf in self.leaves:
             places.setdefault(id(leaf), []).append(place)
         shared = frozenset(frozenset(several) for several in places.values() if len(several) > 1)
-        looks = frozenset((*where, looks) for where, (_, looks) in self.entries.items())
+        self.moments = tuple(sorted(self._moments, reverse=True))
+        ranks = {moment: rank for rank, moment in enumerate(self.moments)}
+        looks = frozenset(
+            (*where, _ranked(looks, ranks) if ranks else looks)
+            for where, (_, looks) in self.entries.items()
+        )
         self.key = looks, shared
 
     def _look(self, value: Any, place: Place) -> Any:
@@ -79,6 +90,9 @@ class Form:
             return look(value)
         kind = type(value)
         if kind in PLAIN:
+            return kind, value
+        if kind is Moment:
+            self._moments.add(value)
             return kind, value
         if self._lists and kind is dict:
             parts = value.items()
@@ -93,6 +107,15 @@ class Form:
             inner = Place(place.source, place.key, (*place.steps, name))
             found.append((name, self._look(part, inner)))
         return kind, tuple(found)
+
+
+def _ranked(looks: Any, ranks: Mapping[int, int]) -> Any:
+    """What something looks like, with the rank of a step in place of its number."""
+    if type(looks) is not tuple:
+        return looks
+    if len(looks) == 2 and looks[0] is Moment:
+        return Moment, ranks[looks[1]]
+    return tuple(_ranked(part, ranks) for part in looks)
 
 
 def look(tensor: Tensor) -> Any:

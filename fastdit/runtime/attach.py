@@ -31,12 +31,18 @@ def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
     elif not patched.eager:
         found += _of_call("embed", adapter.position_embeddings_of(transformer), compiles=True)
         found += _of_call("embed", adapter.table_embeddings_of(transformer), compiles=True)
+    keys = [] if patched.eager else adapter.prompt_key_layers_of(transformer)
     if not patched.eager:
         found += _of_call("project_prompt", adapter.prompt_projections_of(transformer))
+        found += _of_call("project_prompt_keys", keys, compiles=True)
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
         found += _of_call("norm_output", adapter.output_norms_of(transformer), compiles=True)
-    found += _of_call("run.prepacked.linear", patched.linears, compiles=True)
+        output = adapter.modulated_output_of(transformer)
+        for method, module in zip(("hold_output", "project_held"), output, strict=False):
+            found += _of_call(method, [module], compiles=True)
+    packed = [layer for layer in patched.linears if layer not in keys]
+    found += _of_call("run.prepacked.linear", packed, compiles=True)
     for index, name, module in adapter.wrapped(transformer):
         found.append((module, partial(ComponentLink, index=index, name=name)))
     return found

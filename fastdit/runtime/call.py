@@ -24,12 +24,13 @@ from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.observe import unobserved
+from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.graphs import CaptureError, Trace
+from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.run import Branch, Run, StepRecord
-from fastdit.versions import same, versions
+from fastdit.versions import Watched, same, versions
 
 
 class Call(Asked):
@@ -78,8 +79,8 @@ class Call(Asked):
         patched = run.patched
         adapter = patched.adapter
         self.run, self.transformer, self.arguments = run, transformer, arguments
-        self._key = key
-        self.trace: Trace | None = None
+        self.key = key
+        self.trace: GraphRun | None = None
         self.rows = self.layout = None
         run.patch = adapter.patch(transformer)
         run.latents, run.positions = arguments.hidden_states.shape, arguments.positions
@@ -102,25 +103,20 @@ class Call(Asked):
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled(arguments.hidden_states.device.type)
         )
-        self.trace = self._follow_trace(args, kwargs) if patched.graphs is not None else None
-        if self.trace is not None:
-            args, kwargs = self.trace.enter(self, args, kwargs)
-            self.arguments = adapter.call(transformer, args, kwargs)
         self._args, self._kwargs = args, kwargs
-        if self.trace is None:
-            self.model = programmed.model_of(self)
+        self.model = programmed.model_of(self)
+        if patched.graphs is not None:
+            self.trace = self._follow_trace()
         self.prepare()
         if self._smaller:
             return adapter.reduce_inputs(transformer, args, kwargs, self.layout, patched.ops)
-        if self.trace is not None:
-            return args, kwargs
         if self.rows is None:
             return None
         return adapter.gather_inputs(transformer, args, kwargs, self.rows)
 
     def prepare(self) -> None:
-        """This chooses what the blocks compute, and from what; once more where the call could not be captured."""
-        run, arguments, trace = self.run, self.arguments, self.trace
+        """This chooses what the blocks compute, and from what."""
+        run, arguments = self.run, self.arguments
         patched = run.patched
         immediate = self.immediate
         defer = not immediate and not arguments.skips_blocks
@@ -130,8 +126,6 @@ class Call(Asked):
             rows = method.rows(self)
             self.rows = self.rows if rows is None else rows
             keeps = method.keeps_keys(self) or keeps
-        if self.rows is not None and trace is not None:
-            self.rows = trace.hold("rows", self.rows)
         collapses = defer and run.has_sums and (self.model is not None or patched.may_collapse())
         self.collapses, self.keeps = collapses, keeps
         if collapses is not branch.collapses:
@@ -142,11 +136,7 @@ class Call(Asked):
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
         self._count = count
-        self.ahead = ahead = None if immediate else self._foresee()
-        state = self.tokens, collapses, ahead is not None
-        if trace is not None and not trace.agrees(run, state):
-            self.prepare()
-            return
+        self.ahead = None if immediate else self._foresee()
         # What has nothing to be forecast from computes.
         planned = run.plan.actions and not run.plan.forecast_order(run.step)
         actions = run.plan.actions[run.step] if planned else ()
@@ -164,6 +154,7 @@ class Call(Asked):
     def interpret(self) -> None:
         """The blocks will ask for what was chosen, where no program stands for them."""
         run, branch = self.run, self.branch
+        branch.form = None
         patched = run.patched
         ahead, collapses = self.ahead, self.collapses
         self.forward = patched.here.forward = Forward(
@@ -180,7 +171,7 @@ class Call(Asked):
             unread=patched.adapter.unread,
             precision=patched.precision(self.arguments.hidden_states.dtype),
             modulations=ahead,
-            step=run.step,
+            step=Moment(run.step),
             weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
@@ -188,9 +179,9 @@ class Call(Asked):
     def _branch(self) -> Branch:
         """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""
         run, arguments = self.run, self.arguments
-        branch = run.branches.get(self._key)
+        branch = run.branches.get(self.key)
         if branch is None:
-            branch = run.branches[self._key] = Branch()
+            branch = run.branches[self.key] = Branch()
         autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
         stage = run.resolution.index if run.resolution is not None else 0
         signature = (*arguments.signature, autocast, stage)
@@ -199,6 +190,8 @@ class Call(Asked):
         )
         if not unchanged:
             branch.prompts.clear()
+        if not run.patched.eager:
+            self._watch_weights()
         if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
             branch.memory.clear()  # with the rotation of all positions
             branch.form = None
@@ -215,6 +208,14 @@ class Call(Asked):
             branch.embeddings = arguments.embeddings
             branch.versions = versions(arguments.embeddings)
         return branch
+
+    def _watch_weights(self) -> None:
+        """What was made of the prompt alone goes where the weights that made it changed."""
+        run = self.run
+        if run.watched is None:
+            run.watched = Watched(run.patched.adapter.weights_read_once(self.transformer))
+        elif run.watched.changed():
+            run.forget_prompts()
 
     def key_bias(self) -> Tensor | None:
         """What its layout adds to the products with its keys, see :meth:`Layout.key_bias`."""
@@ -279,10 +280,7 @@ class Call(Asked):
                     run.scheduler.timesteps, arguments.hidden_states.dtype
                 )
             if timesteps is not None:
-                table = timesteps.to(timestep)
-                if self.trace is not None:
-                    table = self.trace.hold(("timesteps", run.calls), table)
-                branch.modulations = Modulations(inputs, table, batch)
+                branch.modulations = Modulations(inputs, timesteps.to(timestep), batch)
         branch.foresees = (
             inputs is not None
             and branch.modulations is not None
@@ -312,6 +310,9 @@ class Call(Asked):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
+        if run.keeps_prompt_keys and needed + count.prompt_key_bytes() > most:
+            run.keeps_prompt_keys = False
+            run.forget_prompts()
         if needed > most:
             raise ArgumentError(
                 f"the caches of this run need {needed} bytes ({arguments.tokens} image and {arguments.text} text "
@@ -319,19 +320,17 @@ class Call(Asked):
                 "precision (cache_dtype), or draw fewer or smaller images at once"
             )
 
-    # ---- replayed runs
+    # ---- replayed calls
 
-    def _follow_trace(self, args: Any, kwargs: Any) -> Trace | None:
-        """The trace captures or replays the run that this call belongs to; None where it is eager."""
+    def _follow_trace(self) -> GraphRun | None:
+        """What captures and replays the calls of the run; None where this call is eager."""
         run = self.run
         if run.trace is None:
-            run.trace = run.patched.graphs.begin(self, args, kwargs)
-        if not isinstance(run.trace, Trace) or run.trace.mode == "left":
+            run.trace = run.patched.graphs.begin(self)
+        trace = run.trace
+        if not isinstance(trace, GraphRun) or trace.ended is not None:
             return None
-        if self.immediate:
-            run.trace.leave(run)
-            return None
-        return run.trace
+        return trace.follow(self)
 
     def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This runs the transformer's forward, by a graph where there is one."""
@@ -340,26 +339,12 @@ class Call(Asked):
         patched, stock = self.run.patched, type(self.transformer).forward
         if self.model is not None:
             return programmed.compute(self, args, kwargs)
-        if self.trace is None:
-            if not patched.blocks:  # the blocks see to that themselves
-                compiled = patched.compiled_call(self.transformer, self.run)
-                return segments_like(compiled, self.transformer).stock(
-                    self.transformer, *args, **kwargs
-                )
-            return stock(self.transformer, *args, **kwargs)
-
-        def compute() -> Any:
-            if self.rows is None:
-                return stock(self.transformer, *args, **kwargs)
-            given = patched.adapter.gather_inputs(self.transformer, args, kwargs, self.rows)
-            return stock(self.transformer, *given[0], **given[1])
-
-        try:
-            return self.trace.run(compute, self)
-        except CaptureError:
-            self.prepare()
-            patched.here.forward = self.forward
-            return compute()
+        if not patched.blocks:  # the blocks see to that themselves
+            compiled = patched.compiled_call(self.transformer, self.run)
+            return segments_like(compiled, self.transformer).stock(
+                self.transformer, *args, **kwargs
+            )
+        return stock(self.transformer, *args, **kwargs)
 
     # ---- after the transformer's forward
 
@@ -396,7 +381,8 @@ class Call(Asked):
         if run.plan.forecasts:
             self._keep(replaced, max(run.plan.forecasts))
         if forward.computed:
-            run.peak_bytes = max(run.peak_bytes, run.cache_bytes())
+            held = run.cache_bytes() if self.trace is None else self.trace.nbytes
+            run.peak_bytes = max(run.peak_bytes, held)
         return None if sample is given else replaced
 
     def _keep(self, output: Any, order: int) -> None:

@@ -72,7 +72,9 @@ class ConditionLink:
         forward = self.patched.here.forward
         ahead = None if forward is None else forward.modulations
         found = None if ahead is None else ahead.given()
-        return type(module).forward(module, *args, **kwargs) if found is None else found
+        if found is None:
+            return type(module).forward(module, *args, **kwargs)
+        return found if len(found) > 1 else found[0]
 
 
 @dataclass(eq=False, repr=False)

@@ -56,6 +56,7 @@ class Patched:
         graphs: What captures and replays whole runs; None where they stay eager.
         programs: What stands for whole calls; None where all calls stay as they are.
         pipeline: Weak reference to the pipeline that was patched, or what gives None.
+        records: Whether calls may be recorded as programs.
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
@@ -74,6 +75,7 @@ class Patched:
     linears: tuple[nn.Linear, ...] = ()
     graphs: Graphs | None = None
     pipeline: Callable[[], Any] = nobody
+    records: bool = True
 
     def __post_init__(self) -> None:
         self.here = _Here()
@@ -81,8 +83,8 @@ class Patched:
         self.eager = self.ops.backend == "reference"
         self.acts = any(method.writes for method in self.methods)
         self.forecasts = any(method.forecasts for method in self.methods)
-        known = self.adapter.restates and not self.linears and self.graphs is None
-        self.programs = Programs() if known and not self.eager else None
+        known = self.adapter.restates and not self.linears
+        self.programs = Programs() if known and self.records and not self.eager else None
         #: torch's compiler traces the transformer's own forward
         self.compiles = self.graphs is None and not self.forecasts
         self.adapts = any(method.adapts for method in self.methods)
@@ -107,7 +109,7 @@ class Patched:
         pipeline = memo.get(id(self.pipeline()))  # where the whole pipeline is being copied
         given = {part.name: getattr(self, part.name) for part in fields(self)}
         given["blocks"], given["linears"] = copy.deepcopy((self.blocks, self.linears), memo)
-        given["graphs"] = self.graphs and Graphs()
+        given["graphs"] = self.graphs and self.graphs.another()
         given["pipeline"] = nobody if pipeline is None else weakref.ref(pipeline)
         clone.__init__(**given)
         if pipeline is not None:  # an ordinary one again, but for the copied hook on its decoder
@@ -142,12 +144,16 @@ class Patched:
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = plan_run(self.methods, self.spec, steps, partial, timesteps, not self.eager, repeats)
+        plan = self.planned(steps, partial, timesteps, not self.eager, repeats)
         if plan.reuse is None or not plan.reuse.taken:
             if len(self._plans) >= PLANS:
                 self._plans = {}
             self._plans[key] = plan
         return plan
+
+    def planned(self, *given: Any) -> RunPlan:
+        """The plan of a run whose number of steps, partial ones, and so on are `given` as to :func:`plan_run`."""
+        return plan_run(self.methods, self.spec, *given, self.graphs is not None)
 
     # ---- one transformer call
 
@@ -237,6 +243,7 @@ class Patched:
         """The transformer's compiled call is that of `transformer.compile()` or of the pipeline's wrapper; or None."""
         pipeline = run.pipeline() or self.pipeline()
         wrapper = getattr(pipeline, "transformer", None)
-        if getattr(wrapper, "_orig_mod", None) is transformer:
+        # A module takes long to say that it lacks an attribute.
+        if wrapper is not transformer and getattr(wrapper, "_orig_mod", None) is transformer:
             return wrapper.forward
         return transformer._compiled_call_impl

@@ -7,7 +7,8 @@ that nobody can foresee stay as they are: see :func:`model_of`, and `recorder.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from fastdit.blocks.attention import KeyValues, Rotation
 from fastdit.blocks.attention_choice import choices, is_tuning
 from fastdit.blocks.nodes import HeldSums, Nodes
 from fastdit.programs.library import described, record
-from fastdit.programs.model import Model, hooks_so_far
+from fastdit.programs.model import Model, hooks_so_far, same_objects
 from fastdit.programs.program import Program
-from fastdit.programs.state import State, UnknownState, know
+from fastdit.programs.state import Form, Moment, State, UnknownState, know
 from fastdit.runtime.install import is_installed
 
 know(KeyValues, Rotation, HeldSums, Nodes)
@@ -64,49 +65,105 @@ def fuses_attention(call: Any, model: Model) -> bool:
 
 def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The transformer's output, by a program or as it is recorded."""
-    branch, programs = call.branch, call.run.patched.programs
+    branch, programs, trace = call.branch, call.run.patched.programs, call.trace
     written = _written(call)
     try:
         if branch.form is None:
-            branch.form = programs.form_of(written)
+            branch.form = form_of(call, written)
         kind = _kind(call, args, kwargs)
         program = programs.get(kind)
     except UnknownState as unknown:
         program = str(unknown)
     ahead = call.ahead
-    branch.form = None  # not known until the call is over
+    before, branch.form = branch.form, None  # not known until the call is over
     if isinstance(program, Program):
-        output = run(program, call, args, kwargs, written)
-        branch.form = program.after
+        call.program = program
+        call.run.programs += 1
+        if trace is not None:
+            output, branch.form = trace.run(program, call, args, kwargs, before, written)
+            return output
+        now, moments = Moment(call.run.step), before[1]
+        output = run(program, call, args, kwargs, now, moments, written)
+        branch.form = program.after, program.moments_after(now, moments), None
         return output
     call.interpret()
     transformer = call.transformer
     if program is not None:
-        return type(transformer).forward(transformer, *args, **kwargs)
+        if trace is not None:
+            trace.unknown = program
+        output = type(transformer).forward(transformer, *args, **kwargs)
+        _look_after(call, written)
+        return output
     tables = {} if ahead is None else {key: rows[ahead.row] for key, rows in ahead.tables.items()}
-    state = {"modulations": tables, "given": _given(call), **written}
+    state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
         lambda: type(transformer).forward(transformer, *args, **kwargs),
         call.run.model,
         args,
         kwargs,
         state,
-        lambda: call.run.forecast_weights.made if call.run.patched.forecasts else (),
+        lambda: _weights_made(call.run, before[1]),
+        Moment(call.run.step),
     )
     if not isinstance(made, str):
-        branch.form = programs.form_of(written)
+        after = programs.form_of(written)[0]
         forward = call.forward
-        made = Program(*made, branch.form, forward.computed, forward.reused)
+        made = Program(*made, after, forward.computed, forward.reused)
     programs.keep(kind, made)
+    _look_after(call, written)
     return output
 
 
-def run(program: Program, call: Any, args: Any, kwargs: Any, written: State) -> Any:
+def _look_after(call: Any, written: State) -> None:
+    """Find out what a call without a program leaves, so that the next one need not."""
+    with contextlib.suppress(UnknownState):
+        call.branch.form = form_of(call, written)
+        if call.ahead is not None:
+            _form_of(call.ahead, call.run.patched.programs)
+
+
+def form_of(call: Any, written: State) -> tuple[Any, Sequence[Moment], Any]:
+    """What stands for the form of what a branch keeps, the steps in it, and what for where it lies, if that matters."""
+    if call.trace is not None:
+        return call.trace.settle(call, written)
+    return *call.run.patched.programs.form_of(written), None
+
+
+def run(
+    program: Program,
+    call: Any,
+    args: Any,
+    kwargs: Any,
+    now: Moment,
+    moments: Sequence[Moment],
+    written: State,
+) -> Any:
     """The transformer's output, by a program."""
-    call.program, ahead = program, call.ahead
-    call.run.programs += 1
+    ahead = call.ahead
     row, tables = (0, {}) if ahead is None else (ahead.row, ahead.tables)
-    return program.run(args, kwargs, row, tables, _given(call), **written)
+    weights = weights_of(program, call.run, moments)
+    return program.run(args, kwargs, row, now, moments, tables, given(call), weights, **written)
+
+
+def weights_of(program: Program, run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
+    """The weights of forecasts that a program reads at this step."""
+    found, steps = {}, (*moments, run.step)  # -1 for the last one
+    for key in program.reads["weights"]:
+        nodes = tuple([tuple(map(steps.__getitem__, each)) for each in key[0]])
+        found[key] = run.forecast_weights.by_key(run.step, (nodes, *key[1:]))
+    return found
+
+
+def _weights_made(run: Any, moments: Sequence[Moment]) -> dict[Any, Tensor]:
+    """The weights of forecasts made at this step, by key: with ranks among the steps in the state for those steps."""
+    if not run.patched.forecasts:
+        return {}
+    ranks = {moment: rank for rank, moment in enumerate(moments)} | {run.step: -1}
+    return {
+        (tuple(tuple(ranks[node] for node in each) for each in key[0]), *key[1:]): made
+        for key, made in run.forecast_weights.made_at(run.step).items()
+        if all(node in ranks for each in key[0] for node in each)
+    }
 
 
 def _written(call: Any) -> State:
@@ -122,7 +179,7 @@ def _written(call: Any) -> State:
     }
 
 
-def _given(call: Any) -> dict[str, Tensor]:
+def given(call: Any) -> dict[str, Tensor]:
     """What a call is given beside its arguments."""
     found = {}
     if call.rows is not None:
@@ -135,27 +192,39 @@ def _given(call: Any) -> dict[str, Tensor]:
     return found
 
 
+def stage_of(run: Any) -> tuple[Any, Any, Any]:
+    """What all branches keep of the stage in progress, what stands for its form, and what for where it lies."""
+    memory = {} if run.resolution is None else run.resolution.memory
+    values, known = list(memory.values()), run.stage
+    if known is None or not same_objects(values, known[0]):
+        state, programs = {"stage": memory}, run.patched.programs
+        leaves = Form(state).leaves if memory else ()
+        lies = frozenset([(place, id(leaf)) for place, leaf in leaves])
+        known = run.stage = values, programs.form_of(state)[0], programs.interned(lies)
+    return known
+
+
 def _form_of(ahead: Any, programs: Any) -> Any:
     """What stands for the modulations that were made."""
     if ahead.form is None:
         rows = {key: rows[ahead.row] for key, rows in ahead.tables.items()}
-        ahead.form = programs.form_of({"modulations": rows})
+        ahead.form = programs.form_of({"modulations": rows})[0]
     return ahead.form
 
 
 def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
     run, branch, layout = call.run, call.branch, call.layout
-    programs, ahead, resolution = run.patched.programs, call.ahead, run.resolution
-    plan, step = run.plan, run.step
+    programs, ahead = run.patched.programs, call.ahead
     found = [
         run.model,
-        branch.form,
+        branch.form[0],
         described(args, kwargs),
         torch.is_inference_mode_enabled(),
         torch.get_num_threads(),
         call.collapses,
         call.keeps,
         call.fuses,
+        run.keeps_prompt_keys,
         choices(call.arguments.hidden_states.device),
         programs.row(call.actions),
         None if ahead is None else _form_of(ahead, programs),
@@ -166,10 +235,11 @@ def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         table = layout.table.shape
         given = layout.coarse, layout.centred, layout.weighs_keys
         found.append((layout.name, layout.grid, table, *given))
-        found.append(programs.form_of({"stage": resolution.memory}))
-    if call.collapses or run.patched.forecasts:
-        # The sums are those of this very step, and so are a forecast's weights.
-        found += [plan, step]
+        found.append(stage_of(run)[1])
+    if call.collapses:
+        found.append(programs.sums(run.plan.sums[run.step]))
     if run.patched.forecasts:
-        found.append(tuple(run.forecast_weights.sigmas))
+        sigmas = run.forecast_weights.sigmas
+        if len(set(sigmas)) < len(sigmas):  # a step replaces the outputs of one at the same sigma
+            found += [run.step, tuple(sigmas)]
     return tuple(found)

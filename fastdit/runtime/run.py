@@ -24,11 +24,11 @@ from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.graphs import Trace
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
 from fastdit.schedules.solvers import step_sigmas
+from fastdit.versions import Watched
 
 #: steps planned for when nobody says how many there will be: the training timesteps of every supported family
 OPEN_STEPS = 1000
@@ -104,7 +104,11 @@ class Run:
         branches, outputs, positions, latents, patch: What its calls leave behind for each other.
         calls: How many there were in this step, so far.
         records: Step -> what it did, which the report tells.
+        keeps_prompt_keys: Whether keys and values of the prompt alone are kept.
+        watched: The weights that are not read at each step.
         programs: How many calls ran as programs.
+        trace: What captures and replays its calls, or why nothing does; see `graphs.py`.
+        model, hooks, stage: What `programmed.py` knows of it.
     """
 
     patched: Any
@@ -125,11 +129,14 @@ class Run:
     branches: dict[Any, Branch] = field(default_factory=dict)
     prepacked: PrepackedWeights = field(default_factory=PrepackedWeights)
     previews: Any = None
-    trace: Trace | str | None = None
+    trace: Any = None
     model: Any = None
     hooks: int = -1
+    stage: Any = None
     outputs: list[Tensor] = field(default_factory=list)
     bytes_checked: Any = None
+    keeps_prompt_keys: bool = True
+    watched: Watched | None = None
     image_tokens: int = 0
     text_tokens: int = 0
     patch: Any = 1
@@ -263,8 +270,6 @@ class Run:
             )
         if not self._doubts:
             self._doubts = True
-            if isinstance(self.trace, Trace):
-                self.trace.leave(self)
             self.drop_caches()
             self._sites.clear()
             self._timestep = timestep
@@ -315,6 +320,12 @@ class Run:
 
     # ---- what it holds
 
+    def forget_prompts(self) -> None:
+        """What was made of the prompt alone, and for steps to come, is made anew."""
+        for branch in self.branches.values():
+            branch.prompts.clear()
+            branch.form = branch.modulations = None
+
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
         if self.plan.reuse is not None:
@@ -353,8 +364,8 @@ class Run:
         if self.live:
             self.seconds = time.perf_counter() - self.started
         self.live = False
-        if isinstance(self.trace, Trace):
-            self.peak_bytes = self.trace.end(self.peak_bytes)
+        if self.trace is not None and not isinstance(self.trace, str):
+            self.trace.end()
         self.drop_caches()
         for method in self.methods:
             method.end()

@@ -102,12 +102,14 @@ def plan_run(
     timesteps: Any = None,
     collapse: bool = False,
     repeats: bool = False,
+    stays: bool = False,
 ) -> RunPlan:
     """This merges what the methods want for a run of `steps` steps; `partial` steps compute some of the tokens only.
 
     `timesteps` are the run's (`runtime/timesteps.py`), for schedules made for other numbers of steps. `collapse`
     allows sums of reused outputs; where a step computes a part of a value, they would have to be made anew. With
-    `repeats` some steps are at the sigma of the one before, whose outputs they replace in forecasts.
+    `repeats` some steps are at the sigma of the one before, whose outputs they replace in forecasts. With `stays` what
+    is kept at any step is kept at all, as CUDA graphs have it; so steps that compute alike are told alike.
 
     Raises:
         ScheduleError: A schedule does not fit the model or the number of steps.
@@ -119,7 +121,8 @@ def plan_run(
     reuse = next((method.staged_schedule(spec, lengths, timesteps) for method in reusing), None)
     forecasts = whole_forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
-    actions = lower(reuse, spec, partial, fresh, forecasts, repeats) if reuse is not None else ()
+    given = spec, partial, fresh, forecasts, repeats, stays
+    actions = lower(reuse, *given) if reuse is not None else ()
     sums = _sums(actions, spec, repeats) if actions and collapse and not any(partial) else ()
     return RunPlan(steps, reuse, actions, sums, forecasts)
 
@@ -187,6 +190,7 @@ def lower(
     fresh: Sequence[int] = (),
     forecasts: Sequence[int] = (),
     repeats: bool = False,
+    stays: bool = False,
 ) -> list[list[dict[str, int]]]:
     """This gives flags per step, block (all kinds, in running order) and component; see :func:`plan_run`.
 
@@ -199,7 +203,7 @@ def lower(
     for kind in spec.kinds:
         bits, orders = schedule.layers[kind.name].filled(kind)
         bits[list(fresh)] = True
-        flags = _lower_kind(kind, bits, orders, some, forecasts, repeats)
+        flags = _lower_kind(kind, bits, orders, some, forecasts, repeats, stays)
         for step, blocks in enumerate(actions):
             blocks += (
                 {
@@ -219,6 +223,7 @@ def _lower_kind(
     partial: np.ndarray,
     forecasts: Sequence[int],
     repeats: bool,
+    stays: bool,
 ) -> dict[str, np.ndarray]:
     flags: dict[str, np.ndarray] = {}
     # A consumer is lowered before what it consumes: whether it runs decides whether its inputs are read.
@@ -233,12 +238,12 @@ def _lower_kind(
         place = kind.components.index(component)
         order = orders[:, :, place]
         renews = partial | repeats if order.any() else partial
-        flags[component] = _lower_component(bits[:, :, place], read, renews, order)
+        flags[component] = _lower_component(bits[:, :, place], read, renews, order, stays)
     return flags
 
 
 def _lower_component(
-    bits: np.ndarray, read: np.ndarray, renews: np.ndarray, orders: np.ndarray
+    bits: np.ndarray, read: np.ndarray, renews: np.ndarray, orders: np.ndarray, stays: bool
 ) -> np.ndarray:
     """This is liveness analysis, backward over the steps; all but `renews` [steps] are [steps, blocks].
 
@@ -253,9 +258,12 @@ def _lower_component(
         after[step] = wanted
         compute = bits[step] & (read[step] | (wanted > 0))
         reuse = ~bits[step] & read[step]
-        flags[step] = compute * COMPUTE + reuse * REUSE + (wanted > 0) * KEEP
+        flags[step] = compute * COMPUTE + reuse * REUSE
         before = wanted if renews[step] else np.maximum(wanted, 1) - 1
         wanted = np.where(bits[step], before, np.maximum(wanted, reuse * (orders[step] + 1)))
+    if stays:
+        after[:] = after.max(axis=0)
+    flags += (after > 0) * np.uint16(KEEP)
     made = np.cumsum(flags & COMPUTE, axis=0)
     several = (orders > 0).any(axis=0)
     return flags + several * drawn(orders, np.minimum(after, made).astype(np.uint16))
