@@ -28,7 +28,7 @@ import tiny_models
 from contract import same_bits
 from fastdit import ECAD, RAS, ArgumentError, Schedule, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.adapters.generic import Generic, block_lists, generic_adapter
+from fastdit.adapters.generic import Generic, block_lists
 from fastdit.patch import handle_of
 from oracle import Oracle
 from snapshot import snapshot
@@ -404,7 +404,7 @@ if not tiny_models.HAS_QWEN:  # and so no form of two modulations
 def found(request):
     build, parts = FOUND[request.param]
     model, given = build()
-    adapter = generic_adapter(model)
+    adapter = Generic(model)
     assert {kind: tuple(names) for kind, names in adapter.components.items()} == parts
     return tiny_models.randomise(model), given
 

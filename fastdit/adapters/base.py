@@ -188,7 +188,7 @@ class Adapter(Pictures):
 
     def block_list(self, transformer: nn.Module, kind: str) -> Sequence[nn.Module]:
         """The blocks of a kind, whose name is a path from the transformer; none where it has no such list."""
-        return _module_at(transformer, kind) or ()
+        return module_at(transformer, kind) or ()
 
     def wrapped(self, transformer: nn.Module) -> list[tuple[int, str, nn.Module]]:
         """(block, component, module) of all :meth:`parts`."""
@@ -325,7 +325,7 @@ class Adapter(Pictures):
 
     def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
         """The transformer's modules there; a model may lack one, and a list stands for its modules."""
-        found = (_module_at(transformer, path) for path in self.prompt_projections)
+        found = (module_at(transformer, path) for path in self.prompt_projections)
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
 
@@ -338,7 +338,7 @@ class Adapter(Pictures):
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""
         path = self.position_embedding
-        return [] if path is None else [_module_at(transformer, path)]
+        return [] if path is None else [module_at(transformer, path)]
 
     def table_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """The modules that embed patches and add positions out of a table, the same at every step."""
@@ -358,7 +358,7 @@ class Adapter(Pictures):
 
     def output_norms_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That norm; none in a family whose output is modulated otherwise."""
-        return [] if self.output_norm is None else [_module_at(transformer, self.output_norm)]
+        return [] if self.output_norm is None else [module_at(transformer, self.output_norm)]
 
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
@@ -380,12 +380,12 @@ class Adapter(Pictures):
         self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any
     ) -> Tensor:
         """What the transformer makes of timesteps and of the `condition_arguments` for its adaLN layers."""
-        return _module_at(transformer, self.condition_embedding)(timesteps, *told)
+        return module_at(transformer, self.condition_embedding)(timesteps, *told)
 
     def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module; none in a family whose layers have their own."""
         path = self.condition_embedding
-        return [] if path is None else [_module_at(transformer, path)]
+        return [] if path is None else [module_at(transformer, path)]
 
     def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
         """A scheduler's timesteps as the family's pipelines hand them on."""
@@ -429,7 +429,7 @@ def place_once(places: dict[nn.Module, str], module: nn.Module, place: str) -> N
     places[module] = place
 
 
-def _module_at(transformer: Any, path: str) -> Any:
+def module_at(transformer: Any, path: str) -> Any:
     """The module at a path, or None."""
     for name in path.split("."):
         transformer = getattr(transformer, name, None)

@@ -18,18 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of, forward_arguments
-from fastdit.adapters.base import Adapter, Call, Size, place_once
+from fastdit.adapters.base import Adapter, Call, Size, module_at, place_once
 from fastdit.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fastdit.blocks.forward import Forward
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_FEED_FORWARD = re.compile(r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^proj_out$", re.IGNORECASE)
+_FEED_FORWARD = re.compile(
+    r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^(proj_out|(gate|up|down)_proj)$", re.IGNORECASE
+)
 _OTHER = re.compile(r"norm|mod(_|$|ulation)|adaln|embed|gate$", re.IGNORECASE)
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: arguments of a transformer that hold the image, the time and the conditions, by diffusers' habits
-_IMAGES, _TIMES = ("hidden_states", "x"), ("timestep", "timesteps", "t")
+_IMAGES = ("hidden_states", "x", "vision_tokens")
+_TIMES = ("timestep", "timesteps", "t", "vision_timesteps")
+#: what diffusers calls it where blocks read keys and values that an earlier call left, or leave them alone
+_READS_KEYS = ("cached", "read", "skip", "inject")
 _CONDITION = re.compile(r"encoder|pooled|class_labels|cap_|text_|embeds|siglip|image_cond")
 
 
@@ -44,6 +49,20 @@ def _has_role(name: str, module: nn.Module, *roles: re.Pattern[str]) -> bool:
     )
 
 
+def _parts(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The paths of a block's attentions and feed-forwards, also of those in blocks within it, and which are attentions.
+
+    A block may be no more than a wrapper of another, or call the parts of several itself.
+    """
+    for name, child in block.named_children():
+        if _has_role(name, child, _ATTENTION, _FEED_FORWARD):
+            yield prefix + name, _has_role(name, child, _ATTENTION)
+        elif not isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not _OTHER.search(name):
+            within = list(_parts(child, f"{prefix}{name}."))
+            if any(attends for _, attends in within):
+                yield from within
+
+
 def block_lists(module: nn.Module, prefix: str = "") -> dict[str, tuple[str, ...]]:
     """This maps paths of lists of blocks with an attention to component names, also in dicts of lists."""
     found: dict[str, tuple[str, ...]] = {}
@@ -51,10 +70,9 @@ def block_lists(module: nn.Module, prefix: str = "") -> dict[str, tuple[str, ...
         if isinstance(child, nn.ModuleDict):
             found |= block_lists(child, f"{prefix}{name}.")
         elif isinstance(child, nn.ModuleList):
-            parts = [part for block in child for part in block.named_children()]
-            names = (n for n, part in parts if _has_role(n, part, _ATTENTION, _FEED_FORWARD))
-            if any(_has_role(*part, _ATTENTION) for part in parts):
-                found[prefix + name] = tuple(dict.fromkeys(names))
+            parts = [part for block in child for part in _parts(block)]
+            if any(attends for _, attends in parts):
+                found[prefix + name] = tuple(dict.fromkeys(path for path, _ in parts))
     return found
 
 
@@ -75,7 +93,9 @@ def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
 
 def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
     """The block's own forward; its components ask whether they run."""
-    return type(block).forward(block, *args, **kwargs)
+    output = type(block).forward(block, *args, **kwargs)
+    fw.leave_out_idle()
+    return output
 
 
 class Generic(Adapter):
@@ -111,11 +131,11 @@ class Generic(Adapter):
 
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
         """Blocks of one list may differ."""
-        return getattr(block, component, None) is not None
+        return module_at(block, component) is not None
 
     def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
         """Every component is wrapped."""
-        parts = {name: getattr(block, name, None) for name in self.components[kind]}
+        parts = {name: module_at(block, name) for name in self.components[kind]}
         return {name: part for name, part in parts.items() if part is not None}
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
@@ -155,8 +175,10 @@ class Generic(Adapter):
     ) -> Call:
         """The adapter remembers how the model was called, without the values."""
         found = super().call(transformer, args, kwargs)
+        given = arguments_of(transformer, args, kwargs)
+        found = replace(found, signature=(*found.signature, *_use_of_keys(given)))
         if self._seen is None or self._seen.signature != found.signature:
-            self._arguments = _without_values(dict(arguments_of(transformer, args, kwargs)))
+            self._arguments = _without_values(dict(given))
             latents = _without_values(found.hidden_states)
             self._seen = replace(found, hidden_states=latents, timestep=None, embeddings=())
         return found
@@ -183,13 +205,31 @@ class Generic(Adapter):
             found = _weights(part)
             components += found
             yield index, name, found
+        inside = {layer for *_, part in self.wrapped(transformer) for layer in part.modules()}
         rows = sum(
             layer.weight.numel()
             for path, layer in transformer.named_modules()
-            if isinstance(layer, _LINEAR) and any(_OTHER.search(name) for name in path.split("."))
+            if isinstance(layer, _LINEAR)
+            and layer not in inside
+            and any(_OTHER.search(name) for name in path.split("."))
         )
         yield None, "tokens", _weights(transformer) - components - rows
         yield None, "rows", rows
+
+
+def _use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a call does with keys and values that its blocks keep for later calls, as a part of its signature.
+
+    A call that leaves some must compute everything, and so must the first that reads them: that part is no other's.
+    """
+    held = {name: value for name, value in given.items() if "kv_cache" in name and value is not None}
+    if not held:
+        return ()
+    if "kv_caches" in held:  # one of each block, which knows
+        mode = held["kv_caches"][0].mode or "skip"
+    else:
+        mode = held.get("kv_cache_mode")
+    return (mode if mode in _READS_KEYS else object(),)
 
 
 def _weights(module: nn.Module) -> int:
@@ -214,11 +254,17 @@ def _arguments(transformer: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def generic_adapter(transformer: nn.Module, wraps: bool = True) -> Generic | None:
-    """This makes an adapter of a transformer without one, or None where nothing can be wrapped, or it is not called so.
+def refusal(transformer: nn.Module, wraps: bool = True) -> str:
+    """Why a transformer without an adapter cannot be served, as the end of a clause; empty where it can.
 
-    One that does not wrap is for methods that skip whole steps, which asks nothing of blocks.
+    One whose components are not wrapped is for methods that skip whole steps, which asks nothing of blocks.
     """
-    callable_so = set(_arguments(transformer)) & set(_IMAGES)
-    serves = callable_so and (not wraps or block_lists(transformer))
-    return Generic(transformer, wraps) if serves else None
+    if not set(_arguments(transformer)) & set(_IMAGES):
+        return f", nor can it be wrapped, since no argument of its forward is {_either(_IMAGES)}"
+    if wraps and not block_lists(transformer):
+        return ", nor can it be wrapped, since none of its lists of blocks has attentions"
+    return ""
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
