@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +28,7 @@ import fastdit
 import oracle
 import tiny_models
 from contract import same_bits
+from denoisers import ENTRIES
 from fastdit import ECAD, RAS, ArgumentError, Schedule, UnsupportedModelError
 from fastdit.adapters import find_adapter
 from fastdit.adapters.generic import Generic, block_lists
@@ -36,6 +39,8 @@ from snapshot import snapshot
 pytestmark = pytest.mark.diffusers
 
 STEPS = 5
+#: blocks that keep keys and values from call to call
+HAS_KEYS = hasattr(transformers, "QwenImage21Transformer2DModel")
 
 
 def sana():
@@ -219,6 +224,91 @@ def test_reused_modules_do_not_run_also_in_a_copy(case):
         assert len(ran) == first > 0
     fastdit.unpatch(twin)
     fastdit.unpatch(model)
+
+
+def test_blocks_that_run_again_in_a_call_have_slots_of_their_own(monkeypatch):
+    """As where a model recycles what it made."""
+
+    class Twice(SanaTransformer2DModel):
+        def forward(self, hidden_states, **kwargs):
+            first = super().forward(hidden_states, **kwargs)[0]
+            return super().forward(first, **kwargs)
+
+    model = Twice(**sana().config)
+    calls = [inputs(step) for step in range(STEPS)]
+    plain, report = run_beside_a_plain_cache(
+        model, {"transformer_blocks": ("attn1", "attn2", "ff")}, calls, monkeypatch
+    )
+    assert plain.reused > 0
+    assert (report.computed, report.reused) == (plain.computed, plain.reused)
+
+
+@pytest.mark.parametrize("name", ["Kandinsky5Transformer3DModel", "PriorTransformer"])
+def test_outputs_of_any_form(name, monkeypatch):
+    """A bare tensor, and an object whose sample has another name."""
+    entry = ENTRIES[name]
+    model = getattr(transformers, name)(**entry.config)
+    calls = [
+        entry.call(step) | ({"return_dict": False} if name[0] == "K" else {})
+        for step in range(STEPS)
+    ]
+    assert isinstance(model(**calls[0]), torch.Tensor) == (name[0] == "K")
+    parts = {kind: tuple(names.split()) for kind, names in entry.parts.items()}
+    plain, report = run_beside_a_plain_cache(model, parts, calls, monkeypatch)
+    assert (report.computed, report.reused) == (plain.computed, plain.reused)
+
+
+def glm_with_keys(mode, kept):
+    kept.set_mode(mode)
+    return {"kv_caches": kept}
+
+
+def qwen_with_keys(mode, kept):
+    return {
+        "kv_cache": kept,
+        "kv_cache_mode": {"write": "extract", "read": "cached"}[mode],
+    }
+
+
+@pytest.mark.skipif(not HAS_KEYS, reason="since diffusers 0.42")
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("GlmImageTransformer2DModel", glm_with_keys),
+        ("QwenImage21Transformer2DModel", qwen_with_keys),
+    ],
+)
+@pytest.mark.parametrize("modes", ["wrrr", "wwrr"])
+def test_blocks_that_keep_keys_compute_them(name, given, modes, monkeypatch):
+    """The pipelines leave keys and values of references in a first call; so do all calls of a chunk, elsewhere."""
+    entry, module = ENTRIES[name], sys.modules[getattr(transformers, name).__module__]
+    model = tiny_models.randomise(getattr(transformers, name)(**entry.config))
+    parts = {kind: tuple(names.split()) for kind, names in entry.parts.items()}
+    monkeypatch.setitem(oracle.MODULES, name, {k: {part: part for part in parts[k]} for k in parts})
+
+    def run():
+        kept = next(
+            v for k, v in vars(module).items() if k.endswith(("ImageKVCache", "21KVCache"))
+        )(2)
+        words = {"w": "write", "r": "read"}
+        with torch.no_grad():
+            return [
+                model(**entry.call(step), **given(words[mode], kept))[0]
+                for step, mode in enumerate(modes)
+            ]
+
+    computes = np.array([True, True, True, False])  # the first that reads has nothing of its form
+    bits = {k: np.broadcast_to(computes[:, None, None], (4, 2, len(p))) for k, p in parts.items()}
+    with Oracle(model, bits).installed():
+        expected = run()
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
+    with handle.run(range(4)):
+        found = run()
+    for mine, wanted in zip(found, expected, strict=True):
+        same_bits(mine, wanted)
+    report = handle.report()
+    assert report.computed == 3 * report.reused > 0
 
 
 def wan(patch_size):
