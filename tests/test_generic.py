@@ -524,6 +524,19 @@ def test_costs_are_exact_once_a_call_was_seen(found):
     assert said.reusable_share == pytest.approx(2 * (1 - done / (4 * dense)))
 
 
+def test_what_could_not_be_reused_is_not_counted_as_spared(case):
+    model, _, _ = case
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
+    with torch.no_grad(), handle.run(range(2)):
+        model(**inputs(0))
+        model(**inputs(1) | {"encoder_hidden_states": torch.randn(2, 5, 12)})
+    with pytest.warns(UserWarning, match="reused nothing"):
+        report = handle.report()
+    assert report.reused == 0
+    assert report.flop_speedup == 1
+
+
 def test_caches_are_bounded_before_they_are_filled(found):
     model, given = found
 
