@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogView4Transformer2DModel,
     EasyAnimateTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    WanPipeline,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -342,6 +345,62 @@ def test_patches_with_a_side_for_each_axis(patch_size, monkeypatch):
     frame = 64 // (patch_size[1] * patch_size[2])
     assert report.tokens_per_step == (3 * frame,) * STEPS
     assert fastdit.explain(model, height=64, width=64, steps=STEPS).image_tokens == frame
+
+
+def wan_pipeline():
+    """Two transformers, one for the noisier steps: three calls of the first, five of the second."""
+    models = [tiny_models.randomise(wan((1, 2, 2)), seed) for seed in (0, 1)]
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=models[0],
+        transformer_2=models[1],
+        boundary_ratio=0.7,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_both_transformers_of_a_pipeline_run_by_its_steps(monkeypatch):
+    pipe = wan_pipeline()
+    models = pipe.transformer, pipe.transformer_2
+    parts = {"blocks": {part: part for part in ("attn1", "attn2", "ffn")}}
+    monkeypatch.setitem(oracle.MODULES, "WanTransformer3DModel", parts)
+    bits, names = oracle.random_bits(models[0], 8, 3)
+
+    def run():
+        return pipe(
+            prompt_embeds=text(1, 5, 12),
+            negative_prompt_embeds=text(1, 4, 12),
+            height=64,
+            width=64,
+            num_frames=5,
+            num_inference_steps=8,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(3),
+        ).frames
+
+    with (
+        Oracle(models[0], bits, calls_per_step=2).installed() as first,
+        Oracle(models[1], bits, calls_per_step=2, first=3).installed() as second,
+    ):
+        expected = run()
+    schedule = Schedule.from_bits(bits, names)
+    with pytest.warns(UserWarning, match=r"transformer_2 of this WanPipeline is not patched"):
+        handles = [fastdit.patch(pipe, ECAD(schedule))]
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handles.append(fastdit.patch(pipe.transformer_2, ECAD(schedule)))
+    same_bits(run(), expected)
+    for handle, plain in zip(handles, (first, second), strict=True):
+        report = handle.report()
+        assert (report.computed, report.reused) == (plain.computed, plain.reused)
+        assert plain.reused > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*has no adapter")
+        fastdit.patch(pipe, ECAD(schedule))
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,9 @@ def _use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
 
     A call that leaves some must compute everything, and so must the first that reads them: that part is no other's.
     """
-    held = {name: value for name, value in given.items() if "kv_cache" in name and value is not None}
+    held = {
+        name: value for name, value in given.items() if "kv_cache" in name and value is not None
+    }
     if not held:
         return ()
     if "kv_caches" in held:  # one of each block, which knows
