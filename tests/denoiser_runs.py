@@ -30,7 +30,7 @@ STEPS = 4
 #: image tokens of the model of usual size whose share is estimated
 TOKENS = 1024
 
-Parts = Mapping[str, tuple[str, ...]]
+Parts = Mapping[str, Mapping[str, str]]
 
 
 def classes() -> list[str]:
@@ -85,7 +85,10 @@ def check_refused(name: str) -> None:
 
 
 def check_served(name: str, monkeypatch: Any) -> None:
-    """Every second step of it equals a plain cache of its modules, reuses something, and nothing stays behind."""
+    """Every second step of it equals a plain cache of its modules, reuses something, and nothing stays behind.
+
+    No part of it has the stream in its output.
+    """
     entry = ENTRIES[name]
     model = randomise(getattr(transformers, name)(**entry.config))
     parts = parts_of(name, model)
@@ -117,6 +120,25 @@ def check_served(name: str, monkeypatch: Any) -> None:
     with torch.no_grad():
         for given, wanted in zip(calls, stock, strict=True):
             same(tensors(model(**given)), wanted)
+        check_branches(model, parts, calls[0])
+
+
+def check_branches(model: nn.Module, parts: Parts, given: dict[str, Any]) -> None:
+    """Without weights the parts give zeros: one that added its input to its output would keep an old stream."""
+    seen = []
+    for kind, names in parts.items():
+        for block in operator.attrgetter(kind)(model):
+            for path in names.values():
+                part = operator.attrgetter(path)(block)
+                if part is None:
+                    continue
+                for parameter in part.parameters():
+                    parameter.zero_()
+                part.register_forward_hook(lambda *args: seen.extend(tensors(args[-1])))
+    model(**given)
+    assert seen
+    for found in seen:
+        assert not found.any()
 
 
 def patched(model: nn.Module) -> fastdit.Handle:

@@ -13,6 +13,7 @@ from diffusers.models import transformers
 
 from denoiser_runs import check_refused, check_served, classes, row
 from denoisers import ENTRIES
+from tiny_models import HAS_QWEN
 
 pytestmark = pytest.mark.diffusers
 
@@ -40,6 +41,8 @@ def test_it_is_served_as_a_plain_cache_or_refused(name, monkeypatch):
     known = inspect.signature(cls.__init__).parameters
     if absent := entry.config.keys() - known.keys():
         pytest.skip(f"this diffusers has an older form of it, without {', '.join(sorted(absent))}")
+    if name.startswith("QwenImageT") and not HAS_QWEN:
+        pytest.skip("this diffusers has an older form of it, which is told lengths of prompts")
     if entry.refused:
         check_refused(name)
     else:
