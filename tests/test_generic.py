@@ -415,6 +415,12 @@ def test_both_transformers_of_a_pipeline_run_by_its_steps(monkeypatch):
         ({"patch_size": 2, "patch_size_t": None, "in_channels": 4}, (1, 3, 4, 8, 6), 36),
         ({"patch_size": (1, 2, 2)}, (1, 16, 3, 8, 6), 36),
         ({"patch_size": 1}, (2, 77, 64), 77),
+        ({"patch_size": 1, "in_channels": 64}, (2, 64, 77), 77),
+        ({"embedding_dim": 64}, (2, 64), 1),
+        ({"patch_size": 2, "patch_size_t": 4, "in_channels": 4}, (1, 4, 8, 6), 12),
+        ({"patch_size": (1, 2, 2), "in_visual_dim": 4}, (1, 3, 8, 6, 4), 36),
+        ({"patch_size": (1, 2, 2), "in_channels": 4}, (1, 2, 4, 3, 8, 6), 72),
+        ({"latent_patch_size": 2, "latent_channel": 4}, (1, 1, 4, 3, 8, 6), 36),
     ],
 )
 def test_tokens_of_any_patch_size(config, shape, tokens):

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,8 @@ _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: arguments of a transformer that hold the image, the time and the conditions, by diffusers' habits
 _IMAGES = ("hidden_states", "x", "vision_tokens")
 _TIMES = ("timestep", "timesteps", "t", "vision_timesteps")
+#: what configs call the channels of latents
+_CHANNELS = ("in_channels", "io_channels", "in_visual_dim", "latent_channel")
 #: what diffusers calls it where blocks read keys and values that an earlier call left, or leave them alone
 _READS_KEYS = ("cached", "read", "skip", "inject")
 _CONDITION = re.compile(r"encoder|pooled|class_labels|cap_|text_|embeds|siglip|image_cond")
@@ -80,15 +83,28 @@ def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
     """Frames, rows and columns of a patch, which a model's config has as one number, as several, or not at all."""
     config = transformer.config
     found = [
-        getattr(config, name, None) or (getattr(config, several, None) or [1])[0]
-        for name, several in (
-            ("patch_size", "all_patch_size"),
-            ("patch_size_t", "all_f_patch_size"),
+        next(filter(None, (getattr(config, name, None) for name in names)), None)
+        or (getattr(config, several, None) or [1])[0]
+        for names, several in (
+            (("patch_size", "latent_patch_size"), "all_patch_size"),
+            (("patch_size_t",), "all_f_patch_size"),
         )
     ]
     side, frames = found
     sides = (side, side) if isinstance(side, int) else side
     return (frames, *sides)[-3:]
+
+
+def _channel_axis(sizes: Sequence[int], channels: int | None) -> int:
+    """Which axis of latents, but for the batch's, holds their channels.
+
+    Packed latents are tokens of channels, sound has channels first, as pictures have; videos may have frames before
+    them, or channels last, and several videos their number first.
+    """
+    usual, others = {2: (1, (0,)), 4: (0, (1, 3)), 5: (1, ())}.get(len(sizes), (0, ()))
+    if sizes[usual] == channels:
+        return usual
+    return next((axis for axis in others if sizes[axis] == channels), usual)
 
 
 def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -143,14 +159,19 @@ class Generic(Adapter):
         return []
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
-        """Of images [B, C, H, W] and videos, [B, C, F, H, W] or [B, F, C, H, W]; packed latents are tokens."""
+        """Of pictures, videos and sound as :func:`_channel_axis` says; packed latents are tokens."""
         _, *sizes = latent_shape
-        if len(sizes) == 2:
+        if len(sizes) < 2:
+            return 1
+        config = transformer.config
+        known = (getattr(config, name, None) for name in _CHANNELS)
+        del sizes[_channel_axis(sizes, next(filter(None, known), None))]
+        if len(sizes) == 1:
             return sizes[0]
-        channels = getattr(transformer.config, "in_channels", None)
-        del sizes[len(sizes) == 4 and sizes[0] != channels == sizes[1]]
         sides = reversed(patch_sides(transformer))
-        return math.prod(size // side for size, side in zip(reversed(sizes), sides, strict=False))
+        return math.prod(
+            max(1, size // side) for size, side in zip_longest(reversed(sizes), sides, fillvalue=1)
+        )
 
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch, across."""
