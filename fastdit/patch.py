@@ -134,6 +134,7 @@ def patch(
             "ones too",
             stacklevel=2,
         )
+    _tell_of_others(pipeline, transformer)
     return Handle(patched, transformer, pipeline)
 
 
@@ -207,6 +208,18 @@ def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
             f"supported transformers: {', '.join(supported)}"
         )
     return pipeline, transformer
+
+
+def _tell_of_others(pipeline: Any | None, transformer: nn.Module) -> None:
+    """Some pipelines have a second transformer, for other steps or the other branch of guidance; it stays as it is."""
+    for name, part in getattr(pipeline, "__dict__", {}).items():
+        known = part is transformer or getattr(part, "_orig_mod", part) is transformer
+        if isinstance(part, type(transformer)) and not known and LINK not in part.__dict__:
+            warnings.warn(
+                f"{name} of this {type(pipeline).__name__} is not patched with its transformer; call "
+                f"fastdit.patch(pipe.{name}, ...) too",
+                stacklevel=3,
+            )
 
 
 def _check_backend(bound: Any, transformer: nn.Module, names: Sequence[str]) -> None:

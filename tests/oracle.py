@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 #: block list -> component -> the sub-module of the block whose output it is
 MODULES: dict[str, dict[str, dict[str, str]]] = {
@@ -116,6 +117,7 @@ class Oracle:
         self._orders = orders
         self._sigmas = sigmas
         self._slots: dict[Any, dict[float, Any]] = {}
+        self._versions: dict[Any, list[int]] = {}
         self._uses: Counter[Any] = Counter()
         self.computed = 0
         self.reused = 0
@@ -145,7 +147,7 @@ class Oracle:
         norms = NORMS.get(name, {}) if self._orders is not None else {}
         for kind, parts in MODULES[name].items():
             parts = {**parts, **norms.get(kind, {})}
-            for index, block in enumerate(getattr(self._transformer, kind)):
+            for index, block in enumerate(operator.attrgetter(kind)(self._transformer)):
                 for position, attribute in enumerate(parts.values()):
                     if (module := operator.attrgetter(attribute)(block)) is not None:
                         yield module, (kind, index, position)
@@ -169,12 +171,20 @@ class Oracle:
                 computed = self._slots.setdefault(key, {})
                 computed.pop(sigma, None)
                 computed[sigma] = found
+                self._versions[key] = _versions(found)
                 return found
             self.reused += 1
+            # A block that wrote into what it was given would find that in place of the module's output.
+            assert self._versions[key] == _versions(list(self._slots[key].values())[-1])
             order = 0 if self._orders is None else int(self._orders[kind][place])
             return _through(list(self._slots[key].items())[-1 - order :], sigma)
 
         return cached
+
+
+def _versions(value: Any) -> list[int]:
+    tensors = (part for part in tree_leaves(value) if isinstance(part, Tensor))
+    return [t._version for t in tensors if not t.is_inference()]
 
 
 def _through(nodes: Sequence[tuple[float, Any]], at: float) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,13 +14,16 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogView4Transformer2DModel,
     EasyAnimateTransformer3DModel,
+    FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    WanPipeline,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,9 +31,10 @@ import fastdit
 import oracle
 import tiny_models
 from contract import same_bits
+from denoisers import ENTRIES
 from fastdit import ECAD, RAS, ArgumentError, Schedule, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.adapters.generic import Generic, block_lists, generic_adapter
+from fastdit.adapters.generic import Generic, block_lists
 from fastdit.patch import handle_of
 from oracle import Oracle
 from snapshot import snapshot
@@ -36,6 +42,8 @@ from snapshot import snapshot
 pytestmark = pytest.mark.diffusers
 
 STEPS = 5
+#: blocks that keep keys and values from call to call
+HAS_KEYS = hasattr(transformers, "QwenImage21Transformer2DModel")
 
 
 def sana():
@@ -221,6 +229,91 @@ def test_reused_modules_do_not_run_also_in_a_copy(case):
     fastdit.unpatch(model)
 
 
+def test_blocks_that_run_again_in_a_call_have_slots_of_their_own(monkeypatch):
+    """As where a model recycles what it made."""
+
+    class Twice(SanaTransformer2DModel):
+        def forward(self, hidden_states, **kwargs):
+            first = super().forward(hidden_states, **kwargs)[0]
+            return super().forward(first, **kwargs)
+
+    model = Twice(**sana().config)
+    calls = [inputs(step) for step in range(STEPS)]
+    plain, report = run_beside_a_plain_cache(
+        model, {"transformer_blocks": ("attn1", "attn2", "ff")}, calls, monkeypatch
+    )
+    assert plain.reused > 0
+    assert (report.computed, report.reused) == (plain.computed, plain.reused)
+
+
+@pytest.mark.parametrize("name", ["Kandinsky5Transformer3DModel", "PriorTransformer"])
+def test_outputs_of_any_form(name, monkeypatch):
+    """A bare tensor, and an object whose sample has another name."""
+    entry = ENTRIES[name]
+    model = getattr(transformers, name)(**entry.config)
+    calls = [
+        entry.call(step) | ({"return_dict": False} if name[0] == "K" else {})
+        for step in range(STEPS)
+    ]
+    assert isinstance(model(**calls[0]), torch.Tensor) == (name[0] == "K")
+    parts = {kind: tuple(names.split()) for kind, names in entry.parts.items()}
+    plain, report = run_beside_a_plain_cache(model, parts, calls, monkeypatch)
+    assert (report.computed, report.reused) == (plain.computed, plain.reused)
+
+
+def glm_with_keys(mode, kept):
+    kept.set_mode(mode)
+    return {"kv_caches": kept}
+
+
+def qwen_with_keys(mode, kept):
+    return {
+        "kv_cache": kept,
+        "kv_cache_mode": {"write": "extract", "read": "cached"}[mode],
+    }
+
+
+@pytest.mark.skipif(not HAS_KEYS, reason="since diffusers 0.42")
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("GlmImageTransformer2DModel", glm_with_keys),
+        ("QwenImage21Transformer2DModel", qwen_with_keys),
+    ],
+)
+@pytest.mark.parametrize("modes", ["wrrr", "wwrr"])
+def test_blocks_that_keep_keys_compute_them(name, given, modes, monkeypatch):
+    """The pipelines leave keys and values of references in a first call; so do all calls of a chunk, elsewhere."""
+    entry, module = ENTRIES[name], sys.modules[getattr(transformers, name).__module__]
+    model = tiny_models.randomise(getattr(transformers, name)(**entry.config))
+    parts = {kind: tuple(names.split()) for kind, names in entry.parts.items()}
+    monkeypatch.setitem(oracle.MODULES, name, {k: {part: part for part in parts[k]} for k in parts})
+
+    def run():
+        kept = next(
+            v for k, v in vars(module).items() if k.endswith(("ImageKVCache", "21KVCache"))
+        )(2)
+        words = {"w": "write", "r": "read"}
+        with torch.no_grad():
+            return [
+                model(**entry.call(step), **given(words[mode], kept))[0]
+                for step, mode in enumerate(modes)
+            ]
+
+    computes = np.array([True, True, True, False])  # the first that reads has nothing of its form
+    bits = {k: np.broadcast_to(computes[:, None, None], (4, 2, len(p))) for k, p in parts.items()}
+    with Oracle(model, bits).installed():
+        expected = run()
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
+    with handle.run(range(4)):
+        found = run()
+    for mine, wanted in zip(found, expected, strict=True):
+        same_bits(mine, wanted)
+    report = handle.report()
+    assert report.computed == 3 * report.reused > 0
+
+
 def wan(patch_size):
     return WanTransformer3DModel(
         patch_size=patch_size,
@@ -254,6 +347,62 @@ def test_patches_with_a_side_for_each_axis(patch_size, monkeypatch):
     assert fastdit.explain(model, height=64, width=64, steps=STEPS).image_tokens == frame
 
 
+def wan_pipeline():
+    """Two transformers, one for the noisier steps: three calls of the first, five of the second."""
+    models = [tiny_models.randomise(wan((1, 2, 2)), seed) for seed in (0, 1)]
+    pipe = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=models[0],
+        transformer_2=models[1],
+        boundary_ratio=0.7,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_both_transformers_of_a_pipeline_run_by_its_steps(monkeypatch):
+    pipe = wan_pipeline()
+    models = pipe.transformer, pipe.transformer_2
+    parts = {"blocks": {part: part for part in ("attn1", "attn2", "ffn")}}
+    monkeypatch.setitem(oracle.MODULES, "WanTransformer3DModel", parts)
+    bits, names = oracle.random_bits(models[0], 8, 3)
+
+    def run():
+        return pipe(
+            prompt_embeds=text(1, 5, 12),
+            negative_prompt_embeds=text(1, 4, 12),
+            height=64,
+            width=64,
+            num_frames=5,
+            num_inference_steps=8,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(3),
+        ).frames
+
+    with (
+        Oracle(models[0], bits, calls_per_step=2).installed() as first,
+        Oracle(models[1], bits, calls_per_step=2, first=3).installed() as second,
+    ):
+        expected = run()
+    schedule = Schedule.from_bits(bits, names)
+    with pytest.warns(UserWarning, match=r"transformer_2 of this WanPipeline is not patched"):
+        handles = [fastdit.patch(pipe, ECAD(schedule))]
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handles.append(fastdit.patch(pipe.transformer_2, ECAD(schedule)))
+    same_bits(run(), expected)
+    for handle, plain in zip(handles, (first, second), strict=True):
+        report = handle.report()
+        assert (report.computed, report.reused) == (plain.computed, plain.reused)
+        assert plain.reused > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*has no adapter")
+        fastdit.patch(pipe, ECAD(schedule))
+
+
 @pytest.mark.parametrize(
     ("config", "shape", "tokens"),
     [
@@ -266,6 +415,12 @@ def test_patches_with_a_side_for_each_axis(patch_size, monkeypatch):
         ({"patch_size": 2, "patch_size_t": None, "in_channels": 4}, (1, 3, 4, 8, 6), 36),
         ({"patch_size": (1, 2, 2)}, (1, 16, 3, 8, 6), 36),
         ({"patch_size": 1}, (2, 77, 64), 77),
+        ({"patch_size": 1, "in_channels": 64}, (2, 64, 77), 77),
+        ({"embedding_dim": 64}, (2, 64), 1),
+        ({"patch_size": 2, "patch_size_t": 4, "in_channels": 4}, (1, 4, 8, 6), 12),
+        ({"patch_size": (1, 2, 2), "in_visual_dim": 4}, (1, 3, 8, 6, 4), 36),
+        ({"patch_size": (1, 2, 2), "in_channels": 4}, (1, 2, 4, 3, 8, 6), 72),
+        ({"latent_patch_size": 2, "latent_channel": 4}, (1, 1, 4, 3, 8, 6), 36),
     ],
 )
 def test_tokens_of_any_patch_size(config, shape, tokens):
@@ -404,7 +559,7 @@ if not tiny_models.HAS_QWEN:  # and so no form of two modulations
 def found(request):
     build, parts = FOUND[request.param]
     model, given = build()
-    adapter = generic_adapter(model)
+    adapter = Generic(model)
     assert {kind: tuple(names) for kind, names in adapter.components.items()} == parts
     return tiny_models.randomise(model), given
 
@@ -432,6 +587,19 @@ def test_costs_are_exact_once_a_call_was_seen(found):
     assert (said.macs, said.dense_macs) == (done, 4 * dense)
     assert said.cache_bytes == report.peak_cache_bytes
     assert said.reusable_share == pytest.approx(2 * (1 - done / (4 * dense)))
+
+
+def test_what_could_not_be_reused_is_not_counted_as_spared(case):
+    model, _, _ = case
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
+    with torch.no_grad(), handle.run(range(2)):
+        model(**inputs(0))
+        model(**inputs(1) | {"encoder_hidden_states": torch.randn(2, 5, 12)})
+    with pytest.warns(UserWarning, match="reused nothing"):
+        report = handle.report()
+    assert report.reused == 0
+    assert report.flop_speedup == 1
 
 
 def test_caches_are_bounded_before_they_are_filled(found):

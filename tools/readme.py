@@ -98,8 +98,8 @@ def results() -> list[str]:
     return [*lines, "", "## The model in the package", *_tiny(json.loads(TINY.read_text()))]
 
 
-def support() -> list[str]:
-    """Which family runs which method, as the adapters say."""
+def support(folder: str) -> list[str]:
+    """Which family runs which method, as the adapters say; the other documents are in `folder`."""
     lines = [
         "| family | transformer | components that can be reused | Dense | Cached, ECAD, HarmoniCa | RAS | RALU |",
         "|---|---|---|---|---|---|---|",
@@ -113,13 +113,52 @@ def support() -> list[str]:
         lines.append(
             f"| {FAMILIES.get(family, family)} | {classes} | {', '.join(names)} | {' | '.join(can)} |"
         )
+    wrapped = sum(row.get("adapter") == "generic" for row in _denoisers())
     return [
         *lines,
         (
-            "| any other | blocks of attention and feed-forward modules | those modules, wrapped as they are | no | "
-            "Cached, ECAD | no | no |"
+            f"| any other | [{wrapped} of diffusers' denoisers, each tested]({folder}supported.md) | attentions and "
+            "feed-forwards, wrapped as they are | no | Cached, ECAD | no | no |"
         ),
     ]
+
+
+def transformers() -> list[str]:
+    """What becomes of each transformer of diffusers."""
+    rows = _denoisers()
+    served = [row for row in rows if "share" in row]
+    most = sum(row["share"] >= 0.9 for row in served)
+    lines = [
+        (
+            f"Of the {len(rows)} denoisers of diffusers {_result('supported.json')['diffusers']}, {len(served)} are "
+            f"served, {most} of them with a share of at least 90%."
+        ),
+        "",
+        "| transformer | adapter | what can be reused | share |",
+        "|---|---|---|---|",
+    ]
+    for row in served:
+        adapter = "wrapped" if row["adapter"] == "generic" else row["adapter"]
+        lines.append(
+            f"| `{row['class']}` | {adapter} | {', '.join(row['components'])} | {row['share']:.1%} |"
+        )
+    for row in rows:
+        if "refused" in row:
+            lines.append(f"| `{row['class']}` | refused | {row['refused']} | |")
+    others = [
+        f"`{row['class']}` ({row['other']})"
+        for row in _result("supported.json")["rows"]
+        if "other" in row
+    ]
+    return [
+        *lines,
+        "",
+        f"No denoisers, though they are among its transformers: {', '.join(others)}.",
+    ]
+
+
+def _denoisers() -> list[dict[str, Any]]:
+    return [row for row in _result("supported.json")["rows"] if "other" not in row]
 
 
 def _yes(able: Any) -> str:
@@ -293,10 +332,14 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
 FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
     ROOT / "README.md": {
         "claim": gpu_tables.claim,
-        "support": support,
+        "support": functools.partial(support, "docs/"),
         "measured": gpu_tables.best,
     },
-    ROOT / "docs" / "index.md": {"claim": gpu_tables.claim, "support": support},
+    ROOT / "docs" / "index.md": {
+        "claim": gpu_tables.claim,
+        "support": functools.partial(support, ""),
+    },
+    ROOT / "docs" / "supported.md": {"transformers": transformers},
     ROOT / "docs" / "results.md": {"tables": results},
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},

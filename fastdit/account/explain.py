@@ -284,7 +284,8 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     if run is None or not run.records:
         return 1.0, True
     steps = sorted(run.records)
-    told = [run.records[step].actions for step in steps]  # a method may decide as the run goes on
+    # A method may decide as the run goes on, and what had nothing to be reused was computed.
+    told = [run.records[step].actions if run.records[step].reused else () for step in steps]
     computes = everywhere(patched.spec, COMPUTE)
     actions = [row or computes for row in told] if any(told) else ()
     forecasts = [

@@ -192,7 +192,11 @@ class Skeleton:
     def _copy(self, module: nn.Module) -> nn.Module:
         key = self._twins.get(id(module), id(module))
         if key not in self._made:
-            self._made[key] = self._linear(module) or self._other(module)
+            linear = self._linear(module)
+            if linear is None:
+                self._other(key, module)
+            else:
+                self._made[key] = linear
         return self._made[key]
 
     def _linear(self, module: nn.Module) -> nn.Module | None:
@@ -203,10 +207,11 @@ class Skeleton:
         sizes = module.in_features, module.out_features, module.bias is not None
         return nn.Linear(*sizes, device="meta", dtype=dtype)
 
-    def _other(self, module: nn.Module) -> nn.Module:
-        made = object.__new__(type(module))
-        state = {k: self._meta(v) for k, v in module.__dict__.items() if k not in _ADDED}
-        state |= nn.Module().__dict__ | {"training": False}
+    def _other(self, key: Any, module: nn.Module) -> None:
+        made = self._made[key] = object.__new__(type(module))
+        place, bare = type(module).__module__, nn.Module().__dict__ | {"training": False}
+        own = module.__dict__.keys() - bare.keys() - set(_ADDED)
+        state = bare | {name: self._attribute(module.__dict__[name], place) for name in own}
         state |= {"_chunk_size": None} if "_chunk_size" in state else {}
         state |= {"fused_projections": False} if "fused_projections" in state else {}
         made.__dict__.update(state)
@@ -217,6 +222,26 @@ class Skeleton:
         if getattr(module, "processor", None) is not None:
             made._modules.pop("processor", None)
             made.__dict__["processor"] = self._processor(module)
+
+    def _attribute(self, value: Any, place: str) -> Any:
+        """What a module holds beside modules and weights; nothing that its call may change is the model's own.
+
+        Tables of rotations lie in lists and dicts, or in objects of classes of the model's own file, its `place`, which
+        move them to where they are called, here the meta device.
+        """
+        if isinstance(value, Tensor):
+            return self._meta(value)
+        if isinstance(value, nn.Module):
+            return self._copy(value)
+        if type(value) in (list, tuple, set):
+            return type(value)(self._attribute(part, place) for part in value)
+        if type(value) is dict:
+            return {key: self._attribute(part, place) for key, part in value.items()}
+        if type(value).__module__ != place or not hasattr(value, "__dict__"):
+            return value
+        made = copy.copy(value)
+        for name, part in vars(value).items():
+            made.__dict__[name] = self._attribute(part, place)
         return made
 
     def _meta(self, value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastdit.adapters.generic import generic_adapter
+from fastdit.adapters.generic import Generic, refusal
 from fastdit.discover import discover
 from fastdit.errors import UnsupportedModelError
 
@@ -31,9 +31,12 @@ def find_adapter(transformer: nn.Module, generic: str = "") -> Any:
     for adapter in known:
         if adapter.matches(transformer):
             return adapter
-    if generic and (adapter := generic_adapter(transformer, generic == "components")) is not None:
-        return adapter
+    reason = ""
+    if generic:
+        reason = refusal(transformer, generic == "components")
+        if not reason:
+            return Generic(transformer, generic == "components")
     supported = sorted(name for adapter in known for name in adapter.model_classes)
     raise UnsupportedModelError(
-        f"no adapter for {type(transformer).__name__}; supported transformers: {', '.join(supported)}"
+        f"no adapter for {type(transformer).__name__}{reason}; supported transformers: {', '.join(supported)}"
     )

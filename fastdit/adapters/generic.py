@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +20,25 @@ from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of, forward_arguments
 from fastdit.adapters.base import Adapter, Call, Size, place_once
+from fastdit.adapters.modulated import module_at
 from fastdit.spec import ModelSpec
 
 if TYPE_CHECKING:
     from fastdit.blocks.forward import Forward
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_FEED_FORWARD = re.compile(r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^proj_out$", re.IGNORECASE)
+_FEED_FORWARD = re.compile(
+    r"mlp|(^|_)ff(n|_|$)|feed_?forward|glu|moe|^(proj_out|(gate|up|down)_proj)$", re.IGNORECASE
+)
 _OTHER = re.compile(r"norm|mod(_|$|ulation)|adaln|embed|gate$", re.IGNORECASE)
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: arguments of a transformer that hold the image, the time and the conditions, by diffusers' habits
-_IMAGES, _TIMES = ("hidden_states", "x"), ("timestep", "timesteps", "t")
+_IMAGES = ("hidden_states", "x", "vision_tokens")
+_TIMES = ("timestep", "timesteps", "t", "vision_timesteps")
+#: what configs call the channels of latents
+_CHANNELS = ("in_channels", "io_channels", "in_visual_dim", "latent_channel")
+#: what diffusers calls it where blocks read keys and values that an earlier call left, or leave them alone
+_READS_KEYS = ("cached", "read", "skip", "inject")
 _CONDITION = re.compile(r"encoder|pooled|class_labels|cap_|text_|embeds|siglip|image_cond")
 
 
@@ -44,6 +53,20 @@ def _has_role(name: str, module: nn.Module, *roles: re.Pattern[str]) -> bool:
     )
 
 
+def _parts(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, bool]]:
+    """The paths of a block's attentions and feed-forwards, also of those in blocks within it, and which are attentions.
+
+    A block may be no more than a wrapper of another, or call the parts of several itself.
+    """
+    for name, child in block.named_children():
+        if _has_role(name, child, _ATTENTION, _FEED_FORWARD):
+            yield prefix + name, _has_role(name, child, _ATTENTION)
+        elif not isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not _OTHER.search(name):
+            within = list(_parts(child, f"{prefix}{name}."))
+            if any(attends for _, attends in within):
+                yield from within
+
+
 def block_lists(module: nn.Module, prefix: str = "") -> dict[str, tuple[str, ...]]:
     """This maps paths of lists of blocks with an attention to component names, also in dicts of lists."""
     found: dict[str, tuple[str, ...]] = {}
@@ -51,10 +74,9 @@ def block_lists(module: nn.Module, prefix: str = "") -> dict[str, tuple[str, ...
         if isinstance(child, nn.ModuleDict):
             found |= block_lists(child, f"{prefix}{name}.")
         elif isinstance(child, nn.ModuleList):
-            parts = [part for block in child for part in block.named_children()]
-            names = (n for n, part in parts if _has_role(n, part, _ATTENTION, _FEED_FORWARD))
-            if any(_has_role(*part, _ATTENTION) for part in parts):
-                found[prefix + name] = tuple(dict.fromkeys(names))
+            parts = [part for block in child for part in _parts(block)]
+            if any(attends for _, attends in parts):
+                found[prefix + name] = tuple(dict.fromkeys(path for path, _ in parts))
     return found
 
 
@@ -62,10 +84,11 @@ def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
     """Frames, rows and columns of a patch, which a model's config has as one number, as several, or not at all."""
     config = transformer.config
     found = [
-        getattr(config, name, None) or (getattr(config, several, None) or [1])[0]
-        for name, several in (
-            ("patch_size", "all_patch_size"),
-            ("patch_size_t", "all_f_patch_size"),
+        next(filter(None, (getattr(config, name, None) for name in names)), None)
+        or (getattr(config, several, None) or [1])[0]
+        for names, several in (
+            (("patch_size", "latent_patch_size"), "all_patch_size"),
+            (("patch_size_t",), "all_f_patch_size"),
         )
     ]
     side, frames = found
@@ -73,9 +96,23 @@ def patch_sides(transformer: nn.Module) -> tuple[int, int, int]:
     return (frames, *sides)[-3:]
 
 
+def _channel_axis(sizes: Sequence[int], channels: int | None) -> int:
+    """Which axis of latents, but for the batch's, holds their channels.
+
+    Packed latents are tokens of channels, sound has channels first, as pictures have; videos may have frames before
+    them, or channels last, and several videos their number first.
+    """
+    usual, others = {2: (1, (0,)), 4: (0, (1, 3)), 5: (1, ())}.get(len(sizes), (0, ()))
+    if sizes[usual] == channels:
+        return usual
+    return next((axis for axis in others if sizes[axis] == channels), usual)
+
+
 def stock_block(block: nn.Module, fw: Forward, *args: Any, **kwargs: Any) -> Any:
     """The block's own forward; its components ask whether they run."""
-    return type(block).forward(block, *args, **kwargs)
+    output = type(block).forward(block, *args, **kwargs)
+    fw.leave_out_idle()
+    return output
 
 
 class Generic(Adapter):
@@ -111,11 +148,11 @@ class Generic(Adapter):
 
     def has_component(self, kind: str, block: nn.Module, component: str) -> bool:
         """Blocks of one list may differ."""
-        return getattr(block, component, None) is not None
+        return module_at(block, component) is not None
 
     def parts(self, kind: str, block: nn.Module) -> dict[str, nn.Module]:
         """Every component is wrapped."""
-        parts = {name: getattr(block, name, None) for name in self.components[kind]}
+        parts = {name: module_at(block, name) for name in self.components[kind]}
         return {name: part for name, part in parts.items() if part is not None}
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
@@ -123,14 +160,19 @@ class Generic(Adapter):
         return []
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
-        """Of images [B, C, H, W] and videos, [B, C, F, H, W] or [B, F, C, H, W]; packed latents are tokens."""
+        """Of pictures, videos and sound as :func:`_channel_axis` says; packed latents are tokens."""
         _, *sizes = latent_shape
-        if len(sizes) == 2:
+        if len(sizes) < 2:
+            return 1
+        config = transformer.config
+        known = (getattr(config, name, None) for name in _CHANNELS)
+        del sizes[_channel_axis(sizes, next(filter(None, known), None))]
+        if len(sizes) == 1:
             return sizes[0]
-        channels = getattr(transformer.config, "in_channels", None)
-        del sizes[len(sizes) == 4 and sizes[0] != channels == sizes[1]]
         sides = reversed(patch_sides(transformer))
-        return math.prod(size // side for size, side in zip(reversed(sizes), sides, strict=False))
+        return math.prod(
+            max(1, size // side) for size, side in zip_longest(reversed(sizes), sides, fillvalue=1)
+        )
 
     def patch(self, transformer: nn.Module) -> int:
         """Side of a patch, across."""
@@ -155,8 +197,10 @@ class Generic(Adapter):
     ) -> Call:
         """The adapter remembers how the model was called, without the values."""
         found = super().call(transformer, args, kwargs)
+        given = arguments_of(transformer, args, kwargs)
+        found = replace(found, signature=(*found.signature, *_use_of_keys(given)))
         if self._seen is None or self._seen.signature != found.signature:
-            self._arguments = _without_values(dict(arguments_of(transformer, args, kwargs)))
+            self._arguments = _without_values(dict(given))
             latents = _without_values(found.hidden_states)
             self._seen = replace(found, hidden_states=latents, timestep=None, embeddings=())
         return found
@@ -183,13 +227,33 @@ class Generic(Adapter):
             found = _weights(part)
             components += found
             yield index, name, found
+        inside = {layer for *_, part in self.wrapped(transformer) for layer in part.modules()}
         rows = sum(
             layer.weight.numel()
             for path, layer in transformer.named_modules()
-            if isinstance(layer, _LINEAR) and any(_OTHER.search(name) for name in path.split("."))
+            if isinstance(layer, _LINEAR)
+            and layer not in inside
+            and any(_OTHER.search(name) for name in path.split("."))
         )
         yield None, "tokens", _weights(transformer) - components - rows
         yield None, "rows", rows
+
+
+def _use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a call does with keys and values that its blocks keep for later calls, as a part of its signature.
+
+    A call that leaves some must compute everything, and so must the first that reads them: that part is no other's.
+    """
+    held = {
+        name: value for name, value in given.items() if "kv_cache" in name and value is not None
+    }
+    if not held:
+        return ()
+    if "kv_caches" in held:  # one of each block, which knows
+        mode = held["kv_caches"][0].mode or "skip"
+    else:
+        mode = held.get("kv_cache_mode")
+    return (mode if mode in _READS_KEYS else object(),)
 
 
 def _weights(module: nn.Module) -> int:
@@ -214,11 +278,17 @@ def _arguments(transformer: nn.Module) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def generic_adapter(transformer: nn.Module, wraps: bool = True) -> Generic | None:
-    """This makes an adapter of a transformer without one, or None where nothing can be wrapped, or it is not called so.
+def refusal(transformer: nn.Module, wraps: bool = True) -> str:
+    """Why a transformer without an adapter cannot be served, as the end of a clause; empty where it can.
 
-    One that does not wrap is for methods that skip whole steps, which asks nothing of blocks.
+    One whose components are not wrapped is for methods that skip whole steps, which asks nothing of blocks.
     """
-    callable_so = set(_arguments(transformer)) & set(_IMAGES)
-    serves = callable_so and (not wraps or block_lists(transformer))
-    return Generic(transformer, wraps) if serves else None
+    if not set(_arguments(transformer)) & set(_IMAGES):
+        return f", nor can it be wrapped, since no argument of its forward is {_either(_IMAGES)}"
+    if wraps and not block_lists(transformer):
+        return ", nor can it be wrapped, since none of its lists of blocks has attentions"
+    return ""
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -90,6 +90,7 @@ class Forward:
     _planned: int = field(default=0, init=False)
     _row: BlockActions = field(default_factory=dict, init=False)
     _asked: dict[str, int] = field(default_factory=dict, init=False)
+    _visited: dict[int, dict[str, int]] = field(default_factory=dict, init=False)
     _waiting: dict[str, list[tuple[Tensor, Gate]]] = field(default_factory=dict, init=False)
     _own_streams: dict[str, Tensor] = field(default_factory=dict, init=False)
     _block_compiled: Callable[..., Any] | None = field(default=None, init=False)
@@ -99,11 +100,18 @@ class Forward:
         block = self.blocks[index]
         self.index = index
         self._row = self.actions[index] if self.actions else ALWAYS
-        self._planned += len(self._row)
-        self._asked = {}
+        first = index not in self._visited
+        self._planned += len(self._row) if first else 0
+        self._asked = self._visited.setdefault(index, {})
         self._block_compiled = block._compiled_call_impl or self.compiled
         fused = self._block_compiled is None and not self.immediate
         self.segments = FUSED if fused else segments_like(self._block_compiled, block)
+
+    def leave_out_idle(self) -> None:
+        """What the running block, in a forward of its own, did not ask for is no part of this call."""
+        idle = [name for name in self._row if name not in self._asked]
+        self._planned -= len(idle)
+        self._asked.update(dict.fromkeys(idle, 0))
 
     # ---- components
 
@@ -135,7 +143,7 @@ class Forward:
         A slot that is missing (another batch, swapped embeddings, a CFG branch seen for the first time) computes.
         """
         flags = self._row.get(name, COMPUTE)
-        # The slot of the component's next call: some blocks call one module on several streams.
+        # The slot of the component's next call: some blocks call one module on several streams, or run again.
         again = self._asked.get(name, 0)
         key = (self.index, name, again) if again else (self.index, name)
         self._asked[name] = again + 1

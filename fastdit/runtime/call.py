@@ -370,7 +370,7 @@ class Call(Asked):
         record.tokens, record.actions = self.tokens, self.actions
         record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
-        given = sample = output[0] if isinstance(output, tuple) else output.sample
+        given = sample = _first(output)
         if self._smaller:
             sample = run.patched.adapter.expand_output(
                 sample, self.layout, self.arguments.hidden_states, run.patched.ops
@@ -396,8 +396,18 @@ class Call(Asked):
             outputs.add_tokens(run.step, output, tokens, patches, weights, order)
 
 
+def _first(output: Any) -> Any:
+    """This is the sample of a transformer's output: some give that alone, or in an object of other names."""
+    if isinstance(output, Tensor):
+        return output
+    found = None if isinstance(output, tuple) else getattr(output, "sample", None)
+    return output[0] if found is None else found
+
+
 def _replaced(output: Any, sample: Tensor) -> Any:
     """This is the transformer's output with another sample."""
+    if isinstance(output, Tensor):
+        return sample
     if isinstance(output, tuple):
         return (sample, *output[1:])
     output.sample = sample
