@@ -96,6 +96,11 @@ def expected_of(model, bits, inputs):
         return [model(**given)[0] for given in inputs]
 
 
+def prompt(blocks):
+    """Tokens' worth of what is kept of a prompt of 5: itself, and its keys and values of each block."""
+    return 5 * (1 + 2 * blocks)
+
+
 def ran(handle, model, inputs, seen=None, sigmas=None):
     with torch.no_grad(), handle.run(range(len(inputs)) if sigmas is None else sigmas):
         for given in inputs:
@@ -126,7 +131,7 @@ def test_sums_equal_the_cache_and_their_bytes_are_as_predicted(seed, steps, bloc
     )
     assert max(seen) == said.cache_bytes == handle.report().peak_cache_bytes
     tokens = size[0] * size[1] // 4
-    one_by_one = max(int((~later).sum()) for later in bits[1:]) * tokens + 5  # and the prompt
+    one_by_one = max(int((~later).sum()) for later in bits[1:]) * tokens + prompt(blocks)
     assert said.cache_bytes <= one_by_one * batch * model.inner_dim * 8
 
 
@@ -136,7 +141,7 @@ def test_sums_take_the_place_of_outputs():
     handle = fastdit.patch(model, Cached(Schedule.every(4)))
     said = handle.explain(steps=4, batch=2, cfg=False, height=64, width=128, text_tokens=5)
     assert said.collapse == "1 times 12 outputs are kept as 3 sums"
-    x, text = 2 * 32 * model.inner_dim * 4, 2 * 5 * model.inner_dim * 4
+    x, text = 2 * 32 * model.inner_dim * 4, 2 * prompt(4) * model.inner_dim * 4
     assert said.cache_bytes == 3 * x + 2 * 2 * model.inner_dim * 4 + text
     seen = []
     list(ran(handle, model, inputs, seen))
@@ -199,7 +204,7 @@ def test_a_lower_precision_halves_sums_too():
     for actual, wanted in zip(ran(handle, model, inputs, seen), exact, strict=True):
         assert 0 <= distance(actual, wanted) < 0.01
     said = handle.explain(steps=5, cfg=False, height=64, width=128, text_tokens=5)
-    x, others = 32 * model.inner_dim * 2, (2 + 5) * model.inner_dim * 4
+    x, others = 32 * model.inner_dim * 2, (2 + prompt(4)) * model.inner_dim * 4
     assert max(seen) == said.cache_bytes == 3 * x + others
 
 
@@ -230,7 +235,7 @@ def test_where_sums_are_off(change, reason):
     seen = []
     list(ran(handle, model, inputs, seen))
     x = 32 * model.inner_dim * 8
-    text = 0 if change == "reference" else 5 * model.inner_dim * 8
+    text = 0 if change == "reference" else prompt(4) * model.inner_dim * 8
     assert max(seen) == 12 * x + text
     if change != "rows":  # whose keys are counted too
         assert said.cache_bytes == max(seen)

@@ -29,9 +29,9 @@ from fastdit.spec import BlockKind, ModelSpec
 #: which members a family says for what methods do: for all of them, for those that write "reuse", "rows" (a part of
 #: the tokens) or "resolution", and for what is spared beside them; the others have one meaning for all families
 NEEDS: Mapping[str, str] = {
-    "dense": "family model_classes kinds forwards matches check_block example call image_argument time_argument "
-    "positions_argument embeddings_arguments other_arguments residual_arguments own_attention_arguments "
-    "tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
+    "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
+    "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
+    "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
     "reuse": "components consumers groups shared_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
     "moved_tokens grid latent_image decode shifts_latents",
@@ -247,6 +247,10 @@ class Adapter(Modulated, Pictures):
             positions,
             tuple(told),
         )
+
+    def compared(self, transformer: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        """What of the conditions is compared with those of the call before."""
+        return call.embeddings
 
     @functools.cached_property
     def known_arguments(self) -> frozenset[str]:

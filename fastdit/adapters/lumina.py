@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,14 +128,11 @@ class Lumina(Adapter):
     condition_embedding = "time_caption_embed"
     output_norm = "norm_out"
 
-    def call(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Call:
-        """Of the angles those of the picture count; the pipeline makes those of the largest one anew at each step."""
-        call = super().call(transformer, args, kwargs)
+    def compared(self, transformer: nn.Module, call: Call) -> tuple[Tensor, ...]:
+        """Of the angles those of the picture; the pipeline makes those of the largest one anew at each step."""
         *others, angles = call.embeddings
         rows, columns = (side // transformer.patch_size for side in call.hidden_states.shape[-2:])
-        return replace(call, embeddings=(*others, angles[:rows, :columns]))
+        return *others, angles[:rows, :columns]
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """The patch embedding also hands out the rotary angles."""

@@ -179,6 +179,7 @@ class Call(Asked):
     def _branch(self) -> Branch:
         """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""
         run, arguments = self.run, self.arguments
+        compared = run.patched.adapter.compared(self.transformer, arguments)
         branch = run.branches.get(self.key)
         if branch is None:
             branch = run.branches[self.key] = Branch()
@@ -186,7 +187,7 @@ class Call(Asked):
         stage = run.resolution.index if run.resolution is not None else 0
         signature = (*arguments.signature, autocast, stage)
         unchanged = branch.signature is not None and same(
-            branch.embeddings, branch.versions, arguments.embeddings
+            branch.embeddings, branch.versions, compared
         )
         if not unchanged:
             branch.prompts.clear()
@@ -205,8 +206,8 @@ class Call(Asked):
         branch.signature = signature
         # Of inference tensors the versions are copies, which need no renewal while they are equal.
         if not unchanged or not torch.is_inference_mode_enabled():
-            branch.embeddings = arguments.embeddings
-            branch.versions = versions(arguments.embeddings)
+            branch.embeddings = compared
+            branch.versions = versions(compared)
         return branch
 
     def _watch_weights(self) -> None:
