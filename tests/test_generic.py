@@ -602,6 +602,21 @@ def test_what_could_not_be_reused_is_not_counted_as_spared(case):
     assert report.flop_speedup == 1
 
 
+@pytest.mark.skipif(not HAS_KEYS, reason="since diffusers 0.42")
+@pytest.mark.parametrize("name", ["Ideogram4Transformer2DModel", "QwenImage21Transformer2DModel"])
+def test_costs_are_exact_where_masks_are_read_on_the_host(name):
+    entry = ENTRIES[name]
+    model = getattr(transformers, name)(**entry.config)
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
+    with torch.no_grad(), handle.run(range(4)):
+        for step in range(4):
+            model(**entry.call(step))
+    told = str(handle.report())
+    assert "of the arithmetic" in told
+    assert "estimated" not in told
+
+
 def test_caches_are_bounded_before_they_are_filled(found):
     model, given = found
 

@@ -260,8 +260,13 @@ def _weights(module: nn.Module) -> int:
 
 
 def _without_values(value: Any) -> Any:
-    """An argument with tensors on the meta device, and without objects that somebody else owns."""
+    """An argument with tensors on the meta device, and without objects that somebody else owns.
+
+    Masks, indices and lengths have values, since models read them on the host.
+    """
     if isinstance(value, Tensor):
+        if not value.is_floating_point() and not value.is_complex():
+            return value.detach().to("cpu", copy=True)
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, (list, tuple)):
         return type(value)(map(_without_values, value))
