@@ -197,7 +197,7 @@ class Generic(Adapter):
         """The adapter remembers how the model was called, without the values."""
         found = super().call(transformer, args, kwargs)
         given = arguments_of(transformer, args, kwargs)
-        found = replace(found, signature=(*found.signature, *_use_of_keys(given)))
+        found = replace(found, signature=(*found.signature, *use_of_keys(given)))
         if self._seen is None or self._seen.signature != found.signature:
             self._arguments = _without_values(dict(given))
             latents = _without_values(found.hidden_states)
@@ -238,7 +238,7 @@ class Generic(Adapter):
         yield None, "rows", rows
 
 
-def _use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
+def use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a call does with keys and values that its blocks keep for later calls, as a part of its signature.
 
     A call that leaves some must compute everything, and so must the first that reads them: that part is no other's.
