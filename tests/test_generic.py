@@ -34,7 +34,7 @@ from contract import same_bits
 from denoisers import ENTRIES
 from fastdit import ECAD, RAS, ArgumentError, Schedule, UnsupportedModelError
 from fastdit.adapters import find_adapter
-from fastdit.adapters.generic import Generic, block_lists
+from fastdit.adapters.generic import Generic, block_lists, use_of_keys
 from fastdit.patch import handle_of
 from oracle import Oracle
 from snapshot import snapshot
@@ -312,6 +312,15 @@ def test_blocks_that_keep_keys_compute_them(name, given, modes, monkeypatch):
         same_bits(mine, wanted)
     report = handle.report()
     assert report.computed == 3 * report.reused > 0
+
+
+def test_what_a_cache_of_keys_is_for_must_be_known():
+    """AnyFlow's causal form is told by a dict of its own; FLUX.2 is given no cache where it is to make one."""
+    unknown = {"kv_cache": {}, "kv_cache_flag": {"is_cache_step": False}}
+    makes, reads = ({"kv_cache_mode": mode} for mode in ("extract", "cached"))
+    assert use_of_keys(unknown) != use_of_keys(unknown)
+    assert use_of_keys(makes) != use_of_keys(makes)
+    assert use_of_keys(reads) == use_of_keys(reads) != use_of_keys({"kv_cache": None}) == ()
 
 
 def wan(patch_size):
@@ -600,6 +609,21 @@ def test_what_could_not_be_reused_is_not_counted_as_spared(case):
         report = handle.report()
     assert report.reused == 0
     assert report.flop_speedup == 1
+
+
+@pytest.mark.skipif(not HAS_KEYS, reason="since diffusers 0.42")
+@pytest.mark.parametrize("name", ["Ideogram4Transformer2DModel", "QwenImage21Transformer2DModel"])
+def test_costs_are_exact_where_masks_are_read_on_the_host(name):
+    entry = ENTRIES[name]
+    model = getattr(transformers, name)(**entry.config)
+    with pytest.warns(UserWarning, match="has no adapter"):
+        handle = fastdit.patch(model, fastdit.Cached(Schedule.every(2)))
+    with torch.no_grad(), handle.run(range(4)):
+        for step in range(4):
+            model(**entry.call(step))
+    told = str(handle.report())
+    assert "of the arithmetic" in told
+    assert "estimated" not in told
 
 
 def test_caches_are_bounded_before_they_are_filled(found):

@@ -198,7 +198,7 @@ class Generic(Adapter):
         """The adapter remembers how the model was called, without the values."""
         found = super().call(transformer, args, kwargs)
         given = arguments_of(transformer, args, kwargs)
-        found = replace(found, signature=(*found.signature, *_use_of_keys(given)))
+        found = replace(found, signature=(*found.signature, *use_of_keys(given)))
         if self._seen is None or self._seen.signature != found.signature:
             self._arguments = _without_values(dict(given))
             latents = _without_values(found.hidden_states)
@@ -239,7 +239,7 @@ class Generic(Adapter):
         yield None, "rows", rows
 
 
-def _use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
+def use_of_keys(given: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a call does with keys and values that its blocks keep for later calls, as a part of its signature.
 
     A call that leaves some must compute everything, and so must the first that reads them: that part is no other's.
@@ -261,8 +261,13 @@ def _weights(module: nn.Module) -> int:
 
 
 def _without_values(value: Any) -> Any:
-    """An argument with tensors on the meta device, and without objects that somebody else owns."""
+    """An argument with tensors on the meta device, and without objects that somebody else owns.
+
+    Masks, indices and lengths have values, since models read them on the host.
+    """
     if isinstance(value, Tensor):
+        if not value.is_floating_point() and not value.is_complex():
+            return value.detach().to("cpu", copy=True)
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, (list, tuple)):
         return type(value)(map(_without_values, value))
