@@ -74,7 +74,7 @@ OP_HELPERS = {"__init__", "registry", "checks"}
 # What tests may read of others, who have no other name for it.
 FOREIGN = {
     "torch": """_C _addmm_activation _cdata _compiled_call_impl _cuda_clearCublasWorkspaces _cuda_endAllocateToPool
-        _dynamo _forward_hooks _forward_pre_hooks _get_sdp_priority_order _local_scalar_dense _make_subclass
+        _dynamo _forward_hooks _forward_pre_hooks _get_sdp_priority_order _make_subclass
         _make_wrapper_subclass _mkl_reorder_linear_weight _overloadpacket _parameters _scaled_mm _schema _sleep
         _subclasses _torchdynamo_orig_callable _version""",
     "diffusers": """_attention_backend _callback_tensor_inputs _current_timestep _diffusers_hook _fn_refs
