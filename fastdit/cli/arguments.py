@@ -61,9 +61,9 @@ def check_output(path: Path, argument: str, suffix: str = ".png") -> None:
         raise ArgumentError(f"{argument} {path} cannot be written: permission denied")
 
 
-def load(folder: Path | None, dtype: str | None) -> Model:
+def load(folder: Path | None, dtype: str | None, package: str = "tiny") -> Model:
     from fastdit.cli.loading import load_model
 
     name = "the embedded model" if folder is None else str(folder)
     with Console(stderr=True).status(f"loading {name}"):
-        return load_model(folder, dtype)
+        return load_model(folder, dtype, package)

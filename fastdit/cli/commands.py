@@ -49,7 +49,7 @@ def demo(
         import torch
 
         torch.set_num_threads(threads)
-    loaded = arguments.load(model, dtype)
+    loaded = arguments.load(model, dtype, "emoji")
     from fastdit.cli.demo import Settings, resolve_steps
     from fastdit.cli.demonstrate import run
 

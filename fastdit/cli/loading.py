@@ -9,6 +9,7 @@ family.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import logging
 import warnings
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fastdit.cli.saved import INDEX, index_of
@@ -38,23 +40,27 @@ class Model:
     Attributes:
         pipeline: On its device, without progress bars.
         name: How to call it in titles.
-        embedded: Whether it is the package's own, whose pictures `fastdit.tiny.score` can judge.
+        package: Which of the package's own it is, `fastdit.tiny` or `fastdit.emoji`; None for another. These
+            make prompts, and judge pictures.
         device, dtype: Where and in what the transformer computes.
     """
 
     pipeline: Any
     name: str
-    embedded: bool
+    package: ModuleType | None
     device: str
     dtype: str
 
 
-def load_model(folder: Path | None = None, dtype: str | None = None) -> Model:
-    """This loads the model in the package, or the diffusers pipeline saved in `folder`.
+def load_model(
+    folder: Path | None = None, dtype: str | None = None, package: str = "tiny"
+) -> Model:
+    """This loads a model in the package, or the diffusers pipeline saved in `folder`.
 
     Args:
         folder: What `DiffusionPipeline.save_pretrained` wrote; the embedded model if left out.
         dtype: One of `DTYPES`; by default float32 on a CPU and bfloat16 on a GPU.
+        package: Which embedded model: "tiny" or "emoji".
 
     Returns:
         The model on the first CUDA device if there is one, else on the CPU.
@@ -71,24 +77,27 @@ def load_model(folder: Path | None = None, dtype: str | None = None) -> Model:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
-    pipeline = _read(folder, getattr(torch, dtype)).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    name = "embedded model" if folder is None else folder.resolve().name
-    return Model(pipeline, name, folder is None, device, dtype)
-
-
-def _read(folder: Path | None, dtype: Any) -> Any:
     if folder is None:
-        from fastdit import tiny
+        own = importlib.import_module(f"fastdit.{package}")
+        pipeline, name = _embedded(own, getattr(torch, dtype)), "embedded model"
+    else:
+        own, pipeline, name = None, _read(folder, getattr(torch, dtype)), folder.resolve().name
+    pipeline.set_progress_bar_config(disable=True)
+    return Model(pipeline.to(device), name, own, device, dtype)
 
-        try:
-            with _quiet():
-                return tiny.load_pipeline(torch_dtype=dtype)
-        except FileNotFoundError as error:
-            raise ArgumentError(
-                f"this copy of fastdit comes without its embedded model ({error}); "
-                "give --model the folder of a diffusers pipeline"
-            ) from error
+
+def _embedded(package: ModuleType, dtype: Any) -> Any:
+    try:
+        with _quiet():
+            return package.load_pipeline(torch_dtype=dtype)
+    except FileNotFoundError as error:
+        raise ArgumentError(
+            f"this copy of fastdit comes without its embedded model ({error}); "
+            "give --model the folder of a diffusers pipeline"
+        ) from error
+
+
+def _read(folder: Path, dtype: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
@@ -167,10 +176,8 @@ def messages_once() -> Iterator[None]:
 
 def default_prompts(model: Model) -> list[str]:
     """These four prompts suit the model; the embedded one gets scenes it was not trained on."""
-    if model.embedded:
-        from fastdit import tiny
-
-        return [*tiny.prompts(2, objects=1), *tiny.prompts(2, objects=2)]
+    if model.package is not None:
+        return [text for objects in (1, 2) for text in model.package.prompts(2, objects=objects)]
     return list(CLASSES if draws_classes(model.pipeline) else PROMPTS)
 
 
@@ -181,11 +188,7 @@ def draws_classes(pipeline: Any) -> bool:
 
 def judge_of(model: Model) -> Callable[..., Any] | None:
     """This judges the model's pictures by their prompts; None where nothing can."""
-    if not model.embedded:
-        return None
-    from fastdit import tiny
-
-    return tiny.score
+    return None if model.package is None else model.package.score
 
 
 def calls(

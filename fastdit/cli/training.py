@@ -18,8 +18,8 @@ def training_prompts(model: Model, file: Path | None) -> list[Any]:
         ArgumentError: The file cannot be read, or the model cannot draw one of its lines.
     """
     if file is not None:
-        texts = list(prompts_of(file, model.embedded))
-    elif model.embedded:
+        texts = list(prompts_of(file, model.package is not None))
+    elif model.package is not None:
         from fastdit import tiny
 
         texts = tiny.prompts(SCENES, "train", 1) + tiny.prompts(SCENES, "train", 2)

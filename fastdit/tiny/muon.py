@@ -1,8 +1,7 @@
 """Muon: momentum whose matrix updates are made orthogonal, for the transformer's blocks.
 
-Only the update rule, in float32 and batched over equally shaped matrices, since short
-training on processors needs few, large operations. Vectors, embeddings and modulation layers
-belong to AdamW.
+Only the update rule, batched over equally shaped matrices, since short training on processors
+needs few, large operations. Vectors, embeddings and modulation layers belong to AdamW.
 """
 
 from __future__ import annotations
@@ -40,6 +39,8 @@ class Muon(torch.optim.Optimizer):
         Decay of the momentum; updates look ahead as Nesterov's do.
     weight_decay : float
         Decoupled, as in AdamW.
+    dtype : torch.dtype
+        In which updates are made orthogonal, which need not be exact; all else is float32.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class Muon(torch.optim.Optimizer):
         lr: float = 1e-3,
         momentum: float = 0.95,
         weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -72,6 +75,6 @@ class Muon(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1.0 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
-        updates = orthogonalize(torch.stack(list(ahead))).unbind()
+        updates = orthogonalize(torch.stack(list(ahead)).to(self.dtype)).float().unbind()
         torch._foreach_mul_(parameters, 1.0 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, updates, alpha=-group["lr"] * scale)

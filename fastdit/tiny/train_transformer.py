@@ -92,7 +92,12 @@ def build_optimizers(model: Denoiser, config: TransformerTraining) -> list[torch
         inside = name.startswith("transformer.transformer_blocks") and "norm" not in name
         (matrices if inside and parameter.ndim == 2 else others).append(parameter)
     return [
-        Muon(matrices, lr=config.matrix_rate, weight_decay=config.decay),
+        Muon(
+            matrices,
+            lr=config.matrix_rate,
+            weight_decay=config.decay,
+            dtype=torch.bfloat16 if config.bfloat16 else torch.float32,
+        ),
         torch.optim.AdamW(others, lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
