@@ -129,12 +129,12 @@ def test_demo_of_classes(tmp_path):
 
 
 def test_demo_judges_the_embedded_model(folder, tmp_path, monkeypatch):
-    from fastdit import tiny
+    from fastdit import emoji
 
     pipeline = load_model(folder).pipeline
-    monkeypatch.setattr(tiny, "load_pipeline", lambda **_: pipeline)
+    monkeypatch.setattr(emoji, "load_pipeline", lambda **_: pipeline)
     output = run(
-        *("demo", PROMPT, "--steps", 2, "--repeats", 1, "--every", 2),
+        *("demo", "a cat", "--steps", 2, "--repeats", 1, "--every", 2),
         *("--out", tmp_path / "a.png"),
     )
     assert "embedded model" in output

@@ -17,6 +17,7 @@ from fastdit.emoji.recipe import RECIPE
 from fastdit.emoji.score import read
 from fastdit.emoji.train import COURSE
 from fastdit.tiny.bank import BankConfig, build_bank, load_bank, save_bank
+from fastdit.tiny.evaluate import sample
 from fastdit.tiny.models import build_vae
 from fastdit.tiny.tokenizer import build_tokenizer
 from fastdit.tiny.train import main
@@ -248,6 +249,15 @@ def test_a_course_ends_with_a_pipeline_and_can_be_looked_at(tmp_path) -> None:
     for name, height in (("vae", 512), ("samples", 256)):
         with Image.open(run / f"{name}.png") as picture:
             assert picture.size == (1024, height)
+
+
+def test_the_shipped_model_draws_what_held_out_prompts_name() -> None:
+    texts = [text for objects in (1, 2) for text in emoji.prompts(8, "test", objects, seed=3)]
+    pictures = sample(emoji.load_pipeline(), texts, batch=16, num_inference_steps=14)
+    found = emoji.score(pictures, texts)
+    assert found.mean >= 0.9 > 5 * found.chance
+    assert found.place >= 0.9
+    assert found.clean >= 0.5
 
 
 def test_missing_weights_are_named(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""A second small model, not trained to the end yet: it draws one to three emoji on a coloured ground.
+"""A second small model: it draws one to three emoji on a coloured ground.
 
 A Stable Diffusion 3 pipeline of stock diffusers classes, like ``fastdit.tiny``, with whose stages
 it was trained. Its captions may be terse ("a cat"), which many pictures fit, so its trajectories
@@ -54,7 +54,7 @@ def load_pipeline(
     Raises
     ------
     FileNotFoundError
-        If there are no weights; the package comes without them, see ``assets/README.md``.
+        If the folder holds no weights.
     DependencyError
         If transformers, of the extra "cli", is not installed.
     """
