@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import zlib
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,6 +270,43 @@ def test_a_ledger_from_before_there_were_orders_is_read(tmp_path):
         Ledger(tmp_path / LEDGER, {**identity, "orders": [0, 1]})
 
 
+def without(path, *names):
+    """A ledger whose first line does not say these, as an earlier version wrote it."""
+    header, rest = path.read_bytes().split(b"\n", 1)
+    entry = json.loads(header)
+    del entry["crc"]
+    for name in names:
+        del entry["identity"][name]
+    body = json.dumps(entry).encode()
+    path.write_bytes(body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body) + rest)
+
+
+def test_a_ledger_whose_losses_were_averaged_otherwise_is_refused_by_name(tmp_path, monkeypatch):
+    search(tmp_path)
+    without(tmp_path / LEDGER, "judgement", "samplers")
+    with pytest.raises(SearchError, match=r"judgement was {'mean': 'arithmetic'} and is .*geometri"):
+        search(tmp_path)
+    search(tmp_path / "new")
+    monkeypatch.setattr(solution, "STEPS", STEPS + 1)
+    with pytest.raises(SearchError, match=r"judgement was .*60} and is .*61}"):
+        search(tmp_path / "new")
+    # A mean of losses as they are is what an earlier search had.
+    paired = replace(WORK, quality="paired")
+    found = search(tmp_path / "paired", work=paired)
+    without(tmp_path / "paired" / LEDGER, "judgement", "samplers")
+    again = search(tmp_path / "paired", work=paired)
+    assert [c.key for c in again.front] == [c.key for c in found.front]
+
+
+def test_a_ledger_of_a_sampler_of_other_settings_is_refused_by_name(tmp_path, monkeypatch):
+    search(tmp_path)
+    facts = FakeForecasts().facts()
+    changed = {**facts, "samplers": {"None": "FakeScheduler 1"}}
+    monkeypatch.setattr(FakeForecasts, "facts", lambda self: changed)
+    with pytest.raises(SearchError, match=r"samplers was .*FakeScheduler 0.* and is .*Scheduler 1"):
+        search(tmp_path)
+
+
 def test_the_surrogate_tells_orders_apart():
     genome, workers = FakeForecasts.genome, FakeForecasts()
 
@@ -399,6 +438,18 @@ def test_a_whole_step_costs_nothing_and_its_file_runs_under_the_sampler(folder, 
     fastdit.unpatch(pipeline)
     fastdit.patch(pipeline, fastdit.Cached(Schedule.every(2), order=1), backend="reference")
     assert torch.equal(draw(pipeline, 6), by_file)
+
+
+def test_samplers_are_told_by_class_and_settings(folder):
+    """Also the pipeline's own, which a search names only as such."""
+
+    def own(shift, cls=diffusers.FlowMatchEulerDiscreteScheduler):
+        pipeline = load_pipeline(folder, "float32")
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, shift=shift)
+        return Evaluator(lambda: pipeline, Work(PROMPTS, steps=3)).facts()["samplers"]["None"]
+
+    assert own(3.0) == own(3.0)
+    assert len({own(3.0), own(1.0), own(3.0, diffusers.FlowMatchHeunDiscreteScheduler)}) == 3
 
 
 def test_fewer_steps_of_heun_cost_their_calls(folder):
