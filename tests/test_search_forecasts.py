@@ -284,7 +284,9 @@ def without(path, *names):
 def test_a_ledger_whose_losses_were_averaged_otherwise_is_refused_by_name(tmp_path, monkeypatch):
     search(tmp_path)
     without(tmp_path / LEDGER, "judgement", "samplers")
-    with pytest.raises(SearchError, match=r"judgement was {'mean': 'arithmetic'} and is .*geometri"):
+    with pytest.raises(
+        SearchError, match=r"judgement was {'mean': 'arithmetic'} and is .*geometri"
+    ):
         search(tmp_path)
     search(tmp_path / "new")
     monkeypatch.setattr(solution, "STEPS", STEPS + 1)

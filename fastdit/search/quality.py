@@ -175,7 +175,7 @@ def average(quality: str | Quality, losses: Sequence[float]) -> float:
 
 
 def judgement(quality: str | Quality) -> dict[str, Any]:
-    """What decides a candidate's loss beside the judge's name, as JSON data: the mean, and how the solution is found."""
+    """These decide a loss beside the judge's name, as JSON data: how it is averaged, the steps of the solution."""
     found: dict[str, Any] = {"mean": "geometric" if is_geometric(quality) else "arithmetic"}
     return {**found, "solution": solution.STEPS} if is_of_latents(quality) else found
 
