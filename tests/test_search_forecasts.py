@@ -17,14 +17,12 @@ import diffusers
 
 import fastdit
 import search_fakes
-import search_forecast
 from fastdit.cli.distance import relative_l2
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError, UnsupportedModelError
 from fastdit.schedules.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, moves, seeds, solution
-from fastdit.search.archive import Candidate
 from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import LEDGER, evolve
 from fastdit.search.front import on_axes
@@ -535,43 +533,3 @@ def test_the_command_searches_orders_under_a_sampler(folder, tmp_path):
         )
         assert refused.exit_code == 2
         assert message in " ".join(refused.output.split())
-
-
-# ---- what a front is worth
-
-
-def test_a_front_is_compared_up_to_the_worst_even_steps():
-    def one(errors, share):
-        vector = np.ones(1, dtype=bool)
-        return Candidate("any", vector, tuple(errors), (np.mean(errors), share), 1, True)
-
-    sets = {
-        search_forecast.SEARCHED: {"a": one([0.01, 0.01], 0.5), "b": one([0.02, 0.02], 0.6)},
-        search_forecast.EVEN: {"a": one([0.1, 0.1], 0.3), "b": one([0.02, 0.02], 0.5)},
-        search_forecast.PLAIN: {"a": one([0.01, 0.01], 0.75)},
-    }
-    found = search_forecast.summed_up(sets)
-    assert found["corner"] == pytest.approx(0.1)
-    areas = {"searched front": 1.0 * 0.5, "plain steps": 1.0 * 0.25}
-    areas["evenly spread steps with V"] = np.log10(5) * 0.5
-    assert found["hypervolume"] == {name: pytest.approx(area) for name, area in areas.items()}
-    for name, area in areas.items():
-        if name != "searched front":
-            gain = found["gain"][name]
-            assert gain["value"] == pytest.approx(0.5 / area - 1)
-            assert gain["interval"] == [pytest.approx(0.5 / area - 1)] * 2
-    assert [row[1:] for row in found["fronts"]["searched front"]] == [[0.01, 0.5]]
-
-
-def test_even_arms_draw_whole_steps_as_lines(tmp_path):
-    genome = Genome(SD3, 6, (0, 1))
-    (tmp_path / "front").mkdir()
-    genome.schedule(seeds.halves(genome, 1)).save(tmp_path / "front/01.json")
-    sets = search_forecast.arms_of(tmp_path, genome, 6)
-    assert len(sets[search_forecast.SEARCHED]) == 1
-    arm = sets[search_forecast.EVEN]["even 3 of 6, order 1"]
-    schedule = arm.method(None, 6).source
-    assert (arm.solver, arm.steps) == ("unipc", 6)
-    expected = genome.vector(Schedule.every(2, 1).bind(SD3, 6))
-    assert genome.key(genome.vector(schedule)) == genome.key(expected)
-    assert {arm.solver for arm in sets[search_forecast.PLAIN].values()} == {"unipc", "ab2"}
