@@ -193,8 +193,8 @@ def _beside_every(result: dict[str, Any]) -> list[str]:
         (
             f"For {result['steps']} steps of {sampler} and order {order}, at the arithmetic of "
             f"`Cached(Schedule.every(2), order={order})`, trained routers are so many times as far from the solution "
-            f"as that: {', '.join(halves)}. The hypervolume of their sweeps differs from that of whole steps, evenly "
-            f"spread and drawn by order 1, by {', '.join(gains)}. None ships "
+            f"as that: {', '.join(halves)}. The hypervolume of their sweeps, over that of whole steps evenly spread "
+            f"and drawn by order 1: {', '.join(gains)}. None ships "
             f"([the results](../results.md#routers-for-{sampler.lower()}s-sampler))."
         )
     ]
