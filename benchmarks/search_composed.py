@@ -6,6 +6,9 @@
         --even-steps --race 4 --surrogate 12 --cost true-macs --population 64 --batch 12 --image-seed 5000 ...
     python benchmarks/search_composed.py FOLDER [--pictures 96] [--of-areas 48] [--drawn build/testbed] [--ship]
 
+The search that ships also began with 14 plans (--seed-schedule) along the front of a shorter one: 6 generations of 48,
+without --scheduler and --race.
+
 The model in the package at 64 pixels, guidance 2.5, full and open captions of `bed.py`'s held-out prompts. A plan is a
 schedule with its orders, RAS's ratio, a number of steps and a solver. Errors are relative distances of latents to
 Heun's 60 steps. What was drawn is kept, so a run that was interrupted goes on.
