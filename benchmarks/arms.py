@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -78,6 +78,12 @@ TRUTH, COARSER = Arm("heun", 60), Arm("heun", 30)
 def plain(solver: str, steps: int) -> tuple[str, Arm]:
     """This is a baseline of so many evaluations."""
     return f"{solver} {steps}", Arm(solver, steps)
+
+
+def dense(steps: int) -> tuple[str, Arm]:
+    """These are Euler's plain steps on the ops that every other arm runs on, for the time they take."""
+    name, arm = plain("euler", steps)
+    return name, replace(arm, method=lambda pipe, steps: fastdit.Dense())
 
 
 def halves(pipe: Any, steps: int) -> Any:
@@ -156,9 +162,6 @@ def caches() -> Iterator[tuple[str, Arm]]:
     for solver in SOLVERS[:2]:
         name = f"{solver} 28, every 2, V and RAS 0.5 change"
         yield name, Arm(solver, 28, lambda pipe, steps: composed(0.5))
-    for name in ("fast", "faster", "fastest"):
-        yield f"ECAD {name}", fixed(fastdit.ECAD.preset("tiny", name))
-        yield f"ECAD {name}, order 1", fixed(fastdit.ECAD.preset("tiny", name, order=1))
 
 
 def ras() -> Iterator[tuple[str, Arm]]:

@@ -17,7 +17,7 @@ fixed before the first run:
   reader would write by hand: the first call and the correctors, as many as every second call. Side arms, over the first
   `--side` prompts, draw the curves: other shares of the router; one with a logit for each component, where the first
   has one for each step; one trained as Learning-to-Cache is (lambda = 1, adjacent pairs), up to the half that it can
-  reuse; for Euler's sampler the schedules of the package that ECAD evolved.
+  reuse.
 
 Intervals are percentiles over resampled prompts, the same draws for all arms. Interrupted, it goes on where it stopped.
 """
@@ -48,7 +48,6 @@ ROOT = Path(__file__).resolve().parents[1]
 INTERVALS = (2, 3, 4)
 SHARES = (0.2, 0.35)  # of the components' arithmetic, beside those of the intervals
 FEWER = (1 / 2, 2 / 5)  # of the steps
-EVOLVED = ("fast", "faster", "fastest")
 TOLERANCE = 0.01
 RESAMPLES = 4000
 SEED = 50_000  # of the first picture's noise
@@ -104,13 +103,6 @@ def arms_of(
     for name, family, some, wanted in sides:
         for share, schedule in zip(wanted, some.sweep(wanted, macs), strict=True):
             arms[f"{name} {share:.0%}"] = Arm(family, steps, cached(schedule), False)
-    for name in () if "Heun" in type(pipe.scheduler).__name__ else EVOLVED:
-        arms[f"ECAD {name}"] = Arm(
-            "ECAD's presets",
-            steps,
-            lambda name=name: fastdit.ECAD.preset("tiny", name, resample="sigma"),
-            False,
-        )
     return arms
 
 

@@ -1,55 +1,63 @@
-"""What plans that a search composed are worth on held-out prompts, beside everything plain.
+"""What plans that a search composed are worth on held-out prompts, beside everything plain, and what ships of them.
 
-    fastdit search --out FOLDER --space schedule,order,ras,steps,solver --steps 28 --quality truth --guidance 2.5 \
-        --height 64 --width 64 --unit step --surrogate 12 --cost true-macs ...
-    python benchmarks/search_composed.py FOLDER [--pictures 96] [--of-areas 48] [--drawn build/testbed]
+    python benchmarks/search_composed.py FOLDER --prompts
+    fastdit search --out FOLDER --prompts FOLDER/prompts.txt --space schedule,order,ras,steps,solver \
+        --scheduler recommended --steps 28 --quality truth --guidance 2.5 --height 64 --width 64 --unit step \
+        --even-steps --race 4 --surrogate 12 --cost true-macs --population 64 --batch 12 --image-seed 5000 ...
+    python benchmarks/search_composed.py FOLDER [--pictures 96] [--of-areas 48] [--drawn build/testbed] [--ship]
+
+The search that ships also began with 14 plans (--seed-schedule) along the front of a shorter one: 6 generations of 48,
+without --scheduler and --race.
 
 The model in the package at 64 pixels, guidance 2.5, full and open captions of `bed.py`'s held-out prompts. A plan is a
 schedule with its orders, RAS's ratio, a number of steps and a solver. Errors are relative distances of latents to
 Heun's 60 steps. What was drawn is kept, so a run that was interrupted goes on.
 
-* The area between a set and a corner, for each captions. Its axes are the share of the arithmetic of the most steps
-  searched and the decimal logarithm of the geometric mean of the errors; its corner is 1 and the worst error of evenly
-  spread steps. The searched front stands beside evenly spread whole steps whose others are drawn by order 1, under both
-  solvers, and beside plain steps of three. Intervals are 95 % bootstrap intervals over the prompts, the same draws for
-  all sets.
+* The area (`areas.py`) of the searched front, of about as many of its plans as others have arms, and of the schedules
+  in it: those plans of all steps without RAS, as ECAD evolves them. Beside them stand evenly spread whole steps whose
+  others are drawn by order 1, and plain steps.
 * At each speed-up, of the plans of the front that take no more than that part of the time of so many plain steps of
-  Euler, the one that was best on the search's own pictures is judged as the testbed's arms are (`testbed.py`): paired,
-  against plain steps of equal arithmetic, the most that take no longer, and one more; and, where it computes whole
-  steps alone, against AB2 on the very levels of those.
+  Euler on the same ops, the one that was best on the search's own pictures is judged as the testbed's arms are
+  (`testbed.py`): paired, against plain steps of equal arithmetic, the most that take no longer, and one more; and,
+  where it computes whole steps alone, against AB2 on the very levels of those.
+
+--ship writes `fastdit/presets/tiny`: of the front's schedules, the best on the search's own pictures with at most 1/2,
+1/3 and 1/4 of the arithmetic, and the ledger's summary. These shares were fixed before any was drawn again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import numpy as np
 
+import areas
 import fastdit
 import testbed
-from arms import SOLVERS, TRUTH, Arm, plain
+from arms import TRUTH, Arm, dense
 from bed import BATCH, Bed
 from fastdit import tiny
 from fastdit.patch import find_adapter
-from fastdit.search.archive import Candidate
 from fastdit.search.genome import Genome
 from fastdit.search.knobs import OWN, Run
-from fastdit.search.quality import average
 from fastdit.search.result import FRONT, SUMMARY
-from fastdit.search.seeds import evenly_spread_steps
 from fastdit.spec import ModelSpec
-from search_forecast import CAPTIONS, EVEN, GUIDANCE, PLAIN, SEARCHED, SIZE, summed_up
-from testbed import away
+from subjects import SUBJECTS
 
-RESULT = Path(__file__).parent / "results/search-composed-cpu.json"
-PLOT = Path(__file__).resolve().parents[1] / "docs/search-composed.png"
-FEWEST = 3  # evaluations of an arm
-EVEN_COUNTS = 8
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks/results/search-composed-cpu.json"
+PLOT = ROOT / "docs/search-composed.png"
+SHIPPED = ROOT / "fastdit/presets/tiny"
+PROMPTS = 12  # that judge a plan
+SEARCHED, SCHEDULES = "searched front", "its schedules"
 SPEEDUPS = (2, 3)
+TIMED = (1 / 5, 1 / 2)  # of the arithmetic, where plans of these speed-ups lie
+PRESETS = {"fast": 1 / 2, "faster": 1 / 3, "fastest": 1 / 4}  # most of the arithmetic
 ARM_SOLVERS = {OWN: "stock", "recommended": "unipc"}
 
 
@@ -71,60 +79,41 @@ def planned(run: Run, schedule: fastdit.Schedule, spec: ModelSpec) -> Arm:
 
 
 def front_of(folder: Path, spec: ModelSpec) -> dict[str, tuple[Arm, dict[str, Any]]]:
-    """The searched front: name of an arm -> the arm, and what the search says of it."""
+    """The searched front: name of an arm -> the arm, and what the search says of it.
+
+    Plans of fewer evaluations than any other arm are left out: nobody would use them.
+    """
     summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    least = (
+        0.99 * min(areas.COUNTS) / summary["settings"]["steps"] * summary["uncached"]["true-macs"]
+    )
     found = {}
     for point in summary["front"]:
+        if point["true-macs"] < least:
+            continue
         run = Run(point["steps"], point["ratio"], point["solver"])
         schedule = fastdit.Schedule.load(folder / FRONT / f"{point['name']}.json")
         arm = planned(run, schedule, spec)
         found[f"{folder.name} {point['key'][:12]}, plan"] = (
             arm,
-            {**point, **as_text(schedule, spec)},
+            {**point, "text": as_text(schedule, spec)},
         )
     return found
 
 
-def as_text(schedule: fastdit.Schedule, spec: ModelSpec) -> dict[str, str]:
+def as_text(schedule: fastdit.Schedule, spec: ModelSpec) -> str:
     """A letter for each step: x computes, 0 to 2 draws by that order, p computes a part or draws by several."""
     bits, orders = rows_of(schedule, spec)
     letters = [
         "x" if row.all() else "p" if row.any() or (by != by[0]).any() else str(by[0])
         for row, by in zip(bits, orders, strict=True)
     ]
-    return {"text": "".join(letters)}
+    return "".join(letters)
 
 
-def sets_of(front: Mapping[str, Arm], spec: ModelSpec, steps: int) -> dict[str, dict[str, Arm]]:
-    """All sets: name -> name of an arm -> the arm."""
-    genome = Genome(spec, steps, (0, 1))
-    vectors = evenly_spread_steps(genome, 1)
-    even = {
-        f"{arm} {steps}, {count} evenly, order 1": planned(
-            Run(steps, 1.0, solver), genome.schedule(vectors[count - 1]), spec
-        )
-        for solver, arm in ARM_SOLVERS.items()
-        for count in sorted(set(np.linspace(FEWEST, steps - 1, EVEN_COUNTS).round().astype(int)))
-    }
-    counts = [*range(FEWEST, 21), steps]
-    few = dict(plain(solver, count) for solver in SOLVERS for count in counts)
-    return {SEARCHED: dict(front), EVEN: even, PLAIN: few}
-
-
-def errors_of(
-    bed: Bed, arms: Mapping[str, Arm], truth: np.ndarray, steps: int, pictures: int
-) -> dict[str, Candidate]:
-    """Errors of each picture, and the share of the arithmetic."""
-    found = {}
-    for name, arm in arms.items():
-        errors = away(bed.latents(name, arm, pictures), truth)
-        values = (average("truth", errors), bed.arithmetic(arm) / steps)
-        found[name] = Candidate(name, np.ones(1, dtype=bool), tuple(errors), values, 1, True)
-        print(
-            f"{bed.captions}, {name}: error {values[0]:.4f}, {values[1]:.0%}",
-            flush=True,
-        )
-    return found
+def is_schedule(plan: Mapping[str, Any], steps: int) -> bool:
+    """Whether a plan is a schedule alone, of all steps."""
+    return plan["ratio"] == 1 and plan["steps"] == steps
 
 
 def picked(
@@ -141,14 +130,59 @@ def picked(
     return found
 
 
-def plot(areas: Mapping[str, Any], path: Path) -> None:
+def thinned(plans: Mapping[str, Mapping[str, Any]], kept: Collection[str]) -> list[str]:
+    """Of the plans as many as `areas.COUNTS`, evenly along the front, and those that are kept in any case."""
+    dearest = sorted(plans, key=lambda arm: plans[arm]["true-macs"])
+    places = np.linspace(0, len(dearest) - 1, min(len(dearest), len(areas.COUNTS))).round()
+    chosen = {dearest[int(place)] for place in places} | set(kept)
+    return [arm for arm in plans if arm in chosen]
+
+
+def presets_of(
+    plans: Mapping[str, Mapping[str, Any]], steps: int, uncached: float
+) -> dict[str, str]:
+    """Preset -> the arm of the best schedule within its share of the arithmetic, by what the search says."""
+    found = {}
+    for name, share in PRESETS.items():
+        within = [
+            arm
+            for arm, plan in plans.items()
+            if is_schedule(plan, steps) and plan["true-macs"] <= share * uncached
+        ]
+        found[name] = min(within, key=lambda arm: plans[arm]["loss"])
+    return found
+
+
+def areas_of(
+    bed: Bed, arms: Mapping[str, Arm], plans: Mapping[str, Any], steps: int, pictures: int
+) -> dict[str, Any]:
+    """The area of the front and of its schedules, and each arm's error and share of the arithmetic."""
+    truth = bed.latents("truth", TRUTH, pictures)
+    spec = find_adapter(bed.pipe.transformer).spec(bed.pipe.transformer)
+    sets = {
+        SEARCHED: dict(arms),
+        areas.EVEN: areas.evenly_spread(spec, steps),
+        areas.PLAIN: areas.plain_steps(steps),
+    }
+    found = {name: areas.measured(bed, group, truth, steps) for name, group in sets.items()}
+    alone = {n: c for n, c in found[SEARCHED].items() if is_schedule(plans[n], steps)}
+    beside = {name: found[name] for name in (areas.EVEN, areas.PLAIN)}
+    return {
+        SEARCHED: areas.summed_up(found),
+        SCHEDULES: areas.summed_up({SCHEDULES: alone, **beside}),
+        "arms": {name: list(c.values) for group in found.values() for name, c in group.items()},
+    }
+
+
+def plot(found: Mapping[str, Any], path: Path) -> None:
     """The sets of each captions on the axes of the area."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(areas), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(areas), squeeze=False)[0]
-    for axis, (captions, area) in zip(axes, areas.items(), strict=True):
-        for style, (name, front) in zip(("o-", "s--", "x:"), area["fronts"].items(), strict=True):
+    figure = Figure(figsize=(4.6 * len(found), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    for axis, (captions, area) in zip(axes, found.items(), strict=True):
+        fronts = area[SEARCHED]["fronts"]
+        for style, (name, front) in zip(("o-", "s--", "x:"), fronts.items(), strict=True):
             axis.plot([row[2] for row in front], [row[1] for row in front], style, ms=4, label=name)
         axis.set(
             title=f"{captions} captions",
@@ -162,16 +196,33 @@ def plot(areas: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def ship(folder: Path, plans: Mapping[str, Any], presets: Mapping[str, str], target: Path) -> None:
+    """Write the presets and the ledger's summary into the package."""
+    for name, arm in presets.items():
+        copyfile(folder / FRONT / f"{plans[arm]['name']}.json", target / f"{name}.json")
+    summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    summary.pop("measured")
+    text = json.dumps(summary, indent=1, sort_keys=True) + "\n"
+    (target / "ledger" / "summary.json").write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Draw what is missing, compare, and write the result file and the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="the result of `fastdit search`")
+    parser.add_argument("--prompts", action="store_true", help="only write those of the search")
     parser.add_argument("--pictures", type=int, default=96, help="of each captions")
     parser.add_argument("--of-areas", type=int, help="pictures of the areas; as many if left out")
     parser.add_argument("--drawn", type=Path, default=Path("build/testbed"))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--ship", action="store_true", help="write fastdit/presets/tiny")
     options = parser.parse_args()
+    if options.prompts:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        texts = SUBJECTS["tiny"].training(PROMPTS)
+        (options.folder / "prompts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+        return
     of_areas = options.of_areas or options.pictures
     for name, count in (("--pictures", options.pictures), ("--of-areas", of_areas)):
         if count % BATCH:
@@ -182,27 +233,30 @@ def main() -> None:
     pipe = tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
-    beds = [Bed(pipe, captions, GUIDANCE, SIZE, options.drawn) for captions in CAPTIONS]
+    beds = [
+        Bed(pipe, captions, areas.GUIDANCE, areas.SIZE, options.drawn)
+        for captions in areas.CAPTIONS
+    ]
     spec = find_adapter(pipe.transformer).spec(pipe.transformer)
     front = front_of(options.folder, spec)
     arms = {name: arm for name, (arm, _) in front.items()}
-    whole = plain("euler", steps)
+    plans = {name: plan for name, (_, plan) in front.items()}
+    uncached = summary["uncached"]["true-macs"]
+    presets = presets_of(plans, steps, uncached)
+    if options.ship:
+        ship(options.folder, plans, presets, SHIPPED)
+    whole = dense(steps)
+    near = {n: front[n] for n in front if TIMED[0] <= plans[n]["true-macs"] / uncached <= TIMED[1]}
     clock = testbed.timed(
-        beds[0], {**arms, whole[0]: whole[1]}, options.folder / f"seconds-{SIZE}.json"
+        beds[0],
+        {**{name: arms[name] for name in near}, whole[0]: whole[1]},
+        options.folder / f"seconds-{areas.SIZE}.json",
     )
-    picks = picked(front, clock["seconds"], clock["seconds"][whole[0]])
+    picks = picked(near, clock["seconds"], clock["seconds"][whole[0]])
     chosen = {name: arms[name] for name in picks}
     others, beside = testbed.baselines(chosen, beds[0], clock["seconds"])
-    areas = {}
-    for bed in beds:
-        truth = bed.latents("truth", TRUTH, of_areas)
-        areas[bed.captions] = summed_up(
-            {
-                name: errors_of(bed, group, truth, steps, of_areas)
-                for name, group in sets_of(arms, spec, steps).items()
-            },
-            "truth",
-        )
+    some = {name: arms[name] for name in thinned(plans, {*picks, *presets.values()})}
+    found = {bed.captions: areas_of(bed, some, plans, steps, of_areas) for bed in beds}
     result = {
         "machine": clock["machine"],
         "steps": steps,
@@ -211,6 +265,7 @@ def main() -> None:
         "timed_batch": testbed.TIMED,
         "search": {
             "pictures": len(settings["prompts"]) * settings["images_per_prompt"],
+            "given": len(settings["given"]),
             "generations": summary["generations"],
             "population": settings["population"],
             "schedules": summary["schedules"],
@@ -218,14 +273,24 @@ def main() -> None:
             "orders": settings["orders"],
             "knobs": settings["knobs"],
         },
-        "areas": areas,
+        "areas": {
+            captions: {name: area[name] for name in (SEARCHED, SCHEDULES)}
+            for captions, area in found.items()
+        },
+        "presets": {
+            name: {
+                **{key: plans[arm][key] for key in ("key", "solver", "text")},
+                "errors": {captions: area["arms"][arm][0] for captions, area in found.items()},
+                "share": next(iter(found.values()))["arms"][arm][1],
+            }
+            for name, arm in presets.items()
+        },
         "study": "composed",
-        "unpatched": clock["seconds"][whole[0]],
+        "dense": clock["seconds"][whole[0]],
         "seconds": clock["seconds"],
-        "plans": {name: {"speedup": picks[name], **front[name][1]} for name in picks},
+        "plans": {name: {"speedup": picks[name], **plans[name]} for name in picks},
         "evaluations": {n: beds[0].arithmetic(arm) for n, arm in {**chosen, **others}.items()},
         "beside": beside,
-        "solvers": SOLVERS,
         "truth_steps": TRUTH.steps,
         "conditions": [
             testbed.judge(bed, chosen, others, beside, options.pictures, TRUTH.steps)
@@ -233,11 +298,14 @@ def main() -> None:
         ],
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(areas, options.plot)
-    for captions, area in areas.items():
-        for other, gain in area["gain"].items():
-            low, high = gain["interval"]
-            print(f"{captions}, over {other}: {gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]")
+    plot(result["areas"], options.plot)
+    for captions, area in result["areas"].items():
+        for name, one in area.items():
+            for other, gain in one["gain"].items():
+                low, high = gain["interval"]
+                print(
+                    f"{captions}, {name} over {other}: {gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
+                )
 
 
 if __name__ == "__main__":

@@ -53,20 +53,39 @@ class Shapes(Subject):
             one, two = (tiny.prompts(count, "test", objects, seed=7) for objects in (1, 2))
             return [(one, two)[i % 2][i // 2] for i in range(count)]
         rng = np.random.default_rng(5)
-        found = []
-        for index in range(count):
-            (a, b), (c, d) = (
-                rng.choice(list(names), 2) for names in (scenes.SHAPES, scenes.COLORS)
-            )
-            forms = f"a {a}", f"a {c} {a}", f"a {a} and a {b}", f"a {c} {a} and a {d} {b}"
-            found.append(forms[index % 4])
-        return found
+        return [_open_captions(rng)[index % 4] for index in range(count)]
+
+    def training(self, count: int) -> list[str]:
+        """These are so many prompts for searches and trainings, in turn a full one and two open ones.
+
+        None is among the first 96 that are held out. Those have every shape alone, so here open ones have the other
+        forms.
+
+        Raises:
+            ValueError: There are no so many, or they cannot be shared out.
+        """
+        if count % 6 or not 0 < count <= 24:
+            raise ValueError(f"count must be 6, 12, 18 or 24, got {count!r}")
+        full = [t for objects in (1, 2) for t in tiny.prompts(count // 6, "train", objects, seed=1)]
+        held, rng = set(self.prompts("open", 96)), np.random.default_rng(11)
+        found: list[str] = []
+        while len(found) < 2 * count // 3:
+            text = _open_captions(rng)[(1, 3, 2, 3)[len(found) % 4]]
+            if text not in held and text not in found:
+                found.append(text)
+        return [text for i, one in enumerate(full) for text in (one, *found[2 * i : 2 * i + 2])]
 
     def judge(self, picture: np.ndarray, text: str) -> tuple[bool, float]:
         found = find_objects(picture)[0]
         verdicts = tiny.score(picture[None], text).objects
         clean = bool(found) and all(one.shape for one in found)
         return clean, float(np.mean([one.right for one in verdicts]))
+
+
+def _open_captions(rng: np.random.Generator) -> tuple[str, ...]:
+    """One of each form: a shape, with its colour, two shapes, with theirs."""
+    (a, b), (c, d) = (rng.choice(list(names), 2) for names in (scenes.SHAPES, scenes.COLORS))
+    return f"a {a}", f"a {c} {a}", f"a {a} and a {b}", f"a {c} {a} and a {d} {b}"
 
 
 class Emoji(Subject):

@@ -11,7 +11,8 @@ solvers (of UniPC for RALU): of equal arithmetic, the most that take no longer, 
 own levels; of equal arithmetic alone for RAS.
 
 What is drawn is kept in the folder, so a run that was interrupted goes on, and more pictures are only added. Seconds
-are measured once for a study and kept there as well: with OMP_NUM_THREADS=1 they are the processor's.
+are measured once for a study and kept there as well: with OMP_NUM_THREADS=1 they are the processor's. Those of plain
+steps are patched with `Dense`, so all run on the same ops.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 import frechet
-from arms import SOLVERS, STUDIES, Arm, plain
+from arms import SOLVERS, STUDIES, Arm, dense, plain
 from bed import BATCH, TIMED, Bed
 from machine import describe_machine
 from paired import ratio, share
@@ -165,7 +166,7 @@ def judge(
 
 def timed(bed: Bed, arms: Mapping[str, Arm], path: Path) -> dict[str, Any]:
     """Seconds of a picture of all arms and of a few plain steps, kept in a file; all anew where an arm is new."""
-    arms = {**arms, **dict(plain(SOLVERS[0], steps) for steps in ENDS)}
+    arms = {**arms, **dict(dense(steps) for steps in ENDS)}
     known = json.loads(path.read_text()) if path.exists() else {"seconds": {}}
     if missing := set(arms) - set(known["seconds"]):
         print(f"timing {len(arms)} arms, {len(missing)} of them new", flush=True)
@@ -182,7 +183,6 @@ GROUPS = {
     "halves": "halves",
     "RAS, std": "std",
     "RAS, change": "change",
-    "ECAD": "ECAD",
 }
 
 

@@ -23,6 +23,7 @@ FACTS = {
     "calls": STEPS,
     "repeats": False,
     "schedulers": {"None": "FakeScheduler"},
+    "samplers": {"None": "FakeScheduler 0"},
 }
 GENOME = genome_of(FACTS)
 WORK = Work(tuple(f"prompt {i}" for i in range(6)), steps=STEPS)

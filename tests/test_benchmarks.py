@@ -233,6 +233,12 @@ def test_a_router_of_forecasts_meets_an_interval_at_equal_arithmetic(monkeypatch
     assert spent["unipc 4"] == spent["ab2 4"] == 4
     assert arms["some"].method(pipe, 8).forecasts
     assert not arms["some, repeated"].method(pipe, 8).forecasts
+    sweep = study.sweep_of("some", found, study.macs_of(pipe, 64), 8)
+    shares = [bed.arithmetic(arm) for arm in sweep.values()]
+    # What lies outside the blocks runs unless all of a step is drawn.
+    assert len(shares) == 5
+    for count, share in enumerate(shares, 3):
+        assert count <= share < 1.1 * count + 0.5
 
 
 def test_the_benchmark_of_training_counts_in_forwards(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import json
 import re
@@ -160,11 +161,52 @@ def test_what_is_said_of_kept_keys_is_what_was_measured():
     assert result["fresh over kept"]["0.25"]["high"] < 1.0
 
 
+def test_what_is_said_of_searched_plans_is_what_was_measured(readme):
+    """In the README and on ECAD's page."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "search-composed-cpu.json").read_text())
+    beaten = functools.partial(readme.composed_tables.beaten, result)
+    for speedup in (2, 3):
+        assert beaten("full", speedup)[1] == []
+    assert beaten("open", 2)[1] == ["ab2 13"]
+    (two,) = (name for name, plan in result["plans"].items() if plan["speedup"] == 2)
+    assert "ab2 13" in result["beside"][two]["more time"]
+    level = result["conditions"][1]["rows"][two]["against"]["ab2 13"]["error"]
+    assert level["low"] < 1.0 < level["high"]
+    assert {name.split()[0] for name in beaten("open", 3)[0]} == {"euler"}
+    assert not any(name.startswith("euler") for name in beaten("open", 3)[1])
+    for name, area in result["areas"]["full"].items():
+        assert all(gain["interval"][0] > 0 for gain in area["gain"].values()), name
+    for area in result["areas"]["open"].values():
+        low, high = area["gain"]["evenly spread steps with V"]["interval"]
+        assert low < 0 < high
+    searched, *others = result["areas"]["full"]["searched front"]["fronts"].values()
+    for other in others:
+        for _, error, share in other:
+            if 0.2 <= share <= 0.5:
+                assert min(row[1] for row in searched if row[2] <= share) < error
+    presets = result["presets"]
+    assert [preset["solver"] for preset in presets.values()] == ["recommended", "own", "own"]
+    fronts = result["areas"]["open"]["searched front"]["fronts"]
+    even = fronts["evenly spread steps with V"]
+    ahead = {
+        name: preset["errors"]["open"] < min(r[1] for r in even if r[2] <= preset["share"])
+        for name, preset in presets.items()
+    }
+    assert ahead == {"fast": False, "faster": True, "fastest": False}
+    summary = json.loads((ROOT / "fastdit/presets/tiny/ledger/summary.json").read_text())
+    dense = summary["uncached"]["true-macs"]
+    sparse = [p["true-macs"] / dense for p in summary["front"] if p["ratio"] < 1]
+    assert not any(0.1 <= share <= 0.8 for share in sparse)
+
+
 def test_no_router_of_forecasts_ships_since_each_loses(readme):
     result = json.loads((ROOT / "benchmarks" / "results" / "router-unipc.json").read_text())
-    rows = {row["arm"]: row for row in result["rows"]}
-    for name in result["routers"]:
-        assert rows[name]["against"]["unipc 20, every 2, V"]["low"] > 1.0
+    for found in result["captions"].values():
+        rows = {row["arm"]: row for row in found["rows"]}
+        for name in result["routers"]:
+            assert rows[name]["against"]["unipc 28, every 2, V"]["low"] > 1.0
+            gains = found["areas"][name]["gain"].values()
+            assert all(gain["interval"][1] < 0 for gain in gains)
     assert fastdit.HarmoniCa.preset("tiny").source.order == 0
     assert any("None ships" in line for line in readme.routed())
 

@@ -17,11 +17,10 @@ import pytest
 pytest.importorskip("pymoo")
 from pymoo.core.population import Population
 
-import search_front
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
 from fastdit.schedules.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, moves, seeds
-from fastdit.search.archive import Archive, Candidate
+from fastdit.search.archive import Archive
 from fastdit.search.evolve import LEDGER, evolve
 from fastdit.search.front import growth, hypervolume, non_dominated, on_axes
 from fastdit.search.genome import Genome
@@ -684,97 +683,6 @@ def test_result_folder(tmp_path):
     front = {tuple(drawn[index][:2]) for index in non_dominated(drawn[1:, :2]) + 1}  # not uncached
     assert front == {(point["loss"], point["macs"]) for point in summary["front"]}
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_presets_are_the_best_within_their_share_of_the_cost(tmp_path):
-    found = search(tmp_path)
-    picked = search_front.pick(found.front, 250.0)
-    assert picked
-    for name, candidate in picked.items():
-        share = {"fast": 1 / 3, "faster": 1 / 4, "fastest": 1 / 6}[name]
-        assert candidate.values[1] <= share * 250.0
-        assert not any(
-            c.values[1] <= share * 250.0 and c.values[0] < candidate.values[0] for c in found.front
-        )
-
-
-def test_shipped_presets_come_from_the_shipped_search():
-    """Each is the named front's best within its share, and its bits have the key that the summary tells."""
-    from fastdit import ECAD
-    from fastdit.methods.ecad import PRESETS
-
-    summary = json.loads((PRESETS / "tiny/ledger/summary.json").read_text())
-    kinds = BlockKind("transformer_blocks", 6, ("attn", "ff", "ff_context"), {(5, "ff_context")})
-    genome = Genome(ModelSpec("sd3", (kinds,)), summary["settings"]["steps"])
-    assert summary["generations"] >= 20
-    assert summary["settings"]["population"] == 24
-    for name, share in search_front.PRESETS.items():
-        key = genome.key(genome.vector(ECAD.preset("tiny", name).source))
-        within = [
-            point
-            for point in summary["front"]
-            if point["true-macs"] <= share * summary["uncached"]["true-macs"]
-        ]
-        assert min(within, key=lambda point: point["loss"])["key"] == key
-
-
-def test_random_mutants_are_as_many_as_the_search_measured(tmp_path):
-    found = search(tmp_path)
-    with closing(Ledger(tmp_path / "random.jsonl", {})) as ledger:
-        mutants = search_front.mutants_of(found, ledger, FakeWorkers(), WORK, SETTINGS)
-    assert len(mutants.seen) == found.generations[-1]["fresh"] == len(found.archive.seen)
-    seeds = {c.key for c in search_front.first_population(found)}
-    assert seeds < set(mutants.seen)
-
-
-def test_areas_grow_to_what_the_search_says(tmp_path):
-    settings = replace(SETTINGS, race=0)
-    found = search(tmp_path, settings)
-    said = search_front.area_by_generation(tmp_path / LEDGER)
-    assert said == [(g["fresh"], g["hypervolume"]) for g in found.generations]
-    seen, (first, _) = list(found.archive.seen.values()), said[0]
-    for count, area in said:
-        after = search_front.area_after(seen[:count], first, (250.0,))
-        assert after[0] == pytest.approx(said[0])
-        assert after[-1] == pytest.approx((count, area))
-    counts = [count for count, _ in search_front.area_after(seen, first, (250.0,))]
-    assert counts == [*range(first, len(seen), search_front.BATCH), len(seen)]
-
-
-def test_the_control_mutates_as_the_search_does():
-    rng = np.random.default_rng(9)
-    by_bits = search_front.mutation(GENOME, Operators(mutation_bits=3.0))
-    by_steps = search_front.mutation(GENOME, Operators.of("step"))
-    flipped, steps = [], []
-    for _ in range(400):
-        vector = seeds.fora(GENOME, 2)
-        by_bits(vector, rng)
-        flipped.append((vector != seeds.fora(GENOME, 2)).sum())
-        vector = seeds.fora(GENOME, 2)
-        by_steps(vector, rng)
-        steps.append((vector != seeds.fora(GENOME, 2)).reshape(STEPS, -1).any(axis=1))
-    assert math.isclose(np.mean(flipped), 3.0, rel_tol=0.1)
-    assert not np.array(steps)[:, 0].any()
-    assert np.array(steps)[:, 1:].any(axis=0).all()
-
-
-def test_comparison_against_the_closed_form(tmp_path):
-    """One schedule a set: the hypervolume is a rectangle, and so is that of every draw of the items."""
-
-    def alone(losses: list[float], cost: float) -> list[Candidate]:
-        vector = np.ones(1, dtype=bool)
-        return [Candidate("any", vector, tuple(losses), (np.mean(losses), cost), 1, True)]
-
-    sets = {"first": alone([0.2, 0.4], 2.0), "other": alone([0.3, 0.7], 2.0)}
-    found = search_front.compare(sets, (1.0,), (1.0, 4.0), logarithmic=False, resamples=400)
-    assert found["hypervolume"] == {
-        "first": pytest.approx(0.7 * 2),
-        "other": pytest.approx(0.5 * 2),
-    }
-    gain = found["gain"]["other"]
-    assert gain["value"] == pytest.approx(0.7 / 0.5 - 1)
-    # Draws of two items: both the first, both the second, or one of each.
-    assert gain["interval"] == [pytest.approx(0.8 / 0.7 - 1), pytest.approx(0.6 / 0.3 - 1)]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import zlib
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,14 +17,12 @@ import diffusers
 
 import fastdit
 import search_fakes
-import search_forecast
 from fastdit.cli.distance import relative_l2
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError, UnsupportedModelError
 from fastdit.schedules.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, moves, seeds, solution
-from fastdit.search.archive import Candidate
 from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import LEDGER, evolve
 from fastdit.search.front import on_axes
@@ -268,6 +268,45 @@ def test_a_ledger_from_before_there_were_orders_is_read(tmp_path):
         Ledger(tmp_path / LEDGER, {**identity, "orders": [0, 1]})
 
 
+def without(path, *names):
+    """A ledger whose first line does not say these, as an earlier version wrote it."""
+    header, rest = path.read_bytes().split(b"\n", 1)
+    entry = json.loads(header)
+    del entry["crc"]
+    for name in names:
+        del entry["identity"][name]
+    body = json.dumps(entry).encode()
+    path.write_bytes(body[:-1] + b',"crc":"%08x"}\n' % zlib.crc32(body) + rest)
+
+
+def test_a_ledger_whose_losses_were_averaged_otherwise_is_refused_by_name(tmp_path, monkeypatch):
+    search(tmp_path)
+    without(tmp_path / LEDGER, "judgement", "samplers")
+    with pytest.raises(
+        SearchError, match=r"judgement was {'mean': 'arithmetic'} and is .*geometri"
+    ):
+        search(tmp_path)
+    search(tmp_path / "new")
+    monkeypatch.setattr(solution, "STEPS", STEPS + 1)
+    with pytest.raises(SearchError, match=r"judgement was .*60} and is .*61}"):
+        search(tmp_path / "new")
+    # A mean of losses as they are is what an earlier search had.
+    paired = replace(WORK, quality="paired")
+    found = search(tmp_path / "paired", work=paired)
+    without(tmp_path / "paired" / LEDGER, "judgement", "samplers")
+    again = search(tmp_path / "paired", work=paired)
+    assert [c.key for c in again.front] == [c.key for c in found.front]
+
+
+def test_a_ledger_of_a_sampler_of_other_settings_is_refused_by_name(tmp_path, monkeypatch):
+    search(tmp_path)
+    facts = FakeForecasts().facts()
+    changed = {**facts, "samplers": {"None": "FakeScheduler 1"}}
+    monkeypatch.setattr(FakeForecasts, "facts", lambda self: changed)
+    with pytest.raises(SearchError, match=r"samplers was .*FakeScheduler 0.* and is .*Scheduler 1"):
+        search(tmp_path)
+
+
 def test_the_surrogate_tells_orders_apart():
     genome, workers = FakeForecasts.genome, FakeForecasts()
 
@@ -401,6 +440,18 @@ def test_a_whole_step_costs_nothing_and_its_file_runs_under_the_sampler(folder, 
     assert torch.equal(draw(pipeline, 6), by_file)
 
 
+def test_samplers_are_told_by_class_and_settings(folder):
+    """Also the pipeline's own, which a search names only as such."""
+
+    def own(shift, cls=diffusers.FlowMatchEulerDiscreteScheduler):
+        pipeline = load_pipeline(folder, "float32")
+        pipeline.scheduler = cls.from_config(pipeline.scheduler.config, shift=shift)
+        return Evaluator(lambda: pipeline, Work(PROMPTS, steps=3)).facts()["samplers"]["None"]
+
+    assert own(3.0) == own(3.0)
+    assert len({own(3.0), own(1.0), own(3.0, diffusers.FlowMatchHeunDiscreteScheduler)}) == 3
+
+
 def test_fewer_steps_of_heun_cost_their_calls(folder):
     evaluator = evaluator_of(folder, scheduler="FlowMatchHeunDiscreteScheduler", quality="truth")
     dense = evaluator.facts()["costs"]["macs"]
@@ -482,43 +533,3 @@ def test_the_command_searches_orders_under_a_sampler(folder, tmp_path):
         )
         assert refused.exit_code == 2
         assert message in " ".join(refused.output.split())
-
-
-# ---- what a front is worth
-
-
-def test_a_front_is_compared_up_to_the_worst_even_steps():
-    def one(errors, share):
-        vector = np.ones(1, dtype=bool)
-        return Candidate("any", vector, tuple(errors), (np.mean(errors), share), 1, True)
-
-    sets = {
-        search_forecast.SEARCHED: {"a": one([0.01, 0.01], 0.5), "b": one([0.02, 0.02], 0.6)},
-        search_forecast.EVEN: {"a": one([0.1, 0.1], 0.3), "b": one([0.02, 0.02], 0.5)},
-        search_forecast.PLAIN: {"a": one([0.01, 0.01], 0.75)},
-    }
-    found = search_forecast.summed_up(sets)
-    assert found["corner"] == pytest.approx(0.1)
-    areas = {"searched front": 1.0 * 0.5, "plain steps": 1.0 * 0.25}
-    areas["evenly spread steps with V"] = np.log10(5) * 0.5
-    assert found["hypervolume"] == {name: pytest.approx(area) for name, area in areas.items()}
-    for name, area in areas.items():
-        if name != "searched front":
-            gain = found["gain"][name]
-            assert gain["value"] == pytest.approx(0.5 / area - 1)
-            assert gain["interval"] == [pytest.approx(0.5 / area - 1)] * 2
-    assert [row[1:] for row in found["fronts"]["searched front"]] == [[0.01, 0.5]]
-
-
-def test_even_arms_draw_whole_steps_as_lines(tmp_path):
-    genome = Genome(SD3, 6, (0, 1))
-    (tmp_path / "front").mkdir()
-    genome.schedule(seeds.halves(genome, 1)).save(tmp_path / "front/01.json")
-    sets = search_forecast.arms_of(tmp_path, genome, 6)
-    assert len(sets[search_forecast.SEARCHED]) == 1
-    arm = sets[search_forecast.EVEN]["even 3 of 6, order 1"]
-    schedule = arm.method(None, 6).source
-    assert (arm.solver, arm.steps) == ("unipc", 6)
-    expected = genome.vector(Schedule.every(2, 1).bind(SD3, 6))
-    assert genome.key(genome.vector(schedule)) == genome.key(expected)
-    assert {arm.solver for arm in sets[search_forecast.PLAIN].values()} == {"unipc", "ab2"}

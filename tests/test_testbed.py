@@ -120,6 +120,40 @@ def test_a_baseline_takes_no_longer_and_has_the_arms_own_levels():
     np.testing.assert_allclose(pipe.scheduler.sigmas[:-1], wanted.sigmas[:-1][::2], rtol=1e-6)
 
 
+def test_what_is_done_once_after_a_patch_is_not_timed(tmp_path, monkeypatch):
+    """Nor is the patch; plain steps are timed on the same ops as all others."""
+    told = []
+
+    class Stand(beds.Bed):
+        def _patched(self, arm):
+            told.append(f"patch {arm.method(None, arm.steps).name}")
+            return self
+
+        def unpatch(self):
+            told.append("unpatch")
+
+        def _called(self, arm, arguments, texts, first):
+            told.append(f"draw {len(texts)}")
+
+    def now():
+        told.append("clock")
+        return float(told.count("draw 2"))
+
+    monkeypatch.setattr(beds.time, "process_time", now)
+    monkeypatch.setattr(beds.time, "perf_counter", now)
+    pipe = stock()
+    pipe.stock_scheduler = pipe.scheduler
+    bed = Stand(pipe, "open", 2.5, 64, tmp_path)
+    name, arm = arms.dense(4)
+    assert bed.seconds({name: arm}) == {name: 1 / 2}
+    once = ["patch Dense", "draw 2", "clock", "draw 2", "clock", "unpatch"]
+    assert told == once * beds.ROUNDS
+    told.clear()
+    clock = testbed.timed(bed, {}, tmp_path / "seconds.json")
+    assert set(clock["seconds"]) == {"euler 4", "euler 20"}
+    assert told.count("patch Dense") == 2 * beds.ROUNDS
+
+
 def test_the_controls_of_ralu_change_what_they_say(tmp_path):
     """Other noise draws other pictures; corners move the coarse tokens of a mixed stage and nothing else."""
     pipe = tiny.load_pipeline()

@@ -24,7 +24,8 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
         (
             "Plans searched on the model in the package at 64 x 64 pixels and guidance 2.5: a schedule whose reused "
             f"entries are drawn by order {orders}, RAS by `change` at {ratios} or none, {counts} steps, of Euler or "
-            f"UniPC; {search['generations']} generations of {search['population']} by whole steps, bred "
+            f"UniPC; {search['generations']} generations of {search['population']} by whole steps, begun with "
+            f"{search['given']} schedules of evenly spread steps and of an earlier, shorter search, bred "
             f"{search['surrogate']} generations ahead on a surrogate, {search['schedules']} plans judged by the "
             f"geometric mean of the distances to the solution on {search['pictures']} pictures of training prompts, a "
             "third of them full captions and the others open; drawn again from "
@@ -33,44 +34,89 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
             f"Heun's in {result['truth_steps']} steps, their means geometric. Hypervolume is the area between a set "
             f"and its corner, on the share of the arithmetic of {result['steps']} steps and the logarithm of the mean "
             "error; the corner is 1 and the worst error of evenly spread steps. Plain steps are of Euler and AB2 on "
-            "the trailing grid and of UniPC. 95 % bootstrap intervals over the prompts. "
-            "(`benchmarks/search_composed.py`)"
+            "the trailing grid and of UniPC, evenly spread ones of Euler and UniPC. The front's schedules are its "
+            f"plans of all {result['steps']} steps without RAS, as ECAD evolves them. 95 % bootstrap intervals over "
+            "the prompts. (`benchmarks/search_composed.py`)"
         ),
         "",
         "![distance over arithmetic](search-composed.png)",
-        *_areas(result),
+        *gains(result["areas"]),
+        *_fronts(result),
+        "",
+        *presets(result),
         *_plans(result, machine),
         *_verdicts(result),
     ]
 
 
-def _areas(result: Mapping[str, Any]) -> Iterator[str]:
-    """Hypervolumes, and the best of each set within a share of the arithmetic."""
-    areas = result["areas"]
-    others = next(iter(areas.values()))["gain"]
-    yield from ("", f"| hypervolume of the searched front over that of | {' | '.join(areas)} |")
-    yield "|---" * (1 + len(areas)) + "|"
-    for other in others:
-        cells = (_gain(area["gain"][other]) for area in areas.values())
-        yield f"| {other} | {' | '.join(cells)} |"
-    corners = ", ".join(f"{captions} {area['corner']:.3f}" for captions, area in areas.items())
+def gain(found: Mapping[str, Any]) -> str:
+    """How much more a set covers than another."""
+    low, high = found["interval"]
+    return f"{found['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
+
+
+def gains(areas: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Hypervolumes of sets over those of others; captions -> set -> its area."""
+    yield from ("", f"| hypervolume of | over that of | {' | '.join(areas)} |")
+    yield "|---" * (2 + len(areas)) + "|"
+    for name, first in next(iter(areas.values())).items():
+        for other in first["gain"]:
+            cells = (gain(area[name]["gain"][other]) for area in areas.values())
+            yield f"| {name} | {other} | {' | '.join(cells)} |"
+    corners = ", ".join(
+        f"{captions} {next(iter(area.values()))['corner']:.3f}" for captions, area in areas.items()
+    )
     yield from ("", f"The corners' errors: {corners}.")
-    for captions, area in areas.items():
-        names = " | ".join(area["fronts"])
-        yield from ("", f"| most arithmetic, {captions} captions | {names} |")
-        yield "|---" * (1 + len(area["fronts"])) + "|"
+
+
+def _whole(area: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The area of the whole front, which is named first."""
+    return next(iter(area.values()))
+
+
+def _within(front: list[list[Any]], share: float) -> str:
+    """The best of a front within a share of the arithmetic."""
+    within = [row for row in front if row[2] <= share + 1e-9]
+    best = min(within, key=lambda row: row[1], default=None)
+    return "-" if best is None else f"{best[1]:.4f} ({best[2]:.0%})"
+
+
+def _fronts(result: Mapping[str, Any]) -> Iterator[str]:
+    """The best of each set within a share of the arithmetic."""
+    for captions, area in result["areas"].items():
+        fronts = _whole(area)["fronts"]
+        yield from ("", f"| most arithmetic, {captions} captions | {' | '.join(fronts)} |")
+        yield "|---" * (1 + len(fronts)) + "|"
         for share in SHARES:
-            cells = []
-            for front in area["fronts"].values():
-                within = [row for row in front if row[2] <= share + 1e-9]
-                best = min(within, key=lambda row: row[1], default=None)
-                cells.append("-" if best is None else f"{best[1]:.4f} ({best[2]:.0%})")
+            cells = (_within(front, share) for front in fronts.values())
             yield f"| {share:.0%} | {' | '.join(cells)} |"
 
 
-def _gain(gain: Mapping[str, Any]) -> str:
-    low, high = gain["interval"]
-    return f"{gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
+def presets(result: Mapping[str, Any]) -> list[str]:
+    """The presets beside what needs no search."""
+    areas = {captions: _whole(area)["fronts"] for captions, area in result["areas"].items()}
+    _, *others = next(iter(areas.values()))
+    columns = [
+        f"{what}, {captions} captions" for captions in areas for what in ("distance", *others)
+    ]
+    lines = [
+        (
+            f"The presets, the front's best schedules within 1/2, 1/3 and 1/4 of the arithmetic of {result['steps']} "
+            "steps on the search's own pictures: their mean distances to the solution from held-out prompts, beside "
+            "the best of the others that cost no more."
+        ),
+        "",
+        f"| preset | solver | arithmetic | {' | '.join(columns)} |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for name, preset in result["presets"].items():
+        cells = []
+        for captions, fronts in areas.items():
+            cells.append(f"{preset['errors'][captions]:.4f}")
+            cells += [_within(fronts[other], preset["share"]) for other in others]
+        solver = SOLVERS[preset["solver"]]
+        lines.append(f"| {name} | {solver} | {preset['share']:.0%} | {' | '.join(cells)} |")
+    return lines
 
 
 def _plans(result: Mapping[str, Any], machine: str) -> Iterator[str]:
@@ -79,9 +125,9 @@ def _plans(result: Mapping[str, Any], machine: str) -> Iterator[str]:
         "",
         (
             f"At each speed-up, of the plans that take no more than that part of the time of {result['steps']} plain "
-            f"steps of Euler ({result['unpatched']:.3f} s a picture in batches of {result['timed_batch']}, parity "
-            f"alone; {machine}), the one that was best on the search's own pictures. Of its steps, x computes all, a "
-            "number draws all by that order, p computes a part."
+            f"steps of Euler on the same ops ({result['dense']:.3f} s a picture in batches of {result['timed_batch']}, "
+            f"of a pipeline that has drawn before; {machine}), the one that was best on the search's own pictures. Of "
+            "its steps, x computes all, a number draws all by that order, p computes a part."
         ),
         "",
         "| | solver | steps | RAS | evaluations | seconds | what the steps do |",
@@ -128,44 +174,46 @@ def _baselines(beside: Mapping[str, list[str]]) -> dict[str, list[str]]:
     return found
 
 
-def beaten(result: Mapping[str, Any], captions: str, speedup: int) -> tuple[int, int]:
-    """Of the baselines of a speed-up under some captions, (how many a plan beats, all of them).
+def beaten(result: Mapping[str, Any], captions: str, speedup: int) -> tuple[list[str], list[str]]:
+    """Of the baselines of a speed-up under some captions, (those that a plan beats, those that it does not).
 
     It beats one where the interval of the errors' ratio is below 1 and neither score nor clean pictures are fewer by
     an interval.
     """
     (condition,) = (c for c in result["conditions"] if c["captions"] == captions)
     (name,) = (n for n, plan in result["plans"].items() if plan["speedup"] == speedup)
-    names = _baselines(result["beside"][name])
-    won = 0
-    for other in names:
+    won: list[str] = []
+    lost: list[str] = []
+    for other, sides in _baselines(result["beside"][name]).items():
         found = condition["rows"][name]["against"][other]
         worse = found["clean"]["high"] < 0 or found["score"]["high"] < 0
-        won += found["error"]["high"] < 1 and not worse
-    return won, len(names)
+        beats = found["error"]["high"] < 1 and not worse
+        (won if beats else lost).append("AB2 on its own levels" if "nodes" in sides else other)
+    return won, lost
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
-    """What a page says of it: how many baselines a plan beats, and how much more the front covers."""
+    """What a page says of it: which baselines a plan beats, and how much more the front covers."""
     found = []
     for condition in result["conditions"]:
         captions = condition["captions"]
-        said = [
-            "at {}x {} of {}".format(speedup, *beaten(result, captions, speedup))
-            for speedup in sorted(plan["speedup"] for plan in result["plans"].values())
-        ]
+        said = []
+        for speedup in sorted(plan["speedup"] for plan in result["plans"].values()):
+            won, lost = beaten(result, captions, speedup)
+            but = f" (not {', '.join(lost)})" if won and lost else ""
+            said.append(f"at {speedup}x {len(won)} of {len(won) + len(lost)}{but}")
         found.append(f"on {captions} captions {' and '.join(said)}")
-    gains = (
-        f"{_gain(area['gain'][other])} over {other} on {captions} captions"
+    covered = (
+        f"{gain(over)} over {other} on {captions} captions"
         for captions, area in result["areas"].items()
-        for other in area["gain"]
+        for other, over in _whole(area)["gain"].items()
     )
     return [
         (
             "Everything was searched at once, and the best plans drawn again from held-out prompts. Of the plain "
-            "baselines of equal time or arithmetic, these many are farther from the solution than the plan, beyond "
+            "baselines of equal time or arithmetic, these are farther from the solution than the plan, beyond "
             "the interval, with clean pictures and score no better: "
-            f"{'; '.join(found)}. The hypervolume of the front differs by {'; '.join(gains)} "
-            "([the comparison](../results.md#composed-plans))."
+            f"{'; '.join(found)}. The hypervolume of the front differs by {'; '.join(covered)} "
+            "([the comparison](../results.md#searched-plans))."
         )
     ]

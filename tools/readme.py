@@ -30,7 +30,7 @@ from fastdit.adapters import adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COMPOSED = RESULTS / "search-composed-cpu.json"
+COMPOSED = "search-composed-cpu.json"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
 #: what stands between a begin marker and an end marker is written here
 SECTION = re.compile(
@@ -59,13 +59,9 @@ def results() -> list[str]:
     for path in RESULTS.glob("host-cpu.json"):
         lines += ["", "## Host time of a call", *_host(json.loads(path.read_text()))]
     lines += ["", "## Schedules like the published ones", *_ecad(_result("ecad-cpu.json"))]
-    lines += ["", "## Searched schedules", *_search(_result("search-cpu.json"))]
-    for path in RESULTS.glob("search-forecast-cpu.json"):
-        lines += ["", "## Searched forecasts", *_search_forecast(json.loads(path.read_text()))]
-    if COMPOSED.exists():
-        found = json.loads(COMPOSED.read_text())
-        lines += ["", "## Composed plans"]
-        lines += composed_tables.tables(found, _machine(found["machine"]))
+    found = _result(COMPOSED)
+    lines += ["", "## Searched plans"]
+    lines += composed_tables.tables(found, _machine(found["machine"]))
     lines += ["", "## Sparse steps on a CPU", *_ras(_result("ras-cpu.json"))]
     for path in RESULTS.glob("ralu-cpu.json"):
         lines += [
@@ -165,11 +161,6 @@ def _yes(able: Any) -> str:
     return "yes" if able else "no"
 
 
-def searched() -> list[str]:
-    """What the presets and the last search came to."""
-    return [*_presets(_result("search-cpu.json")), *_gains(_result("search-cpu.json"))]
-
-
 def noisy() -> list[str]:
     """What reuse does under a sampler that draws noise."""
     result = _result("noisy-sampler.json")
@@ -208,15 +199,6 @@ def sums() -> list[str]:
     return lines
 
 
-def composed() -> list[str]:
-    """What plans are worth that were searched over everything at once."""
-    if not COMPOSED.exists():
-        return [
-            "What such a search finds was not yet judged on held-out prompts, so nothing of it ships."
-        ]
-    return composed_tables.sentences(json.loads(COMPOSED.read_text()))
-
-
 def routed() -> list[str]:
     """Routers less the intervals that cost as much."""
     lines: list[str] = []
@@ -239,16 +221,21 @@ def routed() -> list[str]:
 
 def _beside_every(result: dict[str, Any]) -> list[str]:
     """A sentence on routers of forecasts."""
-    found = []
-    for name in result["routers"]:
-        row = next(row for row in result["rows"] if row["arm"] == name)
-        found.append(f"{name} {_ratio(next(iter(row['against'].values())))}")
+    halves, gains = [], []
+    for captions, found in result["captions"].items():
+        for name in result["routers"]:
+            row = next(row for row in found["rows"] if row["arm"] == name)
+            ratio = _ratio(next(iter(row["against"].values())))
+            halves.append(f"{name} {ratio} on {captions} captions")
+            gain = composed_tables.gain(next(iter(found["areas"][name]["gain"].values())))
+            gains.append(f"{name} {gain} on {captions} captions")
     sampler, order = _sampler(result), result["order"]
     return [
         (
             f"For {result['steps']} steps of {sampler} and order {order}, at the arithmetic of "
             f"`Cached(Schedule.every(2), order={order})`, trained routers are so many times as far from the solution "
-            f"as that: {', '.join(found)}. None ships "
+            f"as that: {', '.join(halves)}. The hypervolume of their sweeps, over that of whole steps evenly spread "
+            f"and drawn by order 1: {', '.join(gains)}. None ships "
             f"([the results](../results.md#routers-for-{sampler.lower()}s-sampler))."
         )
     ]
@@ -288,14 +275,6 @@ def kernels() -> list[str]:
     return lines
 
 
-LABELS = {
-    "searched front": "the search",
-    "without the surrogate": "the search without the surrogate",
-    "seeds": "its seeds",
-    "random mutants": "as many random mutants of them",
-    "evenly spread steps": "every number of whole steps, evenly spread",
-}
-
 METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "dense": {"measured": functools.partial(gpu_tables.measured, "dense")},
     "cached": {
@@ -307,8 +286,8 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     },
     "ecad": {
         "arguments": functools.partial(arguments, "ECAD"),
-        "composed": composed,
-        "measured": searched,
+        "composed": lambda: composed_tables.sentences(_result(COMPOSED)),
+        "measured": lambda: composed_tables.presets(_result(COMPOSED)),
     },
     "harmonica": {"arguments": functools.partial(arguments, "HarmoniCa"), "measured": routed},
     "ras": {
@@ -475,155 +454,6 @@ def _ecad(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _search(result: dict[str, Any]) -> list[str]:
-    """The tables of `search_front.py`."""
-    lines = [
-        "",
-        (
-            f"Schedules searched on the model in the package: {result['generations']} generations of "
-            f"{result['population']} by whole steps, bred {result['surrogate']} generations ahead on a surrogate, "
-            f"{result['schedules']} schedules judged by the distance to "
-            f"the unpatched picture on {result['search_pictures']} pictures; drawn again on "
-            f"{result['pictures']} pictures of held-out prompts with other noise, looked at once. "
-            "Hypervolume is the area between a set and the corner of the plot, at the uncached cost and the worst "
-            "seed's distance; 95 % bootstrap intervals. The logarithm was decided on before the search was run; the "
-            "other two readings are of the distance itself. (`benchmarks/search_front.py`)"
-        ),
-        "",
-        "![distance over arithmetic](search.png)",
-        "",
-        *_gains(result)[1:],
-    ]
-    lines += _searches(result)
-    for search in (*_result("search-earlier-cpu.json")["searches"], result):
-        if "area after schedules" in search:
-            lines += _search_growth(search)
-    return [*lines, "", *_presets(result)]
-
-
-def _search_forecast(result: dict[str, Any]) -> list[str]:
-    """The tables of `search_forecast.py`."""
-    lines = [
-        "",
-        (
-            f"Schedules of {result['steps']} steps under UniPC with orders 0 and 1, searched on the model in the "
-            f"package at 64 x 64 pixels and guidance 2.5: {result['generations']} generations of "
-            f"{result['population']} by whole steps, bred {result['surrogate']} generations ahead on a surrogate, "
-            f"{result['schedules']} schedules judged by the distance to the solution on {result['search_pictures']} "
-            "pictures of training prompts; drawn again on "
-            f"{result['pictures']} held-out prompts, half of them full, half open. Errors are relative distances of "
-            "latents to Heun's in 60 steps. Hypervolume is the area between a set and its corner, on the share of the "
-            "unpatched run's arithmetic and the logarithm of the mean error; the corner is 1 and the worst error of "
-            f"evenly spread steps, {result['corner']:.3f}; 95 % bootstrap intervals over the prompts. "
-            "(`benchmarks/search_forecast.py`)"
-        ),
-        "",
-        "| hypervolume of the searched front over that of | |",
-        "|---|---|",
-    ]
-    lines += [f"| {other} | {_gain(gain)} |" for other, gain in result["gain"].items()]
-    lines += ["", "| most arithmetic | " + " | ".join(result["fronts"]) + " |"]
-    lines.append("|---|" + "---|" * len(result["fronts"]))
-    for share in (0.25, 0.35, 0.5, 0.65, 0.8, 1.0):
-        cells = []
-        for front in result["fronts"].values():
-            within = [row for row in front if row[2] <= share + 1e-9]
-            best = min(within, key=lambda row: row[1], default=None)
-            cells.append("-" if best is None else f"{best[1]:.4f} ({best[2]:.0%})")
-        lines.append(f"| {share:.0%} | {' | '.join(cells)} |")
-    return lines
-
-
-def _gains(result: dict[str, Any]) -> list[str]:
-    """How much more the searched front covers than others, in each reading of the loss."""
-    areas = result["areas"]
-    lines = [
-        "",
-        f"| hypervolume of the searched front over that of | {' | '.join(areas)} |",
-        "|---" * (1 + len(areas)) + "|",
-    ]
-    for other in next(iter(areas.values()))["gain"]:
-        cells = [_gain(area["gain"][other]) for area in areas.values()]
-        lines.append(f"| {LABELS[other]} | {' | '.join(cells)} |")
-    return lines
-
-
-def _presets(result: dict[str, Any]) -> list[str]:
-    """The presets beside what needs no search."""
-    lines = [
-        "The presets, beside the best grid of fixed intervals and the most plain steps that cost no more:",
-        "",
-        "| preset | arithmetic | distance to unpatched | fixed intervals | plain steps |",
-        "|---|---|---|---|---|",
-    ]
-    for name, preset in result["presets"].items():
-        rivals = []
-        for group in ("FORA", "fewer steps"):
-            within = [
-                row
-                for row in result["baselines"]
-                if row["group"] == group and row["cost"] <= preset["cost"] + 1e-9
-            ]
-            best = min(within, key=lambda row: row["loss"])
-            rivals.append(f"{best['loss']:.3f} ({best['name']}, {best['cost']:.0%})")
-        lines.append(
-            f"| {name} | {preset['cost']:.0%} | {preset['loss']:.3f} | {' | '.join(rivals)} |"
-        )
-    return lines
-
-
-def _searches(result: dict[str, Any]) -> list[str]:
-    """All searches that were compared, those before on pictures that others were compared on where not said."""
-    lines = [
-        "",
-        "All searches compared so far, in the logarithmic loss; `fresh` pictures were looked at once:",
-        "",
-        "| generations | on a surrogate | schedules | judged on | held-out pictures | over its seeds | over mutants |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for search in (*_result("search-earlier-cpu.json")["searches"], result):
-        gain = search["areas"]["logarithmic loss"]["gain"]
-        cells = [_gain(gain[name]) for name in ("seeds", "random mutants")]
-        ahead = f"{search['surrogate']} ahead" if search["surrogate"] else "no"
-        ahead += f", {search['note']}" if "note" in search else ""
-        lines.append(
-            f"| {search['generations']} | {ahead} | {search['schedules']} | {search['search_pictures']} | "
-            f"{search['pictures']}{', fresh' if 'held_out' in search else ''} | "
-            f"{' | '.join(cells)} |"
-        )
-    return lines
-
-
-def _gain(gain: dict[str, Any]) -> str:
-    low, high = gain["interval"]
-    return f"{gain['value']:+.1%} [{low:+.1%}, {high:+.1%}]"
-
-
-def _search_growth(search: dict[str, Any]) -> list[str]:
-    """Areas after so many schedules: of each the last count that does not exceed it; "-" beyond a set's end."""
-    areas = search["area after schedules"]
-    last = max(count for count, _ in areas["searched front"])
-    counts = [count for count in (100, 200, 400, 800) if count < last] + [last]
-    lines = [
-        "",
-        (
-            f"Hypervolume on the {search['search_pictures']} pictures of the search of {search['schedules']} "
-            "schedules, after as many of them:"
-        ),
-        "",
-        f"| {' | '.join(['', *map(str, counts)])} |",
-        "|---" * (1 + len(counts)) + "|",
-    ]
-    for name, rows in areas.items():
-        end = rows[-1][0]
-        cells = [
-            f"{max(area for count, area in rows if count <= wanted):.3f}" if wanted <= end else "-"
-            for wanted in counts
-        ]
-        lines.append(f"| {LABELS.get(name, name)} | {' | '.join(cells)} |")
-    return lines
-
-
 def _spread(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f}x {_range(ratio['range'])}"
 
@@ -767,27 +597,33 @@ def _solver_routers(result: dict[str, Any]) -> list[str]:
         f"{name}: {one['epochs']} trajectories of {one['batch']}"
         for name, one in result["routers"].items()
     )
-    beside = next(list(row["against"]) for row in result["rows"] if "against" in row)
     lines = [
         "",
         (
             f"Routers trained on the model in the package for {result['steps']} steps of {_sampler(result)} and "
             f"forecasts of order {result['order']}, tau {result['tau']:g}, half of the arithmetic ({told}); "
-            f"{result['size']} pixels, guidance {result['guidance']:g}, {result['prompts']} held-out prompts. Distance "
-            f"to the solution, whose own error is {result['truth']:.4f}, and ratios of it to those of fixed intervals "
-            "and plain solvers: geometric means with 95 % bootstrap intervals, above 1 where the router is farther off "
-            "(`benchmarks/router_study.py`)."
+            f"{result['size']} pixels, guidance {result['guidance']:g}, {result['prompts']} held-out prompts of each "
+            "captions. Distance to the solution, and ratios of it to those of fixed intervals and plain solvers: "
+            "geometric means with 95 % bootstrap intervals, above 1 where the router is farther off. Hypervolume is as "
+            "[above](#searched-plans), of a router at many shares of the arithmetic (`benchmarks/router_study.py`)."
         ),
-        "",
-        "| | evaluations | median distance | " + " | ".join(f"to {b}" for b in beside) + " |",
-        "|---|---|---|" + "---|" * len(beside),
     ]
-    for row in result["rows"]:
-        cells = [_ratio(row["against"][b]) if "against" in row else "" for b in beside]
-        lines.append(
-            f"| {row['arm']} | {row['evaluations']:.1f} | {row['median']:.4f} | {' | '.join(cells)} |"
-        )
-    return lines
+    for captions, found in result["captions"].items():
+        beside = next(list(row["against"]) for row in found["rows"] if "against" in row)
+        lines += [
+            "",
+            f"On {captions} captions; the solution's own error is {found['truth']:.4f}:",
+            "",
+            "| | evaluations | median distance | " + " | ".join(f"to {b}" for b in beside) + " |",
+            "|---|---|---|" + "---|" * len(beside),
+        ]
+        for row in found["rows"]:
+            cells = [_ratio(row["against"][b]) if "against" in row else "" for b in beside]
+            lines.append(
+                f"| {row['arm']} | {row['evaluations']:.1f} | {row['median']:.4f} | {' | '.join(cells)} |"
+            )
+    areas = {captions: found["areas"] for captions, found in result["captions"].items()}
+    return [*lines, *composed_tables.gains(areas)]
 
 
 def _sampler(result: dict[str, Any]) -> str:

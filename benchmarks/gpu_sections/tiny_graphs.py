@@ -28,7 +28,7 @@ def graphs(place: Place) -> None:
         "every(2), order 1": (length, [fastdit.Cached(Schedule.every(2), order=1)]),
         "RAS 0.5": (length, [fastdit.RAS(ratio=0.5)]),
         "RAS 0.5 + every(2)": (length, [fastdit.RAS(ratio=0.5), every]),
-        "ECAD fast": (20, [fastdit.ECAD.preset("tiny", "fast")]),
+        "ECAD faster": (28, [fastdit.ECAD.preset("tiny", "faster")]),
         "RALU sd3-2x": (20, [fastdit.RALU.preset("sd3-2x", selector="gradient")]),
     }
     if place.order.quick:

@@ -159,11 +159,12 @@ class Method:
     def check_steps(self, steps: int) -> None:
         """It refuses a number of steps that it does not fit, when a run starts."""
 
-    def check_sampler(self, noise: str) -> None:
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
         """It refuses a sampler that it does not fit, when a pipeline is patched and when a run starts.
 
         Args:
             noise: What makes the sampler draw noise at each step; "" for one that draws none.
+            scheduler: The scheduler's class when a run starts; "" before, when there may still come another.
         """
 
     def check(self, spec: ModelSpec) -> None:

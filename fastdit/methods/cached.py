@@ -6,6 +6,7 @@ What is cached is the component's raw output, before the gate: the current step'
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +81,18 @@ class Cached(Method):
     def forecasts(self) -> bool:
         return self.source.forecasts
 
-    def check_sampler(self, noise: str) -> None:
-        """What is reused is of a picture with other noise."""
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
+        """What is reused is of a picture with other noise; a searched schedule knows its sampler."""
         check_noise(self, noise)
+        made_for = (
+            self.source.provenance.get("scheduler") if isinstance(self.source, Schedule) else None
+        )
+        if made_for and scheduler not in ("", made_for):
+            warnings.warn(
+                f"the schedule was searched under {made_for}, this run has {scheduler}: it runs, but how far its "
+                "pictures are then from the solution is not known",
+                stacklevel=2,
+            )
 
     def check(self, spec: ModelSpec) -> None:
         """The schedule must have the model's block kinds, counts and components."""

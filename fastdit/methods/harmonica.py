@@ -95,7 +95,7 @@ class HarmoniCa(Method):
     def forecasts(self) -> bool:
         return self.adapts or (self.source.order if self.order is None else self.order) > 0
 
-    def check_sampler(self, noise: str) -> None:
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
         """A router that was trained for a sampler knows its noise; drawn outputs under unlike noise lie on no line."""
         trained = self.source.conditions
         known = self.strict and noise in (trained.scheduler, trained.noise)

@@ -67,9 +67,9 @@ class PerStage(Method):
     def forecasts(self) -> bool:
         return any(method.forecasts for method in self._given())
 
-    def check_sampler(self, noise: str) -> None:
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
         for method in self._given():
-            method.check_sampler(noise)
+            method.check_sampler(noise, scheduler)
 
     def check(self, spec: ModelSpec) -> None:
         for method in self._given():

@@ -307,7 +307,7 @@ class RAS(Method):
             found.append(0 if dense else min(max(count, 0), tokens - 1))
         return found
 
-    def check_sampler(self, noise: str) -> None:
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
         """The velocities that tokens keep are of a picture with other noise."""
         check_noise(self, noise)
 

@@ -130,10 +130,10 @@ class Patched:
         """This gives the method that decides a field of the plan; None where none does."""
         return next((method for method in self.methods if field in method.writes), None)
 
-    def check_sampler(self, noise: str) -> None:
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
         """This refuses a sampler that a method does not fit, see :meth:`Method.check_sampler`."""
         for method in self.methods:
-            method.check_sampler(noise)
+            method.check_sampler(noise, scheduler)
 
     def plan(
         self, steps: int, partial: tuple[bool, ...] = (), timesteps: Timesteps | None = None

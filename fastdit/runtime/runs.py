@@ -159,7 +159,8 @@ class Runs:
                 f"{resolution.name} takes its steps from the pipeline's scheduler, but this is no call of its run"
             )
         if timesteps is not None:
-            patched.check_sampler(noise_of(timesteps.scheduler))
+            leading = timesteps.scheduler
+            patched.check_sampler(noise_of(leading), type(leading).__name__)
         planned = OPEN_STEPS if steps is None else steps
         full = planned
         if resolution is not None:

@@ -182,6 +182,9 @@ class Evaluator:
             "schedulers": {
                 str(name): type(scheduler).__name__ for name, scheduler in self._schedulers.items()
             },
+            "samplers": {
+                str(name): sampler_of(scheduler) for name, scheduler in self._schedulers.items()
+            },
         }
 
     def measure(self, task: Task) -> dict[str, Any]:
@@ -339,6 +342,13 @@ def genome_of(
     ]
     spec = ModelSpec(facts["family"], tuple(kinds))
     return Genome(spec, facts["calls"], orders, facts["repeats"], knobs)
+
+
+def sampler_of(scheduler: Any) -> str:
+    """A scheduler's class, and a hash of its settings."""
+    settings = {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")}
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return f"{type(scheduler).__name__} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def fingerprint(transformer: Any) -> str:

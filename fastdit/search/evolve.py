@@ -24,7 +24,7 @@ from fastdit.search.front import corner, hypervolume, on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
-from fastdit.search.quality import is_logarithmic, is_of_latents
+from fastdit.search.quality import is_logarithmic, is_of_latents, judgement
 from fastdit.search.seeds import default_population, evenly_spread_steps, first_population
 from fastdit.search.surrogate import propose
 from fastdit.search.workers import Workers
@@ -130,7 +130,9 @@ def identity(
         **work.described(),
         **described,
         "given": [schedule.sha256 for schedule in seeds],
+        "judgement": judgement(work.quality),
         "model": facts["model"],
+        "samplers": facts["samplers"],
     }
 
 

@@ -36,7 +36,10 @@ EARLIER = {
     "orders": [0],
     "scheduler": None,
     "knobs": {"steps": [], "ratios": [1.0], "solvers": []},
+    "judgement": {"mean": "arithmetic"},
 }
+#: where a ledger says nothing of it, it may have been anything
+UNSAID = ("samplers",)
 MAX_FILE_BYTES = 1 << 30
 _SEAL = re.compile(rb',"crc":"([0-9a-f]{8})"}$')
 _NUMBER = (int, float)
@@ -98,7 +101,7 @@ class Ledger:
         elif known["candidates"] != facts["candidates"]:
             raise SearchError(
                 f"{self.path}: generation {number} has other candidates than when it was written; "
-                "was it made by another version of pymoo or numpy?"
+                "was it made by another version of fastdit, pymoo or numpy?"
             )
         self.generations[number] = {"generation": number, **facts}
 
@@ -150,7 +153,8 @@ class Ledger:
             )
         self._unsealed = entry["version"] == UNSEALED
         found = entry["identity"]
-        found, own = {**EARLIER, **found}, {**EARLIER, **self.identity}
+        unsaid = {name: self.identity[name] for name in UNSAID if name in self.identity}
+        found, own = {**EARLIER, **unsaid, **found}, {**EARLIER, **self.identity}
         if different := sorted(name for name in {*found, *own} if found.get(name) != own.get(name)):
             name = min(different, key=lambda each: len(repr(own.get(each))))
             raise SearchError(

@@ -21,6 +21,7 @@ import numpy as np
 
 from fastdit.cli.distance import relative_l2
 from fastdit.errors import ArgumentError
+from fastdit.search import solution
 from fastdit.search.front import TINY
 from fastdit.search.local_models import eight_bits, require_files
 
@@ -171,6 +172,12 @@ def average(quality: str | Quality, losses: Sequence[float]) -> float:
     if not is_geometric(quality):
         return float(np.mean(losses))
     return float(np.exp(np.log(np.maximum(losses, TINY)).mean()))
+
+
+def judgement(quality: str | Quality) -> dict[str, Any]:
+    """These decide a loss beside the judge's name, as JSON data: how it is averaged, the steps of the solution."""
+    found: dict[str, Any] = {"mean": "geometric" if is_geometric(quality) else "arithmetic"}
+    return {**found, "solution": solution.STEPS} if is_of_latents(quality) else found
 
 
 def _says(quality: str | Quality, what: str) -> bool:
