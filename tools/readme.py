@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COMPOSED = "search-composed-cpu.json"
 TINY = ROOT / "fastdit" / "tiny" / "assets" / "training.json"
+EMOJI = TINY.parents[2] / "emoji" / "assets" / "training.json"
 #: what stands between a begin marker and an end marker is written here
 SECTION = re.compile(
     r"(<!-- begin (\w+): written by tools/readme\.py, do not edit -->\n).*?(<!-- end -->)",
@@ -91,7 +92,8 @@ def results() -> list[str]:
         ]
     for path in RESULTS.glob("train-cpu.json"):
         lines += ["", "## Training a router", *_training(json.loads(path.read_text()))]
-    return [*lines, "", "## The model in the package", *_tiny(json.loads(TINY.read_text()))]
+    lines += ["", "## The models in the package", *_tiny(json.loads(TINY.read_text()))]
+    return [*lines, *_emoji(json.loads(EMOJI.read_text()))]
 
 
 def support(folder: str) -> list[str]:
@@ -728,7 +730,7 @@ def _tiny(facts: dict[str, Any]) -> list[str]:
     return [
         "",
         (
-            f"The model in the package, on {one['prompts']} held-out prompts of each kind at its "
+            f"The first model, on {one['prompts']} held-out prompts of each kind at its "
             "default settings: share of objects drawn as the prompt says (`fastdit.tiny.score`). The "
             "default guidance was chosen on other draws from the same held-out scenes, so the two "
             "sets overlap in part."
@@ -740,6 +742,27 @@ def _tiny(facts: dict[str, Any]) -> list[str]:
             f"| {name} | {row['shape_and_color']:.1%} | {row['size']:.1%} | {row['place']:.1%} | "
             f"{row['background']:.1%} | {row['chance']:.1%} |"
             for name, row in (("one object", one), ("two objects", two))
+        ),
+    ]
+
+
+def _emoji(facts: dict[str, Any]) -> list[str]:
+    """What the second embedded model can do."""
+    rows = [facts["measured"][f"objects_{count}"] for count in (1, 2, 3)]
+    return [
+        "",
+        (
+            f"The second model, which `fastdit demo` draws with, on {rows[0]['prompts']} held-out prompts of one, two "
+            "and three emoji each at its default settings (`fastdit.emoji.score`); a picture is clean that shows emoji "
+            "without doubt and nothing else."
+        ),
+        "",
+        "| scenes | emoji | style | size | place | clean | chance |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {row['mean']:.1%} | {row['style']:.1%} | {row['size']:.1%} | {row['place']:.1%} | "
+            f"{row['clean']:.1%} | {row['chance']:.1%} |"
+            for name, row in zip(("one emoji", "two", "three"), rows, strict=True)
         ),
     ]
 

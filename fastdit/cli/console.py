@@ -117,7 +117,7 @@ def _meaning(comparison: Comparison, judged: bool) -> str:
     text = MEANING.format(timed=_timed(calls, "each"))
     text += " Compute is the share of the transformer's multiply-accumulates."
     if judged:
-        text += " Right: how many of the objects named have their shape and colour."
+        text += " Right: how many of the objects named are there as named."
     return text
 
 

@@ -83,7 +83,7 @@ class Picture:
         image: [h, w, 3], float in [0, 1].
         seconds: Of each timed call.
         psnr, relative_l2: Against the unpatched picture; see `distance.py`.
-        right: (objects with the right shape and colour, objects named); None if nobody judged.
+        right: (objects that are there as named, objects named); None if nobody judged.
         stages: The picture at the end of each stage with its tokens outlined; none for a run in no stages.
     """
 
