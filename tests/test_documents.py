@@ -188,11 +188,12 @@ def test_what_is_said_of_searched_plans_is_what_was_measured(readme):
     assert [preset["solver"] for preset in presets.values()] == ["recommended", "own", "own"]
     fronts = result["areas"]["open"]["searched front"]["fronts"]
     even = fronts["evenly spread steps with V"]
-    ahead = {
-        name: preset["errors"]["open"] < min(r[1] for r in even if r[2] <= preset["share"])
+    beside = {
+        name: preset["errors"]["open"] / min(r[1] for r in even if r[2] <= preset["share"] + 0.01)
         for name, preset in presets.items()
     }
-    assert ahead == {"fast": False, "faster": True, "fastest": False}
+    assert beside["faster"] < 0.95
+    assert min(beside["fast"], beside["fastest"]) > 1.05
     summary = json.loads((ROOT / "fastdit/presets/tiny/ledger/summary.json").read_text())
     dense = summary["uncached"]["true-macs"]
     sparse = [p["true-macs"] / dense for p in summary["front"] if p["ratio"] < 1]
