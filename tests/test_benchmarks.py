@@ -141,16 +141,20 @@ def test_roofline_counts_what_public_models_cost(tmp_path):
     """
     done = run("roofline.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"\| ([^|]+) \| (stock|dense) \| ([\d.]+) \| ([\d.]+) ", done.stdout)
+    rows = re.findall(
+        r"\| ([^|]+) \| (stock|dense) \| ([\d.]+) \| [\d,]+ \| ([\d.]+) ", done.stdout
+    )
     found = {(model, step): (float(tflop), float(gb)) for model, step, tflop, gb in rows}
     counted = {
         "FLUX.1-dev 1024": (74.4, 143.8),
-        "SD3 medium 1024": (17.8, 26.4),
-        "SD3.5 large 1024": (62.2, 122.2),
+        # Less the 1.3 and 3.3 GB of views behind products, which those traces took for copies.
+        "SD3 medium 1024": (17.8, 26.4 - 1.3),
+        "SD3.5 large 1024": (62.2, 122.2 - 3.3),
         "PixArt-Sigma 1024": (13.3, 19.7),
         "DiT-XL/2 512": (2.10, 4.34),
     }
-    assert {model for model, _ in found} == set(counted)
+    uncounted = {"Lumina-Next 1024", "Qwen-Image 1024"}
+    assert {model for model, _ in found} == set(counted) | uncounted
     for model, (tflop, gb) in counted.items():
         assert found[model, "dense"][0] == pytest.approx(tflop, rel=0.01), model
         assert found[model, "stock"][1] == pytest.approx(gb, rel=0.01), model

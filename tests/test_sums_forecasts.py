@@ -20,7 +20,17 @@ from fastdit.schedules.collapse import find_sums, passes
 from fastdit.schedules.plan import plan_run
 from oracle import Oracle
 from test_cached import as_double
-from test_sums import KIND, PARTS, banded, calls, change_inputs, check_through_change, model_of, ran
+from test_sums import (
+    KIND,
+    PARTS,
+    banded,
+    calls,
+    change_inputs,
+    check_through_change,
+    model_of,
+    prompt,
+    ran,
+)
 
 
 def orders_like(bits, seed):
@@ -183,7 +193,7 @@ def test_sums_take_the_place_of_outputs():
     handle = patched(model, bits, orders)
     said = handle.explain(steps=12, batch=2, cfg=False, height=64, width=128, text_tokens=5)
     assert said.collapse == "3 times 15 outputs are kept as 3 sums"
-    x, text = 2 * 32 * model.inner_dim * 4, 2 * 5 * model.inner_dim * 4
+    x, text = 2 * 32 * model.inner_dim * 4, 2 * prompt(6) * model.inner_dim * 4
     assert said.cache_bytes == 2 * (3 * x + 2 * 2 * model.inner_dim * 4) + text
     seen = []
     list(ran(handle, model, inputs, seen, grid(12)))
@@ -298,9 +308,8 @@ def test_a_loop_that_tells_one_sigma_twice_has_none_either():
             handle.advance()
     for actual, wanted in zip(found, expected, strict=True):
         assert distance(actual, wanted) <= FORWARD_FP64
-    assert max(seen) == 2 * 12 * inputs[0]["hidden_states"][
-        0, 0
-    ].numel() // 4 * model.inner_dim * 8 + (5 * model.inner_dim * 8)
+    tokens = inputs[0]["hidden_states"][0, 0].numel() // 4
+    assert max(seen) == (2 * 12 * tokens + prompt(5)) * model.inner_dim * 8
 
 
 def test_reference_adds_each_forecast_by_itself():
@@ -346,5 +355,5 @@ def test_a_lower_precision_halves_sums_of_forecasts_too():
     for actual, wanted in zip(ran(handle, model, inputs, seen, grid(9)), exact, strict=True):
         assert 0 <= distance(actual, wanted) < 0.02
     said = handle.explain(steps=9, cfg=False, height=64, width=128, text_tokens=5)
-    x, others = 32 * model.inner_dim * 2, (2 * 2 + 5) * model.inner_dim * 4
+    x, others = 32 * model.inner_dim * 2, (2 * 2 + prompt(5)) * model.inner_dim * 4
     assert max(seen) == said.cache_bytes == 2 * 3 * x + others
