@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -172,14 +173,25 @@ def test_signatures_are_few(name, method, tapes):
     assert len(set(branches)) == CALLS.get(name, 1)
 
 
+def few_rows():
+    """An ECAD schedule of single components, five rows that take turns after a step that computes."""
+    kept = np.random.default_rng(0).random((6, 6, 3)) < 0.5
+    kept[0] = True
+    bits = kept[[0, *(1 + step % 5 for step in range(19))]]
+    names = ("attn", "ff", "ff_context")
+    return Cached(Schedule.from_bits({"transformer_blocks": bits}, {"transformer_blocks": names}))
+
+
 PRESETS = {
-    "ECAD fast": (lambda: ECAD.preset("tiny", "fast"), 20),
-    "ECAD faster": (lambda: ECAD.preset("tiny", "faster"), 20),
-    "ECAD fastest": (lambda: ECAD.preset("tiny", "fastest"), 20),
+    "ECAD fast": (lambda: ECAD.preset("tiny", "fast"), 28),
+    "ECAD faster": (lambda: ECAD.preset("tiny", "faster"), 28),
+    "ECAD fastest": (lambda: ECAD.preset("tiny", "fastest"), 28),
+    "single components": (few_rows, 20),
     "HarmoniCa": (lambda: HarmoniCa.preset("tiny", strict=False), 19),
 }
 
 
+@pytest.mark.filterwarnings("ignore:the schedule was searched under")
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_schedule_has_no_more_graphs_than_distinct_rows(preset, tapes):
     make, steps = PRESETS[preset]
@@ -193,8 +205,10 @@ def test_a_schedule_has_no_more_graphs_than_distinct_rows(preset, tapes):
         tuple(tuple(sorted((k, v & 3) for k, v in block.items())) for block in step)
         for step in plan.actions
     }
-    assert 1 < len(graphs_of(pipe)) <= len(rows)
-    assert handle.last_run().trace.replayed == steps - 1
+    called = [step for step in range(steps) if not plan.forecast_order(step)]
+    assert len(graphs_of(pipe)) <= len(rows)
+    assert len(graphs_of(pipe)) > 1 or "ECAD" in preset  # whose other steps are forecast as a whole
+    assert handle.last_run().trace.replayed == len(called) - 1
 
 
 def test_over_the_cap_the_rarest_signatures_stay_eager(tapes):
