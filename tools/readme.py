@@ -73,6 +73,10 @@ def results() -> list[str]:
     found = _result("testbed-caches.json")
     lines += ["", "## Distance to the solution"]
     lines += testbed_tables.tables(found, _machine(found["machine"]))
+    for path in RESULTS.glob("testbed-caches-emoji.json"):
+        found = json.loads(path.read_text())
+        lines += ["", "## Distance to the solution, emoji"]
+        lines += testbed_tables.tables(found, _machine(found["machine"]))
     for study in ("ras", "ralu"):
         found = _result(f"testbed-{study}.json")
         lines += ["", f"## Pictures by {study.upper()}"]

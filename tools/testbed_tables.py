@@ -114,7 +114,12 @@ def _errors(result: Mapping[str, Any]) -> str:
 
 def tables(result: Mapping[str, Any], machine: str) -> list[str]:
     """All of a study: a table a condition."""
-    study, seconds = result["study"], result["seconds"]
+    study, seconds, model = result["study"], result["seconds"], result.get("model", "tiny")
+    on, mark = (
+        ("the model in the package", "") if model == "tiny" else (f"the {model} model", f"-{model}")
+    )
+    option = f" --model {model}" if mark else ""
+    name = ("Caches" if study == "caches" else study.upper()) + (f", {model}" if mark else "")
     side, told = "arithmetic", ""
     if seconds:
         batch = result.get("timed_batch", 16)
@@ -122,22 +127,22 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
     lines = [
         "",
         (
-            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on the model in "
-            f"the package, equal noise for all. The truth is Heun's method in {_truth_steps(result)} steps; "
+            f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on {on}, "
+            f"equal noise for all. The truth is Heun's method in {_truth_steps(result)} steps; "
             f"{_errors(result)}Clean pictures show objects of some shape, the score is the share of "
             "the prompt's objects that are there, the Fréchet distance is to the truth's pictures on features of the "
             f"model's own encoder; each less that of {solvers(result)} {MEANT[side]}. {told}({machine}; "
-            f"`benchmarks/testbed.py {study}`)"
+            f"`benchmarks/testbed.py {study}{option}`)"
         ),
         "",
-        f"![distances over evaluations](testbed-{study}.png)",
+        f"![distances over evaluations](testbed-{study}{mark}.png)",
     ]
     sides = sides_of(result)
     for condition in result["conditions"]:
         truth, rows = condition["truth"], condition["rows"]
         lines += [
             "",
-            f"### {study.upper() if study != 'caches' else 'Caches'}: {condition_name(condition)}",
+            f"### {name}: {condition_name(condition)}",
             "",
             (
                 f"The truth's own error, estimated from {_truth_steps(result) // 2} steps, has the median "
