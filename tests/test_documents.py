@@ -89,6 +89,26 @@ def test_what_is_said_of_forecasts_is_what_was_measured(readme):
         assert found["time"][f"RAS {ratio} std"]["full", 2.5]["low"] > 1.0
 
 
+def test_what_is_said_of_forecasts_on_the_second_model_is_what_was_measured(readme):
+    """On the page of Cached, in words."""
+    result = json.loads((ROOT / "benchmarks/results/testbed-caches-emoji.json").read_text())
+    assert [(c["captions"], c["guidance"]) for c in result["conditions"]] == [
+        ("full", 2.5),
+        ("open", 2.5),
+    ]
+    found = dict(readme.testbed_tables.verdicts(result, "arithmetic"))
+    for full, open_ in (found["unipc 20, every 2, V"], found["unipc 28, every 2, V"]):
+        assert full.best.startswith("ab2")
+        assert open_.best.startswith("ab2")
+    for verdict in found["unipc 20, every 2, V"]:
+        assert verdict.found["error"]["low"] <= 1.0 <= verdict.found["error"]["high"]
+    for verdict in found["unipc 28, every 2, V"]:
+        assert 0.99 < verdict.found["error"]["high"] < 1.0
+    for steps in (10, 14):
+        assert found[f"unipc {steps}, every 2, V"][0].found["error"]["low"] > 1.0
+        assert found[f"unipc {steps}, every 2, repeated"][0].found["error"]["high"] < 1.0
+
+
 def test_what_is_said_of_ras_is_what_was_measured(readme):
     """In the README and on its page: its own choice beats the others, and plain steps where captions say all."""
     result = json.loads((ROOT / "benchmarks" / "results" / "testbed-ras.json").read_text())

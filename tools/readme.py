@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -97,7 +98,8 @@ def results() -> list[str]:
     for path in RESULTS.glob("train-cpu.json"):
         lines += ["", "## Training a router", *_training(json.loads(path.read_text()))]
     lines += ["", "## The models in the package", *_tiny(json.loads(TINY.read_text()))]
-    return [*lines, *_emoji(json.loads(EMOJI.read_text()))]
+    lines += _emoji(json.loads(EMOJI.read_text()))
+    return [*lines, *_emoji_steps(_result("emoji-steps.json"))]
 
 
 def support(folder: str) -> list[str]:
@@ -767,6 +769,35 @@ def _emoji(facts: dict[str, Any]) -> list[str]:
             f"| {name} | {row['mean']:.1%} | {row['style']:.1%} | {row['size']:.1%} | {row['place']:.1%} | "
             f"{row['clean']:.1%} | {row['chance']:.1%} |"
             for name, row in zip(("one emoji", "two", "three"), rows, strict=True)
+        ),
+    ]
+
+
+def _emoji_steps(result: dict[str, Any]) -> list[str]:
+    """How many of its pictures stay clean with fewer steps."""
+    steps = result["steps"]
+    falls = [f"{some} over {fewer}" for some, fewer in itertools.pairwise(steps)]
+    return [
+        "",
+        (
+            f"Share of its pictures that are clean, {result['pictures']} held-out prompts of one and two emoji, by the "
+            "number of Euler's steps, and how far more steps are above fewer, with 95 % intervals "
+            f"({_machine(result['machine'])}; `benchmarks/emoji_steps.py`):"
+        ),
+        "",
+        "| captions, guidance | "
+        + " | ".join(f"{n} steps" for n in steps)
+        + " | "
+        + " | ".join(falls)
+        + " |",
+        "|---" * (1 + len(steps) + len(falls)) + "|",
+        *(
+            f"| {row['captions']}, {row['guidance']:g} | "
+            + " | ".join(f"{clean:.0%}" for clean in row["clean"])
+            + " | "
+            + " | ".join(testbed_tables.less(fall) for fall in row["falls"])
+            + " |"
+            for row in result["rows"]
         ),
     ]
 
