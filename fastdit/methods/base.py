@@ -179,6 +179,10 @@ class Method:
                 "dataclasses.replace(method, family=None) runs them all the same"
             )
 
+    def told(self, steps: int) -> str:
+        """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing."""
+        return ""
+
     def begin(self, run: Any) -> MethodRun | None:
         """This begins what the method keeps and decides in `run`; None if its schedule says everything."""
         return None

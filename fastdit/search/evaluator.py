@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import statistics
 import time
@@ -204,6 +205,32 @@ class Evaluator:
         with self._under(run.solver), self._patched(vector) as handle:
             costs = cost.counted(handle, run.steps or self.genome.steps, self.work.arguments)
             return {"costs": costs, **self._result(task, run.steps or self.work.steps)}
+
+    def seconds(self, vector: np.ndarray) -> tuple[float, float]:
+        """A picture's denoising steps by a vector take so long, and the pipeline's whole call."""
+        count = min(self.work.batch, self.work.items)
+        with self._patched(vector) as handle:
+            start = time.perf_counter()
+            self._draw(0, count, self.work.steps)
+            whole = time.perf_counter() - start
+            return handle.last_run().seconds / count, whole / count
+
+    def changes(self, items: int) -> list[float]:
+        """How far the model's output is from that of the step before, relatively, at each step of plain runs."""
+        outputs: list[Any] = []
+        hook = self.pipeline.transformer.register_forward_hook(
+            lambda module, given, output: outputs.append(output[0].detach().float())
+        )
+        try:
+            self._draw(0, items, self.work.steps)
+        finally:
+            hook.remove()
+        calls = len(outputs) // self.genome.steps  # of a step
+        steps = [outputs[i : i + calls] for i in range(0, len(outputs), calls)]
+        return [0.0] + [
+            sum(float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True))
+            for before, now in itertools.pairwise(steps)
+        ]
 
     def _uncached(self) -> dict[str, int]:
         everything = np.ones((self.genome.steps, len(self.genome.components)), dtype=bool)
