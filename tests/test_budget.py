@@ -29,6 +29,7 @@ from tiny_models import generate
 pytestmark = pytest.mark.diffusers
 
 STEPS = 8
+TOKENS = 32
 EVERYTHING = tuple(range(STEPS))
 
 
@@ -45,6 +46,7 @@ def book_of(transformer, **changes):
         "model": (type(transformer).__name__, config_hash(transformer)),
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "steps": STEPS,
+        "image_tokens": TOKENS,
         "step_seconds": (1.0, 0.1),
         "other_seconds": 0.5,
         "plans": plans,
@@ -132,6 +134,15 @@ def test_what_no_plan_meets_is_refused(pipe, book):
         generate(pipe, "sd3", steps=STEPS)
     fastdit.patch(pipe, quality="matched", book=dataclasses.replace(book, plans=book.plans[:1]))
     generate(pipe, "sd3", steps=STEPS)  # dense where none qualifies
+
+
+def test_a_time_is_of_one_size(pipe, book):
+    handle = fastdit.patch(pipe, speedup=2, book=dataclasses.replace(book, image_tokens=999))
+    refused = pytest.raises(ScheduleError, match="made for 999")
+    with handle.budget(latency=100.0), refused:
+        generate(pipe, "sd3", steps=STEPS)
+    generate(pipe, "sd3", steps=STEPS)
+    assert not handle.live_runs()
 
 
 def test_another_number_of_steps(pipe, book):
@@ -300,6 +311,7 @@ FAULTS = {
     "model": ("model", ["SD3Transformer2DModel"]),
     "scheduler": ("scheduler", 3),
     "steps": ("steps", True),
+    "image_tokens": ("image_tokens", 0),
     "step_seconds": ("step_seconds", [0.0, 0.0]),
     "other_seconds": ("other_seconds", None),
     "plans": ("plans", []),

@@ -19,6 +19,7 @@ from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_noise
 from fastdit.schedules.book import Plan, PlanBook
+from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import even_steps
 from fastdit.spec import ModelSpec
@@ -60,6 +61,7 @@ class Budget(Method):
     writes = frozenset({"reuse"})
     forecasts = True
     skips_steps = True
+    otherwise = "a speedup fits any"
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in BUDGETS}
@@ -85,6 +87,11 @@ class Budget(Method):
                 f"{told[0]} needs a plan book of this model: `fastdit calibrate` makes one, book=PlanBook.load(path) "
                 "reads it"
             )
+
+    @property
+    def made_for(self) -> Conditions | None:
+        """A time is one of pictures of the book's size."""
+        return None if self.latency is None else Conditions(image_tokens=self.book.image_tokens)
 
     def asked(self, **budget: Any) -> Budget:
         """The same book under another budget."""
@@ -224,6 +231,8 @@ def budgeted(
         raise ArgumentError(f"{told[0]} is in place of methods, got {names} beside it")
     if isinstance(book, (str, os.PathLike)):
         book = PlanBook.load(book)
+    elif book is None:
+        book = PlanBook.packaged(transformer)
     budget["latency"] = parsed("latency", budget["latency"], SECONDS)
     most = parsed("vram", vram, BYTES)
     made = Budget(**budget, book=book, max_cache_bytes=None if most is None else int(most))

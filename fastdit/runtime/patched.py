@@ -222,10 +222,11 @@ class Patched:
         arrivals.refuse_other_caches(self, transformer)
         if self.stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
-        if self.made_for:  # only where somebody asks: the timesteps may have to come from a GPU
+        made = [method for method in self.under(run.budget) if method.made_for is not None]
+        if made:  # only where somebody asks: the timesteps may have to come from a GPU
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
-            for name, conditions in self.made_for.items():
-                conditions.check(found, name)
+            for method in made:
+                method.made_for.check(found, method.name, method.otherwise)
         run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
         self.runs.note(run)
 

@@ -23,6 +23,8 @@ from fastdit.schedules.forecast import MAX_ORDER
 
 FORMAT = "fastdit.plan_book"
 VERSION = 1
+#: a folder per model, in it its book
+PACKAGED = Path(__file__).parents[1] / "presets"
 MAX_FILE_BYTES = 4 << 20
 
 
@@ -52,6 +54,7 @@ class PlanBook:
         model: Class of the transformer, and :func:`config_hash`.
         scheduler: Class of the scheduler.
         steps: Steps of a run.
+        image_tokens: Those of a picture when the times were taken.
         step_seconds: What a step that computes takes per picture, and one that is drawn.
         other_seconds: What the pipeline's call takes per picture beside its steps.
         plans: From the most computed steps to the fewest; the first is the unpatched run, whose ratio is 1.
@@ -61,6 +64,7 @@ class PlanBook:
     model: tuple[str, str]
     scheduler: str
     steps: int
+    image_tokens: int
     step_seconds: tuple[float, float]
     other_seconds: float
     plans: tuple[Plan, ...]
@@ -91,6 +95,15 @@ class PlanBook:
 
     # ---- file
 
+    @classmethod
+    def packaged(cls, transformer: Any) -> PlanBook | None:
+        """The package's book of a model; None for one that is not in the package."""
+        for path in sorted(PACKAGED.glob("*/book.json")):
+            book = cls.load(path)
+            if book.model == (type(transformer).__name__, config_hash(transformer)):
+                return book
+        return None
+
     def to_json(self) -> str:
         """The book as JSON text, a plan a line."""
         content = {
@@ -99,6 +112,7 @@ class PlanBook:
             "model": list(self.model),
             "scheduler": self.scheduler,
             "steps": self.steps,
+            "image_tokens": self.image_tokens,
             "step_seconds": list(self.step_seconds),
             "other_seconds": self.other_seconds,
             "provenance": dict(self.provenance),
@@ -158,7 +172,9 @@ def config_hash(transformer: Any) -> str:
 
 def _read(document: Mapping[str, Any]) -> PlanBook:
     steps, model = document["steps"], document["model"]
-    _require(is_whole(steps) and steps >= 1, "steps", "an int of at least 1", steps)
+    for name in ("steps", "image_tokens"):
+        given = document[name]
+        _require(is_whole(given) and given >= 1, name, "an int of at least 1", given)
     _require(len(model) == 2 and _texts(model), "model", "a class and a hash", model)
     _require(_texts([document["scheduler"]]), "scheduler", "a class", document["scheduler"])
     seconds = [*document["step_seconds"], document["other_seconds"]]
@@ -182,6 +198,7 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         tuple(model),
         document["scheduler"],
         steps,
+        document["image_tokens"],
         tuple(seconds[:2]),
         seconds[2],
         plans,

@@ -104,11 +104,12 @@ def calibrate(
         if interval(measured[best] - measured[even])[2] >= 1:
             best = even
         plans.append(Plan(best[0], best[1], *interval(measured[best] - unpatched)))
-    step_seconds, other = _times(judge, steps, counts[-1])
+    step_seconds, other, tokens = _times(judge, steps, counts[-1])
     return PlanBook(
         (type(pipeline.transformer).__name__, config_hash(pipeline.transformer)),
         type(pipeline.scheduler).__name__,
         steps,
+        tokens,
         step_seconds,
         other,
         tuple({len(plan.computed): plan for plan in plans}.values()),
@@ -132,18 +133,21 @@ def _candidates(
     return [each for each in dict.fromkeys(found) if len(each[0]) <= count]
 
 
-def _times(judge: Evaluator, steps: int, few: int) -> tuple[tuple[float, float], float]:
-    """Seconds per picture of a step that computes and of one that is drawn, and of the call beside its steps."""
+def _times(judge: Evaluator, steps: int, few: int) -> tuple[tuple[float, float], float, int]:
+    """Seconds per picture of a step that computes and of one that is drawn, and of the call beside its steps.
+
+    The third is how many image tokens a picture has.
+    """
     loops: dict[int, float] = {}
     others = []
     for count in (steps, few):
         vector = seeds.whole_steps(judge.genome, even_steps(steps, count), 1)
         turns = [judge.seconds(vector) for _ in range(1 + REPEATS)][1:]
-        loops[count] = statistics.median(loop for loop, _ in turns)
-        others += [whole - loop for loop, whole in turns]
+        loops[count] = statistics.median(loop for loop, *_ in turns)
+        others += [whole - loop for loop, whole, _ in turns]
     full = loops[steps] / steps
     drawn = max(0.0, (loops[few] - few * full) / (steps - few))
-    return (full, drawn), max(0.0, statistics.median(others))
+    return (full, drawn), max(0.0, statistics.median(others)), turns[-1][2]
 
 
 def _provenance(judge: Evaluator) -> dict[str, Any]:

@@ -206,14 +206,15 @@ class Evaluator:
             costs = cost.counted(handle, run.steps or self.genome.steps, self.work.arguments)
             return {"costs": costs, **self._result(task, run.steps or self.work.steps)}
 
-    def seconds(self, vector: np.ndarray) -> tuple[float, float]:
-        """A picture's denoising steps by a vector take so long, and the pipeline's whole call."""
+    def seconds(self, vector: np.ndarray) -> tuple[float, float, int]:
+        """A picture's denoising steps by a vector take so long, and the whole call; it has so many image tokens."""
         count = min(self.work.batch, self.work.items)
         with self._patched(vector) as handle:
             start = time.perf_counter()
             self._draw(0, count, self.work.steps)
             whole = time.perf_counter() - start
-            return handle.last_run().seconds / count, whole / count
+            run = handle.last_run()
+            return run.seconds / count, whole / count, run.image_tokens
 
     def changes(self, items: int) -> list[float]:
         """How far the model's output is from that of the step before, relatively, at each step of plain runs."""
