@@ -55,6 +55,7 @@ def patch(
     latency: float | str | None = None,
     vram: int | str | None = None,
     book: PlanBook | str | os.PathLike[str] | None = None,
+    guard: bool = False,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -74,6 +75,7 @@ def patch(
             or a text, "0.8s" or "800ms".
         vram: Most bytes that its caches may hold: a number or a text, "+2GiB".
         book: Its :class:`PlanBook`, or the path of one; by default the package's, for the models in it.
+        guard: Compute whatever turns out to be further off than the book's plan was, see :class:`Budget`.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -95,6 +97,7 @@ def patch(
     pipeline, transformer = _resolve(target)
     _check_arguments(methods, pack_weights=pack_weights, programs=programs)
     asked = {"speedup": speedup, "quality": quality, "latency": latency, "vram": vram, "book": book}
+    asked["guard"] = guard
     methods = budgeted(transformer, methods, **asked)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')

@@ -19,10 +19,11 @@ from contract import same_bits
 from fastdit import ArgumentError, Budget, Cached, PlanBook, Schedule, ScheduleError
 from fastdit.cli.calibration import table
 from fastdit.methods.budget import BYTES, SECONDS, parsed
+from fastdit.runtime.guard import Guard
 from fastdit.schedules.book import Plan, config_hash
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search import solution
-from fastdit.search.calibrate import calibrate, interval
+from fastdit.search.calibrate import MARGIN, calibrate, interval
 from snapshot import snapshot
 from tiny_models import generate
 
@@ -238,6 +239,87 @@ def test_advice_changes_nothing(pipe):
     assert pipe.scheduler is own
 
 
+# ---- a guard
+
+
+def latents(pipe, steps=STEPS):
+    """Of two pictures."""
+    return generate(pipe, "sd3", steps=steps, batch=2, prompt_per_image=True)
+
+
+def guarded(pipe, book, bounds):
+    """A plan that computes every second step under a guard with these bounds at the steps 4 and 6."""
+    plan = Plan((0, 2, 4, 6), 1, 1.5, 1.2, 1.9, bounds)
+    found = dataclasses.replace(book, plans=(book.plans[0], plan))
+    return fastdit.patch(pipe, speedup=1.8, book=found, guard=True)
+
+
+def test_a_guard_that_never_fires_changes_nothing(pipe, book):
+    fastdit.patch(pipe, speedup=2)
+    expected = latents(pipe)
+    handle = guarded(pipe, book, (1e9, 1e9))
+    same_bits(latents(pipe), expected)
+    assert computed(handle) == (0, 2, 4, 6)
+
+
+def test_a_guard_that_fires_computes_all_later_steps(pipe, book):
+    handle = guarded(pipe, book, (0.0, 0.0))
+    found = latents(pipe)
+    assert computed(handle) == (0, 2, 4, 5, 6, 7)
+    plan = Plan((0, 2, 4, 5, 6, 7), 1, 1.5, 1.2, 1.9)
+    fastdit.patch(pipe, speedup=1.3, book=dataclasses.replace(book, plans=(book.plans[0], plan)))
+    same_bits(found, latents(pipe))
+
+
+def test_only_the_rows_that_are_off_are_computed(pipe, book):
+    """Each picture of a batch equals the same picture drawn alone: one is guarded, the other is not."""
+    alone = []
+    for fires in (True, False):
+        handle = guarded(pipe, book, (0.0, 0.0) if fires else (1e9, 1e9))
+        alone.append(latents(pipe))
+    handle = guarded(pipe, book, (1e9, 1e9))
+    rows = lambda drawn, given: torch.tensor([2e9, 0.0, 2e9, 0.0])[: len(given)]  # noqa: E731
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("fastdit.runtime.guard.deviations", rows)
+        found = latents(pipe)
+    assert computed(handle) == (0, 2, 4, 5, 6, 7)
+    same_bits(found[0], alone[0][0])
+    same_bits(found[1], alone[1][1])
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_what_is_no_number_is_off():
+    guard = Guard({2: 1e9})
+    guard.watch(1, torch.full((2, 3), math.nan), torch.ones(2, 3))
+    assert not guard.fired()  # no bound there
+    guard.watch(2, torch.tensor([[math.nan], [1.0]]), torch.ones(2, 1))
+    assert guard.fired()
+    assert guard.rows.tolist() == [True, False]
+
+
+def test_a_guard_waits_for_nothing(monkeypatch):
+    """On a device its answer is looked at once it has been copied, and not before."""
+
+    class Event:
+        done = False
+
+        def query(self):
+            return self.done
+
+    guard = Guard({2: 0.0})
+    guard.watch(2, torch.zeros(1, 1), torch.ones(1, 1))
+    guard._copied = Event()
+    assert not guard.fired()
+    guard._copied.done = True
+    assert guard.fired()
+
+
+def test_a_guard_needs_the_book_s_steps(pipe, book):
+    guarded(pipe, book, (1.0, 1.0))
+    with pytest.raises(ScheduleError, match="guard=True needs a plan book of 12 steps"):
+        latents(pipe, steps=12)
+
+
 # ---- what is refused
 
 
@@ -255,6 +337,8 @@ def test_advice_changes_nothing(pipe):
         ({"latency": 0}, "latency must be a number of seconds, above 0"),
         ({"vram": "+2GiB"}, "vram belongs to a budget"),
         ({"book": "book.json"}, "book belongs to a budget"),
+        ({"guard": True}, "guard belongs to a budget"),
+        ({"speedup": 2, "guard": True}, "True needs a plan book"),
         ({"speedup": 2, "vram": "much"}, "vram must be a number or a text in MB"),
         ({"speedup": 2, "vram": -1}, "max_cache_bytes must be a whole number"),
     ],
@@ -322,6 +406,7 @@ PLAN_FAULTS = {
     "order": 3,
     "ratio": -1.0,
     "low": 5.0,
+    "bounds": [1.0],
 }
 
 
@@ -385,24 +470,33 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
     assert [len(plan.computed) for plan in book.plans] == [8, 4]
     assert book.step_seconds[0] > book.step_seconds[1] >= 0
 
-    def latents(steps, **given):
-        return pipe(
-            prompts,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(i) for i in range(2)],
-            output_type="latent",
-            **given,
-        ).images
+    def draw(steps):
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        given = {"generator": generators, "output_type": "latent"}
+        return pipe(prompts, num_inference_steps=steps, **given).images
 
     with solution.solving(pipe) as steps:
-        truth = latents(steps)
-    handle = fastdit.patch(pipe, speedup=2, book=book)
-    found = latents(8)
+        truth = draw(steps)
+    handle = fastdit.patch(pipe, speedup=book.speedup(book.plans[1]), book=book)
+    found = draw(8)
     assert computed(handle) == book.plans[1].computed
     handle.unpatch()
-    off = [(each - truth).flatten(1).norm(dim=1) for each in (found, latents(8))]
+    off = [(each - truth).flatten(1).norm(dim=1) for each in (found, draw(8))]
     ratio = float((off[0] / off[1]).log().mean().exp())
     assert ratio == pytest.approx(book.plans[1].ratio, rel=1e-3)
+    assert len(book.plans[1].bounds) == 2
+    for margin, steps in (
+        (1.001, 4),
+        (0.999, 8),
+    ):  # the bounds are tight but for half as much again
+        plan = dataclasses.replace(
+            book.plans[1], bounds=tuple(margin / MARGIN * each for each in book.plans[1].bounds)
+        )
+        tight = dataclasses.replace(book, plans=(book.plans[0], plan))
+        handle = fastdit.patch(pipe, speedup=book.speedup(plan), book=tight, guard=True)
+        draw(8)
+        assert (len(computed(handle)) > 4) == (steps > 4)
+        handle.unpatch()
 
 
 @pytest.mark.parametrize(("steps", "prompts"), [(4, ["a", "b"]), (8, ["a"])])

@@ -8,7 +8,7 @@ method is adding a file here that exposes ``METHOD``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,10 @@ class Method:
     def told(self, steps: int) -> str:
         """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing."""
         return ""
+
+    def bounds(self, steps: int) -> Mapping[int, float] | None:
+        """Of a run of `steps` steps: step -> the most that a forecast may be off there; None where no guard watches."""
+        return None
 
     def begin(self, run: Any) -> MethodRun | None:
         """This begins what the method keeps and decides in `run`; None if its schedule says everything."""

@@ -18,7 +18,7 @@ from typing import Any
 from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import Method, check_noise
-from fastdit.schedules.book import Plan, PlanBook
+from fastdit.schedules.book import NODES, Plan, PlanBook
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import even_steps
@@ -29,8 +29,6 @@ QUALITIES = {"matched": 1.0, "high": 2.0, "balanced": None, "fast": None}
 BUDGETS = ("speedup", "quality", "latency")
 SECONDS = {"s": 1.0, "ms": 1e-3}
 BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
-#: a forecast that is a line goes through so many computed steps
-LEAST = 2
 #: a speed or a time is met where it is missed by no more
 MISS = 0.1
 
@@ -45,6 +43,8 @@ class Budget(Method):
             "balanced" and "fast": where the book's plans begin to lose more for each step that they leave out.
         latency: Seconds of a picture, the pipeline's call included.
         book: What was measured; a quality and a latency need one.
+        guard: At each step that computes, see how far the forecast would have been; a row of the batch that is further
+            off than the book's plan was when it was measured is computed at every later step of its run.
         max_cache_bytes: Most bytes that caches may hold at once; a run that needs more is refused.
 
     Example:
@@ -55,6 +55,7 @@ class Budget(Method):
     quality: str | None = None
     latency: float | None = None
     book: PlanBook | None = None
+    guard: bool = False
     max_cache_bytes: int | None = None
 
     name = "Budget"
@@ -82,6 +83,10 @@ class Budget(Method):
             real("latency", self.latency, "of seconds, above 0", lambda value: value > 0)
         if self.max_cache_bytes is not None:
             whole("max_cache_bytes", self.max_cache_bytes, 0)
+        if type(self.guard) is not bool or (self.guard and self.book is None):
+            raise ArgumentError(
+                f"guard must be True or False, and True needs a plan book, whose bounds it goes by; got {self.guard!r}"
+            )
         if self.speedup is None and self.book is None:
             raise ArgumentError(
                 f"{told[0]} needs a plan book of this model: `fastdit calibrate` makes one, book=PlanBook.load(path) "
@@ -135,8 +140,17 @@ class Budget(Method):
             raise ScheduleError(
                 f"{self} needs a plan book of {steps} steps, this one is of {book.steps}; a speedup fits any number"
             )
-        count = self._nearest(range(steps, min(LEAST, steps) - 1, -1), steps)
+        count = self._nearest(range(steps, min(NODES, steps) - 1, -1), steps)
         return even_steps(steps, count), 1
+
+    def bounds(self, steps: int) -> Mapping[int, float] | None:
+        if not self.guard:
+            return None
+        if self.book.steps != steps:
+            raise ScheduleError(
+                f"guard=True needs a plan book of {steps} steps, this one is of {self.book.steps}"
+            )
+        return self._plan(self.book).bounds_by_step
 
     def told(self, steps: int) -> str:
         count = len(self.chosen(steps)[0])
@@ -212,6 +226,7 @@ def budgeted(
     *,
     vram: int | str | None,
     book: PlanBook | str | os.PathLike[str] | None,
+    guard: bool,
     **budget: Any,
 ) -> tuple[Method, ...]:
     """The methods of a patch, or the budget that is given in place of any.
@@ -222,7 +237,7 @@ def budgeted(
     """
     told = [name for name, value in budget.items() if value is not None]
     if not told:
-        for name, value in (("vram", vram), ("book", book)):
+        for name, value in (("vram", vram), ("book", book), ("guard", guard or None)):
             if value is not None:
                 raise ArgumentError(f"{name} belongs to a budget: {', '.join(budget)}; got none")
         return _of_model(transformer, methods)
@@ -235,7 +250,9 @@ def budgeted(
         book = PlanBook.packaged(transformer)
     budget["latency"] = parsed("latency", budget["latency"], SECONDS)
     most = parsed("vram", vram, BYTES)
-    made = Budget(**budget, book=book, max_cache_bytes=None if most is None else int(most))
+    made = Budget(
+        **budget, book=book, guard=guard, max_cache_bytes=None if most is None else int(most)
+    )
     return _of_model(transformer, (made,))
 
 

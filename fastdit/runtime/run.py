@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -91,6 +91,7 @@ class Run:
         plan: What each step computes.
         timesteps: Those of the scheduler that leads it, if one does.
         budget: What it has in place of the patch's; None for the patch's own.
+        bounds: Step -> the most that a forecast may be off there, where a guard watches; else None.
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
@@ -117,6 +118,7 @@ class Run:
     plan: RunPlan
     timesteps: Timesteps | None = None
     budget: Any = None
+    bounds: Mapping[int, float] | None = None
     step: int = 0
     first: int | None = None
     methods: tuple[MethodRun, ...] = ()

@@ -176,7 +176,9 @@ class Runs:
             replace_sigmas(timesteps.scheduler, resolution.run_sigmas, in_use)
             timesteps = timesteps.with_sigmas(resolution.run_sigmas)
         plan = patched.plan(planned, timesteps=timesteps, budget=local.budget)
-        run = Run(patched, steps, plan, timesteps, local.budget)
+        bounds = (m.bounds(planned) for m in patched.under(local.budget))
+        watched = next((found for found in bounds if found is not None), None)
+        run = Run(patched, steps, plan, timesteps, local.budget, watched)
         run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):
             run.pipeline = weakref.ref(pipeline)

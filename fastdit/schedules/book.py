@@ -23,6 +23,8 @@ from fastdit.schedules.forecast import MAX_ORDER
 
 FORMAT = "fastdit.plan_book"
 VERSION = 1
+#: a line is drawn through so many computed steps
+NODES = 2
 #: a folder per model, in it its book
 PACKAGED = Path(__file__).parents[1] / "presets"
 MAX_FILE_BYTES = 4 << 20
@@ -37,6 +39,8 @@ class Plan:
         order: By which the others are drawn.
         ratio: The error over that of the unpatched run.
         low, high: Its 95 % interval.
+        bounds: The most that the forecast at a computed step was off when this was measured, half as much again, for
+            those from the third on.
     """
 
     computed: tuple[int, ...]
@@ -44,6 +48,12 @@ class Plan:
     ratio: float
     low: float
     high: float
+    bounds: tuple[float, ...] = ()
+
+    @property
+    def bounds_by_step(self) -> dict[int, float]:
+        """Computed step -> its bound."""
+        return dict(zip(self.computed[NODES:], self.bounds, strict=False))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +233,14 @@ def _plan(given: Mapping[str, Any], steps: int) -> Plan:
         "a number above 0 within its interval",
         numbers,
     )
-    return Plan(tuple(computed), order, *map(float, numbers))
+    bounds = given["bounds"]
+    _require(
+        all(map(_is_number, bounds)) and len(bounds) in (0, max(0, len(computed) - NODES)),
+        "bounds",
+        f"none, or a number for each computed step but the first {NODES}",
+        bounds,
+    )
+    return Plan(tuple(computed), order, *map(float, numbers), tuple(bounds))
 
 
 def _require(holds: bool, name: str, accepted: str, given: Any) -> None:

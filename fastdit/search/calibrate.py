@@ -25,12 +25,14 @@ from fastdit.search import seeds, solution
 from fastdit.search.evaluator import Evaluator, Task, Work, fingerprint
 
 #: of all steps: so many compute
-SHARES = (0.75, 0.65, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
+SHARES = (0.75, 0.65, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.21, 0.18, 0.15)
 ORDERS = (1, 2)
 LEAST_STEPS = 8
 #: prompts of which the output's changes are taken
 SEEN = 2
 CONFIDENCE = 0.95
+#: a guard's bound over the most that was measured
+MARGIN = 1.5
 REPEATS = 3
 
 
@@ -103,7 +105,9 @@ def calibrate(
         best = min(measured, key=lambda place: measured[place].mean())
         if interval(measured[best] - measured[even])[2] >= 1:
             best = even
-        plans.append(Plan(best[0], best[1], *interval(measured[best] - unpatched)))
+        off = judge.deviations(seeds.whole_steps(judge.genome, *best), *best)
+        bounds = tuple(MARGIN * each for each in off)
+        plans.append(Plan(*best, *interval(measured[best] - unpatched), bounds))
     step_seconds, other, tokens = _times(judge, steps, counts[-1])
     return PlanBook(
         (type(pipeline.transformer).__name__, config_hash(pipeline.transformer)),
