@@ -151,7 +151,8 @@ class Handle:
         """The runs that this thread or task begins inside the `with` have this budget in place of the patch's.
 
         Args:
-            budget: One of `speedup`, `quality` and `latency`, as :func:`fastdit.patch` takes them.
+            budget: One of `speedup`, `quality` and `latency`, as :func:`fastdit.patch` takes them, and another
+                :class:`~fastdit.PlanBook` as `book` if it is not to be the patch's.
 
         Example:
             >>> handle = fastdit.patch(pipe, speedup=2)

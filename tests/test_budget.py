@@ -308,9 +308,9 @@ def test_a_guard_waits_for_nothing(monkeypatch):
 
     guard = Guard({2: 0.0})
     guard.watch(2, torch.zeros(1, 1), torch.ones(1, 1))
-    guard._copied = Event()
+    guard.copied = Event()
     assert not guard.fired()
-    guard._copied.done = True
+    guard.copied.done = True
     assert guard.fired()
 
 

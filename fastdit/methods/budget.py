@@ -99,8 +99,8 @@ class Budget(Method):
         return None if self.latency is None else Conditions(image_tokens=self.book.image_tokens)
 
     def asked(self, **budget: Any) -> Budget:
-        """The same book under another budget."""
-        if unknown := set(budget) - set(BUDGETS):
+        """The same under another budget, and by another book where one is given."""
+        if unknown := set(budget) - {*BUDGETS, "book"}:
             raise ArgumentError(f"a budget is one of {', '.join(BUDGETS)}, got {sorted(unknown)}")
         budget = {**dict.fromkeys(BUDGETS), **budget}
         budget["latency"] = parsed("latency", budget["latency"], SECONDS)

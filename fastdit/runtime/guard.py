@@ -22,13 +22,14 @@ class Guard:
 
     Attributes:
         rows: Which rows of the batch are computed from now on, bool [B]; None before the first was looked at.
+        copied: The event after which the host knows of them; None where it always does.
     """
 
     def __init__(self, bounds: Mapping[int, float]) -> None:
         self._bounds = bounds
         self.rows: Tensor | None = None
         self._any: Tensor | None = None
-        self._copied: Any = None
+        self.copied: Any = None
         self._fired = False
 
     def watch(self, step: int, drawn: Tensor, computed: Tensor) -> None:
@@ -40,14 +41,14 @@ class Guard:
         self.rows = far if self.rows is None else self.rows | far
         if self.rows.device.type == "cuda":
             self._any = self.rows.any().to("cpu", non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+            self.copied = torch.cuda.Event()
+            self.copied.record()
         else:
             self._any = self.rows.any()
 
     def fired(self) -> bool:
         """Whether any row is computed from now on, as far as the host knows."""
-        there = self._any is not None and (self._copied is None or self._copied.query())
+        there = self._any is not None and (self.copied is None or self.copied.query())
         self._fired = self._fired or (there and bool(self._any))
         return self._fired
 
