@@ -48,6 +48,7 @@ def book_of(transformer, **changes):
         "scheduler": "FlowMatchEulerDiscreteScheduler",
         "steps": STEPS,
         "image_tokens": TOKENS,
+        "unpatched_seconds": 1.0,
         "step_seconds": (1.0, 0.1),
         "other_seconds": 0.5,
         "plans": plans,
@@ -127,6 +128,15 @@ def test_a_book_says_which_plan(pipe, book, budget, count, order):
     generate(pipe, "sd3", steps=STEPS)
     assert computed(handle) == plan.computed
     assert {o for o in handle.last_run().plan.forecasts if o} in (set(), {order})
+
+
+def test_a_speed_is_over_the_unpatched_pipeline(pipe, book):
+    """Where the patched steps are quicker by themselves, fewer are left out."""
+    quicker = dataclasses.replace(book, unpatched_seconds=1.5)
+    handle = fastdit.patch(pipe, speedup=1.5, book=quicker)
+    generate(pipe, "sd3", steps=STEPS)
+    assert computed(handle) == EVERYTHING
+    assert "1.50 times as fast" in handle.explain(steps=STEPS).budget
 
 
 def test_what_no_plan_meets_is_refused(pipe, book):
@@ -397,6 +407,7 @@ FAULTS = {
     "steps": ("steps", True),
     "image_tokens": ("image_tokens", 0),
     "step_seconds": ("step_seconds", [0.0, 0.0]),
+    "unpatched_seconds": ("unpatched_seconds", 0.0),
     "other_seconds": ("other_seconds", None),
     "plans": ("plans", []),
     "provenance": ("provenance", []),
@@ -469,6 +480,7 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
     assert seen[-1][0] == seen[-1][1] == len(seen)
     assert [len(plan.computed) for plan in book.plans] == [8, 4]
     assert book.step_seconds[0] > book.step_seconds[1] >= 0
+    assert book.unpatched_seconds > 0
 
     def draw(steps):
         generators = [torch.Generator().manual_seed(i) for i in range(2)]
@@ -477,7 +489,7 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
 
     with solution.solving(pipe) as steps:
         truth = draw(steps)
-    handle = fastdit.patch(pipe, speedup=book.speedup(book.plans[1]), book=book)
+    handle = fastdit.patch(pipe, speedup=book.speedup(4, 8), book=book)
     found = draw(8)
     assert computed(handle) == book.plans[1].computed
     handle.unpatch()
@@ -493,7 +505,7 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
             book.plans[1], bounds=tuple(margin / MARGIN * each for each in book.plans[1].bounds)
         )
         tight = dataclasses.replace(book, plans=(book.plans[0], plan))
-        handle = fastdit.patch(pipe, speedup=book.speedup(plan), book=tight, guard=True)
+        handle = fastdit.patch(pipe, speedup=book.speedup(4, 8), book=tight, guard=True)
         draw(8)
         assert (len(computed(handle)) > 4) == (steps > 4)
         handle.unpatch()

@@ -55,7 +55,7 @@ def table(book: PlanBook) -> Table:
         names = [name for name, (computed, _) in chosen.items() if computed == plan.computed]
         found.add_row(
             f"{len(plan.computed)} of {book.steps}",
-            f"{book.speedup(plan):.2f}",
+            f"{book.speedup(len(plan.computed), book.steps):.2f}",
             f"{plan.ratio:.2f}",
             f"{plan.low:.2f} to {plan.high:.2f}",
             str(plan.order),

@@ -38,7 +38,8 @@ class Budget(Method):
     """This method leaves out as many steps as a budget asks for. Exactly one of three is given.
 
     Attributes:
-        speedup: Of the denoising steps' time, at least 1.
+        speedup: Of the denoising steps' time, at least 1: over the unpatched pipeline by a book, without one over a run
+            that computes all steps.
         quality: "matched": no further from the solution than the unpatched run is. "high": at most twice as far.
             "balanced" and "fast": where the book's plans begin to lose more for each step that they leave out.
         latency: Seconds of a picture, the pipeline's call included.
@@ -195,7 +196,7 @@ class Budget(Method):
     def _speed(self, count: int, steps: int) -> float:
         if self.book is None:  # what is drawn takes no time to speak of
             return steps / count
-        return self.book.seconds(steps, steps) / self.book.seconds(count, steps)
+        return self.book.speedup(count, steps)
 
     def __str__(self) -> str:
         if self.speedup is not None:
@@ -214,7 +215,8 @@ def _of_quality(book: PlanBook, quality: str) -> Plan:
 
 def _knee(book: PlanBook, plans: Sequence[Plan]) -> Plan:
     """The plan furthest below the line from the first to the last, in the logarithms of error and speed."""
-    points = [(math.log(book.speedup(plan)), math.log(plan.ratio)) for plan in plans]
+    speeds = (book.speedup(len(plan.computed), book.steps) for plan in plans)
+    points = [(math.log(s), math.log(plan.ratio)) for s, plan in zip(speeds, plans, strict=True)]
     (x0, y0), (x1, y1) = points[0], points[-1]
     below = [(y1 - y0) * (x - x0) - (y - y0) * (x1 - x0) for x, y in points]
     return plans[below.index(max(below))]

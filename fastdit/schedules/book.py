@@ -65,9 +65,10 @@ class PlanBook:
         scheduler: Class of the scheduler.
         steps: Steps of a run.
         image_tokens: Those of a picture when the times were taken.
-        step_seconds: What a step that computes takes per picture, and one that is drawn.
+        unpatched_seconds: What a step of the unpatched pipeline takes per picture.
+        step_seconds: The same of a patched step that computes, and of one that is drawn.
         other_seconds: What the pipeline's call takes per picture beside its steps.
-        plans: From the most computed steps to the fewest; the first is the unpatched run, whose ratio is 1.
+        plans: From the most computed steps to the fewest; the first computes all, and its ratio is 1.
         provenance: Free JSON data: machine, versions, prompts, sizes, solution.
     """
 
@@ -75,6 +76,7 @@ class PlanBook:
     scheduler: str
     steps: int
     image_tokens: int
+    unpatched_seconds: float
     step_seconds: tuple[float, float]
     other_seconds: float
     plans: tuple[Plan, ...]
@@ -85,10 +87,9 @@ class PlanBook:
         full, drawn = self.step_seconds
         return computed * full + (steps - computed) * drawn
 
-    def speedup(self, plan: Plan) -> float:
-        """How much faster the steps of the plan are than those of the unpatched run."""
-        everything = self.seconds(self.steps, self.steps)
-        return everything / self.seconds(len(plan.computed), self.steps)
+    def speedup(self, computed: int, steps: int) -> float:
+        """How much faster the steps of a run are than those of the unpatched one, where so many compute."""
+        return steps * self.unpatched_seconds / self.seconds(computed, steps)
 
     def check_model(self, transformer: Any) -> None:
         """It must be of this model.
@@ -123,6 +124,7 @@ class PlanBook:
             "scheduler": self.scheduler,
             "steps": self.steps,
             "image_tokens": self.image_tokens,
+            "unpatched_seconds": self.unpatched_seconds,
             "step_seconds": list(self.step_seconds),
             "other_seconds": self.other_seconds,
             "provenance": dict(self.provenance),
@@ -187,11 +189,11 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         _require(is_whole(given) and given >= 1, name, "an int of at least 1", given)
     _require(len(model) == 2 and _texts(model), "model", "a class and a hash", model)
     _require(_texts([document["scheduler"]]), "scheduler", "a class", document["scheduler"])
-    seconds = [*document["step_seconds"], document["other_seconds"]]
+    seconds = [document["unpatched_seconds"], *document["step_seconds"], document["other_seconds"]]
     _require(
-        len(seconds) == 3 and all(map(_is_number, seconds)) and seconds[0] > 0,
-        "step_seconds, other_seconds",
-        "two numbers and one, of at least 0, the first more",
+        len(seconds) == 4 and all(map(_is_number, seconds)) and seconds[0] > 0 and seconds[1] > 0,
+        "unpatched_seconds, step_seconds, other_seconds",
+        "a number, two and one, of at least 0, the first two more",
         seconds,
     )
     plans = tuple(_plan(each, steps) for each in document["plans"])
@@ -209,8 +211,9 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         document["scheduler"],
         steps,
         document["image_tokens"],
-        tuple(seconds[:2]),
-        seconds[2],
+        seconds[0],
+        tuple(seconds[1:3]),
+        seconds[3],
         plans,
         provenance,
     )

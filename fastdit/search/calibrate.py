@@ -189,27 +189,37 @@ class _Trial:
             turns = [self._times((tuple(even_steps(steps, count)), 1)) for _ in range(1 + REPEATS)]
             loops[count] = statistics.median(loop for loop, _ in turns[1:])
             others += [whole - loop for loop, whole in turns[1:]]
-        full = loops[steps] / steps
+        other, full = max(0.0, statistics.median(others)), loops[steps] / steps
+        tokens = self.handle.last_run().image_tokens
+        with self.handle.disabled():
+            turns = [self._whole() for _ in range(1 + REPEATS)]
+        unpatched = max(full / 2, (statistics.median(turns[1:]) - other) / steps)
         drawn = max(0.0, (loops[few] - few * full) / (steps - few))
         return PlanBook(
             (type(self.pipeline.transformer).__name__, config_hash(self.pipeline.transformer)),
             type(self.pipeline.scheduler).__name__,
             steps,
-            self.handle.last_run().image_tokens,
+            tokens,
+            unpatched,
             (full, drawn),
-            max(0.0, statistics.median(others)),
+            other,
             tuple(plans),
             self._provenance(),
         )
 
     def _times(self, place: Place) -> tuple[float, float]:
         """Seconds per picture of the denoising steps, and of the whole call."""
-        first, last = self._chunks()[0]
         with self._planned(place):
-            start = time.perf_counter()
-            self.judge.draw(first, last, self.work.steps)
-            whole = time.perf_counter() - start
-        return self.handle.last_run().seconds / last, whole / last
+            whole = self._whole()
+        run = self.handle.last_run()
+        return run.seconds / self._chunks()[0][1], whole
+
+    def _whole(self) -> float:
+        """Seconds per picture of a call."""
+        first, last = self._chunks()[0]
+        start = time.perf_counter()
+        self.judge.draw(first, last, self.work.steps)
+        return (time.perf_counter() - start) / last
 
     def _planned(self, place: Place) -> Any:
         """Inside, runs are by this plan."""
@@ -217,9 +227,8 @@ class _Trial:
         if len(place[0]) == steps:
             return nullcontext()
         plans = tuple(Plan(*each, 1.0, 1.0, 1.0) for each in ((tuple(range(steps)), 1), place))
-        book = PlanBook(
-            ("", ""), type(self.pipeline.scheduler).__name__, steps, 1, (1, 0), 0, plans
-        )
+        scheduler = type(self.pipeline.scheduler).__name__
+        book = PlanBook(("", ""), scheduler, steps, 1, 1.0, (1.0, 0.0), 0.0, plans)
         return self.handle.budget(speedup=steps / len(place[0]), book=book)
 
     def _chunks(self) -> list[tuple[int, int]]:
