@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import emulated
+import tiny_models
 from fastdit import ops
 from fastdit.ops import BACKENDS
 from inputs import Runner
@@ -76,6 +77,22 @@ def _reproducible():
     left = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert left, "the test left gradients switched off"
+
+
+@pytest.fixture(autouse=True)
+def _fp64_throughout(request):
+    """Where a family casts parts of its model to fp32, tests of it lift that in fp64, which is then exact.
+
+    Not where they say `casts`: those ask for its own bits.
+    """
+    named = getattr(request.node, "callspec", None)
+    forms = () if named is None else (v for v in named.params.values() if isinstance(v, str))
+    casts = any(form in tiny_models.FAMILIES and tiny_models.FAMILIES[form].casts for form in forms)
+    if not casts or request.node.get_closest_marker("casts"):
+        yield
+        return
+    with tiny_models.fp64_throughout():
+        yield
 
 
 def pytest_collection_modifyitems(items):
