@@ -41,6 +41,7 @@ class Handle:
         steps: int | None = None,
         cfg: bool | None = None,
         text_tokens: int | None = None,
+        frames: int | None = None,
     ) -> Explanation:
         """This predicts what a run will do: backends, plan, FLOPs, bytes and cache size.
 
@@ -50,12 +51,13 @@ class Handle:
             steps: Transformer steps; the schedule's, else the pipeline's default.
             cfg: Whether classifier-free guidance doubles the batch; by default what is usual for the family.
             text_tokens: Text length; the family's usual one if left out.
+            frames: Frames of a video; the pipeline's default if left out.
 
         Raises:
             ScheduleError: A schedule does not fit `steps`.
-            ArgumentError: A size is not positive.
+            ArgumentError: A size is not positive, or frames are asked for where there are none.
         """
-        asked = Asked(height, width, batch, steps, cfg, text_tokens)
+        asked = Asked(height, width, batch, steps, cfg, text_tokens, frames)
         return explain_patched(self._patched, self._transformer, self._pipeline, asked)
 
     def report(self) -> Report:
@@ -158,10 +160,10 @@ class Handle:
         Raises:
             ArgumentError: The handle is of a bare transformer, so nothing can decode.
         """
-        for part in ("vae", "image_processor"):
-            if not hasattr(self._pipeline, part):
+        for parts in (("vae",), ("image_processor", "video_processor")):
+            if not any(hasattr(self._pipeline, part) for part in parts):
                 raise ArgumentError(
-                    f"watch() needs a patched pipeline with a {part} to decode with"
+                    f"watch() needs a patched pipeline with a {parts[0]} to decode with"
                 )
         local = self._patched.runs.local()
         before, local.watch = local.watch, Previews(self._patched.adapter, self._pipeline)

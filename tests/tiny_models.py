@@ -424,8 +424,7 @@ def wan_vae() -> nn.Module:
         temperal_downsample=[],
         latents_mean=[0.1] * LATENT,
         latents_std=[1.5] * LATENT,
-        scale_factor_temporal=1,
-        scale_factor_spatial=1,
+        scale_factor_temporal=1,  # its pipeline draws in multiples of 16 pixels, taken to be eight a latent's
     )
     return randomise(model, 1)
 
@@ -566,7 +565,7 @@ def arguments(
         if cfg:
             result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
         # The pipeline counts one frame, and those that its autoencoder adds, of which there is none, as two.
-        result |= {"height": height // 2, "num_frames": 1}
+        result |= {"height": 8 * (height // 2), "width": 8 * width, "num_frames": 1}
         result["num_videos_per_prompt"] = result.pop("num_images_per_prompt")
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}

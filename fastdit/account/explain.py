@@ -146,9 +146,10 @@ class Asked:
     steps: int | None = None
     cfg: bool | None = None
     text_tokens: int | None = None
+    frames: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch", "steps", "height", "width"):
+        for name in ("batch", "steps", "height", "width", "frames"):
             value, most = getattr(self, name), MAX_COUNT if name == "steps" else MAX_SIZE
             if value is not None and not (is_whole(value) and 1 <= value <= most):
                 raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
@@ -167,8 +168,9 @@ def explain_patched(
 ) -> Explanation:
     """This predicts what a patched model will do in the run that is asked about."""
     adapter, spec = patched.adapter, patched.spec
-    steps = asked.steps or patched.made_steps or _default_steps(pipeline)
-    latents = _latent_size(transformer, pipeline, asked.height, asked.width)
+    steps = asked.steps or patched.made_steps or _default(pipeline, "num_inference_steps")
+    steps = steps or DEFAULT_STEPS
+    latents = _latent_size(transformer, pipeline, asked)
     image, text = adapter.tokens(transformer, (1, 1, *latents)), asked.text_tokens
     size = Size(image, adapter.text_tokens_of(pipeline) if text is None else text)
     batch = asked.batch * (2 if (adapter.uses_cfg if asked.cfg is None else asked.cfg) else 1)
@@ -379,20 +381,43 @@ def raster(plan: RunPlan, spec: ModelSpec) -> str:
     return "\n".join(lines)
 
 
-def _default_steps(pipeline: Any | None) -> int:
+def _default(pipeline: Any | None, name: str) -> int | None:
+    """The whole number that a pipeline's call takes for an argument that it is not given."""
     given = {} if pipeline is None else inspect.signature(type(pipeline).__call__).parameters
-    default = getattr(given.get("num_inference_steps"), "default", None)
-    return default if isinstance(default, int) else DEFAULT_STEPS
+    default = getattr(given.get(name), "default", None)
+    return default if isinstance(default, int) else None
 
 
-def _latent_size(
-    transformer: nn.Module, pipeline: Any | None, height: int | None, width: int | None
-) -> tuple[int, int]:
-    """This gives latent height and width; FLUX has its default size in the pipeline, others in the transformer."""
-    scale = getattr(pipeline, "vae_scale_factor", 8)
+def _latent_size(transformer: nn.Module, pipeline: Any | None, asked: Asked) -> tuple[int, ...]:
+    """Latent height and width, of a video's pipeline with the frames first.
+
+    FLUX has its default size in the pipeline, those of videos in its call, others in the transformer.
+    """
+    scale = (
+        _scale(pipeline, "vae_scale_factor vae_scale_factor_spatial vae_spatial_compression_ratio")
+        or 8
+    )
     sample = (
         getattr(transformer.config, "sample_size", None)
         or getattr(pipeline, "default_sample_size", None)
         or 128
     )
-    return (height // scale if height else sample), (width // scale if width else sample)
+    sides = []
+    for name in ("height", "width"):
+        pixels = getattr(asked, name) or _default(pipeline, name)
+        sides.append(pixels // scale if pixels else sample)
+    frames = asked.frames or _default(pipeline, "num_frames")
+    scale = _scale(pipeline, "vae_scale_factor_temporal vae_temporal_compression_ratio")
+    if frames and scale:
+        return (frames - 1) // scale + 1, *sides
+    if asked.frames:
+        name = type(transformer if pipeline is None else pipeline).__name__
+        raise ArgumentError(
+            f"frames must be None for {name}, which is no pipeline of videos, got {frames}"
+        )
+    return tuple(sides)
+
+
+def _scale(pipeline: Any | None, names: str) -> int | None:
+    """How many of a picture's pixels or a video's frames are one of the latents."""
+    return next(filter(None, (getattr(pipeline, name, None) for name in names.split())), None)

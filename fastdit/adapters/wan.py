@@ -121,7 +121,7 @@ class Wan(Videos):
     def layer_inputs(
         self, transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> LayerInputs | None:
-        """The embedded timestep [B, D], and the vectors that all blocks share [B, 6, D]."""
+        """The vectors that all blocks share [B, 6, D], and the embedded timestep [B, D]."""
         given = arguments_of(transformer, args, kwargs)
         if given["timestep"].ndim == 2:
             return None
@@ -132,7 +132,7 @@ class Wan(Videos):
             weights = next(embed.time_embedder.parameters()).dtype
             angles = angles if weights is torch.int8 else angles.to(weights)
             embedded = embed.time_embedder(angles).to(dtype)
-            return embedded, embed.time_proj(embed.act_fn(embedded)).unflatten(1, (6, -1))
+            return embed.time_proj(embed.act_fn(embedded)).unflatten(1, (6, -1)), embedded
 
         return LayerInputs(make, ())
 
@@ -147,7 +147,7 @@ class Wan(Videos):
     ) -> tuple[Any, ...]:
         """Prompt and image are embedded beside them."""
         image = None if image is None else module.image_embedder(image)
-        return made[0], made[1].flatten(1), module.text_embedder(text), image
+        return made[1], made[0].flatten(1), module.text_embedder(text), image
 
     def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
         """The tables, too."""
@@ -155,7 +155,7 @@ class Wan(Videos):
         return [*super().weights_read_once(transformer), *tables]
 
     def modulate_output(
-        self, transformer: Any, dtype: torch.dtype, embedded: Tensor, shared: Tensor
+        self, transformer: Any, dtype: torch.dtype, shared: Tensor, embedded: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The transformer's own table plus the embedded timestep."""
         shift, scale = (transformer.scale_shift_table + embedded[:, None]).to(dtype).unbind(1)
