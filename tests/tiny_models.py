@@ -589,6 +589,13 @@ def arguments(
     return result | more
 
 
+def asked(name: str, height: int = HEIGHT, width: int = WIDTH) -> dict[str, int]:
+    """What `explain` is asked about a run of `arguments` of this size."""
+    if name == "wan":
+        return {"height": 8 * (height // 2), "width": 8 * width, "frames": 2}
+    return {"height": height, "width": width}
+
+
 def generate(pipe: Any, name: str, **kwargs: Any) -> Tensor:
     """The latents that a run ends with."""
     kwargs.setdefault("dtype", pipe.transformer.dtype)
