@@ -5,7 +5,6 @@ Nothing runs: see `account/cost.py` for what is counted.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdit.account.asked import Asked, default_of, latent_size, turn_of
 from fastdit.account.cost import Cost
 from fastdit.account.pace import pace_of, steps_that_wait
 from fastdit.account.report import ranges
@@ -21,12 +21,9 @@ from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.modulation import ahead
 from fastdit.blocks.prepacked import packs
-from fastdit.checks import is_whole
-from fastdit.errors import ArgumentError
 from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, everywhere, ops_of
-from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 from fastdit.tokens.waves import UNIT, Waves, waves_of
 
@@ -64,6 +61,7 @@ class Explanation:
             last call of this size; before there was one they are estimates.
         graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
         raster: One line per component, one character per step: share of the blocks that compute.
+        turns: How many steps each transformer does, where a pipeline has several.
     """
 
     family: str
@@ -93,6 +91,7 @@ class Explanation:
     graphs: str = ""
     reusable_share: float = 1.0
     exact: bool = True
+    turns: tuple[int, ...] = ()
 
     @property
     def flop_speedup(self) -> float:
@@ -112,6 +111,7 @@ class Explanation:
             f"  ops       {backends}",
             self.attention and f"  attention {self.attention}",
             f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
+            self.turns and f"  turns     {', then '.join(map(str, self.turns))} steps",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
             f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
@@ -132,29 +132,6 @@ class Explanation:
         return "\n".join(line for line in lines if line)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The run that is asked about has the arguments of :meth:`fastdit.Handle.explain`.
-
-    Raises:
-        ArgumentError: A size is not positive.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
-    steps: int | None = None
-    cfg: bool | None = None
-    text_tokens: int | None = None
-    frames: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "steps", "height", "width", "frames"):
-            value, most = getattr(self, name), MAX_COUNT if name == "steps" else MAX_SIZE
-            if value is not None and not (is_whole(value) and 1 <= value <= most):
-                raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
-
-
 def _macs(count: int, dense: int) -> str:
     """Both are in the unit that suits a dense run, which for a tiny model is no TMAC."""
     scale, unit = next(
@@ -165,28 +142,35 @@ def _macs(count: int, dense: int) -> str:
 
 def explain_patched(
     patched: Any, transformer: nn.Module, pipeline: Any | None, asked: Asked
-) -> Explanation:
-    """This predicts what a patched model will do in the run that is asked about."""
+) -> Explanation | None:
+    """This predicts what a patched model will do in the run that is asked about; None where it has no step of it."""
     adapter, spec = patched.adapter, patched.spec
-    steps = asked.steps or patched.made_steps or _default(pipeline, "num_inference_steps")
+    steps = asked.steps or patched.made_steps or default_of(pipeline, "num_inference_steps")
     steps = steps or DEFAULT_STEPS
-    latents = _latent_size(transformer, pipeline, asked)
+    latents = latent_size(transformer, pipeline, asked)
     image, text = adapter.tokens(transformer, (1, 1, *latents)), asked.text_tokens
     size = Size(image, adapter.text_tokens_of(pipeline) if text is None else text)
     batch = asked.batch * (2 if (adapter.uses_cfg if asked.cfg is None else asked.cfg) else 1)
     weight = next(p for p in transformer.parameters() if p.is_floating_point())
     waves = waves_of(patched, transformer, weight.device, batch, size.text)
-    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves)
+    timesteps = None if pipeline is None else predicted_timesteps(pipeline.scheduler, steps, image)
+    begin, end = turn_of(transformer, pipeline, timesteps, steps)
+    if begin == end:
+        return None
+    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves, begin)
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
-    timesteps = None if pipeline is None else predicted_timesteps(pipeline.scheduler, steps, image)
     resolution = patched.writer("resolution")
     if resolution is not None:
         timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
     repeats = patched.forecasts and timesteps is not None and timesteps.repeat
     plan = patched.planned(steps, partial, timesteps, patched.may_collapse(), repeats)
+    if (begin, end) != (0, steps):
+        steps, plan = end - begin, plan.part(begin, end).beginning()
+        lengths, active, tokens = lengths[begin:end], active[begin:end], tokens[begin:end]
+        asked_for = asked_for[begin:end]
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
@@ -212,7 +196,9 @@ def explain_patched(
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
         macs=_spent(stages, not patched.eager, keys > 0),
-        linear_macs=count.linear_macs(plan.reuse, steps - sum(map(bool, plan.forecasts))),
+        linear_macs=count.linear_macs(
+            plan.reuse, steps - sum(map(bool, plan.forecasts)), slice(begin, end)
+        ),
         dense_macs=count.macs(RunPlan(steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
@@ -307,13 +293,13 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
 
 
 def _tokens_per_step(
-    patched: Any, steps: int, size: Size, waves: Waves
+    patched: Any, steps: int, size: Size, waves: Waves, first: int = 0
 ) -> tuple[list[int], list[Any], list[Any]]:
     """Each step has so many image tokens, and what a method that leaves some out computes of them, or None.
 
-    The third is the same before it was fitted to the device.
+    `first` is the first step that the model runs. The third is the same before it was fitted to the device.
     """
-    lengths, active, first = [size.image] * steps, [None] * steps, 0
+    lengths, active = [size.image] * steps, [None] * steps
     asked_for = list(active)
     sparse, resolution = patched.writer("rows"), patched.writer("resolution")
     if resolution is not None:
@@ -379,45 +365,3 @@ def raster(plan: RunPlan, spec: ModelSpec) -> str:
                 lines.append(f"  {component:>{max(map(len, names))}} {marks}")
         first += kind.count
     return "\n".join(lines)
-
-
-def _default(pipeline: Any | None, name: str) -> int | None:
-    """The whole number that a pipeline's call takes for an argument that it is not given."""
-    given = {} if pipeline is None else inspect.signature(type(pipeline).__call__).parameters
-    default = getattr(given.get(name), "default", None)
-    return default if isinstance(default, int) else None
-
-
-def _latent_size(transformer: nn.Module, pipeline: Any | None, asked: Asked) -> tuple[int, ...]:
-    """Latent height and width, of a video's pipeline with the frames first.
-
-    FLUX has its default size in the pipeline, those of videos in its call, others in the transformer.
-    """
-    scale = (
-        _scale(pipeline, "vae_scale_factor vae_scale_factor_spatial vae_spatial_compression_ratio")
-        or 8
-    )
-    sample = (
-        getattr(transformer.config, "sample_size", None)
-        or getattr(pipeline, "default_sample_size", None)
-        or 128
-    )
-    sides = []
-    for name in ("height", "width"):
-        pixels = getattr(asked, name) or _default(pipeline, name)
-        sides.append(pixels // scale if pixels else sample)
-    frames = asked.frames or _default(pipeline, "num_frames")
-    scale = _scale(pipeline, "vae_scale_factor_temporal vae_temporal_compression_ratio")
-    if frames and scale:
-        return (frames - 1) // scale + 1, *sides
-    if asked.frames:
-        name = type(transformer if pipeline is None else pipeline).__name__
-        raise ArgumentError(
-            f"frames must be None for {name}, which is no pipeline of videos, got {frames}"
-        )
-    return tuple(sides)
-
-
-def _scale(pipeline: Any | None, names: str) -> int | None:
-    """How many of a picture's pixels or a video's frames are one of the latents."""
-    return next(filter(None, (getattr(pipeline, name, None) for name in names.split())), None)

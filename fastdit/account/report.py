@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,7 +153,8 @@ class Report:
         )
 
 
-def _doubt(patched: Any, run: Any) -> str:
+def doubt(patched: Any, run: Any) -> str:
+    """This says why a method may have done nothing in a run."""
     if patched.writer("rows") is None:
         return "Does the schedule reuse anything at this number of steps?"
     return (
@@ -164,7 +164,7 @@ def _doubt(patched: Any, run: Any) -> str:
 
 
 def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Report:
-    """This makes the report of a run, or of none, and warns when a method did nothing."""
+    """This makes the report of a run, or of none."""
     names = tuple(method.name for method in patched.methods)
     if run is None:
         return Report(names, live=not patched.acts)
@@ -172,12 +172,6 @@ def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Repo
     reused = sum(record.reused for record in records)
     active, stages = _active(patched.adapter, run), _stages(run)
     live = bool(reused or active or any(s.coarse.any() for s in stages) or not patched.acts)
-    if records and not live:
-        warnings.warn(
-            f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
-            f"was saved. {_doubt(patched, run)}",
-            stacklevel=3,
-        )
     return Report(
         methods=names,
         steps=len(records),

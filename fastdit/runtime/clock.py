@@ -78,6 +78,16 @@ def follower_of(scheduler: Any, patched: Any) -> Follower | None:
     return next((one for one in followers if one.patched() is patched), None)
 
 
+def relieve(run: Any) -> None:
+    """A run makes its first call: of the other models that its scheduler leads, those that have no call in this step,
+    but had some, have done their part, and free their caches.
+    """
+    for one in getattr(run.scheduler, "__dict__", {}).get(LINK, ()):
+        other = one.run
+        if other is not None and other is not run and other.first is not None and not other.calls:
+            other.drop_caches()
+
+
 def check_scheduler(scheduler: Any) -> None:
     """This refuses an object that cannot be a clock.
 

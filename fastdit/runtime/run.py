@@ -282,7 +282,9 @@ class Run:
         """The scheduler is about to do a step with what the model gave it."""
         if not self.live:
             return
-        if self.previews is not None:
+        if (
+            self.previews is not None and self.calls
+        ):  # of several transformers, the one of this step
             if not self.previews.latents:
                 adapter = self.patched.adapter
                 self.previews.grid = adapter.grid(self.latents, self.positions, self.patch)
