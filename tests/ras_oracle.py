@@ -87,6 +87,7 @@ class RowOracle:
             handles.append(first.register_forward_hook(self._gather))
             handles.append(last.register_forward_hook(self._scatter))
         changed: list[tuple[Any, str]] = [(scheduler, "step"), (model, "forward")]
+        another = scheduler.__dict__.get("step")  # oracle's, of another of the pipeline's models
         model.forward = self._skipping(model.forward)
         scheduler.step = self._stepping(scheduler.step)
         before = [
@@ -108,6 +109,8 @@ class RowOracle:
                 handle.remove()
             for owner, name in changed:
                 del owner.__dict__[name]
+            if another is not None:
+                scheduler.step = another
             for module, processor in before:
                 module.processor = processor
 

@@ -598,7 +598,8 @@ def asked(name: str, height: int = HEIGHT, width: int = WIDTH) -> dict[str, int]
 
 def generate(pipe: Any, name: str, **kwargs: Any) -> Tensor:
     """The latents that a run ends with."""
-    kwargs.setdefault("dtype", pipe.transformer.dtype)
+    if "dtype" not in kwargs:
+        kwargs["dtype"] = pipe.transformer.dtype
     return latents_of(pipe, arguments(name, **kwargs))
 
 
