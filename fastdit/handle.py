@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from fastdit.account.asked import Asked
-from fastdit.account.explain import Explanation
+from fastdit.account.explain import Explanation, explain_parts, run_speedup
 from fastdit.account.measure import Measurement, measure
 from fastdit.account.previews import Previews
-from fastdit.account.report import Report
-from fastdit.account.together import explain_parts, last_runs, report_parts
+from fastdit.account.report import Report, last_runs, report_runs
 from fastdit.blocks.attention_choice import Tuning
 from fastdit.errors import ArgumentError
 from fastdit.runtime.attach import refuse_while_running, remove
@@ -69,7 +68,9 @@ class Handle:
 
         It warns when a method that should reuse something reused nothing.
         """
-        return report_parts(self._parts)
+        runs = last_runs(self._parts)
+        found = [(patched, run, *run_speedup(patched, run, model)) for patched, model, run in runs]
+        return report_runs(self._patched, found)
 
     def last_run(self) -> Run | None:
         """The run that :meth:`report` tells of, with all that it holds; None before the first.
@@ -77,7 +78,7 @@ class Handle:
         Each transformer has a run of its own: of two it is that of the one which ran last.
         """
         runs = last_runs(self._parts)
-        return runs[-1][1] if runs else None
+        return runs[-1][-1] if runs else None
 
     def live_runs(self) -> list[Run]:
         """The runs in progress, of all threads; a loop that was given up counts until its thread goes on."""

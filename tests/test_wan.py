@@ -20,6 +20,7 @@ import fastdit
 import tiny_models
 from contract import FORWARD_FP64, RUN_FP64, distance, same_bits, within_contract
 from fastdit import RALU, RAS, ArgumentError, Cached, FastDiTError, Schedule, UnsupportedModelError
+from fastdit.patch import handle_of
 from oracle import Oracle, random_bits
 from ras_oracle import RowOracle, random_rows
 from snapshot import scheduler_snapshot, snapshot
@@ -392,7 +393,9 @@ def test_the_prediction_is_of_both_and_what_is_held_is_of_one(exact):
     held = []
 
     def look(pipe, step, timestep, tensors):
-        held.append([patched.runs.cache_bytes() for patched, _ in handle._parts])
+        held.append(
+            [handle_of(part).cache_bytes() for part in (pipe.transformer, pipe.transformer_2)]
+        )
         return tensors
 
     drawn(pipe, callback_on_step_end=look)
@@ -410,7 +413,7 @@ def test_the_prediction_is_of_both_and_what_is_held_is_of_one(exact):
     assert said.flop_speedup == pytest.approx(report.flop_speedup)
     assert said.cache_bytes == report.peak_cache_bytes == max(map(sum, held))
     assert [line.split()[-1] for line in said.raster.splitlines()] == ["█··█··█·"] * 3
-    assert handle.last_run().patched is handle._parts[1][0]
+    assert handle.last_run() is handle_of(pipe.transformer_2).last_run()
     one = fastdit.patch(pipe.transformer, Cached(Schedule.every(3)))
     assert one.explain(batch=2, steps=8, text_tokens=5, height=32, width=128).turns == ()
 

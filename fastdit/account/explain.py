@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,52 @@ def _macs(count: int, dense: int) -> str:
         ((s, u) for s, u in ((1e12, "TMAC"), (1e9, "GMAC")) if dense >= s), (1e6, "MMAC")
     )
     return f"{count / scale:.4g} of {dense / scale:.4g} {unit}"
+
+
+def explain_parts(
+    parts: Sequence[tuple[Any, nn.Module]], pipeline: Any | None, asked: Asked
+) -> Explanation:
+    """This explains the transformers of a pipeline in the run that is asked about, one after the other."""
+    explained = [explain_patched(*part, pipeline, asked) for part in parts]
+    found = [each for each in explained if each is not None]
+    first = found[0]
+    if len(found) == 1:
+        return first
+    summed = (
+        "steps",
+        "macs",
+        "linear_macs",
+        "dense_macs",
+        "residual_bytes",
+        "dense_residual_bytes",
+    )
+    largest = ("cache_bytes", "modulation_bytes", "packed_bytes", "reusable_share")
+    told = ("model", "attention", "waves", "collapse", "graphs")
+    values: dict[str, Any] = {name: sum(getattr(each, name) for each in found) for name in summed}
+    values |= {name: max(getattr(each, name) for each in found) for name in largest}
+    for name in told:
+        lines = dict.fromkeys(filter(None, (getattr(each, name) for each in found)))
+        values[name] = "; then ".join(lines)
+    return replace(
+        first,
+        turns=tuple(each.steps for each in found),
+        reuse_share=sum(each.reuse_share * each.steps for each in found) / values["steps"],
+        tokens_per_step=sum((each.tokens_per_step for each in found), ()),
+        raster=_side_by_side([each.raster for each in found]),
+        exact=all(each.exact for each in found),
+        **values,
+    )
+
+
+def _side_by_side(rasters: Sequence[str]) -> str:
+    """One raster of all steps, or one below the other where the components differ."""
+    lines = [[line.rpartition(" ") for line in raster.splitlines()] for raster in rasters]
+    labels = {tuple(label for label, *_ in each) for each in lines}
+    if len(labels) > 1:
+        return "\n".join(rasters)
+    return "\n".join(
+        f"{same[0][0]} {''.join(marks for *_, marks in same)}" for same in zip(*lines, strict=True)
+    )
 
 
 def explain_patched(
