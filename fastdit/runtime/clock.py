@@ -79,12 +79,14 @@ def follower_of(scheduler: Any, patched: Any) -> Follower | None:
 
 
 def relieve(run: Any) -> None:
-    """A run makes its first call: of the other models that its scheduler leads, those that have no call in this step,
-    but had some, have done their part, and free their caches.
+    """A run makes its first call: a pipeline's other transformer that had calls, but none in this step, has done its
+    part, and frees its caches.
     """
     for one in getattr(run.scheduler, "__dict__", {}).get(LINK, ()):
         other = one.run
-        if other is not None and other is not run and other.first is not None and not other.calls:
+        if other is None or other is run or other.owner() is not run.owner():
+            continue
+        if other.first is not None and not other.calls:
             other.drop_caches()
 
 
