@@ -17,9 +17,11 @@ from fastdit.account.previews import Previews
 from fastdit.account.report import Report, last_runs, report_runs
 from fastdit.blocks.attention_choice import Tuning
 from fastdit.errors import ArgumentError
+from fastdit.methods.budget import Budget
 from fastdit.runtime.attach import refuse_while_running, remove
 from fastdit.runtime.install import LINK
 from fastdit.runtime.runs import ManualLoop
+from fastdit.schedules.solvers import Advice, recommend
 
 if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
@@ -146,14 +148,45 @@ class Handle:
 
         A call of the transformer without a pipeline is stock inside the `with` whenever its loop began.
         """
-        locals_, mark = [patched.runs.local() for patched, _ in self._parts], object()
+        states, mark = [patched.runs.local() for patched, _ in self._parts], object()
         try:
-            for local in locals_:
-                local.disabled.add(mark)
+            for state in states:
+                state.disabled.add(mark)
             yield
         finally:
-            for local in locals_:
-                local.disabled.discard(mark)
+            for state in states:
+                state.disabled.discard(mark)
+
+    @contextmanager
+    def budget(self, **budget: Any) -> Iterator[None]:
+        """The runs that this thread or task begins inside the `with` have this budget in place of the patch's.
+
+        Args:
+            budget: One of `speedup`, `quality` and `latency`, as :func:`fastdit.patch` takes them.
+
+        Example:
+            >>> handle = fastdit.patch(pipe, speedup=2)
+            >>> with handle.budget(speedup=4):
+            ...     pipe("a red circle")
+
+        Raises:
+            ArgumentError: It is none, or the model was patched without one.
+        """
+        own = next((m for m in self._patched.methods if isinstance(m, Budget)), None)
+        if own is None:
+            raise ArgumentError(
+                "budget() needs a model that was patched with one, such as speedup=2"
+            )
+        with self._locally("budget", own.asked(**budget)):
+            yield
+
+    def recommend(self, steps: int) -> Advice:
+        """This recommends a solver for runs of so many steps, see :func:`fastdit.recommend`; nothing changes.
+
+        Raises:
+            UnsupportedModelError: The handle is of a bare transformer, which has no scheduler.
+        """
+        return recommend(self._pipeline, steps)
 
     @contextmanager
     def watch(self) -> Iterator[Previews]:
@@ -175,14 +208,21 @@ class Handle:
                     f"watch() needs a patched pipeline with a {parts[0]} to decode with"
                 )
         watch = Previews(self._patched.adapter, self._pipeline)
-        before = [(local, local.watch) for local in (p.runs.local() for p, _ in self._parts)]
-        try:
-            for local, _ in before:
-                local.watch = watch
+        with self._locally("watch", watch):
             yield watch
+
+    @contextmanager
+    def _locally(self, name: str, value: Any) -> Iterator[None]:
+        """The runs that this thread or task begins inside the `with` find this value in the local state."""
+        states = [patched.runs.local() for patched, _ in self._parts]
+        before = [getattr(state, name) for state in states]
+        try:
+            for state in states:
+                setattr(state, name, value)
+            yield
         finally:
-            for local, watched in before:
-                local.watch = watched
+            for state, old in zip(states, before, strict=True):
+                setattr(state, name, old)
 
     @contextmanager
     def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:

@@ -60,6 +60,7 @@ class Explanation:
         exact: Whether arithmetic and caches are counted. A model without an adapter is counted on the arguments of its
             last call of this size; before there was one they are estimates.
         graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
+        budget: What a budget comes to; empty where none was asked for.
         raster: One line per component, one character per step: share of the blocks that compute.
         turns: How many steps each transformer does, where a pipeline has several.
     """
@@ -89,6 +90,7 @@ class Explanation:
     resampled: tuple[int, ...] = ()
     collapse: str = ""
     graphs: str = ""
+    budget: str = ""
     reusable_share: float = 1.0
     exact: bool = True
     turns: tuple[int, ...] = ()
@@ -112,6 +114,7 @@ class Explanation:
             self.attention and f"  attention {self.attention}",
             f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
             self.turns and f"  turns     {', then '.join(map(str, self.turns))} steps",
+            self.budget and f"  budget    {self.budget}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
             f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
@@ -214,7 +217,7 @@ def explain_patched(
     repeats = patched.forecasts and timesteps is not None and timesteps.repeat
     plan = patched.planned(steps, partial, timesteps, patched.may_collapse(), repeats)
     if (begin, end) != (0, steps):
-        steps, plan = end - begin, plan.part(begin, end).beginning()
+        plan = plan.part(begin, end).beginning()
         lengths, active, tokens = lengths[begin:end], active[begin:end], tokens[begin:end]
         asked_for = asked_for[begin:end]
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
@@ -236,20 +239,20 @@ def explain_patched(
             op: patched.ops.backend_for(op, weight.device, transformer.dtype)
             for op in ops_of(patched.methods)
         },
-        steps=steps,
+        steps=plan.steps,
         transformer_batch=batch,
         image_tokens=image,
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
         macs=_spent(stages, not patched.eager, keys > 0),
         linear_macs=count.linear_macs(
-            plan.reuse, steps - sum(map(bool, plan.forecasts)), slice(begin, end)
+            plan.reuse, plan.steps - sum(map(bool, plan.forecasts)), slice(begin, end)
         ),
-        dense_macs=count.macs(RunPlan(steps, None, ())),
+        dense_macs=count.macs(RunPlan(plan.steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
-        dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
+        dense_residual_bytes=5 * count.bytes_of_outputs() * plan.steps,
         cache_bytes=cached + prompt + keys,
-        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, steps)),
+        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, plan.steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
         attention=str(choices(weight.device) or ""),
@@ -257,7 +260,8 @@ def explain_patched(
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats),
-        graphs=_graphs(patched, stages, steps, weight.device),
+        graphs=_graphs(patched, stages, plan.steps, weight.device),
+        budget="; ".join(filter(None, (method.told(steps) for method in patched.methods))),
         reusable_share=count.reusable_share,
         exact=count.exact,
     )
