@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fastdit.account.explain import Asked, Explanation, explain_patched, run_speedup
+from fastdit.account.asked import Asked
+from fastdit.account.explain import Explanation, explain_parts, run_speedup
 from fastdit.account.measure import Measurement, measure
 from fastdit.account.previews import Previews
-from fastdit.account.report import Report, report_run
+from fastdit.account.report import Report, last_runs, report_runs
 from fastdit.blocks.attention_choice import Tuning
 from fastdit.errors import ArgumentError
 from fastdit.methods.budget import Budget
-from fastdit.runtime.attach import remove
+from fastdit.runtime.attach import refuse_while_running, remove
 from fastdit.runtime.install import LINK
 from fastdit.runtime.runs import ManualLoop
 from fastdit.schedules.solvers import Advice, recommend
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 
 class Handle:
-    """A handle explains, reports, pauses and removes a patch."""
+    """A handle explains, reports, pauses and removes a patch; that of a pipeline's two transformers, of both."""
 
-    def __init__(self, patched: Patched, transformer: nn.Module, pipeline: Any | None) -> None:
-        self._patched = patched
-        self._transformer = transformer
+    def __init__(self, parts: Sequence[tuple[Patched, nn.Module]], pipeline: Any | None) -> None:
+        self._parts = tuple(parts)
         self._pipeline = pipeline
+        self._patched, self._transformer = parts[0]
 
     def explain(
         self,
@@ -43,8 +44,11 @@ class Handle:
         steps: int | None = None,
         cfg: bool | None = None,
         text_tokens: int | None = None,
+        frames: int | None = None,
     ) -> Explanation:
         """This predicts what a run will do: backends, plan, FLOPs, bytes and cache size.
+
+        Of two transformers each has the steps that the pipeline's `boundary_ratio` gives it.
 
         Args:
             height, width: Image size in pixels; the pipeline's default if left out.
@@ -52,34 +56,39 @@ class Handle:
             steps: Transformer steps; the schedule's, else the pipeline's default.
             cfg: Whether classifier-free guidance doubles the batch; by default what is usual for the family.
             text_tokens: Text length; the family's usual one if left out.
+            frames: Frames of a video; the pipeline's default if left out.
 
         Raises:
             ScheduleError: A schedule does not fit `steps`.
-            ArgumentError: A size is not positive.
+            ArgumentError: A size is not positive, or frames are asked for where there are none.
         """
-        asked = Asked(height, width, batch, steps, cfg, text_tokens)
-        return explain_patched(self._patched, self._transformer, self._pipeline, asked)
+        asked = Asked(height, width, batch, steps, cfg, text_tokens, frames)
+        return explain_parts(self._parts, self._pipeline, asked)
 
     def report(self) -> Report:
         """This tells what the last run of this thread or task did, or else the last of all.
 
         It warns when a method that should reuse something reused nothing.
         """
-        patched = self._patched
-        run = patched.runs.last()
-        return report_run(patched, run, *run_speedup(patched, run, self._transformer))
+        runs = last_runs(self._parts)
+        found = [(patched, run, *run_speedup(patched, run, model)) for patched, model, run in runs]
+        return report_runs(self._patched, found)
 
     def last_run(self) -> Run | None:
-        """The run that :meth:`report` tells of, with all that it holds; None before the first."""
-        return self._patched.runs.last()
+        """The run that :meth:`report` tells of, with all that it holds; None before the first.
+
+        Each transformer has a run of its own: of two it is that of the one which ran last.
+        """
+        runs = last_runs(self._parts)
+        return runs[-1][-1] if runs else None
 
     def live_runs(self) -> list[Run]:
         """The runs in progress, of all threads; a loop that was given up counts until its thread goes on."""
-        return self._patched.runs.live()
+        return [run for patched, _ in self._parts for run in patched.runs.live()]
 
     def cache_bytes(self) -> int:
         """Bytes that the caches of all runs hold now."""
-        return self._patched.runs.cache_bytes()
+        return sum(patched.runs.cache_bytes() for patched, _ in self._parts)
 
     def measure(self, run: Callable[[], Any], repeats: int = 5) -> Measurement:
         """This measures wall seconds of `run()` on this machine, patched and stock in turns.
@@ -127,7 +136,7 @@ class Handle:
         Raises:
             ArgumentError: The last run had no stages.
         """
-        run = self._patched.runs.last()
+        run = self.last_run()
         stages = None if run is None else run.resolution
         if stages is None or not stages.records:
             raise ArgumentError("stage_pictures needs a run in stages; the last one had none")
@@ -139,12 +148,14 @@ class Handle:
 
         A call of the transformer without a pipeline is stock inside the `with` whenever its loop began.
         """
-        local, mark = self._patched.runs.local(), object()
+        states, mark = [patched.runs.local() for patched, _ in self._parts], object()
         try:
-            local.disabled.add(mark)
+            for state in states:
+                state.disabled.add(mark)
             yield
         finally:
-            local.disabled.discard(mark)
+            for state in states:
+                state.disabled.discard(mark)
 
     @contextmanager
     def budget(self, **budget: Any) -> Iterator[None]:
@@ -167,13 +178,8 @@ class Handle:
             raise ArgumentError(
                 "budget() needs a model that was patched with one, such as speedup=2"
             )
-        asked = own.asked(**budget)
-        local = self._patched.runs.local()
-        before, local.budget = local.budget, asked
-        try:
+        with self._locally("budget", own.asked(**budget)):
             yield
-        finally:
-            local.budget = before
 
     def recommend(self, steps: int) -> Advice:
         """This recommends a solver for runs of so many steps, see :func:`fastdit.recommend`; nothing changes.
@@ -197,24 +203,34 @@ class Handle:
         Raises:
             ArgumentError: The handle is of a bare transformer, so nothing can decode.
         """
-        for part in ("vae", "image_processor"):
-            if not hasattr(self._pipeline, part):
+        for parts in (("vae",), ("image_processor", "video_processor")):
+            if not any(hasattr(self._pipeline, part) for part in parts):
                 raise ArgumentError(
-                    f"watch() needs a patched pipeline with a {part} to decode with"
+                    f"watch() needs a patched pipeline with a {parts[0]} to decode with"
                 )
-        local = self._patched.runs.local()
-        before, local.watch = local.watch, Previews(self._patched.adapter, self._pipeline)
+        watch = Previews(self._patched.adapter, self._pipeline)
+        with self._locally("watch", watch):
+            yield watch
+
+    @contextmanager
+    def _locally(self, name: str, value: Any) -> Iterator[None]:
+        """The runs that this thread or task begins inside the `with` find this value in the local state."""
+        states = [patched.runs.local() for patched, _ in self._parts]
+        before = [getattr(state, name) for state in states]
         try:
-            yield local.watch
+            for state in states:
+                setattr(state, name, value)
+            yield
         finally:
-            local.watch = before
+            for state, old in zip(states, before, strict=True):
+                setattr(state, name, old)
 
     @contextmanager
     def run(self, timesteps: Sequence[Any] | torch.Tensor) -> Iterator[Handle]:
         """The `with` is one run of a hand-written loop over `timesteps`, where no scheduler tells the steps.
 
         A new value of the transformer's timestep argument is a new step; that read waits for a GPU. Call `advance()`
-        after each step to spare it.
+        after each step to spare it, and where two transformers take turns, of which neither sees the other's steps.
 
         Example:
             >>> with h.run(timesteps):
@@ -225,13 +241,12 @@ class Handle:
         """
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
-        runs = self._patched.runs
-        loop = ManualLoop(runs.local(), timesteps)
-        try:
-            runs.begin(loop, len(timesteps))
+        with ExitStack() as loops:
+            for patched, _ in self._parts:
+                loop = ManualLoop(patched.runs.local(), timesteps)
+                loops.callback(patched.runs.end_manual, loop)
+                patched.runs.begin(loop, len(timesteps))
             yield self
-        finally:
-            runs.end_manual(loop)
 
     def advance(self, velocity: torch.Tensor | None = None) -> None:
         """The user says that a step of `run` is done, instead of letting the timestep argument tell.
@@ -244,14 +259,16 @@ class Handle:
         Raises:
             ArgumentError: No run is in progress here, or `velocity` is no tensor, or of another size than the picture.
         """
-        self._patched.runs.advance(velocity)
+        for patched, _ in self._parts:
+            patched.runs.advance(velocity)
 
     def reset(self) -> None:
         """This forgets this thread's or task's own loops and their caches, e.g. after an aborted one.
 
         A pipeline's run ends with its call, however that ends.
         """
-        self._patched.runs.reset()
+        for patched, _ in self._parts:
+            patched.runs.reset()
 
     def unpatch(self) -> None:
         """This removes the patch; the model is as it was before. A later patch of the same model is not affected.
@@ -259,9 +276,13 @@ class Handle:
         Raises:
             FastDiTError: A run is in progress.
         """
-        if self._transformer.__dict__.get(LINK) is self._patched:
-            remove(self._transformer)
+        parts = [t for patched, t in self._parts if t.__dict__.get(LINK) is patched]
+        for transformer in parts:
+            refuse_while_running(transformer, "unpatch")
+        for transformer in parts:
+            remove(transformer)
 
     def __repr__(self) -> str:
         methods = ", ".join(method.name for method in self._patched.methods)
-        return f"<fastdit {methods} on {type(self._transformer).__name__}>"
+        names = " and ".join(type(transformer).__name__ for _, transformer in self._parts)
+        return f"<fastdit {methods} on {names}>"

@@ -31,9 +31,10 @@ from fastdit.methods.budget import budgeted
 from fastdit.methods.dense import Dense
 from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
-from fastdit.runtime.attach import attach, remove, rewrites
+from fastdit.runtime.attach import Rewrite, attach, refuse_while_running, remove, rewrites
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable, is_installable
+from fastdit.runtime.owners import TRANSFORMERS
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
 from fastdit.runtime.timesteps import check_flow
@@ -60,7 +61,8 @@ def patch(
     """This makes a diffusers pipeline or transformer run on fastdit.
 
     Args:
-        target: A pipeline with a supported `transformer`, or the transformer itself.
+        target: A pipeline with a supported `transformer`, or the transformer itself. A `transformer_2`, which does
+            the pipeline's later steps, is patched too: the same methods, by its steps, with caches of its own.
         methods: What to skip; none means :class:`Dense` (skip nothing).
         backend: "reference", "cpu", "triton" or "cuda" for all ops; by default FASTDIT_BACKEND, else the best that
             serves each op's device and dtype. A backend named here or there is never silently replaced.
@@ -78,7 +80,7 @@ def patch(
         guard: Compute whatever turns out to be further off than the book's plan was, see :class:`Budget`.
 
     Returns:
-        A :class:`Handle`. A second patch of the same model replaces the first.
+        A :class:`Handle`, of both where there are two. A second patch of the same model replaces the first.
 
     Raises:
         UnsupportedModelError: No adapter knows the model; names what is supported.
@@ -94,13 +96,44 @@ def patch(
         >>> image = pipe("a red circle").images[0]
         >>> print(handle.report())
     """
-    pipeline, transformer = _resolve(target)
+    pipeline, transformers = _resolve(target)
     _check_arguments(methods, pack_weights=pack_weights, programs=programs)
     asked = {"speedup": speedup, "quality": quality, "latency": latency, "vram": vram, "book": book}
     asked["guard"] = guard
-    methods = budgeted(transformer, methods, **asked)
+    methods = budgeted(transformers[0], methods, **asked)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')
+    options = methods, backend, pack_weights, graphs, programs
+    checked = [_checked(pipeline, transformer, *options) for transformer in transformers]
+    for transformer in transformers:
+        refuse_while_running(transformer, "patch")
+    try:
+        for transformer, (patched, rewritten) in zip(transformers, checked, strict=True):
+            remove(transformer, "patch")
+            attach(patched, transformer, pipeline, rewritten)
+    except BaseException:
+        for transformer in transformers:
+            remove(transformer)
+        raise
+    parts = [
+        (patched, transformer)
+        for transformer, (patched, _) in zip(transformers, checked, strict=True)
+    ]
+    _tell_of_wrapping(parts)
+    _tell_of_others(pipeline, transformers)
+    return Handle(parts, pipeline)
+
+
+def _checked(
+    pipeline: Any | None,
+    transformer: nn.Module,
+    methods: Sequence[Method],
+    backend: str | None,
+    pack_weights: bool,
+    graphs: bool | str,
+    programs: bool,
+) -> tuple[Patched, Sequence[Rewrite]]:
+    """A transformer's patch, and what it rewrites, after everything that can be refused was checked."""
     reuses = all(method.writes == {"reuse"} for method in methods)
     wraps = "steps" if all(method.skips_steps for method in methods) else "components"
     adapter = find_adapter(transformer, wraps if methods and reuses else "")
@@ -140,19 +173,7 @@ def patch(
         patched.check_sampler(noise_of(pipeline.scheduler))
     if adapter.restates and patched.max_cache_bytes is not None:
         Cost(adapter, transformer, Size(1, 1))  # counted here, not by the first request
-    remove(transformer, "patch")
-    attach(patched, transformer, pipeline, rewritten)
-    if not adapter.restates and wraps == "components":
-        count = Cost(adapter, transformer, Size(1024, 0))
-        components = sorted({name for kind in spec.kinds for name in kind.components})
-        warnings.warn(
-            f"{type(transformer).__name__} has no adapter: its {', '.join(components)} are wrapped as they are, about "
-            f"{count.reusable_share:.0%} of its arithmetic; the rest always runs, norms and residuals around reused "
-            "ones too",
-            stacklevel=2,
-        )
-    _tell_of_others(pipeline, transformer)
-    return Handle(patched, transformer, pipeline)
+    return patched, rewritten
 
 
 def unpatch(target: Any) -> None:
@@ -161,8 +182,11 @@ def unpatch(target: Any) -> None:
     Raises:
         FastDiTError: A run is in progress.
     """
-    _, transformer = _resolve(target)
-    remove(transformer)
+    _, transformers = _resolve(target)
+    for transformer in transformers:
+        refuse_while_running(transformer, "unpatch")
+    for transformer in transformers:
+        remove(transformer)
 
 
 def explain(target: Any, **kwargs: Any) -> Explanation:
@@ -181,11 +205,11 @@ def handle_of(target: Any) -> Handle:
     Raises:
         FastDiTError: It is not patched.
     """
-    pipeline, transformer = _resolve(target)
-    patched = transformer.__dict__.get(LINK)
-    if patched is None:
+    pipeline, transformers = _resolve(target)
+    parts = [(t.__dict__[LINK], t) for t in transformers if t.__dict__.get(LINK) is not None]
+    if not parts:
         raise FastDiTError(f"this {type(target).__name__} is not patched; call fastdit.patch first")
-    return Handle(patched, transformer, pipeline)
+    return Handle(parts, pipeline)
 
 
 def _check_arguments(methods: Sequence[Any], **switches: Any) -> None:
@@ -210,13 +234,15 @@ def _way_out(given: Any) -> str:
     return ""
 
 
-def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
-    """This gives the pipeline, or None, and the transformer, which torch.compile may have wrapped."""
+def _resolve(target: Any) -> tuple[Any | None, list[nn.Module]]:
+    """This gives the pipeline, or None, and the transformers, which torch.compile may have wrapped."""
     pipeline = None if isinstance(target, nn.Module) else target
-    transformer = target if pipeline is None else getattr(target, "transformer", None)
-    transformer = getattr(transformer, "_orig_mod", transformer)
-    if not isinstance(transformer, nn.Module):
-        there = f", whose transformer is {transformer}" if hasattr(target, "transformer") else ""
+    found = [target] if pipeline is None else [getattr(target, n, None) for n in TRANSFORMERS]
+    found = [getattr(transformer, "_orig_mod", transformer) for transformer in found]
+    # A pipeline may lack either, or have one for both.
+    transformers = [*dict.fromkeys(part for part in found if isinstance(part, nn.Module))]
+    if not transformers:
+        there = f", whose transformer is {found[0]}" if hasattr(target, "transformer") else ""
         supported = sorted(
             name for adapter in adapters().values() for name in adapter.model_classes
         )
@@ -224,14 +250,29 @@ def _resolve(target: Any) -> tuple[Any | None, nn.Module]:
             f"target must be a pipeline with a transformer, or a transformer, got {type(target).__name__}{there}; "
             f"supported transformers: {', '.join(supported)}"
         )
-    return pipeline, transformer
+    return pipeline, transformers
 
 
-def _tell_of_others(pipeline: Any | None, transformer: nn.Module) -> None:
-    """Some pipelines have a second transformer, for other steps or the other branch of guidance; it stays as it is."""
+def _tell_of_wrapping(parts: Sequence[tuple[Patched, nn.Module]]) -> None:
+    """A transformer without an adapter runs by wrapping; of two of one class one is told of."""
+    told = {type(transformer): (patched, transformer) for patched, transformer in parts}
+    for patched, transformer in told.values():
+        if not patched.adapter.restates and patched.spec.kinds:
+            count = Cost(patched.adapter, transformer, Size(1024, 0))
+            components = sorted({name for kind in patched.spec.kinds for name in kind.components})
+            warnings.warn(
+                f"{type(transformer).__name__} has no adapter: its {', '.join(components)} are wrapped as they are, "
+                f"about {count.reusable_share:.0%} of its arithmetic; the rest always runs, norms and residuals around "
+                "reused ones too",
+                stacklevel=3,
+            )
+
+
+def _tell_of_others(pipeline: Any | None, transformers: Sequence[nn.Module]) -> None:
+    """Some pipelines have a transformer of their own for the other branch of guidance; it stays as it is."""
     for name, part in getattr(pipeline, "__dict__", {}).items():
-        known = part is transformer or getattr(part, "_orig_mod", part) is transformer
-        if isinstance(part, type(transformer)) and not known and LINK not in part.__dict__:
+        known = any(getattr(part, "_orig_mod", part) is transformer for transformer in transformers)
+        if isinstance(part, type(transformers[0])) and not known and LINK not in part.__dict__:
             warnings.warn(
                 f"{name} of this {type(pipeline).__name__} is not patched with its transformer; call "
                 f"fastdit.patch(pipe.{name}, ...) too",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 # Before any import of transformers or diffusers: a test that would download fails instead.
@@ -76,6 +78,23 @@ def _reproducible():
     left = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert left, "the test left gradients switched off"
+
+
+@pytest.fixture(autouse=True)
+def _fp64_throughout(request):
+    """Where a family casts parts of its model to fp32, tests of it lift that in fp64, which is then exact.
+
+    Not where they say `casts`: those ask for its own bits.
+    """
+    tiny_models = sys.modules.get("tiny_models")  # of tests that draw
+    named = getattr(request.node, "callspec", None)
+    if tiny_models is None or named is None or request.node.get_closest_marker("casts"):
+        yield
+        return
+    forms = (value for value in named.params.values() if isinstance(value, str))
+    casts = any(form in tiny_models.FAMILIES and tiny_models.FAMILIES[form].casts for form in forms)
+    with tiny_models.fp64_throughout() if casts else contextlib.nullcontext():
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -1248,7 +1248,6 @@ ENTRIES["TransformerTemporalModel"] = Entry(
 ENTRIES["WanTransformer3DModel"] = Entry(
     WAN,
     video,
-    parts={"blocks": "attn1 attn2 ffn"},
 )
 ENTRIES["WanAnimateTransformer3DModel"] = Entry(
     WAN

@@ -118,6 +118,11 @@ def qwen() -> nn.Module:
     )
 
 
+def wan() -> nn.Module:
+    """Wan's depth, that of 14B."""
+    return tiny_models.wan(40, attention_head_dim=8, ffn_dim=16)
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -125,6 +130,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "FLUX": ("flux-dev", flux),
     "PixArt": ("pixart-sigma", pixart),
     "Lumina": ("lumina", lumina),
+    "Wan": ("wan", wan),
 } | ({"Qwen-Image": ("qwen", qwen)} if tiny_models.HAS_QWEN else {})
 
 
@@ -137,9 +143,9 @@ def pipeline(name: str) -> Any:
 
 
 def draw(name: str, pipe: Any, steps: int = STEPS, **more: Any) -> torch.Tensor:
-    """The latents of a run; FLUX and Qwen-Image without a second call for guidance."""
+    """The latents of a run; of those that guide by a second call, without that."""
     form, _ = MODELS[name]
-    cfg = form not in ("flux-dev", "qwen")
+    cfg = form not in ("flux-dev", "qwen", "wan")
     given = tiny_models.arguments(form, steps=steps, cfg=cfg, height=8, width=8, **more)
     return tiny_models.latents_of(pipe, given)
 

@@ -61,6 +61,7 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
         "noise_refiner": {"noise_attn": "attn", "noise_feed_forward": "feed_forward"},
         "layers": {"attn": "attn", "feed_forward": "feed_forward"},
     },
+    "WanTransformer3DModel": {"blocks": {"attn1": "attn1", "attn2": "attn2", "ffn": "ffn"}},
 }
 
 #: components whose output is drawn behind a norm that follows the module: repeated it is the same, drawn it is not

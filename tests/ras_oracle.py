@@ -59,6 +59,7 @@ class RowOracle:
         self.flux = self.qwen or "Flux" in type(self.model).__name__  # packs, and puts text first
         self.lumina = "LuminaNext" in type(self.model).__name__
         self.whole = "Lumina2" in type(self.model).__name__
+        self.video = "Wan" in type(self.model).__name__
         self.texts: list[int] = []
         self.step = self.calls = 0
         self.rows: Tensor | None = None
@@ -76,6 +77,7 @@ class RowOracle:
         model, scheduler = self.model, self.pipe.scheduler
         first = getattr(model, "x_embedder", getattr(model, "pos_embed", None))
         first = model.patch_embedder if self.lumina else model.img_in if self.qwen else first
+        first = model.patch_embedding if self.video else first
         handles = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end),
@@ -85,6 +87,7 @@ class RowOracle:
             handles.append(first.register_forward_hook(self._gather))
             handles.append(last.register_forward_hook(self._scatter))
         changed: list[tuple[Any, str]] = [(scheduler, "step"), (model, "forward")]
+        another = scheduler.__dict__.get("step")  # oracle's, of another of the pipeline's models
         model.forward = self._skipping(model.forward)
         scheduler.step = self._stepping(scheduler.step)
         before = [
@@ -106,6 +109,8 @@ class RowOracle:
                 handle.remove()
             for owner, name in changed:
                 del owner.__dict__[name]
+            if another is not None:
+                scheduler.step = another
             for module, processor in before:
                 module.processor = processor
 
@@ -129,9 +134,11 @@ class RowOracle:
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         latents = kwargs.get("hidden_states", args[0] if args else None)
         side = 2 if self.flux else self.model.config.patch_size
-        self.tokens = (
-            latents.shape[1] if self.flux else latents.shape[-2] * latents.shape[-1] // side**2
-        )
+        if self.video:
+            self.tokens = math.prod(latents.shape[2:]) // math.prod(side)
+        else:
+            size = latents.shape[-2] * latents.shape[-1]
+            self.tokens = latents.shape[1] if self.flux else size // side**2
         if self.whole:
             self.texts = kwargs["encoder_attention_mask"].sum(dim=1).tolist()
 
@@ -157,6 +164,8 @@ class RowOracle:
             angles = angles.expand(rows.shape[0], -1, -1)
             return take(tokens, rows), take(mask, rows), size, take(angles, rows)
         rows = self.rows_of(output.shape[0])
+        if self.video and rows is not None:  # [B, D, F, H, W]
+            return take(output.flatten(2).mT, rows).mT[..., None, None]
         return output if rows is None else take(output, rows)
 
     def _scatter(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -187,6 +196,12 @@ class RowOracle:
         if self.flux:  # Kontext's reference tokens have no velocity
             return mask[:, : velocity.shape[1], None]
         side = self.model.config.patch_size
+        if self.video:
+            sizes = [n // p for n, p in zip(velocity.shape[2:], side, strict=True)]
+            mask = mask.unflatten(1, sizes)
+            for axis, p in enumerate(side):
+                mask = mask.repeat_interleave(p, 1 + axis)
+            return mask[:, None]
         grid = mask.unflatten(1, (velocity.shape[-2] // side, -1))
         return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
@@ -367,6 +382,8 @@ class Processor:
                 if oracle.qwen:  # complex, of the image and of the text
                     turns = torch.cat(image_rotary_emb[::-1])
                     image_rotary_emb = [t.repeat_interleave(2, -1) for t in _parts(turns)]
+                if oracle.video:  # [1, N, 1, d]
+                    image_rotary_emb = [t[0, :, 0] for t in image_rotary_emb]
                 oracle.kept[place] = image_rotary_emb
             turn = oracle.kept[place]
             for i in (0, 1):
@@ -392,7 +409,7 @@ class Processor:
         if not joint:
             if oracle.flux:
                 return out
-            return attn.to_out[1](attn.to_out[0](out)) / attn.rescale_output_factor
+            return attn.to_out[1](attn.to_out[0](out)) / getattr(attn, "rescale_output_factor", 1)
         image = out[:, text:] if oracle.flux else out[:, : out.shape[1] - text]
         first = out[:, :text] if oracle.flux else out[:, out.shape[1] - text :]
         if not attn.context_pre_only or oracle.flux:
@@ -453,6 +470,8 @@ class Processor:
 
     @staticmethod
     def _normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+        if norm is not None and norm.weight is not None and len(norm.weight) > x.shape[-1]:
+            return norm(x.flatten(-2)).view_as(x)  # across the heads
         return x if norm is None else norm(x)
 
 

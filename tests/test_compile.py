@@ -38,7 +38,7 @@ def _fresh_compiler():
 
 
 def blocks(model):
-    kinds = ("transformer_blocks", "single_transformer_blocks", "layers")
+    kinds = ("transformer_blocks", "single_transformer_blocks", "layers", "blocks")
     return [block for kind in kinds for block in getattr(model, kind, ())]
 
 

@@ -94,7 +94,7 @@ def test_predicted_size_of_a_pipelines_run(name, cfg):
         pytest.skip("its two prompts have unlike lengths, of which a prediction is told one")
     handle = fastdit.patch(pipe, Cached(Schedule.every(2)))
     text = 0 if name == "dit" else tiny_models.TEXT
-    size = {} if name == "dit" else {"height": 8, "width": 16}
+    size = {} if name == "dit" else tiny_models.asked(name)
     predicted = handle.explain(batch=2, steps=4, cfg=cfg, text_tokens=text, **size)
     generate(pipe, name, batch=2, steps=4, cfg=cfg, prompt_per_image=True)
     report = handle.report()

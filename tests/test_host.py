@@ -57,7 +57,9 @@ def test_a_reused_step(name):
         assert launched <= LAUNCHES, call.kernels
 
 
-@pytest.mark.parametrize(("name", "layers"), [("PixArt", 28 * 8 + 1), ("Lumina", 24 * 8 + 1)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("PixArt", 28 * 8 + 1), ("Lumina", 24 * 8 + 1), ("Wan", 40 * 8 + 1)]
+)
 def test_keys_of_the_prompt_are_made_once_a_run(name, layers):
     """Products of a block: four of its self-attention, two of the other without keys and values, the feed-forward's.
 
@@ -123,7 +125,8 @@ def test_a_replayed_call(name, method, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "spared"), [("SD3", 24 * 4), ("FLUX", 19 * 4 + 38 * 2), ("PixArt", 28 * 2)]
+    ("name", "spared"),
+    [("SD3", 24 * 4), ("FLUX", 19 * 4 + 38 * 2), ("PixArt", 28 * 2), ("Wan", 40 * 2)],
 )
 def test_fused_projections_are_one_product(name, spared):
     """`fuse_qkv_projections` makes one of three, of image and of text; PixArt's of the prompt are made once a run."""

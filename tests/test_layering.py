@@ -78,7 +78,7 @@ FOREIGN = {
         _make_wrapper_subclass _mkl_reorder_linear_weight _overloadpacket _parameters _scaled_mm _schema _sleep
         _subclasses _torchdynamo_orig_callable _version""",
     "diffusers": """_attention_backend _callback_tensor_inputs _current_timestep _diffusers_hook _fn_refs
-        _guidance_scale _hf_hook _internal_dict _interrupt _prepare_latent_image_ids
+        _guidance_scale _hf_hook _internal_dict _interrupt _keep_in_fp32_modules _prepare_latent_image_ids
         _supports_gradient_checkpointing""",
     "triton": "_LangPatchScope _get_np_dtype _init_args_hst _patch_lang _restore_args_dev",
     "os": "_exit",

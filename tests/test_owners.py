@@ -124,14 +124,16 @@ def assembled(pipe):
 
 
 def _set_up(made, pipe):
-    made.vae_scale_factor = pipe.vae_scale_factor
+    if hasattr(pipe, "vae_scale_factor"):
+        made.vae_scale_factor = pipe.vae_scale_factor
     made.set_progress_bar_config(disable=True)
     return made
 
 
 def blocks_of(pipe):
     model = pipe.transformer
-    return model.layers if hasattr(model, "layers") else model.transformer_blocks
+    names = ("layers", "blocks", "transformer_blocks")
+    return next(getattr(model, name) for name in names if hasattr(model, name))
 
 
 @contextlib.contextmanager

@@ -45,13 +45,12 @@ def test_the_prompt_is_projected_once_for_each_branch_of_a_run(name):
     expected = generate(pipe, name, steps=STEPS)
     calls = counted(pipe, name)
     fastdit.patch(pipe)
-    branches = 1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2
     for run in (1, 2):
         assert distance(generate(pipe, name, steps=STEPS), expected) < 1e-5
-        assert len(calls) == run * branches
+        assert len(calls) == run * branches(name)
     fastdit.patch(pipe, backend="reference")
     same_bits(generate(pipe, name, steps=STEPS), expected)
-    assert len(calls) == (2 + STEPS) * branches
+    assert len(calls) == (2 + STEPS) * branches(name)
     fastdit.unpatch(pipe)
     assert not is_installed(pipe.transformer.get_submodule(PROJECTIONS[name]))
 
@@ -124,6 +123,11 @@ def test_hooks_and_gradients_see_every_call():
 ATTENTIONS = tiny_models.one_each(tiny_models.forms("prompt_attentions"))
 
 
+def branches(name):
+    """Calls in a step."""
+    return 1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2
+
+
 def layers_of(pipe):
     """What makes keys and values of the prompt alone."""
     return [
@@ -156,7 +160,7 @@ def test_keys_of_the_prompt_are_made_once_and_are_the_same_bits(
     pipe = tiny_models.pipeline(name)
     fastdit.patch(pipe)
     found = generate(pipe, name, steps=STEPS)
-    assert made == layers_of(pipe)
+    assert made == branches(name) * layers_of(pipe)
     with monkeypatch.context() as patch:
         patch.setattr(
             Asked,
@@ -178,11 +182,8 @@ def test_keys_of_the_prompt_stay_where_they_fit(name, programmed, made, request)
         request.getfixturevalue("unprogrammed")
     pipe = tiny_models.pipeline(name)
     given = {"steps": STEPS, "height": 16, "width": 16}
-    size = {
-        "height": 16,
-        "width": 16,
-        "text_tokens": tiny_models.arguments(name)["prompt_embeds"].shape[1],
-    }
+    size = tiny_models.asked(name, 16, 16)
+    size["text_tokens"] = tiny_models.arguments(name)["prompt_embeds"].shape[1]
     handle = fastdit.patch(pipe, fastdit.Cached(schedule(pipe)))
     expected = generate(pipe, name, **given)
     needed = handle.explain(steps=STEPS, **size).cache_bytes
@@ -194,7 +195,7 @@ def test_keys_of_the_prompt_stay_where_they_fit(name, programmed, made, request)
         made.clear()
         same_bits(generate(pipe, name, **given), expected)
         assert fastdit.report(pipe).peak_cache_bytes == said.cache_bytes <= needed + spare
-        times = 1 if kept else STEPS // 2
+        times = branches(name) * (1 if kept else STEPS // 2)
         if not programmed:
             assert made == times * layers_of(pipe)
         assert (said.cache_bytes == needed) is kept

@@ -548,7 +548,8 @@ def single_run(pipe, name, method, i, latents):
     for key, value in arguments.items():
         if torch.is_tensor(value) and value.shape[0] == prompts > 1:
             arguments[key] = value[i : i + 1]
-    arguments |= {"num_images_per_prompt": 1, "latents": latents}
+    number = next(key for key in arguments if key.endswith("_per_prompt"))
+    arguments |= {number: 1, "latents": latents}
     handle = fastdit.patch(pipe, method)
     found = tiny_models.latents_of(pipe, arguments)
     history = handle.last_run().selection.history

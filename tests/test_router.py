@@ -329,8 +329,8 @@ def test_a_router_runs_as_its_schedule(name, tmp_path):
     same_bits(tiny_models.generate(pipe, name), expected)
     report = handle.report()
     square = tiny_models.FAMILIES[name].square  # it draws at one size
-    size = () if square else (tiny_models.HEIGHT, tiny_models.WIDTH)
-    explained = handle.explain(*size, text_tokens=tiny_models.TEXT)
+    size = {} if square else tiny_models.asked(name)
+    explained = handle.explain(**size, text_tokens=tiny_models.TEXT)
     assert explained.reuse_share == pytest.approx(report.reuse_share)
     assert explained.flop_speedup == pytest.approx(report.flop_speedup)
     assert report.reuse_share > 0.1

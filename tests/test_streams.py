@@ -20,7 +20,7 @@ from oracle import Oracle, random_bits
 
 STEPS = 4
 FAMILIES = tiny_models.one_each(tiny_models.forms(), -1)
-KINDS = ("transformer_blocks", "single_transformer_blocks", "layers")
+KINDS = ("transformer_blocks", "single_transformer_blocks", "layers", "blocks")
 
 
 def blocks(model):

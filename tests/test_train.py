@@ -140,9 +140,7 @@ def test_every_family_trains(name):
     handle = fastdit.patch(pipe, fastdit.HarmoniCa(found, tau=0.5))
     tiny_models.generate(pipe, name)
     assert handle.report().reuse_share == pytest.approx(
-        handle.explain(
-            tiny_models.HEIGHT, tiny_models.WIDTH, text_tokens=tiny_models.TEXT
-        ).reuse_share
+        handle.explain(**tiny_models.asked(name), text_tokens=tiny_models.TEXT).reuse_share
     )
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -37,6 +39,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
@@ -172,6 +176,23 @@ def qwen(layers: int = 3) -> nn.Module:
     )
 
 
+def wan(layers: int = 3, **more: Any) -> nn.Module:
+    """Wan 2.1 and each transformer of 2.2."""
+    given = {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": LATENT,
+        "out_channels": LATENT,
+        "text_dim": 20,
+        "freq_dim": 16,
+        "ffn_dim": 48,
+        "num_layers": layers,
+        "rope_max_seq_len": 32,
+    }
+    return WanTransformer3DModel(**given | more)
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -181,6 +202,8 @@ class Family:
     cfg_in_one_call: bool = True
     #: prompts of one run may have unlike lengths, which the model takes from the host
     reads_masks: bool = False
+    #: parts of it are fp32 whatever the model's dtype; tests in fp64 lift that, see `conftest.py`
+    casts: bool = False
 
 
 FAMILIES: dict[str, Family] = {
@@ -193,6 +216,7 @@ FAMILIES: dict[str, Family] = {
     "dit": Family(dit, square=True),
     "lumina": Family(lumina),
     "lumina2": Family(lumina2, cfg_in_one_call=False, reads_masks=True),
+    "wan": Family(wan, cfg_in_one_call=False, casts=True),
 } | ({"qwen": Family(qwen, cfg_in_one_call=False, reads_masks=True)} if HAS_QWEN else {})
 
 #: families that this diffusers lacks
@@ -307,6 +331,8 @@ def call(
         mask[1::2, -1] = 0
         time = 1 - arguments["timestep"] / 1000
         return arguments | {"timestep": time, "encoder_attention_mask": mask}
+    if name == "wan":  # the halves of the picture are its frames
+        return arguments | {"hidden_states": frames_of(arguments["hidden_states"])}
     if name == "qwen":
         mask = torch.ones(batch, text, dtype=torch.bool)
         mask[::2, -1] = False
@@ -332,6 +358,25 @@ def call(
             torch.full((batch,), 3.5, dtype=dtype) if name == "flux-dev" else None
         )
     return arguments
+
+
+@contextmanager
+def fp64_throughout() -> Iterator[None]:
+    """Inside it `Tensor.float` leaves fp64 as it is."""
+
+    def wide(self: Tensor) -> Tensor:
+        return self if self.dtype is torch.float64 else self.to(torch.float32)
+
+    Tensor.float = wide
+    try:
+        yield
+    finally:
+        del Tensor.float
+
+
+def frames_of(picture: Tensor) -> Tensor:
+    """A picture [B, C, 2 H, W] as a video [B, C, 2, H, W], of as many tokens in the same order."""
+    return picture.unflatten(2, (2, -1))
 
 
 # ---- pipelines
@@ -369,7 +414,25 @@ def video_vae() -> nn.Module:
     return randomise(model, 1)
 
 
+def wan_vae() -> nn.Module:
+    """Wan's autoencoder, of a latent frame and pixel for each of the video's."""
+    model = AutoencoderKLWan(
+        base_dim=4,
+        z_dim=LATENT,
+        dim_mult=[1],
+        num_res_blocks=1,
+        temperal_downsample=[],
+        latents_mean=[0.1] * LATENT,
+        latents_std=[1.5] * LATENT,
+        scale_factor_temporal=1,  # its pipeline draws in multiples of 16 pixels, taken to be eight a latent's
+    )
+    return randomise(model, 1)
+
+
+#: of families with other latents than pictures
+_VAES = {"qwen": video_vae, "wan": wan_vae}
 _NO_TEXT = {
+    "wan": ("text_encoder", "tokenizer"),
     "qwen": ("text_encoder", "tokenizer"),
     "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "sd3": (
@@ -411,6 +474,7 @@ PIPELINES: dict[str, Pipe] = {
     "dit": Pipe("dit", DiTPipeline, DDIMScheduler),
     "lumina": Pipe("lumina", LuminaPipeline, FlowMatchEulerDiscreteScheduler),
     "lumina2": Pipe("lumina2", Lumina2Pipeline, FlowMatchEulerDiscreteScheduler),
+    "wan": Pipe("wan", WanPipeline, FlowMatchEulerDiscreteScheduler),
 } | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
 
 IMAGE_TO_IMAGE = [name for name, entry in PIPELINES.items() if entry.image_to_image]
@@ -424,7 +488,7 @@ def pipeline(
     kind = entry.family.partition("-")[0].partition(".")[0]
     parts: dict[str, Any] = dict.fromkeys(_NO_TEXT[kind])
     pipe = entry.pipeline(
-        vae=(video_vae if name == "qwen" else vae)().to(dtype),
+        vae=_VAES.get(name, vae)().to(dtype),
         transformer=transformer(entry.family, dtype, seed),
         scheduler=scheduler or entry.scheduler(),
         **parts,
@@ -467,8 +531,8 @@ def arguments(
         # DiTPipeline has no latent output and no size; see `generate`.
         return result | {"class_labels": [3] * batch, "output_type": "np"} | more
     # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the
-    # pooled ones; LuminaPipeline repeats none.
-    repeats = prompt_per_image or name.startswith(("sd3", "lumina"))
+    # pooled ones; LuminaPipeline and WanPipeline repeat none.
+    repeats = prompt_per_image or name.startswith(("sd3", "lumina", "wan"))
     prompts, images = (batch, 1) if repeats else (1, batch)
     result |= {
         "prompt_embeds": randn(prompts, TEXT, 20),
@@ -497,6 +561,12 @@ def arguments(
             "prompt_attention_mask": masks[0],
             "negative_prompt_attention_mask": masks[1],
         }
+    elif name == "wan":
+        if cfg:
+            result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
+        # The pipeline counts one frame, and those that its autoencoder adds, of which there is none, as two.
+        result |= {"height": 8 * (height // 2), "width": 8 * width, "num_frames": 1}
+        result["num_videos_per_prompt"] = result.pop("num_images_per_prompt")
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}
         result["prompt_embeds_mask"][:, -1] = 0
@@ -519,16 +589,25 @@ def arguments(
     return result | more
 
 
+def asked(name: str, height: int = HEIGHT, width: int = WIDTH) -> dict[str, int]:
+    """What `explain` is asked about a run of `arguments` of this size."""
+    if name == "wan":
+        return {"height": 8 * (height // 2), "width": 8 * width, "frames": 2}
+    return {"height": height, "width": width}
+
+
 def generate(pipe: Any, name: str, **kwargs: Any) -> Tensor:
     """The latents that a run ends with."""
-    kwargs.setdefault("dtype", pipe.transformer.dtype)
+    if "dtype" not in kwargs:
+        kwargs["dtype"] = pipe.transformer.dtype
     return latents_of(pipe, arguments(name, **kwargs))
 
 
 def latents_of(pipe: Any, given: dict[str, Any]) -> Tensor:
     """The latents that ``pipe(**given)`` ends with; DiTPipeline shows them to its autoencoder only."""
     if not isinstance(pipe, DiTPipeline):
-        return pipe(**given).images
+        found = pipe(**given)
+        return found.images if hasattr(found, "images") else found.frames
     seen = []
     decode = pipe.vae.decode
 

@@ -21,8 +21,9 @@ def training(name="dit", pipe=None, dtype=torch.float32, **more):
     else:
         given = tiny_models.arguments(name, dtype=dtype)
         arguments = {k: v for k, v in given.items() if not isinstance(v, torch.Tensor)}
-        for key in ("generator", "num_inference_steps", "num_images_per_prompt"):
-            arguments.pop(key)
+        for key in list(arguments):
+            if key in ("generator", "num_inference_steps") or key.endswith("_per_prompt"):
+                arguments.pop(key)
         tensors = {k: v for k, v in given.items() if isinstance(v, torch.Tensor)}
         prompts = [tensors, {k: v * 0.7 if "embeds" in k else v for k, v in tensors.items()}]
     settings = {"steps": STEPS, "beta": 1e-3, "lr": 0.1, "epochs": 1, "batch": 2} | more

@@ -163,15 +163,15 @@ class Cost:
             )
         return total
 
-    def linear_macs(self, schedule: Schedule | None, steps: int) -> int:
+    def linear_macs(self, schedule: Schedule | None, steps: int, part: slice = slice(None)) -> int:
         """A run's linear layers take so many, the products of attention left out: ECAD's count (spec 6.6).
 
         A component whose bit computes is counted even if nobody reads it, and all tokens are. `schedule` is bound to
-        the model; None computes everything.
+        the model; None computes everything. `part` are the run's steps of the schedule's.
         """
         total = steps * self.overhead
         bits = {
-            (kind, name): layer.bits[:, :, index].sum(axis=0)
+            (kind, name): layer.bits[part, :, index].sum(axis=0)
             for kind, layer in (() if schedule is None else schedule.layers.items())
             for index, name in enumerate(layer.components)
         }

@@ -5,15 +5,15 @@ Nothing runs: see `account/cost.py` for what is counted.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastdit.account.asked import Asked, default_of, latent_size, turn_of
 from fastdit.account.cost import Cost
 from fastdit.account.pace import pace_of, steps_that_wait
 from fastdit.account.report import ranges
@@ -21,12 +21,9 @@ from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
 from fastdit.blocks.modulation import ahead
 from fastdit.blocks.prepacked import packs
-from fastdit.checks import is_whole
-from fastdit.errors import ArgumentError
 from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, everywhere, ops_of
-from fastdit.schedules.schedule_file import MAX_COUNT
 from fastdit.spec import ModelSpec
 from fastdit.tokens.waves import UNIT, Waves, waves_of
 
@@ -65,6 +62,7 @@ class Explanation:
         graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
         budget: What a budget comes to; empty where none was asked for.
         raster: One line per component, one character per step: share of the blocks that compute.
+        turns: How many steps each transformer does, where a pipeline has several.
     """
 
     family: str
@@ -95,6 +93,7 @@ class Explanation:
     budget: str = ""
     reusable_share: float = 1.0
     exact: bool = True
+    turns: tuple[int, ...] = ()
 
     @property
     def flop_speedup(self) -> float:
@@ -114,6 +113,7 @@ class Explanation:
             f"  ops       {backends}",
             self.attention and f"  attention {self.attention}",
             f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
+            self.turns and f"  turns     {', then '.join(map(str, self.turns))} steps",
             self.budget and f"  budget    {self.budget}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
@@ -135,28 +135,6 @@ class Explanation:
         return "\n".join(line for line in lines if line)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The run that is asked about has the arguments of :meth:`fastdit.Handle.explain`.
-
-    Raises:
-        ArgumentError: A size is not positive.
-    """
-
-    height: int | None = None
-    width: int | None = None
-    batch: int = 1
-    steps: int | None = None
-    cfg: bool | None = None
-    text_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "steps", "height", "width"):
-            value, most = getattr(self, name), MAX_COUNT if name == "steps" else MAX_SIZE
-            if value is not None and not (is_whole(value) and 1 <= value <= most):
-                raise ArgumentError(f"{name} must be an int from 1 to {most}, got {value!r}")
-
-
 def _macs(count: int, dense: int) -> str:
     """Both are in the unit that suits a dense run, which for a tiny model is no TMAC."""
     scale, unit = next(
@@ -165,29 +143,83 @@ def _macs(count: int, dense: int) -> str:
     return f"{count / scale:.4g} of {dense / scale:.4g} {unit}"
 
 
+def explain_parts(
+    parts: Sequence[tuple[Any, nn.Module]], pipeline: Any | None, asked: Asked
+) -> Explanation:
+    """This explains the transformers of a pipeline in the run that is asked about, one after the other."""
+    explained = [explain_patched(*part, pipeline, asked) for part in parts]
+    found = [each for each in explained if each is not None]
+    first = found[0]
+    if len(found) == 1:
+        return first
+    summed = (
+        "steps",
+        "macs",
+        "linear_macs",
+        "dense_macs",
+        "residual_bytes",
+        "dense_residual_bytes",
+    )
+    largest = ("cache_bytes", "modulation_bytes", "packed_bytes", "reusable_share")
+    told = ("model", "attention", "waves", "collapse", "graphs")
+    values: dict[str, Any] = {name: sum(getattr(each, name) for each in found) for name in summed}
+    values |= {name: max(getattr(each, name) for each in found) for name in largest}
+    for name in told:
+        lines = dict.fromkeys(filter(None, (getattr(each, name) for each in found)))
+        values[name] = "; then ".join(lines)
+    return replace(
+        first,
+        turns=tuple(each.steps for each in found),
+        reuse_share=sum(each.reuse_share * each.steps for each in found) / values["steps"],
+        tokens_per_step=sum((each.tokens_per_step for each in found), ()),
+        raster=_side_by_side([each.raster for each in found]),
+        exact=all(each.exact for each in found),
+        **values,
+    )
+
+
+def _side_by_side(rasters: Sequence[str]) -> str:
+    """One raster of all steps, or one below the other where the components differ."""
+    lines = [[line.rpartition(" ") for line in raster.splitlines()] for raster in rasters]
+    labels = {tuple(label for label, *_ in each) for each in lines}
+    if len(labels) > 1:
+        return "\n".join(rasters)
+    return "\n".join(
+        f"{same[0][0]} {''.join(marks for *_, marks in same)}" for same in zip(*lines, strict=True)
+    )
+
+
 def explain_patched(
     patched: Any, transformer: nn.Module, pipeline: Any | None, asked: Asked
-) -> Explanation:
-    """This predicts what a patched model will do in the run that is asked about."""
+) -> Explanation | None:
+    """This predicts what a patched model will do in the run that is asked about; None where it has no step of it."""
     adapter, spec = patched.adapter, patched.spec
-    steps = asked.steps or patched.made_steps or _default_steps(pipeline)
-    latents = _latent_size(transformer, pipeline, asked.height, asked.width)
+    steps = asked.steps or patched.made_steps or default_of(pipeline, "num_inference_steps")
+    steps = steps or DEFAULT_STEPS
+    latents = latent_size(transformer, pipeline, asked)
     image, text = adapter.tokens(transformer, (1, 1, *latents)), asked.text_tokens
     size = Size(image, adapter.text_tokens_of(pipeline) if text is None else text)
     batch = asked.batch * (2 if (adapter.uses_cfg if asked.cfg is None else asked.cfg) else 1)
     weight = next(p for p in transformer.parameters() if p.is_floating_point())
     waves = waves_of(patched, transformer, weight.device, batch, size.text)
-    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves)
+    timesteps = None if pipeline is None else predicted_timesteps(pipeline.scheduler, steps, image)
+    begin, end = turn_of(transformer, pipeline, timesteps, steps)
+    if begin == end:
+        return None
+    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves, begin)
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
-    timesteps = None if pipeline is None else predicted_timesteps(pipeline.scheduler, steps, image)
     resolution = patched.writer("resolution")
     if resolution is not None:
         timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
     repeats = patched.forecasts and timesteps is not None and timesteps.repeat
     plan = patched.planned(steps, partial, timesteps, patched.may_collapse(), repeats)
+    if (begin, end) != (0, steps):
+        plan = plan.part(begin, end).beginning()
+        lengths, active, tokens = lengths[begin:end], active[begin:end], tokens[begin:end]
+        asked_for = asked_for[begin:end]
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
@@ -207,18 +239,20 @@ def explain_patched(
             op: patched.ops.backend_for(op, weight.device, transformer.dtype)
             for op in ops_of(patched.methods)
         },
-        steps=steps,
+        steps=plan.steps,
         transformer_batch=batch,
         image_tokens=image,
         text_tokens=size.text,
         reuse_share=count.reuse_share(plan),
         macs=_spent(stages, not patched.eager, keys > 0),
-        linear_macs=count.linear_macs(plan.reuse, steps - sum(map(bool, plan.forecasts))),
-        dense_macs=count.macs(RunPlan(steps, None, ())),
+        linear_macs=count.linear_macs(
+            plan.reuse, plan.steps - sum(map(bool, plan.forecasts)), slice(begin, end)
+        ),
+        dense_macs=count.macs(RunPlan(plan.steps, None, ())),
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
-        dense_residual_bytes=5 * count.bytes_of_outputs() * steps,
+        dense_residual_bytes=5 * count.bytes_of_outputs() * plan.steps,
         cache_bytes=cached + prompt + keys,
-        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, steps)),
+        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, plan.steps)),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
         attention=str(choices(weight.device) or ""),
@@ -226,7 +260,7 @@ def explain_patched(
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats),
-        graphs=_graphs(patched, stages, steps, weight.device),
+        graphs=_graphs(patched, stages, plan.steps, weight.device),
         budget="; ".join(filter(None, (method.told(steps) for method in patched.methods))),
         reusable_share=count.reusable_share,
         exact=count.exact,
@@ -309,13 +343,13 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
 
 
 def _tokens_per_step(
-    patched: Any, steps: int, size: Size, waves: Waves
+    patched: Any, steps: int, size: Size, waves: Waves, first: int = 0
 ) -> tuple[list[int], list[Any], list[Any]]:
     """Each step has so many image tokens, and what a method that leaves some out computes of them, or None.
 
-    The third is the same before it was fitted to the device.
+    `first` is the first step that the model runs. The third is the same before it was fitted to the device.
     """
-    lengths, active, first = [size.image] * steps, [None] * steps, 0
+    lengths, active = [size.image] * steps, [None] * steps
     asked_for = list(active)
     sparse, resolution = patched.writer("rows"), patched.writer("resolution")
     if resolution is not None:
@@ -381,22 +415,3 @@ def raster(plan: RunPlan, spec: ModelSpec) -> str:
                 lines.append(f"  {component:>{max(map(len, names))}} {marks}")
         first += kind.count
     return "\n".join(lines)
-
-
-def _default_steps(pipeline: Any | None) -> int:
-    given = {} if pipeline is None else inspect.signature(type(pipeline).__call__).parameters
-    default = getattr(given.get("num_inference_steps"), "default", None)
-    return default if isinstance(default, int) else DEFAULT_STEPS
-
-
-def _latent_size(
-    transformer: nn.Module, pipeline: Any | None, height: int | None, width: int | None
-) -> tuple[int, int]:
-    """This gives latent height and width; FLUX has its default size in the pipeline, others in the transformer."""
-    scale = getattr(pipeline, "vae_scale_factor", 8)
-    sample = (
-        getattr(transformer.config, "sample_size", None)
-        or getattr(pipeline, "default_sample_size", None)
-        or 128
-    )
-    return (height // scale if height else sample), (width // scale if width else sample)

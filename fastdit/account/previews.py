@@ -61,11 +61,12 @@ class Previews:
         if not 0 <= sample < len(self.latents[0]):
             raise ArgumentError(f"sample must be 0 to {len(self.latents[0]) - 1}, got {sample}")
         pipe, vae = self._pipeline, self._pipeline.vae
+        processor = getattr(pipe, "image_processor", None) or pipe.video_processor
         found = []
         for latents in self.latents:
             one = self._adapter.latent_image(latents[sample : sample + 1], self.grid)
             image = self._adapter.decode(one, vae)
-            drawn = pipe.image_processor.postprocess(image, output_type="np")[0]
+            drawn = processor.postprocess(image, output_type="np")[0]
             found.append(np.round(drawn * 255).astype(np.uint8))
         return found
 

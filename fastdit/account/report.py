@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,7 @@ class Report:
 
 
 def _doubt(patched: Any, run: Any) -> str:
+    """This says why a method may have done nothing in a run."""
     if patched.writer("rows") is None:
         return "Does the schedule reuse anything at this number of steps?"
     return (
@@ -163,21 +165,68 @@ def _doubt(patched: Any, run: Any) -> str:
     )
 
 
+def last_runs(parts: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any, Any]]:
+    """Of each transformer that ran in the last pass (patched, transformer, run), in the order of their turns."""
+    runs = [(*part, run) for part in parts if (run := part[0].runs.last()) is not None]
+    newest = max((run.started for *_, run in runs), default=0.0)
+    # Those of one pass begin together; one of an earlier pass has ended before.
+    same = [each for each in runs if _end(each[-1]) >= newest]
+    return sorted(same, key=lambda each: each[-1].first or 0)
+
+
+def _end(run: Any) -> float:
+    return math.inf if run.live else run.started + run.seconds
+
+
+def report_runs(patched: Any, found: Sequence[tuple[Any, Any, float, bool]]) -> Report:
+    """This makes the report of the last pass, and warns when no transformer left out anything.
+
+    Args:
+        patched: Any of the pipeline's.
+        found: Patched model, run, and what :func:`report_run` is given besides, in the order of their turns.
+    """
+    if not found:
+        return Report(tuple(m.name for m in patched.methods), live=not patched.acts)
+    reports = [report_run(*each) for each in found]
+    report = reports[0] if len(reports) == 1 else _one_report(reports)
+    if report.steps and not report.live:
+        warnings.warn(
+            f"fastdit {' + '.join(report.methods)} reused nothing in the last run: the pictures are right, but "
+            f"nothing was saved. {_doubt(*found[0][:2])}",
+            stacklevel=3,
+        )
+    return report
+
+
+def _one_report(found: Sequence[Report]) -> Report:
+    """The transformers are taken to be alike, so that a step of one has the arithmetic of a step of the other."""
+    steps = sum(each.steps for each in found)
+    spent = sum(each.steps / each.flop_speedup for each in found)
+    return replace(
+        found[0],
+        steps=steps,
+        tokens_per_step=sum((each.tokens_per_step for each in found), ()),
+        computed=sum(each.computed for each in found),
+        reused=sum(each.reused for each in found),
+        seconds=max(each.seconds for each in found),
+        peak_cache_bytes=max(each.peak_cache_bytes for each in found),
+        live=any(each.live for each in found),
+        active={step: mask for each in found for step, mask in each.active.items()},
+        flop_speedup=steps / spent if spent else 1.0,
+        packed_bytes=max(each.packed_bytes for each in found),
+        graphs="; then ".join(dict.fromkeys(filter(None, (each.graphs for each in found)))),
+        exact=all(each.exact for each in found),
+        programs=sum(each.programs for each in found),
+    )
+
+
 def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Report:
-    """This makes the report of a run, or of none, and warns when a method did nothing."""
+    """This makes the report of a run."""
     names = tuple(method.name for method in patched.methods)
-    if run is None:
-        return Report(names, live=not patched.acts)
     records = [run.records[step] for step in sorted(run.records)]
     reused = sum(record.reused for record in records)
     active, stages = _active(patched.adapter, run), _stages(run)
     live = bool(reused or active or any(s.coarse.any() for s in stages) or not patched.acts)
-    if records and not live:
-        warnings.warn(
-            f"fastdit {' + '.join(names)} reused nothing in the last run: the pictures are right, but nothing "
-            f"was saved. {_doubt(patched, run)}",
-            stacklevel=3,
-        )
     return Report(
         methods=names,
         steps=len(records),

@@ -39,7 +39,7 @@ NEEDS: Mapping[str, str] = {
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
     "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
-    "layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
+    "layer_inputs embed_condition embedded embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -342,7 +342,7 @@ class Adapter(Modulated, Pictures):
         return [
             (name, getattr(getattr(block, name), layer))
             for name in self.prompt_attentions.get(kind, ())
-            for layer in ("to_k", "to_v", "to_kv")
+            for layer in ("to_k", "to_v", "to_kv", "add_k_proj", "add_v_proj", "to_added_kv")
             if getattr(getattr(block, name), layer, None) is not None
         ]
 

@@ -238,6 +238,14 @@ def batch_index(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device)[:, None]
 
 
+def video_statistics(vae: Any, like: Tensor) -> list[Tensor]:
+    """The mean and the deviation of the latents of a VAE of videos, [1, C, 1, 1, 1] each."""
+    return [
+        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    ]
+
+
 def _embedded(module: nn.Module, patches: Tensor, positions: Callable[[], Tensor]) -> Tensor:
     """The tokens [B, K, D] of patches, as diffusers' `PatchEmbed` makes them, with positions [B or 1, K, D] added."""
     tokens = module.proj(patches).flatten(2).transpose(1, 2)

@@ -71,6 +71,10 @@ class Modulated:
         """What the transformer makes of timesteps and of the `condition_arguments` for its adaLN layers."""
         return module_at(transformer, self.condition_embedding)(timesteps, *told)
 
+    def embedded(self, module: Any, made: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        """What the condition embedding gives where the layers' inputs were `made`; it was called with the rest."""
+        return made if len(made) > 1 else made[0]
+
     def condition_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module; none in a family whose layers have their own."""
         path = self.condition_embedding

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastdit.adapters._packed import Packed
 from fastdit.adapters.arguments import forward_arguments
 from fastdit.adapters.base import Call, Size, blank
+from fastdit.adapters.latents import video_statistics
 from fastdit.blocks.attention import Rotation, joint_attention
 from fastdit.blocks.forward import Forward
 from fastdit.errors import ArgumentError
@@ -74,14 +75,6 @@ def _shapes(given: Any) -> Sequence[tuple[int, int, int]]:
     return [given[0]] if isinstance(given[0][0], int) else given[0]
 
 
-def _statistics(vae: Any, like: Tensor) -> list[Tensor]:
-    """The mean and the deviation of a video's latents, [1, C, 1, 1, 1] each."""
-    return [
-        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    ]
-
-
 class Qwen(Packed):
     """Adapter of `QwenImageTransformer2DModel`, but for the form of two modulations (Edit-2511), which is wrapped."""
 
@@ -135,14 +128,14 @@ class Qwen(Packed):
 
     def decode(self, latents: Tensor, vae: Any) -> Tensor:
         """Its VAE is one of videos."""
-        mean, std = _statistics(vae, latents)
+        mean, std = video_statistics(vae, latents)
         video = (latents.unsqueeze(2) / (1.0 / std) + mean).to(vae.dtype)
         return vae.decode(video, return_dict=False)[0][:, :, 0]
 
     def encode(self, image: Tensor, vae: Any) -> Tensor:
         """Its VAE is one of videos."""
         video = vae.encode(image.unsqueeze(2).to(vae.dtype), return_dict=False)[0].mode()
-        mean, std = _statistics(vae, video)
+        mean, std = video_statistics(vae, video)
         return ((video - mean) * (1.0 / std))[:, :, 0]
 
     def embed_layout(

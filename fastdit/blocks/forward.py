@@ -306,17 +306,19 @@ class Forward:
         """``norm(x)`` [B, n, D] of what is not a residual stream: a component's output, or a text."""
         if self.immediate or x.stride(-1) != 1 or not is_plain(norm, x):
             return norm(x)
-        return self.ops.norm_modulate(x, **norm_parameters(norm))
+        return self.ops.norm_modulate(x, **norm_parameters(norm, x.dtype))
 
     # ---- residual streams
 
-    def enter(self, hidden_states: Tensor, stream: str, branch_first: bool = False) -> Residual:
+    def enter(
+        self, hidden_states: Tensor, stream: str, branch_first: bool = False, wide: bool = False
+    ) -> Residual:
         """Take over a block input as residual stream `stream` ("image" or "text").
 
         `branch_first` where diffusers writes ``branch + h``: the same sum, but torch lays a sum out in memory like its
-        first operand, and what reads it next rounds by layout.
+        first operand, and what reads it next rounds by layout. `wide` where it takes norms and gated sums in fp32.
         """
-        return Residual(self, stream, hidden_states, branch_first)
+        return Residual(self, stream, hidden_states, branch_first, wide)
 
     @property
     def reused(self) -> int:

@@ -26,16 +26,20 @@ Branch = Tensor | CachedRows | Drawn
 class Residual:
     """One residual stream inside one block: ``h + sum_i gate_i * branch_i``, added late.
 
-    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D] or None for 1.
+    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D] or None for 1; gates of a token's own
+    [B, n, D].
     """
 
-    __slots__ = ("_branch_first", "_forward", "_h", "_stream", "_waiting")
+    __slots__ = ("_branch_first", "_forward", "_h", "_stream", "_waiting", "_wide")
 
-    def __init__(self, forward: Forward, stream: str, h: Tensor, branch_first: bool) -> None:
+    def __init__(
+        self, forward: Forward, stream: str, h: Tensor, branch_first: bool, wide: bool
+    ) -> None:
         self._forward = forward
         self._stream = stream
         self._h = h
         self._branch_first = branch_first
+        self._wide = wide
         self._waiting = forward._waiting.setdefault(stream, [])
 
     def add(self, branch: Branch, gate: Gate = None) -> None:
@@ -44,7 +48,11 @@ class Residual:
         if forward.immediate or not self.suits(branch, gate):
             branch = gathered(branch)
             branch = branch if gate is None else _rows(gate) * branch
-            self._h = branch + self.read() if self._branch_first else self.read() + branch
+            h = self.read()
+            if self._wide and gate is not None:
+                self._h = (h.float() + branch).type_as(h)
+            else:
+                self._h = branch + h if self._branch_first else h + branch
             return
         if any(value.stride(-1) != 1 for value in _values(branch)):
             branch = gathered(branch).contiguous()
@@ -82,16 +90,18 @@ class Residual:
         """
         forward = self._forward
         if not self.takes_op(norm, scale):
-            normed = norm(self.read())
+            h = self.read()
+            normed = norm(h.float() if self._wide else h)
             normed = normed if scale is None else normed * (1 + _rows(scale))
-            return normed if shift is None else normed + _rows(shift)
+            normed = normed if shift is None else normed + _rows(shift)
+            return normed.type_as(h) if self._wide else normed
         branch = gate = None
         alone = self._waiting[0][0] if len(self._waiting) == 1 else None
         if isinstance(alone, Tensor) and self._is_owned():
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
             self._h = forward._own_streams[self._stream] = self._h.contiguous()
-        given = {"branch": branch, "gate": gate, **norm_parameters(norm)}
+        given = {"branch": branch, "gate": gate, **norm_parameters(norm, self._h.dtype)}
         if out is None and forward.quantises(readers, self._h):
             out = QuantisedRows.like(self._h, self._h.shape[1])
         if not isinstance(out, QuantisedRows):
@@ -241,13 +251,14 @@ def _rows(vector: Tensor) -> Tensor:
 
 
 def is_plain(norm: nn.Module, h: Tensor) -> bool:
-    """Whether the op may stand in for the module: a norm over the last axis, in the stream's dtype, no hooks."""
-    weight = getattr(norm, "weight", None)
-    return (
-        (type(norm).__name__ == "LayerNorm" or _is_rms(norm, h))
-        and not observed(norm)
-        and (weight is None or weight.dtype is h.dtype)
-    )
+    """Whether the op may stand in for the module: a norm over the last axis, in the stream's dtype, no hooks.
+
+    diffusers' FP32LayerNorm computes in fp32 whatever it is given, as the op does; its weights may be fp32.
+    """
+    weight, name = getattr(norm, "weight", None), type(norm).__name__
+    suits = weight is None or weight.dtype is h.dtype or name == "FP32LayerNorm"
+    plain = name in ("LayerNorm", "FP32LayerNorm") or _is_rms(norm, h)
+    return plain and suits and not observed(norm)
 
 
 def _is_rms(norm: nn.Module, h: Tensor) -> bool:
@@ -260,11 +271,12 @@ def _is_rms(norm: nn.Module, h: Tensor) -> bool:
     return type(norm).__name__ == "RMSNorm"
 
 
-def norm_parameters(norm: nn.Module) -> dict[str, Any]:
-    """A plain norm's arguments to `norm_modulate`."""
+def norm_parameters(norm: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
+    """A plain norm's arguments to `norm_modulate` of a stream of a dtype."""
+    weight, bias = norm.weight, getattr(norm, "bias", None)
     return {
-        "weight": norm.weight,
-        "bias": getattr(norm, "bias", None),
+        "weight": None if weight is None else weight.to(dtype),
+        "bias": None if bias is None else bias.to(dtype),
         "eps": norm.eps,
         "rms": type(norm).__name__ == "RMSNorm",
     }

@@ -80,7 +80,7 @@ class Asked:
         made = make(conditioning) if self.ahead is None else self.ahead.of(module, make)
         if made[0].dtype is not x.dtype or x.stride(-1) != 1:
             return type(module).forward(module, x, conditioning)
-        out = self.run.patched.ops.norm_modulate(x, *made, **norm_parameters(module.norm))
+        out = self.run.patched.ops.norm_modulate(x, *made, **norm_parameters(module.norm, x.dtype))
         return module.linear_2(out) if scales_only and module.linear_2 is not None else out
 
     def hold_output(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -96,13 +96,14 @@ class Asked:
         made = self.ahead.of(module, functools.partial(modulate, self.transformer, x.dtype))
         if made[0].dtype is not x.dtype or made[0].device != x.device:
             return type(module).forward(module, x)
-        self.held = self.run.patched.ops.norm_modulate(x, *made, **norm_parameters(module))
+        given = norm_parameters(module, x.dtype)
+        self.held = self.run.patched.ops.norm_modulate(x, *made, **given)
         return x[:, :1]
 
     def project_held(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The projection of what :meth:`hold_output` holds."""
+        """The projection of what :meth:`hold_output` holds, in the dtype of what it stands for."""
         held, self.held = self.held, None
-        return type(module).forward(module, x if held is None else held)
+        return type(module).forward(module, x if held is None else held.to(x.dtype))
 
     def _modulates_output(self, norm: nn.Module, x: Tensor) -> bool:
         """Whether the op stands for the norm and the modulation behind it, which nobody sees."""

@@ -72,6 +72,17 @@ def attach(
         raise
 
 
+def refuse_while_running(transformer: nn.Module, verb: str) -> None:
+    """The patch is not taken away from under a run.
+
+    Raises:
+        FastDiTError: A run is in progress.
+    """
+    patched = transformer.__dict__.get(LINK)
+    if patched is not None:
+        patched.runs.refuse_while_running(verb)
+
+
 def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
     """This takes the patch out, if there is one. The link to it goes last, so that it can be repeated if broken off.
 
@@ -81,7 +92,7 @@ def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
     patched = transformer.__dict__.get(LINK)
     if patched is None:
         return
-    patched.runs.refuse_while_running(verb)
+    refuse_while_running(transformer, verb)
     for module in (*transformer.modules(), *patched.blocks):
         if module is not transformer:
             uninstall(module)

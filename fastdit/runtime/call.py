@@ -221,7 +221,7 @@ class Call(Asked):
         if run.watched is None:
             run.watched = Watched(run.patched.adapter.weights_read_once(self.transformer))
         elif run.watched.changed():
-            run.forget_prompts()
+            run.forget_weights()
 
     def key_bias(self) -> Tensor | None:
         """What its layout adds to the products with its keys, see :meth:`Layout.key_bias`."""

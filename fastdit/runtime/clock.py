@@ -78,6 +78,18 @@ def follower_of(scheduler: Any, patched: Any) -> Follower | None:
     return next((one for one in followers if one.patched() is patched), None)
 
 
+def relieve(run: Any) -> None:
+    """A run makes its first call: a pipeline's other transformer that had calls, but none in this step, has done its
+    part, and frees its caches.
+    """
+    for one in getattr(run.scheduler, "__dict__", {}).get(LINK, ()):
+        other = one.run
+        if other is None or other is run or other.owner() is not run.owner():
+            continue
+        if other.first is not None and not other.calls:
+            other.drop_caches()
+
+
 def check_scheduler(scheduler: Any) -> None:
     """This refuses an object that cannot be a clock.
 

@@ -74,7 +74,7 @@ class ConditionLink:
         found = None if ahead is None else ahead.given()
         if found is None:
             return type(module).forward(module, *args, **kwargs)
-        return found if len(found) > 1 else found[0]
+        return self.patched.adapter.embedded(module, found, *args, **kwargs)
 
 
 @dataclass(eq=False, repr=False)

@@ -29,8 +29,8 @@ from fastdit.runtime.install import LINK
 
 #: calls and loops are numbered in the order in which they begin
 number = itertools.count().__next__
-#: where a pipeline keeps the models whose patches follow it
-_TRANSFORMERS = ("transformer", "transformer_2")
+#: where a pipeline keeps the transformers that take turns in its steps; the patch of each follows it
+TRANSFORMERS = ("transformer", "transformer_2")
 #: what lies between a call of a module and its hooks
 _MACHINERY = ("torch.", "fastdit.runtime.", "accelerate.", "diffusers.hooks.")
 #: a name that no code can have
@@ -139,7 +139,7 @@ def is_inside(transformer: nn.Module) -> bool:
 
 def holds(pipeline: Any, patched: Any) -> bool:
     """This tells whether `patched` is of one of the pipeline's transformers."""
-    for name in _TRANSFORMERS:
+    for name in TRANSFORMERS:
         model = getattr(pipeline, name, None)
         model = getattr(model, "_orig_mod", model)
         if isinstance(model, nn.Module) and model.__dict__.get(LINK) is patched:

@@ -254,8 +254,9 @@ class Patched:
     def compiled_call(self, transformer: nn.Module, run: Run) -> Any:
         """The transformer's compiled call is that of `transformer.compile()` or of the pipeline's wrapper; or None."""
         pipeline = run.pipeline() or self.pipeline()
-        wrapper = getattr(pipeline, "transformer", None)
-        # A module takes long to say that it lacks an attribute.
-        if wrapper is not transformer and getattr(wrapper, "_orig_mod", None) is transformer:
-            return wrapper.forward
+        wrappers = [getattr(pipeline, name, None) for name in owners.TRANSFORMERS]
+        if not any(wrapper is transformer for wrapper in wrappers):
+            for wrapper in wrappers:  # a module takes long to say that it lacks an attribute
+                if getattr(wrapper, "_orig_mod", None) is transformer:
+                    return wrapper.forward
         return transformer._compiled_call_impl

@@ -286,7 +286,9 @@ class Run:
         """The scheduler is about to do a step with what the model gave it."""
         if not self.live:
             return
-        if self.previews is not None:
+        if (
+            self.previews is not None and self.calls
+        ):  # of several transformers, the one of this step
             if not self.previews.latents:
                 adapter = self.patched.adapter
                 self.previews.grid = adapter.grid(self.latents, self.positions, self.patch)
@@ -325,10 +327,16 @@ class Run:
     # ---- what it holds
 
     def forget_prompts(self) -> None:
-        """What was made of the prompt alone, and for steps to come, is made anew."""
+        """What was made of the prompt alone is made anew."""
         for branch in self.branches.values():
             branch.prompts.clear()
-            branch.form = branch.modulations = None
+            branch.form = None
+
+    def forget_weights(self) -> None:
+        """So is what was made for steps to come."""
+        self.forget_prompts()
+        for branch in self.branches.values():
+            branch.modulations = None
 
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""

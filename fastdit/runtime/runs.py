@@ -312,6 +312,8 @@ class Runs:
             run = self._own(local, timestep)
             # Without a scheduler that counts the steps, two calls in a loop may just as well be two steps.
             site = owners.caller(2) if run is not None and run.led else None
+        if run is not None and run.first is None and run.led:
+            clock.relieve(run)
         return run, site
 
     def _own(self, local: Local, timestep: Any) -> Run | None:

@@ -10,7 +10,7 @@ No tensors here, and no models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -66,6 +66,17 @@ class RunPlan:
         """This gives the steps from `first` to before `last`, for counting."""
         parts = (each[first:last] for each in (self.actions, self.sums, self.forecasts))
         return RunPlan(last - first, self.reuse, *parts)
+
+    def beginning(self) -> RunPlan:
+        """This gives the same for a model that has run no step before: its first one computes everything."""
+        if not self.actions:
+            return self
+        first = tuple(
+            {name: (flags | COMPUTE) & ~REUSE for name, flags in row.items()}
+            for row in self.actions[0]
+        )
+        forecasts = (0, *self.forecasts[1:]) if self.forecasts else ()
+        return replace(self, actions=(first, *self.actions[1:]), forecasts=forecasts)
 
     def forecast_order(self, step: int) -> int:
         """This tells the order of the step's forecast; 0 where the model runs."""
