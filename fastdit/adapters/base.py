@@ -37,9 +37,9 @@ NEEDS: Mapping[str, str] = {
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
-    "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
-    "layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding embeds_text "
+    "condition_embedding condition_arguments shared_modulations output_norm modulated_output modulate_output "
+    "output_modulators_of unread layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -363,6 +363,8 @@ class Adapter(Modulated, Pictures):
     #: path of the module that makes rotary angles of the positions alone, the same at every step; in a family that has
     #: one it is the only one of the `embedders`
     position_embedding: str | None = None
+    #: whether each call asks the `embedders` once more, behind the image's positions for the text's
+    embeds_text = False
 
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""

@@ -83,7 +83,7 @@ class Forward:
     sums: Sums | None = None
     step: int = 0
     weights: Weights | None = None
-    scratch: dict[str, Any] = field(default_factory=dict, init=False)
+    scratch: dict[Any, Any] = field(default_factory=dict, init=False)
     segments: Segments = field(default=EAGER, init=False)
     index: int = field(default=0, init=False)
     computed: int = field(default=0, init=False)

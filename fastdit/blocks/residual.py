@@ -164,17 +164,18 @@ class Residual:
                 found.append(weights[:, None, None].expand(-1, *shape))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def leave(self, clips: bool = False) -> Tensor:
+    def leave(self, clips: bool = False, waits: bool = True) -> Tensor:
         """The block's output. What still waits is added here unless the next block is sure to take it over.
 
-        `clips` where the block in fp16 clips to that dtype's finite range.
+        `clips` where the block in fp16 clips to that dtype's finite range; not `waits` where the transformer itself
+        reads the stream before the next block.
         """
         if self._forward._drops(self._stream):
             self.discard()
             return self._h
         if clips and self._h.dtype is torch.float16:
             self._h = self.read().clip(-65504, 65504)
-        if self._forward._may_wait():
+        if waits and self._forward._may_wait():
             return self._h
         h = self.read()
         self._forward._own_streams.pop(self._stream, None)  # somebody may hold on to it
