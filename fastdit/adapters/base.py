@@ -32,7 +32,7 @@ NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
     "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
-    "reuse": "components consumers groups shared_gates has_component parts",
+    "reuse": "components consumers groups shared_gates common_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
@@ -93,6 +93,7 @@ class Adapter(Modulated, Pictures):
         consumers: Block list attribute -> {component: the only component that reads it}.
         groups: Block list attribute -> {name: components that a schedule may set together under it}.
         shared_gates: Block list attribute -> see :class:`~fastdit.spec.BlockKind`.
+        common_gates: See there, of all block lists.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
         image_argument, time_argument, positions_argument: Names of the transformer arguments that hold the latents,
             the timestep and where the image tokens are, if the pipelines say that.
@@ -116,6 +117,7 @@ class Adapter(Modulated, Pictures):
     consumers: Mapping[str, Mapping[str, str]] = {}
     groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
     shared_gates: Mapping[str, Mapping[str, int]] = {}
+    common_gates = False
     forwards: Mapping[str, Callable[..., Any]]
     image_argument, time_argument = "hidden_states", "timestep"
     positions_argument = "img_ids"
@@ -168,6 +170,7 @@ class Adapter(Modulated, Pictures):
                         self.consumers.get(name, {}),
                         self.groups.get(name, {}),
                         self.shared_gates.get(name, {}),
+                        self.common_gates,
                     )
                 )
         if not kinds:

@@ -1,14 +1,15 @@
 """FLUX.2 and klein: double-stream blocks, then parallel blocks over [text, image].
 
-Restates diffusers' `Flux2TransformerBlock` and `Flux2SingleTransformerBlock`, which are given modulations as one tensor. A
-single block projects queries, keys, values and its feed-forward at once, and both results by one layer again; so that
-is one component. What is reused for several steps is kept as one sum for each stream and gate.
+Restates diffusers' `Flux2TransformerBlock` and `Flux2SingleTransformerBlock`, in the forms that are given modulations in
+one tensor. A single block projects queries, keys, values and its feed-forward at once, and both results by one layer
+again; so that is one component. What is reused for several steps is kept as one sum for each stream and gate.
 
 References whose keys klein keeps (`kv_cache`) are for the stock attention; methods that stand in for it refuse them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.layer_inputs import LayerInputs
+from fastdit.blocks.residual import Residual, joint_normed
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import SIDE, Layout
 
@@ -59,19 +61,16 @@ def double_block(
             **(joint_attention_kwargs or {}),
         )
 
-    attention = fw.component("attn", attend)
-    image.add(attention[0], img[2])
-    image.add(_feed_forward(fw, "ff", block.ff, image, block.norm2, img[4], img[3]), img[5])
-    text.add(attention[1], txt[2])
-    given = block.ff_context, text, block.norm2_context, txt[4], txt[3]
-    text.add(_feed_forward(fw, "ff_context", *given), txt[5])
-    # behind the last of them the transformer joins the streams
-    waits = type(fw.blocks[(fw.index + 1) % len(fw.blocks)]) is type(block)
-    return text.leave(clips=True, waits=waits), image.leave(waits=waits)
+    def feed(ff: nn.Module, stream: Residual, *norm: Any) -> Tensor:
+        return fw.segments.feed_forward(ff, stream.normed(*norm))
 
-
-def _feed_forward(fw: Forward, name: str, ff: nn.Module, stream: Any, *norm: Any) -> Any:
-    return fw.component(name, lambda: fw.segments.feed_forward(ff, stream.normed(*norm)))
+    fw.add_component("attn", attend, (image, img[2]), (text, txt[2]))
+    ff = functools.partial(feed, block.ff, image, block.norm2, img[4], img[3])
+    fw.add_component("ff", ff, (image, img[5]))
+    ff = functools.partial(feed, block.ff_context, text, block.norm2_context, txt[4], txt[3])
+    fw.add_component("ff_context", ff, (text, txt[5]))
+    fw.scratch["text"] = encoder_hidden_states.shape[1]
+    return text.leave(clips=True), image.leave()
 
 
 def single_block(
@@ -85,34 +84,35 @@ def single_block(
     split_hidden_states: bool = False,
     text_seq_len: int | None = None,
 ) -> Tensor:
-    """One `Flux2SingleTransformerBlock`: joint [B, T + N, D], modulations [B, 3 D] -> joint."""
+    """One `Flux2SingleTransformerBlock`: [text, image] [B, T + N, D], modulations [B, 3 D] -> the same."""
     if encoder_hidden_states is not None or split_hidden_states:
         raise ArgumentError(
             "encoder_hidden_states, split_hidden_states: the flux2 adapter takes text and image joined, as "
             "Flux2Transformer2DModel gives them; accepted are None and False"
         )
-    joint, attention = fw.enter(hidden_states, "joint"), block.attn
+    attention, count = block.attn, fw.scratch.get("text", 0)
+    text, image = fw.enter_joint(hidden_states, count)
     shift, scale, gate = _vectors(fw, temb_mod, 3)
 
-    def attend() -> Tensor:
+    def attend() -> tuple[Tensor, ...]:
         layer = attention.to_qkv_mlp_proj
         reading = () if fw.tokens is None else (layer,)
-        u = joint.normed(block.norm, scale, shift, reading)
+        u = joint_normed((text, image), block.norm, scale, shift, reading)
         if fw.tokens is None:
-            kwargs = joint_attention_kwargs or {}
-            return fw.segments.attention(
-                attention, hidden_states=u, image_rotary_emb=image_rotary_emb, **kwargs
-            )
-        text, made = hidden_states.shape[1] - fw.tokens.active, fw.segments.linear(layer, u)
-        wide = attention.mlp_hidden_dim * attention.mlp_mult_factor
-        *qkv, mlp = made.split((*[attention.inner_dim] * 3, wide), dim=-1)
-        turn = _rotation(fw, image_rotary_emb, text)
-        given = {"rotation": turn, "text": text, "projects": False, "qkv": qkv}
-        attended = self_attention(fw, attention, u, **given)
-        return fw.segments.project(attention.to_out, attended, attention.mlp_act_fn, mlp)
+            kwargs = {"image_rotary_emb": image_rotary_emb} | (joint_attention_kwargs or {})
+            out = fw.segments.attention(attention, hidden_states=u, **kwargs)
+        else:
+            wide = attention.mlp_hidden_dim * attention.mlp_mult_factor
+            made = fw.segments.linear(layer, u)
+            *qkv, mlp = made.split((*[attention.inner_dim] * 3, wide), dim=-1)
+            turn = _rotation(fw, image_rotary_emb, count)
+            given = {"rotation": turn, "text": count, "projects": False, "qkv": qkv}
+            attended = self_attention(fw, attention, u, **given)
+            out = fw.segments.project(attention.to_out, attended, attention.mlp_act_fn, mlp)
+        return out.split((count, out.shape[1] - count), dim=1)
 
-    joint.add(fw.component("single_attn", attend), gate)
-    return joint.leave(clips=True)
+    fw.add_component("single_attn", attend, (text, gate), (image, gate))
+    return fw.leave_joint(text, image, clips=True)
 
 
 def _vectors(fw: Forward, given: Tensor, count: int) -> Sequence[Tensor]:
@@ -152,6 +152,7 @@ class Flux2(Placed):
     model_classes = ("Flux2Transformer2DModel",)
     kinds = {DOUBLE: "Flux2TransformerBlock", SINGLE: "Flux2SingleTransformerBlock"}
     components = {DOUBLE: ("attn", "ff", "ff_context"), SINGLE: ("single_attn",)}
+    common_gates = True
     forwards = {DOUBLE: double_block, SINGLE: single_block}
     embeddings_arguments = ("encoder_hidden_states", "txt_ids", "img_ids")
     other_arguments = (
@@ -165,12 +166,13 @@ class Flux2(Placed):
     uses_cfg = False
     timesteps_per_unit = 1000
     layouts = {"attn": ("image", "text"), "ff": ("image",), "ff_context": ("text",)} | {
-        "single_attn": ("joint",)
+        "single_attn": ("text", "image")
     }
     fused_attentions = ("attn",)
     prompt_projections = ("context_embedder",)
     position_embedding, embeds_text = "pos_embed", True
     output_norm = "norm_out"
+    unread = ("text",)
     condition_embedding = "time_guidance_embed"
     condition_arguments = ("guidance",)
     shared_modulations = (
@@ -187,11 +189,10 @@ class Flux2(Placed):
     changes_resolution = True
 
     def matches(self, transformer: Any) -> bool:
-        """The blocks must be given their modulations as one tensor."""
-        if not super().matches(transformer):
+        """The blocks must be given their modulations as one tensor, and tell how long the text is."""
+        if not super().matches(transformer) or not len(transformer.transformer_blocks):
             return False
-        blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
-        return not {"temb_mod_img", "temb_mod"}.isdisjoint(forward_arguments(type(blocks[0])))
+        return "temb_mod_img" in forward_arguments(type(transformer.transformer_blocks[0]))
 
     def call(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -57,11 +57,7 @@ class Residual:
 
         `shared` [B, G, D] is what the gates of all blocks have in common; see :class:`~fastdit.spec.BlockKind`.
         """
-        forward = self._forward
-        if forward.sums is None:
-            self.add(forward.component(name, compute), gate)
-        else:
-            forward.sums.add(forward, self, name, compute, gate, shared)
+        self._forward.add_component(name, compute, (self, gate), shared=shared)
 
     def suits(self, branch: Branch, gate: Gate) -> bool:
         """Whether the ops take this branch of the stream."""
@@ -164,18 +160,17 @@ class Residual:
                 found.append(weights[:, None, None].expand(-1, *shape))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def leave(self, clips: bool = False, waits: bool = True) -> Tensor:
+    def leave(self, clips: bool = False) -> Tensor:
         """The block's output. What still waits is added here unless the next block is sure to take it over.
 
-        `clips` where the block in fp16 clips to that dtype's finite range; not `waits` where the transformer itself
-        reads the stream before the next block.
+        `clips` where the block in fp16 clips to that dtype's finite range.
         """
         if self._forward._drops(self._stream):
             self.discard()
             return self._h
         if clips and self._h.dtype is torch.float16:
             self._h = self.read().clip(-65504, 65504)
-        if waits and self._forward._may_wait():
+        if self._forward._may_wait():
             return self._h
         h = self.read()
         self._forward._own_streams.pop(self._stream, None)  # somebody may hold on to it
