@@ -214,7 +214,7 @@ FAMILIES: dict[str, Family] = {
     "lumina2": Family(lumina2, cfg_in_one_call=False, reads_masks=True),
 } | ({"qwen": Family(qwen, cfg_in_one_call=False, reads_masks=True)} if HAS_QWEN else {})
 if HAS_FLUX2:
-    FAMILIES["flux2"] = Family(flux2, cfg_in_one_call=False)
+    FAMILIES["flux2"] = Family(flux2)  # which has one call, and no guidance of another prompt
     FAMILIES["flux2-klein"] = Family(functools.partial(flux2, klein=True), cfg_in_one_call=False)
 
 #: families that this diffusers lacks
@@ -344,7 +344,7 @@ def call(
         return arguments | {
             "hidden_states": randn(noise, batch, height * width // 4, 4 * LATENT),
             "timestep": arguments["timestep"] / 1000,
-            "guidance": torch.full((batch,), 3.5) if name == "flux2" else None,
+            **({"guidance": torch.full((batch,), 3.5)} if name == "flux2" else {}),
             **dict(zip(("txt_ids", "img_ids"), ids, strict=True)),
         }
     arguments["pooled_projections"] = randn(condition, batch, 12)
@@ -565,8 +565,8 @@ def arguments(
                 "true_cfg_scale": 4.0,
             }
     elif name.startswith("flux2"):
-        if name == "flux2-klein" and cfg:  # of a prompt of another length
-            result["negative_prompt_embeds"] = randn(prompts, TEXT + 2, 20)
+        if name == "flux2-klein" and cfg:
+            result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
     else:
         result["pooled_prompt_embeds"] = randn(prompts, 12)
     flux1 = name.startswith("flux") and not name.startswith("flux2")
