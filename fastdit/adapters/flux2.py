@@ -1,8 +1,8 @@
 """FLUX.2 and klein: double-stream blocks, then parallel blocks over [text, image].
 
-Restates diffusers' `Flux2TransformerBlock` and `Flux2SingleTransformerBlock`, in the forms given modulations in one tensor.
-A single block projects queries, keys, values and its feed-forward at once, and both results by one layer again; so that
-is one component. What is reused for several steps is kept as one sum for each component.
+Restates diffusers' `Flux2TransformerBlock` and `Flux2SingleTransformerBlock`, in the forms that have modulations in one
+tensor. A single block projects queries, keys, values and its feed-forward at once, and both results by one layer again;
+so that is one component. What is reused for several steps is kept as one sum for each component.
 
 References whose keys klein keeps (`kv_cache`) are for the stock attention; methods that stand in for it refuse them.
 """
