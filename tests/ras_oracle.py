@@ -328,6 +328,9 @@ class Processor:
         **kwargs: Any,
     ) -> Any:
         oracle = self.oracle
+        parallel = hasattr(attn, "to_qkv_mlp_proj")  # FLUX.2's single blocks, which pass on less
+        if parallel:
+            attention_mask, image_rotary_emb = None, attention_mask
         if oracle.whole:
             return self._whole(attn, hidden_states, attention_mask, image_rotary_emb)
         if oracle.lumina:
@@ -340,7 +343,7 @@ class Processor:
         ):
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         heads = attn.heads
-        if hasattr(attn, "to_qkv_mlp_proj"):  # FLUX.2's parallel blocks
+        if parallel:
             widths = [attn.inner_dim] * 3 + [2 * attn.mlp_hidden_dim]
             *made, mlp = attn.to_qkv_mlp_proj(hidden_states).split(widths, dim=-1)
         else:
@@ -392,7 +395,7 @@ class Processor:
             mask = torch.cat([mask, image_mask], 1)[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if not joint:
-            if hasattr(attn, "to_qkv_mlp_proj"):
+            if parallel:
                 first, second = mlp.chunk(2, dim=-1)
                 return attn.to_out(torch.cat([out, F.silu(first) * second], dim=-1))
             if oracle.flux:
