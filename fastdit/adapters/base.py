@@ -61,6 +61,7 @@ class Call:
         positions: Where the image tokens are, as given, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
         tells_attention: Names of the arguments that it passes on to the attention processors.
+        writes: It writes into what the caller keeps, which no program would do again.
     """
 
     hidden_states: Tensor
@@ -72,6 +73,7 @@ class Call:
     skips_blocks: bool
     positions: Any = None
     tells_attention: tuple[str, ...] = ()
+    writes: bool = False
 
 
 @dataclass(frozen=True)

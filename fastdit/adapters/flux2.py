@@ -24,7 +24,7 @@ from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.layer_inputs import LayerInputs
-from fastdit.blocks.residual import Residual, joint_normed
+from fastdit.blocks.residual import Residual, by_rows, joint_normed
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import SIDE, Layout
 
@@ -111,12 +111,13 @@ def single_block(
             out = fw.segments.project(attention.to_out, attended, attention.mlp_act_fn, mlp)
         return out.split((count, out.shape[1] - count), dim=1)
 
-    fw.add_component("single_attn", attend, (text, gate), (image, gate))
+    gates = by_rows(gate, (count, hidden_states.shape[1] - count))
+    fw.add_component("single_attn", attend, (text, gates[0]), (image, gates[1]))
     return fw.leave_joint(text, image, clips=True)
 
 
 def _vectors(fw: Forward, given: Tensor, count: int) -> Sequence[Tensor]:
-    """Shift, scale and gate [B, D] of one branch after the other; all blocks of a call are given the same."""
+    """Shift, scale and gate [B, D] of one branch after the other, all blocks' alike; [B, n, D] where keys are kept."""
     key = "modulation", id(given)
     if key not in fw.scratch:
         fw.scratch[key] = given, given.chunk(count, dim=-1)
@@ -211,6 +212,7 @@ class Flux2(Placed):
             positions=found.positions[..., first:, :],
             signature=(*found.signature, mode, given.get("kv_cache")),
             tells_attention=(*found.tells_attention, "kv_cache_mode"),
+            writes=True,
         )
 
     def layer_inputs(
