@@ -104,7 +104,7 @@ def test_edits_dense_and_cached(what):
             ((Cached(Schedule.from_bits(bits, names)),), cached),
         ):
             handle = fastdit.patch(pipe, *methods, backend=backend)
-            for _ in range(2):
+            for _ in range(1 if backend else 2):  # by programs, too
                 found = pipe(**given(dtype)).images
                 if backend:
                     same_bits(found, expected)
@@ -321,11 +321,11 @@ def ran(handle, model, inputs, seen=None, sigmas=None):
                 seen.append(reachable_bytes(handle))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    steps=st.integers(4, 9),
-    blocks=st.sampled_from([(2, 3), (5, 4), (1, 12)]),
+    steps=st.integers(4, 8),
+    blocks=st.sampled_from([(2, 3), (4, 4), (1, 9)]),
     batch=st.integers(1, 3),
 )
 def test_sums_equal_the_cache_and_their_bytes_are_as_predicted(seed, steps, blocks, batch):
@@ -346,12 +346,12 @@ def test_sums_equal_the_cache_and_their_bytes_are_as_predicted(seed, steps, bloc
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_sums_beside_what_computes_and_what_is_drawn(order):
     """Blocks between which one computes; forecasts of what is summed at each of the steps they are drawn through."""
-    steps, blocks = 12, (6, 34)
+    steps, blocks = 9, (4, 34)
     bits = banded(0, steps, blocks)
     for array in bits.values():
         array[:] = False
         array[::3] = True
-    bits[KINDS[0]][:, 2] = True
+    bits[KINDS[0]][:, 1] = True
     orders = {kind: np.full(array.shape, order) for kind, array in bits.items()}
     sigmas = list(np.linspace(1.0, 0.05, steps) ** 1.5)
     model, inputs = model_of(blocks, torch.float64), calls_of(steps, 2, torch.float64)
@@ -364,7 +364,7 @@ def test_sums_beside_what_computes_and_what_is_drawn(order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_err_at_most_twice_as_much_as_the_cache(dtype):
-    blocks = (6, 34)
+    blocks = (2, 34)
     bits = banded(3, 8, blocks)
     for array in bits.values():
         array[3:6] = False

@@ -9,8 +9,7 @@ References whose keys klein keeps (`kv_cache`) are for the stock attention; meth
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +22,6 @@ from fastdit.adapters.arguments import arguments_of, forward_arguments
 from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
-from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.blocks.residual import Residual, by_rows, joint_normed
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import SIDE, Layout
@@ -53,22 +51,17 @@ def double_block(
         if fw.tokens is not None:
             turn = _rotation(fw, image_rotary_emb, encoder_hidden_states.shape[1])
             return joint_attention(fw, "attn", block.attn, u_image, u_text, rotation=turn)
-        return fw.segments.attention(
-            block.attn,
-            hidden_states=u_image,
-            encoder_hidden_states=u_text,
-            image_rotary_emb=image_rotary_emb,
-            **(joint_attention_kwargs or {}),
-        )
+        kwargs = {"image_rotary_emb": image_rotary_emb} | (joint_attention_kwargs or {})
+        kwargs |= {"hidden_states": u_image, "encoder_hidden_states": u_text}
+        return fw.segments.attention(block.attn, **kwargs)
 
-    def feed(ff: nn.Module, stream: Residual, *norm: Any) -> Tensor:
-        return fw.segments.feed_forward(ff, stream.normed(*norm))
+    def feed(ff: nn.Module, stream: Residual, *norm: Any) -> Callable[[], Tensor]:
+        return lambda: fw.segments.feed_forward(ff, stream.normed(*norm))
 
     fw.add_component("attn", attend, (image, img[2]), (text, txt[2]))
-    ff = functools.partial(feed, block.ff, image, block.norm2, img[4], img[3])
-    fw.add_component("ff", ff, (image, img[5]))
-    ff = functools.partial(feed, block.ff_context, text, block.norm2_context, txt[4], txt[3])
-    fw.add_component("ff_context", ff, (text, txt[5]))
+    fw.add_component("ff", feed(block.ff, image, block.norm2, img[4], img[3]), (image, img[5]))
+    fed = feed(block.ff_context, text, block.norm2_context, txt[4], txt[3])
+    fw.add_component("ff_context", fed, (text, txt[5]))
     fw.scratch["text"] = encoder_hidden_states.shape[1]
     return text.leave(clips=True), image.leave()
 
@@ -86,10 +79,8 @@ def single_block(
 ) -> Tensor:
     """One `Flux2SingleTransformerBlock`: [text, image] [B, T + N, D], modulations [B, 3 D] -> the same."""
     if encoder_hidden_states is not None or split_hidden_states:
-        raise ArgumentError(
-            "encoder_hidden_states, split_hidden_states: the flux2 adapter takes text and image joined, as "
-            "Flux2Transformer2DModel gives them; accepted are None and False"
-        )
+        given = "encoder_hidden_states, split_hidden_states: the flux2 adapter takes text and image joined"
+        raise ArgumentError(f"{given}; accepted are None and False")
     attention, count = block.attn, fw.scratch.get("text", 0)
     text, image = fw.enter_joint(hidden_states, count)
     shift, scale, gate = _vectors(fw, temb_mod, 3)
@@ -131,18 +122,16 @@ def _rotation(fw: Forward, turn: tuple[Tensor, Tensor], text: int) -> Rotation:
         images = (len(turn[0]) - text) // fw.tokens.count
         if images == 1:
             return Rotation(*turn)
-        parts = [
-            (t[:text].expand(images, -1, -1), t[text:].unflatten(0, (images, -1))) for t in turn
-        ]
-        return Rotation(*(torch.cat(part, dim=1) for part in parts))
+        texts = (t[:text].expand(images, -1, -1) for t in turn)
+        others = (t[text:].unflatten(0, (images, -1)) for t in turn)
+        return Rotation(*(torch.cat(part, dim=1) for part in zip(texts, others, strict=True)))
 
     return fw.rotation(make)
 
 
 def _statistics(vae: Any, like: Tensor) -> list[Tensor]:
     """Mean and deviation of packed latents, [1, 4 C, 1, 1] each."""
-    norm, eps = vae.bn, vae.config.batch_norm_eps
-    parts = (norm.running_mean, torch.sqrt(norm.running_var + eps))
+    parts = vae.bn.running_mean, torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
     return [part.view(1, -1, 1, 1).to(like.device, like.dtype) for part in parts]
 
 
@@ -191,18 +180,13 @@ class Flux2(Placed):
 
     def matches(self, transformer: Any) -> bool:
         """The blocks must be given their modulations as one tensor, and tell how long the text is."""
-        if not super().matches(transformer) or not len(transformer.transformer_blocks):
-            return False
-        return "temb_mod_img" in forward_arguments(type(transformer.transformer_blocks[0]))
+        blocks = transformer.transformer_blocks if super().matches(transformer) else ()
+        return len(blocks) > 0 and "temb_mod_img" in forward_arguments(type(blocks[0]))
 
-    def call(
-        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Call:
+    def call(self, transformer: nn.Module, args: Any, kwargs: Any) -> Call:
         """References whose keys are kept lie before the picture, are told to the attentions, and have no velocity."""
-        found, given = (
-            super().call(transformer, args, kwargs),
-            arguments_of(transformer, args, kwargs),
-        )
+        found = super().call(transformer, args, kwargs)
+        given = arguments_of(transformer, args, kwargs)
         mode = given.get("kv_cache_mode")
         if mode is None:
             return found
@@ -210,14 +194,12 @@ class Flux2(Placed):
         return replace(
             found,
             positions=found.positions[..., first:, :],
-            signature=(*found.signature, mode, given.get("kv_cache")),
+            signature=(*found.signature, mode, given.get("kv_cache") or object()),
             tells_attention=(*found.tells_attention, "kv_cache_mode"),
             writes=True,
         )
 
-    def layer_inputs(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
-    ) -> LayerInputs | None:
+    def layer_inputs(self, transformer: Any, args: Any, kwargs: Any, batch: int) -> Any:
         """Where keys of references are kept, these have modulations of another timestep."""
         if arguments_of(transformer, args, kwargs).get("kv_cache_mode") == "extract":
             return None
@@ -231,11 +213,7 @@ class Flux2(Placed):
     def embed_layout(
         self, module: nn.Module, layout: Layout, memory: dict[Any, Any], ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin [n, d], one image after the other where each has other tokens; made once for a stage.
-
-        Below full resolution positions are those of a picture of half the size, in steps of a half, or of a quarter
-        where coarse tokens are centred.
-        """
+        """cos and sin [n, d], one image after the other where each has other tokens; else as FLUX.1's."""
         if "rotation" not in memory:
             if layout.name != "full":
                 places = layout.places() / 2
