@@ -25,6 +25,7 @@ class BlockKind:
         groups: name -> components that a schedule may set together under that name.
         shared_gates: component -> which vector that all blocks share its gate contains, from 1, 0 for none, in kinds
             whose gates differ between blocks by constants; else empty.
+        common_gates: Whether the gates of a component are the same in all blocks.
     """
 
     name: str
@@ -34,6 +35,7 @@ class BlockKind:
     consumers: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     shared_gates: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    common_gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,11 @@ class ModelSpec:
         if not all(kind.shared_gates for kind in self.kinds):
             return {}
         return {name: group for kind in self.kinds for name, group in kind.shared_gates.items()}
+
+    @property
+    def common_gates(self) -> bool:
+        """Whether the gates of a component are the same in all blocks of its kind, for all kinds."""
+        return all(kind.common_gates for kind in self.kinds)
 
     @property
     def block_count(self) -> int:

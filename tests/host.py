@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     FluxTransformer2DModel,
@@ -123,6 +124,21 @@ def wan() -> nn.Module:
     return tiny_models.wan(40, attention_head_dim=8, ffn_dim=16)
 
 
+def flux2() -> nn.Module:
+    """FLUX.2's depth."""
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=8,
+        num_single_layers=48,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(2, 2, 2, 2),
+    )
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -132,6 +148,8 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "Lumina": ("lumina", lumina),
     "Wan": ("wan", wan),
 } | ({"Qwen-Image": ("qwen", qwen)} if tiny_models.HAS_QWEN else {})
+if tiny_models.HAS_FLUX2:
+    MODELS["FLUX.2"] = "flux2", flux2
 
 
 def pipeline(name: str) -> Any:

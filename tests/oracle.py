@@ -48,6 +48,10 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
     "QwenImageTransformer2DModel": {
         "transformer_blocks": {"attn": "attn", "img_mlp": "img_mlp", "txt_mlp": "txt_mlp"},
     },
+    "Flux2Transformer2DModel": {
+        "transformer_blocks": {"attn": "attn", "ff": "ff", "ff_context": "ff_context"},
+        "single_transformer_blocks": {"single_attn": "attn"},
+    },
     "DiTTransformer2DModel": {"transformer_blocks": {"attn1": "attn1", "ff": "ff"}},
     "LuminaNextDiT2DModel": {
         "layers": {

@@ -63,7 +63,8 @@ def _image(
     choose: Callable[..., Any] | None,
     orders: Bits | None,
 ) -> Tensor:
-    model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
+    calls = FluxCalls if _is_flux(pipe) else SD3Calls
+    model = (Flux2Calls if "Flux2" in type(pipe.transformer).__name__ else calls)(pipe, given, b)
     model.centred = method.mode == "corrected"
     model.weighs = method.weighs_keys
     noise = latents[b]
@@ -227,12 +228,9 @@ def _lifted(
     z = z + ((1 - 4 * method.noise) ** 0.5 - 1) * told
     found = stage.scale * 2 * low(waves(state.double().numpy())) + stage.deviation * z
     if method.lift == "picture":
-        config, vae = pipe.vae.config, pipe.vae
-        shift = config.shift_factor or 0
-        image = vae.decode(clean[None] / config.scaling_factor + shift).sample.float()
+        image = _decoded(pipe, clean).float()
         image = nn.functional.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
-        encoded = vae.encode(image.to(vae.dtype)).latent_dist.mode()
-        drawn = ((encoded - shift) * config.scaling_factor)[0].double().numpy()
+        drawn = _encoded(pipe, image)[0].double().numpy()
         found = found + stage.scale * method.ends[0] * (
             drawn - 2 * low(waves(clean.double().numpy()))
         )
@@ -245,9 +243,30 @@ def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
         return edges.gradient_energy(clean[None], cells)[0].tolist()
     if method.selector == "variance":
         return edges.variance_energy(clean[None], cells)[0].tolist()
+    return edges.edge_energy(_decoded(pipe, clean), cells, method.mode == "parity")[0].tolist()
+
+
+def _decoded(pipe: Any, latents: Tensor) -> Tensor:
+    """The picture [1, 3, H, W] of latents [C, h, w]."""
+    vae, scale, shift = pipe.vae, *_scale_and_shift(pipe, latents)
+    return vae.decode((latents / scale + shift)[None]).sample
+
+
+def _encoded(pipe: Any, image: Tensor) -> Tensor:
+    """The latents [1, C, h, w] of a picture [1, 3, H, W]."""
+    found = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.mode()
+    scale, shift = _scale_and_shift(pipe, found[0])
+    return (found - shift) * scale
+
+
+def _scale_and_shift(pipe: Any, latents: Tensor) -> tuple[Any, Any]:
+    """Numbers, or of FLUX.2 one for each place [C, h, w]: those of a token, again and again."""
     vae = pipe.vae
-    picture = vae.decode(clean[None] / vae.config.scaling_factor + (vae.config.shift_factor or 0))
-    return edges.edge_energy(picture.sample, cells, method.mode == "parity")[0].tolist()
+    if not hasattr(vae, "bn"):
+        return vae.config.scaling_factor, vae.config.shift_factor or 0
+    scale, shift = (vae.bn.running_var + vae.config.batch_norm_eps) ** -0.5, vae.bn.running_mean
+    times = [side // P for side in latents.shape[1:]]
+    return tuple(t.view(-1, P, P).repeat(1, *times).to(latents.dtype) for t in (scale, shift))
 
 
 def cut(image: Tensor, size: int) -> list[tuple[int, int, int, Tensor]]:
@@ -352,27 +371,60 @@ class FluxCalls(Calls):
             ]
             x = torch.cat([x, torch.stack([content.flatten() for content in extra])[None]], dim=2)
 
-        def call(prompt: Tensor, pooled: Tensor) -> Tensor:
-            with self.attention(tokens, layout, prompt.shape[1]):
-                return self.model(
-                    hidden_states=x,
-                    encoder_hidden_states=prompt,
-                    pooled_projections=pooled,
-                    timestep=(1000 * sigma).expand(1).to(x.dtype) / 1000,
-                    guidance=torch.tensor([given["guidance_scale"]]) if self._distilled else None,
-                    img_ids=ids,
-                    txt_ids=torch.zeros(prompt.shape[1], 3),
-                ).sample[0]
+        def call(*prompts: Tensor) -> Tensor:
+            with self.attention(tokens, layout, prompts[0].shape[1]):
+                time = (1000 * sigma).expand(1).to(x.dtype) / 1000
+                told = self.told(ids, *prompts)
+                return self.model(hidden_states=x, timestep=time, **told).sample[0]
 
+        return [v.view(-1, P, P) for v in self.guided(call)]
+
+    def guided(self, call: Callable[..., Tensor]) -> Tensor:
+        """The velocity, by one call or two."""
+        given = self.given
         velocity = call(given["prompt_embeds"], given["pooled_prompt_embeds"])
         if given["true_cfg_scale"] > 1:
             other = call(given["negative_prompt_embeds"], given["negative_pooled_prompt_embeds"])
             velocity = other + given["true_cfg_scale"] * (velocity - other)
-        return [v.view(-1, P, P) for v in velocity]
+        return velocity
+
+    def told(self, ids: Tensor, prompt: Tensor, *pooled: Tensor) -> dict[str, Any]:
+        """What the model is given beside latents and time; `ids` are a picture's number, row and column."""
+        return {
+            "encoder_hidden_states": prompt,
+            "pooled_projections": pooled[0],
+            "guidance": self.guidance,
+            "img_ids": ids,
+            "txt_ids": torch.zeros(prompt.shape[1], 3),
+        }
 
     @property
-    def _distilled(self) -> bool:
-        return self.model.config.guidance_embeds
+    def guidance(self) -> Tensor | None:
+        """For a distilled model."""
+        distilled = self.model.config.guidance_embeds
+        return torch.tensor([self.given["guidance_scale"]]) if distilled else None
+
+
+class Flux2Calls(FluxCalls):
+    """Stock FLUX.2 or klein on a list of tokens; klein's true guidance by a second call."""
+
+    def guided(self, call: Callable[..., Tensor]) -> Tensor:
+        given = self.given
+        velocity = call(given["prompt_embeds"])
+        if "negative_prompt_embeds" in given:
+            other = call(given["negative_prompt_embeds"])
+            velocity = other + given["guidance_scale"] * (velocity - other)
+        return velocity
+
+    def told(self, ids: Tensor, prompt: Tensor, *pooled: Tensor) -> dict[str, Any]:
+        words = torch.zeros(prompt.shape[1], 4)
+        words[:, 3] = torch.arange(len(words))
+        return {
+            "encoder_hidden_states": prompt,
+            "guidance": self.guidance,
+            "img_ids": nn.functional.pad(ids, (0, 1)),
+            "txt_ids": words,
+        }
 
 
 class SD3Calls(Calls):

@@ -343,6 +343,9 @@ class Processor:
         **kwargs: Any,
     ) -> Any:
         oracle = self.oracle
+        parallel = hasattr(attn, "to_qkv_mlp_proj")  # FLUX.2's single blocks, which pass on less
+        if parallel:
+            attention_mask, image_rotary_emb = None, attention_mask
         if oracle.whole:
             return self._whole(attn, hidden_states, attention_mask, image_rotary_emb)
         if oracle.lumina:
@@ -355,10 +358,12 @@ class Processor:
         ):
             return self.stock(attn, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         heads = attn.heads
-        q, k, v = (
-            layer(hidden_states).unflatten(-1, (heads, -1))
-            for layer in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        if parallel:
+            widths = [attn.inner_dim] * 3 + [2 * attn.mlp_hidden_dim]
+            *made, mlp = attn.to_qkv_mlp_proj(hidden_states).split(widths, dim=-1)
+        else:
+            made = [layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v)]
+        q, k, v = (t.unflatten(-1, (heads, -1)) for t in made)
         q, k = self._normed(attn.norm_q, q), self._normed(attn.norm_k, k)
         text = 0
         if oracle.flux and not joint:  # a single-stream block: [text, image]
@@ -407,12 +412,15 @@ class Processor:
             mask = torch.cat([mask, image_mask], 1)[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if not joint:
+            if parallel:
+                first, second = mlp.chunk(2, dim=-1)
+                return attn.to_out(torch.cat([out, F.silu(first) * second], dim=-1))
             if oracle.flux:
                 return out
             return attn.to_out[1](attn.to_out[0](out)) / getattr(attn, "rescale_output_factor", 1)
         image = out[:, text:] if oracle.flux else out[:, : out.shape[1] - text]
         first = out[:, :text] if oracle.flux else out[:, out.shape[1] - text :]
-        if not attn.context_pre_only or oracle.flux:
+        if oracle.flux or not attn.context_pre_only:
             first = attn.to_add_out(first)
         return attn.to_out[1](attn.to_out[0](image)), first
 

@@ -19,7 +19,7 @@ NAMES = [name for name, form in tiny_models.FAMILIES.items() if not form.reads_m
 SPARSE = [name for name in tiny_models.forms("layouts") if name in NAMES]
 RESIZED = tiny_models.forms("changes_resolution")
 #: calls of a step
-CALLS = {"flux": 2, "flux-dev": 2, "qwen": 2, "wan": 2}
+CALLS = {"flux": 2, "flux-dev": 2, "qwen": 2, "wan": 2, "flux2-klein": 2}
 
 
 @pytest.fixture

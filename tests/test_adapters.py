@@ -150,6 +150,7 @@ def test_the_base_says_which_member_is_for_what():
         *("gather_inputs", "reduce_inputs"),
         *("prompt_projections_of", "prompt_keys_of", "prompt_key_layers_of"),
         *("condition_embeddings_of", "output_norms_of", "modulated_output_of"),
+        "shared_modulations_of",
         *("position_embeddings_of", "table_embeddings_of"),
     }
     said = [name for names in NEEDS.values() for name in names.split()]

@@ -575,6 +575,8 @@ def macs(run):
 
 if not tiny_models.HAS_QWEN:  # and so no form of two modulations
     del FOUND["qwen"]
+if tiny_models.HAS_FLUX2:  # which has an adapter
+    del FOUND["flux2"]
 
 
 @pytest.fixture(params=FOUND)

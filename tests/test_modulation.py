@@ -46,7 +46,7 @@ def products(monkeypatch):
 
 def layers(model):
     """Norms with a product of their own, and what adds a table to one that all share."""
-    classes = "AdaLayerNorm(Zero|Continuous)|RMSNormZero|LuminaLayerNormContinuous"
+    classes = "AdaLayerNorm(Zero|Continuous)|RMSNormZero|LuminaLayerNormContinuous|Flux2Mod"
     return sum(
         bool(re.search(classes, type(module).__name__))
         or name.endswith(("_mod", "proj_out_1"))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -56,6 +57,8 @@ logging.set_verbosity_error()
 TEXT = 5
 #: its attention has the form that the adapter knows since diffusers 0.37
 HAS_QWEN = "modulate_index" in inspect.signature(QwenImageTransformerBlock.forward).parameters
+#: its blocks are given modulations as the adapter knows since there is a pipeline of klein
+HAS_FLUX2 = hasattr(diffusers, "Flux2KleinPipeline")
 LATENT = 4
 HEIGHT, WIDTH = 8, 16
 
@@ -193,6 +196,22 @@ def wan(layers: int = 3, **more: Any) -> nn.Module:
     return WanTransformer3DModel(**given | more)
 
 
+def flux2(klein: bool = False, layers: int = 2, single_layers: int = 3) -> nn.Module:
+    """FLUX.2; klein is not told the guidance."""
+    return diffusers.Flux2Transformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=20,
+        timestep_guidance_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=not klein,
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -218,9 +237,12 @@ FAMILIES: dict[str, Family] = {
     "lumina2": Family(lumina2, cfg_in_one_call=False, reads_masks=True),
     "wan": Family(wan, cfg_in_one_call=False, casts=True),
 } | ({"qwen": Family(qwen, cfg_in_one_call=False, reads_masks=True)} if HAS_QWEN else {})
+if HAS_FLUX2:
+    FAMILIES["flux2"] = Family(flux2)  # which has one call, and no guidance of another prompt
+    FAMILIES["flux2-klein"] = Family(functools.partial(flux2, klein=True), cfg_in_one_call=False)
 
 #: families that this diffusers lacks
-TOO_NEW = [] if HAS_QWEN else ["qwen"]
+TOO_NEW = ([] if HAS_QWEN else ["qwen"]) + ([] if HAS_FLUX2 else ["flux2"])
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -342,6 +364,15 @@ def call(
             "timestep": arguments["timestep"] / 1000,
             "img_shapes": [[(1, height // 2, width // 2)]] * batch,
         }
+    if name.startswith("flux2"):
+        sides = (1, 1, 1, text), (1, height // 2, width // 2, 1)
+        ids = (torch.cartesian_prod(*map(torch.arange, axes)).repeat(batch, 1, 1) for axes in sides)
+        return arguments | {
+            "hidden_states": randn(noise, batch, height * width // 4, 4 * LATENT),
+            "timestep": arguments["timestep"] / 1000,
+            **({"guidance": torch.full((batch,), 3.5)} if name == "flux2" else {}),
+            **dict(zip(("txt_ids", "img_ids"), ids, strict=True)),
+        }
     arguments["pooled_projections"] = randn(condition, batch, 12)
     if name.startswith("flux"):
         tokens = height * width // 4
@@ -429,10 +460,30 @@ def wan_vae() -> nn.Module:
     return randomise(model, 1)
 
 
+def normed_vae() -> nn.Module:
+    """FLUX.2's autoencoder, which norms packed latents; it keeps the size too."""
+    model = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4,),
+        layers_per_block=1,
+        latent_channels=LATENT,
+        norm_num_groups=1,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=16,
+    )
+    draw = torch.Generator().manual_seed(2)
+    model.bn.running_mean.copy_(0.1 * torch.randn(4 * LATENT, generator=draw))
+    model.bn.running_var.copy_(1 + torch.rand(4 * LATENT, generator=draw))
+    return randomise(model, 1)
+
+
 #: of families with other latents than pictures
-_VAES = {"qwen": video_vae, "wan": wan_vae}
+_VAES = {"qwen": video_vae, "wan": wan_vae, "flux2": normed_vae}
 _NO_TEXT = {
     "wan": ("text_encoder", "tokenizer"),
+    "flux2": ("text_encoder", "tokenizer"),
     "qwen": ("text_encoder", "tokenizer"),
     "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "sd3": (
@@ -477,6 +528,12 @@ PIPELINES: dict[str, Pipe] = {
     "wan": Pipe("wan", WanPipeline, FlowMatchEulerDiscreteScheduler),
 } | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
 
+if HAS_FLUX2:
+    PIPELINES["flux2"] = Pipe("flux2", diffusers.Flux2Pipeline, FlowMatchEulerDiscreteScheduler)
+    PIPELINES["flux2-klein"] = Pipe(
+        "flux2-klein", diffusers.Flux2KleinPipeline, FlowMatchEulerDiscreteScheduler
+    )
+
 IMAGE_TO_IMAGE = [name for name, entry in PIPELINES.items() if entry.image_to_image]
 
 
@@ -488,7 +545,7 @@ def pipeline(
     kind = entry.family.partition("-")[0].partition(".")[0]
     parts: dict[str, Any] = dict.fromkeys(_NO_TEXT[kind])
     pipe = entry.pipeline(
-        vae=_VAES.get(name, vae)().to(dtype),
+        vae=_VAES.get(kind, vae)().to(dtype),
         transformer=transformer(entry.family, dtype, seed),
         scheduler=scheduler or entry.scheduler(),
         **parts,
@@ -577,12 +634,16 @@ def arguments(
                 "negative_prompt_embeds_mask": torch.ones(prompts, TEXT + 2),
                 "true_cfg_scale": 4.0,
             }
+    elif name.startswith("flux2"):
+        if name == "flux2-klein" and cfg:
+            result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
     else:
         result["pooled_prompt_embeds"] = randn(prompts, 12)
-    if name.startswith("sd3") or (name.startswith("flux") and cfg):
+    flux1 = name.startswith("flux") and not name.startswith("flux2")
+    if name.startswith("sd3") or (flux1 and cfg):
         result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
         result["negative_pooled_prompt_embeds"] = randn(prompts, 12)
-    if name.startswith("flux"):
+    if flux1:
         result |= {"guidance_scale": 3.5, "true_cfg_scale": 4.0 if cfg else 1.0}
     if entry.image_to_image:
         result |= {"image": randn(1, 3, height, width).sigmoid(), "strength": 0.6}

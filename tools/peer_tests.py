@@ -48,6 +48,7 @@ SUITES = {
     "lumina": ("pipelines", [f"{_PIPELINES}/lumina"]),
     "lumina2": ("pipelines", [f"{_PIPELINES}/lumina2"]),
     "wan": ("pipelines", [f"{_PIPELINES}/wan"]),
+    "flux2": ("pipelines", [f"{_PIPELINES}/flux2"]),
     "pag": (
         "pipelines",
         [
@@ -59,7 +60,11 @@ SUITES = {
     "controlnet": ("pipelines", [f"{_PIPELINES}/controlnet_flux", f"{_PIPELINES}/controlnet_sd3"]),
     "lora": (
         "pipelines",
-        ["tests/lora/test_lora_layers_flux.py", "tests/lora/test_lora_layers_sd3.py"],
+        [
+            "tests/lora/test_lora_layers_flux.py",
+            "tests/lora/test_lora_layers_flux2.py",
+            "tests/lora/test_lora_layers_sd3.py",
+        ],
     ),
     "models": (
         "models",
@@ -67,6 +72,7 @@ SUITES = {
             f"{_MODELS}/test_models_dit_transformer2d.py",
             f"{_MODELS}/test_models_pixart_transformer2d.py",
             f"{_MODELS}/test_models_transformer_flux.py",
+            f"{_MODELS}/test_models_transformer_flux2.py",
             f"{_MODELS}/test_models_transformer_lumina.py",
             f"{_MODELS}/test_models_transformer_lumina2.py",
             f"{_MODELS}/test_models_transformer_sd3.py",

@@ -50,6 +50,7 @@ FAMILIES = {
     "lumina2": "Lumina 2",
     "qwen": "Qwen-Image",
     "wan": "Wan 2.1, 2.2",
+    "flux2": "FLUX.2, klein",
 }
 
 

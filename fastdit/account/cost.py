@@ -245,12 +245,14 @@ class Cost:
             updates = sum(1 for _, flags in added if flags & COMPUTE)
             updates += bool(added and added[0][1] & REUSE)  # else nothing waits for the first
             total += sum(size * count for size, count in values) + 2 * updates * self.stream
+        size = {(c.block, c.name): c.bytes for c in self.components}
         for sums in plan.sums:
-            output = self.components[0].bytes
-            total += sum(passes(len(s.slots)) for s in set(sums.made.values())) * output
-            total += (
-                3 * len(set().union(*sums.used.values())) - sum(map(len, sums.used.values()))
-            ) * output
+            total += sum(
+                passes(len(s.slots), s.count) * size[s.slots[0]] for s in set(sums.made.values())
+            )
+            total += sum(
+                s.count * size[s.slots[0]] for s in set().union(*sums.used.values())
+            ) - sum(len(used) * size[slot] for slot, used in sums.used.items())
         return total
 
     def cache_bytes(
@@ -267,6 +269,7 @@ class Cost:
                 f"{type(self.transformer).__name__}: it has no adapter, and its call cannot be made without weights"
             )
         most, kept_size = 0, itemsize or self.itemsize
+        size = {(c.block, c.name): c.bytes for c in self.components}
         for number, step in enumerate(plan.actions):
             sums = plan.sums[number].kept if plan.sums else ()
             within = Counter(slot for each in sums for slot in each.slots)
@@ -275,9 +278,9 @@ class Cost:
                 for c in self.components
                 if step[c.block][c.name] & KEEP
             )
-            if sums:
-                outputs += 3 * len(sums) * self.components[0].bytes
-            most = max(most, outputs * kept_size // self.itemsize + len(sums) * self._shared)
+            outputs += sum(s.count * size[s.slots[0]] for s in sums)
+            shared = self._shared * sum(s.count > 1 for s in sums)
+            most = max(most, outputs * kept_size // self.itemsize + shared)
         if plan.forecasts:  # the model's own last outputs
             elements = self.adapter.output_elements(self.transformer, self.size.image)
             most += (1 + max(plan.forecasts)) * elements * self.transformer_batch * self.itemsize

@@ -117,6 +117,8 @@ class Counts:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
+        for shared in adapter.shared_modulations_of(skeleton.transformer):
+            found["modulation", None, None] += batch * shared.linear.out_features
         for norm in adapter.output_norms_of(skeleton.transformer):
             linear = getattr(norm, "linear_1", None) or norm.linear
             found["modulation", None, None] += batch * linear.out_features
@@ -204,7 +206,8 @@ def _noting_keys(block: nn.Module, keys: dict[str, int]) -> ExitStack:
     hooks = ExitStack()
     for path, module in block.named_modules():
         owner, _, name = path.rpartition(".")
-        if name in ("to_k", "add_k_proj"):
+        apart = hasattr(block.get_submodule(owner), "to_k")
+        if name in (("to_k", "add_k_proj") if apart else ("norm_k",)):
 
             def note(module: Any, args: Any, output: Tensor, owner: str = owner) -> None:
                 keys[owner] += output.numel()

@@ -215,7 +215,8 @@ def explain_patched(
         timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
     repeats = patched.forecasts and timesteps is not None and timesteps.repeat
-    plan = patched.planned(steps, partial, timesteps, patched.may_collapse(), repeats)
+    collapses = patched.may_collapse() and patched.holds_sums(transformer.dtype)
+    plan = patched.planned(steps, partial, timesteps, collapses, repeats)
     if (begin, end) != (0, steps):
         plan = plan.part(begin, end).beginning()
         lengths, active, tokens = lengths[begin:end], active[begin:end], tokens[begin:end]
@@ -259,7 +260,7 @@ def explain_patched(
         waves=_waves(patched.writer("rows"), asked_for, active, waves),
         raster=raster(plan, spec),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
-        collapse=_collapse(patched, plan, bool(partial), repeats),
+        collapse=_collapse(patched, plan, bool(partial), repeats, transformer.dtype),
         graphs=_graphs(patched, stages, plan.steps, weight.device),
         budget="; ".join(filter(None, (method.told(steps) for method in patched.methods))),
         reusable_share=count.reusable_share,
@@ -295,9 +296,9 @@ def waits_for_host(call: Any) -> bool:
     return steps_that_wait(stages, len(count.components), pace) > 0
 
 
-def _collapse(patched: Any, plan: RunPlan, partial: bool, repeats: bool) -> str:
+def _collapse(patched: Any, plan: RunPlan, partial: bool, repeats: bool, dtype: torch.dtype) -> str:
     """This says what becomes of runs of reused outputs in a model whose gates allow sums; nothing of others."""
-    if plan.reuse is None or not patched.spec.shared_gates:
+    if plan.reuse is None or not (patched.spec.shared_gates or patched.spec.common_gates):
         return ""
     if patched.eager:
         return "off on the reference backend"
@@ -305,13 +306,17 @@ def _collapse(patched: Any, plan: RunPlan, partial: bool, repeats: bool) -> str:
         return "off: steps compute a part of the tokens"
     if not patched.may_collapse():
         return "off: hooks look at blocks"
+    if not patched.holds_sums(dtype):
+        return "off: sums may leave the range of fp16"
     if repeats:
         return "off: steps at one sigma replace each other in forecasts"
-    lengths = sorted(len(s.slots) for step in plan.sums for s in set(step.made.values()))
+    made = [s for step in plan.sums for s in set(step.made.values())]
+    lengths = sorted(len(s.slots) for s in made)
     if not lengths:
         return "none: no run of reused outputs stays long enough to pay"
     between = f"{lengths[0]} to {lengths[-1]}" if lengths[0] < lengths[-1] else f"{lengths[0]}"
-    return f"{len(lengths)} times {between} outputs are kept as 3 sums"
+    kept = "1 sum" if made[0].count == 1 else f"{made[0].count} sums"
+    return f"{len(lengths)} times {between} outputs are kept as {kept}"
 
 
 def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, bool]:

@@ -252,8 +252,11 @@ class Skeleton:
         return torch.empty(value.shape, dtype=dtype, device="meta")
 
     def _processor(self, module: nn.Module) -> Any:
-        """A family has an attention processor of its own, which runs on torch's own attention here."""
+        """A family has attention processors of its own, which run on torch's own attention here."""
         names = self._adapter.processors
+        own = getattr(type(module), "_default_processor_cls", None)
+        if getattr(own, "__name__", "") in names:
+            return own()
         for place in (
             sys.modules[type(module).__module__],
             importlib.import_module("diffusers.models.attention_processor"),

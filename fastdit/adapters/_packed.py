@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.base import Adapter
+from fastdit.adapters.base import Adapter, Call
 from fastdit.adapters.latents import batch_index
+from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import SIDE, Layout
 
 
@@ -67,3 +69,45 @@ class Packed(Adapter):
     def owns_attention(self, layout: Layout, batch: int) -> bool:
         """The stock one has one rotation for all images, too."""
         return super().owns_attention(layout, batch) or layout.table.shape[0] > 1
+
+
+class Placed(Packed):
+    """The tokens' positions are given as `img_ids`: a picture's number, row, column, and perhaps more."""
+
+    token_positions = ("img_ids",)
+
+    def moved_tokens(self, call: Call) -> int:
+        """Those of the picture, without the reference images that edits put behind it; waits for the device."""
+        return call.tokens if call.positions is None else len(_of_picture(call.positions))
+
+    def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
+        """Read off the positions, so it waits for the device; other than a grid of them is one row."""
+        tokens, rows = latents[1], 1
+        if positions is not None:
+            own = _of_picture(positions)
+            tokens, rows = len(own), int(own[:, 1].max()) + 1
+        return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
+
+    def full_grid(self, call: Call, patch: int) -> tuple[int, int]:
+        """Read off the positions, which must be those of one picture; waits for the device."""
+        height, width = super().full_grid(call, patch)
+        count, ids = call.tokens, _of_batch(call.positions).float()
+        expected = torch.zeros_like(ids[: height * width])
+        expected[:, :3] = Layout.uniform((height, width), 0, ids.device).table[0]
+        if count != ids.shape[0] or not torch.equal(ids, expected):
+            raise ArgumentError(
+                "img_ids must be the rows and columns of one picture for RALU; "
+                f"got {count} tokens that are not (reference images, or positions of your own)"
+            )
+        return height, width
+
+
+def _of_batch(positions: Tensor) -> Tensor:
+    """Positions [N, axes]; transformers that are given them for each row of the batch read the first row's."""
+    return positions[0] if positions.ndim == 3 else positions
+
+
+def _of_picture(positions: Tensor) -> Tensor:
+    """The positions of the picture itself, which come first: the first number of a reference image's is another."""
+    positions = _of_batch(positions)
+    return positions[: int((positions[:, 0] == positions[0, 0]).cumprod(0).sum())]

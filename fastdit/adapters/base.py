@@ -32,14 +32,15 @@ NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
     "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
-    "reuse": "components consumers groups shared_gates has_component parts",
+    "reuse": "components consumers groups shared_gates common_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
     "moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
-    "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
-    "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
-    "layer_inputs embed_condition embedded embed_apart timesteps_per_unit given_timesteps",
+    "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding embeds_text "
+    "condition_embedding condition_arguments shared_modulations output_norm modulated_output modulate_output "
+    "output_modulators_of unread layer_inputs embed_condition embedded embed_apart timesteps_per_unit "
+    "given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -61,6 +62,7 @@ class Call:
         positions: Where the image tokens are, as given, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
         tells_attention: Names of the arguments that it passes on to the attention processors.
+        writes: It writes into what the caller keeps, which no program would do again.
     """
 
     hidden_states: Tensor
@@ -72,6 +74,7 @@ class Call:
     skips_blocks: bool
     positions: Any = None
     tells_attention: tuple[str, ...] = ()
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Adapter(Modulated, Pictures):
         consumers: Block list attribute -> {component: the only component that reads it}.
         groups: Block list attribute -> {name: components that a schedule may set together under it}.
         shared_gates: Block list attribute -> see :class:`~fastdit.spec.BlockKind`.
+        common_gates: See there, of all block lists.
         forwards: Block list attribute -> ``forward(block, fw, *args, **kwargs)``.
         image_argument, time_argument, positions_argument: Names of the transformer arguments that hold the latents,
             the timestep and where the image tokens are, if the pipelines say that.
@@ -116,6 +120,7 @@ class Adapter(Modulated, Pictures):
     consumers: Mapping[str, Mapping[str, str]] = {}
     groups: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
     shared_gates: Mapping[str, Mapping[str, int]] = {}
+    common_gates = False
     forwards: Mapping[str, Callable[..., Any]]
     image_argument, time_argument = "hidden_states", "timestep"
     positions_argument = "img_ids"
@@ -168,6 +173,7 @@ class Adapter(Modulated, Pictures):
                         self.consumers.get(name, {}),
                         self.groups.get(name, {}),
                         self.shared_gates.get(name, {}),
+                        self.common_gates,
                     )
                 )
         if not kinds:
@@ -363,6 +369,8 @@ class Adapter(Modulated, Pictures):
     #: path of the module that makes rotary angles of the positions alone, the same at every step; in a family that has
     #: one it is the only one of the `embedders`
     position_embedding: str | None = None
+    #: whether each call asks the `embedders` once more, behind the image's positions for the text's
+    embeds_text = False
 
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""

@@ -8,20 +8,18 @@ where it is reused, unless a later step wants their value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters._packed import Packed
-from fastdit.adapters.base import Call, Size, blank
+from fastdit.adapters._packed import Placed
+from fastdit.adapters.base import Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.products import first_layer
 from fastdit.blocks.residual import gathered, joint_normed
 from fastdit.blocks.segments import unchanged
-from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import Layout
 
 DOUBLE, SINGLE = "transformer_blocks", "single_transformer_blocks"
@@ -147,13 +145,7 @@ def single_block(
     return text.leave(clips=True), image.leave(clips=True)
 
 
-def _of_picture(positions: Tensor) -> Tensor:
-    """The positions of the picture itself, which come first: the first number of a reference image's is another."""
-    positions = positions[0] if positions.ndim == 3 else positions
-    return positions[: int((positions[:, 0] == positions[0, 0]).cumprod(0).sum())]
-
-
-class Flux(Packed):
+class Flux(Placed):
     """Adapter of `FluxTransformer2DModel`."""
 
     family = "flux"
@@ -187,34 +179,8 @@ class Flux(Packed):
     condition_embedding = "time_text_embed"
     condition_arguments = ("guidance", "pooled_projections")
     processors = ("FluxAttnProcessor", "FluxAttnProcessor2_0", "FusedFluxAttnProcessor2_0")
-    token_positions = ("img_ids",)
     residual_arguments = ("controlnet_block_samples", "controlnet_single_block_samples")
     changes_resolution = True
-
-    def moved_tokens(self, call: Call) -> int:
-        """Those of the picture, without the reference images that Kontext puts behind it; waits for the device."""
-        return call.tokens if call.positions is None else len(_of_picture(call.positions))
-
-    def grid(self, latents: Sequence[int], positions: Tensor | None, patch: int) -> tuple[int, int]:
-        """Read off the positions, so it waits for the device; other than a grid of them is one row."""
-        tokens, rows = latents[1], 1
-        if positions is not None:
-            own = _of_picture(positions)
-            tokens, rows = len(own), int(own[:, 1].max()) + 1
-        return (rows, tokens // rows) if tokens % rows == 0 else (1, tokens)
-
-    def full_grid(self, call: Call, patch: int) -> tuple[int, int]:
-        """Read off the positions, which must be those of one picture; waits for the device."""
-        height, width = super().full_grid(call, patch)
-        count = call.hidden_states.shape[1]
-        ids = call.positions.reshape(-1, call.positions.shape[-1])
-        expected = Layout.uniform((height, width), 0, ids.device).table[0]
-        if count != ids.shape[0] or not torch.equal(ids.float(), expected.float()):
-            raise ArgumentError(
-                "img_ids must be the rows and columns of one picture for RALU; "
-                f"got {count} tokens that are not (reference images, or positions of your own)"
-            )
-        return height, width
 
     def embed_layout(
         self, module: nn.Module, layout: Layout, memory: dict[Any, Any], ids: Tensor

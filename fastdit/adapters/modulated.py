@@ -28,6 +28,8 @@ class Modulated:
     output_norm: str | None = None
     #: names of the norm behind the blocks and of the projection, where the transformer's own forward modulates between
     modulated_output: Sequence[str] = ()
+    #: names of the modules that turn what the adaLN layers are given into modulations which all blocks share
+    shared_modulations: Sequence[str] = ()
     #: names of the streams that nobody reads behind the last block, though it gives them
     unread: Sequence[str] = ()
 
@@ -48,6 +50,10 @@ class Modulated:
     def output_modulators_of(self, transformer: nn.Module) -> list[nn.Module]:
         """The modules that :meth:`modulate_output` calls."""
         return []
+
+    def shared_modulations_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """Those modules, if the family has them."""
+        return [getattr(transformer, name) for name in self.shared_modulations]
 
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int

@@ -361,7 +361,8 @@ def joint_attention(
         rest, own = out.split((length, image.shape[1]), dim=1)
     else:
         own, rest = out.split((image.shape[1], length), dim=1)
-    rest = None if attention.context_pre_only else attention.to_add_out(rest)
+    drops = getattr(attention, "context_pre_only", None)
+    rest = None if drops else attention.to_add_out(rest)
     return attention.to_out[1](attention.to_out[0](own)), rest
 
 
@@ -374,6 +375,7 @@ def self_attention(
     text: int = 0,
     scale: float | None = None,
     projects: bool = True,
+    qkv: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """A self-attention module of the active tokens over all: x [B, K, D] -> [B, K, D].
 
@@ -383,10 +385,11 @@ def self_attention(
         text: How many tokens of `x` are no image's; they come first, or as the call's `texts` say.
         scale: Of the products; None for 1 / sqrt(d).
         projects: Whether the module's output projection follows.
+        qkv: Its queries, keys and values of `x`, where the caller has them.
     """
     tokens = fw.tokens
     rows = tokens.joint_rows(text) if text else tokens.rows
-    part = Part(*projections(attention, x), attention.norm_q, attention.norm_k, 0, rows)
+    part = Part(*(qkv or projections(attention, x)), attention.norm_q, attention.norm_k, 0, rows)
     if mask is not None and mask.shape[1] > 1 and rows is not None:
         mask = mask.take_along_dim(rows[..., None], dim=1)
     mask = tokens.weighed(mask, text)

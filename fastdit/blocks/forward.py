@@ -16,6 +16,7 @@ A slot is freed after its last reuse, so before the step that computes it anew: 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
@@ -30,7 +31,7 @@ from fastdit.blocks.nodes import Drawn, HeldSums, Nodes, Weights
 from fastdit.blocks.products import FUSED
 from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, norm_parameters
 from fastdit.blocks.segments import EAGER, Segments, segments_like
-from fastdit.blocks.sums import Sums
+from fastdit.blocks.sums import Sums, parted
 from fastdit.blocks.token_nodes import TokenNodes
 from fastdit.observe import observed, unobserved
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
@@ -83,7 +84,7 @@ class Forward:
     sums: Sums | None = None
     step: int = 0
     weights: Weights | None = None
-    scratch: dict[str, Any] = field(default_factory=dict, init=False)
+    scratch: dict[Any, Any] = field(default_factory=dict, init=False)
     segments: Segments = field(default=EAGER, init=False)
     index: int = field(default=0, init=False)
     computed: int = field(default=0, init=False)
@@ -171,6 +172,23 @@ class Forward:
         else:
             self.slots.pop(key, None)
         return value
+
+    def add_component(
+        self,
+        name: str,
+        compute: Callable[[], Any],
+        *targets: tuple[Residual, Gate],
+        shared: Tensor | None = None,
+    ) -> None:
+        """Add a component's output, or the sums that it is in, to the streams of its parts, by their gates.
+
+        `shared` [B, G, D] is what the gates of all blocks have in common, where they are not the same.
+        """
+        if self.sums is not None:
+            self.sums.add(self, name, compute, targets, shared)
+            return
+        for (stream, gate), part in parted(self.component(name, compute), targets):
+            stream.add(part, gate)
 
     def _drawn(self, key: Key, flags: int, compute: Callable[[], Any]) -> Any:
         """The output of a component of which some steps draw theirs: its slot holds the last computed ones."""
@@ -319,6 +337,26 @@ class Forward:
         first operand, and what reads it next rounds by layout. `wide` where it takes norms and gated sums in fp32.
         """
         return Residual(self, stream, hidden_states, branch_first, wide)
+
+    def enter_joint(self, joint: Tensor, text: int) -> tuple[Residual, Residual]:
+        """Take over a block input [B, T + N, D] as two residual streams, the first `text` rows and the image's.
+
+        They are views of it, and are written into where it is nobody else's.
+        """
+        held = self.scratch.get("joint")
+        if held is None or held[0] is not joint:
+            parts = joint.split((text, joint.shape[1] - text), dim=1)
+            held = self.scratch["joint"] = joint, *parts
+            before = self.blocks[max(0, self.index - 1)]
+            if self.defer and not observed(self.blocks[self.index]) and not observed(before):
+                self._own_streams.update(zip(("text", "image"), parts, strict=True))
+        return self.enter(held[1], "text"), self.enter(held[2], "image")
+
+    def leave_joint(self, text: Residual, image: Residual, clips: bool = False) -> Tensor:
+        """The block's output where :meth:`enter_joint` took over its input."""
+        parts = text.leave(clips), image.leave(clips)
+        joint, *held = self.scratch["joint"]
+        return joint if all(map(operator.is_, parts, held)) else torch.cat(parts, dim=1)
 
     @property
     def reused(self) -> int:

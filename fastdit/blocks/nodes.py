@@ -83,13 +83,14 @@ class HeldSums:
 
     Attributes:
         slots: Those slots, in running order.
-        sums: The outputs by their gates, and those of each group without, added up: [1 + groups, B, n, D].
-        shared: What the gates had in common then, [B, groups, D].
+        sums: Of each part of the outputs: by their gates, and those of each group without, added up, [1 + groups, B, n,
+            D]; or all without, [1, B, n, D].
+        shared: What the gates had in common then, [B, groups, D]; None where they are the same in all blocks.
     """
 
     slots: tuple[Any, ...]
-    sums: Tensor
-    shared: Tensor
+    sums: tuple[Tensor, ...]
+    shared: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,8 @@ class Nodes(NamedTuple):
         steps, values = self.steps[: order + 1], self.values[: order + 1]
         if len(steps) == 1:
             return values[0]
-        if isinstance(values[0], (tuple, list)):
+        # What other steps computed may be part of sums, so parts are told apart where it is added.
+        if all(isinstance(value, (tuple, list)) for value in values):
             return tuple(
                 None if parts[0] is None else Drawn(parts, steps, step, weights)
                 for parts in zip(*values, strict=True)

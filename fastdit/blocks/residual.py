@@ -65,11 +65,7 @@ class Residual:
 
         `shared` [B, G, D] is what the gates of all blocks have in common; see :class:`~fastdit.spec.BlockKind`.
         """
-        forward = self._forward
-        if forward.sums is None:
-            self.add(forward.component(name, compute), gate)
-        else:
-            forward.sums.add(forward, self, name, compute, gate, shared)
+        self._forward.add_component(name, compute, (self, gate), shared=shared)
 
     def suits(self, branch: Branch, gate: Gate) -> bool:
         """Whether the ops take this branch of the stream."""
@@ -211,9 +207,11 @@ def joint_normed(
     As :meth:`Residual.normed` gives those of one.
     """
     first = streams[0]._h
-    if not all(stream.takes_op(norm, scale) for stream in streams):
-        return torch.cat([stream.normed(norm, scale, shift) for stream in streams], dim=1)
     lengths = [stream._h.shape[1] for stream in streams]
+    scales, shifts = by_rows(scale, lengths), by_rows(shift, lengths)
+    affine = list(zip(streams, scales, shifts, strict=True))
+    if not all(stream.takes_op(norm, own) for stream, own, _ in affine):
+        return torch.cat([stream.normed(norm, *own) for stream, *own in affine], dim=1)
     out: Tensor | QuantisedRows
     if streams[0]._forward.quantises(readers, first):
         out = QuantisedRows.like(first, sum(lengths))
@@ -221,9 +219,16 @@ def joint_normed(
     else:
         out = first.new_empty(first.shape[0], sum(lengths), first.shape[2])
         parts = out.split(lengths, dim=1)
-    for stream, part in zip(streams, parts, strict=True):
-        stream.normed(norm, scale, shift, out=part)
+    for (stream, *own), part in zip(affine, parts, strict=True):
+        stream.normed(norm, *own, out=part)
     return out
+
+
+def by_rows(vector: Gate, lengths: Sequence[int]) -> Sequence[Gate]:
+    """What of a vector is for each of several streams: its rows, where it has some for all of them; else all of it."""
+    if vector is None or vector.ndim < 3 or vector.shape[1] != sum(lengths):
+        return [vector] * len(lengths)
+    return vector.split(lengths, dim=1)
 
 
 def _active_rows(branch: Branch) -> Tensor | None:

@@ -88,9 +88,13 @@ class Model:
     # ---- what is looked at
 
     def _holds(self) -> Iterable[Any]:
-        """All that modules hold but for their weights, children included."""
+        """All that modules hold but for their weights, children included.
+
+        Pipelines give the transformer an empty registry of hooks when they end; a hook in it replaces the forward.
+        """
         children = [d["_modules"] for d in self._dicts]
-        return itertools.chain.from_iterable(map(dict.values, (*self._dicts, *children)))
+        first = {name: held for name, held in self._dicts[0].items() if name != "_diffusers_hook"}
+        return itertools.chain.from_iterable(map(dict.values, (first, *self._dicts[1:], *children)))
 
     def _look(self) -> list[Any]:
         tensors = itertools.chain.from_iterable(map(dict.values, self._owned))

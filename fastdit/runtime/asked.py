@@ -24,10 +24,14 @@ class Asked:
     layout: Any
     rows: Tensor | None
     held: Tensor | None = None
+    _embeds_text = False
 
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """This computes a module that embeds patches and adds their positions, for the tokens that pass."""
         adapter = self.run.patched.adapter
+        if self._embeds_text:
+            return self._once(self.branch.memory, module, *args, key="text", **kwargs)
+        self._embeds_text = adapter.embeds_text
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape
             return adapter.embed(module, shape, self.rows, *args, **kwargs)
@@ -56,16 +60,26 @@ class Asked:
             return type(module).forward(module, x)
         return self._once(self.branch.prompts, module, x)
 
-    def _once(self, kept: dict[Any, Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a module gives is kept.
+    def _once(
+        self, kept: dict[Any, Any], module: nn.Module, *args: Any, key: Any = None, **kwargs: Any
+    ) -> Any:
+        """What a module gives is kept, under `key` where it gives several things.
 
         A module that somebody looks into, or that carries an adapter of peft, whose scale may change, runs every time.
         """
         if self.forward.immediate or not unobserved(module):
             return type(module).forward(module, *args, **kwargs)
-        if module not in kept:
-            kept[module] = type(module).forward(module, *args, **kwargs)
-        return kept[module]
+        key = key or module
+        if key not in kept:
+            kept[key] = type(module).forward(module, *args, **kwargs)
+        return kept[key]
+
+    def modulate(self, module: nn.Module, conditioning: Tensor) -> Tensor:
+        """Modulations that all blocks share are made ahead where those of blocks are."""
+        forward = type(module).forward
+        if self.ahead is None or self.forward.immediate or not unobserved(module):
+            return forward(module, conditioning)
+        return self.ahead.of(module, lambda given: (forward(module, given),))[0]
 
     def norm_output(self, module: nn.Module, x: Tensor, conditioning: Tensor) -> Tensor:
         """The modulated norm behind the blocks, by one op, its modulation made ahead where those of the blocks are."""

@@ -37,6 +37,7 @@ def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
         found += _of_call("project_prompt_keys", keys, compiles=True)
         conditions = adapter.condition_embeddings_of(transformer)
         found += [(module, ConditionLink) for module in conditions]
+        found += _of_call("modulate", adapter.shared_modulations_of(transformer), compiles=True)
         found += _of_call("norm_output", adapter.output_norms_of(transformer), compiles=True)
         output = adapter.modulated_output_of(transformer)
         for method, module in zip(("hold_output", "project_held"), output, strict=False):

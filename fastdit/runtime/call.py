@@ -132,6 +132,7 @@ class Call(Asked):
             self.rows = self.rows if rows is None else rows
             keeps = method.keeps_keys(self) or keeps
         collapses = defer and run.has_sums and (self.model is not None or patched.may_collapse())
+        collapses = collapses and patched.holds_sums(arguments.hidden_states.dtype)
         self.collapses, self.keeps = collapses, keeps
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot

@@ -244,6 +244,10 @@ class Patched:
         """Reused outputs may be kept as sums where nobody looks at the stream between blocks."""
         return not self.eager and not any(map(observed, self.blocks))
 
+    def holds_sums(self, streams: torch.dtype) -> bool:
+        """This tells whether slots hold sums of outputs, which without their gates may leave the range of fp16."""
+        return torch.float16 not in (self.precision(streams) or (streams,))
+
     def precision(self, streams: torch.dtype) -> tuple[torch.dtype, torch.dtype] | None:
         """This gives the dtypes of slots and streams, where a method keeps less than the model computes in."""
         if self._cache_dtype is None:

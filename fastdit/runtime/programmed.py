@@ -34,7 +34,8 @@ def model_of(call: Any) -> Model | None:
     where the model is one that nobody can know. A call whose attentions are noted has none for the while.
     """
     run, patched, transformer = call.run, call.run.patched, call.transformer
-    if patched.programs is None or call.immediate or call.arguments.skips_blocks:
+    arguments = call.arguments
+    if patched.programs is None or call.immediate or arguments.skips_blocks or arguments.writes:
         return None
     if is_seen() or is_tuning():
         return None

@@ -364,7 +364,7 @@ class Run:
                     storage = value.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
                 elif isinstance(value, HeldSums):
-                    waiting += value.sums, value.shared
+                    waiting += *value.sums, value.shared
                 elif isinstance(value, (tuple, list)):
                     waiting += value
         return sum(storages.values())

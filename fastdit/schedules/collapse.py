@@ -1,4 +1,4 @@
-"""Which reused outputs are kept as three sums (PixArt).
+"""Which reused outputs are kept as sums: as three (PixArt), or as one for each component (FLUX.2).
 
 In a model whose gates are a table of the block plus a vector tau(t) that all blocks share (adaLN-single), outputs C_i
 that are reused at several steps add to the stream
@@ -8,6 +8,8 @@ that are reused at several steps add to the stream
 exactly, with s any one step and g a group of gates (ECAD spec section 10, which takes the tables for gate_i(s); the
 difference form does not cancel where tau is large). The sums are made at step s, while the outputs pass anyway; from
 then on a step reads three tensors for n, and the outputs are not kept.
+
+Where the gates of a component are the same in all blocks, it adds gate(t) sum_i C_i: one sum, which knows no step.
 
 A forecast is sum_j w_j(t) C_ij over the steps j that it is drawn through (`forecast.py`). Outputs drawn through the
 same steps have the same w_j, so they add
@@ -29,7 +31,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -48,11 +50,13 @@ class Sum:
         slots: Where those outputs were kept, in running order.
         made: The step that makes the sums.
         uses: The steps that read them, rising.
+        count: How many sums there are.
     """
 
     slots: tuple[Slot, ...]
     made: int
     uses: tuple[int, ...]
+    count: int = 3
 
     @property
     def last(self) -> int:
@@ -82,9 +86,9 @@ class StepSums:
         return {slot: each for slot, each in self.newest.items() if each.made == self.step}
 
 
-def passes(outputs: int) -> int:
+def passes(outputs: int, sums: int = 3) -> int:
     """Sums cost as many bytes as this many outputs: each is read, and the sums are written, after a chunk read too."""
-    return outputs + 3 + 6 * ((outputs - 1) // CHUNK)
+    return outputs + sums + 2 * sums * ((outputs - 1) // CHUNK)
 
 
 def find_sums(
@@ -92,6 +96,7 @@ def find_sums(
     slots: Sequence[Slot],
     reads: np.ndarray | None = None,
     orders: np.ndarray | None = None,
+    alike: Sequence[Any] | None = None,
 ) -> list[StepSums]:
     """This finds the sums of every step.
 
@@ -100,10 +105,11 @@ def find_sums(
         slots: Where they are kept, in running order.
         reads: Which slot is read, bool [steps, slots]; those that do not compute by default.
         orders: By which order what is read is drawn, [steps, slots]; 0 by default.
+        alike: Of each slot what outputs must have in common to be kept as one sum; None where they are kept as three.
     """
     reads = ~computes if reads is None else reads
     orders = np.zeros(computes.shape, dtype=int) if orders is None else orders
-    uses = _Uses(computes, reads, orders)
+    uses, count = _Uses(computes, reads, orders), 3 if alike is None else 1
     nodes = np.maximum.accumulate(np.where(computes, np.arange(len(computes))[:, None], 0))
     summed = np.full(len(slots), -1)  # the step that computed what entered a sum last
     found: list[tuple[Sum, list[int]]] = []
@@ -113,13 +119,14 @@ def find_sums(
         for place in np.flatnonzero((summed != node) & uses.passes[step] & (after > 0)).tolist():
             classes[int(after[place])].append(place)
         for later, places in classes.items():
-            if not _pays(len(places), uses.counts[later]):
+            if not _pays(len(places), uses.counts[later], count):
                 continue
             steps = uses.steps(later)
-            for members in _split(places, computes[list(steps)].any(axis=0)):
-                if _pays(len(members), len(steps)):
+            for members in _split(places, computes[list(steps)].any(axis=0), alike):
+                if _pays(len(members), len(steps), count):
                     summed[members] = node[members]
-                    found.append((Sum(tuple(slots[i] for i in members), step, steps), members))
+                    made = Sum(tuple(slots[i] for i in members), step, steps, count)
+                    found.append((made, members))
     return _by_step(found, nodes)
 
 
@@ -141,9 +148,9 @@ def _by_step(found: Sequence[tuple[Sum, list[int]]], nodes: np.ndarray) -> list[
     ]
 
 
-def _pays(outputs: int, uses: int) -> bool:
+def _pays(outputs: int, uses: int, sums: int) -> bool:
     """Whether fewer bytes are read than it takes to make the sums."""
-    return uses * (outputs - 3) > passes(outputs)
+    return uses * (outputs - sums) > passes(outputs, sums)
 
 
 class _Uses:
@@ -199,12 +206,12 @@ class _Uses:
             yield step
 
 
-def _split(places: Sequence[int], reading: np.ndarray) -> list[list[int]]:
-    """This parts places wherever one between them reads the stream."""
+def _split(
+    places: Sequence[int], reading: np.ndarray, alike: Sequence[Any] | None
+) -> list[list[int]]:
+    """This parts places wherever one between them reads the stream, and those that are not alike."""
     before = np.cumsum(reading)
-    found = [[places[0]]]
-    for last, place in pairwise(places):
-        if before[place] > before[last]:
-            found.append([])
-        found[-1].append(place)
-    return found
+    found: dict[Any, list[int]] = defaultdict(list)
+    for place in places:
+        found[int(before[place]), None if alike is None else alike[place]].append(place)
+    return list(found.values())

@@ -174,14 +174,16 @@ def _sums(
 
     Where steps repeat a sigma nobody knows here which outputs a forecast is drawn through.
     """
-    if not spec.shared_gates:
+    if not spec.shared_gates and not spec.common_gates:
         return ()
     slots = [(block, name) for block, row in enumerate(actions[0]) for name in row]
+    kinds = [kind.name for kind in spec.kinds for _ in range(kind.count)]
     flags = np.array([[step[block][name] for block, name in slots] for step in actions])
     if repeats and (flags & DRAWN).any():
         return ()
     computes, reads = ((flags & each).astype(bool) for each in (COMPUTE, REUSE))
-    sums = find_sums(computes, slots, reads, order_of(flags))
+    alike = [(kinds[block], name) for block, name in slots] if spec.common_gates else None
+    sums = find_sums(computes, slots, reads, order_of(flags), alike)
     return sums if any(step.made for step in sums) else ()
 
 
