@@ -87,8 +87,13 @@ class Handle:
             repeats: Timed turns after a warm-up.
 
         Raises:
-            ArgumentError: `run` cannot be called, or `repeats` is not a positive int.
+            ArgumentError: `run` cannot be called, or `repeats` is not a positive int; or modulations are shed.
         """
+        if self._patched.shed is not None:
+            raise ArgumentError(
+                "measure: with modulations shed the stock model has to move their weights in at every step, which is "
+                "not its time; patch without shed_modulations to measure"
+            )
         return measure(run, self.disabled, self._transformer.device, repeats)
 
     @contextmanager
@@ -189,8 +194,10 @@ class Handle:
         runs = self._patched.runs
         loop = ManualLoop(runs.local(), timesteps)
         try:
-            runs.begin(loop, len(timesteps))
+            run = runs.begin(loop, len(timesteps))
             yield self
+            if run is not None:
+                run.check()
         finally:
             runs.end_manual(loop)
 

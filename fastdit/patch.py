@@ -21,7 +21,9 @@ from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
 from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
+from fastdit.blocks.held import PLACES
 from fastdit.blocks.prepacked import check_packable, linears_of
+from fastdit.checks import one_of
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
@@ -34,6 +36,7 @@ from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.install import LINK, check_installable, is_installable
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
+from fastdit.runtime.shed import find_shed
 from fastdit.runtime.timesteps import check_flow
 from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
@@ -47,6 +50,7 @@ def patch(
     pack_weights: bool = False,
     graphs: bool | str = False,
     programs: bool = True,
+    shed_modulations: str | None = None,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -62,12 +66,16 @@ def patch(
             eager, and a warning says why. "auto" chooses by `account/pace.py`, and tells it in `explain` and `report`.
         programs: Record each kind of transformer call once, and run that in place of the model's forward. False runs
             the forward every time, at more Python calls, for who wants to look into it.
+        shed_modulations: "host" or "disk": the weights of the blocks' adaLN layers leave the model for pinned host
+            memory, or for a file in TMPDIR that is mapped, and tables that are made once a run stand for the layers;
+            see `runtime/shed.py`.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
 
     Raises:
-        UnsupportedModelError: No adapter knows the model; names what is supported.
+        UnsupportedModelError: No adapter knows the model; names what is supported. Or its blocks have no modulation
+            layers that could be shed.
         ScheduleError, CompositionError: A method does not fit the model or the other methods.
         BackendError: The backend named cannot serve an op on the model's device and dtype, or this torch no
             `pack_weights`.
@@ -89,6 +97,11 @@ def patch(
     adapter = find_adapter(transformer, wraps if methods and reuses else "")
     methods = methods or (Dense(),)
     spec, bound = adapter.spec(transformer), ops.bind(backend)
+    shed = None
+    if shed_modulations is not None:
+        one_of("shed_modulations", shed_modulations, PLACES)
+        exact = bound.backend == "reference"
+        shed = find_shed(adapter, transformer, shed_modulations, exact)
     blocks = tuple(block for _, block in adapter.blocks(transformer))
     check_composition(methods)
     for method in methods:
@@ -96,14 +109,15 @@ def patch(
     linears: tuple[nn.Linear, ...] = ()
     if pack_weights:
         check_packable(transformer, bound.backend)
-        wrapped = [part for *_, part in adapter.wrapped(transformer)]
-        linears = tuple(layer for layer in linears_of(blocks) if layer not in wrapped)
+        others = [part for *_, part in adapter.wrapped(transformer)]
+        others += [] if shed is None else shed.layers
+        linears = tuple(layer for layer in linears_of(blocks) if layer not in others)
     replays = Graphs(waits_for_host if graphs == "auto" else None) if graphs else None
     weak = nobody
     if pipeline is not None:
         clock.check_scheduler(getattr(pipeline, "scheduler", None))
         weak = weakref.ref(pipeline)
-    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs)
+    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs, shed)
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)

@@ -67,6 +67,8 @@ def attach(
         transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)
         if pipeline is not None:
             patched.followed.follow(pipeline)
+        if patched.shed is not None:
+            patched.shed.put_away()
     except BaseException:
         remove(transformer)
         raise
@@ -82,6 +84,8 @@ def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
     if patched is None:
         return
     patched.runs.refuse_while_running(verb)
+    if patched.shed is not None:
+        patched.shed.give_back()
     for module in (*transformer.modules(), *patched.blocks):
         if module is not transformer:
             uninstall(module)

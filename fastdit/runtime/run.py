@@ -24,6 +24,7 @@ from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
+from fastdit.runtime.shed import refuse_unforeseen
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
@@ -106,6 +107,8 @@ class Run:
         records: Step -> what it did, which the report tells.
         keeps_prompt_keys: Whether keys and values of the prompt alone are kept.
         watched: The weights that are not read at each step.
+        doubts, unforeseen: What tells, on the device, at which steps the model was given another timestep than its
+            tables of shed modulations were made for, and at which it had no table.
         programs: How many calls ran as programs.
         trace: What captures and replays its calls, or why nothing does; see `graphs.py`.
         model, hooks, stage: What `programmed.py` knows of it.
@@ -137,6 +140,8 @@ class Run:
     bytes_checked: Any = None
     keeps_prompt_keys: bool = True
     watched: Watched | None = None
+    doubts: list[tuple[int, Tensor]] = field(default_factory=list)
+    unforeseen: set[int] = field(default_factory=set)
     image_tokens: int = 0
     text_tokens: int = 0
     patch: Any = 1
@@ -298,6 +303,7 @@ class Run:
         self._next_step(step)
         if self.steps is not None and self.step >= self.steps:
             self.end()
+            self.check()
 
     def _next_step(self, step: Step) -> None:
         if self.first is not None:
@@ -356,6 +362,15 @@ class Run:
                 elif isinstance(value, (tuple, list)):
                     waiting += value
         return sum(storages.values())
+
+    def check(self) -> None:
+        """This refuses a result that was made with modulations of other timesteps; it may wait for the device.
+
+        Raises:
+            FastDiTError: See :func:`~fastdit.runtime.shed.refuse_unforeseen`.
+        """
+        if self.doubts:
+            refuse_unforeseen(self.doubts)
 
     def end(self) -> None:
         """The run is over, or was broken off: only what the report tells stays. A second time makes up the rest."""
