@@ -33,7 +33,7 @@ from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, 
 from fastdit.blocks.segments import EAGER, Segments, segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.blocks.token_nodes import TokenNodes
-from fastdit.observe import observed, unobserved
+from fastdit.observe import observed
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
 
 #: of a component's output; the name alone, or with the number of a further call of it in the same block
@@ -272,7 +272,11 @@ class Forward:
             use = next((name for name, child in children if child is norm), "")
             compute = functools.partial(self._compiled_as, use, compute)
         ahead = self.modulations
-        if ahead is None or not unobserved(norm) or (self.immediate and not ahead.is_given(given)):
+        if (
+            ahead is None
+            or not ahead.stands_for(norm)
+            or (self.immediate and not ahead.is_given(given))
+        ):
             return compute(*given)
         return ahead.of(norm, compute)
 

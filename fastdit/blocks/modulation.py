@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.blocks.packed import Packed
+from fastdit.observe import unobserved
 from fastdit.versions import same, versions
 
 #: as many rows of a product take no longer than reading its weights
@@ -70,6 +71,9 @@ class Modulations:
         timesteps: [S] on the transformer's device, as it is given them.
         batch: Rows of a step.
     """
+
+    #: whether a norm's modulations may be those made ahead
+    stands_for = staticmethod(unobserved)
 
     def __init__(self, inputs: LayerInputs, timesteps: Tensor, batch: int) -> None:
         self._source = inputs

@@ -24,14 +24,13 @@ from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
-from fastdit.observe import unobserved
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.run import Branch, Run, StepRecord
-from fastdit.runtime.shed import at_hand, modulations_of
+from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
 from fastdit.versions import Watched, same, versions
 
 
@@ -273,9 +272,10 @@ class Call(Asked):
             return None
         batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
         first, inputs, timesteps = branch.modulations is None, None, None
+        kind = Modulations if run.patched.shed is None else ShedModulations
         if isinstance(timestep, Tensor) and (
             self.model is not None
-            or all(map(unobserved, adapter.condition_embeddings_of(self.transformer)))
+            or all(map(kind.stands_for, adapter.condition_embeddings_of(self.transformer)))
         ):
             inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
         if inputs is not None and not first and self._goes_on(inputs, at_hand(timestep)):
@@ -287,7 +287,7 @@ class Call(Asked):
                     run.scheduler.timesteps, arguments.hidden_states.dtype
                 )
         if timesteps is not None:
-            branch.modulations = modulations_of(run)(inputs, timesteps.to(timestep), batch)
+            branch.modulations = modulations_of(run, inputs, timesteps.to(timestep), batch)
         branch.foresees = timesteps is not None and self._goes_on(inputs, True)
         if not branch.foresees:
             branch.modulations = None

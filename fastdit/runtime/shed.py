@@ -13,7 +13,6 @@ weights in each call. What cannot be looked at without waiting for the device is
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from fastdit.blocks.held import (
 from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.blocks.modulation import Modulations, Table
 from fastdit.errors import FastDiTError, UnsupportedModelError
+from fastdit.observe import unobserved_where_called
 from fastdit.versions import Watched
 
 #: bytes of the tables that are kept, those of runs in progress among them; a run that needs more makes its own in parts
@@ -179,16 +179,19 @@ class Shed:
         where = _stream(inputs[0])
         for kept in self._kept[::-1]:
             if kept.where == where and kept.fits(inputs):
-                self._kept = [*(k for k in self._kept if k is not kept), kept]
+                self._keep(kept)
                 self.found += 1
                 return kept.table
         self.made += 1
-        others = list(self._kept)
-        added = _Kept(where, inputs, fresh, len(inputs[0]) * self.row_bytes)
-        while others and sum(k.nbytes for k in (*others, added)) > KEPT_BYTES:
-            others.pop(0)
-        self._kept = [*others, added]
+        self._keep(_Kept(where, inputs, fresh, len(inputs[0]) * self.row_bytes))
         return fresh
+
+    def _keep(self, used: _Kept) -> None:
+        """A table goes to the end; those that were not used for longest go where there is no room."""
+        kept = [*(one for one in self._kept if one is not used), used]
+        while len(kept) > 1 and sum(one.nbytes for one in kept) > KEPT_BYTES:
+            kept.pop(0)
+        self._kept = kept
 
     def _is_still(self) -> bool:
         modules = [module for unit in self.units for module in unit.modules()]
@@ -218,7 +221,12 @@ class _Kept:
     where: Any
     inputs: tuple[Any, ...]
     table: Table
-    nbytes: int
+    expected: int
+
+    @property
+    def nbytes(self) -> int:
+        """What the table takes, or will."""
+        return max(self.expected, self.table.nbytes)
 
     def fits(self, inputs: tuple[Any, ...]) -> bool:
         pairs = list(zip(self.inputs, inputs, strict=True))
@@ -267,8 +275,14 @@ def find_shed(adapter: Any, transformer: nn.Module, place: str, exact: bool) -> 
         )
     layers = tuple(dict.fromkeys(layer for several in units.values() for layer in several))
     names = {module: name for name, module in transformer.named_modules()}
+    for part in (part for unit in units for part in unit.modules()):
+        if hasattr(part, "base_layer"):
+            raise UnsupportedModelError(
+                f"shed_modulations takes the weights of plain linear layers, but {names[part]} carries an adapter of "
+                "peft; fuse or unload it, or load it after the patch"
+            )
     for layer in layers:
-        check_holdable(layer, names.get(layer, "a layer"))
+        check_holdable(layer, names[layer])
     weights = [weight for layer in layers for weight in weights_of(layer).values()]
     nbytes = sum(weight.nbytes for weight in weights if weight is not None)
     return Shed(place, exact, not inputs.tensors, tuple(units), layers, nbytes)
@@ -285,6 +299,8 @@ class ShedModulations(Modulations):
         doubts: Collects steps and tensors on the device that tell whether something else was given than foreseen.
         unforeseen: Collects steps of which that is known.
     """
+
+    stands_for = staticmethod(unobserved_where_called)
 
     def __init__(
         self,
@@ -406,9 +422,9 @@ def refuse_unforeseen(doubts: list[tuple[int, Tensor]]) -> None:
         )
 
 
-def modulations_of(run: Any) -> Callable[..., Modulations]:
-    """What makes the modulations of a branch of a run."""
+def modulations_of(run: Any, inputs: LayerInputs, timesteps: Tensor, batch: int) -> Modulations:
+    """Those of a branch of a run; arguments as of :class:`~fastdit.blocks.modulation.Modulations`."""
     shed = run.patched.shed
     if shed is None:
-        return Modulations
-    return functools.partial(ShedModulations, shed, run.doubts, run.unforeseen)
+        return Modulations(inputs, timesteps, batch)
+    return ShedModulations(shed, run.doubts, run.unforeseen, inputs, timesteps, batch)
