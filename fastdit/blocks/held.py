@@ -128,6 +128,11 @@ def is_held(layer: nn.Module) -> bool:
     return HELD in layer.__dict__
 
 
+def bytes_of(layer: nn.Module) -> int:
+    """Bytes of these."""
+    return sum(weight.nbytes for weight in weights_of(layer).values() if weight is not None)
+
+
 def check_holdable(layer: nn.Module, name: str) -> None:
     """Refuse a layer that is not plain, or whose weights are not at hand.
 

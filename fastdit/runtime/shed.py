@@ -26,6 +26,7 @@ from fastdit.adapters.base import BATCH, Size
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.held import (
     Returns,
+    bytes_of,
     check_holdable,
     give_back,
     is_held,
@@ -103,7 +104,6 @@ class Shed:
         exact: Whether tables are made by products of as many rows as the model's own.
         alike: Whether modulations depend on the timestep alone, so that those of a batch are one row.
         units, layers: What each modulation is made by, and the linear layers in these.
-        nbytes: Of the layers' weights.
         made, found: How many tables were made, and how often one was found again.
     """
 
@@ -112,7 +112,6 @@ class Shed:
     alike: bool
     units: tuple[nn.Module, ...]
     layers: tuple[nn.Linear, ...]
-    nbytes: int
     made: int = 0
     found: int = 0
 
@@ -136,13 +135,12 @@ class Shed:
     def another(self, memo: dict[int, Any]) -> Shed:
         """The same of a copied model."""
         units, layers = copy.deepcopy((self.units, self.layers), memo)
-        return Shed(self.place, self.exact, self.alike, units, layers, self.nbytes)
+        return Shed(self.place, self.exact, self.alike, units, layers)
 
     @property
     def held(self) -> int:
         """Bytes of the weights that are away."""
-        weights = [weights_of(layer).values() for layer in self.layers if is_held(layer)]
-        return sum(w.nbytes for each in weights for w in each if w is not None)
+        return sum(map(bytes_of, filter(is_held, self.layers)))
 
     @property
     def row_bytes(self) -> int:
@@ -241,11 +239,13 @@ def _stream(tensor: Tensor) -> Any:
     return tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def find_shed(adapter: Any, transformer: nn.Module, place: str, exact: bool) -> Shed:
-    """The modulation layers of a transformer; nothing is moved yet.
+def modulation_layers(
+    adapter: Any, transformer: nn.Module
+) -> tuple[dict[nn.Module, list[nn.Linear]], bool]:
+    """What makes each modulation of the blocks, with its linear layers, and whether these depend on the timestep alone.
 
     Raises:
-        UnsupportedModelError: It has none in its blocks, or one whose weights cannot be taken.
+        UnsupportedModelError: There are none, or nobody says what they are given.
     """
     model = type(transformer).__name__
     if not adapter.restates:
@@ -257,23 +257,30 @@ def find_shed(adapter: Any, transformer: nn.Module, place: str, exact: bool) -> 
     visits = skeleton.run(example).visits
     found = {form: _of_form(adapter, visit) for form, visit in visits.items()}
     inputs = adapter.layer_inputs(skeleton.transformer, (), example, BATCH)
-    others = {part for top in adapter.output_modulators_of(transformer) for part in top.modules()}
+    called = adapter.output_modulators_of(transformer)
+    others = {part for module in called for part in module.modules()}
     units: dict[nn.Module, list[nn.Linear]] = {}
-    for form, (_, block) in zip(
-        forms(adapter, transformer), adapter.blocks(transformer), strict=True
-    ):
-        for path, layers in found.get(form, ()):
-            own = [block.get_submodule(layer) for layer in layers]
-            units.setdefault(block.get_submodule(path), []).extend(
-                layer for layer in own if layer not in others
-            )
-    units = {unit: layers for unit, layers in units.items() if layers}
+    blocks = zip(forms(adapter, transformer), adapter.blocks(transformer), strict=True)
+    for form, (_, block) in blocks:
+        for path, names in found.get(form, ()):
+            layers = [layer for layer in map(block.get_submodule, names) if layer not in others]
+            if layers:
+                units.setdefault(block.get_submodule(path), []).extend(layers)
     if not units or inputs is None:
         raise UnsupportedModelError(
             f"shed_modulations needs linear layers in each block that make its modulations alone; the blocks of "
             f"{model} ({adapter.family}) have none, so there is nothing to shed"
         )
-    layers = tuple(dict.fromkeys(layer for several in units.values() for layer in several))
+    return units, not inputs.tensors
+
+
+def find_shed(adapter: Any, transformer: nn.Module, place: str, exact: bool) -> Shed:
+    """The modulation layers of a transformer; nothing is moved yet.
+
+    Raises:
+        UnsupportedModelError: It has none in its blocks, or one whose weights cannot be taken.
+    """
+    units, alike = modulation_layers(adapter, transformer)
     names = {module: name for name, module in transformer.named_modules()}
     for part in (part for unit in units for part in unit.modules()):
         if hasattr(part, "base_layer"):
@@ -281,11 +288,10 @@ def find_shed(adapter: Any, transformer: nn.Module, place: str, exact: bool) -> 
                 f"shed_modulations takes the weights of plain linear layers, but {names[part]} carries an adapter of "
                 "peft; fuse or unload it, or load it after the patch"
             )
+    layers = tuple(dict.fromkeys(layer for several in units.values() for layer in several))
     for layer in layers:
         check_holdable(layer, names[layer])
-    weights = [weight for layer in layers for weight in weights_of(layer).values()]
-    nbytes = sum(weight.nbytes for weight in weights if weight is not None)
-    return Shed(place, exact, not inputs.tensors, tuple(units), layers, nbytes)
+    return Shed(place, exact, alike, tuple(units), layers)
 
 
 # ---- a run
