@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import json
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +32,11 @@ from tiny_models import generate
 
 __all__ = ["tapes"]
 
-STEPS = 4
+ROOT = Path(__file__).parents[1]
+STEPS = 3
 #: families whose blocks have modulation layers of their own
 NAMES = [name for name in tiny_models.FAMILIES if not name.startswith("pixart")]
+EACH = tiny_models.one_each(NAMES, -1)
 METHODS = {
     "dense": lambda: Dense(),
     "cached": lambda: Cached(Schedule.every(2)),
@@ -183,8 +190,10 @@ def test_bytes_of_true_widths(kind, place):
 # ---- pictures
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, m) for m in METHODS for name in (NAMES if m == "dense" else EACH)],
+)
 def test_pictures_have_their_bits_on_reference(name, method):
     """The first run makes a table, the second finds it."""
     if method == "ras" and name not in tiny_models.forms("layouts"):
@@ -204,24 +213,22 @@ def test_pictures_have_their_bits_on_reference(name, method):
     same_bits(generate(pipe, name, **given), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_pictures_are_within_the_contract(name):
-    """In fp64, and with as many programs as without."""
+    """In fp64, and by programs, all but a branch's first call."""
     pipe = tiny_models.pipeline(name, torch.float64)
     stock = generate(pipe, name, steps=STEPS, batch=2)
-    handle = fastdit.patch(pipe)
-    generate(pipe, name, steps=STEPS, batch=2)
-    generate(pipe, name, steps=STEPS, batch=2)
-    programs = handle.report().programs
     handle = fastdit.patch(pipe, shed_modulations="host")
     for _ in range(2):
         within_contract(generate(pipe, name, steps=STEPS, batch=2), stock)
         assert not handle.report().unforeseen
-    assert handle.report().programs >= programs
+    if name != "lumina2":  # whose prompts' lengths are read on the host
+        calls = STEPS * (1 if tiny_models.FAMILIES[name].cfg_in_one_call else 2)
+        assert handle.report().programs == calls - calls // STEPS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", tiny_models.one_each(NAMES, -1))
+@pytest.mark.parametrize("name", EACH[:2] + EACH[-1:])
 def test_pictures_follow_the_rule(name, dtype):
     stock = tiny_models.pipeline(name, dtype)
     truth = tiny_models.pipeline(name, dtype)
@@ -236,6 +243,17 @@ def test_pictures_follow_the_rule(name, dtype):
     fastdit.patch(stock)
     others = distance(generate(stock, name, **given), ideal)
     assert distance(found, ideal) <= max(2 * distance(expected, ideal), 1.1 * others)
+
+
+def test_the_table_of_published_sizes_is_what_is_shed(monkeypatch):
+    """Of one model, of which tools/shed.py wrote it."""
+    for folder in ("tools", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    real_models = importlib.import_module("real_models")
+    entry = next(entry for entry in real_models.MODELS if entry.name.startswith("DiT"))
+    rows = json.loads((ROOT / "benchmarks" / "results" / "shed.json").read_text())
+    monkeypatch.delitem(sys.modules, "shed", raising=False)
+    assert importlib.import_module("shed").row(entry) in rows
 
 
 def test_families_of_the_timestep_alone_keep_one_row_a_step():
@@ -367,7 +385,7 @@ def run(model, handle, calls, said):
 
 
 @pytest.mark.parametrize("backend", ["reference", None])
-@pytest.mark.parametrize("name", tiny_models.one_each(NAMES, -1))
+@pytest.mark.parametrize("name", EACH)
 def test_an_unforeseen_timestep_is_computed_exactly(name, backend):
     """On the CPU, where it is seen; by weights that are moved in."""
     model = tiny_models.transformer(name, torch.float64)
@@ -448,6 +466,30 @@ def test_a_prompt_that_is_swapped_in_the_run(backend):
     found = generate(pipe, "sd3", **given)
     assert distance(found, expected) <= (0 if backend else FORWARD_FP64)
     assert (shed_of(pipe).made, handle.report().unforeseen) == (2, ())
+
+
+def test_conditions_that_the_model_embeds_otherwise_than_foreseen():
+    """What a layer is given is compared with what its table was made for, on the backend where the model embeds it."""
+    pipe = tiny_models.pipeline("sd3")
+    embed = pipe.transformer.time_text_embed
+
+    class Scaled(type(embed)):
+        scale = 1.0
+
+        def forward(self, *given):
+            return super().forward(*given) * self.scale
+
+    embed.__class__ = Scaled
+
+    def fade(pipe, step, timestep, tensors):
+        embed.scale = 0.5 if step == 0 else 1.0
+        return tensors
+
+    expected = generate(pipe, "sd3", steps=STEPS, callback_on_step_end=fade)
+    assert distance(generate(pipe, "sd3", steps=STEPS), expected) > 1e-4
+    handle = fastdit.patch(pipe, backend="reference", shed_modulations="host")
+    same_bits(generate(pipe, "sd3", steps=STEPS, callback_on_step_end=fade), expected)
+    assert handle.report().unforeseen == (1,)
 
 
 @pytest.mark.parametrize("mode", ["gradients", "autocast"])
@@ -697,8 +739,6 @@ def test_a_copied_model_has_its_own():
     pipe = tiny_models.pipeline("sd3")
     fastdit.patch(pipe, shed_modulations="disk")
     expected = generate(pipe, "sd3", steps=STEPS)
-    import copy
-
     other = copy.deepcopy(pipe)
     assert all(map(is_held, shed_of(other).layers))
     assert not set(shed_of(other).layers) & set(shed_of(pipe).layers)
@@ -714,12 +754,12 @@ def test_a_copied_model_has_its_own():
 # ---- in and out
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_unpatch_leaves_everything_as_it_was(name):
     pipe = tiny_models.pipeline(name)
     generate(pipe, name, steps=2)
     before = snapshot(pipe.transformer)
-    handle = fastdit.patch(pipe, shed_modulations="host")
+    handle = fastdit.patch(pipe, backend="reference", shed_modulations="host")
     assert weights(pipe.transformer) < sum(
         value.nbytes for value in pipe.transformer.state_dict().values()
     )

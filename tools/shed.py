@@ -1,4 +1,4 @@
-"""Write the rows of the table of shed modulations: what leaves models of published sizes, and how large their tables are.
+"""Write what leaves models of published sizes where modulations are shed, and how large their tables are.
 
     PYTHONPATH=.:benchmarks python tools/shed.py
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import MODELS, RealModel
 
 from fastdit import UnsupportedModelError
 from fastdit.account.cost import Cost
@@ -21,6 +20,7 @@ from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.blocks.held import bytes_of
 from fastdit.runtime.shed import Shed, modulation_layers
+from real_models import MODELS, RealModel
 
 OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "shed.json"
 #: the published form is the class's default

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.account.skeleton import Macs, Skeleton, Visit, forms
+from fastdit.account.skeleton import Macs, Skeleton, Visit, forms, made_once, structure
 from fastdit.adapters.base import BATCH, Size
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.held import (
@@ -44,6 +44,7 @@ from fastdit.versions import Watched
 KEPT_BYTES = 2**30
 #: image and text tokens of the example that shows which layers make modulations
 _SIZE = Size(4, 3)
+_paths: dict[Any, Any] = {}
 
 
 def at_hand(tensor: Tensor) -> bool:
@@ -252,11 +253,8 @@ def modulation_layers(
         raise UnsupportedModelError(
             f"shed_modulations needs an adapter, which says what makes a block's modulations; {model} has none"
         )
-    skeleton = Skeleton(adapter, transformer)
-    example = adapter.example(skeleton.transformer, _SIZE)
-    visits = skeleton.run(example).visits
-    found = {form: _of_form(adapter, visit) for form, visit in visits.items()}
-    inputs = adapter.layer_inputs(skeleton.transformer, (), example, BATCH)
+    key = structure(adapter, transformer)
+    found, told = made_once(_paths, key, lambda: _found(adapter, transformer))
     called = adapter.output_modulators_of(transformer)
     others = {part for module in called for part in module.modules()}
     units: dict[nn.Module, list[nn.Linear]] = {}
@@ -266,12 +264,22 @@ def modulation_layers(
             layers = [layer for layer in map(block.get_submodule, names) if layer not in others]
             if layers:
                 units.setdefault(block.get_submodule(path), []).extend(layers)
-    if not units or inputs is None:
+    if not units or told is None:
         raise UnsupportedModelError(
             f"shed_modulations needs linear layers in each block that make its modulations alone; the blocks of "
             f"{model} ({adapter.family}) have none, so there is nothing to shed"
         )
-    return units, not inputs.tensors
+    return units, not told
+
+
+def _found(adapter: Any, transformer: nn.Module) -> tuple[dict[Any, Any], int | None]:
+    """What :func:`_of_form` finds in each form of block, and how many tensors make the modulations beside timesteps."""
+    skeleton = Skeleton(adapter, transformer)
+    example = adapter.example(skeleton.transformer, _SIZE)
+    visits = skeleton.run(example).visits
+    found = {form: _of_form(adapter, visit) for form, visit in visits.items()}
+    inputs = adapter.layer_inputs(skeleton.transformer, (), example, BATCH)
+    return found, None if inputs is None else len(inputs.tensors)
 
 
 def find_shed(adapter: Any, transformer: nn.Module, place: str, exact: bool) -> Shed:
