@@ -287,7 +287,7 @@ def test_other_runs_make_other_tables(monkeypatch):
             assert distance(generate(pipe, "sd3", **given), picture) <= FORWARD_FP64
     made = shed_of(pipe)
     assert (made.made, made.found, len(made.kept)) == (4, 4, 4)
-    assert "4 tables kept" in str(handle.explain())
+    assert "kept tables: 4" in str(handle.explain())
     largest = max(table.nbytes for table in made.kept)
     monkeypatch.setattr(shed, "KEPT_BYTES", 2 * largest)
     for _ in range(2):
@@ -518,6 +518,11 @@ def test_gradients_and_autocast_compute_each_step(mode):
 CHANGES = {
     "the embedder": lambda m: m.time_text_embed.timestep_embedder.linear_1.weight.mul_(1.5),
     "a layer": lambda m: m.transformer_blocks[1].norm1.linear.weight.mul_(1.5),
+    "a layer's weight, by another": lambda m: setattr(
+        m.transformer_blocks[1].norm1.linear,
+        "weight",
+        torch.nn.Parameter(m.transformer_blocks[0].norm1.linear.weight.clone()),
+    ),
     "a layer in the state dict": lambda m: m.state_dict()[
         "transformer_blocks.1.norm1.linear.weight"
     ].mul_(1.5),

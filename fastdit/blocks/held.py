@@ -89,6 +89,11 @@ class HeldLinear(nn.Linear):
             return self._parameters[name]
         return super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias") and HELD in self.__dict__:
+            _return(self)
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         held = self.__dict__[HELD]
         dtype = held.weights["weight"].dtype

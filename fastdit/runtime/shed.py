@@ -208,7 +208,7 @@ class Shed:
         back = f", {len(self.layers) - away} layers are back" if away < len(self.layers) else ""
         size = sum(table.nbytes for table in kept)
         return (
-            f"{held / 2**20:.1f} MiB of weights on {self.place}, {away} layers{back}; {len(kept)} tables kept, "
+            f"{held / 2**20:.1f} MiB of weights on {self.place}, {away} layers{back}; kept tables: {len(kept)}, "
             f"{size / 2**20:.1f} of at most {KEPT_BYTES / 2**20:.0f} MiB; {self.made} made, {self.found} found again"
         )
 
