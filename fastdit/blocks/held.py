@@ -161,6 +161,8 @@ def check_holdable(layer: nn.Module, name: str) -> None:
         )
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def put_away(layer: nn.Linear, place: str) -> None:
     """Take a plain layer's weights to a place: pinned host memory, or a file in TMPDIR that nobody else sees."""
     weights: Weights = layer._parameters
@@ -175,6 +177,8 @@ def put_away(layer: nn.Linear, place: str) -> None:
     layer.__class__ = HeldLinear
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def give_back(layer: nn.Module) -> None:
     """Undo :func:`put_away`: the layer is plain, with its own parameters at home. Nothing happens to a plain one."""
     held = layer.__dict__.get(HELD)
