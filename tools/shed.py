@@ -16,10 +16,11 @@ import torch
 
 from fastdit import UnsupportedModelError
 from fastdit.account.cost import Cost
+from fastdit.account.modulators import modulation_layers
 from fastdit.adapters import find_adapter
 from fastdit.adapters.base import Size
 from fastdit.blocks.held import bytes_of
-from fastdit.runtime.shed import Shed, modulation_layers
+from fastdit.runtime.shed import Shed
 from real_models import MODELS, RealModel
 
 OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "shed.json"

@@ -21,10 +21,9 @@ from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import HeldSums, Weights
 from fastdit.blocks.prepacked import PrepackedWeights
-from fastdit.errors import ScheduleError
+from fastdit.errors import FastDiTError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.shed import refuse_unforeseen
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
@@ -364,13 +363,21 @@ class Run:
         return sum(storages.values())
 
     def check(self) -> None:
-        """This refuses a result that was made with modulations of other timesteps; it may wait for the device.
+        """This refuses a result that was made with modulations of something else than the model was given.
+
+        It reads once what was noted on the device in all steps, and waits for that.
 
         Raises:
-            FastDiTError: See :func:`~fastdit.runtime.shed.refuse_unforeseen`.
+            FastDiTError: Naming the steps.
         """
-        if self.doubts:
-            refuse_unforeseen(self.doubts)
+        doubts, self.doubts[:] = list(self.doubts), []
+        told = torch.stack([flag for _, flag in doubts]).tolist() if doubts else []
+        wrong = sorted({step for (step, _), flag in zip(doubts, told, strict=True) if flag})
+        if wrong:
+            raise FastDiTError(
+                f"the model was given other timesteps at steps {wrong} than its scheduler has, for which the tables of "
+                "its shed modulations were made: the result is wrong. Run it without shed_modulations"
+            )
 
     def end(self) -> None:
         """The run is over, or was broken off: only what the report tells stays. A second time makes up the rest."""
