@@ -92,7 +92,7 @@ class HeldLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias") and HELD in self.__dict__:
             _return(self)
-        super().__setattr__(name, value)
+        nn.Linear.__setattr__(self, name, value)  # whose instance it may be now
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         held = self.__dict__[HELD]
