@@ -92,7 +92,8 @@ inline GatedResidual gated_residual_of(int dtype, int64_t batch, int64_t tokens,
   GatedResidual p;
   p.count = static_cast<int>(branches.size());
   if (p.count < 1 || p.count > kMaxBranches || gates.size() != branches.size()) {
-    throw py::value_error("branches and gates must be 1 to 64, and as many");
+    throw py::value_error("branches and gates must be 1 to " + std::to_string(kMaxBranches) +
+                          ", and as many");
   }
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};

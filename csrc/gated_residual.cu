@@ -16,7 +16,7 @@ constexpr int kThreads = 384;  // about: whole rows of the models' widths fit 2 
 
 // x may be transposed: then neighbouring rows share its sectors, and only x is read one by one.
 template <class T, bool kAligned>
-__device__ __forceinline__ void load_x(const GatedResidual& p, int64_t b, int64_t k, int64_t i,
+__device__ __forceinline__ void load_x(const Residual& p, int64_t b, int64_t k, int64_t i,
                                        int64_t n, float* values) {
   const T* x = p.x.row<T>(b, k) + i * p.x_step;
   if (p.x_step == 1) {
@@ -27,9 +27,13 @@ __device__ __forceinline__ void load_x(const GatedResidual& p, int64_t b, int64_
   }
 }
 
+// What a kernel of so many branches at a time is given; 128 take 6 KiB.
+template <int kBranches>
+using Given = Branches<kBranches == 1 ? 1 : kMaxBranches>;
+
 template <class T, int kBranches, bool kAligned, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, 2)
-    gated_residual_kernel(const __grid_constant__ GatedResidual p, uint32_t rows) {
+    gated_residual_kernel(const __grid_constant__ Given<kBranches> p, uint32_t rows) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   const int64_t b = row / static_cast<uint32_t>(p.shape.tokens);
@@ -49,9 +53,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         branch[g] = gate[g] = {};
         weight[g] = 1.0f;
         if (j < p.count) {
-          branch[g] = load<kAligned>(p.branches[j].row<T>(b, j == p.fresh ? k : stored) + i, n);
+          branch[g] =
+              load<kAligned>(p.branches[j].template row<T>(b, j == p.fresh ? k : stored) + i, n);
           if constexpr (kWeighted) weight[g] = p.weights.at(j, row);
-          if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].row<T>(b, k) + i, n);
+          if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].template row<T>(b, k) + i, n);
         }
       }
 #pragma unroll
@@ -63,8 +68,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
     }
-    if (p.cache) store<kAligned>(p.cache.row<T>(b, stored) + i, fresh, n);
-    store<kAligned>(p.out.row<T>(b, k) + i, from_floats<T>(sum), n);
+    if (p.cache) store<kAligned>(p.cache.template row<T>(b, stored) + i, fresh, n);
+    store<kAligned>(p.out.template row<T>(b, k) + i, from_floats<T>(sum), n);
   }
 }
 
@@ -78,14 +83,21 @@ bool all_aligned(const GatedResidual& p) {
   return yes;
 }
 
+inline const GatedResidual& given(const GatedResidual& p, const GatedResidual*) { return p; }
+
+inline Branches<1> given(const GatedResidual& p, const Branches<1>*) {
+  return {p, {p.branches[0]}, {p.gates[0]}};
+}
+
 template <class T, int kBranches, bool kWeighted>
-void launch(const GatedResidual& p, void* stream) {
+void launch(const GatedResidual& all, void* stream) {
+  const Given<kBranches>& p = given(all, static_cast<Given<kBranches>*>(nullptr));
   const uint32_t rows = checked_rows(p.shape);
   const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
   const uint32_t across = static_cast<uint32_t>(vectors < kThreads ? vectors : kThreads);
   const uint32_t down = kThreads / across;
   const dim3 grid((rows - 1) / down + 1), block(across, down);
-  if (all_aligned<T>(p)) {
+  if (all_aligned<T>(all)) {
     FD_LAUNCH((gated_residual_kernel<T, kBranches, true, kWeighted>), grid, block, stream, p, rows);
   } else {
     FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p,

@@ -4,7 +4,8 @@
 
 namespace fd {
 
-constexpr int kMaxBranches = 64;
+// PixArt's 84 outputs and its positions, Wan's 120 outputs
+constexpr int kMaxBranches = 128;
 
 // A number for each branch, or for each branch and token; read where the kernel runs.
 struct Weights {
@@ -18,12 +19,11 @@ struct Weights {
   }
 };
 
-struct GatedResidual {
-  Operand x;                       // [B, K, D], may be out
-  int64_t x_step = 1;              // between x's elements along D; 1 where x is out
-  Operand out;                     // [B, K, D]
-  Operand branches[kMaxBranches];  // [B, K, D], or [B, N, D] read at rows
-  Operand gates[kMaxBranches];     // broadcast to [B, K, D]; null: ungated
+// All but the branches.
+struct Residual {
+  Operand x;           // [B, K, D], may be out
+  int64_t x_step = 1;  // between x's elements along D; 1 where x is out
+  Operand out;         // [B, K, D]
   Weights weights;
   Operand cache;   // [B, N, D] written at rows; null: none
   Rows rows;       // applies to the cache and to all branches but the fresh one
@@ -33,6 +33,15 @@ struct GatedResidual {
   Dtype dtype = Dtype::kFloat32;
   int threads = 1;  // on the CPU
 };
+
+// A kernel of at most kMost branches is given no more: a launch copies its arguments.
+template <int kMost>
+struct Branches : Residual {
+  Operand branches[kMost];  // [B, K, D], or [B, N, D] read at rows
+  Operand gates[kMost];     // broadcast to [B, K, D]; null: ungated
+};
+
+using GatedResidual = Branches<kMaxBranches>;
 
 namespace base {
 void gated_residual(const GatedResidual& p);

@@ -7,6 +7,7 @@ Everything that can be refused is checked before anything changes.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
+from fastdit.methods.budget import budgeted
 from fastdit.methods.dense import Dense
 from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
@@ -38,6 +40,7 @@ from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
 from fastdit.runtime.shed import find_shed
 from fastdit.runtime.timesteps import check_flow
+from fastdit.schedules.book import PlanBook
 from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.schedules.solvers import noise_of
@@ -51,6 +54,12 @@ def patch(
     graphs: bool | str = False,
     programs: bool = True,
     shed_modulations: str | None = None,
+    speedup: float | None = None,
+    quality: str | None = None,
+    latency: float | str | None = None,
+    vram: int | str | None = None,
+    book: PlanBook | str | os.PathLike[str] | None = None,
+    guard: bool = False,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -69,6 +78,11 @@ def patch(
         shed_modulations: "host" or "disk": the weights of the blocks' adaLN layers leave the model for pinned host
             memory, or for a file in TMPDIR that is mapped, and tables that are made once a run stand for the layers;
             see `runtime/shed.py`.
+        speedup, quality, latency: One of them, in place of methods: a :class:`Budget`. A latency is a number of seconds
+            or a text, "0.8s" or "800ms".
+        vram: Most bytes that its caches may hold: a number or a text, "+2GiB".
+        book: Its :class:`PlanBook`, or the path of one; by default the package's, for the models in it.
+        guard: Compute whatever turns out to be further off than the book's plan was, see :class:`Budget`.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -90,6 +104,9 @@ def patch(
     """
     pipeline, transformer = _resolve(target)
     _check_arguments(methods, pack_weights=pack_weights, programs=programs)
+    asked = {"speedup": speedup, "quality": quality, "latency": latency, "vram": vram, "book": book}
+    asked["guard"] = guard
+    methods = budgeted(transformer, methods, **asked)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')
     reuses = all(method.writes == {"reuse"} for method in methods)

@@ -51,7 +51,7 @@ def check_sizes(run: Runner) -> None:
 def check_many_branches(run: Runner) -> None:
     shape = (2, 3, 72)
     for dtype in run.dtypes():
-        for count in (16, 64):
+        for count in (16, 128):
             g = generator(count)
             x = normal(shape, dtype, g)
             branches = [normal(shape, dtype, g) for _ in range(count)]
@@ -245,7 +245,7 @@ def weights_of(shape, dtype, g):
 def check_weights(run: Runner) -> None:
     for dtype in run.dtypes():
         for batch, tokens, width in ((2, 5, 72), (3, 2, 1153)):
-            for count in (1, 2, 6, 64):
+            for count in (1, 2, 6, 85):
                 g = generator(11, width, count)
                 shape = batch, tokens, width
                 x = normal(shape, dtype, g)

@@ -370,7 +370,10 @@ class Adapter(Modulated, Pictures):
         return [] if path is None else [module_at(transformer, path)]
 
     def table_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """The modules that embed patches and add positions out of a table, the same at every step."""
+        """The modules that embed patches and add positions out of a table, the same at every step.
+
+        :meth:`embed_apart` does without the sum.
+        """
         return [m for m in self.embedders(transformer) if type(m).__name__ == "PatchEmbed"]
 
     # ---- an example

@@ -45,10 +45,10 @@ class Pictures:
 
     def embed_apart(
         self, module: nn.Module, kept: dict[Any, Any], patches: Tensor, *more: Any
-    ) -> tuple[Tensor, Tensor] | None:
-        """The embedded tokens [B, N, D] and their positions, which are yet to be added, [B, N, D]; `kept` holds these.
+    ) -> tuple[Any, Tensor | None] | None:
+        """What the module gives of embedded tokens, [B, N, D] of any strides, and what is yet to be added to these.
 
-        None where the sum is more than that.
+        `kept` holds that, the positions [B, N, D]. None where only the module's own forward will do.
         """
         table = getattr(module, "pos_embed", None)
         if more or table is None or module.layer_norm or not module.flatten:

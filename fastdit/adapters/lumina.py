@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Call, Size, blank, picture
@@ -154,6 +155,25 @@ class Lumina(Adapter):
         grid = freqs_cis[: shape[-2] // side, : shape[-1] // side].flatten(0, 1)
         angles = grid.to(patches.device)[rows]
         return module.proj(tokens), mask, [(height, width)] * batch, angles
+
+    def table_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
+        """It adds no positions, but it copies the patches."""
+        return self.embedders(transformer)
+
+    def embed_apart(
+        self, module: nn.Module, kept: dict[Any, Any], latents: Tensor, freqs_cis: Tensor
+    ) -> tuple[Any, None] | None:
+        """A convolution reads the patches where they are; what it gives is transposed, which a residual sum takes."""
+        if type(module.proj) is not nn.Linear or type(module.proj.weight) is not nn.Parameter:
+            return None
+        side, weight = module.patch_size, module.proj.weight
+        kernel = weight.view(len(weight), -1, side, side)
+        tokens = F.conv2d(latents, kernel, module.proj.bias, stride=side)
+        rows, columns = tokens.shape[2:]
+        tokens = tokens.flatten(2).transpose(1, 2)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.int32, device=tokens.device)
+        angles = freqs_cis.to(tokens.device)[:rows, :columns].flatten(0, 1).unsqueeze(0)
+        return (tokens, mask, [tuple(latents.shape[2:])] * len(tokens), angles), None
 
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_BRANCHES = 64  # of one `gated_residual`, as csrc says
+MAX_BRANCHES = 128  # of one `gated_residual`, as csrc says
 FP8 = torch.float8_e4m3fn  # of norm_modulate's quantised output
 METRICS = ("std", "l2norm")  # of token_select
 

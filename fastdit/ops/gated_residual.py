@@ -55,7 +55,7 @@ def gated_residual(
     Args:
         x: [B, K, D], the residual stream at the active tokens; of any strides, such as a patch
             embedding's transposed ones, unless it is also `out`.
-        branches: 1 to 64 tensors; see the module text for their shapes.
+        branches: 1 to 128 tensors; see the module text for their shapes.
         gates: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D].
         weights: [branches] or [branches, B, K], contiguous, fp32 (fp64 where x is); None for ones.
             No gradient flows to them.

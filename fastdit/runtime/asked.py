@@ -40,8 +40,10 @@ class Asked:
         if forward.waits_at_first() and unobserved(module):
             apart = adapter.embed_apart(module, self.branch.memory, *args)
             if apart is not None:
-                forward.wait_at_first("image", apart[1])
-                return apart[0]
+                given, positions = apart
+                if positions is not None:
+                    forward.wait_at_first("image", positions)
+                return given
         return type(module).forward(module, *args, **kwargs)
 
     def project_prompt(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
