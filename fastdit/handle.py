@@ -98,8 +98,13 @@ class Handle:
             repeats: Timed turns after a warm-up.
 
         Raises:
-            ArgumentError: `run` cannot be called, or `repeats` is not a positive int.
+            ArgumentError: `run` cannot be called, or `repeats` is not a positive int; or modulations are shed.
         """
+        if self._patched.shed is not None:
+            raise ArgumentError(
+                "measure: with modulations shed the stock model has to move their weights in at every step, which is "
+                "not its time; patch without shed_modulations to measure"
+            )
         return measure(run, self.disabled, self._transformer.device, repeats)
 
     @contextmanager
@@ -242,11 +247,14 @@ class Handle:
         if len(timesteps) < 1:
             raise ArgumentError("timesteps must hold at least one value, got none")
         with ExitStack() as loops:
+            runs = []
             for patched, _ in self._parts:
                 loop = ManualLoop(patched.runs.local(), timesteps)
                 loops.callback(patched.runs.end_manual, loop)
-                patched.runs.begin(loop, len(timesteps))
+                runs.append(patched.runs.begin(loop, len(timesteps)))
             yield self
+            for run in filter(None, runs):
+                run.check()
 
     def advance(self, velocity: torch.Tensor | None = None) -> None:
         """The user says that a step of `run` is done, instead of letting the timestep argument tell.

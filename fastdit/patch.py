@@ -22,7 +22,9 @@ from fastdit.account.report import Report
 from fastdit.adapters import adapters, find_adapter
 from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
+from fastdit.blocks.held import PLACES
 from fastdit.blocks.prepacked import check_packable, linears_of
+from fastdit.checks import one_of
 from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
@@ -37,6 +39,7 @@ from fastdit.runtime.install import LINK, check_installable, is_installable
 from fastdit.runtime.owners import TRANSFORMERS
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
+from fastdit.runtime.shed import find_shed
 from fastdit.runtime.timesteps import check_flow
 from fastdit.schedules.book import PlanBook
 from fastdit.schedules.plan import check_composition, ops_of
@@ -51,6 +54,7 @@ def patch(
     pack_weights: bool = False,
     graphs: bool | str = False,
     programs: bool = True,
+    shed_modulations: str | None = None,
     speedup: float | None = None,
     quality: str | None = None,
     latency: float | str | None = None,
@@ -73,6 +77,9 @@ def patch(
             eager, and a warning says why. "auto" chooses by `account/pace.py`, and tells it in `explain` and `report`.
         programs: Record each kind of transformer call once, and run that in place of the model's forward. False runs
             the forward every time, at more Python calls, for who wants to look into it.
+        shed_modulations: "host" or "disk": the weights of the blocks' adaLN layers leave the model for pinned host
+            memory, or for a file in TMPDIR that is mapped, and tables that are made once a run stand for the layers;
+            see `runtime/shed.py`.
         speedup, quality, latency: One of them, in place of methods: a :class:`Budget`. A latency is a number of seconds
             or a text, "0.8s" or "800ms".
         vram: Most bytes that its caches may hold: a number or a text, "+2GiB".
@@ -83,7 +90,8 @@ def patch(
         A :class:`Handle`, of both where there are two. A second patch of the same model replaces the first.
 
     Raises:
-        UnsupportedModelError: No adapter knows the model; names what is supported.
+        UnsupportedModelError: No adapter knows the model; names what is supported. Or its blocks have no modulation
+            layers that could be shed.
         ScheduleError, CompositionError: A method does not fit the model or the other methods.
         BackendError: The backend named cannot serve an op on the model's device and dtype, or this torch no
             `pack_weights`.
@@ -103,7 +111,7 @@ def patch(
     methods = budgeted(transformers[0], methods, **asked)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')
-    options = methods, backend, pack_weights, graphs, programs
+    options = methods, backend, pack_weights, graphs, programs, shed_modulations
     checked = [_checked(pipeline, transformer, *options) for transformer in transformers]
     for transformer in transformers:
         refuse_while_running(transformer, "patch")
@@ -132,6 +140,7 @@ def _checked(
     pack_weights: bool,
     graphs: bool | str,
     programs: bool,
+    shed_modulations: str | None,
 ) -> tuple[Patched, Sequence[Rewrite]]:
     """A transformer's patch, and what it rewrites, after everything that can be refused was checked."""
     reuses = all(method.writes == {"reuse"} for method in methods)
@@ -139,6 +148,11 @@ def _checked(
     adapter = find_adapter(transformer, wraps if methods and reuses else "")
     methods = methods or (Dense(),)
     spec, bound = adapter.spec(transformer), ops.bind(backend)
+    shed = None
+    if shed_modulations is not None:
+        one_of("shed_modulations", shed_modulations, PLACES)
+        exact = bound.backend == "reference"
+        shed = find_shed(adapter, transformer, shed_modulations, exact)
     blocks = tuple(block for _, block in adapter.blocks(transformer))
     check_composition(methods)
     for method in methods:
@@ -146,14 +160,15 @@ def _checked(
     linears: tuple[nn.Linear, ...] = ()
     if pack_weights:
         check_packable(transformer, bound.backend)
-        wrapped = [part for *_, part in adapter.wrapped(transformer)]
-        linears = tuple(layer for layer in linears_of(blocks) if layer not in wrapped)
+        others = [part for *_, part in adapter.wrapped(transformer)]
+        others += [] if shed is None else shed.layers
+        linears = tuple(layer for layer in linears_of(blocks) if layer not in others)
     replays = Graphs(waits_for_host if graphs == "auto" else None) if graphs else None
     weak = nobody
     if pipeline is not None:
         clock.check_scheduler(getattr(pipeline, "scheduler", None))
         weak = weakref.ref(pipeline)
-    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs)
+    patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs, shed)
     refuse_other_caches(patched, transformer)
     _check_backend(bound, transformer, ops_of(methods))
     check_drift(adapter, transformer)

@@ -163,6 +163,24 @@ def transformers() -> list[str]:
     ]
 
 
+def shed() -> list[str]:
+    """What leaves models of published sizes."""
+    lines = [
+        "| model | weights GiB | shed GiB | share | layers | table of a run MiB | steps x rows |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _result("shed.json"):
+        if not row["shed"]:
+            lines.append(f"| {row['model']} | {row['bytes'] / 2**30:.2f} | none | | | | |")
+            continue
+        lines.append(
+            f"| {row['model']} | {row['bytes'] / 2**30:.2f} | {row['shed'] / 2**30:.2f} | "
+            f"{row['shed'] / row['bytes']:.1%} | {row['layers']} | {row['table'] / 2**20:.1f} | "
+            f"{row['steps']} x {row['batch']} |"
+        )
+    return lines
+
+
 def _denoisers() -> list[dict[str, Any]]:
     return [row for row in _result("supported.json")["rows"] if "other" not in row]
 
@@ -330,6 +348,7 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
         "support": functools.partial(support, ""),
     },
     ROOT / "docs" / "supported.md": {"transformers": transformers},
+    ROOT / "docs" / "serving.md": {"shed": shed},
     ROOT / "docs" / "results.md": {"tables": results},
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},

@@ -50,7 +50,7 @@ class Explanation:
         residual_bytes, dense_residual_bytes: Bytes that residual updates move, with the plan and in eager diffusers.
         cache_bytes: Most bytes in caches at once.
         modulation_bytes: Bytes of the modulations made ahead for the next steps, beside the caches, where a step is one
-            call and its timesteps are known.
+            call and its timesteps are known: of all steps where their layers are shed.
         packed_bytes: Most bytes of weights kept packed for few tokens, beside the caches; 0 without `pack_weights`.
         tokens_per_step: Image tokens of each step, where a method leaves some out; else empty.
         waves: What became of the numbers of active tokens that were fitted to the GPU; empty where none were.
@@ -60,6 +60,7 @@ class Explanation:
         exact: Whether arithmetic and caches are counted. A model without an adapter is counted on the arguments of its
             last call of this size; before there was one they are estimates.
         graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
+        shed: Which weights of modulations are elsewhere, and the tables that later runs may find; empty where all stay.
         budget: What a budget comes to; empty where none was asked for.
         raster: One line per component, one character per step: share of the blocks that compute.
         turns: How many steps each transformer does, where a pipeline has several.
@@ -90,6 +91,7 @@ class Explanation:
     resampled: tuple[int, ...] = ()
     collapse: str = ""
     graphs: str = ""
+    shed: str = ""
     budget: str = ""
     reusable_share: float = 1.0
     exact: bool = True
@@ -123,6 +125,7 @@ class Explanation:
             f"  caches    at most {self.cache_bytes / 2**20:.1f} MiB",
             self.modulation_bytes
             and f"  ahead     modulations of the next steps, {self.modulation_bytes / 2**20:.1f} MiB",
+            self.shed and f"  shed      {self.shed}",
             self.packed_bytes
             and f"  packed    weights, at most {self.packed_bytes / 2**20:.1f} MiB",
             self.collapse and f"  collapse  {self.collapse}",
@@ -161,7 +164,7 @@ def explain_parts(
         "dense_residual_bytes",
     )
     largest = ("cache_bytes", "modulation_bytes", "packed_bytes", "reusable_share")
-    told = ("model", "attention", "waves", "collapse", "graphs")
+    told = ("model", "attention", "waves", "collapse", "graphs", "shed")
     values: dict[str, Any] = {name: sum(getattr(each, name) for each in found) for name in summed}
     values |= {name: max(getattr(each, name) for each in found) for name in largest}
     for name in told:
@@ -253,7 +256,8 @@ def explain_patched(
         residual_bytes=sum(part.residual_bytes(steps) for part, steps, _ in stages),
         dense_residual_bytes=5 * count.bytes_of_outputs() * plan.steps,
         cache_bytes=cached + prompt + keys,
-        modulation_bytes=0 if patched.eager else count.modulation_bytes(ahead(batch, plan.steps)),
+        modulation_bytes=count.modulation_bytes(_rows_ahead(patched, batch, plan.steps)),
+        shed=str(patched.shed or ""),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=tokens if resolution or patched.writer("rows") else (),
         attention=str(choices(weight.device) or ""),
@@ -266,6 +270,13 @@ def explain_patched(
         reusable_share=count.reusable_share,
         exact=count.exact,
     )
+
+
+def _rows_ahead(patched: Any, batch: int, steps: int) -> int:
+    """Modulations are made ahead for so many rows at once."""
+    if patched.shed is not None:
+        return patched.shed.rows(batch, steps)
+    return 0 if patched.eager else ahead(batch, steps)
 
 
 def _graphs(patched: Any, stages: Sequence[Any], steps: int, device: torch.device) -> str:

@@ -54,6 +54,7 @@ class Report:
         packed_bytes: What weights that were kept packed took beside the model's own.
         graphs: Under CUDA graphs: whether the run was "warming up", "captured" or "replayed", and how many of its calls
             were replayed; or why it was eager.
+        unforeseen: Steps that had no table of shed modulations, so that all weights of these were moved in again.
     """
 
     methods: tuple[str, ...]
@@ -72,6 +73,7 @@ class Report:
     graphs: str = ""
     exact: bool = True
     programs: int = 0
+    unforeseen: tuple[int, ...] = ()
 
     @property
     def reuse_share(self) -> float:
@@ -145,13 +147,16 @@ class Report:
             f", packed weights {self.packed_bytes / 2**20:.1f} MiB" if self.packed_bytes else ""
         )
         graphs = f", CUDA graphs: {self.graphs}" if self.graphs else ""
+        moved = (
+            f"\n  shed weights moved in at {len(self.unforeseen)} steps" if self.unforeseen else ""
+        )
         return (
             f"fastdit {' + '.join(self.methods)}: {state}\n"
             f"  steps {self.steps}, tokens per step {ranges(self.tokens_per_step)}\n"
             f"  components: {self.computed} computed, {self.reused} reused ({self.reuse_share:.1%}), "
             f"{1 - 1 / self.flop_speedup:.1%} of the arithmetic: {self.flop_speedup:.2f}x fewer multiply-accumulates"
             f"{'' if self.exact else ', estimated'}\n"
-            f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}{graphs}"
+            f"  {self.seconds:.2f} s, caches at most {self.peak_cache_bytes / 2**20:.1f} MiB{packed}{graphs}{moved}"
         )
 
 
@@ -244,6 +249,7 @@ def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Repo
         graphs=str(run.trace or ""),
         exact=exact,
         programs=run.programs,
+        unforeseen=tuple(sorted(run.unforeseen)),
     )
 
 

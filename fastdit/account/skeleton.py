@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from fastdit.blocks.held import is_held, weights_of
 from fastdit.runtime.install import LINK
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -203,8 +204,10 @@ class Skeleton:
         """A plain layer stands for one that may keep its weights in another form."""
         if not isinstance(module, nn.Linear):
             return None
-        dtype = module.weight.dtype if module.weight.dtype in FLOATS else self._dtype
-        sizes = module.in_features, module.out_features, module.bias is not None
+        held = weights_of(module) if is_held(module) else None
+        weight, bias = held.values() if held else (module.weight, module.bias)
+        dtype = weight.dtype if weight.dtype in FLOATS else self._dtype
+        sizes = module.in_features, module.out_features, bias is not None
         return nn.Linear(*sizes, device="meta", dtype=dtype)
 
     def _other(self, key: Any, module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.float8 import read_rows
+from fastdit.blocks.held import is_held
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import Drawn, HeldSums, Nodes, Weights
 from fastdit.blocks.products import FUSED
@@ -33,7 +34,7 @@ from fastdit.blocks.residual import Branch, Gate, Residual, gathered, is_plain, 
 from fastdit.blocks.segments import EAGER, Segments, segments_like
 from fastdit.blocks.sums import Sums, parted
 from fastdit.blocks.token_nodes import TokenNodes
-from fastdit.observe import observed, unobserved
+from fastdit.observe import observed
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, kept_of, order_of
 
 #: of a component's output; the name alone, or with the number of a further call of it in the same block
@@ -226,8 +227,11 @@ class Forward:
 
     def _compiled_as(self, use: str, compute: Callable[..., Any], *given: Any) -> Any:
         """``compute(*given)``, its segments with code of their own for this use."""
-        before = self.segments
-        self.segments = segments_like(self._block_compiled, self.blocks[self.index], use)
+        segments = segments_like(self._block_compiled, self.blocks[self.index], use)
+        return self._with(segments, compute, *given)
+
+    def _with(self, segments: Segments, compute: Callable[..., Any], *given: Any) -> Any:
+        before, self.segments = self.segments, segments
         try:
             return compute(*given)
         finally:
@@ -279,13 +283,20 @@ class Forward:
         self, norm: nn.Module, compute: Callable[..., tuple[Tensor, ...]], *given: Any
     ) -> tuple[Tensor, ...]:
         """``compute(*given)``, vectors [B, ...] of an adaLN norm; made ahead where the next steps are known."""
-        if self._block_compiled is not None:
+        if self._block_compiled is not None and any(map(is_held, norm.modules())):
+            compute = functools.partial(self._with, EAGER, compute)  # its weights come and go
+        elif self._block_compiled is not None:
             children = self.blocks[self.index]._modules.items()
             use = next((name for name, child in children if child is norm), "")
             compute = functools.partial(self._compiled_as, use, compute)
-        if self.modulations is None or not unobserved(norm):
+        ahead = self.modulations
+        if (
+            ahead is None
+            or not ahead.stands_for(norm)
+            or (self.immediate and not ahead.is_given(given))
+        ):
             return compute(*given)
-        return self.modulations.of(norm, compute)
+        return ahead.of(norm, compute)
 
     def adaln(
         self,

@@ -23,5 +23,7 @@ class LayerInputs:
 
 
 def repeated(tensor: Tensor, rows: int, batch: int) -> Tensor:
-    """[B or 1, ...] as [n B, ...], the batch again for each step."""
+    """[B or 1, ...] as [n B, ...], the batch again for each step; of one step as it is, which a model is given too."""
+    if rows == batch:
+        return tensor
     return tensor.expand(batch, *tensor.shape[1:]).repeat(rows // batch, *[1] * (tensor.ndim - 1))

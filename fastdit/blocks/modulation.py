@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.blocks.packed import Packed
+from fastdit.observe import unobserved
 from fastdit.versions import same, versions
 
 #: as many rows of a product take no longer than reading its weights
@@ -27,6 +28,41 @@ def ahead(batch: int, steps: int) -> int:
     return batch * min(steps, max(1, FREE_ROWS // batch))
 
 
+class Table:
+    """What was made of a window of steps.
+
+    Attributes:
+        rows: By layer a tuple of vectors for each step, [B, ...] or one row for all of the batch; under "inputs" what
+            layers are given.
+        form: What stands for the layers and shapes of the rows, for who keeps it; None once there are others.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[Any, list[tuple[Tensor, ...]]] = {}
+        self.form: Any = None
+        self._made: dict[Any, tuple[Tensor, ...]] = {}
+        self._packed: Packed | None = None
+
+    def keep(self, key: Any, made: tuple[Tensor, ...], each: int) -> None:
+        """The vectors of a layer were made, [steps each, ...]."""
+        self.rows[key] = list(zip(*(part.split(each) for part in made), strict=True))
+        self._made[key] = made
+        self._packed = self.form = None
+
+    def packed(self, each: int) -> Packed:
+        """All of it side by side, with so many rows of a step."""
+        if self._packed is None:
+            self._packed = Packed.of(self._made, each)
+        return self._packed
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        made = list(self._made.values())
+        storages = [part.untyped_storage() for parts in made for part in parts]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
 class Modulations:
     """Of the steps of one CFG branch of a run.
 
@@ -36,6 +72,9 @@ class Modulations:
         batch: Rows of a step.
     """
 
+    #: whether a norm's modulations may be those made ahead
+    stands_for = staticmethod(unobserved)
+
     def __init__(self, inputs: LayerInputs, timesteps: Tensor, batch: int) -> None:
         self._source = inputs
         self._timesteps = timesteps
@@ -44,14 +83,10 @@ class Modulations:
         self._first = self._count = 0
         self._inputs: tuple[Any, ...] | None = None
         self._making = False
-        self._made: dict[Any, tuple[Tensor, ...]] = {}
-        self._packed: Packed | None = None
-        #: what was made of the window, by layer a tuple of vectors for each step; under "inputs" what layers are given
-        self.tables: dict[Any, list[tuple[Tensor, ...]]] = {}
+        self._each = batch
+        self.table = Table()
         #: which of the window the step is
         self.row = 0
-        #: what stands for the layers and shapes of the tables, for who keeps it; None once there are others
-        self.form: Any = None
 
     def begin(
         self, step: int, timestep: Tensor, inputs: LayerInputs, batch: int, look: bool
@@ -75,45 +110,45 @@ class Modulations:
         if look and not torch.equal(timestep, self._timesteps[step].expand_as(timestep)):
             return False
         if not self._first <= step < self._first + self._count:
-            self._first, self._count = step, max(1, FREE_ROWS // self._batch)
-            self._inputs = None
-            self.tables, self._made, self._packed, self.form = {}, {}, None, None
+            self._open(step)
         self.row = step - self._first
         return True
+
+    def _open(self, step: int) -> None:
+        """A window of steps begins with this one."""
+        self._first, self._count = step, max(1, FREE_ROWS // self._batch)
+        self._inputs = None
+        self.table = Table()
 
     def of(
         self, layer: nn.Module, compute: Callable[..., tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """Vectors [B, ...] of this step; `compute` makes those of all rows it is given."""
-        if layer not in self.tables:
-            self._keep(layer, compute(*self._all_inputs()))
-        return self.tables[layer][self.row]
+        if layer not in self.table.rows:
+            self.table.keep(layer, compute(*self._all_inputs()), self._each)
+        return self.table.rows[layer][self.row]
 
     def given(self) -> tuple[Tensor, ...] | None:
         """[B, ...], the inputs of the layers at this step; None while those of the window are being made."""
         if self._making:
             return None
-        if "inputs" not in self.tables:
-            self._keep("inputs", self._all_inputs())
-        return self.tables["inputs"][self.row]
-
-    def _keep(self, key: Any, made: tuple[Tensor, ...]) -> None:
-        self.tables[key] = list(zip(*(part.split(self._batch) for part in made), strict=True))
-        self._made[key] = made
-        self._packed = self.form = None
+        if "inputs" not in self.table.rows:
+            self.table.keep("inputs", self._all_inputs(), self._each)
+        return self.table.rows["inputs"][self.row]
 
     def packed(self) -> Packed:
         """All of the window side by side."""
-        if self._packed is None:
-            self._packed = Packed.of(self._made, self._batch)
-        return self._packed
+        return self.table.packed(self._each)
 
     def _all_inputs(self) -> tuple[Any, ...]:
         if self._inputs is None:
-            some = self._timesteps[self._first : self._first + self._count]
             self._making = True
             try:
-                self._inputs = self._source.make(some.repeat_interleave(self._batch))
+                self._inputs = self._make()
             finally:
                 self._making = False
         return self._inputs
+
+    def _make(self) -> tuple[Any, ...]:
+        some = self._timesteps[self._first : self._first + self._count]
+        return self._source.make(some.repeat_interleave(self._batch))

@@ -24,7 +24,7 @@ from fastdit.observe import observed
 from fastdit.programs.state import UnknownState, look
 
 #: whose modules do nothing but what their tensors and settings say
-KNOWN = ("torch.nn.", "diffusers.")
+KNOWN = ("torch.nn.", "diffusers.", "fastdit.blocks.held.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks")
 

@@ -68,6 +68,8 @@ def attach(
         transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)
         if pipeline is not None:
             patched.followed.follow(pipeline)
+        if patched.shed is not None:
+            patched.shed.put_away()
     except BaseException:
         remove(transformer)
         raise
@@ -94,6 +96,8 @@ def remove(transformer: nn.Module, verb: str = "unpatch") -> None:
     if patched is None:
         return
     refuse_while_running(transformer, verb)
+    if patched.shed is not None:
+        patched.shed.give_back()
     for module in (*transformer.modules(), *patched.blocks):
         if module is not transformer:
             uninstall(module)

@@ -19,17 +19,18 @@ from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.active import ActiveTokens
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.segments import segments_like
 from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
-from fastdit.observe import unobserved
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.run import Branch, Run, StepRecord
+from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
 from fastdit.versions import Watched, same, versions
 
 
@@ -103,11 +104,11 @@ class Call(Asked):
         self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
-        self.immediate = (
-            patched.eager
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled(arguments.hidden_states.device.type)
+        rounds_alike = torch.is_grad_enabled() or torch.is_autocast_enabled(
+            arguments.hidden_states.device.type
         )
+        self.immediate = patched.eager or rounds_alike
+        self.foresees = not rounds_alike and (not patched.eager or patched.shed is not None)
         self._args, self._kwargs = args, kwargs
         self.model = programmed.model_of(self)
         if patched.graphs is not None:
@@ -142,7 +143,9 @@ class Call(Asked):
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
         self._count = count
-        self.ahead = None if immediate else self._foresee()
+        self.ahead = self._foresee() if self.foresees else None
+        if self.ahead is None and patched.shed is not None:
+            run.unforeseen.add(run.step)
         # What has nothing to be forecast from computes.
         planned = run.plan.actions and not run.plan.forecast_order(run.step)
         actions = run.plan.actions[run.step] if planned else ()
@@ -274,30 +277,33 @@ class Call(Asked):
         if not branch.foresees:
             return None
         batch, timestep = arguments.hidden_states.shape[0], arguments.timestep
-        first, inputs = branch.modulations is None, None
+        first, inputs, timesteps = branch.modulations is None, None, None
+        kind = Modulations if run.patched.shed is None else ShedModulations
         if isinstance(timestep, Tensor) and (
             self.model is not None
-            or all(map(unobserved, adapter.condition_embeddings_of(self.transformer)))
+            or all(map(kind.stands_for, adapter.condition_embeddings_of(self.transformer)))
         ):
             inputs = adapter.layer_inputs(self.transformer, self._args, self._kwargs, batch)
-        if first and inputs is not None:
+        if inputs is not None and not first and self._goes_on(inputs, at_hand(timestep)):
+            return branch.modulations
+        if inputs is not None and (first or run.patched.shed is not None):
             timesteps = run.told if isinstance(run.told, Tensor) else None
             if run.scheduler is not None:
                 timesteps = adapter.given_timesteps(
                     run.scheduler.timesteps, arguments.hidden_states.dtype
                 )
-            if timesteps is not None:
-                branch.modulations = Modulations(inputs, timesteps.to(timestep), batch)
-        branch.foresees = (
-            inputs is not None
-            and branch.modulations is not None
-            and branch.modulations.begin(
-                run.step, timestep, inputs, batch, first or timestep.device.type == "cpu"
-            )
-        )
+        if timesteps is not None:
+            branch.modulations = modulations_of(run, inputs, timesteps.to(timestep), batch)
+        branch.foresees = timesteps is not None and self._goes_on(inputs, True)
         if not branch.foresees:
             branch.modulations = None
         return branch.modulations
+
+    def _goes_on(self, inputs: LayerInputs, look: bool) -> bool:
+        """The modulations of the branch go to this step, unless something else is given there than was foreseen."""
+        run, arguments = self.run, self.arguments
+        batch = arguments.hidden_states.shape[0]
+        return self.branch.modulations.begin(run.step, arguments.timestep, inputs, batch, look)
 
     def _check_cache_bytes(self, collapses: bool) -> None:
         """This refuses a run whose caches will not fit, at its first call of each branch."""

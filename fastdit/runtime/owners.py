@@ -61,6 +61,12 @@ class PipelineCall:
         """The call is under way in this thread from now on."""
         self._stack.append(self)
 
+    def check(self) -> None:
+        """The call is about to return: this refuses what its runs made where it is wrong."""
+        for run in self.runs.values():
+            if run is not None:
+                run.check()
+
     def end(self) -> None:
         """The call has returned, or was broken off: so are its runs. A second time makes up what the first left."""
         self.over = True

@@ -27,6 +27,7 @@ from fastdit.runtime.followed import Followed
 from fastdit.runtime.graphs import Graphs
 from fastdit.runtime.run import Run, nobody
 from fastdit.runtime.runs import Runs
+from fastdit.runtime.shed import Shed
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.plan import RunPlan, plan_run
@@ -57,6 +58,7 @@ class Patched:
         programs: What stands for whole calls; None where all calls stay as they are.
         pipeline: Weak reference to the pipeline that was patched, or what gives None.
         records: Whether calls may be recorded as programs.
+        shed: The modulation layers whose weights lie elsewhere; None where all stay.
         here: The call in progress in this thread.
         runs, followed: Its runs, and the pipelines and schedulers that tell of them.
         eager: True on the `reference` backend: no rewrite that changes a rounding.
@@ -76,6 +78,7 @@ class Patched:
     graphs: Graphs | None = None
     pipeline: Callable[[], Any] = nobody
     records: bool = True
+    shed: Shed | None = None
 
     def __post_init__(self) -> None:
         self.here = _Here()
@@ -110,6 +113,7 @@ class Patched:
         given = {part.name: getattr(self, part.name) for part in fields(self)}
         given["blocks"], given["linears"] = copy.deepcopy((self.blocks, self.linears), memo)
         given["graphs"] = self.graphs and self.graphs.another()
+        given["shed"] = self.shed and self.shed.another(memo)
         given["pipeline"] = nobody if pipeline is None else weakref.ref(pipeline)
         clone.__init__(**given)
         if pipeline is not None:  # an ordinary one again, but for the copied hook on its decoder

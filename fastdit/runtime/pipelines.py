@@ -99,7 +99,9 @@ def _enclosed(base: type) -> type:
         try:
             try:
                 call.begin()
-                return base.__call__(self, *args, **kwargs)
+                output = base.__call__(self, *args, **kwargs)
+                call.check()
+                return output
             finally:
                 call.end()
         finally:

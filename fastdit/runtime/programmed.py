@@ -95,7 +95,9 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         output = type(transformer).forward(transformer, *args, **kwargs)
         _look_after(call, written)
         return output
-    tables = {} if ahead is None else {key: rows[ahead.row] for key, rows in ahead.tables.items()}
+    tables = {}
+    if ahead is not None:
+        tables = {key: rows[ahead.row] for key, rows in ahead.table.rows.items()}
     state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
         lambda: type(transformer).forward(transformer, *args, **kwargs),
@@ -141,7 +143,7 @@ def run(
 ) -> Any:
     """The transformer's output, by a program."""
     ahead = call.ahead
-    row, tables = (0, {}) if ahead is None else (ahead.row, ahead.tables)
+    row, tables = (0, {}) if ahead is None else (ahead.row, ahead.table.rows)
     weights = weights_of(program, call.run, moments)
     return program.run(args, kwargs, row, now, moments, tables, given(call), weights, **written)
 
@@ -207,10 +209,11 @@ def stage_of(run: Any) -> tuple[Any, Any, Any]:
 
 def _form_of(ahead: Any, programs: Any) -> Any:
     """What stands for the modulations that were made."""
-    if ahead.form is None:
-        rows = {key: rows[ahead.row] for key, rows in ahead.tables.items()}
-        ahead.form = programs.form_of({"modulations": rows})[0]
-    return ahead.form
+    table = ahead.table
+    if table.form is None:
+        rows = {key: rows[ahead.row] for key, rows in table.rows.items()}
+        table.form = programs.form_of({"modulations": rows})[0]
+    return table.form
 
 
 def _kind(call: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

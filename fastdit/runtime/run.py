@@ -21,7 +21,7 @@ from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import HeldSums, Weights
 from fastdit.blocks.prepacked import PrepackedWeights
-from fastdit.errors import ScheduleError
+from fastdit.errors import FastDiTError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.timesteps import Timesteps
@@ -108,6 +108,8 @@ class Run:
         records: Step -> what it did, which the report tells.
         keeps_prompt_keys: Whether keys and values of the prompt alone are kept.
         watched: The weights that are not read at each step.
+        doubts, unforeseen: What tells, on the device, at which steps the model was given another timestep than its
+            tables of shed modulations were made for, and at which it had no table.
         programs: How many calls ran as programs.
         trace: What captures and replays its calls, or why nothing does; see `graphs.py`.
         model, hooks, stage: What `programmed.py` knows of it.
@@ -141,6 +143,8 @@ class Run:
     bytes_checked: Any = None
     keeps_prompt_keys: bool = True
     watched: Watched | None = None
+    doubts: list[tuple[int, Tensor]] = field(default_factory=list)
+    unforeseen: set[int] = field(default_factory=set)
     image_tokens: int = 0
     text_tokens: int = 0
     patch: Any = 1
@@ -304,6 +308,7 @@ class Run:
         self._next_step(step)
         if self.steps is not None and self.step >= self.steps:
             self.end()
+            self.check()
 
     def _next_step(self, step: Step) -> None:
         if self.first is not None:
@@ -368,6 +373,23 @@ class Run:
                 elif isinstance(value, (tuple, list)):
                     waiting += value
         return sum(storages.values())
+
+    def check(self) -> None:
+        """This refuses a result that was made with modulations of something else than the model was given.
+
+        It reads once what was noted on the device in all steps, and waits for that.
+
+        Raises:
+            FastDiTError: Naming the steps.
+        """
+        doubts, self.doubts[:] = list(self.doubts), []
+        told = torch.stack([flag for _, flag in doubts]).tolist() if doubts else []
+        wrong = sorted({step for (step, _), flag in zip(doubts, told, strict=True) if flag})
+        if wrong:
+            raise FastDiTError(
+                f"the model was given other timesteps at steps {wrong} than its scheduler has, for which the tables of "
+                "its shed modulations were made: the result is wrong. Run it without shed_modulations"
+            )
 
     def end(self) -> None:
         """The run is over, or was broken off: only what the report tells stays. A second time makes up the rest."""
