@@ -57,6 +57,7 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.qkv_prologue import qkv_prologue
     from triton_kernels.resolution_transition import resolution_transition
     from triton_kernels.sparse_attention import sparse_attention
+    from triton_kernels.swiglu import swiglu
     from triton_kernels.token_change import token_change
     from triton_kernels.token_select import token_select
 
@@ -192,6 +193,11 @@ def instances() -> dict[str, Callable[[int], None]]:
         members = [i % groups for i in range(count)]
         return lambda architecture: collapse(branches, weights, members, False, found)
 
+    def product(width: int, dtype: torch.dtype, halves: bool):
+        both = new(batch, tokens, 2 * width, dtype=dtype)
+        gate, value = both.chunk(2, -1) if halves else [new(batch, tokens, width, dtype=dtype)] * 2
+        return lambda architecture: swiglu(gate, value, gate)
+
     def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, queries: int = tokens):
         q = new(batch, queries, heads, dim, dtype=dtype)
         k = new(batch, layout, kv_heads, dim, dtype=dtype)
@@ -231,6 +237,9 @@ def instances() -> dict[str, Callable[[int], None]]:
         "blend_backward fp32 D1536": mixture_backward(1536, fp32, False),
         "collapse bf16 D1152 k8 in 3": sums(1152, 8, bf16, 3),
         "collapse fp32 D1152 k28 in 3": sums(1152, 28, fp32, 3),
+        "swiglu bf16 D6144": product(6144, bf16, False),
+        "swiglu fp16 D9216 halves": product(9216, fp16, True),
+        "swiglu fp32 D6144": product(6144, fp32, False),
         "token_change bf16 packed rows": change(bf16, False, True),
         "token_change fp16 latents": change(fp16, True, False),
         "token_change fp32 latents rows": change(fp32, True, True),

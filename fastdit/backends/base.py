@@ -199,6 +199,15 @@ class Backend:
         """sums[0] = sum_i weights[i] * branches[i]; sums[g] = sum of the branches of group g."""
         raise TypeError(f"backend {self.name} has no collapse")
 
+    def swiglu(
+        self,
+        gate: Tensor,  # [B, N, D]
+        value: Tensor,  # [B, N, D]
+        out: Tensor,  # [B, N, D], written; may be gate or value
+    ) -> None:
+        """out = silu(gate) * value."""
+        raise TypeError(f"backend {self.name} has no swiglu")
+
     #: whether sparse_attention is a kernel of its own, and not torch's attention
     attends = False
 
