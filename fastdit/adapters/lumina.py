@@ -25,6 +25,7 @@ from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Call, Size, blank, picture
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.gated import feed_forward
 from fastdit.blocks.layer_inputs import LayerInputs, repeated
 from fastdit.blocks.residual import gathered
 
@@ -92,9 +93,7 @@ def lumina_block(
         "feed_forward",
         lambda: fw.normed(
             block.ffn_norm2,
-            fw.segments.feed_forward(
-                block.feed_forward, image.normed(block.ffn_norm1, scale_mlp, None)
-            ),
+            feed_forward(fw, block.feed_forward, image.normed(block.ffn_norm1, scale_mlp, None)),
         ),
     )
     image.add(branch, gate_mlp)
