@@ -281,6 +281,12 @@ FAULTS = {
     "no barrier in the norm of all heads": Fault(
         REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n", "check_sizes", BF16, PROLOGUE
     ),
+    "queries alone take turns with keys that are not there": Fault(
+        PROLOGUE, "alone ? blockIdx.x : blockIdx.x / 3", "blockIdx.x / 3", "check_queries_alone"
+    ),
+    "queries alone are taken for keys": Fault(
+        PROLOGUE, "alone ? 0 : blockIdx.x % 3", "blockIdx.x % 3", "check_queries_alone"
+    ),
     "both sums of all heads share their memory": Fault(
         PROLOGUE, "sum_over_block<2>(about, partial_about)",
         "sum_over_block<2>(about, partial_mean)", "check_model_heads",

@@ -753,6 +753,11 @@ def negative_sine(call):
     run(call, sin=None if call["sin"] is None else -call["sin"])
 
 
+def queries_alone_left_out(call):
+    if call["k_cache"].shape[2]:
+        run(call)
+
+
 def k_unrotated(call):
     run(call)
     run(call, q_out=call["q_out"].clone(), cos=None, sin=None)
@@ -860,6 +865,7 @@ def clears_caches_without_tokens(call):
 
 PROLOGUE_FAULTS = {
     negative_sine: ["check_sizes", "check_rows", "check_model_heads"],
+    queries_alone_left_out: ["check_queries_alone"],
     k_unrotated: ["check_sizes"],
     v_normed: ["check_sizes"],
     k_weighed_as_q: ["check_sizes"],

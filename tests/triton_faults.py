@@ -534,6 +534,10 @@ FAULTS = {
         BLEND, "        if gate is not None:\n                g *=",
         "        if gate is not None:\n                g *= 1.0 + 0.0 *", "check_gates",
     ),
+    "queries without keys are left out": one(
+        PROLOGUE, "triton.cdiv(heads, launch.rows) + 2", "min(heads, kv_heads) + 2",
+        "check_queries_alone",
+    ),
     "the last pieces of a row have no gradient": one(
         BLEND, "range(0, WIDTH, COLS)", "range(0, COLS, COLS)", "check_backward_sizes"
     ),
@@ -597,8 +601,9 @@ FAULTS = {
         SWIGLU, "(silu * v).to(dtype), mask=inside)",
         "(silu * v).to(dtype), mask=(row < total)[:, None])", "check_inputs_and_guards",
     ),
-    "rows past the last of a gated tile are stored": one(
+    "a gated row past the last is stored": one(
         SWIGLU, "(silu * v).to(dtype), mask=inside)",
-        "(silu * v).to(dtype), mask=(col < WIDTH)[None, :])", "check_inputs_and_guards",
+        "(silu * v).to(dtype), mask=(row <= total)[:, None] & (col < WIDTH)[None, :])",
+        "check_inputs_and_guards",
     ),
 }  # fmt: skip

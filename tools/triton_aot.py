@@ -250,6 +250,7 @@ def instances() -> dict[str, Callable[[int], None]]:
         "qkv_prologue fp16 24x64 rms": prologue(24, 24, 64, fp16, "rms", False),
         "qkv_prologue bf16 24/8x96 rms rotated rows": prologue(24, 8, 96, bf16, "rms", True),
         "qkv_prologue bf16 32/8x72 layer rotated": prologue(32, 8, 72, bf16, "layer", False),
+        "qkv_prologue bf16 32/0x72 layer rotated": prologue(32, 0, 72, bf16, "layer", False),
         "qkv_prologue bf16 16x72 copied": prologue(16, 16, 72, bf16, None, False),
         "qkv_prologue fp32 24x128 rms rotated rows": prologue(24, 24, 128, fp32, "rms", True),
         "sparse_attention bf16 24x128": attention(24, 24, 128, bf16),
