@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.blocks.float8 import weight_of
-from fastdit.blocks.products import FUSED, weight_and_bias
+from fastdit.blocks.products import weight_and_bias
 from fastdit.observe import observed
 
 #: file and class of diffusers -> its layers: of gate and value, or of both at once, gate first; and the last
@@ -27,7 +27,7 @@ LAYERS = {
 
 def feed_forward(fw: Any, module: nn.Module, x: Tensor) -> Tensor:
     """A feed-forward module [B, n, D] -> [B, n, N] of a call's :class:`~fastdit.blocks.forward.Forward`."""
-    layers = _layers_of(module, x) if fw.segments is FUSED else None
+    layers = _layers_of(module, x) if fw.fuses_segments else None
     if layers is None:
         return fw.segments.feed_forward(module, x)
     *first, last = layers
