@@ -81,6 +81,8 @@ def cases(shapes: tuple[Shape, ...]) -> Iterator[Case]:
         yield blend_backward(shape)
     for shape in shapes:
         yield collapse(shape, 12)
+    for shape in shapes:
+        yield swiglu(shape)
 
 
 def backends(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
@@ -427,3 +429,28 @@ def collapse(shape: Shape, count: int) -> Case:
         return found
 
     return Case("collapse", f"{count} branches", shape, count + 3, make)
+
+
+def swiglu(shape: Shape) -> Case:
+    """Gate and value as halves of one product's output, four times as wide as the hidden state each."""
+    width = 4 * shape.width
+
+    def eager(gate: Tensor, value: Tensor) -> Tensor:
+        return F.silu(gate) * value
+
+    compiled = torch.compile(eager, dynamic=False)
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+        both = torch.randn(shape.batch, shape.tokens, 2 * width, device=device, dtype=dtype)
+        gate, value = both.chunk(2, dim=-1)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        found: dict[str, Callable[[], object]] = {
+            "eager": lambda: eager(gate, value),
+            "compile": lambda: compiled(gate, value),
+        }
+        for name in backends("swiglu", device, dtype):
+            run = BACKENDS[name].swiglu
+            found[name] = lambda run=run: run(gate, value, out)
+        return found
+
+    return Case("swiglu", "halves of one product", shape, 3, make, width)

@@ -40,9 +40,10 @@ A step has to take its arithmetic, matrix products and attention, at matmul spee
 product can take along. Bytes are counted by dispatch, of real sizes on tensors without memory: each launch that is no
 product reads its inputs and writes its outputs once. There are four kinds. *Fused ops* are fastdit's: they norm whole
 rows, rotate and place queries and keys, or add what was kept, so they have to read what a product wrote, and are the
-**floor**. *Activations* could be a product's epilogue. *Copies*, such as concatenations, could be where a product
-writes. *Other* is what torch does apart, such as biases that are not added within a product and divisions by one.
-Launches are those of all operators that make or change memory, products and attention among them.
+**floor**. *Activations* could be a product's epilogue; fastdit's `swiglu` is one. *Copies*, such as concatenations,
+could be where a product writes. *Other* is what torch does apart, such as biases that are not added within a product
+and divisions by one. Launches are those of all operators that make or change memory, products and attention among
+them.
 
 Times are in milliseconds: *least* has the floor alone, *as it is* all bytes, both with every byte and operation at its
 ceiling, one after the other. Measured steps are shares of whole runs, or calls of the transformer where these were

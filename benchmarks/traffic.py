@@ -3,7 +3,7 @@
 Each launch that makes or changes a tensor's memory reads its inputs and writes its outputs once. Matrix products and
 attention are left out: what they read and write is within their arithmetic. The rest is fused ops, which norm whole
 rows, rotate or add what was kept, and so have to read what a product wrote; and what a product could do on its way:
-GELU where it writes, and whatever only lays a tensor out anew. So the floor is the fused ops' own.
+GELU and SwiGLU where it writes, and whatever only lays a tensor out anew. So the floor is the fused ops' own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from real_models import RealModel
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_addmm_activation"}
 PRODUCTS |= {"addmm_", "baddbmm_", "_scaled_mm", "scaled_dot_product_attention", "sparse_attention"}
-ACTIVATIONS = {"gelu", "silu"}
+ACTIVATIONS = {"gelu", "silu", "swiglu"}
 COPIES = {"cat", "clone", "copy_", "_to_copy", "contiguous", "stack", "index_select", "gather"}
 KINDS = ("fused ops", "activations", "copies", "other")
 VIEWS = {"_unsafe_view", "_reshape_alias", "detach"}  # which their schemas do not say
@@ -63,9 +63,11 @@ class Traffic(TorchDispatchMode):
 
 
 def _kind(func: Any, name: str) -> str:
+    if name in ACTIVATIONS:
+        return "activations"
     if func.namespace == "fastdit":
         return "fused ops"
-    return "activations" if name in ACTIVATIONS else "copies" if name in COPIES else "other"
+    return "copies" if name in COPIES else "other"
 
 
 def _moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:

@@ -211,6 +211,12 @@ void collapse(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t w
   launch(FD_BY_ISA(collapse), p, elements(p.shape), threads);
 }
 
+void swiglu(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle gate,
+            py::handle value, py::handle out, int64_t /* stored: none */, int threads) {
+  Swiglu p = swiglu_of(dtype, batch, tokens, width, gate, value, out);
+  launch(FD_BY_ISA(swiglu), p, elements(p.shape), threads);
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -240,6 +246,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("patchify", &fd::patchify);
   m.def("resolution_transition", &fd::resolution_transition);
   m.def("sparse_attention", &fd::sparse_attention);
+  m.def("swiglu", &fd::swiglu);
   m.def("set_isa", &fd::set_isa, "Name an instruction set for the whole process, or 'auto'.");
   m.def("build_info", &fd::build_info, "How this module was built, and what it can use here.");
 }

@@ -22,6 +22,7 @@
 #include "patchify.h"
 #include "qkv_prologue.h"
 #include "resolution_transition.h"
+#include "swiglu.h"
 #include "token_change.h"
 #include "token_select.h"
 
@@ -332,6 +333,17 @@ inline Collapse collapse_of(int dtype, int sum_dtype, int64_t batch, int64_t tok
   }
   for (int s = 0; s < p.sum_count; ++s) p.sums[s] = state(sums[s], p.shape);
   p.accumulate = accumulate;
+  return p;
+}
+
+inline Swiglu swiglu_of(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle gate,
+                        py::handle value, py::handle out) {
+  Swiglu p;
+  p.dtype = dtype_of(dtype);
+  p.shape = {batch, tokens, width};
+  p.gate = state(gate, p.shape);
+  p.value = state(value, p.shape);
+  p.out = state(out, p.shape);
   return p;
 }
 

@@ -95,6 +95,12 @@ void collapse(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t w
   cuda::collapse(p, {device, reinterpret_cast<void*>(stream)});
 }
 
+void swiglu(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle gate,
+            py::handle value, py::handle out, int device, uintptr_t stream) {
+  const Swiglu p = swiglu_of(dtype, batch, tokens, width, gate, value, out);
+  cuda::swiglu(p, {device, reinterpret_cast<void*>(stream)});
+}
+
 py::dict info() {
   const DeviceInfo found = device_info();
   py::dict info;
@@ -124,6 +130,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("qkv_prologue", &fd::qkv_prologue);
   m.def("patchify", &fd::patchify);
   m.def("resolution_transition", &fd::resolution_transition);
+  m.def("swiglu", &fd::swiglu);
   m.def("info", &fd::info,
         "Devices seen, cudart version, the runtime's error if any, the targets of this build.");
 }

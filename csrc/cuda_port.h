@@ -2,8 +2,8 @@
 // give: the same text is compiled for a GPU and, for tests on a machine without one, for the host.
 //
 // A kernel uses threadIdx, blockIdx, blockDim, gridDim, __syncthreads, __shfl_xor_sync,
-// __shfl_up_sync, __ballot_sync, __popc, atomicAdd, fmaf, exp, sqrtf, what is declared here, and no
-// other part of CUDA.
+// __shfl_up_sync, __ballot_sync, __popc, atomicAdd, fmaf, expf, sqrtf, what is declared here, and
+// no other part of CUDA.
 #pragma once
 #include "element.h"
 

@@ -159,15 +159,18 @@ __global__ void __launch_bounds__(kThreads, kVectors == 1 ? kResident : 4)
   }
 }
 
-// Block 3 r + part takes that part of row r of all samples. Vector v of a thread is number v *
-// blockDim.x + threadIdx.x of the row, where each head begins a vector of its own.
+// Block 3 r + part takes that part of row r of all samples; of queries alone, block r takes row r.
+// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row, where each head begins a
+// vector of its own.
 template <class T, int kVectors, bool kAligned>
 __global__ void __launch_bounds__(kMaxThreads)
     qkv_prologue_tokens_kernel(const __grid_constant__ QkvPrologue p, int head_vectors) {
   FD_SHARED(float, partial_mean, kMaxThreads / kWarp);
   FD_SHARED(float, partial_about, 2 * (kMaxThreads / kWarp));
-  const Part part = static_cast<Part>(blockIdx.x % 3);
-  const uint32_t row = blockIdx.x / 3, tokens = static_cast<uint32_t>(p.shape.tokens);
+  const bool alone = p.kv_heads == 0;
+  const Part part = static_cast<Part>(alone ? 0 : blockIdx.x % 3);
+  const uint32_t row = alone ? blockIdx.x : blockIdx.x / 3;
+  const uint32_t tokens = static_cast<uint32_t>(p.shape.tokens);
   const Task<T> t = task_of<T>(p, part, row / tokens, row % tokens);
   const int heads = part == Part::kQ ? p.heads : p.kv_heads;
   const float width = static_cast<float>(heads * p.head);
@@ -277,7 +280,7 @@ void launch_tokens(const QkvPrologue& p, int vectors, int head_vectors, void* st
                                 " tokens; accepted for norm 'layer' is fewer than " +
                                 std::to_string(limit));
   }
-  const dim3 grid(3 * rows), block(divided(threads, kWarp) * kWarp);
+  const dim3 grid(p.kv_heads == 0 ? rows : 3 * rows), block(divided(threads, kWarp) * kWarp);
   if (all_aligned<T>(p)) {
     FD_LAUNCH((qkv_prologue_tokens_kernel<T, kVectors, true>), grid, block, stream, p,
               head_vectors);

@@ -19,7 +19,7 @@ struct QkvPrologue {
   Operand cos, sin;          // fp32 [B, S, d / 2] read at rows; null: no rotation
   Rows rows;                 // applies to the caches, cos and sin
   Shape shape;               // B, K, (H + 2 G) d
-  int heads = 0, kv_heads = 0, head = 0;  // H, G, d
+  int heads = 0, kv_heads = 0, head = 0;  // H, G, d; G may be 0
   Norm norm = Norm::kNone;
   double eps = 0;
   Dtype dtype = Dtype::kFloat32;

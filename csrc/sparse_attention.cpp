@@ -39,26 +39,6 @@ constexpr int kAhead = 16;   // rows of keys and values that are asked for befor
 // In every lane; adding 0 instead would turn a -0, so compilers do not leave it out.
 FD_INLINE Vec every(float x) { return x - Vec{}; }
 
-// exp(x) for x <= 0: 2^n of the nearest n, times a polynomial of the rest (Cephes' coefficients).
-// Under -87 it is 1e-38 or less, which no sum of fp32 with a 1 in it can tell from 0. A NaN stays.
-FD_INLINE Vec exp_of(Vec x) {
-  const Ints under = x < -87.0f;
-  const Ints kept = ~under & reinterpret_cast<Ints>(x);
-  x = reinterpret_cast<Vec>(kept | (under & reinterpret_cast<Ints>(every(-87.0f))));
-  const float magic = 12582912.0f;  // 1.5 2^23: adding it rounds to an integer
-  const Vec shifted = x * 1.44269504f + magic;
-  const Vec n = shifted - magic;
-  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Ints exponent = (reinterpret_cast<Ints>(shifted) - 0x4b400000) << 23;
-  return reinterpret_cast<Vec>(reinterpret_cast<Ints>(p) + exponent);
-}
-
 FD_INLINE Ints numbered_lanes() {
   Ints lanes;
   for (int i = 0; i < kWidth; ++i) lanes[i] = i;

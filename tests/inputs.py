@@ -257,6 +257,13 @@ class Runner:
         self.backend.collapse(branches, weights, groups, False, out)
         return out
 
+    def swiglu(self, gate, value, *, out=None) -> Tensor:
+        out = poisoned(gate.shape, gate.dtype) if out is None else out
+        if BACKENDS.get(self.backend.name) is self.backend:
+            return ops.swiglu(gate, value, out=out, backend=self.backend.name)
+        self.backend.swiglu(gate, value, out)
+        return out
+
     def sparse_attention(self, q, k, v, *, scale=None, out=None) -> Tensor:
         """The op makes its own output; with `out`, the backend writes there."""
         if out is None and BACKENDS.get(self.backend.name) is self.backend:

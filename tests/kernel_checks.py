@@ -19,12 +19,14 @@ from truth import (
     eager_head_norm,
     eager_norm_modulate,
     eager_rotation,
+    eager_swiglu,
     exact_blend,
     exact_collapse,
     exact_gated_residual,
     exact_head_norm,
     exact_norm_modulate,
     exact_rotation,
+    exact_swiglu,
 )
 
 MODEL_WIDTHS = (1152, 1536, 2304, 2432, 3072)
@@ -177,6 +179,16 @@ def check_one_rounding_of_sums_by_group(run: Runner) -> None:
         wide = [[t.float() for t in ts] for ts in (branches, weights)]
         eager = eager_collapse(*wide, groups, count=3)
         assert_one_rounding(f"collapse on {run.label}", sums, exact, eager)
+
+
+def check_one_rounding_of_gated_values(run: Runner) -> None:
+    """The SiLU is not rounded before it multiplies."""
+    for dtype in run.dtypes():
+        g = generator(11)
+        gate, value = (4 * normal((1, 3, 600), dtype, g) for _ in range(2))
+        out = run.swiglu(gate, value)
+        wide = eager_swiglu(gate.float(), value.float())
+        assert_one_rounding(f"swiglu on {run.label}", out, exact_swiglu(gate, value), wide)
 
 
 def check_repeats_of_gradients(run: Runner) -> None:

@@ -97,7 +97,7 @@ class RowOracle:
         ]
         for module, processor in before:
             cross = isinstance(module, nn.Module) and getattr(module, "is_cross_attention", False)
-            if not cross:
+            if self.lumina or not cross:  # of that family both turn their queries
                 module.processor = Processor(self, processor)
         for module, place, drawn in self._components():
             module.forward = self._reusing(module.forward, place, drawn)
@@ -455,16 +455,19 @@ class Processor:
         key_rotary_emb: Tensor | None,
         base_sequence_length: int | None,
     ) -> Tensor:
-        if key_rotary_emb is None:  # to the text
-            angles = {"query_rotary_emb": query_rotary_emb, "key_rotary_emb": None}
-            return self.stock(attn, x, context, mask, **angles)
         oracle, rows = self.oracle, self.oracle.rows_of(x.shape[0])
         width = attn.to_q.weight.shape[0] // attn.heads
         q = attn.norm_q(attn.to_q(x)).unflatten(-1, (-1, width))
-        k = attn.norm_k(attn.to_k(x)).unflatten(-1, (-1, width))
-        v = attn.to_v(x).unflatten(-1, (-1, width))
+        k = attn.norm_k(attn.to_k(context)).unflatten(-1, (-1, width))
+        v = attn.to_v(context).unflatten(-1, (-1, width))
         cos, sin = (t.repeat_interleave(2, -1).float() for t in _parts(query_rotary_emb))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = rotate(q, cos, sin)
+        if key_rotary_emb is None:  # to the text
+            held = (t.repeat_interleave(attn.heads // k.shape[2], 2) for t in (k, v))
+            q, k, v = (t.transpose(1, 2) for t in (q, *held))
+            mask = mask.bool()[:, None, None]
+            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        k = rotate(k, cos, sin)
         held = []
         for name, image in (("k", k), ("v", v)):
             key = (attn, name, oracle.calls % oracle.calls_per_step)

@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-BLEND, COLLAPSE = "blend.cu", "collapse.cu"
+BLEND, COLLAPSE, SWIGLU = "blend.cu", "collapse.cu", "swiglu.cu"
 GATED, NORM, PROLOGUE = "gated_residual.cu", "norm_modulate.cu", "qkv_prologue.cu"
 REDUCE, VECTOR, ELEMENT, OPERAND = "reduce.h", "vector.h", "element.h", "operand.h"
 QUANTISED = "norm_modulate.h"
@@ -72,16 +72,16 @@ FAULTS = {
         "stored < p.shape.tokens ? stored : k) + i, n)", "check_rows",
     ),
     "the gate is that of the first sample": Fault(
-        GATED, "p.gates[j].row<T>(b, k)", "p.gates[j].row<T>(0, k)", "check_gates"
+        GATED, "p.gates[j].template row<T>(b, k)", "p.gates[j].template row<T>(0, k)", "check_gates"
     ),
     "the gate is that of the first token": Fault(
-        GATED, "p.gates[j].row<T>(b, k)", "p.gates[j].row<T>(b, 0)", "check_gates"
+        GATED, "p.gates[j].template row<T>(b, k)", "p.gates[j].template row<T>(b, 0)", "check_gates"
     ),
     "the cache is not written": Fault(
         GATED, "if (p.cache) store", "if (false) store", "check_cache"
     ),
     "the cache is written at compact rows": Fault(
-        GATED, "p.cache.row<T>(b, stored)", "p.cache.row<T>(b, k)", "check_cache"
+        GATED, "p.cache.template row<T>(b, stored)", "p.cache.template row<T>(b, k)", "check_cache"
     ),
     "branches past the first group are left out": Fault(
         GATED, "first < p.count; first += kBranches", "first < kBranches; first += kBranches",
@@ -280,6 +280,12 @@ FAULTS = {
     ),
     "no barrier in the norm of all heads": Fault(
         REDUCE, "  __syncthreads();\n#pragma unroll\n", "#pragma unroll\n", "check_sizes", BF16, PROLOGUE
+    ),
+    "queries alone take turns with keys that are not there": Fault(
+        PROLOGUE, "alone ? blockIdx.x : blockIdx.x / 3", "blockIdx.x / 3", "check_queries_alone"
+    ),
+    "queries alone are taken for keys": Fault(
+        PROLOGUE, "alone ? 0 : blockIdx.x % 3", "blockIdx.x % 3", "check_queries_alone"
     ),
     "both sums of all heads share their memory": Fault(
         PROLOGUE, "sum_over_block<2>(about, partial_about)",
@@ -603,6 +609,37 @@ FAULTS = {
     "half of a vector of sums is stored twice": Fault(
         COLLAPSE, "from_floats<Sum>(values + i), n - i)", "from_floats<Sum>(values), n - i)",
         "check_sizes",
+    ),
+    # swiglu
+    "the exponential of a large gate overflows": Fault(
+        SWIGLU, "const float e = expf(as_float(as_bits(g) | 0x80000000u));  // of -|g|\n"
+        "  return g * (g < 0.0f ? e : 1.0f) / (1.0f + e);",
+        "const float e = expf(g);\n  return g * e / (1.0f + e);", "check_special_values",
+    ),
+    "a negative gate has the SiLU of a positive one": Fault(
+        SWIGLU, "(g < 0.0f ? e : 1.0f)", "1.0f", "check_each_gate"
+    ),
+    "alignment of the value is not looked at": Fault(
+        SWIGLU, "aligned<T>(p.value)", "true", "check_strides"
+    ),
+    "alignment of what is written is not looked at": Fault(
+        SWIGLU, "aligned<T>(p.gate) && aligned<T>(p.value) &&\n         aligned<T>(p.out)",
+        "aligned<T>(p.gate) && aligned<T>(p.value)", "check_strides",
+    ),
+    "a width that is no multiple of a vector counts as aligned": Fault(
+        SWIGLU, "p.shape.width % kElements<T> == 0 && ", "", "check_halves"
+    ),
+    "columns past the first of a thread are left out": Fault(
+        SWIGLU, "i += blockDim.x * kElements<T>", "i += p.shape.width", "check_wide_rows"
+    ),
+    "rows past the first of a block are left out": Fault(
+        SWIGLU, "(rows - 1) / down + 1", "(rows - 1) / (2 * down) + 1", "check_sizes"
+    ),
+    "the value is that of the first token": Fault(
+        SWIGLU, "p.value.row<T>(b, k)", "p.value.row<T>(b, 0)", "check_sizes"
+    ),
+    "the value is that of the first sample": Fault(
+        SWIGLU, "p.value.row<T>(b, k)", "p.value.row<T>(0, k)", "check_sizes"
     ),
 }  # fmt: skip
 

@@ -753,6 +753,11 @@ def negative_sine(call):
     run(call, sin=None if call["sin"] is None else -call["sin"])
 
 
+def queries_alone_left_out(call):
+    if call["k_cache"].shape[2]:
+        run(call)
+
+
 def k_unrotated(call):
     run(call)
     run(call, q_out=call["q_out"].clone(), cos=None, sin=None)
@@ -860,6 +865,7 @@ def clears_caches_without_tokens(call):
 
 PROLOGUE_FAULTS = {
     negative_sine: ["check_sizes", "check_rows", "check_model_heads"],
+    queries_alone_left_out: ["check_queries_alone"],
     k_unrotated: ["check_sizes"],
     v_normed: ["check_sizes"],
     k_weighed_as_q: ["check_sizes"],
@@ -1388,6 +1394,94 @@ COLLAPSE_FAULTS = {
 }
 
 
+# --- swiglu: each is called with the backend's own arguments
+
+
+def gate_and_value_swapped(gate, value, out):
+    CORRECT.swiglu(value, gate, out)
+
+
+def sigmoid_alone(gate, value, out):
+    out.copy_(gate.sigmoid() * value)
+
+
+def silu_by_tanh(gate, value, out):
+    out.copy_(F.gelu(1.702 * gate, approximate="tanh") / 1.702 * value)
+
+
+def exponential_overflows(gate, value, out):
+    by = gate.exp()
+    out.copy_(gate * by / (1 + by) * value)
+
+
+def negative_gates_cut_off(gate, value, out):
+    CORRECT.swiglu(torch.where(gate < -6, torch.zeros_like(gate), gate), value, out)
+
+
+def gate_assumed_before_its_value(gate, value, out):
+    if not gate.is_contiguous():
+        gate, value = sorted((gate, value), key=torch.Tensor.data_ptr)
+    CORRECT.swiglu(gate, value, out)
+
+
+def contiguous_value_assumed(gate, value, out):
+    dense = value.as_strided(value.shape, (value.shape[1] * value.shape[2], value.shape[2], 1))
+    CORRECT.swiglu(gate, dense, out)
+
+
+def product_out_written_first(gate, value, out):
+    out.zero_()
+    CORRECT.swiglu(gate, value, out)
+
+
+def gate_replaced_by_its_silu(gate, value, out):
+    CORRECT.swiglu(gate, value, out)
+    if gate.data_ptr() != out.data_ptr():
+        gate.copy_(F.silu(gate))
+
+
+def product_depends_on_threads(gate, value, out):
+    CORRECT.swiglu(gate, value, out)
+    out.mul_(1 + torch.finfo(out.dtype).eps * torch.get_num_threads())
+
+
+def product_without_nan(gate, value, out):
+    CORRECT.swiglu(gate, value, out)
+    out.nan_to_num_()
+
+
+def product_of_nothing_written(gate, value, out):
+    CORRECT.swiglu(gate, value, out)
+    if out.numel() == 0:
+        out.as_strided((1,), (1,), out.storage_offset()).zero_()
+
+
+def four_thousand_columns_at_most(gate, value, out):
+    CORRECT.swiglu(gate[..., :4096], value[..., :4096], out[..., :4096])
+
+
+def last_column_unwritten(gate, value, out):
+    CORRECT.swiglu(gate[..., :-1], value[..., :-1], out[..., :-1])
+
+
+SWIGLU_FAULTS = {
+    gate_and_value_swapped: ["check_sizes", "check_halves"],
+    sigmoid_alone: ["check_sizes"],
+    silu_by_tanh: ["check_sizes", "check_each_gate"],
+    exponential_overflows: ["check_special_values"],
+    negative_gates_cut_off: ["check_each_gate"],
+    gate_assumed_before_its_value: ["check_halves"],
+    contiguous_value_assumed: ["check_halves", "check_strides"],
+    product_out_written_first: ["check_in_place"],
+    gate_replaced_by_its_silu: ["check_inputs_and_guards"],
+    product_depends_on_threads: ["check_repeats"],
+    product_without_nan: ["check_special_values"],
+    product_of_nothing_written: ["check_empty"],
+    four_thousand_columns_at_most: ["check_wide_rows"],
+    last_column_unwritten: ["check_sizes"],
+}
+
+
 def refuses(check, runner: Runner) -> bool:
     try:
         check(runner)
@@ -1406,6 +1500,7 @@ FAULTS = {
     "qkv_prologue": PROLOGUE_FAULTS,
     "resolution_transition": TRANSITION_FAULTS,
     "sparse_attention": ATTENTION_FAULTS,
+    "swiglu": SWIGLU_FAULTS,
     "token_change": CHANGE_FAULTS,
     "token_select": SELECT_FAULTS,
 }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import pkgutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 
 import fastdit
@@ -13,6 +15,7 @@ import tiny_models
 from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Dense, Schedule
 from fastdit.adapters import find_adapter
+from fastdit.backends.base import attention
 from oracle import Oracle, random_bits
 
 pytestmark = pytest.mark.diffusers
@@ -25,14 +28,17 @@ STEPS = 5
 def fused(monkeypatch):
     """Counts the calls of the adapters' own attention."""
     calls = []
-    attend = fastdit.blocks.attention.attend
 
-    def counted(*args, **kwargs):
-        calls.append(args[1])
-        return attend(*args, **kwargs)
+    def counting(function):
+        def counted(*args, **kwargs):
+            calls.append(args[1])
+            return function(*args, **kwargs)
+
+        return counted
 
     monkeypatch.setattr("fastdit.blocks.attention.fuses", lambda device: True)
-    monkeypatch.setattr("fastdit.blocks.attention.attend", counted)
+    for place in ("fastdit.blocks.attention.attend", "fastdit.adapters.lumina.cross_attention"):
+        monkeypatch.setattr(place, counting(pkgutil.resolve_name(place)))
     return calls
 
 
@@ -46,6 +52,13 @@ def attentions(model):
     ]
 
 
+def call_in_fp64(family, batch, *args, **kwargs):
+    """With angles of fp64 too: products of complex numbers in fp32 round by their own order."""
+    given = tiny_models.call(family, batch, torch.float64, *args, **kwargs)
+    narrow = {k: v for k, v in given.items() if getattr(v, "dtype", None) is torch.complex64}
+    return given | {k: v.to(torch.complex128) for k, v in narrow.items()}
+
+
 @pytest.mark.parametrize("shape", [(1, 8, 16), (3, 12, 8)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
@@ -53,7 +66,7 @@ def attentions(model):
 def test_dense_is_exact_in_fp64(family, shape, fused):
     model = tiny_models.transformer(family, torch.float64)
     batch, height, width = shape
-    inputs = tiny_models.call(family, batch, torch.float64, height, width)
+    inputs = call_in_fp64(family, batch, height, width)
     stock = model(**inputs)[0]
     fastdit.patch(model)
     for _ in range(2):
@@ -88,7 +101,7 @@ def is_float(value):
 def test_random_schedules_are_exact_in_fp64(family, seed, fused):
     model = tiny_models.transformer(family, torch.float64)
     bits, names = random_bits(model, STEPS, seed, compute=(0.2, 0.5, 0.8)[seed])
-    inputs = [tiny_models.call(family, 1 + seed, torch.float64, step=step) for step in range(STEPS)]
+    inputs = [call_in_fp64(family, 1 + seed, step=step) for step in range(STEPS)]
     with Oracle(model, bits).installed():
         expected = [model(**given)[0] for given in inputs]
     handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
@@ -150,11 +163,34 @@ def test_what_is_told_to_processors_reaches_them(family, fused):
     model = tiny_models.transformer(family)
     fastdit.patch(model)
     known = inspect.signature(type(model).forward).parameters
-    name = "attention_kwargs" if "attention_kwargs" in known else "joint_attention_kwargs"
-    model(**tiny_models.call(family, 2), **{name: {"unheard_of": 1}})
+    names = ("attention_kwargs", "joint_attention_kwargs", "cross_attention_kwargs")
+    name = next(name for name in names if name in known)
+    given = tiny_models.call(family, 2)
+    model(**given | {name: {"unheard_of": 1}})
     assert not fused
-    model(**tiny_models.call(family, 2), **{name: {}})
+    model(**given | {name: {}})
     assert fused
+
+
+def test_heads_that_share_keys_are_repeated_under_a_mask_alone(monkeypatch):
+    """On a GPU no fast attention of torch takes a mask and shared keys; without a mask the fastest does."""
+    seen = []
+    stock = F.scaled_dot_product_attention
+
+    def spy(q, k, v, **kwargs):
+        seen.append((k.shape[1], "enable_gqa" in kwargs))
+        return stock(q, k, v, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 5, heads, 8, generator=g) for heads in (6, 2, 2))
+    mask = torch.rand(2, 1, 1, 5, generator=g) > 0.4
+    scores = torch.einsum("bqhd,bshd->bhqs", q, k.repeat_interleave(3, 2)) * 8**-0.5
+    for given in (None, mask):
+        shown = scores if given is None else scores.masked_fill(~given, -torch.inf)
+        expected = torch.einsum("bhqs,bshd->bqhd", shown.softmax(-1), v.repeat_interleave(3, 2))
+        torch.testing.assert_close(attention(q, k, v, None, given), expected)
+    assert seen == [(2, True), (6, False)]
 
 
 @torch.no_grad()

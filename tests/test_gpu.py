@@ -151,6 +151,7 @@ def all_ops(backend: Backend, device: torch.device, dtype: torch.dtype = torch.b
         backend.unpatchify(finer, places, field)
         backend.collapse([x, store], [gate, None], [1, 0], False, sums)
         backend.blend(h, branch, r, out, gate, None, out)
+        backend.swiglu(out, branch, out)
 
     return (x, store, cache, h, branch, out, state, sums, r, kept, noted), call
 

@@ -1002,6 +1002,7 @@ def opcheck_samples():
     yield "blend", (*blend, x, gate, cache[:, :K].clone(), out.clone(), None)
     yield "blend_backward", (x, *blend, gate, out.clone(), out.clone(), torch.tensor(0.0), None)
     yield "collapse", ([x, fresh], [gate, None], [0, 2], True, some(3, B, K, D), "reference")
+    yield "swiglu", (x, fresh, out.clone(), None)
 
 
 @pytest.mark.slow

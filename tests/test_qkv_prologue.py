@@ -57,16 +57,18 @@ class Stream:
         run.qkv_prologue(self.q, self.k, self.v, *outputs, **self.options)
         return outputs
 
-    def expected(self, norm_of, rotation) -> tuple[Tensor, Tensor]:
-        """q and k [B, K, heads, d] as the functions of truth.py have them."""
+    def expected(self, norm_of, rotation) -> tuple[Tensor, ...]:
+        """q, and k where there is one, [B, K, heads, d] as the functions of truth.py have them."""
         found = []
         for name, x, heads in (("q", self.q, self.heads), ("k", self.k, self.kv_heads)):
+            if heads == 0:
+                continue
             affine = [self.options.get(f"{name}_{part}") for part in ("weight", "bias")]
             x = norm_of(x, heads, self.options.get("norm"), *affine, self.options.get("eps", 1e-6))
             if self.options.get("cos") is not None:
                 x = rotation(x, self.options["cos"], self.options["sin"], self.positions)
             found.append(x)
-        return found[0], found[1]
+        return tuple(found)
 
 
 def stream(
@@ -83,6 +85,8 @@ def stream(
         options["rows"] = torch.stack(picks).sort(dim=1).values.to(index)
     if norm is not None:
         for name, n in (("q", heads), ("k", kv_heads)):
+            if n == 0:
+                continue
             width = n * dim if norm == "layer" else dim
             options[f"{name}_weight"] = normal((width,), dtype, g)
             if norm == "layer":
@@ -111,7 +115,7 @@ def compare(run: Runner, what: str, s: Stream, outputs, before=None) -> None:
     found = (q_out[:, start : start + tokens], gathered(k_cache, s.positions))
     exact = s.expected(exact_head_norm, exact_rotation)
     eager = s.expected(eager_head_norm, eager_rotation)
-    for name, got, truth, stock in zip("qk", found, exact, eager, strict=True):
+    for name, got, truth, stock in zip("qk", found, exact, eager, strict=False):
         assert_close(f"{what}, {name}", got, truth.double(), stock)
         if run.backend.name == "reference":
             assert_equal(f"{what}, {name} against stock", got, stock)
@@ -162,6 +166,15 @@ def check_model_heads(run: Runner) -> None:
         ):
             s = stream(dtype, 1, 2, heads, kv_heads, dim, norm)
             compare(run, f"{heads} heads", s, s.run(run))
+
+
+def check_queries_alone(run: Runner) -> None:
+    for dtype in run.dtypes():
+        for norm in NORMS:
+            for heads, dim in ((4, 64), (32, 72)):
+                for sparse in (False, True):
+                    s = stream(dtype, 2, 3, heads, 0, dim, norm, sparse=sparse, q_offset=1)
+                    compare(run, f"{heads} heads, no keys", s, s.run(run))
 
 
 def check_optional_parts(run: Runner) -> None:

@@ -487,7 +487,7 @@ def test_inactive_keys_are_read_and_active_ones_are_overwritten(chosen):
         ("sd3.5", 3 + 2 / 2, 2),
         ("flux", 2 + 2 / 2, 2),
         ("pixart-sigma", 3, 1),
-        ("lumina", 3, 1),
+        ("lumina", 3 + 3, 1),
     ],
 )
 @pytest.mark.usefixtures("unprogrammed")

@@ -23,6 +23,14 @@ def test_traffic_is_what_each_launch_reads_and_writes():
     assert found.launches == 5  # with the product
 
 
+def test_a_gated_activation_is_read_and_written_once():
+    gate, value = torch.randn(1, 6, 32), torch.randn(1, 6, 32)
+    for out in (None, gate):
+        with traffic.Traffic() as found:
+            ops.swiglu(gate, value, out=out)
+        assert found.bytes == {"activations": 3 * gate.nbytes}
+
+
 def test_fused_ops_are_counted_by_the_rows_of_their_call():
     new = {"dtype": torch.float32}
     x, branch = torch.randn(1, 6, 32, **new), torch.randn(1, 6, 32, **new)

@@ -21,11 +21,13 @@ from truth import (
     eager_collapse,
     eager_gated_residual,
     eager_norm_modulate,
+    eager_swiglu,
     exact_attention,
     exact_blend,
     exact_collapse,
     exact_gated_residual,
     exact_norm_modulate,
+    exact_swiglu,
 )
 
 if not INTERPRETED:
@@ -43,6 +45,7 @@ from triton_kernels.gated_residual import gated_residual
 from triton_kernels.launch import Launch
 from triton_kernels.norm_modulate import norm_modulate
 from triton_kernels.sparse_attention import sparse_attention
+from triton_kernels.swiglu import swiglu
 
 
 @pytest.fixture
@@ -122,6 +125,9 @@ def test_every_tile_obeys_the_rule(launch):
     collapse(*given, False, sums, launch=launch)
     exact, eager = exact_collapse(*given, count=2), eager_collapse(*given, count=2)
     assert_close(f"collapse, {launch}", sums, exact, eager)
+    swiglu(x, branch, out, launch=launch)
+    exact, eager = (f(x, branch) for f in (exact_swiglu, eager_swiglu))
+    assert_close(f"swiglu, {launch}", out, exact, eager)
     for rms in (False, True):
         out = poisoned(x.shape, x.dtype)
         norm_modulate(

@@ -16,6 +16,7 @@ PROLOGUE, SELECT = "qkv_prologue", "token_select"
 CHANGE = "token_change"
 PATCHIFY, TRANSITION = "patchify", "resolution_transition"
 ATTENTION = "sparse_attention"
+SWIGLU = "swiglu"
 
 
 @dataclass(frozen=True)
@@ -533,6 +534,10 @@ FAULTS = {
         BLEND, "        if gate is not None:\n                g *=",
         "        if gate is not None:\n                g *= 1.0 + 0.0 *", "check_gates",
     ),
+    "queries without keys are left out": one(
+        PROLOGUE, "triton.cdiv(heads, launch.rows) + 2", "min(heads, kv_heads) + 2",
+        "check_queries_alone",
+    ),
     "the last pieces of a row have no gradient": one(
         BLEND, "range(0, WIDTH, COLS)", "range(0, COLS, COLS)", "check_backward_sizes"
     ),
@@ -568,5 +573,37 @@ FAULTS = {
     "sums are kept in bf16": one(
         COLLAPSE, "branch, sum0)", "branch, sum0).to(tl.bfloat16).to(tl.float32)",
         "check_one_rounding_of_sums_by_group",
+    ),
+    # swiglu
+    "the exponential of a large gate overflows": Fault(
+        SWIGLU, (("tl.exp(-tl.abs(g))", "tl.exp(g)"), ("tl.where(g < 0.0, e, 1.0)", "e")),
+        "check_special_values",
+    ),
+    "a negative gate has the SiLU of a positive one": one(
+        SWIGLU, "tl.where(g < 0.0, e, 1.0)", "1.0", "check_each_gate"
+    ),
+    "the SiLU is rounded before it multiplies": one(
+        SWIGLU, "(silu * v).to(dtype)", "(silu.to(dtype).to(tl.float32) * v).to(dtype)",
+        "check_one_rounding_of_gated_values",
+    ),
+    "the value is that of the first sample": one(
+        SWIGLU, "pointers(value, b, k, col)", "pointers(value, b * 0, k, col)", "check_sizes"
+    ),
+    "the value has the strides of the gate": one(
+        SWIGLU, "tl.load(pointers(value, b, k, col)",
+        "tl.load(value.start + (b * gate.batch + k * gate.token)[:, None] + col[None, :]",
+        "check_strides",
+    ),
+    "the last piece of a gated row is left out": one(
+        SWIGLU, "triton.cdiv(width, launch.cols))", "max(1, width // launch.cols))", "check_sizes"
+    ),
+    "columns past D of a gated row are stored": one(
+        SWIGLU, "(silu * v).to(dtype), mask=inside)",
+        "(silu * v).to(dtype), mask=(row < total)[:, None])", "check_inputs_and_guards",
+    ),
+    "a gated row past the last is stored": one(
+        SWIGLU, "(silu * v).to(dtype), mask=inside)",
+        "(silu * v).to(dtype), mask=(row <= total)[:, None] & (col < WIDTH)[None, :])",
+        "check_inputs_and_guards",
     ),
 }  # fmt: skip

@@ -184,6 +184,16 @@ def exact_collapse(branches, weights, groups, sums=None, count=1):
     return eager_collapse(branches, weights, groups, sums, count)
 
 
+def eager_swiglu(gate, value):
+    """As diffusers' modules, with the SiLU rounded."""
+    return F.silu(gate) * value
+
+
+def exact_swiglu(gate, value):
+    gate = gate.double()
+    return gate * gate.sigmoid() * value.double()
+
+
 def eager_attention(q, k, v, scale=None):
     """q [B, Q, H, d] over k and v [B, S, G, d], as diffusers' dispatcher calls torch."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))

@@ -57,6 +57,7 @@ def instances() -> dict[str, Callable[[int], None]]:
     from triton_kernels.qkv_prologue import qkv_prologue
     from triton_kernels.resolution_transition import resolution_transition
     from triton_kernels.sparse_attention import sparse_attention
+    from triton_kernels.swiglu import swiglu
     from triton_kernels.token_change import token_change
     from triton_kernels.token_select import token_select
 
@@ -192,6 +193,11 @@ def instances() -> dict[str, Callable[[int], None]]:
         members = [i % groups for i in range(count)]
         return lambda architecture: collapse(branches, weights, members, False, found)
 
+    def product(width: int, dtype: torch.dtype, halves: bool):
+        both = new(batch, tokens, 2 * width, dtype=dtype)
+        gate, value = both.chunk(2, -1) if halves else [new(batch, tokens, width, dtype=dtype)] * 2
+        return lambda architecture: swiglu(gate, value, gate)
+
     def attention(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, queries: int = tokens):
         q = new(batch, queries, heads, dim, dtype=dtype)
         k = new(batch, layout, kv_heads, dim, dtype=dtype)
@@ -231,6 +237,9 @@ def instances() -> dict[str, Callable[[int], None]]:
         "blend_backward fp32 D1536": mixture_backward(1536, fp32, False),
         "collapse bf16 D1152 k8 in 3": sums(1152, 8, bf16, 3),
         "collapse fp32 D1152 k28 in 3": sums(1152, 28, fp32, 3),
+        "swiglu bf16 D6144": product(6144, bf16, False),
+        "swiglu fp16 D9216 halves": product(9216, fp16, True),
+        "swiglu fp32 D6144": product(6144, fp32, False),
         "token_change bf16 packed rows": change(bf16, False, True),
         "token_change fp16 latents": change(fp16, True, False),
         "token_change fp32 latents rows": change(fp32, True, True),
@@ -241,6 +250,7 @@ def instances() -> dict[str, Callable[[int], None]]:
         "qkv_prologue fp16 24x64 rms": prologue(24, 24, 64, fp16, "rms", False),
         "qkv_prologue bf16 24/8x96 rms rotated rows": prologue(24, 8, 96, bf16, "rms", True),
         "qkv_prologue bf16 32/8x72 layer rotated": prologue(32, 8, 72, bf16, "layer", False),
+        "qkv_prologue bf16 32/0x72 layer rotated": prologue(32, 0, 72, bf16, "layer", False),
         "qkv_prologue bf16 16x72 copied": prologue(16, 16, 72, bf16, None, False),
         "qkv_prologue fp32 24x128 rms rotated rows": prologue(24, 24, 128, fp32, "rms", True),
         "sparse_attention bf16 24x128": attention(24, 24, 128, bf16),

@@ -5,9 +5,9 @@ below, keyed by op, width D, bucket of rows and architecture. Nothing is tuned a
 call launches the same kernel on every run. The rule is by reasoning, for a memory-bound kernel:
 
 * 16-byte accesses: 8 elements of bf16 a thread, so 256 columns a warp.
-* gated_residual, blend and collapse have no reduction over a row, so their tile is 1024 elements for
-  4 warps, as wide as the width allows without idling more than an eighth of the lanes, over adjacent
-  rows.
+* gated_residual, blend, collapse and swiglu have no reduction over a row, so their tile is 1024
+  elements for 4 warps, as wide as the width allows without idling more than an eighth of the lanes,
+  over adjacent rows.
 * norm_modulate keeps whole rows in registers: one row a program from D = 1152 on (several below),
   in at most 6 pieces, which is at most 48 fp32 registers a thread for the row. Up to D = 1536 one
   warp holds a row and the reduction needs no barrier.
@@ -149,6 +149,7 @@ RULES = MappingProxyType(
         "collapse": streaming,
         "gated_residual": streaming,
         "norm_modulate": whole_rows,
+        "swiglu": streaming,
     }
 )
 

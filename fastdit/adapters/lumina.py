@@ -23,10 +23,12 @@ from torch.nn import functional as F
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Call, Size, blank, picture
-from fastdit.blocks.attention import Rotation, self_attention
+from fastdit.blocks.attention import Rotation, cross_attention, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.gated import feed_forward
 from fastdit.blocks.layer_inputs import LayerInputs, repeated
 from fastdit.blocks.residual import gathered
+from fastdit.observe import observed
 
 
 def lumina_block(
@@ -68,10 +70,14 @@ def lumina_block(
         )
 
     def attend_to_text() -> Tensor:
+        text = fw.normed(block.norm1_context, encoder_hidden_states)
+        if fw.tokens is not None and not observed(block.attn2):
+            rotation = fw.rotation(lambda: Rotation.of(image_rotary_emb[0]))
+            return cross_attention(fw, block.attn2, u, text, encoder_mask.bool(), rotation)
         return fw.segments.attention(
             block.attn2,
             hidden_states=u,
-            encoder_hidden_states=fw.normed(block.norm1_context, encoder_hidden_states),
+            encoder_hidden_states=text,
             attention_mask=encoder_mask,
             query_rotary_emb=image_rotary_emb,
             key_rotary_emb=None,
@@ -82,23 +88,28 @@ def lumina_block(
     cross = gathered(fw.component("attn2", attend_to_text)) if runs_attn2 else None
     branch = fw.component(
         "to_out",
-        lambda: fw.normed(
-            block.norm2,
-            fw.segments.project_heads(block.attn2.to_out[0], attention, cross, block.gate),
-        ),
+        lambda: fw.normed(block.norm2, projected(fw, block, attention, cross)),
     )
     image.add(branch, gate)
     branch = fw.component(
         "feed_forward",
         lambda: fw.normed(
             block.ffn_norm2,
-            fw.segments.feed_forward(
-                block.feed_forward, image.normed(block.ffn_norm1, scale_mlp, None)
-            ),
+            feed_forward(fw, block.feed_forward, image.normed(block.ffn_norm1, scale_mlp, None)),
         ),
     )
     image.add(branch, gate_mlp)
     return image.leave()
+
+
+def projected(fw: Forward, block: nn.Module, attention: Tensor, cross: Tensor) -> Tensor:
+    """The block's output projection of the sum of two attentions [B, N, heads, d], the second gated by head."""
+    layer = block.attn2.to_out[0]
+    if not fw.fuses_segments or block.gate.dtype is not attention.dtype:
+        return fw.segments.project_heads(layer, attention, cross, block.gate)
+    gate = block.gate.tanh().repeat_interleave(attention.shape[-1])
+    mixed = fw.ops.gated_residual(attention.flatten(2), [cross.flatten(2)], [gate])
+    return fw.segments.linear(layer, mixed)
 
 
 def squashed(
@@ -124,6 +135,7 @@ class Lumina(Adapter):
     timesteps_rise = True
     layouts = dict.fromkeys(components["layers"], ("image",))
     processors = ("LuminaAttnProcessor2_0",)
+    fused_attentions = ("attn1", "attn2")
     own_attention_arguments = frozenset({"scale", "base_sequence_length"})
     prompt_attentions = {"layers": ("attn2",)}
     condition_embedding = "time_caption_embed"

@@ -21,6 +21,7 @@ from fastdit.adapters.base import BATCH, Adapter, Size, blank, picture
 from fastdit.adapters.lumina import squashed
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.gated import feed_forward
 from fastdit.blocks.residual import Residual
 
 
@@ -85,15 +86,12 @@ def _block(
             image_rotary_emb=rotary,
         )
 
-    def feed_forward() -> Tensor:
-        u = stream.normed(block.ffn_norm1, scale_mlp, None)
-        return fw.segments.feed_forward(block.feed_forward, u)
+    def gated() -> Tensor:
+        return feed_forward(fw, block.feed_forward, stream.normed(block.ffn_norm1, scale_mlp, None))
 
     branch = fw.component(f"{prefix}attn", lambda: fw.normed(block.norm2, attend()))
     stream.add(branch, gate)
-    branch = fw.component(
-        f"{prefix}feed_forward", lambda: fw.normed(block.ffn_norm2, feed_forward())
-    )
+    branch = fw.component(f"{prefix}feed_forward", lambda: fw.normed(block.ffn_norm2, gated()))
     stream.add(branch, gate_mlp)
 
 

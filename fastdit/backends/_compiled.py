@@ -249,6 +249,16 @@ class Compiled(Backend):
             *self._context(first, 0),
         )
 
+    def swiglu(self, gate, value, out):
+        self.module.swiglu(
+            DTYPE_CODES[gate.dtype],
+            *gate.shape,
+            _address(gate),
+            _address(value),
+            _address(out),
+            *self._context(gate, 0),
+        )
+
 
 def _given(t: Tensor | None) -> int | tuple[int, int, int] | None:
     return None if t is None else _address(t)

@@ -22,8 +22,11 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None = None
 ) -> Tensor:
     """[B, Q, H, d] over [B, S, G, d], by torch; `mask` [B, 1 or H, 1 or Q, S] is added to the products."""
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    if grouped and mask is not None:  # on a GPU torch has both in its slowest attention alone
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for t in (k, v))
+        grouped = {}
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, **grouped)
     return out.transpose(1, 2)
 
@@ -108,7 +111,7 @@ class Backend:
         k: Tensor,  # [B, K, G d]
         v: Tensor,  # [B, K, G d]
         q_out: Tensor,  # [B, Q, H, d], written from token q_offset on
-        k_cache: Tensor,  # [B, S, G, d], written at kv_offset + rows
+        k_cache: Tensor,  # [B, S, G, d], written at kv_offset + rows; G may be 0
         v_cache: Tensor,  # [B, S, G, d], written at kv_offset + rows
         rows: Tensor | None,  # [B, K]
         q_offset: int,
@@ -198,6 +201,15 @@ class Backend:
     ) -> None:
         """sums[0] = sum_i weights[i] * branches[i]; sums[g] = sum of the branches of group g."""
         raise TypeError(f"backend {self.name} has no collapse")
+
+    def swiglu(
+        self,
+        gate: Tensor,  # [B, N, D]
+        value: Tensor,  # [B, N, D]
+        out: Tensor,  # [B, N, D], written; may be gate or value
+    ) -> None:
+        """out = silu(gate) * value."""
+        raise TypeError(f"backend {self.name} has no swiglu")
 
     #: whether sparse_attention is a kernel of its own, and not torch's attention
     attends = False

@@ -5,7 +5,7 @@ dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its m
 as diffusers' RMSNorm does, whatever the dtype. Heads are normed, rounded to the dtype, rotated in
 fp32 and rounded again, as its attention processors do. A selection of tokens is two stable sorts.
 Tokens are copied by index, cell by cell; where they are split, noise is added in fp32.
-A blend is taken in fp32 and rounded before its gate. A collapse adds in fp32.
+A blend is taken in fp32 and rounded before its gate. A collapse adds in fp32. A SiLU is rounded before it multiplies.
 Runs wherever torch does, and is what the ops differentiate through. It is not fast: every operation
 is a pass over memory of its own.
 """
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.backends._fp8 import quantised_rows
+from fastdit.backends._values import check_places, check_range
 from fastdit.backends.base import Backend
 from fastdit.errors import ArgumentError
 
@@ -47,6 +48,11 @@ def residual_sum(
             branch = branch * (weights[i] if weights.ndim == 1 else weights[i].unsqueeze(-1))
         total = total + (branch if gate is None else per_token(gate) * branch)
     return total.to(x.dtype)
+
+
+def gated_silu(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value."""
+    return F.silu(gate) * value
 
 
 def modulated_norm(
@@ -230,37 +236,11 @@ def _batch_index(rows: Tensor) -> Tensor:
     return torch.arange(rows.shape[0], device=rows.device, dtype=rows.dtype).unsqueeze(1)
 
 
-def _check_range(rows: Tensor | None, tokens: int) -> None:
-    # A look at the values waits for the device, so only where there is nothing to wait for.
-    if rows is None or rows.device.type != "cpu" or rows.numel() == 0:
-        return
-    low, high = rows.min().item(), rows.max().item()
-    if low < 0 or high >= tokens:
-        wrong = low if low < 0 else high
-        raise ArgumentError(f"rows: found {wrong}, but the store has rows 0 to {tokens - 1}")
-
-
-def _check_places(table: Tensor, field: Tensor) -> None:
-    if table.device.type != "cpu":
-        return
-    level, y, x = table.to(torch.int64).unbind(-1)
-    height, width = field.shape[1:3]
-    side = 1 << level.clamp(0, 62)
-    inside = (level >= 0) & (level < 31) & (y >= 0) & (x >= 0)
-    outside = ~(inside & (y + side <= height) & (x + side <= width))
-    if outside.any():
-        found = table[outside][0].tolist()
-        raise ArgumentError(
-            f"table: found the token {found} (level, y, x); accepted are those within the grid of "
-            f"{height} x {width} cells"
-        )
-
-
 def _check_split(table: Tensor, rows: Tensor, raster: int | None, tokens: int) -> None:
     """Of `tokens` that come out."""
     if table.device.type != "cpu":
         return
-    _check_range(rows, table.shape[1])
+    check_range(rows, table.shape[1])
     if (rows[:, 1:] <= rows[:, :-1]).any():
         raise ArgumentError("rows: got some that do not ascend; accepted are ascending ones")
     parents = gather_rows(table, rows)
@@ -292,9 +272,9 @@ class Reference(Backend):
     def gated_residual(self, x, branches, gates, fresh, cache, rows, out, weights=None):
         for i, store in enumerate(branches):
             if i != fresh:
-                _check_range(rows, store.shape[1])
+                check_range(rows, store.shape[1])
         if cache is not None:
-            _check_range(rows, cache.shape[1])
+            check_range(rows, cache.shape[1])
             scatter_rows(cache, rows, branches[fresh])
         out.copy_(residual_sum(x, branches, gates, fresh, rows, weights))
 
@@ -302,7 +282,7 @@ class Reference(Backend):
         self, x, scale, shift, weight, bias, eps, rms, branch, gate, cache, rows, out,
         row_scale=None,
     ):  # fmt: skip
-        _check_range(rows, x.shape[1])
+        check_range(rows, x.shape[1])
         active = x if rows is None else gather_rows(x, rows)
         if branch is not None:
             active = residual_sum(active, [branch], [gate])
@@ -353,7 +333,7 @@ class Reference(Backend):
     ):  # fmt: skip
         tokens, dim = q.shape[1], q_out.shape[3]
         stored = k_cache.shape[1] if cos is None else min(k_cache.shape[1], cos.shape[-2])
-        _check_range(rows, stored - kv_offset)
+        check_range(rows, stored - kv_offset)
         q = normed_heads(q, dim, norm, q_weight, q_bias, eps)
         k = normed_heads(k, dim, norm, k_weight, k_bias, eps)
         end = None if rows is not None else kv_offset + tokens
@@ -365,7 +345,7 @@ class Reference(Backend):
         scatter_rows(v_cache[:, kv_offset:end], rows, v.unflatten(-1, k.shape[2:]))
 
     def patchify(self, field, table, tokens):
-        _check_places(table, field)
+        check_places(table, field)
         level, y, x = table.to(torch.int64).unbind(-1)
         height, width = field.shape[3:5]
         lines = y[..., None] * height + (_numbers(height, table) << level[..., None])
@@ -376,7 +356,7 @@ class Reference(Backend):
         tokens.copy_(field[(batch, *cell, *inside)])
 
     def unpatchify(self, tokens, table, field):
-        _check_places(table, field)
+        check_places(table, field)
         if tokens.shape[1] == 0:
             return
         _, rows, columns, height, width, _ = field.shape
@@ -437,6 +417,9 @@ class Reference(Backend):
     def collapse(self, branches, weights, groups, accumulate, sums):
         start = sums if accumulate else None
         sums.copy_(collapsed(branches, weights, groups, sums.shape[0], start))
+
+    def swiglu(self, gate, value, out):
+        out.copy_(gated_silu(gate, value))
 
 
 def _at(table: Tensor, rows: Tensor | None) -> Tensor:

@@ -70,6 +70,7 @@ class Triton(Backend):
     blend = _launched("blend")
     blend_backward = _launched("blend_backward", "blend")
     collapse = _launched("collapse")
+    swiglu = _launched("swiglu")
     patchify = _launched("patchify")
     resolution_transition = _launched("resolution_transition")
 

@@ -70,7 +70,8 @@ class Part:
 
     Attributes:
         q, k, v: [B, n, heads * d], as projected.
-        norm_q, norm_k: Norms over d, or over all heads together where their weight is that long; or None.
+        norm_q, norm_k: Norms over d, or over all heads together where their weight is that long; or None. That of keys
+            does not matter where there are none, and k and v have no width.
         offset: Row of the keys where this stream begins.
         rows: [B, n] rows of its tokens, counted from `offset`; None for 0 to n - 1.
     """
@@ -186,15 +187,17 @@ def _affine(part: Part, head_dim: int) -> dict[str, Any] | None:
     """The op's arguments for the norms of a part; None for norms it does not know."""
     if part.norm_q is None and part.norm_k is None:
         return {}
-    norms = part.norm_q, part.norm_k
-    if None in norms or any(observed(norm) for norm in norms):
+    norms = {"q": (part.norm_q, part.q.shape[-1])}
+    if part.k.shape[-1]:
+        norms["k"] = part.norm_k, part.k.shape[-1]
+    if any(norm is None or observed(norm) for norm, _ in norms.values()):
         return None
-    widths = part.q.shape[-1], part.k.shape[-1]
-    kinds = {_kind(norm, head_dim, width) for norm, width in zip(norms, widths, strict=True)}
-    if len(kinds) != 1 or None in kinds or part.norm_q.eps != part.norm_k.eps:
+    kinds = {(_kind(norm, head_dim, width), norm.eps) for norm, width in norms.values()}
+    kind, eps = kinds.pop()
+    if kinds or kind is None:
         return None
-    found = {"norm": kinds.pop(), "eps": part.norm_q.eps}
-    for side, norm in zip("qk", norms, strict=True):
+    found = {"norm": kind, "eps": eps}
+    for side, (norm, _) in norms.items():
         for name in ("weight", "bias"):
             value = getattr(norm, name, None)
             if value is not None and value.dtype is not part.q.dtype:
@@ -407,4 +410,29 @@ def self_attention(
     if not projects:
         return out
     out = attention.to_out[1](attention.to_out[0](out))
-    return out / getattr(attention, "rescale_output_factor", 1.0)
+    factor = getattr(attention, "rescale_output_factor", 1.0)
+    return out if factor == 1.0 else out / factor
+
+
+def cross_attention(
+    fw: Any, attention: nn.Module, x: Tensor, context: Tensor, mask: Tensor, rotation: Rotation
+) -> Tensor:
+    """The active image tokens' attention, x [B, K, D], to what has no positions, context [B, T, C]; not projected.
+
+    Args:
+        mask: Which rows of the context count, bool [B, T].
+        rotation: Of the queries of all tokens.
+    """
+    tokens, heads = fw.tokens, attention.heads
+    q, k, v = attention.to_q(x), attention.to_k(context), attention.to_v(context)
+    head_dim = q.shape[-1] // heads
+    k, v = _normed(attention.norm_k, k, head_dim).to(v.dtype), v.unflatten(-1, (-1, head_dim))
+    none = q[..., :0]
+    part = Part(q, none, none, attention.norm_q, None, 0, tokens.rows)
+    store = q.new_empty(q.shape[0], tokens.count, 0, head_dim)
+    query = _prologue(tokens.ops, (part,), KeyValues(store, store), heads, rotation)
+    if query is None:
+        query = _normed(attention.norm_q, q, head_dim)
+        turn = [_rows_of(t, part, query.shape[1]) for t in (rotation.cos, rotation.sin)]
+        query = _rotate(query, *turn).to(q.dtype)
+    return _attention(tokens.ops, query, k, v, attention.processor, None, mask[:, None])

@@ -130,11 +130,16 @@ class Forward:
     def consumes(self, component: str) -> bool:
         """Whether the component runs in this call for its consumer alone, which nobody else compiles or rounds."""
         kept = self._row.get(component, COMPUTE) & (KEEP | DRAWN)
-        return self.segments is FUSED and not kept and self.computes(component)
+        return self.fuses_segments and not kept and self.computes(component)
+
+    @property
+    def fuses_segments(self) -> bool:
+        """Whether ops may stand for what the running block's segments do: residuals wait, and nobody compiles it."""
+        return self.segments is FUSED
 
     def quantises(self, readers: Sequence[nn.Module], x: Tensor) -> bool:
         """Whether the running block gives `readers` their input in fp8, x [B, n, D] normed."""
-        return self.segments is FUSED and read_rows(readers, x)
+        return self.fuses_segments and read_rows(readers, x)
 
     def component(self, name: str, compute: Callable[[], Any]) -> Any:
         """The component's output: fresh from `compute`, or from its slot where the plan reuses it.

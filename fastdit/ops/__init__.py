@@ -25,6 +25,7 @@ from fastdit.ops.qkv_prologue import qkv_prologue as qkv_prologue
 from fastdit.ops.registry import BACKENDS, OPS, choose, requested_backend
 from fastdit.ops.resolution_transition import resolution_transition as resolution_transition
 from fastdit.ops.sparse_attention import sparse_attention as sparse_attention
+from fastdit.ops.swiglu import swiglu as swiglu
 from fastdit.ops.token_change import token_change as token_change
 from fastdit.ops.token_select import token_select as token_select
 

@@ -7,7 +7,8 @@
 Shapes: q [B, K, H d], k and v [B, K, G d], K the active tokens, H query heads in groups that share
 one of G key heads. q_out [B, Q, H, d] is compact. k_cache and v_cache [B, S, G, d] keep a row for
 every token of the joint sequence: those of other tokens stay as they were, bit for bit, so a text
-and an image stream write into one cache by two calls with different offsets.
+and an image stream write into one cache by two calls with different offsets. G may be 0: queries
+alone, whose keys come from elsewhere.
 
 norm: None; "rms", over the d elements of a head, rounded once, as torch.nn.RMSNorm; "rms_rounded",
 the same with the normalised value rounded to the dtype before the weight, as diffusers' RMSNorm;
@@ -140,10 +141,10 @@ def _check_streams(q, k, v, q_out, k_cache, v_cache, q_offset) -> None:
         )
     checks.heads("k_cache", k_cache, batch, dtype, device)
     kv_heads = k_cache.shape[2]
-    if k_cache.shape[3] != dim or kv_heads < 1 or heads % kv_heads:
+    if k_cache.shape[3] != dim or (kv_heads and heads % kv_heads):
         raise ArgumentError(
             f"k_cache: got shape {list(k_cache.shape)}; accepted is [B, S, G, {dim}] with G a "
-            f"divisor of the {heads} heads of q_out"
+            f"divisor of the {heads} heads of q_out, or 0"
         )
     checks.heads("v_cache", v_cache, batch, dtype, device)
     if v_cache.shape != k_cache.shape:
