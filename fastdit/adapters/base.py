@@ -33,8 +33,8 @@ NEEDS: Mapping[str, str] = {
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
     "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
     "reuse": "components consumers groups shared_gates has_component parts",
-    "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
-    "moved_tokens grid latent_image decode shifts_latents",
+    "rows": "layouts processors embedders embed patch patches token_positions some_positions gather_latents "
+    "scatter_output moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
@@ -61,6 +61,7 @@ class Call:
         positions: Where the image tokens are, as given, for families that pack them.
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
         tells_attention: Names of the arguments that it passes on to the attention processors.
+        references: Of the tokens the last ones, of reference pictures, where the host knows.
     """
 
     hidden_states: Tensor
@@ -72,6 +73,7 @@ class Call:
     skips_blocks: bool
     positions: Any = None
     tells_attention: tuple[str, ...] = ()
+    references: int = 0
 
 
 @dataclass(frozen=True)

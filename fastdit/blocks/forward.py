@@ -57,6 +57,7 @@ class Forward:
         compiled: What the user's compilation of the whole transformer left as its call, or None.
         tokens: Those that pass, where the adapter's own attention runs; else None.
         layouts, unread: The adapter's.
+        references: Image tokens behind those of the picture, where the adapter counts them.
         precision: The dtypes of slots and of the model, where they differ; else None.
         modulations: Those made ahead for the next steps, or None.
         sums: What stands for several outputs, or None.
@@ -78,6 +79,7 @@ class Forward:
     tokens: ActiveTokens | None = None
     layouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unread: Sequence[str] = ()
+    references: int = 0
     precision: tuple[torch.dtype, torch.dtype] | None = None
     modulations: Modulations | None = None
     sums: Sums | None = None
@@ -272,7 +274,7 @@ class Forward:
     def adaln(
         self,
         layer: nn.Module,
-        embedding: Tensor,
+        embedding: Tensor | tuple[Tensor, ...],
         parts: int,
         dtype: torch.dtype | None = None,
         then: Callable[..., tuple[Tensor, ...]] | None = None,
@@ -280,20 +282,26 @@ class Forward:
         """An adaLN layer's linear(activation(embedding)) as so many vectors [B, D], or what `then` makes of these.
 
         The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer. The linear's
-        input is in `dtype` if given.
+        input is in `dtype` if given. Of several embeddings, which one product turns, each vector comes once for each.
         """
+        embeddings = embedding if isinstance(embedding, tuple) else (embedding,)
+        several = len(embeddings)
         children = layer._modules
         if isinstance(layer, nn.Sequential):
             activation, linear = children.values()
         else:
             activation, linear = children["silu"], children["linear"]
 
-        def compute(given: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        def compute(given: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            if several > 1:
+                given = torch.cat([given, *others])
             made = self.segments.linear(linear, activation(given).to(dtype or given.dtype))
             vectors = made.chunk(parts, dim=1)
+            if several > 1:
+                vectors = tuple([part for vector in vectors for part in vector.chunk(several)])
             return vectors if then is None else then(*vectors)
 
-        return self.modulation(layer, compute, embedding)
+        return self.modulation(layer, compute, *embeddings)
 
     def rotation(self, make: Callable[[], Any]) -> Any:
         """The rotation of all positions; a call of a part of the tokens has that of the last whole one."""

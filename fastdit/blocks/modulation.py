@@ -90,12 +90,15 @@ class Modulations:
         return self.tables[layer][self.row]
 
     def given(self) -> tuple[Tensor, ...] | None:
-        """[B, ...], the inputs of the layers at this step; None while those of the window are being made."""
+        """[B, ...], the inputs of the layers at this step as the model's forward has them; None while those of the
+        window are being made.
+        """
         if self._making:
             return None
         if "inputs" not in self.tables:
             self._keep("inputs", self._all_inputs())
-        return self.tables["inputs"][self.row]
+        found = self.tables["inputs"][self.row]
+        return (torch.cat(found),) if self._source.joins else found
 
     def _keep(self, key: Any, made: tuple[Tensor, ...]) -> None:
         self.tables[key] = list(zip(*(part.split(self._batch) for part in made), strict=True))

@@ -72,7 +72,7 @@ class Asked:
         scales_only = hasattr(module, "linear_1")
         linear = module.linear_1 if scales_only else module.linear
 
-        def make(given: Tensor) -> tuple[Tensor, ...]:
+        def make(given: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             return linear(module.silu(given).to(x.dtype)).chunk(1 if scales_only else 2, dim=1)
 
         made = make(conditioning) if self.ahead is None else self.ahead.of(module, make)

@@ -169,6 +169,7 @@ class Call(Asked):
             tokens=self._tokens(self._count, self.keeps),
             layouts=patched.adapter.layouts,
             unread=patched.adapter.unread,
+            references=self.arguments.references if self.rows is None else 0,
             precision=patched.precision(self.arguments.hidden_states.dtype),
             modulations=ahead,
             step=Moment(run.step),
