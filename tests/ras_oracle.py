@@ -84,6 +84,9 @@ class RowOracle:
             last = model.norm_out if self.lumina else model.proj_out
             handles.append(first.register_forward_hook(self._gather))
             handles.append(last.register_forward_hook(self._scatter))
+        if self.qwen:
+            blocks = model.transformer_blocks
+            handles += [b.register_forward_pre_hook(self._pick, with_kwargs=True) for b in blocks]
         changed: list[tuple[Any, str]] = [(scheduler, "step"), (model, "forward")]
         model.forward = self._skipping(model.forward)
         scheduler.step = self._stepping(scheduler.step)
@@ -158,6 +161,14 @@ class RowOracle:
             return take(tokens, rows), take(mask, rows), size, take(angles, rows)
         rows = self.rows_of(output.shape[0])
         return output if rows is None else take(output, rows)
+
+    def _pick(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Which of two modulations the rows have, where Qwen-Image has two."""
+        index = kwargs["modulate_index"]
+        if self.rows is None or index is None:
+            return None
+        rows = self.rows_of(kwargs["hidden_states"].shape[0])
+        return args, kwargs | {"modulate_index": take(index.expand(len(rows), -1), rows)}
 
     def _scatter(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         rows = self.rows_of(output.shape[0])

@@ -16,7 +16,6 @@ from diffusers import (
     EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
-    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -478,14 +477,6 @@ def packed(step, width=20, **more):
     return given | {"timestep": torch.tensor([0.9 - 0.1 * step]), "return_dict": False} | more
 
 
-def qwen():
-    """The form of two modulations, one for reference pictures, which its adapter leaves to this one."""
-    model = QwenImageTransformer2DModel(
-        **JOINT, out_channels=4, axes_dims_rope=(4, 6, 6), zero_cond_t=True
-    )
-    return model, lambda step: packed(step, img_shapes=[[(1, 4, 4)]])
-
-
 def chroma():
     approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 32}
     model = ChromaTransformer2DModel(
@@ -530,7 +521,6 @@ def z_image():
 
 
 FOUND = {
-    "qwen": (qwen, {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")}),
     "chroma": (
         chroma,
         {
@@ -558,10 +548,6 @@ def macs(run):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2
-
-
-if not tiny_models.HAS_QWEN:  # and so no form of two modulations
-    del FOUND["qwen"]
 
 
 @pytest.fixture(params=FOUND)

@@ -24,7 +24,7 @@ from fastdit.adapters.base import BATCH, Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.layer_inputs import LayerInputs
-from fastdit.blocks.ranges import ranges
+from fastdit.blocks.ranges import in_ranges
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import Layout
 
@@ -53,7 +53,7 @@ def double_block(
         img, temb = fw.adaln(block.img_mod, both, 6), both[0]
         if fw.immediate or fw.references:
             count = hidden_states.shape[1] - fw.references
-            img = tuple(ranges(modulate_index, count, img))
+            img = in_ranges(img, count, modulate_index)
         else:  # no token has the second one
             img = img[::2]
     txt = fw.adaln(block.txt_mod, temb, 6)
@@ -206,7 +206,7 @@ class Qwen(Packed):
         elif length not in memory:
             places = layout.places().cpu().unbind(-1)
             places = [p / 2 - (n - n // 2) for p, n in zip(places, sides, strict=True)]
-            frame = 0 * places[0] - _is_layered(module)  # there it is the reference's
+            frame = 0 * places[0] - int(_is_layered(module))  # there it is the reference's
             axes = zip((frame, *places), module.axes_dim, strict=True)
             turns = [module.rope_params(place.flatten(), dim, module.theta) for place, dim in axes]
             image = torch.cat(turns, dim=-1).unflatten(0, places[0].shape)

@@ -52,10 +52,6 @@ class QuantisedRows:
         """That of the rows, [B, n, D]."""
         return self.data.shape
 
-    def tokens(self, some: slice) -> QuantisedRows:
-        """A view of some of the tokens."""
-        return QuantisedRows(self.data[:, some], self.scale[:, some])
-
     def split(self, lengths: Sequence[int]) -> list[QuantisedRows]:
         """Views of so many tokens each, one after the other."""
         parts = zip(self.data.split(lengths, 1), self.scale.split(lengths, 1), strict=True)

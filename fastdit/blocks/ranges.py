@@ -6,7 +6,7 @@ no vector is ever written down for each token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,43 +42,42 @@ class Ranges:
         return torch.where(self.index.unsqueeze(-1) == 0, first, other)
 
 
+@dataclass(frozen=True, eq=False)
 class Range:
-    """One of the ranges of a stream; without a `number` it is the whole stream."""
+    """One of the two ranges of a stream.
 
-    def __init__(self, number: int | None = None, tokens: slice = slice(None)) -> None:
-        self._number, self._tokens = number, tokens
+    Attributes:
+        number: Which one.
+        tokens: Its tokens.
+    """
 
-    def rows(self, of_tokens: Any) -> Any:
-        """A view of the range's tokens, of [B, n, ...] or of what has `tokens`; None stays None."""
-        if self._number is None or of_tokens is None:
-            return of_tokens
-        if isinstance(of_tokens, Tensor):
-            return of_tokens[:, self._tokens]
-        return of_tokens.tokens(self._tokens)
+    number: int
+    tokens: slice
+
+    def rows(self, of_tokens: Tensor | None) -> Tensor | None:
+        """A view of the range's tokens, of [B, n, D]; None stays None."""
+        return None if of_tokens is None else of_tokens[:, self.tokens]
 
     def weights(self, weights: Tensor | None) -> Tensor | None:
         """A forecast's weights [branches], or [branches, B, n] of the range's tokens."""
-        if self._number is None or weights is None or weights.ndim == 1:
+        if weights is None or weights.ndim == 1:
             return weights
-        return weights[:, :, self._tokens].contiguous()
+        return weights[:, :, self.tokens].contiguous()
 
     def vector(self, vector: Any) -> Any:
-        """The range's vector."""
-        return vector.vectors[self._number] if isinstance(vector, Ranges) else vector
-
-
-WHOLE = (Range(),)
+        """The range's vector; one of all tokens is that of a range too."""
+        return vector.vectors[self.number] if isinstance(vector, Ranges) else vector
 
 
 def ranges_of(vectors: Sequence[Any]) -> Sequence[Range]:
-    """The ranges in which an op runs that is given these vectors; they are alike in a stream."""
-    found = next((vector for vector in vectors if isinstance(vector, Ranges)), None)
-    if found is None:
-        return WHOLE
-    return Range(0, slice(found.count)), Range(1, slice(found.count, None))
+    """The ranges that an op is run on which is given these vectors; none where all are those of all tokens."""
+    for vector in vectors:
+        if isinstance(vector, Ranges):
+            return Range(0, slice(vector.count)), Range(1, slice(vector.count, None))
+    return ()
 
 
-def ranges(index: Tensor, count: int, vectors: Sequence[Tensor]) -> Iterator[Ranges]:
+def in_ranges(vectors: Sequence[Tensor], count: int, index: Tensor) -> tuple[Ranges, ...]:
     """Vectors [B, D], two of each kind one after the other, as those of two ranges."""
     pairs = zip(vectors[::2], vectors[1::2], strict=True)
-    return (Ranges(pair, count, index) for pair in pairs)
+    return tuple([Ranges(pair, count, index) for pair in pairs])

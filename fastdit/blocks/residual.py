@@ -92,23 +92,30 @@ class Residual:
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
             self._h = forward._own_streams[self._stream] = self._h.contiguous()
+        given = norm_parameters(norm)
+        ranges = ranges_of((scale, shift, gate))
+        if ranges:
+            if out is None:
+                out = torch.empty_like(self._h, memory_format=torch.contiguous_format)
+            for some in ranges:
+                forward.ops.norm_modulate(
+                    some.rows(self._h),
+                    some.vector(scale),
+                    some.vector(shift),
+                    branch=some.rows(branch),
+                    gate=some.vector(gate),
+                    out=some.rows(out),
+                    **given,
+                )
+            return out
+        given |= {"branch": branch, "gate": gate}
         if out is None and forward.quantises(readers, self._h):
             out = QuantisedRows.like(self._h, self._h.shape[1])
-        ranges = ranges_of((scale, shift, gate))
-        if out is None and len(ranges) > 1:
-            out = torch.empty_like(self._h, memory_format=torch.contiguous_format)
-        for some in ranges:
-            given = norm_parameters(norm)
-            given |= {"branch": some.rows(branch), "gate": some.vector(gate)}
-            to = some.rows(out)
-            to = (
-                {"out": to.data, "row_scale": to.scale}
-                if isinstance(to, QuantisedRows)
-                else {"out": to}
-            )
-            vectors = some.vector(scale), some.vector(shift)
-            made = forward.ops.norm_modulate(some.rows(self._h), *vectors, **given, **to)
-        return made if out is None else out
+        if not isinstance(out, QuantisedRows):
+            return forward.ops.norm_modulate(self._h, scale, shift, out=out, **given)
+        given |= {"out": out.data, "row_scale": out.scale}
+        forward.ops.norm_modulate(self._h, scale, shift, **given)
+        return out
 
     def takes_op(self, norm: nn.Module, scale: Gate) -> bool:
         """Whether :meth:`normed` uses the op, or torch as diffusers does."""
@@ -148,20 +155,23 @@ class Residual:
         at["weights"] = self._weights([branch for branch, _ in pairs])
         parts = [(value, gate) for branch, gate in pairs for value in _values(branch)]
         branches, gates = zip(*parts, strict=True)
-        ranges = ranges_of(gates)
-        out = self._h if self._is_owned() else None
-        if out is None and len(ranges) > 1:
-            out = torch.empty_like(self._h, memory_format=torch.contiguous_format)
+        h, ranges = self._h, ranges_of(gates)
+        out = h if self._is_owned() else None
+        if ranges and out is None:
+            out = torch.empty_like(h, memory_format=torch.contiguous_format)
+        add = self._forward.ops.gated_residual
         for some in ranges:
-            x = some.rows(self._h)
-            made = self._forward.ops.gated_residual(
+            x = some.rows(h)
+            at_range = at | {"weights": some.weights(at["weights"])}
+            add(
                 x,
                 [some.rows(branch) for branch in branches],
                 [some.vector(gate) for gate in gates],
-                out=x if out is self._h else some.rows(out),
-                **at | {"weights": some.weights(at["weights"])},
+                out=x if out is h else some.rows(out),
+                **at_range,
             )
-        self._h = self._forward._own_streams[self._stream] = made if out is None else out
+        self._h = out if ranges else add(h, branches, gates, out=out, **at)
+        self._forward._own_streams[self._stream] = self._h
 
     def _weights(self, branches: Sequence[Branch]) -> Tensor | None:
         """What the op weighs the branches' values with: a number each, or one for each token."""
