@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     LuminaNextDiT2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -118,6 +119,24 @@ def qwen() -> nn.Module:
     )
 
 
+def lumina2() -> nn.Module:
+    """Lumina 2's depth, with its refiners."""
+    return Lumina2Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=26,
+        num_refiner_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(30, 32, 32),
+        cap_feat_dim=20,
+    )
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -125,6 +144,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "FLUX": ("flux-dev", flux),
     "PixArt": ("pixart-sigma", pixart),
     "Lumina": ("lumina", lumina),
+    "Lumina 2": ("lumina2", lumina2),
 } | ({"Qwen-Image": ("qwen", qwen)} if tiny_models.HAS_QWEN else {})
 
 
@@ -137,9 +157,9 @@ def pipeline(name: str) -> Any:
 
 
 def draw(name: str, pipe: Any, steps: int = STEPS, **more: Any) -> torch.Tensor:
-    """The latents of a run; FLUX and Qwen-Image without a second call for guidance."""
+    """The latents of a run, without a second call for guidance."""
     form, _ = MODELS[name]
-    cfg = form not in ("flux-dev", "qwen")
+    cfg = tiny_models.FAMILIES[form].cfg_in_one_call
     given = tiny_models.arguments(form, steps=steps, cfg=cfg, height=8, width=8, **more)
     return tiny_models.latents_of(pipe, given)
 

@@ -38,6 +38,7 @@ NEEDS: Mapping[str, str] = {
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
+    "known_positions embed_known "
     "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
     "layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
@@ -365,6 +366,14 @@ class Adapter(Modulated, Pictures):
     #: path of the module that makes rotary angles of the positions alone, the same at every step; in a family that has
     #: one it is the only one of the `embedders`
     position_embedding: str | None = None
+
+    #: in a family whose positions are read out of masks on the host, a method (transformer, args, kwargs) that gives
+    #: what a run needs of them, once for its conditions; :meth:`embed_known` is that module's forward then
+    known_positions: Callable[..., Any] | None = None
+
+    def embed_known(self, module: nn.Module, known: Any, *args: Any) -> Any:
+        """The output of the `position_embedding` for the tokens that pass, by what `known_positions` gave."""
+        raise NotImplementedError
 
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""

@@ -270,6 +270,8 @@ class _Writer:
         kwargs = [f"{name}={self._expression(value)}" for name, value in line.kwargs.items()]
         name, function = line.name, line.function
         if name == "__setitem__":
+            if _is_number(line.args[2]) and _is_view(line.args[1]):  # no tensor of the host's
+                return f"{args[0]}[{args[1]}].fill_({args[2]})"
             return f"{args[0]}[{args[1]}] = {args[2]}"
         if name == "__getitem__":
             made = f"{args[0]}[{args[1]}]"
@@ -353,6 +355,17 @@ def _is_literal(value: Any) -> bool:
     if type(value) is float:
         return math.isfinite(value)
     return value is None or type(value) in (bool, int, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (bool, int, float) and _is_literal(value)
+
+
+def _is_view(index: Any) -> bool:
+    """Whether a tensor indexed so is a view of it, as of numbers and slices."""
+    if type(index) is tuple:
+        return all(map(_is_view, index))
+    return index is None or type(index) in (int, slice, type(Ellipsis))
 
 
 def _new_object(cls: type, attributes: dict[str, Any]) -> Any:

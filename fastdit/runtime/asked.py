@@ -11,6 +11,9 @@ from fastdit.blocks.residual import is_plain, norm_parameters
 from fastdit.observe import unobserved
 from fastdit.runtime.install import is_installed
 
+#: where a branch keeps what its family knows of positions
+POSITIONS = "positions"
+
 
 class Asked:
     """These methods of a :class:`~fastdit.runtime.call.Call` stand for modules' own forwards."""
@@ -28,6 +31,9 @@ class Asked:
     def embed(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """This computes a module that embeds patches and adds their positions, for the tokens that pass."""
         adapter = self.run.patched.adapter
+        known = self.branch.memory.get(POSITIONS)
+        if known is not None and not self.forward.immediate and unobserved(module):
+            return adapter.embed_known(module, known, *args, **kwargs)
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape
             return adapter.embed(module, shape, self.rows, *args, **kwargs)
