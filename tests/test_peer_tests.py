@@ -138,6 +138,6 @@ def test_what_an_op_says_of_its_arguments_is_no_refusal(plugin):
 def test_the_stand_in_hub_is_a_cache(tool, tmp_path, monkeypatch):
     hub = importlib.import_module("peer_hub")
     hub.write_hub(tmp_path)
-    for repository in (hub.CLIP, hub.T5, hub.GEMMA, *hub.ENCODERS):
+    for repository in (hub.CLIP, hub.T5, hub.GEMMA, hub.QWEN, *hub.ENCODERS):
         snapshot = tmp_path / ("models--" + repository.replace("/", "--")) / "snapshots"
         assert (snapshot / hub.REVISION / "tokenizer_config.json").is_file()

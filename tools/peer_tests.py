@@ -47,6 +47,14 @@ SUITES = {
     "dit": ("pipelines", [f"{_PIPELINES}/dit"]),
     "lumina": ("pipelines", [f"{_PIPELINES}/lumina"]),
     "lumina2": ("pipelines", [f"{_PIPELINES}/lumina2"]),
+    # Without those of the edit pipelines, which encode a megapixel in each test.
+    "qwenimage": (
+        "pipelines",
+        [
+            f"{_PIPELINES}/qwenimage/test_qwenimage{name}.py"
+            for name in ("", "_controlnet", "_img2img", "_inpaint")
+        ],
+    ),
     "pag": (
         "pipelines",
         [
@@ -58,7 +66,10 @@ SUITES = {
     "controlnet": ("pipelines", [f"{_PIPELINES}/controlnet_flux", f"{_PIPELINES}/controlnet_sd3"]),
     "lora": (
         "pipelines",
-        ["tests/lora/test_lora_layers_flux.py", "tests/lora/test_lora_layers_sd3.py"],
+        [
+            f"tests/lora/test_lora_layers_{name}.py"
+            for name in ("flux", "lumina2", "qwenimage", "sd3")
+        ],
     ),
     "models": (
         "models",
@@ -68,6 +79,7 @@ SUITES = {
             f"{_MODELS}/test_models_transformer_flux.py",
             f"{_MODELS}/test_models_transformer_lumina.py",
             f"{_MODELS}/test_models_transformer_lumina2.py",
+            f"{_MODELS}/test_models_transformer_qwenimage.py",
             f"{_MODELS}/test_models_transformer_sd3.py",
         ],
     ),
