@@ -145,12 +145,12 @@ def patched(model: nn.Module) -> fastdit.Handle:
         return fastdit.patch(model, Cached(Schedule.every(2)), backend="reference")
 
 
-def every_second(model: nn.Module, parts: Parts) -> dict[str, np.ndarray]:
+def every_second(model: nn.Module, parts: Parts, steps: int = STEPS) -> dict[str, np.ndarray]:
     """Block list -> bits [step, block, component] of a schedule that computes all at even steps, and nothing else."""
     found = {}
     for kind, names in parts.items():
-        shape = STEPS, len(operator.attrgetter(kind)(model)), len(names)
-        found[kind] = np.broadcast_to((np.arange(STEPS) % 2 == 0)[:, None, None], shape)
+        shape = steps, len(operator.attrgetter(kind)(model)), len(names)
+        found[kind] = np.broadcast_to((np.arange(steps) % 2 == 0)[:, None, None], shape)
     return found
 
 

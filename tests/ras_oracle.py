@@ -10,6 +10,7 @@ texts are unlike long: what its inactive tokens give is not kept.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -202,6 +203,7 @@ class RowOracle:
         return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
     def _skipping(self, forward: Callable) -> Callable:
+        @functools.wraps(forward)  # some look at its arguments
         def skipped(*args: Any, **kwargs: Any) -> Any:
             key = "output", self.calls % self.calls_per_step
             if self.step in self.forecasts:
