@@ -23,7 +23,7 @@ SHARES = {"dense": 0.4, "sparse": 0.5}
 LAUNCHES = 5
 #: PixArt's 84 outputs are more than one launch adds up, and Lumina's patches are copied before their product; Lumina 2
 #: joins text and picture in its own forward, and takes the picture out again
-MORE_LAUNCHES = {"PixArt": 1, "Lumina": 1, "Lumina 2": 9}
+MORE_LAUNCHES = {"PixArt": 1, "Lumina": 1, "Lumina 2": 6}
 
 
 @functools.cache

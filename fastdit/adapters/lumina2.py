@@ -36,7 +36,8 @@ def noise_block(
     """One block of the noise refiner: image [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> image."""
     image = fw.enter(hidden_states, "image")
     _block(block, fw, image, "noise_", temb, attention_mask, image_rotary_emb)
-    image.read()  # behind the last of them is no block
+    if fw.ends:
+        image.read()  # the model joins it with the text
     return image.leave()
 
 

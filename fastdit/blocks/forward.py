@@ -63,7 +63,7 @@ class Forward:
         sums: What stands for several outputs, or None.
         step, weights: The step in progress, and the weights of the run's forecasts; None without any.
         scratch: Free space of the adapter for values that live as long as this call.
-        index: Index of the running block, over all kinds.
+        index, ends: Index of the running block, over all kinds, and whether it is the last one of its list.
         computed, reused: Components that ran, and that a plan spared, in this call.
     """
 
@@ -88,6 +88,7 @@ class Forward:
     scratch: dict[str, Any] = field(default_factory=dict, init=False)
     segments: Segments = field(default=EAGER, init=False)
     index: int = field(default=0, init=False)
+    ends: bool = field(default=True, init=False)
     computed: int = field(default=0, init=False)
     _planned: int = field(default=0, init=False)
     _row: BlockActions = field(default_factory=dict, init=False)
@@ -97,10 +98,11 @@ class Forward:
     _own_streams: dict[str, Tensor] = field(default_factory=dict, init=False)
     _block_compiled: Callable[..., Any] | None = field(default=None, init=False)
 
-    def start_block(self, index: int) -> None:
-        """Called before each block's rewritten forward."""
+    def start_block(self, index: int, ends: bool = True) -> None:
+        """Called before each block's rewritten forward; `ends` for the last one of its list."""
         block = self.blocks[index]
         self.index = index
+        self.ends = ends
         self._row = self.actions[index] if self.actions else ALWAYS
         first = index not in self._visited
         self._planned += len(self._row) if first else 0

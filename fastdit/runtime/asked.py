@@ -40,7 +40,7 @@ class Asked:
         if self.layout is not None:
             memory = self.run.resolution.memory
             return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
-        if adapter.position_embedding is not None:
+        if adapter.position_embedding is not None and adapter.known_positions is None:
             return self._once(self.branch.memory, module, *args, **kwargs)
         forward = self.forward
         if forward.waits_at_first() and unobserved(module):
