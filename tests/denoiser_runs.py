@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import fastdit
 import oracle
 from contract import distance, same_bits
-from denoisers import ENTRIES
+from denoisers import ENTRIES, Entry
 from fastdit import Cached, Schedule
 from fastdit.account.cost import Cost
 from fastdit.adapters import find_adapter
@@ -41,13 +41,11 @@ def classes() -> list[str]:
     )
 
 
-def parts_of(name: str, model: nn.Module) -> Parts:
+def parts_of(name: str, model: nn.Module, entry: Entry) -> Parts:
     """Block list -> component -> the module whose output it is, as the oracle reads it."""
     if find_adapter(model, "components").restates:
         return oracle.MODULES[name]
-    return {
-        kind: {part: part for part in parts.split()} for kind, parts in ENTRIES[name].parts.items()
-    }
+    return {kind: {part: part for part in parts.split()} for kind, parts in entry.parts.items()}
 
 
 def row(name: str) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def row(name: str) -> dict[str, Any]:
         return found | {"refused": entry.refused}
     with torch.device("meta"):
         tiny = getattr(transformers, name)(**entry.config)
-    names = dict.fromkeys(part for parts in parts_of(name, tiny).values() for part in parts)
+    names = dict.fromkeys(part for parts in parts_of(name, tiny, entry).values() for part in parts)
     found |= {"adapter": find_adapter(tiny, "components").family, "components": [*names]}
     return found if entry.other else found | {"share": round(share(name), 3)}
 
@@ -75,23 +73,22 @@ def share(name: str) -> float:
     return Cost(Generic(model), model, Size(TOKENS, 0)).reusable_share
 
 
-def check_refused(name: str) -> None:
+def check_refused(name: str, entry: Entry) -> None:
     """It is refused by name, with the reason that its entry says."""
     with torch.device("meta"):
-        model = getattr(transformers, name)(**ENTRIES[name].config)
-    with pytest.raises(fastdit.UnsupportedModelError, match=ENTRIES[name].refused) as refused:
+        model = getattr(transformers, name)(**entry.config)
+    with pytest.raises(fastdit.UnsupportedModelError, match=entry.refused) as refused:
         fastdit.patch(model, Cached(Schedule.every(2)))
     assert name in str(refused.value)
 
 
-def check_served(name: str, monkeypatch: Any) -> None:
+def check_served(name: str, monkeypatch: Any, entry: Entry) -> None:
     """Every second step of it equals a plain cache of its modules, reuses something, and nothing stays behind.
 
     No part of it has the stream in its output.
     """
-    entry = ENTRIES[name]
     model = randomise(getattr(transformers, name)(**entry.config))
-    parts = parts_of(name, model)
+    parts = parts_of(name, model, entry)
     monkeypatch.setitem(oracle.MODULES, name, parts)
     calls = [entry.call(step) for step in range(STEPS)]
     with torch.no_grad():
@@ -148,12 +145,12 @@ def patched(model: nn.Module) -> fastdit.Handle:
         return fastdit.patch(model, Cached(Schedule.every(2)), backend="reference")
 
 
-def every_second(model: nn.Module, parts: Parts) -> dict[str, np.ndarray]:
+def every_second(model: nn.Module, parts: Parts, steps: int = STEPS) -> dict[str, np.ndarray]:
     """Block list -> bits [step, block, component] of a schedule that computes all at even steps, and nothing else."""
     found = {}
     for kind, names in parts.items():
-        shape = STEPS, len(operator.attrgetter(kind)(model)), len(names)
-        found[kind] = np.broadcast_to((np.arange(STEPS) % 2 == 0)[:, None, None], shape)
+        shape = steps, len(operator.attrgetter(kind)(model)), len(names)
+        found[kind] = np.broadcast_to((np.arange(steps) % 2 == 0)[:, None, None], shape)
     return found
 
 

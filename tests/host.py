@@ -18,6 +18,7 @@ import diffusers
 import torch
 from diffusers import (
     FluxTransformer2DModel,
+    Lumina2Transformer2DModel,
     LuminaNextDiT2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
@@ -139,6 +140,24 @@ def flux2() -> nn.Module:
     )
 
 
+def lumina2() -> nn.Module:
+    """Lumina 2's depth, with its refiners."""
+    return Lumina2Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        hidden_size=32,
+        num_layers=26,
+        num_refiner_layers=2,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(30, 32, 32),
+        cap_feat_dim=20,
+    )
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -147,6 +166,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "PixArt": ("pixart-sigma", pixart),
     "Lumina": ("lumina", lumina),
     "Wan": ("wan", wan),
+    "Lumina 2": ("lumina2", lumina2),
 } | ({"Qwen-Image": ("qwen", qwen)} if tiny_models.HAS_QWEN else {})
 if tiny_models.HAS_FLUX2:
     MODELS["FLUX.2"] = "flux2", flux2
@@ -161,9 +181,9 @@ def pipeline(name: str) -> Any:
 
 
 def draw(name: str, pipe: Any, steps: int = STEPS, **more: Any) -> torch.Tensor:
-    """The latents of a run; of those that guide by a second call, without that."""
+    """The latents of a run, without a second call for guidance."""
     form, _ = MODELS[name]
-    cfg = form not in ("flux-dev", "qwen", "wan")
+    cfg = tiny_models.FAMILIES[form].cfg_in_one_call
     given = tiny_models.arguments(form, steps=steps, cfg=cfg, height=8, width=8, **more)
     return tiny_models.latents_of(pipe, given)
 

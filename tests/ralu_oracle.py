@@ -63,12 +63,11 @@ def _image(
     choose: Callable[..., Any] | None,
     orders: Bits | None,
 ) -> Tensor:
-    calls = FluxCalls if _is_flux(pipe) else SD3Calls
-    model = (Flux2Calls if "Flux2" in type(pipe.transformer).__name__ else calls)(pipe, given, b)
+    model = CALLS[type(pipe.transformer).__name__](pipe, given, b)
     model.centred = method.mode == "corrected"
     model.weighs = method.weighs_keys
     noise = latents[b]
-    content = pack(noise) if _is_flux(pipe) else noise
+    content = pack(noise) if _packs(pipe) else noise
     digest = hashlib.blake2b(
         content.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=7
     )
@@ -182,12 +181,12 @@ def _leaving_out(
         return
     led = SimpleNamespace(transformer=pipe.transformer, scheduler=Unchanged(sigmas))
     rows = RowOracle(led, lambda *seen: choose(b, *seen), bits, 2)
-    flux = _is_flux(pipe)
+    packed = _packs(pipe)
 
     def whole(velocity: list[Tensor]) -> list[Tensor]:
-        joined = torch.stack(velocity).flatten(1) if flux else torch.cat(velocity, dim=-1)
+        joined = torch.stack(velocity).flatten(1) if packed else torch.cat(velocity, dim=-1)
         joined = led.scheduler.step(joined[None])[0]
-        return [v.view(-1, P, P) for v in joined] if flux else list(joined.split(P, dim=-1))
+        return [v.view(-1, P, P) for v in joined] if packed else list(joined.split(P, dim=-1))
 
     with rows.installed():
         yield whole
@@ -298,8 +297,8 @@ def unpack(tokens: Tensor, cells: tuple[int, int]) -> Tensor:
     return grid.movedim((-5, -4), (-4, -2)).flatten(-2).flatten(-3, -2)
 
 
-def _is_flux(pipe: Any) -> bool:
-    return "Flux" in type(pipe.transformer).__name__
+def _packs(pipe: Any) -> bool:
+    return not type(pipe.transformer).__name__.startswith("SD3")
 
 
 @contextlib.contextmanager
@@ -427,6 +426,68 @@ class Flux2Calls(FluxCalls):
         }
 
 
+class QwenCalls(Calls):
+    """Stock Qwen-Image on a list of tokens, guidance by two calls; positions by their formula, from the middle."""
+
+    text_first = True
+
+    def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
+        self.model, self.given = pipe.transformer, given
+
+    def __call__(
+        self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
+    ) -> list[Tensor]:
+        given, scale = self.given, 1 if layout == "full" else 2
+        sides = [side // scale for side in cells]
+        x = torch.stack([content.flatten() for *_, content in tokens])[None]
+        middle = [side - side // 2 for side in sides]
+        image = [
+            (given.get("frame", 0.0), y / scale - middle[0], x / scale - middle[1])
+            for y, x in self.places(tokens, layout)
+        ]
+
+        def call(prompt: Tensor, mask: Tensor) -> Tensor:
+            length = prompt.shape[1]
+            text = [(float(max(sides) // 2 + i),) * 3 for i in range(length)]
+            turns = tuple(self._turns(torch.tensor(part)) for part in (image, text))
+            self.model.pos_embed.forward = lambda *args, **kwargs: turns
+            try:
+                with self.attention(tokens, layout, length):
+                    return self.model(
+                        hidden_states=x,
+                        encoder_hidden_states=prompt,
+                        encoder_hidden_states_mask=mask,
+                        timestep=(1000 * sigma).expand(1).to(x.dtype) / 1000,
+                        img_shapes=[[(1, 1, len(tokens))]],
+                    ).sample[0]
+            finally:
+                del self.model.pos_embed.forward
+
+        velocity = call(given["prompt_embeds"], given["prompt_embeds_mask"])
+        if given["true_cfg_scale"] <= 1:
+            return [v.view(-1, P, P) for v in velocity]
+        other = call(given["negative_prompt_embeds"], given["negative_prompt_embeds_mask"])
+        guided = other + given["true_cfg_scale"] * (velocity - other)
+        pairs = zip(tokens, velocity, guided, strict=True)
+        return [_as_long(token[0], a.view(-1, P, P), g.view(-1, P, P)) for token, a, g in pairs]
+
+    def _turns(self, places: Tensor) -> Tensor:
+        """Complex numbers [n, d / 2] of places [n, 3], in fp32 as the model's own."""
+        parts = []
+        for place, width in zip(places.unbind(1), self.model.config.axes_dims_rope, strict=True):
+            angles = place[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
+            parts.append(torch.polar(torch.ones_like(angles), angles))
+        return torch.cat(parts, dim=1)
+
+
+def _as_long(size: int, wanted: Tensor, guided: Tensor) -> Tensor:
+    """A guided velocity [C, P, P] as long as that of the prompt, in each token at full size: a cell, or a pixel of a
+    coarse token, which is drawn as large as a cell."""
+    sides = (0,) if size > 1 else (0, 1, 2)
+    lengths = (x.square().sum(dim=sides, keepdim=True).sqrt() for x in (wanted, guided))
+    return guided * next(lengths) / next(lengths)
+
+
 class SD3Calls(Calls):
     """Stock SD3 on a list of tokens, guidance by two calls; positions by their formula."""
 
@@ -488,3 +549,11 @@ def _embedding(model: nn.Module, tokens: Tensor) -> Iterator[None]:
         yield
     finally:
         del model.pos_embed.forward
+
+
+CALLS = {
+    "FluxTransformer2DModel": FluxCalls,
+    "Flux2Transformer2DModel": Flux2Calls,
+    "QwenImageTransformer2DModel": QwenCalls,
+    "SD3Transformer2DModel": SD3Calls,
+}

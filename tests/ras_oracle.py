@@ -10,6 +10,7 @@ texts are unlike long: what its inactive tokens give is not kept.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -86,6 +87,9 @@ class RowOracle:
             last = model.norm_out if self.lumina else model.proj_out
             handles.append(first.register_forward_hook(self._gather))
             handles.append(last.register_forward_hook(self._scatter))
+        if self.qwen:
+            blocks = model.transformer_blocks
+            handles += [b.register_forward_pre_hook(self._pick, with_kwargs=True) for b in blocks]
         changed: list[tuple[Any, str]] = [(scheduler, "step"), (model, "forward")]
         another = scheduler.__dict__.get("step")  # oracle's, of another of the pipeline's models
         model.forward = self._skipping(model.forward)
@@ -168,6 +172,14 @@ class RowOracle:
             return take(output.flatten(2).mT, rows).mT[..., None, None]
         return output if rows is None else take(output, rows)
 
+    def _pick(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Which of two modulations the rows have, where Qwen-Image has two."""
+        index = kwargs["modulate_index"]
+        if self.rows is None or index is None:
+            return None
+        rows = self.rows_of(kwargs["hidden_states"].shape[0])
+        return args, kwargs | {"modulate_index": take(index.expand(len(rows), -1), rows)}
+
     def _scatter(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         rows = self.rows_of(output.shape[0])
         if rows is None:
@@ -206,6 +218,7 @@ class RowOracle:
         return grid.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
 
     def _skipping(self, forward: Callable) -> Callable:
+        @functools.wraps(forward)  # some look at its arguments
         def skipped(*args: Any, **kwargs: Any) -> Any:
             key = "output", self.calls % self.calls_per_step
             if self.step in self.forecasts:

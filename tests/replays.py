@@ -15,11 +15,11 @@ from tape import Tapes, ops_seen
 STEPS = 6
 MODES = ["warming up", "captured", "replayed", "replayed"]
 #: families whose programs are known, and those that compute some of the tokens, or fewer, larger ones
-NAMES = [name for name, form in tiny_models.FAMILIES.items() if not form.reads_masks]
+NAMES = list(tiny_models.FAMILIES)
 SPARSE = [name for name in tiny_models.forms("layouts") if name in NAMES]
 RESIZED = tiny_models.forms("changes_resolution")
 #: calls of a step
-CALLS = {"flux": 2, "flux-dev": 2, "qwen": 2, "wan": 2, "flux2-klein": 2}
+CALLS = {"flux": 2, "flux-dev": 2, "lumina2": 2, "qwen": 2, "wan": 2, "flux2-klein": 2}
 
 
 @pytest.fixture

@@ -44,9 +44,9 @@ def test_it_is_served_as_a_plain_cache_or_refused(name, monkeypatch):
     if name.startswith("QwenImageT") and not HAS_QWEN:
         pytest.skip("this diffusers has an older form of it, which is told lengths of prompts")
     if entry.refused:
-        check_refused(name)
+        check_refused(name, entry)
     else:
-        check_served(name, monkeypatch)
+        check_served(name, monkeypatch, entry)
     if TABLE["diffusers"] == importlib.metadata.version("diffusers"):
         listed = [found for found in TABLE["rows"] if found["class"] == name]
         assert listed == [row(name)], "run tools/supported.py"

@@ -16,7 +16,6 @@ from diffusers import (
     EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
-    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
@@ -491,14 +490,6 @@ def packed(step, width=20, **more):
     return given | {"timestep": torch.tensor([0.9 - 0.1 * step]), "return_dict": False} | more
 
 
-def qwen():
-    """The form of two modulations, one for reference pictures, which its adapter leaves to this one."""
-    model = QwenImageTransformer2DModel(
-        **JOINT, out_channels=4, axes_dims_rope=(4, 6, 6), zero_cond_t=True
-    )
-    return model, lambda step: packed(step, img_shapes=[[(1, 4, 4)]])
-
-
 def chroma():
     approximator = {"approximator_num_channels": 8, "approximator_hidden_dim": 32}
     model = ChromaTransformer2DModel(
@@ -543,7 +534,6 @@ def z_image():
 
 
 FOUND = {
-    "qwen": (qwen, {"transformer_blocks": ("attn", "img_mlp", "txt_mlp")}),
     "chroma": (
         chroma,
         {
@@ -573,8 +563,6 @@ def macs(run):
     return counter.get_total_flops() // 2
 
 
-if not tiny_models.HAS_QWEN:  # and so no form of two modulations
-    del FOUND["qwen"]
 if tiny_models.HAS_FLUX2:  # which has an adapter
     del FOUND["flux2"]
 

@@ -21,6 +21,8 @@ STEPS = 6
 SHARES = {"dense": 0.4, "sparse": 0.5}
 #: launches of a fully reused step: patch embedding, residuals, norm, projection and unpatching
 LAUNCHES = 5
+#: Lumina 2 joins text and picture in its own forward, and takes the picture out again
+MORE_LAUNCHES = {"Lumina 2": 6}
 
 
 @functools.cache
@@ -54,7 +56,7 @@ def test_a_reused_step(name):
     assert max(found) <= 350, found
     for call in launches(name, "reused")[3::2]:
         launched = sum(call.kernels.values())
-        assert launched <= LAUNCHES, call.kernels
+        assert launched <= LAUNCHES + MORE_LAUNCHES.get(name, 0), call.kernels
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,26 @@ def test_what_an_op_says_of_its_arguments_is_no_refusal(plugin):
 def test_the_stand_in_hub_is_a_cache(tool, tmp_path, monkeypatch):
     hub = importlib.import_module("peer_hub")
     hub.write_hub(tmp_path)
-    for repository in (hub.CLIP, hub.T5, hub.GEMMA, *hub.ENCODERS):
+    for repository in (hub.CLIP, hub.T5, hub.GEMMA, hub.QWEN, *hub.ENCODERS):
         snapshot = tmp_path / ("models--" + repository.replace("/", "--")) / "snapshots"
         assert (snapshot / hub.REVISION / "tokenizer_config.json").is_file()
+
+
+REPORT = """<testsuites><testsuite>
+<testcase name="test_it[A-OneConfig]"><properties><property name="became" value="served"/></properties></testcase>
+<testcase name="test_it[B-Config]"><properties><property name="became" value="served"/></properties>
+  <failure message="far
+ from it">trace</failure></testcase>
+<testcase name="test_it[C]"><skipped message="none"/></testcase>
+<testcase name="test_it[D]"><error message="broke">trace</error></testcase>
+</testsuite></testsuites>"""
+
+
+def test_what_became_of_each_class(tool, tmp_path):
+    (tmp_path / "classes.xml").write_text(REPORT)
+    assert tool.read_classes(tmp_path / "classes.xml") == {
+        "A, OneConfig": "served",
+        "B, Config": "fault: far from it",
+        "C": "unproved: none",
+        "D": "fault: broke",
+    }

@@ -1,4 +1,4 @@
-"""Qwen-Image's own forms: reference pictures behind the picture, a condition beside the timestep, two modulations."""
+"""Qwen-Image's own forms: reference pictures behind the picture, a condition beside the timestep, layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import fastdit
 import tiny_models
 from contract import same_bits
-from fastdit import RALU, RAS, ArgumentError, Cached, Schedule, UnsupportedModelError
+from fastdit import RALU, RAS, ArgumentError, Cached, Schedule
 from oracle import Oracle, random_bits
 
 pytestmark = [
@@ -96,14 +96,6 @@ def test_ras_leaves_out_tokens_of_the_picture_alone():
     report = handle.report()
     assert report.tokens_per_step == (48, 16, 16, 16)
     assert {mask.shape for mask in report.active.values()} == {(2, 4, 8)}
-
-
-def test_the_form_of_two_modulations_is_wrapped():
-    model = form(zero_cond_t=True)
-    with pytest.raises(UnsupportedModelError, match="QwenImageTransformer2DModel"):
-        fastdit.patch(model, RAS())
-    with pytest.warns(UserWarning, match="its attn, img_mlp, txt_mlp are wrapped as they are"):
-        fastdit.patch(model, Cached(Schedule.every(2)))
 
 
 def test_ralu_refuses_references():

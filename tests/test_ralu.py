@@ -98,7 +98,7 @@ SOLVED = {
 SHORT = RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
 STAGED = tiny_models.one_each(tiny_models.forms("changes_resolution"))
 #: those that the oracle of whole runs knows
-RESTATED = ["sd3", "flux"]
+RESTATED = [name for name in ("sd3", "flux", "qwen") if name in STAGED]
 #: those whose pipelines hold latents as tokens
 PACKED = tuple(name for name in STAGED if tiny_models.call(name)["hidden_states"].ndim == 3)
 SIZE = {"height": 16, "width": 24}  # latent pixels: 8 x 12 cells, 24 coarse tokens
@@ -1051,7 +1051,7 @@ def test_each_stage_has_a_schedule_of_its_own(name):
 
 
 @pytest.mark.diffusers
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize("name", RESTATED)
 def test_forecasts_begin_anew_with_each_stage(name):
     """What was computed of other tokens is drawn through no more."""
     pipe = tiny_models.pipeline(name, torch.float64)
@@ -1152,7 +1152,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
         mode = "parity" if batch == 1 else "corrected"
         of_tokens = {"metric": "std", "high_ratio": 0.3, "mode": mode}
         methods.append(RAS(0.5, start=start, resets=(4,), align=1, **of_tokens))
-        rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name == "flux")
+        rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name in PACKED)
 
         def choose(b, step, velocity, sigmas):
             if batch == 1:

@@ -21,6 +21,7 @@ TEXT = (
 CLIP = "hf-internal-testing/tiny-random-clip"
 T5 = "hf-internal-testing/tiny-random-t5"
 GEMMA = "hf-internal-testing/dummy-gemma"
+QWEN = "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration"
 #: repository -> class of its text encoder, which has CLIP's tokenizer
 ENCODERS = {
     "hf-internal-testing/tiny-sd3-text_encoder": "CLIPTextModelWithProjection",
@@ -35,6 +36,7 @@ def write_hub(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     _write_t5(_snapshot(folder, T5))
     _write_gemma(_snapshot(folder, GEMMA))
+    _write_qwen(_snapshot(folder, QWEN))
     clip = _snapshot(folder, CLIP)
     _write_clip_tokenizer(clip)
     _write_json(clip / "config.json", {"model_type": "clip"})
@@ -107,6 +109,21 @@ def _write_gemma(folder: Path) -> None:
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512}
     _write_json(folder / "tokenizer_config.json", names | settings)
     _write_json(folder / "config.json", {"model_type": "gemma"})
+
+
+def _write_qwen(folder: Path) -> None:
+    """One token a word of the pipeline's own prompt, of which the pipeline drops a number of tokens."""
+    from diffusers import QwenImagePipeline
+    from transformers import Qwen2Tokenizer
+
+    parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+    told = QwenImagePipeline(**dict.fromkeys(parts)).prompt_template_encode
+    marks = ["<|im_start|>", "<|im_end|>"]
+    for mark in marks:
+        told = told.replace(mark, " ")
+    learnt = Qwen2Tokenizer().train_new_from_iterator((told, *TEXT), 2000, new_special_tokens=marks)
+    learnt.save_pretrained(folder)
+    _write_json(folder / "config.json", {"model_type": "qwen2"})
 
 
 def _write_clip_tokenizer(folder: Path) -> None:

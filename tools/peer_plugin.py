@@ -36,10 +36,11 @@ TRANSFORMERS = (
     "Lumina2Transformer2DModel",
     "LuminaNextDiT2DModel",
     "PixArtTransformer2DModel",
+    "QwenImageTransformer2DModel",
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
 )
-PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "StableDiffusion3", "Wan")
+PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "QwenImage", "StableDiffusion3", "Wan")
 OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
 #: elements of every output that are kept to be compared with another mode's
 SAMPLES = 16

@@ -11,6 +11,9 @@ A test that passes stock must pass with Dense. With a method that changes pictur
 Anything else is a fault, and the exit status says whether there is one. What a test compares among the patched
 pipeline's own pictures (batch with single, saved with loaded, tuple with dict) must hold with every method. "changed"
 counts the tests that pass with other pictures than stock's, "patched" the pipelines or models that were patched.
+
+The suite "classes" has no modes: it repeats tests/test_denoisers.py with diffusers' own tiny models and inputs, one of
+each transformer, and says of each what became of it; see peer_denoisers.py.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
@@ -49,6 +53,14 @@ SUITES = {
     "lumina2": ("pipelines", [f"{_PIPELINES}/lumina2"]),
     "wan": ("pipelines", [f"{_PIPELINES}/wan"]),
     "flux2": ("pipelines", [f"{_PIPELINES}/flux2"]),
+    # Without those of the edit pipelines, which encode a megapixel in each test.
+    "qwenimage": (
+        "pipelines",
+        [
+            f"{_PIPELINES}/qwenimage/test_qwenimage{name}.py"
+            for name in ("", "_controlnet", "_img2img", "_inpaint")
+        ],
+    ),
     "pag": (
         "pipelines",
         [
@@ -61,9 +73,8 @@ SUITES = {
     "lora": (
         "pipelines",
         [
-            "tests/lora/test_lora_layers_flux.py",
-            "tests/lora/test_lora_layers_flux2.py",
-            "tests/lora/test_lora_layers_sd3.py",
+            f"tests/lora/test_lora_layers_{name}.py"
+            for name in ("flux", "flux2", "lumina2", "qwenimage", "sd3")
         ],
     ),
     "models": (
@@ -75,11 +86,13 @@ SUITES = {
             f"{_MODELS}/test_models_transformer_flux2.py",
             f"{_MODELS}/test_models_transformer_lumina.py",
             f"{_MODELS}/test_models_transformer_lumina2.py",
+            f"{_MODELS}/test_models_transformer_qwenimage.py",
             f"{_MODELS}/test_models_transformer_sd3.py",
             f"{_MODELS}/test_models_transformer_wan.py",
         ],
     ),
 }
+CLASSES = "classes"
 #: markers of tests that need packages or devices which are not here, or whole checkpoints
 LEFT_OUT = (
     "compile",
@@ -191,6 +204,37 @@ def run_suite(suite: str, mode: str, folder: Path, out: Path, arguments: list[st
     return load(suite, mode, out)
 
 
+def run_classes(folder: Path, out: Path, arguments: list[str]) -> dict[str, str]:
+    """What becomes of each transformer with diffusers' own configurations, by class and configuration."""
+    report = out / f"{CLASSES}.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-c", "pytest.ini"]
+    command += ["--rootdir=.", "--timeout=600", f"--junitxml={report}", *arguments]
+    command += [str(TOOLS / "peer_denoisers.py")]
+    environment = os.environ | {"PEER_TESTS": str(folder)}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with (out / f"{CLASSES}.log").open("w") as log:
+        subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=False)
+    return read_classes(report) if report.exists() else {}
+
+
+def read_classes(report: Path) -> dict[str, str]:
+    """The table in a report of pytest; what failed begins with "fault"."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = (case.get("name") or "").partition("[")[2].rstrip("]").replace("-", ", ")
+        said = {p.get("name"): p.get("value") or "" for p in case.iter("property")}
+        skipped, failed = case.find("skipped"), case.find("failure")
+        failed = case.find("error") if failed is None else failed
+        if failed is not None:
+            found[name] = "fault: " + " ".join((failed.get("message") or "").split())[:200]
+        elif skipped is not None:
+            found[name] = "unproved: " + (skipped.get("message") or "")[:200]
+        else:
+            found[name] = said.get("became", "")
+    return found
+
+
 def load(suite: str, mode: str, out: Path) -> Results:
     """What a run of a suite left; nothing where it broke down."""
     path = out / f"{suite}.{mode}.json"
@@ -239,7 +283,9 @@ def main() -> int:
     parser.add_argument("--diffusers", default=URL, help="a checkout of diffusers, or a git URL")
     parser.add_argument("--tag", default=f"v{metadata.version('diffusers')}", help="of the URL")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--suites", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument(
+        "--suites", nargs="+", choices=[*SUITES, CLASSES], default=[*SUITES, CLASSES]
+    )
     parser.add_argument("--out", type=Path, default=FOLDER, help="where tests and results lie")
     parser.add_argument(
         "--keep", nargs="*", choices=MODES, default=[], help="modes whose old results will do"
@@ -258,7 +304,7 @@ def main() -> int:
     print(f"diffusers {metadata.version('diffusers')}, fastdit of {fastdit and fastdit.origin}")
     total = {mode: [0] * (len(COLUMNS) + 2) for mode in options.modes if mode != STOCK}
     _print_row("suite", "mode", [*COLUMNS, "changed", "patched"])
-    for suite in options.suites:
+    for suite in (suite for suite in options.suites if suite != CLASSES):
         stock: Results = {}
         for mode in (STOCK, *total):
             start = time.monotonic()
@@ -280,6 +326,14 @@ def main() -> int:
             _print_row(suite, mode, row, f"{end}  {time.monotonic() - start:.0f} s")
     for mode, row in total.items():
         _print_row("all", mode, row)
+    if CLASSES in options.suites:
+        became = run_classes(folder, out, options.arguments)
+        print("\nclasses:", *(f"{name}: {what}" for name, what in became.items()), sep="\n  ")
+        for name, what in became.items():
+            if what.startswith("fault"):
+                faults.setdefault(f"{CLASSES}: {what}", []).append(name)
+        if not became:
+            faults[f"{CLASSES}: nothing ran"] = [CLASSES]
     print("\nrefused:", *(f"{count:4} {text}" for text, count in said.most_common()), sep="\n  ")
     print("\nfaults:", *("\n    ".join([why, *names]) for why, names in faults.items()), sep="\n  ")
     return bool(faults)

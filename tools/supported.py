@@ -28,9 +28,9 @@ def main() -> int:
         print(name, flush=True)
         with torch.compiler.set_stance("force_eager"), pytest.MonkeyPatch.context() as monkeypatch:
             if ENTRIES[name].refused:
-                check_refused(name)
+                check_refused(name, ENTRIES[name])
             else:
-                check_served(name, monkeypatch)
+                check_served(name, monkeypatch, ENTRIES[name])
             rows.append(row(name))
     found = {"diffusers": importlib.metadata.version("diffusers"), "rows": rows}
     OUT.write_text(json.dumps(found, indent=1) + "\n")

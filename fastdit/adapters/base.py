@@ -33,14 +33,14 @@ NEEDS: Mapping[str, str] = {
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
     "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
     "reuse": "components consumers groups shared_gates common_gates has_component parts",
-    "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
-    "moved_tokens grid latent_image decode shifts_latents",
+    "rows": "layouts processors embedders embed patch patches token_positions some_positions gather_latents "
+    "scatter_output moved_tokens grid latent_image decode shifts_latents",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding embeds_text "
-    "condition_embedding condition_arguments shared_modulations output_norm modulated_output modulate_output "
-    "output_modulators_of unread layer_inputs embed_condition embedded embed_apart timesteps_per_unit "
-    "given_timesteps",
+    "known_positions embed_known condition_embedding condition_arguments shared_modulations output_norm "
+    "modulated_output modulate_output output_modulators_of unread layer_inputs embed_condition embedded embed_apart "
+    "timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -63,6 +63,7 @@ class Call:
         skips_blocks: The caller leaves out blocks in this call (skip-layer guidance).
         tells_attention: Names of the arguments that it passes on to the attention processors.
         writes: It writes into what the caller keeps, which no program would do again.
+        references: Of the tokens the last ones, of reference pictures, where the host knows.
     """
 
     hidden_states: Tensor
@@ -75,6 +76,7 @@ class Call:
     positions: Any = None
     tells_attention: tuple[str, ...] = ()
     writes: bool = False
+    references: int = 0
 
 
 @dataclass(frozen=True)
@@ -371,6 +373,14 @@ class Adapter(Modulated, Pictures):
     position_embedding: str | None = None
     #: whether each call asks the `embedders` once more, behind the image's positions for the text's
     embeds_text = False
+
+    #: in a family whose positions are read out of masks on the host, a method (transformer, args, kwargs) that gives
+    #: what a run needs of them, once for its conditions; :meth:`embed_known` is that module's forward then
+    known_positions: Callable[..., Any] | None = None
+
+    def embed_known(self, module: nn.Module, known: Any, *args: Any) -> Any:
+        """The output of the `position_embedding` for the tokens that pass, by what `known_positions` gave."""
+        raise NotImplementedError
 
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""

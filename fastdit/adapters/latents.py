@@ -95,6 +95,10 @@ class Pictures:
     #: arguments with a position for each image token; where tokens are left out, as many are given, which nobody reads
     token_positions: Sequence[str] = ()
 
+    def some_positions(self, positions: Any, tokens: int) -> Any:
+        """Positions for so many tokens, of an argument that has [..., N, axes]."""
+        return positions[..., :tokens, :]
+
     def gather_inputs(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -105,7 +109,7 @@ class Pictures:
         owner[key] = self.gather_latents(latents, index, self.patch(transformer))
         for name in self.token_positions:
             owner, key = place_of(transformer, args, kwargs, name)
-            owner[key] = owner[key][..., : rows.shape[1], :]
+            owner[key] = self.some_positions(owner[key], rows.shape[1])
         for name in self.residual_arguments:
             owner, key = place_of(transformer, args, kwargs, name)
             if owner is not None and owner[key] is not None:
@@ -169,7 +173,7 @@ class Pictures:
         owner[key] = self.reduce_latents(owner[key], layout, ops)
         for name in self.token_positions:
             owner, key = place_of(transformer, args, kwargs, name)
-            owner[key] = owner[key][..., : layout.tokens, :]
+            owner[key] = self.some_positions(owner[key], layout.tokens)
         return tuple(args), kwargs
 
     def reduce_latents(self, latents: Tensor, layout: Layout, ops: Any) -> Tensor:

@@ -11,12 +11,13 @@ not apply: the pipeline's guidance rescales rows of latents, and so not all pixe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import BATCH, Adapter, Size, blank, picture
 from fastdit.adapters.lumina import squashed
 from fastdit.blocks.attention import Rotation, self_attention
@@ -36,7 +37,8 @@ def noise_block(
     """One block of the noise refiner: image [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> image."""
     image = fw.enter(hidden_states, "image")
     _block(block, fw, image, "noise_", temb, attention_mask, image_rotary_emb)
-    image.read()  # behind the last of them is no block
+    if fw.ends:
+        image.read()  # the model joins it with the text
     return image.leave()
 
 
@@ -117,6 +119,7 @@ class Lumina2(Adapter):
     processors = ("Lumina2AttnProcessor2_0",)
     fused_attentions = ("attn",)
     prompt_projections = ("time_caption_embed.caption_embedder", "context_refiner")
+    position_embedding = "rope_embedder"
     condition_embedding = "time_caption_embed.timestep_embedder"
     output_norm = "norm_out"
 
@@ -124,14 +127,29 @@ class Lumina2(Adapter):
         """The rotary embedding also cuts the picture into patches."""
         return [transformer.rope_embedder]
 
+    def known_positions(
+        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        """Angles of text, picture and both, and the lengths of the prompts, for which the model waits at each step."""
+        given = arguments_of(transformer, args, kwargs)
+        module = transformer.rope_embedder
+        told = given[self.image_argument], given["encoder_attention_mask"]
+        _, *angles, lengths, _ = type(module).forward(module, *told)
+        return *angles, tuple(lengths)
+
+    def embed_known(self, module: nn.Module, known: Any, patches: Tensor, mask: Tensor) -> Any:
+        """Angles are those of all tokens; attention takes them at the rows."""
+        *angles, lengths = known
+        tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
+        return tokens, *angles, list(lengths), [n + tokens.shape[1] for n in lengths]
+
     def embed(
         self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor, mask: Tensor
     ) -> Any:
-        """The active patches come with the angles of all tokens, which attention takes at the rows."""
+        """The same, where each step reads the mask."""
         whole = patches.new_empty(()).expand(shape)
-        _, text, image, joint, lengths, _ = type(module).forward(module, whole, mask)
-        tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
-        return tokens, text, image, joint, lengths, [n + rows.shape[1] for n in lengths]
+        _, *angles, lengths, _ = type(module).forward(module, whole, mask)
+        return self.embed_known(module, (*angles, lengths), patches, mask)
 
     def embed_condition(
         self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any

@@ -59,12 +59,13 @@ class Forward:
         compiled: What the user's compilation of the whole transformer left as its call, or None.
         tokens: Those that pass, where the adapter's own attention runs; else None.
         layouts, unread: The adapter's.
+        references: Image tokens behind those of the picture, where the adapter counts them.
         precision: The dtypes of slots and of the model, where they differ; else None.
         modulations: Those made ahead for the next steps, or None.
         sums: What stands for several outputs, or None.
         step, weights: The step in progress, and the weights of the run's forecasts; None without any.
         scratch: Free space of the adapter for values that live as long as this call.
-        index: Index of the running block, over all kinds.
+        index, ends: Index of the running block, over all kinds, and whether it is the last one of its list.
         computed, reused: Components that ran, and that a plan spared, in this call.
     """
 
@@ -80,6 +81,7 @@ class Forward:
     tokens: ActiveTokens | None = None
     layouts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unread: Sequence[str] = ()
+    references: int = 0
     precision: tuple[torch.dtype, torch.dtype] | None = None
     modulations: Modulations | None = None
     sums: Sums | None = None
@@ -88,6 +90,7 @@ class Forward:
     scratch: dict[Any, Any] = field(default_factory=dict, init=False)
     segments: Segments = field(default=EAGER, init=False)
     index: int = field(default=0, init=False)
+    ends: bool = field(default=True, init=False)
     computed: int = field(default=0, init=False)
     _planned: int = field(default=0, init=False)
     _row: BlockActions = field(default_factory=dict, init=False)
@@ -97,10 +100,11 @@ class Forward:
     _own_streams: dict[str, Tensor] = field(default_factory=dict, init=False)
     _block_compiled: Callable[..., Any] | None = field(default=None, init=False)
 
-    def start_block(self, index: int) -> None:
-        """Called before each block's rewritten forward."""
+    def start_block(self, index: int, ends: bool = True) -> None:
+        """Called before each block's rewritten forward; `ends` for the last one of its list."""
         block = self.blocks[index]
         self.index = index
+        self.ends = ends
         self._row = self.actions[index] if self.actions else ALWAYS
         first = index not in self._visited
         self._planned += len(self._row) if first else 0
@@ -306,7 +310,7 @@ class Forward:
     def adaln(
         self,
         layer: nn.Module,
-        embedding: Tensor,
+        embedding: Tensor | tuple[Tensor, ...],
         parts: int,
         dtype: torch.dtype | None = None,
         then: Callable[..., tuple[Tensor, ...]] | None = None,
@@ -314,20 +318,26 @@ class Forward:
         """An adaLN layer's linear(activation(embedding)) as so many vectors [B, D], or what `then` makes of these.
 
         The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer. The linear's
-        input is in `dtype` if given.
+        input is in `dtype` if given. Of several embeddings, which one product turns, each vector comes once for each.
         """
+        embeddings = embedding if isinstance(embedding, tuple) else (embedding,)
+        several = len(embeddings)
         children = layer._modules
         if isinstance(layer, nn.Sequential):
             activation, linear = children.values()
         else:
             activation, linear = children["silu"], children["linear"]
 
-        def compute(given: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        def compute(given: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+            if several > 1:
+                given = torch.cat([given, *others])
             made = self.segments.linear(linear, activation(given).to(dtype or given.dtype))
             vectors = made.chunk(parts, dim=1)
+            if several > 1:
+                vectors = tuple([part for vector in vectors for part in vector.chunk(several)])
             return vectors if then is None else then(*vectors)
 
-        return self.modulation(layer, compute, embedding)
+        return self.modulation(layer, compute, *embeddings)
 
     def rotation(self, make: Callable[[], Any]) -> Any:
         """The rotation of all positions; a call of a part of the tokens has that of the last whole one."""

@@ -16,10 +16,12 @@ class LayerInputs:
     Attributes:
         make: The layers' inputs of timesteps [n B], steps one after the other: tensors of as many rows.
         tensors: What `make` closes over; another tensor here, or one written into, makes other inputs.
+        joins: Whether the model has them one after the other in one tensor.
     """
 
     make: Callable[[Tensor], tuple[Any, ...]]
     tensors: tuple[Tensor, ...]
+    joins: bool = False
 
 
 def repeated(tensor: Tensor, rows: int, batch: int) -> Tensor:

@@ -129,12 +129,19 @@ class Modulations:
         return self.table.rows[layer][self.row]
 
     def given(self) -> tuple[Tensor, ...] | None:
-        """[B, ...], the inputs of the layers at this step; None while those of the window are being made."""
+        """[B, ...], the inputs of the layers at this step as the model's forward has them; None while those of the
+        window are being made.
+        """
         if self._making:
             return None
         if "inputs" not in self.table.rows:
             self.table.keep("inputs", self._all_inputs(), self._each)
-        return self.table.rows["inputs"][self.row]
+        found = self._of_batch(self.table.rows["inputs"][self.row])
+        return (torch.cat(found),) if self._source.joins else found
+
+    def _of_batch(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Rows of a step [B, ...]."""
+        return rows
 
     def packed(self) -> Packed:
         """All of the window side by side."""

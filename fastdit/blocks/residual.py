@@ -12,13 +12,14 @@ from fastdit.backends.base import MAX_BRANCHES
 from fastdit.blocks.active import CachedRows
 from fastdit.blocks.float8 import QuantisedRows
 from fastdit.blocks.nodes import Drawn
+from fastdit.blocks.ranges import Ranges, ranges_of
 from fastdit.observe import observed
 from fastdit.schedules.forecast import MAX_ORDER
 
 if TYPE_CHECKING:
     from fastdit.blocks.forward import Forward
 
-Gate = Tensor | None
+Gate = Tensor | Ranges | None
 #: what residuals take
 Branch = Tensor | CachedRows | Drawn
 
@@ -26,8 +27,8 @@ Branch = Tensor | CachedRows | Drawn
 class Residual:
     """One residual stream inside one block: ``h + sum_i gate_i * branch_i``, added late.
 
-    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D] or None for 1; gates of a token's own
-    [B, n, D].
+    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D], two of them in ranges, or None for 1; gates of
+    a token's own [B, n, D].
     """
 
     __slots__ = ("_branch_first", "_forward", "_h", "_stream", "_waiting", "_wide")
@@ -97,7 +98,23 @@ class Residual:
             branch, gate = self._waiting.pop()
         if self.read().stride(-1) != 1:  # PixArt's patch embedding comes out transposed
             self._h = forward._own_streams[self._stream] = self._h.contiguous()
-        given = {"branch": branch, "gate": gate, **norm_parameters(norm, self._h.dtype)}
+        given = norm_parameters(norm, self._h.dtype)
+        ranges = ranges_of((scale, shift, gate))
+        if ranges:
+            if out is None:
+                out = torch.empty_like(self._h, memory_format=torch.contiguous_format)
+            for some in ranges:
+                forward.ops.norm_modulate(
+                    some.rows(self._h),
+                    some.vector(scale),
+                    some.vector(shift),
+                    branch=some.rows(branch),
+                    gate=some.vector(gate),
+                    out=some.rows(out),
+                    **given,
+                )
+            return out
+        given |= {"branch": branch, "gate": gate}
         if out is None and forward.quantises(readers, self._h):
             out = QuantisedRows.like(self._h, self._h.shape[1])
         if not isinstance(out, QuantisedRows):
@@ -144,9 +161,22 @@ class Residual:
         at["weights"] = self._weights([branch for branch, _ in pairs])
         parts = [(value, gate) for branch, gate in pairs for value in _values(branch)]
         branches, gates = zip(*parts, strict=True)
-        self._h = self._forward.ops.gated_residual(
-            self._h, branches, gates, out=self._h if self._is_owned() else None, **at
-        )
+        h, ranges = self._h, ranges_of(gates)
+        out = h if self._is_owned() else None
+        if ranges and out is None:
+            out = torch.empty_like(h, memory_format=torch.contiguous_format)
+        add = self._forward.ops.gated_residual
+        for some in ranges:
+            x = some.rows(h)
+            at_range = at | {"weights": some.weights(at["weights"])}
+            add(
+                x,
+                [some.rows(branch) for branch in branches],
+                [some.vector(gate) for gate in gates],
+                out=x if out is h else some.rows(out),
+                **at_range,
+            )
+        self._h = out if ranges else add(h, branches, gates, out=out, **at)
         self._forward._own_streams[self._stream] = self._h
 
     def _weights(self, branches: Sequence[Branch]) -> Tensor | None:
@@ -250,8 +280,10 @@ def gathered(value: Any) -> Any:
     return value.gathered() if isinstance(value, (CachedRows, Drawn)) else value
 
 
-def _rows(vector: Tensor) -> Tensor:
-    """[B, D] -> [B, 1, D]; already per-token vectors stay."""
+def _rows(vector: Tensor | Ranges) -> Tensor:
+    """[B, D] -> [B, 1, D]; those of two ranges -> [B, n, D]; already per-token vectors stay."""
+    if isinstance(vector, Ranges):
+        return vector.spread()
     return vector.unsqueeze(1) if vector.ndim == 2 else vector
 
 

@@ -21,6 +21,8 @@ from fastdit.programs.folding import fold
 from fastdit.programs.lines import Line, Ref, refs_in
 from fastdit.programs.state import OBJECTS, Form, Moment, Place
 
+#: what makes a tensor that shares memory with no other
+_FILLED = ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")
 #: where a call's arguments are, the step's row of the modulations, the step, and the steps in the state, latest first
 CALL = ("args", "kwargs", "row", "now", "moments")
 #: the dicts of a state that a program reads, and those that it writes, too
@@ -129,7 +131,8 @@ class _Writer:
         self._gone = self._changed(after)
         lines, folded = fold(lines, self._inputs, self._kept)
         self._inputs |= folded
-        lines = _live(without_copies(lines, self._kept), self._kept)
+        lines = without_copies(lines, self._kept)
+        lines = _live(_without_stores(lines, self._kept), self._kept)
         last = self._last_uses(lines)
         read = {ref for line in lines for ref in line.reads} | set(self._kept)
         places = [self._inputs[ref] for ref in read if ref in self._inputs]
@@ -270,6 +273,8 @@ class _Writer:
         kwargs = [f"{name}={self._expression(value)}" for name, value in line.kwargs.items()]
         name, function = line.name, line.function
         if name == "__setitem__":
+            if _is_number(line.args[2]) and _is_view(line.args[1]):  # no tensor of the host's
+                return f"{args[0]}[{args[1]}].fill_({args[2]})"
             return f"{args[0]}[{args[1]}] = {args[2]}"
         if name == "__getitem__":
             made = f"{args[0]}[{args[1]}]"
@@ -334,6 +339,18 @@ def _alike(held: tuple[Any, Any], now: tuple[Any, Any]) -> bool:
     return held[0] is now[0] and held[1] == now[1]
 
 
+def _without_stores(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
+    """The lines without tensors that a call makes and fills and nobody reads, as a mask where no token is hidden."""
+    stored = {line.result for line in lines if line.name in _FILLED} - set(kept)
+
+    def fills(line: Line) -> bool:
+        return line.name == "__setitem__" and line.args[0] in stored
+
+    for line in lines:
+        stored -= set(refs_in((line.args[1:], line.kwargs)) if fills(line) else line.reads)
+    return [line for line in lines if not (line.result in stored or fills(line))]
+
+
 def _live(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
     """The lines that write, or whose results somebody reads."""
     readers = Counter(ref for line in lines for ref in line.reads)
@@ -353,6 +370,17 @@ def _is_literal(value: Any) -> bool:
     if type(value) is float:
         return math.isfinite(value)
     return value is None or type(value) in (bool, int, str)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (bool, int, float) and _is_literal(value)
+
+
+def _is_view(index: Any) -> bool:
+    """Whether a tensor indexed so is a view of it, as of numbers and slices."""
+    if type(index) is tuple:
+        return all(map(_is_view, index))
+    return index is None or type(index) in (int, slice, type(Ellipsis))
 
 
 def _new_object(cls: type, attributes: dict[str, Any]) -> Any:

@@ -11,6 +11,9 @@ from fastdit.blocks.residual import is_plain, norm_parameters
 from fastdit.observe import unobserved
 from fastdit.runtime.install import is_installed
 
+#: where a branch keeps what its family knows of positions
+POSITIONS = "positions"
+
 
 class Asked:
     """These methods of a :class:`~fastdit.runtime.call.Call` stand for modules' own forwards."""
@@ -32,13 +35,16 @@ class Asked:
         if self._embeds_text:
             return self._once(self.branch.memory, module, *args, key="text", **kwargs)
         self._embeds_text = adapter.embeds_text
+        known = self.branch.memory.get(POSITIONS)
+        if known is not None and not self.forward.immediate and unobserved(module):
+            return adapter.embed_known(module, known, *args, **kwargs)
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape
             return adapter.embed(module, shape, self.rows, *args, **kwargs)
         if self.layout is not None:
             memory = self.run.resolution.memory
             return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
-        if adapter.position_embedding is not None:
+        if adapter.position_embedding is not None and adapter.known_positions is None:
             return self._once(self.branch.memory, module, *args, **kwargs)
         forward = self.forward
         if forward.waits_at_first() and unobserved(module):
@@ -88,7 +94,7 @@ class Asked:
         scales_only = hasattr(module, "linear_1")
         linear = module.linear_1 if scales_only else module.linear
 
-        def make(given: Tensor) -> tuple[Tensor, ...]:
+        def make(given: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
             return linear(module.silu(given).to(x.dtype)).chunk(1 if scales_only else 2, dim=1)
 
         made = make(conditioning) if self.ahead is None else self.ahead.of(module, make)

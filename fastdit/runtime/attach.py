@@ -22,9 +22,11 @@ Rewrite = tuple[nn.Module, Callable[["Patched"], Callable[..., Any]]]
 def rewrites(patched: Patched, transformer: nn.Module) -> list[Rewrite]:
     """The forwards of these modules are rewritten."""
     adapter = patched.adapter
+    blocks = adapter.blocks(transformer)
+    following = [kind for kind, _ in blocks[1:]] + [None]
     found: list[Rewrite] = [
-        (block, partial(BlockLink, kind=kind, index=index))
-        for index, (kind, block) in enumerate(adapter.blocks(transformer))
+        (block, partial(BlockLink, kind=kind, index=index, ends=kind != following[index]))
+        for index, (kind, block) in enumerate(blocks)
     ]
     if patched.writer("rows") or patched.writer("resolution"):
         found += _of_call("embed", adapter.embedders(transformer))

@@ -26,7 +26,7 @@ from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
-from fastdit.runtime.asked import Asked
+from fastdit.runtime.asked import POSITIONS, Asked
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.run import Branch, Run, StepRecord
@@ -127,6 +127,10 @@ class Call(Asked):
         immediate = self.immediate
         defer = not immediate and not arguments.skips_blocks
         branch = self.branch = self._branch()
+        known = patched.adapter.known_positions
+        if known is not None and not immediate and POSITIONS not in branch.memory:
+            branch.memory[POSITIONS] = known(self.transformer, self._args, self._kwargs)
+            branch.form = None
         self.rows, keeps = None, False
         for method in run.methods:
             rows = method.rows(self)
@@ -178,6 +182,7 @@ class Call(Asked):
             tokens=self._tokens(self._count, self.keeps),
             layouts=patched.adapter.layouts,
             unread=patched.adapter.unread,
+            references=self.arguments.references if self.rows is None else 0,
             precision=patched.precision(self.arguments.hidden_states.dtype),
             modulations=ahead,
             step=Moment(run.step),

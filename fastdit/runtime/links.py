@@ -22,11 +22,15 @@ class BlockLink:
 
     The block is stock too where gradients are wanted and no plan acts: another order of the same operations would
     accumulate them in another order.
+
+    Attributes:
+        ends: It is the last block of its list.
     """
 
     patched: Patched
     kind: str
     index: int
+    ends: bool
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         patched = self.patched
@@ -40,7 +44,7 @@ class BlockLink:
                 adapter.has_component(self.kind, module, part) for part in parts
             )
             return type(module).forward(module, *args, **kwargs)
-        forward.start_block(self.index)
+        forward.start_block(self.index, self.ends)
         return adapter.forwards[self.kind](module, forward, *args, **kwargs)
 
 

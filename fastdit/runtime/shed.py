@@ -282,8 +282,10 @@ class ShedModulations(Modulations):
         """[B, ...], the inputs of the layers at this step."""
         if not self._making:
             self._all_inputs()
-        found = super().given()
-        return found and tuple(part.expand(self._batch, *part.shape[1:]) for part in found)
+        return super().given()
+
+    def _of_batch(self, rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(part.expand(self._batch, *part.shape[1:]) for part in rows)
 
     def _open(self, step: int) -> None:
         """A window is the whole run, or as much of it as may be kept."""
