@@ -34,7 +34,9 @@ def counts_of(adapter: Any, transformer: nn.Module, size: Size) -> Counts:
     """This gives the counts of a transformer, for `size` at least; they are made once for a structure and config."""
     key = structure(adapter, transformer)
     if adapter.restates:
-        return made_once(_counts, key, lambda: Counts(adapter, transformer, POINTS))
+        unit = adapter.token_multiple
+        points = [Size(unit * point.image, unit * point.text) for point in POINTS]
+        return made_once(_counts, key, lambda: Counts(adapter, transformer, points))
 
     def make() -> Counts:
         try:

@@ -279,17 +279,19 @@ class Forward:
     ) -> tuple[Tensor, ...]:
         """An adaLN layer's linear(activation(embedding)) as so many vectors [B, D], or what `then` makes of these.
 
-        The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer. The linear's
-        input is in `dtype` if given.
+        The layer is a norm with `silu` and `linear`, or a sequence of a linear layer and what comes before it, if
+        anything does. The linear's input is in `dtype` if given.
         """
         children = layer._modules
         if isinstance(layer, nn.Sequential):
-            activation, linear = children.values()
+            *before, linear = children.values()
         else:
-            activation, linear = children["silu"], children["linear"]
+            *before, linear = children["silu"], children["linear"]
 
         def compute(given: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-            made = self.segments.linear(linear, activation(given).to(dtype or given.dtype))
+            for activation in before:
+                given = activation(given)
+            made = self.segments.linear(linear, given.to(dtype or given.dtype))
             vectors = made.chunk(parts, dim=1)
             return vectors if then is None else then(*vectors)
 

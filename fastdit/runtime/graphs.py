@@ -420,5 +420,9 @@ def lies_elsewhere(tensor: Tensor, device: torch.device) -> bool:
 def copied_out(output: Any) -> Any:
     """A transformer's output, with a copy of its sample: the next call may lie there."""
     if isinstance(output, tuple):
-        return (output[0].clone(), *output[1:])
-    return type(output)(sample=output.sample.clone())
+        return (copied_out(output[0]), *output[1:])
+    if isinstance(output, list):  # one for each picture
+        return list(map(copied_out, output))
+    if isinstance(output, Tensor):
+        return output.clone()
+    return type(output)(sample=copied_out(output.sample))

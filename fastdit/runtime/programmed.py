@@ -87,17 +87,16 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         branch.form = program.after, program.moments_after(now, moments), None
         return output
     call.interpret()
-    transformer = call.transformer
     if program is not None:
         if trace is not None:
             trace.unknown = program
-        output = type(transformer).forward(transformer, *args, **kwargs)
+        output = call.run_model(args, kwargs)
         _look_after(call, written)
         return output
     tables = {} if ahead is None else {key: rows[ahead.row] for key, rows in ahead.tables.items()}
     state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
-        lambda: type(transformer).forward(transformer, *args, **kwargs),
+        lambda: call.run_model(args, kwargs),
         call.run.model,
         args,
         kwargs,
