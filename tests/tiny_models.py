@@ -37,9 +37,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Img2ImgPipeline,
     StableDiffusion3Pipeline,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -52,6 +56,8 @@ logging.set_verbosity_error()
 TEXT = 5
 #: its attention has the form that the adapter knows since diffusers 0.37
 HAS_QWEN = "modulate_index" in inspect.signature(QwenImageTransformerBlock.forward).parameters
+#: its blocks know references since diffusers 0.37
+HAS_ZIMAGE = "noise_mask" in inspect.signature(ZImageTransformerBlock.forward).parameters
 LATENT = 4
 HEIGHT, WIDTH = 8, 16
 
@@ -172,6 +178,21 @@ def qwen(layers: int = 3) -> nn.Module:
     )
 
 
+def zimage(layers: int = 3) -> nn.Module:
+    """Z-Image."""
+    return ZImageTransformer2DModel(
+        in_channels=LATENT,
+        dim=32,
+        n_layers=layers,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=20,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -194,9 +215,11 @@ FAMILIES: dict[str, Family] = {
     "lumina": Family(lumina),
     "lumina2": Family(lumina2, cfg_in_one_call=False, reads_masks=True),
 } | ({"qwen": Family(qwen, cfg_in_one_call=False, reads_masks=True)} if HAS_QWEN else {})
+FAMILIES |= {"zimage": Family(zimage)} if HAS_ZIMAGE else {}
 
 #: families that this diffusers lacks
 TOO_NEW = [] if HAS_QWEN else ["qwen"]
+TOO_NEW += [] if HAS_ZIMAGE else ["zimage"]
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -316,6 +339,15 @@ def call(
             "timestep": arguments["timestep"] / 1000,
             "img_shapes": [[(1, height // 2, width // 2)]] * batch,
         }
+    if name == "zimage":  # every second prompt is of another padded length
+        long = randn(condition, batch, 33, 20)
+        lengths = [33 if row % 2 else text for row in range(batch)]
+        return {
+            "x": list(arguments["hidden_states"].unsqueeze(2).unbind()),
+            "t": 1 - arguments["timestep"] / 1000,
+            "cap_feats": [own[:length] for own, length in zip(long, lengths, strict=True)],
+            "return_dict": False,
+        }
     arguments["pooled_projections"] = randn(condition, batch, 12)
     if name.startswith("flux"):
         tokens = height * width // 4
@@ -384,6 +416,7 @@ _NO_TEXT = {
     "dit": (),
     "lumina": ("text_encoder", "tokenizer"),
     "lumina2": ("text_encoder", "tokenizer"),
+    "zimage": ("text_encoder", "tokenizer"),
 }
 
 
@@ -412,6 +445,13 @@ PIPELINES: dict[str, Pipe] = {
     "lumina": Pipe("lumina", LuminaPipeline, FlowMatchEulerDiscreteScheduler),
     "lumina2": Pipe("lumina2", Lumina2Pipeline, FlowMatchEulerDiscreteScheduler),
 } | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
+if HAS_ZIMAGE:
+    PIPELINES |= {
+        "zimage": Pipe("zimage", ZImagePipeline, FlowMatchEulerDiscreteScheduler),
+        "zimage-img2img": Pipe(
+            "zimage", ZImageImg2ImgPipeline, FlowMatchEulerDiscreteScheduler, True
+        ),
+    }
 
 IMAGE_TO_IMAGE = [name for name, entry in PIPELINES.items() if entry.image_to_image]
 
@@ -497,6 +537,12 @@ def arguments(
             "prompt_attention_mask": masks[0],
             "negative_prompt_attention_mask": masks[1],
         }
+    elif name.startswith("zimage"):  # lists, of prompts of unlike length
+        lengths = [TEXT if row % 2 else 33 for row in range(prompts)]
+        result["prompt_embeds"] = [randn(length, 20) for length in lengths]
+        result["guidance_scale"] = 4.0 if cfg else 0.0
+        if cfg:
+            result["negative_prompt_embeds"] = [randn(TEXT, 20) for _ in range(prompts)]
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}
         result["prompt_embeds_mask"][:, -1] = 0

@@ -1,0 +1,293 @@
+"""Z-Image: refiners of image and text on their own, then blocks over the joint stream of [image, text].
+
+Restates diffusers' `ZImageTransformerBlock.forward` and, but for pictures with references, the model's (diffusers
+>= 0.37). Image and text are padded to multiples of 32 tokens with a learned one each, which is read as the others are;
+only what prompts of unlike length leave free behind that is masked.
+
+What is cached is the output behind its norm, as in Lumina 2. The context refiner sees the prompt alone and runs once
+for it. Where tokens are left out, all padding is active, as text is. RALU's coarse tokens have the places of a picture
+of half the size, in steps of a half where tokens are mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdit.adapters._listed import Listed
+from fastdit.adapters.arguments import arguments_of, forward_arguments, scaled_adapters
+from fastdit.adapters.base import Size, blank, picture
+from fastdit.adapters.lumina import squashed
+from fastdit.blocks.attention import Rotation, self_attention
+from fastdit.blocks.forward import Forward
+from fastdit.observe import unobserved
+
+#: image and text are each padded to a multiple of so many tokens
+MULTIPLE = 32
+
+
+def _block(prefix: str) -> Callable[..., Tensor]:
+    """The forward of the blocks of a list, in components whose names begin with `prefix`."""
+
+    def forward(
+        block: nn.Module,
+        fw: Forward,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        freqs_cis: Tensor,
+        adaln_input: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        adaln_noisy: Tensor | None = None,
+        adaln_clean: Tensor | None = None,
+    ) -> Tensor:
+        """Image and padding, or the joint stream, [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> [B, N, D].
+
+        The mask [B, N] tells padding behind shorter texts. With references each token has the modulation of the time,
+        or that of clean pictures, as `noise_mask` [B, N] says.
+        """
+        stream = fw.enter(x, f"{prefix}joint")
+        if noise_mask is None:
+            vectors = fw.adaln(block.adaLN_modulation, adaln_input, 4, then=squashed)
+        else:
+            both = (block.adaLN_modulation(c).chunk(4, dim=1) for c in (adaln_noisy, adaln_clean))
+            pairs = zip(*(squashed(*parts) for parts in both), strict=True)
+            noisy = noise_mask[..., None] == 1
+            vectors = tuple(torch.where(noisy, a[:, None], b[:, None]) for a, b in pairs)
+        scale, gate, scale_mlp, gate_mlp = vectors
+
+        def attend() -> Tensor:
+            u = stream.normed(block.attention_norm1, scale, None)
+            if fw.tokens is not None:
+                turn = fw.scratch.get("rotation") or fw.scratch.get(prefix)
+                if turn is None:
+                    turn = fw.scratch[prefix] = Rotation.of(freqs_cis)
+                keys = None if attn_mask is None else attn_mask[:, None]
+                others = u.shape[1] - fw.tokens.active
+                return self_attention(fw, block.attention, u, keys, turn, others)
+            given = {"attention_mask": attn_mask, "freqs_cis": freqs_cis}
+            return fw.segments.attention(block.attention, u, **given)
+
+        def feed_forward() -> Tensor:
+            u = stream.normed(block.ffn_norm1, scale_mlp, None)
+            return fw.segments.feed_forward(block.feed_forward, u)
+
+        norms, names = (block.attention_norm2, block.ffn_norm2), ("attention", "feed_forward")
+        branch = fw.component(prefix + names[0], lambda: fw.normed(norms[0], attend()))
+        stream.add(branch, gate)
+        branch = fw.component(prefix + names[1], lambda: fw.normed(norms[1], feed_forward()))
+        stream.add(branch, gate_mlp)
+        if prefix:
+            stream.read()  # behind the last of them is no block
+        return stream.leave()
+
+    return forward
+
+
+def _turns(embedder: Any, places: Tensor) -> Tensor:
+    """Rotary angles [..., d / 2] complex of places [..., 3]; the model has them in tables, for whole numbers."""
+    found = []
+    for place, dim in zip(places.double().unbind(-1), embedder.axes_dims, strict=True):
+        even = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device)
+        found.append(place[..., None] * (1.0 / embedder.theta ** (even / dim)))
+    angles = torch.cat(found, dim=-1).float()
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def _patched(pictures: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+    """Patches [B, f, h, w, pf ph pw C] of pictures [C, F, H, W]."""
+    found = []
+    for tiles in pictures:
+        for axis, side in enumerate(sides):
+            tiles = tiles.unflatten(2 * axis + 1, (-1, side))
+        found.append(tiles.permute(1, 3, 5, 2, 4, 6, 0))
+    return torch.stack(found).flatten(4)
+
+
+class ZImage(Listed):
+    """Adapter of `ZImageTransformer2DModel`."""
+
+    family = "zimage"
+    model_classes = ("ZImageTransformer2DModel",)
+    kinds = dict.fromkeys(("noise_refiner", "layers"), "ZImageTransformerBlock")
+    components = {
+        "noise_refiner": ("noise_attention", "noise_feed_forward"),
+        "layers": ("attention", "feed_forward"),
+    }
+    forwards = {"noise_refiner": _block("noise_"), "layers": _block("")}
+    layouts = {
+        **dict.fromkeys(components["noise_refiner"], ("joint",)),
+        **dict.fromkeys(components["layers"], ("joint",)),
+    }
+    text_first = False
+    token_multiple = MULTIPLE
+    restates_model = True
+    image_argument, time_argument, positions_argument = "x", "t", "image_noise_mask"
+    embeddings_arguments = ("cap_feats", "siglip_feats")
+    other_arguments = ("patch_size", "f_patch_size")
+    residual_arguments = ("controlnet_block_samples",)
+    text_tokens = 512  # at most
+    timesteps_rise = True
+    shifts_latents = True
+    processors = ("ZSingleStreamAttnProcessor",)
+    fused_attentions = ("attention",)
+    prompt_projections = ("cap_embedder", "context_refiner", "siglip_embedder", "siglip_refiner")
+    condition_embedding = "t_embedder"
+    changes_resolution = True
+
+    def gather_residuals(self, residuals: Any, index: tuple[Tensor, Tensor], count: int) -> Any:
+        """They are of the joint stream, by the number of the layer."""
+        found = residuals.items()
+        return {n: torch.cat([joint[index], joint[:, count:]], dim=1) for n, joint in found}
+
+    def matches(self, transformer: Any) -> bool:
+        """The blocks must be of the form that knows references."""
+        if not super().matches(transformer) or not len(transformer.layers):
+            return False
+        return "noise_mask" in forward_arguments(type(transformer.layers[0]))
+
+    def runs_model(self, transformer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        """There must be one picture a row, all of one size."""
+        given = arguments_of(transformer, args, kwargs)
+        sizes = {getattr(picture, "shape", None) for picture in given["x"]}
+        told, layers = given.get("joint_attention_kwargs"), transformer.all_final_layer.modules()
+        return len(sizes) == 1 and None not in sizes and not told and all(map(unobserved, layers))
+
+    def run_model(
+        self,
+        transformer: Any,
+        call: Any,
+        x: Sequence[Tensor],
+        t: Tensor,
+        cap_feats: Sequence[Tensor],
+        return_dict: bool = True,
+        controlnet_block_samples: Mapping[int, Tensor] | None = None,
+        siglip_feats: None = None,
+        image_noise_mask: None = None,
+        patch_size: int = 2,
+        f_patch_size: int = 1,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What depends on shapes alone is kept in the branch's memory, or in the stage's."""
+        fw, sides = call.forward, (f_patch_size, patch_size, patch_size)
+        with scaled_adapters(transformer, joint_attention_kwargs):
+            temb = transformer.t_embedder(t * transformer.t_scale).type_as(x[0])
+            patches = _patched(x, sides)
+            grid, key = patches.shape[1:4], f"{patch_size}-{f_patch_size}"
+            lengths = [len(text) + -len(text) % MULTIPLE for text in cap_feats]
+            turns, shown, read = self._once(transformer, call, sides, lengths, x[0].device)
+            patches, padding = patches.flatten(1, 3), -call.count % MULTIPLE
+            embed, count, behind = transformer.all_x_embedder[key], patches.shape[1], call.count
+            image = embed(F.pad(patches, (0, 0, 0, padding)) if padding else patches)
+            if padding:
+                own = torch.arange(count + padding, device=image.device)[:, None] < count
+                image = torch.where(own, image, transformer.x_pad_token)
+                behind += padding
+            for layer in transformer.noise_refiner:
+                image = layer(image, None, turns[:, :behind], temb)
+            text = self._text(transformer, cap_feats, max(lengths), shown, turns[:, behind:])
+            joint = torch.cat([image, text], dim=1)
+            for number, layer in enumerate(transformer.layers):
+                joint = layer(joint, read, turns, temb)
+                if controlnet_block_samples and number in controlnet_block_samples:
+                    joint = joint + controlnet_block_samples[number]
+            last = transformer.all_final_layer[key]
+            (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
+            made = last.linear(fw.enter(joint, "output").normed(last.norm_final, scale, None))
+        made = made[:, :count].unflatten(2, (*sides, -1)).unflatten(1, grid)
+        made = made.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, f, pf, h, ph, w, pw]
+        pictures = list(made.flatten(6).flatten(4, 5).flatten(2, 3).unbind())
+        if not return_dict:
+            return (pictures,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=pictures)
+
+    def _once(
+        self,
+        transformer: Any,
+        call: Any,
+        sides: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Angles [B or 1, S, d / 2] of the joint sequence, and which text tokens, and of all, are read, bool [B, n].
+
+        All are where the masks are None. The blocks' own attention gets its rotation.
+        """
+        memory, layout = call.memory, call.layout
+        place = ("joint", *sides, *lengths)
+        if place not in memory:
+            if layout is None or layout.name == "full":
+                grid = call.arguments.hidden_states.shape[2:]
+                grid = [max(1, n // side) for n, side in zip((1, *grid)[-3:], sides, strict=True)]
+                axes = [torch.arange(side, device=device) for side in grid]
+                image = torch.cartesian_prod(*axes)[None]
+            else:
+                image = F.pad(layout.places() / 2, (1, 0))
+                image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
+            longest, behind = max(lengths), call.count + -call.count % MULTIPLE
+            ends = torch.tensor(lengths, device=device)[:, None]
+            alike = min(lengths) == longest
+            image = image + F.pad(1 + (ends[:1] if alike else ends)[:, None], (0, 2))
+            padding = image.new_zeros(len(image), behind - call.count, 3)
+            text = F.pad(torch.arange(1, longest + 1, device=device)[:, None], (0, 2))
+            text = text.to(image.dtype).expand(len(image), -1, -1)
+            turns = _turns(transformer.rope_embedder, torch.cat([image, padding, text], dim=1))
+            shown = None if alike else torch.arange(longest, device=device) < ends
+            read = None if shown is None else F.pad(shown, (behind, 0), value=True)
+            memory[place] = turns, shown, read
+        turns = memory[place][0]
+        if call.forward.tokens is not None:
+            own = ("rotation", *place)
+            if own not in memory:
+                memory[own] = Rotation.of(turns if len(turns) > 1 else turns[0])
+            call.forward.scratch["rotation"] = memory[own]
+        return memory[place]
+
+    def _text(
+        self,
+        transformer: Any,
+        cap_feats: Sequence[Tensor],
+        length: int,
+        mask: Tensor | None,
+        turns: Tensor,
+    ) -> Tensor:
+        """The refined prompts [B, T, D]; all of it is kept for a run."""
+        rows = [F.pad(text, (0, 0, 0, length - len(text))) for text in cap_feats]
+        text = transformer.cap_embedder(torch.stack(rows))
+        ends = torch.tensor([[len(each)] for each in cap_feats], device=text.device)
+        own = torch.arange(length, device=text.device) < ends
+        text = torch.where(own[..., None], text, transformer.cap_pad_token)
+        for layer in transformer.context_refiner:
+            text = layer(text, mask, turns)
+        return text
+
+    def embed_condition(
+        self, transformer: Any, latents: Sequence[Tensor], timesteps: Tensor, *told: Any
+    ) -> Tensor:
+        """The model scales the time, which its latents' dtype does not round."""
+        return transformer.t_embedder(timesteps * transformer.t_scale).type_as(latents[0])
+
+    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """They run from 0, noise, to 1."""
+        return (1000 - timesteps) / 1000
+
+    def width(self, transformer: nn.Module) -> int:
+        """The width goes by another name here."""
+        return transformer.dim
+
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """The example has pictures, and prompts of one length."""
+        text = blank(transformer, size.text, transformer.config.cap_feat_dim)
+        return {
+            "x": self.as_given(picture(transformer, size, self.patch(transformer))),
+            "t": blank(transformer),
+            "cap_feats": list(text.unbind()),
+        }
+
+
+ADAPTER = ZImage()
