@@ -366,6 +366,11 @@ def call(
     return arguments
 
 
+def sample(output: Any) -> Tensor:
+    """The velocities [B, ...] that come first in a transformer's output; some models give a list of them."""
+    return torch.stack(output[0]) if isinstance(output[0], list) else output[0]
+
+
 # ---- pipelines
 
 
