@@ -76,6 +76,8 @@ def as_double(value):
     """The same call arguments with every floating tensor in fp64."""
     if isinstance(value, dict):
         return {name: as_double(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return list(map(as_double, value))
     floating = isinstance(value, torch.Tensor) and value.is_floating_point()
     return value.double() if floating else value
 

@@ -14,6 +14,7 @@ from contract import FORWARD_FP64, same_bits, within_contract
 from fastdit import Cached, Dense, Schedule
 from fastdit.adapters import find_adapter
 from oracle import Oracle, random_bits
+from test_cached import as_double
 from tiny_models import sample
 
 pytestmark = pytest.mark.diffusers
@@ -69,18 +70,11 @@ def test_dense_errs_at_most_twice_as_much_as_stock(family, dtype):
     model = tiny_models.transformer(family, dtype)
     truth_model = tiny_models.transformer(family, dtype).double()
     inputs = [tiny_models.call(family, 3, dtype, step=step) for step in range(4)]
-    truth = [
-        sample(truth_model(**{k: v.double() if is_float(v) else v for k, v in given.items()}))
-        for given in inputs
-    ]
+    truth = [sample(truth_model(**as_double(given))) for given in inputs]
     stock = [sample(model(**given)) for given in inputs]
     fastdit.patch(model)
     actual = [sample(model(**given)) for given in inputs]
     within_contract(torch.cat(actual), torch.cat(stock), torch.cat(truth))
-
-
-def is_float(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -339,13 +339,12 @@ def call(
             "timestep": arguments["timestep"] / 1000,
             "img_shapes": [[(1, height // 2, width // 2)]] * batch,
         }
-    if name == "zimage":  # every second prompt is of another padded length
-        long = randn(condition, batch, 33, 20)
-        lengths = [33 if row % 2 else text for row in range(batch)]
+    if name == "zimage":  # prompts of unlike length, which the model pads to one
+        prompts = arguments["encoder_hidden_states"]
         return {
             "x": list(arguments["hidden_states"].unsqueeze(2).unbind()),
             "t": 1 - arguments["timestep"] / 1000,
-            "cap_feats": [own[:length] for own, length in zip(long, lengths, strict=True)],
+            "cap_feats": [own[: text - row % 2] for row, own in enumerate(prompts)],
             "return_dict": False,
         }
     arguments["pooled_projections"] = randn(condition, batch, 12)
@@ -543,11 +542,10 @@ def arguments(
             "negative_prompt_attention_mask": masks[1],
         }
     elif name.startswith("zimage"):  # lists, of prompts of unlike length
-        lengths = [TEXT if row % 2 else 33 for row in range(prompts)]
-        result["prompt_embeds"] = [randn(length, 20) for length in lengths]
+        result["prompt_embeds"] = [randn(TEXT - row % 2, 20) for row in range(prompts)]
         result["guidance_scale"] = 4.0 if cfg else 0.0
         if cfg:
-            result["negative_prompt_embeds"] = [randn(TEXT, 20) for _ in range(prompts)]
+            result["negative_prompt_embeds"] = [randn(TEXT + 2, 20) for _ in range(prompts)]
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}
         result["prompt_embeds_mask"][:, -1] = 0

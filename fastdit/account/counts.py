@@ -119,11 +119,8 @@ class Counts:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
-        for norm in adapter.output_norms_of(skeleton.transformer):
-            linear = getattr(norm, "linear_1", None) or norm.linear
-            found["modulation", None, None] += batch * linear.out_features
-        if adapter.modulated_output:  # a scale and a shift
-            found["modulation", None, None] += 2 * batch * adapter.width(skeleton.transformer)
+        channels = adapter.output_modulation(skeleton.transformer)
+        found["modulation", None, None] += batch * channels
         return {name: value // batch for name, value in found.items()}
 
 

@@ -40,7 +40,8 @@ NEEDS: Mapping[str, str] = {
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding "
-    "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of unread "
+    "condition_embedding condition_arguments output_norm modulated_output modulate_output output_modulators_of "
+    "output_modulation unread "
     "layer_inputs embed_condition embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example

@@ -276,6 +276,10 @@ class ZImage(Listed):
         """They run from 0, noise, to 1."""
         return (1000 - timesteps) / 1000
 
+    def output_modulation(self, transformer: Any) -> int:
+        """There is a scale."""
+        return transformer.dim
+
     def width(self, transformer: nn.Module) -> int:
         """The width goes by another name here."""
         return transformer.dim
