@@ -365,6 +365,12 @@ def call(
     return arguments
 
 
+def latents_given(name: str, given: dict[str, Any]) -> Tensor:
+    """The latents in the arguments of a call, as a pipeline's scheduler has them."""
+    adapter = adapter_of(name)
+    return adapter.as_latents(given[adapter.image_argument])
+
+
 def sample(output: Any) -> Tensor:
     """The velocities [B, ...] that come first in a transformer's output; some models give a list of them."""
     return torch.stack(output[0]) if isinstance(output[0], list) else output[0]
