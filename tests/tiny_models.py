@@ -551,7 +551,7 @@ def arguments(
         result["prompt_embeds"] = [randn(TEXT - row % 2, 20) for row in range(prompts)]
         result["guidance_scale"] = 4.0 if cfg else 0.0
         if cfg:
-            result["negative_prompt_embeds"] = [randn(TEXT + 2, 20) for _ in range(prompts)]
+            result["negative_prompt_embeds"] = [randn(TEXT - 2, 20) for _ in range(prompts)]
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}
         result["prompt_embeds_mask"][:, -1] = 0

@@ -36,7 +36,7 @@ class Listed(Adapter):
     def call(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Call:
-        """The last picture of a row is the one that is drawn; text is counted with its padding."""
+        """The last picture of a row is the one that is drawn; the longest prompt is the text."""
         given = dict(arguments_of(transformer, args, kwargs))
         latents, (texts, *others) = given[self.image_argument], self.embeddings_arguments
         if isinstance(latents[0], list):
@@ -45,12 +45,11 @@ class Listed(Adapter):
             given[texts] = [each for row in rows for each in row if each is not None]
             given[self.image_argument] = [pictures[-1] for pictures in latents]
         found = super().call(transformer, (), given)
-        longest = max(map(len, given[texts]))
         sides = given.get("patch_size"), given.get("f_patch_size")
         return replace(
             found,
             hidden_states=found.hidden_states.squeeze(2),
-            text=longest + -longest % self.token_multiple,
+            text=max(map(len, given[texts])),
             signature=(*found.signature, sides),
         )
 
