@@ -63,7 +63,8 @@ def _image(
     choose: Callable[..., Any] | None,
     orders: Bits | None,
 ) -> Tensor:
-    model = FluxCalls(pipe, given, b) if _is_flux(pipe) else SD3Calls(pipe, given, b)
+    calls = ZImageCalls if "ZImage" in type(pipe.transformer).__name__ else SD3Calls
+    model = (FluxCalls if _is_flux(pipe) else calls)(pipe, given, b)
     model.centred = method.mode == "corrected"
     model.weighs = method.weighs_keys
     noise = latents[b]
@@ -96,7 +97,7 @@ def _image(
                     ]
                 else:
                     energy = _energy(pipe, method, clean)
-                count = method.split_count(len(tokens), given["prompt_embeds"].shape[1])
+                count = method.split_count(len(tokens), len(given["prompt_embeds"][0]))
                 chosen = set(sorted(range(len(tokens)), key=lambda i: -energy[i])[:count])
             kept = [token for i, token in enumerate(tokens) if i not in chosen]
             split = [token for i, token in enumerate(tokens) if i in chosen]
@@ -229,7 +230,9 @@ def _lifted(
     if method.lift == "picture":
         config, vae = pipe.vae.config, pipe.vae
         shift = config.shift_factor or 0
-        image = vae.decode(clean[None] / config.scaling_factor + shift).sample.float()
+        image = vae.decode(
+            (clean[None] / config.scaling_factor + shift).to(vae.dtype)
+        ).sample.float()
         image = nn.functional.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
         encoded = vae.encode(image.to(vae.dtype)).latent_dist.mode()
         drawn = ((encoded - shift) * config.scaling_factor)[0].double().numpy()
@@ -246,7 +249,8 @@ def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
     if method.selector == "variance":
         return edges.variance_energy(clean[None], cells)[0].tolist()
     vae = pipe.vae
-    picture = vae.decode(clean[None] / vae.config.scaling_factor + (vae.config.shift_factor or 0))
+    latents = clean[None] / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+    picture = vae.decode(latents.to(vae.dtype))
     return edges.edge_energy(picture.sample, cells, method.mode == "parity")[0].tolist()
 
 
@@ -419,6 +423,63 @@ class SD3Calls(Calls):
             )
             velocity = other + given["guidance_scale"] * (velocity - other)
         return list(velocity[0].split(P, dim=-1))
+
+
+class ZImageCalls(Calls):
+    """Stock Z-Image on a list of tokens, guidance by two calls; the angles of image tokens by their formula.
+
+    Its pipeline hands on latents in fp32 whatever the model's dtype, and it pads to multiples of 32.
+    """
+
+    text_first = False
+
+    def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
+        self.model, self.given, self.b = pipe.transformer, given, b
+
+    def __call__(
+        self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
+    ) -> list[Tensor]:
+        given, model = self.given, self.model
+        unit = 1.0 if layout == "full" else 0.5
+        patches = torch.cat([content for *_, content in tokens], dim=-1).to(model.dtype)
+        padding = -len(tokens) % 32
+        places = [(unit * y, unit * x) for y, x in self.places(tokens, layout)]
+
+        def call(prompt: Tensor) -> Tensor:
+            text = len(prompt) + -len(prompt) % 32
+            ids = [(text + 1, *place) for place in places] + [(0, 0, 0)] * padding
+            stock, model.rope_embedder = model.rope_embedder, None
+            first = [turns(stock, ids)]
+            model.rope_embedder = lambda ids: first.pop() if first else stock(ids)
+            often = [size**2 for size, *_ in tokens]
+            weighs = layout == "mixed" and self.weighs
+            try:
+                with (
+                    standing(often, (padding, padding + text), False)
+                    if weighs
+                    else contextlib.nullcontext()
+                ):
+                    time = (1000 - (1000 * sigma).expand(1)) / 1000
+                    return model([patches.unsqueeze(1)], time, [prompt]).sample[0].squeeze(1)
+            finally:
+                model.rope_embedder = stock
+
+        prompts, others = given["prompt_embeds"], given.get("negative_prompt_embeds")
+        velocity = call(prompts[self.b % len(prompts)]).float()
+        if others:
+            other = call(others[self.b % len(others)]).float()
+            velocity = velocity + given["guidance_scale"] * (velocity - other)
+        return list((-velocity).split(P, dim=-1))
+
+
+def turns(embedder: Any, ids: list[Any]) -> Tensor:
+    """Complex numbers of length one, by place, for each axis one after the other."""
+    found = []
+    for axis, dim in enumerate(embedder.axes_dims):
+        rates = [embedder.theta ** (-2 * i / dim) for i in range(dim // 2)]
+        found.append(torch.tensor([[place[axis] * rate for rate in rates] for place in ids]))
+    angles = torch.cat(found, dim=1)
+    return torch.complex(angles.cos(), angles.sin())
 
 
 def sincos(x: float, y: float, width: int) -> Tensor:
