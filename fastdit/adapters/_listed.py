@@ -20,14 +20,15 @@ class Listed(Adapter):
 
     def patch(self, transformer: nn.Module) -> int:
         """Of the sides that the model knows the first is the usual one."""
-        return transformer.config.all_patch_size[0]
+        return transformer.all_patch_size[0]
 
     def tokens(self, transformer: nn.Module, latent_shape: Sequence[int]) -> int:
         """Latents are [B, C, F, H, W], or pictures [B, C, H, W]."""
         side, (height, width) = self.patch(transformer), latent_shape[-2:]
         frames = latent_shape[2] if len(latent_shape) == 5 else 1
-        depth = transformer.config.all_f_patch_size[0]
-        return max(1, frames // depth) * (height // side) * (width // side)
+        return (
+            max(1, frames // transformer.all_f_patch_size[0]) * (height // side) * (width // side)
+        )
 
     def output_elements(self, transformer: nn.Module, tokens: int) -> int:
         """A token has so many channels for each latent pixel."""
@@ -49,7 +50,7 @@ class Listed(Adapter):
         return replace(
             found,
             hidden_states=found.hidden_states.squeeze(2),
-            text=max(map(len, given[texts])),
+            text=max([text.shape[0] for text in given[texts]]),
             signature=(*found.signature, sides),
         )
 
@@ -82,13 +83,17 @@ class Listed(Adapter):
         """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W]."""
         if isinstance(given, Tensor):
             return given
-        if len({picture.shape for picture in given}) > 1 or given[0].shape[1] != 1:
+        try:
+            found = torch.stack(tuple(given)).squeeze(2)
+        except RuntimeError:
+            found = None
+        if found is None or found.ndim != 4:
             shapes = [tuple(picture.shape) for picture in given]
             raise ArgumentError(
                 f"{self.image_argument} must be pictures of one size and one frame where tokens are left out, have two "
                 f"sizes, or whole steps are forecast; got {shapes}"
             )
-        return torch.stack(tuple(given)).squeeze(2)
+        return found
 
     def as_given(self, latents: Any) -> list[Tensor]:
         """The pictures are views."""

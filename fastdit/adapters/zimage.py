@@ -80,8 +80,9 @@ def _block(prefix: str) -> Callable[..., Tensor]:
         stream.add(branch, gate)
         branch = fw.component(prefix + names[1], lambda: fw.normed(norms[1], feed_forward()))
         stream.add(branch, gate_mlp)
-        if prefix:
-            stream.read()  # behind the last of them is no block
+        following = fw.blocks[fw.index + 1 : fw.index + 2]
+        if not following or following[0].layer_id != block.layer_id + 1:
+            stream.read()  # no block of the list comes behind
         return stream.leave()
 
     return forward
@@ -95,6 +96,11 @@ def _turns(embedder: Any, places: Tensor) -> Tensor:
         found.append(place[..., None] * (1.0 / embedder.theta ** (even / dim)))
     angles = torch.cat(found, dim=-1).float()
     return torch.polar(torch.ones_like(angles), angles)
+
+
+def _of_text(length: int, device: torch.device) -> Tensor:
+    """The places [1, T, 3] of a prompt's tokens."""
+    return F.pad(torch.arange(1, length + 1, device=device)[None, :, None], (0, 2))
 
 
 def _patched(pictures: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
@@ -187,8 +193,8 @@ class ZImage(Listed):
                 image = torch.where(own, image, transformer.x_pad_token)
                 behind += padding
             for layer in transformer.noise_refiner:
-                image = layer(image, None, turns[:, :behind], temb)
-            text = self._text(transformer, cap_feats, max(lengths), shown, turns[:, behind:])
+                image = layer(image, None, None if turns is None else turns[:, :behind], temb)
+            text = self._text(transformer, cap_feats, max(lengths), shown)
             joint = torch.cat([image, text], dim=1)
             for number, layer in enumerate(transformer.layers):
                 joint = layer(joint, read, turns, temb)
@@ -213,48 +219,50 @@ class ZImage(Listed):
         sides: Sequence[int],
         lengths: Sequence[int],
         device: torch.device,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Angles [B or 1, S, d / 2] of the joint sequence, and which text tokens, and of all, are read, bool [B, n].
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Angles [B or 1, S, d / 2] of the joint sequence, and which of the text and of all is read, bool [B, n].
 
-        All are where the masks are None. The blocks' own attention gets its rotation.
+        There are no masks where all is read, and no angles where the blocks' own attention has their rotation.
         """
-        memory, layout = call.memory, call.layout
-        place = ("joint", *sides, *lengths)
-        if place not in memory:
-            if layout is None or layout.name == "full":
-                grid = call.arguments.hidden_states.shape[2:]
-                grid = [max(1, n // side) for n, side in zip((1, *grid)[-3:], sides, strict=True)]
-                axes = [torch.arange(side, device=device) for side in grid]
-                image = torch.cartesian_prod(*axes)[None]
-            else:
-                image = F.pad(layout.places() / 2, (1, 0))
-                image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
-            longest, behind = max(lengths), call.count + -call.count % MULTIPLE
+        memory, own = call.memory, call.forward.tokens is not None
+        turns, read = (own, *sides, *lengths), ("read", *lengths)
+        behind = call.count + -call.count % MULTIPLE
+        if turns not in memory:
+            found = _turns(transformer.rope_embedder, self._places(call, sides, lengths, device))
+            if own:
+                found = Rotation.of(found if len(found) > 1 else found[0])
+            memory[turns] = found
+        if read not in memory and min(lengths) < max(lengths):
             ends = torch.tensor(lengths, device=device)[:, None]
-            alike = min(lengths) == longest
-            image = image + F.pad(1 + (ends[:1] if alike else ends)[:, None], (0, 2))
-            padding = image.new_zeros(len(image), behind - call.count, 3)
-            text = F.pad(torch.arange(1, longest + 1, device=device)[:, None], (0, 2))
-            text = text.to(image.dtype).expand(len(image), -1, -1)
-            turns = _turns(transformer.rope_embedder, torch.cat([image, padding, text], dim=1))
-            shown = None if alike else torch.arange(longest, device=device) < ends
-            read = None if shown is None else F.pad(shown, (behind, 0), value=True)
-            memory[place] = turns, shown, read
-        turns = memory[place][0]
-        if call.forward.tokens is not None:
-            own = ("rotation", *place)
-            if own not in memory:
-                memory[own] = Rotation.of(turns if len(turns) > 1 else turns[0])
-            call.forward.scratch["rotation"] = memory[own]
-        return memory[place]
+            shown = torch.arange(max(lengths), device=device) < ends
+            memory[read] = F.pad(shown, (behind, 0), value=True)
+        if own:
+            call.forward.scratch["rotation"] = memory[turns]
+        mask = memory.get(read)
+        return None if own else memory[turns], None if mask is None else mask[:, behind:], mask
+
+    def _places(
+        self, call: Any, sides: Sequence[int], lengths: Sequence[int], device: torch.device
+    ) -> Tensor:
+        """Frame, row and column [B or 1, S, 3] of image, padding and text; the prompt's tokens count as frames."""
+        layout = call.layout
+        if layout is None or layout.name == "full":
+            shape = (1, *call.arguments.hidden_states.shape[2:])[-3:]
+            grid = [max(1, n // side) for n, side in zip(shape, sides, strict=True)]
+            axes = [torch.arange(side, device=device) for side in grid]
+            image = torch.cartesian_prod(*axes)[None]
+        else:
+            image = F.pad(layout.places() / 2, (1, 0))
+            image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
+        alike = min(lengths) == max(lengths)
+        ends = torch.tensor(lengths[:1] if alike else lengths, device=device)[:, None, None]
+        image = image + F.pad(1 + ends, (0, 2))
+        padding = image.new_zeros(len(image), -call.count % MULTIPLE, 3)
+        text = _of_text(max(lengths), device).to(image.dtype).expand(len(image), -1, -1)
+        return torch.cat([image, padding, text], dim=1)
 
     def _text(
-        self,
-        transformer: Any,
-        cap_feats: Sequence[Tensor],
-        length: int,
-        mask: Tensor | None,
-        turns: Tensor,
+        self, transformer: Any, cap_feats: Sequence[Tensor], length: int, mask: Tensor | None
     ) -> Tensor:
         """The refined prompts [B, T, D]; all of it is kept for a run."""
         rows = [F.pad(text, (0, 0, 0, length - len(text))) for text in cap_feats]
@@ -262,6 +270,7 @@ class ZImage(Listed):
         ends = torch.tensor([[len(each)] for each in cap_feats], device=text.device)
         own = torch.arange(length, device=text.device) < ends
         text = torch.where(own[..., None], text, transformer.cap_pad_token)
+        turns = _turns(transformer.rope_embedder, _of_text(length, text.device))
         for layer in transformer.context_refiner:
             text = layer(text, mask, turns)
         return text

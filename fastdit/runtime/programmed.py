@@ -196,10 +196,9 @@ def stage_of(run: Any) -> tuple[Any, Any, Any]:
     memory = {} if run.resolution is None else run.resolution.memory
     values, known = list(memory.values()), run.stage
     if known is None or not same_objects(values, known[0]):
-        state, programs = {"stage": memory}, run.patched.programs
-        leaves = Form(state).leaves if memory else ()
-        lies = frozenset([(place, id(leaf)) for place, leaf in leaves])
-        known = run.stage = values, programs.form_of(state)[0], programs.interned(lies)
+        form, interned = Form({"stage": memory}), run.patched.programs.interned
+        lies = frozenset([(place, id(leaf)) for place, leaf in form.leaves])
+        known = run.stage = values, interned(form.key if memory else ()), interned(lies)
     return known
 
 
