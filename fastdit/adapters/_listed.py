@@ -102,3 +102,25 @@ class Listed(Adapter):
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """None: the restated model makes positions."""
         return []
+
+
+def tiled(pictures: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
+    """Patches [B, f, h, w, pf, ph, pw, C] of pictures [C, F, H, W]."""
+    for axis, side in enumerate(sides):
+        pictures = [each.unflatten(2 * axis + 1, (-1, side)) for each in pictures]
+    return torch.stack([each.permute(1, 3, 5, 2, 4, 6, 0) for each in pictures])
+
+
+def untiled(tiles: Tensor) -> list[Tensor]:
+    """The inverse of :func:`tiled`; the pictures are views of one tensor."""
+    laid = tiles.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, f, pf, h, ph, w, pw]
+    return list(laid.flatten(6).flatten(4, 5).flatten(2, 3).unbind())
+
+
+def returned(pictures: list[Tensor], in_object: bool) -> Any:
+    """What the model's forward returns."""
+    if not in_object:
+        return (pictures,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=pictures)

@@ -4,9 +4,8 @@ Restates diffusers' `ZImageTransformerBlock.forward` and, but for pictures with 
 >= 0.37). Image and text are padded to multiples of 32 tokens with a learned one each, which is read as the others are;
 only what prompts of unlike length leave free behind that is masked.
 
-What is cached is the output behind its norm, as in Lumina 2. The context refiner sees the prompt alone and runs once
-for it. Where tokens are left out, all padding is active, as text is. RALU's coarse tokens have the places of a picture
-of half the size, in steps of a half where tokens are mixed.
+What is cached is the output behind its norm, as in Lumina 2, and the context refiner runs once for a prompt. Where
+tokens are left out, all padding is active. RALU's coarse tokens have the places of a picture of half the size.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.adapters._listed import Listed
+from fastdit.adapters._listed import Listed, returned, tiled, untiled
 from fastdit.adapters.arguments import arguments_of, forward_arguments, scaled_adapters
 from fastdit.adapters.base import Size, blank, picture
 from fastdit.adapters.lumina import squashed
@@ -62,12 +61,11 @@ def _block(prefix: str) -> Callable[..., Tensor]:
         def attend() -> Tensor:
             u = stream.normed(block.attention_norm1, scale, None)
             if fw.tokens is not None:
-                turn = fw.scratch.get("rotation") or fw.scratch.get(prefix)
-                if turn is None:
-                    turn = fw.scratch[prefix] = Rotation.of(freqs_cis)
+                if prefix not in fw.scratch:
+                    fw.scratch[prefix] = Rotation.of(freqs_cis)
                 keys = None if attn_mask is None else attn_mask[:, None]
                 others = u.shape[1] - fw.tokens.active
-                return self_attention(fw, block.attention, u, keys, turn, others)
+                return self_attention(fw, block.attention, u, keys, fw.scratch[prefix], others)
             given = {"attention_mask": attn_mask, "freqs_cis": freqs_cis}
             return fw.segments.attention(block.attention, u, **given)
 
@@ -103,14 +101,17 @@ def _of_text(length: int, device: torch.device) -> Tensor:
     return F.pad(torch.arange(1, length + 1, device=device)[None, :, None], (0, 2))
 
 
-def _patched(pictures: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
-    """Patches [B, f, h, w, pf ph pw C] of pictures [C, F, H, W]."""
-    found = []
-    for tiles in pictures:
-        for axis, side in enumerate(sides):
-            tiles = tiles.unflatten(2 * axis + 1, (-1, side))
-        found.append(tiles.permute(1, 3, 5, 2, 4, 6, 0))
-    return torch.stack(found).flatten(4)
+def _text(transformer: Any, prompts: Sequence[Tensor], length: int, mask: Tensor | None) -> Tensor:
+    """The refined prompts [B, T, D]; all of it is kept for a run."""
+    rows = [F.pad(prompt, (0, 0, 0, length - len(prompt))) for prompt in prompts]
+    text = transformer.cap_embedder(torch.stack(rows))
+    ends = torch.tensor([[len(prompt)] for prompt in prompts], device=text.device)
+    own = torch.arange(length, device=text.device) < ends
+    text = torch.where(own[..., None], text, transformer.cap_pad_token)
+    turns = _turns(transformer.rope_embedder, _of_text(length, text.device))
+    for layer in transformer.context_refiner:
+        text = layer(text, mask, turns)
+    return text
 
 
 class ZImage(Listed):
@@ -124,10 +125,7 @@ class ZImage(Listed):
         "layers": ("attention", "feed_forward"),
     }
     forwards = {"noise_refiner": _block("noise_"), "layers": _block("")}
-    layouts = {
-        **dict.fromkeys(components["noise_refiner"], ("joint",)),
-        **dict.fromkeys(components["layers"], ("joint",)),
-    }
+    layouts = dict.fromkeys(sum(components.values(), ()), ("joint",))
     text_first = False
     token_multiple = MULTIPLE
     restates_model = True
@@ -144,16 +142,15 @@ class ZImage(Listed):
     condition_embedding = "t_embedder"
     changes_resolution = True
 
+    def matches(self, transformer: Any) -> bool:
+        """The blocks must be of the form that knows references."""
+        blocks = list(transformer.layers) if super().matches(transformer) else ()
+        return bool(blocks) and "noise_mask" in forward_arguments(type(blocks[0]))
+
     def gather_residuals(self, residuals: Any, index: tuple[Tensor, Tensor], count: int) -> Any:
         """They are of the joint stream, by the number of the layer."""
         found = residuals.items()
         return {n: torch.cat([joint[index], joint[:, count:]], dim=1) for n, joint in found}
-
-    def matches(self, transformer: Any) -> bool:
-        """The blocks must be of the form that knows references."""
-        if not super().matches(transformer) or not len(transformer.layers):
-            return False
-        return "noise_mask" in forward_arguments(type(transformer.layers[0]))
 
     def runs_model(self, transformer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
         """There must be one picture a row, all of one size."""
@@ -162,118 +159,75 @@ class ZImage(Listed):
         told, layers = given.get("joint_attention_kwargs"), transformer.all_final_layer.modules()
         return len(sizes) == 1 and None not in sizes and not told and all(map(unobserved, layers))
 
-    def run_model(
-        self,
-        transformer: Any,
-        call: Any,
-        x: Sequence[Tensor],
-        t: Tensor,
-        cap_feats: Sequence[Tensor],
-        return_dict: bool = True,
-        controlnet_block_samples: Mapping[int, Tensor] | None = None,
-        siglip_feats: None = None,
-        image_noise_mask: None = None,
-        patch_size: int = 2,
-        f_patch_size: int = 1,
-        joint_attention_kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def run_model(self, transformer: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
         """What depends on shapes alone is kept in the branch's memory, or in the stage's."""
-        fw, sides = call.forward, (f_patch_size, patch_size, patch_size)
-        with scaled_adapters(transformer, joint_attention_kwargs):
-            temb = transformer.t_embedder(t * transformer.t_scale).type_as(x[0])
-            patches = _patched(x, sides)
-            grid, key = patches.shape[1:4], f"{patch_size}-{f_patch_size}"
-            lengths = [len(text) + -len(text) % MULTIPLE for text in cap_feats]
-            turns, shown, read = self._once(transformer, call, sides, lengths, x[0].device)
-            patches, padding = patches.flatten(1, 3), -call.count % MULTIPLE
-            embed, count, behind = transformer.all_x_embedder[key], patches.shape[1], call.count
-            image = embed(F.pad(patches, (0, 0, 0, padding)) if padding else patches)
+        given, fw, count = arguments_of(transformer, args, kwargs), call.forward, call.tokens
+        x, prompts, side = given["x"], given["cap_feats"], given.get("patch_size", 2)
+        residuals = given.get("controlnet_block_samples") or {}
+        sides = given.get("f_patch_size", 1), side, side
+        key, padding = f"{side}-{sides[0]}", -call.count % MULTIPLE
+        with scaled_adapters(transformer, given.get("joint_attention_kwargs")):
+            temb = transformer.t_embedder(given["t"] * transformer.t_scale).type_as(x[0])
+            tiles = tiled(x, sides)
+            image = tiles.flatten(4).flatten(1, 3)
+            image = F.pad(image, (0, 0, 0, padding)) if padding else image
+            image = transformer.all_x_embedder[key](image)
             if padding:
                 own = torch.arange(count + padding, device=image.device)[:, None] < count
                 image = torch.where(own, image, transformer.x_pad_token)
-                behind += padding
+            lengths = [len(prompt) + -len(prompt) % MULTIPLE for prompt in prompts]
+            turns, read = self._once(transformer, call, sides, lengths)
+            behind = call.count + padding
             for layer in transformer.noise_refiner:
                 image = layer(image, None, None if turns is None else turns[:, :behind], temb)
-            text = self._text(transformer, cap_feats, max(lengths), shown)
+            shown = None if read is None else read[:, behind:]
+            text = _text(transformer, prompts, max(lengths), shown)
             joint = torch.cat([image, text], dim=1)
             for number, layer in enumerate(transformer.layers):
                 joint = layer(joint, read, turns, temb)
-                if controlnet_block_samples and number in controlnet_block_samples:
-                    joint = joint + controlnet_block_samples[number]
+                joint = joint + residuals[number] if number in residuals else joint
             last = transformer.all_final_layer[key]
             (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
             made = last.linear(fw.enter(joint, "output").normed(last.norm_final, scale, None))
-        made = made[:, :count].unflatten(2, (*sides, -1)).unflatten(1, grid)
-        made = made.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, f, pf, h, ph, w, pw]
-        pictures = list(made.flatten(6).flatten(4, 5).flatten(2, 3).unbind())
-        if not return_dict:
-            return (pictures,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=pictures)
+        made = made[:, :count].unflatten(2, (*sides, -1)).unflatten(1, tiles.shape[1:4])
+        return returned(untiled(made), given.get("return_dict", True))
 
     def _once(
-        self,
-        transformer: Any,
-        call: Any,
-        sides: Sequence[int],
-        lengths: Sequence[int],
-        device: torch.device,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Angles [B or 1, S, d / 2] of the joint sequence, and which of the text and of all is read, bool [B, n].
+        self, transformer: Any, call: Any, sides: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Angles [B or 1, S, d / 2] of the joint sequence, and which of it is read, bool [B, S], or None for all.
 
-        There are no masks where all is read, and no angles where the blocks' own attention has their rotation.
+        There are no angles where the blocks' own attention has their rotation.
         """
         memory, own = call.memory, call.forward.tokens is not None
         turns, read = (own, *sides, *lengths), ("read", *lengths)
-        behind = call.count + -call.count % MULTIPLE
         if turns not in memory:
-            found = _turns(transformer.rope_embedder, self._places(call, sides, lengths, device))
-            if own:
-                found = Rotation.of(found if len(found) > 1 else found[0])
-            memory[turns] = found
-        if read not in memory and min(lengths) < max(lengths):
-            ends = torch.tensor(lengths, device=device)[:, None]
-            shown = torch.arange(max(lengths), device=device) < ends
-            memory[read] = F.pad(shown, (behind, 0), value=True)
+            places = self._places(call, sides, lengths)
+            found = _turns(transformer.rope_embedder, places)
+            memory[turns] = Rotation.of(found if len(found) > 1 else found[0]) if own else found
+            if min(lengths) < max(lengths):
+                ends = torch.tensor(lengths, device=places.device)[:, None] - max(lengths)
+                memory[read] = torch.arange(-found.shape[1], 0, device=places.device) < ends
         if own:
-            call.forward.scratch["rotation"] = memory[turns]
-        mask = memory.get(read)
-        return None if own else memory[turns], None if mask is None else mask[:, behind:], mask
+            call.forward.scratch |= dict.fromkeys(("noise_", ""), memory[turns])
+        return None if own else memory[turns], memory.get(read)
 
-    def _places(
-        self, call: Any, sides: Sequence[int], lengths: Sequence[int], device: torch.device
-    ) -> Tensor:
+    def _places(self, call: Any, sides: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Frame, row and column [B or 1, S, 3] of image, padding and text; the prompt's tokens count as frames."""
-        layout = call.layout
+        layout, latents = call.layout, call.arguments.hidden_states
         if layout is None or layout.name == "full":
-            shape = (1, *call.arguments.hidden_states.shape[2:])[-3:]
-            grid = [max(1, n // side) for n, side in zip(shape, sides, strict=True)]
-            axes = [torch.arange(side, device=device) for side in grid]
+            grid = zip((1, *latents.shape[2:])[-3:], sides, strict=True)
+            axes = [torch.arange(max(1, n // side), device=latents.device) for n, side in grid]
             image = torch.cartesian_prod(*axes)[None]
         else:
             image = F.pad(layout.places() / 2, (1, 0))
             image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
-        alike = min(lengths) == max(lengths)
-        ends = torch.tensor(lengths[:1] if alike else lengths, device=device)[:, None, None]
+        ends = lengths if min(lengths) < max(lengths) else lengths[:1]
+        ends = torch.tensor(ends, device=latents.device)[:, None, None]
         image = image + F.pad(1 + ends, (0, 2))
         padding = image.new_zeros(len(image), -call.count % MULTIPLE, 3)
-        text = _of_text(max(lengths), device).to(image.dtype).expand(len(image), -1, -1)
+        text = _of_text(max(lengths), latents.device).to(image.dtype).expand(len(image), -1, -1)
         return torch.cat([image, padding, text], dim=1)
-
-    def _text(
-        self, transformer: Any, cap_feats: Sequence[Tensor], length: int, mask: Tensor | None
-    ) -> Tensor:
-        """The refined prompts [B, T, D]; all of it is kept for a run."""
-        rows = [F.pad(text, (0, 0, 0, length - len(text))) for text in cap_feats]
-        text = transformer.cap_embedder(torch.stack(rows))
-        ends = torch.tensor([[len(each)] for each in cap_feats], device=text.device)
-        own = torch.arange(length, device=text.device) < ends
-        text = torch.where(own[..., None], text, transformer.cap_pad_token)
-        turns = _turns(transformer.rope_embedder, _of_text(length, text.device))
-        for layer in transformer.context_refiner:
-            text = layer(text, mask, turns)
-        return text
 
     def embed_condition(
         self, transformer: Any, latents: Sequence[Tensor], timesteps: Tensor, *told: Any
