@@ -86,9 +86,9 @@ def _block(prefix: str) -> Callable[..., Tensor]:
     return forward
 
 
-def _turns(embedder: Any, places: Tensor) -> Tensor:
+def _turns(transformer: Any, places: Tensor) -> Tensor:
     """Rotary angles [..., d / 2] complex of places [..., 3]; the model has them in tables, for whole numbers."""
-    found = []
+    found, embedder = [], transformer.rope_embedder
     for place, dim in zip(places.double().unbind(-1), embedder.axes_dims, strict=True):
         even = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device)
         found.append(place[..., None] * (1.0 / embedder.theta ** (even / dim)))
@@ -101,14 +101,15 @@ def _of_text(length: int, device: torch.device) -> Tensor:
     return F.pad(torch.arange(1, length + 1, device=device)[None, :, None], (0, 2))
 
 
-def _text(transformer: Any, prompts: Sequence[Tensor], length: int, mask: Tensor | None) -> Tensor:
-    """The refined prompts [B, T, D]; all of it is kept for a run."""
-    rows = [F.pad(prompt, (0, 0, 0, length - len(prompt))) for prompt in prompts]
-    text = transformer.cap_embedder(torch.stack(rows))
-    ends = torch.tensor([[len(prompt)] for prompt in prompts], device=text.device)
-    own = torch.arange(length, device=text.device) < ends
-    text = torch.where(own[..., None], text, transformer.cap_pad_token)
-    turns = _turns(transformer.rope_embedder, _of_text(length, text.device))
+def _text(
+    transformer: Any, prompts: Sequence[Tensor], lengths: Sequence[int], mask: Tensor | None
+) -> Tensor:
+    """The refined prompts [B, T, D]; what is kept for a run has the form that it has in the model's own."""
+    rows = [F.pad(p, (0, 0, 0, n - len(p))) for p, n in zip(prompts, lengths, strict=True)]
+    parts = zip(prompts, transformer.cap_embedder(torch.cat(rows)).split(lengths), strict=True)
+    longest, pad = max(lengths), transformer.cap_pad_token
+    padded = [torch.cat([own[: len(p)], pad.expand(longest - len(p), -1)]) for p, own in parts]
+    text, turns = torch.stack(padded), _turns(transformer, _of_text(longest, pad.device))
     for layer in transformer.context_refiner:
         text = layer(text, mask, turns)
     return text
@@ -181,7 +182,7 @@ class ZImage(Listed):
             for layer in transformer.noise_refiner:
                 image = layer(image, None, None if turns is None else turns[:, :behind], temb)
             shown = None if read is None else read[:, behind:]
-            text = _text(transformer, prompts, max(lengths), shown)
+            text = _text(transformer, prompts, lengths, shown)
             joint = torch.cat([image, text], dim=1)
             for number, layer in enumerate(transformer.layers):
                 joint = layer(joint, read, turns, temb)
@@ -203,7 +204,7 @@ class ZImage(Listed):
         turns, read = (own, *sides, *lengths), ("read", *lengths)
         if turns not in memory:
             places = self._places(call, sides, lengths)
-            found = _turns(transformer.rope_embedder, places)
+            found = _turns(transformer, places)
             memory[turns] = Rotation.of(found if len(found) > 1 else found[0]) if own else found
             if min(lengths) < max(lengths):
                 ends = torch.tensor(lengths, device=places.device)[:, None] - max(lengths)
