@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import fastdit
 import tiny_models
@@ -69,11 +70,11 @@ CASES = [
 def draw(name, pipe, seed=0, **more):
     """Latents of a run, each seed with other noise and another prompt."""
     given = tiny_models.arguments(name, seed=seed, steps=STEPS, **more)
-    if tiny_models.PIPELINES[name].family in RESIZED:
+    if tiny_models.PIPELINES[name].family in RESIZED and "img2img" not in name:
         given |= {"height": 16, "width": 24}
     for key, value in given.items():
         if key.endswith("embeds"):
-            given[key] = value + 0.1 * seed
+            given[key] = tree_map(lambda each: each + 0.1 * seed, value)
     return tiny_models.latents_of(pipe, given).clone()
 
 
