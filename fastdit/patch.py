@@ -181,7 +181,7 @@ def _checked(
     rewritten = rewrites(patched, transformer)
     if not is_installable(transformer):
         patched.programs = None
-    needs = bool(graphs) or patched.forecasts
+    needs = not patched.compiles
     for module in (*(module for module, _ in rewritten), *[transformer] * needs):
         check_installable(module)
     if pipeline is not None:

@@ -23,6 +23,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,6 +159,21 @@ def lumina2() -> nn.Module:
     )
 
 
+def zimage() -> nn.Module:
+    """Z-Image's depth."""
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=16,
+        n_layers=30,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=20,
+        axes_dims=[2, 2, 4],
+        axes_lens=[64, 32, 32],
+    )
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -170,6 +186,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 } | ({"Qwen-Image": ("qwen", qwen)} if tiny_models.HAS_QWEN else {})
 if tiny_models.HAS_FLUX2:
     MODELS["FLUX.2"] = "flux2", flux2
+MODELS |= {"Z-Image": ("zimage", zimage)} if tiny_models.HAS_ZIMAGE else {}
 
 
 def pipeline(name: str) -> Any:

@@ -66,6 +66,13 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
         "layers": {"attn": "attn", "feed_forward": "feed_forward"},
     },
     "WanTransformer3DModel": {"blocks": {"attn1": "attn1", "attn2": "attn2", "ffn": "ffn"}},
+    "ZImageTransformer2DModel": {
+        "noise_refiner": {
+            "noise_attention": "attention",
+            "noise_feed_forward": "feed_forward",
+        },
+        "layers": {"attention": "attention", "feed_forward": "feed_forward"},
+    },
 }
 
 #: components whose output is drawn behind a norm that follows the module: repeated it is the same, drawn it is not
@@ -74,6 +81,13 @@ NORMS = {
     "Lumina2Transformer2DModel": {
         "noise_refiner": {"noise_attn": "norm2", "noise_feed_forward": "ffn_norm2"},
         "layers": {"attn": "norm2", "feed_forward": "ffn_norm2"},
+    },
+    "ZImageTransformer2DModel": {
+        "noise_refiner": {
+            "noise_attention": "attention_norm2",
+            "noise_feed_forward": "ffn_norm2",
+        },
+        "layers": {"attention": "attention_norm2", "feed_forward": "ffn_norm2"},
     },
 }
 

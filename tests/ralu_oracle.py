@@ -96,7 +96,7 @@ def _image(
                     ]
                 else:
                     energy = _energy(pipe, method, clean)
-                count = method.split_count(len(tokens), given["prompt_embeds"].shape[1])
+                count = method.split_count(len(tokens), len(given["prompt_embeds"][0]))
                 chosen = set(sorted(range(len(tokens)), key=lambda i: -energy[i])[:count])
             kept = [token for i, token in enumerate(tokens) if i not in chosen]
             split = [token for i, token in enumerate(tokens) if i in chosen]
@@ -534,6 +534,63 @@ class SD3Calls(Calls):
         return list(velocity[0].split(P, dim=-1))
 
 
+class ZImageCalls(Calls):
+    """Stock Z-Image on a list of tokens, guidance by two calls; the angles of image tokens by their formula.
+
+    Its pipeline hands on latents in fp32 whatever the model's dtype, and it pads to multiples of 32.
+    """
+
+    text_first = False
+
+    def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
+        self.model, self.given, self.b = pipe.transformer, given, b
+
+    def __call__(
+        self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
+    ) -> list[Tensor]:
+        given, model = self.given, self.model
+        unit = 1.0 if layout == "full" else 0.5
+        patches = torch.cat([content for *_, content in tokens], dim=-1).to(model.dtype)
+        padding = -len(tokens) % 32
+        places = [(unit * y, unit * x) for y, x in self.places(tokens, layout)]
+
+        def call(prompt: Tensor) -> Tensor:
+            text = len(prompt) + -len(prompt) % 32
+            ids = [(text + 1, *place) for place in places] + [(0, 0, 0)] * padding
+            stock, model.rope_embedder = model.rope_embedder, None
+            first = [turns(stock, ids)]
+            model.rope_embedder = lambda ids: first.pop() if first else stock(ids)
+            often = [size**2 for size, *_ in tokens]
+            weighs = layout == "mixed" and self.weighs
+            try:
+                with (
+                    standing(often, (padding, padding + text), False)
+                    if weighs
+                    else contextlib.nullcontext()
+                ):
+                    time = (1000 - (1000 * sigma).expand(1)) / 1000
+                    return model([patches.unsqueeze(1)], time, [prompt]).sample[0].squeeze(1)
+            finally:
+                model.rope_embedder = stock
+
+        prompts, others = given["prompt_embeds"], given.get("negative_prompt_embeds")
+        velocity = call(prompts[self.b % len(prompts)]).float()
+        if others:
+            other = call(others[self.b % len(others)]).float()
+            velocity = velocity + given["guidance_scale"] * (velocity - other)
+        return list((-velocity).split(P, dim=-1))
+
+
+def turns(embedder: Any, ids: list[Any]) -> Tensor:
+    """Complex numbers of length one, by place, for each axis one after the other."""
+    found = []
+    for axis, dim in enumerate(embedder.axes_dims):
+        rates = [embedder.theta ** (-2 * i / dim) for i in range(dim // 2)]
+        found.append(torch.tensor([[place[axis] * rate for rate in rates] for place in ids]))
+    angles = torch.cat(found, dim=1)
+    return torch.complex(angles.cos(), angles.sin())
+
+
 def sincos(x: float, y: float, width: int) -> Tensor:
     """A position's embedding [D]: sines and cosines of x, then of y."""
     frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
@@ -556,4 +613,5 @@ CALLS = {
     "Flux2Transformer2DModel": Flux2Calls,
     "QwenImageTransformer2DModel": QwenCalls,
     "SD3Transformer2DModel": SD3Calls,
+    "ZImageTransformer2DModel": ZImageCalls,
 }

@@ -4,8 +4,8 @@ Everything the transformer does outside its blocks stays whole: all tokens are e
 active tokens' outputs are put into zeros; the velocity of the others is filled in where the scheduler is given it,
 after guidance, as the published implementation does. Attention processors are replaced by one that keeps the keys and
 values of all image tokens, before they are joined with the text's, and concatenates. A schedule of reused outputs, if
-any, is kept per token; with orders, a polynomial through each token's own last values. Lumina 2 runs whole, since its
-texts are unlike long: what its inactive tokens give is not kept.
+any, is kept per token; with orders, a polynomial through each token's own last values. Lumina 2 and Z-Image run whole,
+since their texts are unlike long: what their inactive tokens give is not kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ class RowOracle:
         self.qwen = "Qwen" in type(self.model).__name__
         self.flux = self.qwen or "Flux" in type(self.model).__name__  # packs, and puts text first
         self.lumina = "LuminaNext" in type(self.model).__name__
-        self.whole = "Lumina2" in type(self.model).__name__
+        # a picture each, which come before their texts
+        self.listed = "ZImage" in type(self.model).__name__
+        self.whole = self.listed or "Lumina2" in type(self.model).__name__
         self.video = "Wan" in type(self.model).__name__
         self.texts: list[int] = []
         self.step = self.calls = 0
@@ -131,19 +133,26 @@ class RowOracle:
                         if module is not None:
                             yield module, (kind, index, position), path is norm or norm is None
 
+    @property
+    def side(self) -> int:
+        """Of a token, in latent pixels."""
+        return 2 if self.flux or self.listed else self.model.config.patch_size
+
     def rows_of(self, batch: int) -> Tensor | None:
         """The step's rows for a call of `batch` rows."""
         return None if self.rows is None else self.rows.repeat(batch // self.rows.shape[0], 1)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         latents = kwargs.get("hidden_states", args[0] if args else None)
-        side = 2 if self.flux else self.model.config.patch_size
         if self.video:
-            self.tokens = math.prod(latents.shape[2:]) // math.prod(side)
+            self.tokens = math.prod(latents.shape[2:]) // math.prod(self.model.config.patch_size)
         else:
-            size = latents.shape[-2] * latents.shape[-1]
-            self.tokens = latents.shape[1] if self.flux else size // side**2
-        if self.whole:
+            sizes = latents[0].shape if self.listed else latents.shape
+            area = sizes[-2] * sizes[-1]
+            self.tokens = latents.shape[1] if self.flux else area // self.side**2
+        if self.listed:
+            self.texts = [0] * len(latents)
+        elif self.whole:
             self.texts = kwargs["encoder_attention_mask"].sum(dim=1).tolist()
 
     def active(self, x: Tensor) -> Tensor:
@@ -207,11 +216,12 @@ class RowOracle:
         """[B, N] as a mask over latents of this shape."""
         if self.flux:  # Kontext's reference tokens have no velocity
             return mask[:, : velocity.shape[1], None]
-        side = self.model.config.patch_size
+        side = self.side
         if self.video:
-            sizes = [n // p for n, p in zip(velocity.shape[2:], side, strict=True)]
+            sides = self.model.config.patch_size
+            sizes = [n // p for n, p in zip(velocity.shape[2:], sides, strict=True)]
             mask = mask.unflatten(1, sizes)
-            for axis, p in enumerate(side):
+            for axis, p in enumerate(sides):
                 mask = mask.repeat_interleave(p, 1 + axis)
             return mask[:, None]
         grid = mask.unflatten(1, (velocity.shape[-2] // side, -1))
@@ -222,9 +232,10 @@ class RowOracle:
         def skipped(*args: Any, **kwargs: Any) -> Any:
             key = "output", self.calls % self.calls_per_step
             if self.step in self.forecasts:
-                return (self._drawn(key, self.forecasts[self.step], self.output),)
+                drawn = self._drawn(key, self.forecasts[self.step], self.output)
+                return (list(drawn.unsqueeze(2).unbind()) if self.listed else drawn,)
             found = forward(*args, **kwargs)
-            self.output = found[0]
+            self.output = torch.stack(found[0]).squeeze(2) if self.listed else found[0]
             mask = self._on_latents(self._active(len(self.output)), self.output)
             self._note(key, self.output, mask.expand_as(self.output))
             return found
@@ -353,6 +364,7 @@ class Processor:
         key_rotary_emb: Any = None,
         base_sequence_length: int | None = None,
         encoder_hidden_states_mask: Tensor | None = None,
+        freqs_cis: Any = None,
         **kwargs: Any,
     ) -> Any:
         oracle = self.oracle
@@ -360,7 +372,8 @@ class Processor:
         if parallel:
             attention_mask, image_rotary_emb = None, attention_mask
         if oracle.whole:
-            return self._whole(attn, hidden_states, attention_mask, image_rotary_emb)
+            angles = freqs_cis if oracle.listed else image_rotary_emb
+            return self._whole(attn, hidden_states, attention_mask, angles)
         if oracle.lumina:
             given = hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb
             return self._lumina(attn, *given, key_rotary_emb, base_sequence_length)

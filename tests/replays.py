@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import fastdit
 import tiny_models
@@ -75,7 +76,7 @@ def draw(name, pipe, seed, **kwargs):
         given |= {"height": 16, "width": 24}
     for key, value in given.items():
         if key.endswith("embeds"):
-            given[key] = value + 0.1 * seed
+            given[key] = tree_map(lambda each: each + 0.1 * seed, value)
     return tiny_models.latents_of(pipe, given).clone()
 
 

@@ -17,6 +17,7 @@ from fastdit import Cached, Schedule
 from fastdit.blocks.segments import segments_like
 from fastdit.patch import handle_of
 from oracle import Oracle, random_bits
+from tiny_models import sample
 
 pytestmark = [
     pytest.mark.diffusers,
@@ -63,7 +64,7 @@ WAYS = {"blocks": compile_blocks, "transformer": compile_in_place, "wrapper": co
 
 def run(model, family):
     with torch.no_grad():
-        return [model(**tiny_models.call(family, 2, step=step))[0] for step in range(STEPS)]
+        return [sample(model(**tiny_models.call(family, 2, step=step))) for step in range(STEPS)]
 
 
 def expected(family, seed, compute=0.5):

@@ -17,6 +17,8 @@ from fastdit import Cached, Dense, Schedule
 from fastdit.adapters import find_adapter
 from fastdit.backends.base import attention
 from oracle import Oracle, random_bits
+from test_cached import as_double
+from tiny_models import sample
 
 pytestmark = pytest.mark.diffusers
 
@@ -67,10 +69,10 @@ def test_dense_is_exact_in_fp64(family, shape, fused):
     model = tiny_models.transformer(family, torch.float64)
     batch, height, width = shape
     inputs = call_in_fp64(family, batch, height, width)
-    stock = model(**inputs)[0]
+    stock = sample(model(**inputs))
     fastdit.patch(model)
     for _ in range(2):
-        within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
+        within_contract(sample(model(**inputs)), stock, bound=FORWARD_FP64)
     assert len(fused) == 2 * len(attentions(model))
 
 
@@ -81,18 +83,11 @@ def test_dense_errs_at_most_twice_as_much_as_stock(family, dtype):
     model = tiny_models.transformer(family, dtype)
     truth_model = tiny_models.transformer(family, dtype).double()
     inputs = [tiny_models.call(family, 3, dtype, step=step) for step in range(4)]
-    truth = [
-        truth_model(**{k: v.double() if is_float(v) else v for k, v in given.items()})[0]
-        for given in inputs
-    ]
-    stock = [model(**given)[0] for given in inputs]
+    truth = [sample(truth_model(**as_double(given))) for given in inputs]
+    stock = [sample(model(**given)) for given in inputs]
     fastdit.patch(model)
-    actual = [model(**given)[0] for given in inputs]
+    actual = [sample(model(**given)) for given in inputs]
     within_contract(torch.cat(actual), torch.cat(stock), torch.cat(truth))
-
-
-def is_float(value):
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -103,11 +98,11 @@ def test_random_schedules_are_exact_in_fp64(family, seed, fused):
     bits, names = random_bits(model, STEPS, seed, compute=(0.2, 0.5, 0.8)[seed])
     inputs = [call_in_fp64(family, 1 + seed, step=step) for step in range(STEPS)]
     with Oracle(model, bits).installed():
-        expected = [model(**given)[0] for given in inputs]
+        expected = [sample(model(**given)) for given in inputs]
     handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
     with handle.run(range(STEPS)):
         for given, truth in zip(inputs, expected, strict=True):
-            within_contract(model(**given)[0], truth, bound=FORWARD_FP64)
+            within_contract(sample(model(**given)), truth, bound=FORWARD_FP64)
     assert fused
 
 
@@ -116,10 +111,10 @@ def test_random_schedules_are_exact_in_fp64(family, seed, fused):
 def test_fused_projections(family, fused):
     model = tiny_models.transformer(family, torch.float64)
     inputs = tiny_models.call(family, 2, torch.float64)
-    stock = model(**inputs)[0]
+    stock = sample(model(**inputs))
     model.fuse_qkv_projections()
     fastdit.patch(model)
-    within_contract(model(**inputs)[0], stock, bound=FORWARD_FP64)
+    within_contract(sample(model(**inputs)), stock, bound=FORWARD_FP64)
     assert fused
 
 
@@ -208,7 +203,7 @@ def test_compiled_blocks_keep_their_attention(fused):
 def test_the_reference_backend_stays_stock(family, fused):
     model = tiny_models.transformer(family)
     inputs = tiny_models.call(family, 2)
-    stock = model(**inputs)[0]
+    stock = sample(model(**inputs))
     fastdit.patch(model, Dense(), backend="reference")
-    same_bits(model(**inputs)[0], stock)
+    same_bits(sample(model(**inputs)), stock)
     assert not fused

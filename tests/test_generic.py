@@ -19,7 +19,6 @@ from diffusers import (
     SanaTransformer2DModel,
     WanPipeline,
     WanTransformer3DModel,
-    ZImageTransformer2DModel,
 )
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models import transformers
@@ -511,28 +510,6 @@ def flux2():
     return model, lambda step: packed(step, guidance=torch.ones(1), **ids)
 
 
-def z_image():
-    """Its image argument is `x`, a list, its time `t`, its text a list too."""
-    model = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=32,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[4, 6, 6],
-        axes_lens=[64, 32, 32],
-    )
-
-    def given(step):
-        noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(step))
-        time = torch.tensor([0.1 * step])
-        return {"x": [noise], "t": time, "cap_feats": [text(6, 16)], "return_dict": False}
-
-    return model, given
-
-
 FOUND = {
     "chroma": (
         chroma,
@@ -547,12 +524,6 @@ FOUND = {
             "transformer_blocks": ("attn", "ff", "ff_context"),
             "single_transformer_blocks": ("attn",),
         },
-    ),
-    "z-image": (
-        z_image,
-        dict.fromkeys(
-            ("noise_refiner", "context_refiner", "layers"), ("attention", "feed_forward")
-        ),
     ),
 }
 

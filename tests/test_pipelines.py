@@ -15,10 +15,11 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from torch.utils._pytree import tree_map_only
 
 import fastdit
 import tiny_models
-from contract import same_bits, within_contract
+from contract import RUN_FP64, distance, same_bits, within_contract
 from tiny_models import generate
 
 pytestmark = pytest.mark.diffusers
@@ -70,7 +71,7 @@ def test_a_dense_run_is_exact_in_fp64(name):
     pipe = tiny_models.pipeline(name, torch.float64)
     stock = generate(pipe, name, height=24, width=8)
     fastdit.patch(pipe)
-    within_contract(generate(pipe, name, height=24, width=8), stock)
+    assert distance(generate(pipe, name, height=24, width=8), stock) <= RUN_FP64
 
 
 @pytest.mark.slow
@@ -98,12 +99,7 @@ def test_a_dense_run_errs_at_most_twice_as_much_as_stock(name, dtype):
 def to_dtype_of(pipe, given):
     """Floating arguments in the dtype of the pipeline's transformer."""
     dtype = pipe.transformer.dtype
-    return {
-        key: value.to(dtype)
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-        else value
-        for key, value in given.items()
-    }
+    return tree_map_only(torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, given)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), PAIRS)

@@ -12,7 +12,7 @@ import tiny_models
 from contract import FORWARD_FP64, distance, same_bits
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.install import is_installed
-from tiny_models import generate
+from tiny_models import generate, sample
 
 PROJECTIONS = {
     name: tiny_models.adapter_of(name).prompt_projections[0]
@@ -116,7 +116,7 @@ def test_hooks_and_gradients_see_every_call():
     call["encoder_hidden_states"].requires_grad_()
     with torch.enable_grad():
         for _ in range(2):
-            pipe.transformer(**call)[0].sum().backward()
+            sample(pipe.transformer(**call)).sum().backward()
     assert call["encoder_hidden_states"].grad.abs().sum() > 0
 
 
@@ -217,8 +217,8 @@ def test_keys_of_the_prompt_give_way_to_a_second_condition(name):
         found = []
         with handle.run(range(STEPS)):
             for _ in range(STEPS):
-                found.append(model(**first)[0])
-                found.append(model(**second)[0])
+                found.append(sample(model(**first)))
+                found.append(sample(model(**second)))
                 handle.advance()
         return found, handle.report().peak_cache_bytes
 
@@ -263,7 +263,7 @@ def test_weights_of_the_prompt_that_change_in_a_run_are_seen(name, change):
             for step in range(len(layers) + 1):
                 if step:
                     change(layers[step - 1])
-                found.append(model(**call)[0])
+                found.append(sample(model(**call)))
                 advance()
         return found
 

@@ -16,6 +16,7 @@ from fastdit import ECAD, RAS, ArgumentError, Cached, Schedule
 from fastdit.schedules.collapse import find_sums, passes
 from oracle import Oracle
 from test_cached import as_double
+from tiny_models import sample
 
 PARTS = ("attn1", "attn2", "ff")
 KIND = "transformer_blocks"
@@ -93,7 +94,7 @@ def calls(steps, batch, dtype, height=8, width=16):
 
 def expected_of(model, bits, inputs):
     with torch.no_grad(), Oracle(model, {KIND: bits}).installed():
-        return [model(**given)[0] for given in inputs]
+        return [sample(model(**given)) for given in inputs]
 
 
 def prompt(blocks):
@@ -104,7 +105,7 @@ def prompt(blocks):
 def ran(handle, model, inputs, seen=None, sigmas=None):
     with torch.no_grad(), handle.run(range(len(inputs)) if sigmas is None else sigmas):
         for given in inputs:
-            yield model(**given)[0]
+            yield sample(model(**given))
             if seen is not None:
                 seen.append(reachable_bytes(handle))
 
@@ -263,7 +264,7 @@ def check_through_change(handle, model, inputs, expected, sigmas, what, at):
             if what == "hook" and step == at:
                 model.transformer_blocks[1].register_forward_hook(lambda *_: None)
             with torch.set_grad_enabled(what == "grad" and step >= at):
-                actual = model(**given)[0].detach()
+                actual = sample(model(**given)).detach()
             assert distance(actual, wanted) <= FORWARD_FP64, step
 
 

@@ -15,6 +15,7 @@ from fastdit import RAS, Cached, Dense, Schedule, ops
 from fastdit.adapters import find_adapter
 from fastdit.blocks import float8, products
 from test_ralu import SHORT, SIZE
+from tiny_models import sample
 
 pytest.importorskip("torchao", reason="torchao is not installed")
 pytestmark = [pytest.mark.diffusers, pytest.mark.filterwarnings("ignore")]
@@ -68,7 +69,7 @@ def run(model, family, methods, backend):
     found = []
     with handle.run(range(STEPS)):
         for step in range(STEPS):
-            found.append(model(**tiny_models.call(family, 2, DTYPE, step=step))[0])
+            found.append(sample(model(**tiny_models.call(family, 2, DTYPE, step=step))))
             handle.advance()
     return torch.stack(found)
 
@@ -81,7 +82,9 @@ def test_quantised_layers_run(family, method, quantise):
         pytest.skip(NOT_INPUTS[family])
     whole = tiny_models.transformer(family, DTYPE)
     model = quantise(copy.deepcopy(whole))
-    stock = [model(**tiny_models.call(family, 2, DTYPE, step=step))[0] for step in range(STEPS)]
+    stock = [
+        sample(model(**tiny_models.call(family, 2, DTYPE, step=step))) for step in range(STEPS)
+    ]
     unquantised = run(whole, family, METHODS[method], "reference")
     reference = run(model, family, METHODS[method], "reference")
     assert not torch.equal(reference, unquantised)

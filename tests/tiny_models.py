@@ -42,9 +42,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
     WanPipeline,
     WanTransformer3DModel,
+    ZImageImg2ImgPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from diffusers.models.transformers.transformer_z_image import ZImageTransformerBlock
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -59,6 +63,8 @@ TEXT = 5
 HAS_QWEN = "modulate_index" in inspect.signature(QwenImageTransformerBlock.forward).parameters
 #: its blocks are given modulations as the adapter knows since there is a pipeline of klein
 HAS_FLUX2 = hasattr(diffusers, "Flux2KleinPipeline")
+#: its blocks know references since diffusers 0.37
+HAS_ZIMAGE = "noise_mask" in inspect.signature(ZImageTransformerBlock.forward).parameters
 LATENT = 4
 HEIGHT, WIDTH = 8, 16
 
@@ -212,6 +218,21 @@ def flux2(klein: bool = False, layers: int = 2, single_layers: int = 3) -> nn.Mo
     )
 
 
+def zimage(layers: int = 3) -> nn.Module:
+    """Z-Image."""
+    return ZImageTransformer2DModel(
+        in_channels=LATENT,
+        dim=32,
+        n_layers=layers,
+        n_refiner_layers=2,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=20,
+        axes_dims=[4, 6, 6],
+        axes_lens=[128, 32, 32],
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -240,9 +261,11 @@ FAMILIES: dict[str, Family] = {
 if HAS_FLUX2:
     FAMILIES["flux2"] = Family(flux2)  # which has one call, and no guidance of another prompt
     FAMILIES["flux2-klein"] = Family(functools.partial(flux2, klein=True), cfg_in_one_call=False)
+FAMILIES |= {"zimage": Family(zimage)} if HAS_ZIMAGE else {}
 
 #: families that this diffusers lacks
 TOO_NEW = ([] if HAS_QWEN else ["qwen"]) + ([] if HAS_FLUX2 else ["flux2"])
+TOO_NEW += [] if HAS_ZIMAGE else ["zimage"]
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -373,6 +396,14 @@ def call(
             **({"guidance": torch.full((batch,), 3.5)} if name == "flux2" else {}),
             **dict(zip(("txt_ids", "img_ids"), ids, strict=True)),
         }
+    if name == "zimage":  # prompts of unlike length, which the model pads to one
+        prompts = arguments["encoder_hidden_states"]
+        return {
+            "x": list(arguments["hidden_states"].unsqueeze(2).unbind()),
+            "t": 1 - arguments["timestep"] / 1000,
+            "cap_feats": [own[: text - row % 2] for row, own in enumerate(prompts)],
+            "return_dict": False,
+        }
     arguments["pooled_projections"] = randn(condition, batch, 12)
     if name.startswith("flux"):
         tokens = height * width // 4
@@ -408,6 +439,17 @@ def fp64_throughout() -> Iterator[None]:
 def frames_of(picture: Tensor) -> Tensor:
     """A picture [B, C, 2 H, W] as a video [B, C, 2, H, W], of as many tokens in the same order."""
     return picture.unflatten(2, (2, -1))
+
+
+def latents_given(name: str, given: dict[str, Any]) -> Tensor:
+    """The latents in the arguments of a call, as a pipeline's scheduler has them."""
+    adapter = adapter_of(name)
+    return adapter.as_latents(given[adapter.image_argument])
+
+
+def sample(output: Any) -> Tensor:
+    """The velocities [B, ...] that come first in a transformer's output; some models give a list of them."""
+    return torch.stack(output[0]) if isinstance(output[0], list) else output[0]
 
 
 # ---- pipelines
@@ -498,6 +540,7 @@ _NO_TEXT = {
     "dit": (),
     "lumina": ("text_encoder", "tokenizer"),
     "lumina2": ("text_encoder", "tokenizer"),
+    "zimage": ("text_encoder", "tokenizer"),
 }
 
 
@@ -527,6 +570,13 @@ PIPELINES: dict[str, Pipe] = {
     "lumina2": Pipe("lumina2", Lumina2Pipeline, FlowMatchEulerDiscreteScheduler),
     "wan": Pipe("wan", WanPipeline, FlowMatchEulerDiscreteScheduler),
 } | ({"qwen": Pipe("qwen", QwenImagePipeline, FlowMatchEulerDiscreteScheduler)} if HAS_QWEN else {})
+if HAS_ZIMAGE:
+    PIPELINES |= {
+        "zimage": Pipe("zimage", ZImagePipeline, FlowMatchEulerDiscreteScheduler),
+        "zimage-img2img": Pipe(
+            "zimage", ZImageImg2ImgPipeline, FlowMatchEulerDiscreteScheduler, True
+        ),
+    }
 
 if HAS_FLUX2:
     PIPELINES["flux2"] = Pipe("flux2", diffusers.Flux2Pipeline, FlowMatchEulerDiscreteScheduler)
@@ -624,6 +674,11 @@ def arguments(
         # The pipeline counts one frame, and those that its autoencoder adds, of which there is none, as two.
         result |= {"height": 8 * (height // 2), "width": 8 * width, "num_frames": 1}
         result["num_videos_per_prompt"] = result.pop("num_images_per_prompt")
+    elif name.startswith("zimage"):  # lists, of prompts of unlike length
+        result["prompt_embeds"] = [randn(TEXT - row % 2, 20) for row in range(prompts)]
+        result["guidance_scale"] = 4.0 if cfg else 0.0
+        if cfg:
+            result["negative_prompt_embeds"] = [randn(TEXT - 2, 20) for _ in range(prompts)]
     elif name == "qwen":
         result |= {"prompt_embeds_mask": torch.ones(prompts, TEXT), "true_cfg_scale": 1.0}
         result["prompt_embeds_mask"][:, -1] = 0

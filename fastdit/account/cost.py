@@ -78,6 +78,8 @@ class Cost:
             first.setdefault(kind, index)
         self.spec = self.adapter.spec(self.transformer)
         self._counts = counts_of(self.adapter, self.transformer, self.size)
+        unit = self.adapter.token_multiple
+        self._padding = Size(-self.size.image % unit, -self.size.text % unit)
         self._sparse: dict[int, list[int]] = {}
         self.components: list[ComponentCost] = []
         for kind, block, component in self.spec.components():
@@ -95,7 +97,13 @@ class Cost:
 
     def _of(self, what: str, *where: Any) -> int:
         """This is a count of the whole batch."""
-        return self._counts.of(what, *where).at(self.size) * self.transformer_batch
+        return self._counts.of(what, *where).at(self._padded(self.size.image)) * (
+            self.transformer_batch
+        )
+
+    def _padded(self, image: int) -> Size:
+        """So many active image tokens and the text, with the padding of all."""
+        return Size(image + self._padding.image, self.size.text + self._padding.text)
 
     @property
     def exact(self) -> bool:
@@ -155,7 +163,7 @@ class Cost:
                 continue
             count = tokens[step] if tokens else self.size.image
             actions = plan.actions[step] if plan.actions else None
-            outside = self._counts.of("outside").at(Size(count, self.size.text))
+            outside = self._counts.of("outside").at(self._padded(count))
             total += outside * self.transformer_batch + sum(
                 macs
                 for c, macs in zip(self.components, self.sparse_macs(count), strict=True)
@@ -191,11 +199,11 @@ class Cost:
         Of the products (count + t) ask and (image + t) are asked, t being the text where it asks too.
         """
         if count not in self._sparse:
-            size, found = Size(count, self.size.text), []
+            size, found = self._padded(count), []
             for c in self.components:
                 terms = self._counts.of("macs", c.block, c.name)
                 image, text = terms.values[3], terms.values[5]
-                asked = count + (size.text if text else 0)
+                asked = size.image + (size.text if text else 0)
                 spared = image * asked * (self.size.image - count)
                 found.append((terms.at(size) + spared) * self.transformer_batch)
             self._sparse[count] = found
@@ -203,7 +211,8 @@ class Cost:
 
     def key_bytes(self) -> int:
         """A method that leaves tokens out keeps keys and values of so many bytes."""
-        keys = (self._counts.keys(block, self.size) for block in range(self.spec.block_count))
+        size = self._padded(self.size.image)
+        keys = (self._counts.keys(block, size) for block in range(self.spec.block_count))
         return sum(keys) * self.transformer_batch * self.itemsize
 
     def prompt_bytes(self) -> int:
@@ -216,7 +225,8 @@ class Cost:
 
     def modulation_bytes(self, conditions: int) -> int:
         """The modulations made ahead for so many conditions have so many bytes."""
-        return self._counts.of("modulation").at(self.size) * conditions * self.itemsize
+        size = self._padded(self.size.image)
+        return self._counts.of("modulation").at(size) * conditions * self.itemsize
 
     def bytes_of_outputs(self) -> int:
         """All outputs that are added to the stream in one step have so many bytes."""

@@ -34,7 +34,9 @@ def counts_of(adapter: Any, transformer: nn.Module, size: Size) -> Counts:
     """This gives the counts of a transformer, for `size` at least; they are made once for a structure and config."""
     key = structure(adapter, transformer)
     if adapter.restates:
-        return made_once(_counts, key, lambda: Counts(adapter, transformer, POINTS))
+        unit = adapter.token_multiple
+        points = [Size(unit * point.image, unit * point.text) for point in POINTS]
+        return made_once(_counts, key, lambda: Counts(adapter, transformer, points))
 
     def make() -> Counts:
         try:
@@ -117,13 +119,12 @@ class Counts:
                     found[what, self._forms[key], component] = value
                 if what == "macs":
                     found["outside", None, None] -= times * value
-        for shared in adapter.shared_modulations_of(skeleton.transformer):
-            found["modulation", None, None] += batch * shared.linear.out_features
-        for norm in adapter.output_norms_of(skeleton.transformer):
-            linear = getattr(norm, "linear_1", None) or norm.linear
-            found["modulation", None, None] += batch * linear.out_features
-        if adapter.modulated_output:  # a scale and a shift
-            found["modulation", None, None] += 2 * batch * adapter.width(skeleton.transformer)
+        channels = adapter.output_modulation(skeleton.transformer)
+        channels += sum(
+            shared.linear.out_features
+            for shared in adapter.shared_modulations_of(skeleton.transformer)
+        )
+        found["modulation", None, None] += batch * channels
         return {name: value // batch for name, value in found.items()}
 
 

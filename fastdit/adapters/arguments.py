@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -34,3 +35,21 @@ def arguments_of(
     if not args:
         return kwargs
     return {**dict(zip(forward_arguments(type(transformer)), args, strict=False)), **kwargs}
+
+
+@contextmanager
+def scaled_adapters(transformer: nn.Module, told: Mapping[str, Any] | None) -> Iterator[None]:
+    """Inside it LoRA layers have the scale of these attention arguments, as in diffusers' forwards."""
+    scale = (told or {}).get("scale", 1.0)
+    if scale == 1.0:
+        yield
+        return
+    from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+
+    if USE_PEFT_BACKEND:
+        scale_lora_layers(transformer, scale)
+    try:
+        yield
+    finally:
+        if USE_PEFT_BACKEND:
+            unscale_lora_layers(transformer, scale)

@@ -31,16 +31,18 @@ from fastdit.spec import BlockKind, ModelSpec
 NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
-    "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
+    "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates "
+    "token_multiple",
     "reuse": "components consumers groups shared_gates common_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions some_positions gather_latents "
-    "scatter_output moved_tokens grid latent_image decode shifts_latents",
+    "scatter_output moved_tokens grid latent_image decode shifts_latents text_first as_latents as_given "
+    "gather_residuals run_model runs_model restates_model",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
     "replaces_attention owns_attention encode",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding embeds_text "
     "known_positions embed_known condition_embedding condition_arguments shared_modulations output_norm "
-    "modulated_output modulate_output output_modulators_of unread layer_inputs embed_condition embedded embed_apart "
-    "timesteps_per_unit given_timesteps",
+    "modulated_output modulate_output output_modulators_of output_modulation unread layer_inputs embed_condition "
+    "embedded embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
@@ -105,8 +107,11 @@ class Adapter(Modulated, Pictures):
         embeddings_arguments: Those that hold the conditions.
         other_arguments: Those that it may be given besides, which no cache depends on.
         text_tokens: Usual number of text tokens, for predictions.
-        layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint" (text first).
+        layouts: Component -> which tokens each tensor of its output holds: "image", "text" or "joint".
             A family without layouts cannot run a part of its tokens.
+        text_first: Whether in joint streams the text comes before the image, or behind it.
+        token_multiple: The model pads image and text each to a multiple of so many tokens.
+        restates_model: Whether it has a forward of the whole model, :meth:`run_model`.
         processors: Names of diffusers' attention processors that the family's own attention stands in for, the one
             that models come with first.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
@@ -131,6 +136,9 @@ class Adapter(Modulated, Pictures):
     text_tokens: int
     uses_cfg = True
     layouts: Mapping[str, Sequence[str]] = {}
+    text_first = True
+    token_multiple = 1
+    restates_model = False
     processors: Sequence[str] = ()
     restates = True
     timesteps_rise = False
@@ -225,9 +233,12 @@ class Adapter(Modulated, Pictures):
                     f"got {type(given[name]).__name__}, accepted are {', '.join(sorted(self.known_arguments))}"
                 )
         latents = given[self.image_argument]
+        sizes: list[Any] = []
         if isinstance(latents, (list, tuple)):  # one image each
+            sizes += [tuple(image.shape) for image in latents]
             latents = latents[0].expand(len(latents), *latents[0].shape)
         embeddings, signature, text = [], [(tuple(latents.shape), latents.dtype, latents.device)], 0
+        signature += sizes
         for name in self.embeddings_arguments:
             several = isinstance(given.get(name), (list, tuple))
             for value in given[name] if several else (given.get(name),):
@@ -290,6 +301,18 @@ class Adapter(Modulated, Pictures):
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """Text tokens the pipeline's prompts become by default."""
         return self.text_tokens
+
+    def run_model(self, transformer: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward, of the tokens that pass in a :class:`fastdit.runtime.call.Call`.
+
+        Families have one whose own forward cannot leave out tokens, or does at each step what need be done once. It
+        stands for that where :meth:`runs_model` says so, and in any case where some tokens pass, or those of a layout.
+        """
+        raise NotImplementedError
+
+    def runs_model(self, transformer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        """Whether :meth:`run_model` is for these arguments, and nobody sees what it leaves out."""
+        return True
 
     # ---- a part of the tokens
 
@@ -410,11 +433,11 @@ def blank(transformer: nn.Module, *shape: int, dtype: torch.dtype | None = None)
     return torch.empty(BATCH, *shape, dtype=dtype or transformer.dtype, device="meta")
 
 
-def picture(transformer: nn.Module, size: Size) -> Tensor:
+def picture(transformer: nn.Module, size: Size, patch: int | None = None) -> Tensor:
     """Latents [2, C, H, W] of an example, a square where the number of tokens is one."""
-    config = transformer.config
+    config, patch = transformer.config, patch or transformer.config.patch_size
     rows = next(n for n in range(math.isqrt(size.image), 0, -1) if size.image % n == 0)
-    sides = (config.patch_size * n for n in (rows, size.image // rows))
+    sides = (patch * n for n in (rows, size.image // rows))
     return blank(transformer, config.in_channels, *sides)
 
 

@@ -28,6 +28,14 @@ class Pictures:
 
     shifts_latents = False
 
+    def as_latents(self, given: Any) -> Tensor:
+        """What the transformer is given, or gives, as the scheduler has latents; some take and give lists."""
+        return given
+
+    def as_given(self, latents: Tensor) -> Any:
+        """The inverse of :meth:`as_latents`."""
+        return latents
+
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """Modules whose forward adds positions to the tokens, and so must know the rows."""
         return [transformer.pos_embed]
@@ -105,8 +113,8 @@ class Pictures:
         """The arguments with the active tokens [B, K] only: their latents and a ControlNet's residuals."""
         args, kwargs = list(args), dict(kwargs)
         owner, key = place_of(transformer, args, kwargs, self.image_argument)
-        latents, index = owner[key], (batch_index(rows), rows)
-        owner[key] = self.gather_latents(latents, index, self.patch(transformer))
+        latents, index = self.as_latents(owner[key]), (batch_index(rows), rows)
+        owner[key] = self.as_given(self.gather_latents(latents, index, self.patch(transformer)))
         for name in self.token_positions:
             owner, key = place_of(transformer, args, kwargs, name)
             owner[key] = self.some_positions(owner[key], rows.shape[1])
@@ -114,10 +122,12 @@ class Pictures:
             owner, key = place_of(transformer, args, kwargs, name)
             if owner is not None and owner[key] is not None:
                 count = self.tokens(transformer, latents.shape)
-                owner[key] = [
-                    r[index] if r.ndim == 3 and r.shape[1] == count else r for r in owner[key]
-                ]
+                owner[key] = self.gather_residuals(owner[key], index, count)
         return tuple(args), kwargs
+
+    def gather_residuals(self, residuals: Any, index: tuple[Tensor, Tensor], count: int) -> Any:
+        """A ControlNet's residuals, of those that have `count` tokens the ones at `index`."""
+        return [r[index] if r.ndim == 3 and r.shape[1] == count else r for r in residuals]
 
     def gather_latents(self, latents: Tensor, index: tuple[Tensor, Tensor], patch: int) -> Tensor:
         """The patches at `index`, (image, token) numbers of shape [B, K], laid side by side, [B, C, p, K p]."""
@@ -170,7 +180,7 @@ class Pictures:
         """The arguments with the tokens of a layout; `embed_layout` says where they are."""
         args, kwargs = list(args), dict(kwargs)
         owner, key = place_of(transformer, args, kwargs, self.image_argument)
-        owner[key] = self.reduce_latents(owner[key], layout, ops)
+        owner[key] = self.as_given(self.reduce_latents(self.as_latents(owner[key]), layout, ops))
         for name in self.token_positions:
             owner, key = place_of(transformer, args, kwargs, name)
             owner[key] = self.some_positions(owner[key], layout.tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class Modulated:
 
     image_argument: str
     timesteps_per_unit: int
+    width: Callable[[nn.Module], int]
 
     #: path of the module whose output is what the adaLN layers are given, if there is one for all
     condition_embedding: str | None = None
@@ -40,6 +41,14 @@ class Modulated:
     def modulated_output_of(self, transformer: nn.Module) -> list[nn.Module]:
         """Those modules, if the family has them."""
         return [getattr(transformer, name) for name in self.modulated_output]
+
+    def output_modulation(self, transformer: nn.Module) -> int:
+        """Channels of the modulations behind the blocks; between `modulated_output` there are a scale and a shift."""
+        linears = (
+            getattr(n, "linear_1", None) or n.linear for n in self.output_norms_of(transformer)
+        )
+        behind = sum(linear.out_features for linear in linears)
+        return behind + (2 * self.width(transformer) if self.modulated_output else 0)
 
     def modulate_output(
         self, transformer: nn.Module, dtype: torch.dtype, *inputs: Tensor

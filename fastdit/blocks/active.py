@@ -63,6 +63,7 @@ class ActiveTokens:
         memory: Free space of the adapter that lives as long as the keys: "rotation".
         key_bias: [1, N], added to every query's products with the image's keys; None where all keys count alike.
         ages: When the tokens of components were computed, see `token_nodes.py`; it lives as long as the slots.
+        text_first: Whether in a joint stream the text comes before the image, or behind it.
     """
 
     count: int
@@ -72,6 +73,7 @@ class ActiveTokens:
     ops: Any
     ages: dict[Any, Any] = field(default_factory=dict)
     key_bias: Tensor | None = None
+    text_first: bool = True
     texts: Tensor | None = field(default=None, init=False)
     _joint: dict[int, Tensor] = field(default_factory=dict, init=False)
     _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
@@ -91,10 +93,14 @@ class ActiveTokens:
         return places < self.texts[:, None] + self.count
 
     def joint_rows(self, text: int) -> Tensor | None:
-        """Rows of [text, image] that are active: all text, [B, text + K]; and all padding, where there is any."""
+        """Rows of a joint stream that are active: all text, [B, text + K]; and all padding, where there is any."""
         if self.rows is None:
             return None
-        if text not in self._joint:
+        if text not in self._joint and not self.text_first:
+            behind = torch.arange(self.count, self.count + text, device=self.rows.device)
+            behind = behind.to(self.rows.dtype).expand(len(self.rows), -1)
+            self._joint[text] = torch.cat([self.rows, behind], dim=1)
+        elif text not in self._joint:
             active = self.active
             places = torch.arange(text + active, device=self.rows.device)
             image = (places - (text if self.texts is None else self.texts[:, None])).expand(
@@ -105,15 +111,18 @@ class ActiveTokens:
             self._joint[text] = torch.where(image < 0, places, behind)
         return self._joint[text]
 
-    def weighed(self, mask: Tensor | None, text: int = 0, text_first: bool = True) -> Tensor | None:
+    def weighed(
+        self, mask: Tensor | None, text: int = 0, text_first: bool | None = None
+    ) -> Tensor | None:
         """An attention's mask with the weights of its keys: the image's and `text` others, before or behind them.
 
         Args:
             mask: Added to the products, or which of them count, [B, 1 or Q, S]; None for all.
+            text_first: Where these are; None for as in joint streams.
         """
         if self.key_bias is None:
             return mask
-        sides = (text, 0) if text_first else (0, text)
+        sides = (text, 0) if (self.text_first if text_first is None else text_first) else (0, text)
         if sides not in self._biases:
             self._biases[sides] = F.pad(self.key_bias, sides).unsqueeze(1)
         bias = self._biases[sides]

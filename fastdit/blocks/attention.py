@@ -385,7 +385,7 @@ def self_attention(
     Args:
         mask: Added to the products, or which keys count, [B, 1 or N, N].
         rotation: Of all tokens.
-        text: How many tokens of `x` are no image's; they come first, or as the call's `texts` say.
+        text: How many tokens of `x` are no image's; they are where the call's `text_first` and `texts` say.
         scale: Of the products; None for 1 / sqrt(d).
         projects: Whether the module's output projection follows.
         qkv: Its queries, keys and values of `x`, where the caller has them.

@@ -317,21 +317,24 @@ class Forward:
     ) -> tuple[Tensor, ...]:
         """An adaLN layer's linear(activation(embedding)) as so many vectors [B, D], or what `then` makes of these.
 
-        The layer is a norm with `silu` and `linear`, or a sequence of an activation and a linear layer. The linear's
-        input is in `dtype` if given. Of several embeddings, which one product turns, each vector comes once for each.
+        The layer is a norm with `silu` and `linear`, or a sequence of a linear layer and what comes before it, if
+        anything does. The linear's input is in `dtype` if given. Of several embeddings, which one product turns, each
+        vector comes once for each.
         """
         embeddings = embedding if isinstance(embedding, tuple) else (embedding,)
         several = len(embeddings)
         children = layer._modules
         if isinstance(layer, nn.Sequential):
-            activation, linear = children.values()
+            *before, linear = children.values()
         else:
-            activation, linear = children["silu"], children["linear"]
+            *before, linear = children["silu"], children["linear"]
 
         def compute(given: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
             if several > 1:
                 given = torch.cat([given, *others])
-            made = self.segments.linear(linear, activation(given).to(dtype or given.dtype))
+            for activation in before:
+                given = activation(given)
+            made = self.segments.linear(linear, given.to(dtype or given.dtype))
             vectors = made.chunk(parts, dim=1)
             if several > 1:
                 vectors = tuple([part for vector in vectors for part in vector.chunk(several)])

@@ -78,7 +78,7 @@ def feed_forward(
         return out
     if chunk_size is not None or gelu_of_products(x.device) is None:
         return segments.feed_forward(module, x, chunk_size, chunk_dim)
-    if type(module).__name__ != "FeedForward" or observed(module):
+    if not _is_diffusers(module) or observed(module):
         return module(x)
     first, *rest = module.net
     form = getattr(first, "approximate", None) if type(first).__name__ == "GELU" else None
@@ -94,7 +94,7 @@ def feed_forward(
 
 def first_layer(module: nn.Module, chunk_size: int | None = None) -> tuple[nn.Module, ...]:
     """The linear layer that alone reads a feed-forward's input: of diffusers' with a GELU, unseen and not in chunks."""
-    if chunk_size is not None or type(module).__name__ != "FeedForward":
+    if chunk_size is not None or not _is_diffusers(module):
         return ()
     first = module.net[0]
     if type(first).__name__ != "GELU" or any(
@@ -102,6 +102,11 @@ def first_layer(module: nn.Module, chunk_size: int | None = None) -> tuple[nn.Mo
     ):
         return ()
     return (first.proj,)
+
+
+def _is_diffusers(module: nn.Module) -> bool:
+    """Whether it is the feed-forward that most models share; others have classes of that name in files of their own."""
+    return type(module).__name__ == "FeedForward" and hasattr(module, "net")
 
 
 def weight_and_bias(module: nn.Module, *inputs: Tensor) -> tuple[Tensor, Tensor | None] | None:

@@ -112,14 +112,14 @@ class _Stand:
 def described(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """What decides which program arguments are for: shapes, dtypes, strides, devices, and plain values as they are.
 
+    Also which of them are one tensor, as a prompt for several pictures may be.
+
     Raises:
-        UnknownState: One is of an unknown class, or two are one tensor.
+        UnknownState: One is of an unknown class.
     """
     seen: list[int] = []
     found = _described(args, seen), tuple(kwargs), _described(tuple(kwargs.values()), seen)
-    if len(set(seen)) < len(seen):
-        raise UnknownState("two arguments are one tensor")
-    return found
+    return found if len(set(seen)) == len(seen) else (*found, tuple(map(seen.index, seen)))
 
 
 def _described(values: Sequence[Any], seen: list[int]) -> Any:

@@ -215,11 +215,17 @@ class _Writer:
 
     def _output(self, output: Any) -> str:
         if type(output) is tuple:
-            parts = (self._value(part, []) for part in output)
+            parts = map(self._returned, output)
             return "(" + "".join(f"{part}, " for part in parts) + ")"
         if list(getattr(output, "keys", tuple)()) != ["sample"]:
             raise NoProgram(f"it returns a {type(output).__name__}")
-        return f"{self._constant(type(output))}(sample={self._keep(output.sample)})"
+        return f"{self._constant(type(output))}(sample={self._returned(output.sample)})"
+
+    def _returned(self, value: Any) -> str:
+        """An expression for a part of what the call returns: some models give a list, of one tensor a picture."""
+        if type(value) is not list:
+            return self._value(value, [])
+        return "[" + "".join(f"{self._returned(part)}, " for part in value) + "]"
 
     # ---- tensors
 

@@ -64,7 +64,7 @@ def attach(
         transformer.__dict__[LINK] = patched
         for module, link in rewritten:
             install(module, link(patched))
-        if patched.graphs is not None or patched.forecasts or patched.programs is not None:
+        if not patched.compiles or patched.programs is not None:
             install(transformer, patched)
         transformer.register_forward_pre_hook(patched.forward_pre_hook, with_kwargs=True)
         transformer.register_forward_hook(patched.forward_hook, with_kwargs=True, always_call=True)

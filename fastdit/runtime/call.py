@@ -6,6 +6,7 @@ it by thread, so calls of other threads, and calls inside a call, have their own
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
@@ -49,7 +50,7 @@ class Call(Asked):
         program: What ran in place of the model's forward; None where that did.
         actions, ahead, collapses, keeps, fuses: What the blocks are told, the modulations made ahead, and whether
             outputs are kept as sums, keys and values are, and the adapter's own attention spares copies.
-        tokens: How many image tokens pass.
+        tokens, count: How many image tokens pass, and how many would if none were left out.
         immediate: Every residual is added at once, as diffusers does; see `blocks/forward.py`.
     """
 
@@ -98,7 +99,7 @@ class Call(Asked):
                 drawn = branch.outputs.forecast(run.step, order, weights, patched.ops)
                 guard = branch.outputs.guard
                 if guard is None or not guard.fired():
-                    self.forecast = drawn
+                    self.forecast = _with_sample(drawn, adapter.as_given(_first(drawn)))
                     return None
                 self.guarded = drawn
         self._smaller = self.layout is not None and self.layout.name != "full"
@@ -146,7 +147,7 @@ class Call(Asked):
             self._check_cache_bytes(collapses)
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
-        self._count = count
+        self.count = count
         self.ahead = self._foresee() if self.foresees else None
         if self.ahead is None and patched.shed is not None:
             run.unforeseen.add(run.step)
@@ -179,7 +180,7 @@ class Call(Asked):
             immediate=self.immediate,
             defer=not self.immediate and not self.arguments.skips_blocks,
             compiled=patched.compiled_call(self.transformer, run),
-            tokens=self._tokens(self._count, self.keeps),
+            tokens=self._tokens(self.count, self.keeps),
             layouts=patched.adapter.layouts,
             unread=patched.adapter.unread,
             references=self.arguments.references if self.rows is None else 0,
@@ -232,6 +233,11 @@ class Call(Asked):
         elif run.watched.changed():
             run.forget_weights()
 
+    @property
+    def memory(self) -> dict[Any, Any]:
+        """Free space of the adapter that lives as long as the shapes of what passes, and the prompt, stay."""
+        return self.branch.memory if self.layout is None else self.run.resolution.memory
+
     def key_bias(self) -> Tensor | None:
         """What its layout adds to the products with its keys, see :meth:`Layout.key_bias`."""
         if self.layout is None:
@@ -242,16 +248,18 @@ class Call(Asked):
         """The adapter's own attention is told of these tokens; None where the stock one runs."""
         patched, branch = self.run.patched, self.branch
         ops = None if self.immediate else patched.ops
-        bias = self.key_bias()
+        bias, text_first = self.key_bias(), patched.adapter.text_first
         if keeps:
             return ActiveTokens(
-                count, self.rows, branch.keys, branch.memory, ops, branch.ages, bias
+                count, self.rows, branch.keys, branch.memory, ops, branch.ages, bias, text_first
             )
         owns = self.layout is not None and patched.adapter.owns_attention(
             self.layout, self.arguments.hidden_states.shape[0]
         )
         if owns or self.fuses:
-            return ActiveTokens(count, None, None, branch.memory, ops, key_bias=bias)
+            return ActiveTokens(
+                count, None, None, branch.memory, ops, key_bias=bias, text_first=text_first
+            )
         return None
 
     def _fuses_attention(self) -> bool:
@@ -354,7 +362,7 @@ class Call(Asked):
         """This runs the transformer's forward, by a graph where there is one."""
         if self.forecast is not None:
             return self.forecast
-        patched, stock = self.run.patched, type(self.transformer).forward
+        patched = self.run.patched
         if self.model is not None:
             return programmed.compute(self, args, kwargs)
         if not patched.blocks:  # the blocks see to that themselves
@@ -362,7 +370,17 @@ class Call(Asked):
             return segments_like(compiled, self.transformer).stock(
                 self.transformer, *args, **kwargs
             )
-        return stock(self.transformer, *args, **kwargs)
+        return self.run_model(args, kwargs)
+
+    def run_model(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """This runs the transformer's forward, or what its adapter has in the place of that."""
+        adapter, transformer = self.run.patched.adapter, self.transformer
+        if adapter.restates_model:
+            some = self.rows is not None or self._smaller
+            whole = not (self.immediate or self.run.patched.compiled_call(transformer, self.run))
+            if some or (whole and adapter.runs_model(transformer, args, kwargs)):
+                return adapter.run_model(transformer, self, *args, **kwargs)
+        return type(transformer).forward(transformer, *args, **kwargs)
 
     # ---- after the transformer's forward
 
@@ -388,22 +406,24 @@ class Call(Asked):
         record.tokens, record.actions = self.tokens, self.actions
         record.computed += forward.computed if run.patched.blocks else 1
         record.reused += forward.reused
-        given = sample = _first(output)
+        adapter, sample = run.patched.adapter, _first(output)
+        if self._smaller or run.methods or run.plan.forecasts:
+            sample = adapter.as_latents(sample)
+        given = sample
         if self._smaller:
-            sample = run.patched.adapter.expand_output(
+            sample = adapter.expand_output(
                 sample, self.layout, self.arguments.hidden_states, run.patched.ops
             )
         for method in run.methods:
             sample = method.output(self, sample)
         if self.guarded is not None:
             sample = self.branch.outputs.guard.mixed(sample, _first(self.guarded))
-        replaced = output if sample is given else _replaced(output, sample)
         if run.plan.forecasts and self.guarded is None:
-            self._keep(replaced, max(run.plan.forecasts))
+            self._keep(_with_sample(output, sample), max(run.plan.forecasts))
         if forward.computed:
             held = run.cache_bytes() if self.trace is None else self.trace.nbytes
             run.peak_bytes = max(run.peak_bytes, held)
-        return None if sample is given else replaced
+        return None if sample is given else _with_sample(output, adapter.as_given(sample))
 
     def _keep(self, output: Any, order: int) -> None:
         """Whole steps are forecast through this output."""
@@ -412,7 +432,7 @@ class Call(Asked):
             outputs.add(run.step, output, weights, order)
         else:
             patches = functools.partial(run.patched.adapter.patches, patch=run.patch)
-            tokens = self._tokens(self._count, self.keeps)
+            tokens = self._tokens(self.count, self.keeps)
             outputs.add_tokens(run.step, output, tokens, patches, weights, order)
 
 
@@ -424,11 +444,14 @@ def _first(output: Any) -> Any:
     return output[0] if found is None else found
 
 
-def _replaced(output: Any, sample: Tensor) -> Any:
-    """This is the transformer's output with another sample."""
+def _with_sample(output: Any, sample: Any) -> Any:
+    """This is a transformer's output with this sample in the place of its own."""
+    if _first(output) is sample:
+        return output
     if isinstance(output, Tensor):
         return sample
     if isinstance(output, tuple):
         return (sample, *output[1:])
-    output.sample = sample
-    return output
+    found = copy.copy(output)
+    found.sample = sample
+    return found

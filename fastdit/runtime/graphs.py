@@ -379,7 +379,7 @@ def given_to(
     program: Program, call: Any, args: Any, kwargs: Any, moments: Sequence[Moment]
 ) -> list[Tensor]:
     """What differs from call to call of a program: arguments, modulations, rows, weights of forecasts."""
-    found = list(_tensors((*args, *kwargs.values())))
+    found = _tensors((*args, *kwargs.values()))
     reads, ahead = program.reads, call.ahead
     if ahead is not None:
         found += ahead.packed().rows(ahead.row)
@@ -391,14 +391,19 @@ def given_to(
     return found
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors in arguments, lists and dicts of them included, in order."""
+    found: list[Tensor] = []
+    waiting = list(values)[::-1]
+    while waiting:
+        value = waiting.pop()
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, dict):
-            yield from _tensors(tuple(value.values()))
+            waiting += list(value.values())[::-1]
         elif isinstance(value, (tuple, list)):
-            yield from _tensors(value)
+            waiting += value[::-1]
+    return found
 
 
 def _replaced(values: Any, by: Iterator[Tensor]) -> Any:
@@ -418,7 +423,7 @@ def lies_elsewhere(tensor: Tensor, device: torch.device) -> bool:
 
 
 def copied_out(output: Any) -> Any:
-    """A transformer's output, with a copy of its sample: the next call may lie there."""
-    if isinstance(output, tuple):
-        return (output[0].clone(), *output[1:])
-    return type(output)(sample=output.sample.clone())
+    """A transformer's output, with a copy of its sample, or of a list of them: the next call may lie there."""
+    sample = output[0] if isinstance(output, tuple) else output.sample
+    copied = list(map(Tensor.clone, sample)) if isinstance(sample, list) else sample.clone()
+    return (copied, *output[1:]) if isinstance(output, tuple) else type(output)(sample=copied)

@@ -88,8 +88,11 @@ class Patched:
         self.forecasts = any(method.forecasts for method in self.methods)
         known = self.adapter.restates and not self.linears
         self.programs = Programs() if known and self.records and not self.eager else None
+        sizes = self.writer("rows"), self.writer("resolution")
+        #: some tokens pass in a forward of the adapter's
+        self.runs_model = self.adapter.restates_model and sizes != (None, None)
         #: torch's compiler traces the transformer's own forward
-        self.compiles = self.graphs is None and not self.forecasts
+        self.compiles = not (self.graphs is not None or self.forecasts or self.runs_model)
         self.adapts = any(method.adapts for method in self.methods)
         self.made_steps = self._first("run_steps")
         self.made_for = {m.name: m.made_for for m in self.methods if m.made_for is not None}

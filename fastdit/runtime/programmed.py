@@ -88,11 +88,10 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         branch.form = program.after, program.moments_after(now, moments), None
         return output
     call.interpret()
-    transformer = call.transformer
     if program is not None:
         if trace is not None:
             trace.unknown = program
-        output = type(transformer).forward(transformer, *args, **kwargs)
+        output = call.run_model(args, kwargs)
         _look_after(call, written)
         return output
     tables = {}
@@ -100,7 +99,7 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         tables = {key: rows[ahead.row] for key, rows in ahead.table.rows.items()}
     state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
-        lambda: type(transformer).forward(transformer, *args, **kwargs),
+        lambda: call.run_model(args, kwargs),
         call.run.model,
         args,
         kwargs,
@@ -200,10 +199,9 @@ def stage_of(run: Any) -> tuple[Any, Any, Any]:
     memory = {} if run.resolution is None else run.resolution.memory
     values, known = list(memory.values()), run.stage
     if known is None or not same_objects(values, known[0]):
-        state, programs = {"stage": memory}, run.patched.programs
-        leaves = Form(state).leaves if memory else ()
-        lies = frozenset([(place, id(leaf)) for place, leaf in leaves])
-        known = run.stage = values, programs.form_of(state)[0], programs.interned(lies)
+        form, interned = Form({"stage": memory}), run.patched.programs.interned
+        lies = frozenset([(place, id(leaf)) for place, leaf in form.leaves])
+        known = run.stage = values, interned(form.key if memory else ()), interned(lies)
     return known
 
 

@@ -89,8 +89,7 @@ class ResolutionRun(MethodRun):
                     f"height and width must be multiples of {2 * scale} for {name}, "
                     f"got {grid[0] * scale} x {grid[1] * scale}"
                 )
-            text = arguments.embeddings[0].shape[1]
-            self.begin(grid, text, arguments.hidden_states.device)
+            self.begin(grid, arguments.text, arguments.hidden_states.device)
         return self.now
 
     def begin_step(self, scheduler: Any, sample: Tensor) -> None:

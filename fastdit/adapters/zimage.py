@@ -1,0 +1,261 @@
+"""Z-Image: refiners of image and text on their own, then blocks over the joint stream of [image, text].
+
+Restates diffusers' `ZImageTransformerBlock.forward` and, but for pictures with references, the model's (diffusers
+>= 0.37). Image and text are padded to multiples of 32 tokens with a learned one each, which is read as the others are;
+only what prompts of unlike length leave free behind that is masked.
+
+What is cached is the output behind its norm, as in Lumina 2, and the context refiner runs once for a prompt. Where
+tokens are left out, all padding is active. RALU's coarse tokens have the places of a picture of half the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastdit.adapters._listed import Listed, returned, tiled, untiled
+from fastdit.adapters.arguments import arguments_of, forward_arguments, scaled_adapters
+from fastdit.adapters.base import Size, blank, picture
+from fastdit.adapters.lumina import squashed
+from fastdit.blocks.attention import Rotation, self_attention
+from fastdit.blocks.forward import Forward
+from fastdit.observe import unobserved
+
+#: image and text are each padded to a multiple of so many tokens
+MULTIPLE = 32
+
+
+def _block(prefix: str) -> Callable[..., Tensor]:
+    """The forward of the blocks of a list, in components whose names begin with `prefix`."""
+
+    def forward(
+        block: nn.Module,
+        fw: Forward,
+        x: Tensor,
+        attn_mask: Tensor | None,
+        freqs_cis: Tensor,
+        adaln_input: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        adaln_noisy: Tensor | None = None,
+        adaln_clean: Tensor | None = None,
+    ) -> Tensor:
+        """Image and padding, or the joint stream, [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> [B, N, D].
+
+        The mask [B, N] tells padding behind shorter texts. With references each token has the modulation of the time,
+        or that of clean pictures, as `noise_mask` [B, N] says.
+        """
+        stream = fw.enter(x, f"{prefix}joint")
+        if noise_mask is None:
+            vectors = fw.adaln(block.adaLN_modulation, adaln_input, 4, then=squashed)
+        else:
+            both = (block.adaLN_modulation(c).chunk(4, dim=1) for c in (adaln_noisy, adaln_clean))
+            pairs = zip(*(squashed(*parts) for parts in both), strict=True)
+            noisy = noise_mask[..., None] == 1
+            vectors = tuple(torch.where(noisy, a[:, None], b[:, None]) for a, b in pairs)
+        scale, gate, scale_mlp, gate_mlp = vectors
+
+        def attend() -> Tensor:
+            u = stream.normed(block.attention_norm1, scale, None)
+            if fw.tokens is not None:
+                if prefix not in fw.scratch:
+                    fw.scratch[prefix] = Rotation.of(freqs_cis)
+                keys = None if attn_mask is None else attn_mask[:, None]
+                others = u.shape[1] - fw.tokens.active
+                return self_attention(fw, block.attention, u, keys, fw.scratch[prefix], others)
+            given = {"attention_mask": attn_mask, "freqs_cis": freqs_cis}
+            return fw.segments.attention(block.attention, u, **given)
+
+        def feed_forward() -> Tensor:
+            u = stream.normed(block.ffn_norm1, scale_mlp, None)
+            return fw.segments.feed_forward(block.feed_forward, u)
+
+        norms, names = (block.attention_norm2, block.ffn_norm2), ("attention", "feed_forward")
+        branch = fw.component(prefix + names[0], lambda: fw.normed(norms[0], attend()))
+        stream.add(branch, gate)
+        branch = fw.component(prefix + names[1], lambda: fw.normed(norms[1], feed_forward()))
+        stream.add(branch, gate_mlp)
+        following = fw.blocks[fw.index + 1 : fw.index + 2]
+        if not following or following[0].layer_id != block.layer_id + 1:
+            stream.read()  # no block of the list comes behind
+        return stream.leave()
+
+    return forward
+
+
+def _turns(transformer: Any, places: Tensor) -> Tensor:
+    """Rotary angles [..., d / 2] complex of places [..., 3]; the model has them in tables, for whole numbers."""
+    found, embedder = [], transformer.rope_embedder
+    for place, dim in zip(places.double().unbind(-1), embedder.axes_dims, strict=True):
+        even = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device)
+        found.append(place[..., None] * (1.0 / embedder.theta ** (even / dim)))
+    angles = torch.cat(found, dim=-1).float()
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def _of_text(length: int, device: torch.device) -> Tensor:
+    """The places [1, T, 3] of a prompt's tokens."""
+    return F.pad(torch.arange(1, length + 1, device=device)[None, :, None], (0, 2))
+
+
+def _text(
+    transformer: Any, prompts: Sequence[Tensor], lengths: Sequence[int], mask: Tensor | None
+) -> Tensor:
+    """The refined prompts [B, T, D]; what is kept for a run has the form that it has in the model's own."""
+    rows = [F.pad(p, (0, 0, 0, n - len(p))) for p, n in zip(prompts, lengths, strict=True)]
+    parts = zip(prompts, transformer.cap_embedder(torch.cat(rows)).split(lengths), strict=True)
+    longest, pad = max(lengths), transformer.cap_pad_token
+    padded = [torch.cat([own[: len(p)], pad.expand(longest - len(p), -1)]) for p, own in parts]
+    text, turns = torch.stack(padded), _turns(transformer, _of_text(longest, pad.device))
+    for layer in transformer.context_refiner:
+        text = layer(text, mask, turns)
+    return text
+
+
+class ZImage(Listed):
+    """Adapter of `ZImageTransformer2DModel`."""
+
+    family = "zimage"
+    model_classes = ("ZImageTransformer2DModel",)
+    kinds = dict.fromkeys(("noise_refiner", "layers"), "ZImageTransformerBlock")
+    components = {
+        "noise_refiner": ("noise_attention", "noise_feed_forward"),
+        "layers": ("attention", "feed_forward"),
+    }
+    forwards = {"noise_refiner": _block("noise_"), "layers": _block("")}
+    layouts = dict.fromkeys(sum(components.values(), ()), ("joint",))
+    text_first = False
+    token_multiple = MULTIPLE
+    restates_model = True
+    image_argument, time_argument, positions_argument = "x", "t", "image_noise_mask"
+    embeddings_arguments = ("cap_feats", "siglip_feats")
+    other_arguments = ("patch_size", "f_patch_size")
+    residual_arguments = ("controlnet_block_samples",)
+    text_tokens = 512  # at most
+    timesteps_rise = True
+    shifts_latents = True
+    processors = ("ZSingleStreamAttnProcessor",)
+    fused_attentions = ("attention",)
+    prompt_projections = ("cap_embedder", "context_refiner", "siglip_embedder", "siglip_refiner")
+    condition_embedding = "t_embedder"
+    changes_resolution = True
+
+    def matches(self, transformer: Any) -> bool:
+        """The blocks must be of the form that knows references."""
+        blocks = list(transformer.layers) if super().matches(transformer) else ()
+        return bool(blocks) and "noise_mask" in forward_arguments(type(blocks[0]))
+
+    def gather_residuals(self, residuals: Any, index: tuple[Tensor, Tensor], count: int) -> Any:
+        """They are of the joint stream, by the number of the layer."""
+        found = residuals.items()
+        return {n: torch.cat([joint[index], joint[:, count:]], dim=1) for n, joint in found}
+
+    def runs_model(self, transformer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+        """There must be one picture a row, all of one size."""
+        given = arguments_of(transformer, args, kwargs)
+        sizes = {getattr(picture, "shape", None) for picture in given["x"]}
+        told, layers = given.get("joint_attention_kwargs"), transformer.all_final_layer.modules()
+        return len(sizes) == 1 and None not in sizes and not told and all(map(unobserved, layers))
+
+    def run_model(self, transformer: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+        """What depends on shapes alone is kept in the branch's memory, or in the stage's."""
+        given, fw, count = arguments_of(transformer, args, kwargs), call.forward, call.tokens
+        x, prompts, side = given["x"], given["cap_feats"], given.get("patch_size", 2)
+        residuals = given.get("controlnet_block_samples") or {}
+        sides = given.get("f_patch_size", 1), side, side
+        key, padding = f"{side}-{sides[0]}", -call.count % MULTIPLE
+        with scaled_adapters(transformer, given.get("joint_attention_kwargs")):
+            temb = transformer.t_embedder(given["t"] * transformer.t_scale).type_as(x[0])
+            tiles = tiled(x, sides)
+            image = tiles.flatten(4).flatten(1, 3)
+            image = F.pad(image, (0, 0, 0, padding)) if padding else image
+            image = transformer.all_x_embedder[key](image)
+            if padding:
+                own = torch.arange(count + padding, device=image.device)[:, None] < count
+                image = torch.where(own, image, transformer.x_pad_token)
+            lengths = [len(prompt) + -len(prompt) % MULTIPLE for prompt in prompts]
+            turns, read = self._once(transformer, call, sides, lengths)
+            behind = call.count + padding
+            for layer in transformer.noise_refiner:
+                image = layer(image, None, None if turns is None else turns[:, :behind], temb)
+            shown = None if read is None else read[:, behind:]
+            text = _text(transformer, prompts, lengths, shown)
+            joint = torch.cat([image, text], dim=1)
+            for number, layer in enumerate(transformer.layers):
+                joint = layer(joint, read, turns, temb)
+                joint = joint + residuals[number] if number in residuals else joint
+            last = transformer.all_final_layer[key]
+            (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
+            made = last.linear(fw.enter(joint, "output").normed(last.norm_final, scale, None))
+        made = made[:, :count].unflatten(2, (*sides, -1)).unflatten(1, tiles.shape[1:4])
+        return returned(untiled(made), given.get("return_dict", True))
+
+    def _once(
+        self, transformer: Any, call: Any, sides: Sequence[int], lengths: Sequence[int]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Angles [B or 1, S, d / 2] of the joint sequence, and which of it is read, bool [B, S], or None for all.
+
+        There are no angles where the blocks' own attention has their rotation.
+        """
+        memory, own = call.memory, call.forward.tokens is not None
+        turns, read = (own, *sides, *lengths), ("read", *lengths)
+        if turns not in memory:
+            places = self._places(call, sides, lengths)
+            found = _turns(transformer, places)
+            memory[turns] = Rotation.of(found if len(found) > 1 else found[0]) if own else found
+            if min(lengths) < max(lengths):
+                ends = torch.tensor(lengths, device=places.device)[:, None] - max(lengths)
+                memory[read] = torch.arange(-found.shape[1], 0, device=places.device) < ends
+        if own:
+            call.forward.scratch |= dict.fromkeys(("noise_", ""), memory[turns])
+        return None if own else memory[turns], memory.get(read)
+
+    def _places(self, call: Any, sides: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Frame, row and column [B or 1, S, 3] of image, padding and text; the prompt's tokens count as frames."""
+        layout, latents = call.layout, call.arguments.hidden_states
+        if layout is None or layout.name == "full":
+            grid = zip((1, *latents.shape[2:])[-3:], sides, strict=True)
+            axes = [torch.arange(max(1, n // side), device=latents.device) for n, side in grid]
+            image = torch.cartesian_prod(*axes)[None]
+        else:
+            image = F.pad(layout.places() / 2, (1, 0))
+            image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
+        ends = lengths if min(lengths) < max(lengths) else lengths[:1]
+        ends = torch.tensor(ends, device=latents.device)[:, None, None]
+        image = image + F.pad(1 + ends, (0, 2))
+        padding = image.new_zeros(len(image), -call.count % MULTIPLE, 3)
+        text = _of_text(max(lengths), latents.device).to(image.dtype).expand(len(image), -1, -1)
+        return torch.cat([image, padding, text], dim=1)
+
+    def embed_condition(
+        self, transformer: Any, latents: Sequence[Tensor], timesteps: Tensor, *told: Any
+    ) -> Tensor:
+        """The model scales the time, which its latents' dtype does not round."""
+        return transformer.t_embedder(timesteps * transformer.t_scale).type_as(latents[0])
+
+    def given_timesteps(self, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+        """They run from 0, noise, to 1."""
+        return (1000 - timesteps) / 1000
+
+    def output_modulation(self, transformer: Any) -> int:
+        """There is a scale."""
+        return transformer.dim
+
+    def width(self, transformer: nn.Module) -> int:
+        """The width goes by another name here."""
+        return transformer.dim
+
+    def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
+        """The example has pictures, and prompts of one length."""
+        text = blank(transformer, size.text, transformer.config.cap_feat_dim)
+        return {
+            "x": self.as_given(picture(transformer, size, self.patch(transformer))),
+            "t": blank(transformer),
+            "cap_feats": list(text.unbind()),
+        }
+
+
+ADAPTER = ZImage()
