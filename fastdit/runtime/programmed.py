@@ -42,7 +42,9 @@ def model_of(call: Any) -> Model | None:
     if model is None or run.hooks != hooks_so_far() or not model.has_its_processors():
         run.hooks = hooks_so_far()
         model = run.model = patched.programs.model(transformer, is_installed)
-    if model.why is not None or patched.compiled_call(transformer, run) is not None:
+    if model.why is not None or not model.has_its_forwards():
+        return None
+    if patched.compiled_call(transformer, run) is not None:
         return None
     return model
 
