@@ -31,7 +31,8 @@ from fastdit.spec import BlockKind, ModelSpec
 NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
-    "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates",
+    "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates "
+    "reads_prompts read_prompt run_model small",
     "reuse": "components consumers groups shared_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions gather_latents scatter_output "
     "moved_tokens grid latent_image decode shifts_latents",
@@ -295,8 +296,9 @@ class Adapter(Modulated, Pictures):
             raise UnsupportedModelError(
                 f"{type(transformer).__name__} cannot compute a part of its tokens: its adapter has no layouts"
             )
+        inside = {module for _, block in self.blocks(transformer) for module in block.modules()}
         for name, module in transformer.named_modules():
-            if not self.has_stock_processor(module):
+            if module in inside and not self.has_stock_processor(module):
                 stock = ", ".join(sorted(self.processors))
                 raise UnsupportedModelError(
                     f"{name} has the attention processor {type(module.processor).__qualname__}; a method that computes "
@@ -333,6 +335,36 @@ class Adapter(Modulated, Pictures):
         found = (module_at(transformer, path) for path in self.prompt_projections)
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
+
+    #: whether the model's own forward reads the prompt on the host at each call, and :meth:`run_model` stands for it
+    reads_prompts = False
+
+    def read_prompt(self, given: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """How many text tokens the blocks will have, and what else :meth:`run_model` is to know of a call's arguments.
+
+        It is read once for a prompt; None where that forward cannot run.
+        """
+        raise NotImplementedError
+
+    def run_model(
+        self,
+        known: tuple[Any, ...],
+        kept: dict[Any, Any],
+        transformer: Any,
+        *args: Any,
+        **given: Any,
+    ) -> Any:
+        """The model's output, without a look at values.
+
+        Args:
+            known: What :meth:`read_prompt` gave.
+            kept: What is kept of the prompt as long as it is the same.
+        """
+        raise NotImplementedError
+
+    def small(self, model_class: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """A model of one block and arguments of a call, by which the drift guard compares :meth:`run_model`."""
+        raise NotImplementedError
 
     #: block list attribute -> attentions of its blocks whose keys and values are the prompt's alone
     prompt_attentions: Mapping[str, Sequence[str]] = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.account.cost import Cost
+from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.active import ActiveTokens
@@ -126,6 +127,8 @@ class Call(Asked):
         immediate = self.immediate
         defer = not immediate and not arguments.skips_blocks
         branch = self.branch = self._branch()
+        if patched.adapter.reads_prompts:
+            self._read_prompt(branch)
         self.rows, keeps = None, False
         for method in run.methods:
             rows = method.rows(self)
@@ -180,6 +183,20 @@ class Call(Asked):
             weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
+
+    def _read_prompt(self, branch: Branch) -> None:
+        """Where nobody sees what is called, the adapter's forward of the whole model runs, on other tokens of text."""
+        restated = self.model is not None
+        if restated is not branch.restated:
+            branch.clear_tokens()
+            branch.restated = restated
+        if restated and "prompt" not in branch.memory:
+            given = arguments_of(self.transformer, self._args, self._kwargs)
+            known = branch.memory["prompt"] = self.run.patched.adapter.read_prompt(given)
+            if known is not None:
+                self.arguments = replace(self.arguments, text=known[0])
+                if len(self.run.branches) == 1:
+                    self.run.text_tokens = known[0]
 
     def _branch(self) -> Branch:
         """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""

@@ -8,7 +8,8 @@ that nobody can foresee stay as they are: see :func:`model_of`, and `recorder.py
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -89,17 +90,17 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         branch.form = program.after, program.moments_after(now, moments), None
         return output
     call.interpret()
-    transformer = call.transformer
+    forward = _forward_of(call)
     if program is not None:
         if trace is not None:
             trace.unknown = program
-        output = type(transformer).forward(transformer, *args, **kwargs)
+        output = forward(*args, **kwargs)
         _look_after(call, written)
         return output
     tables = {} if ahead is None else {key: rows[ahead.row] for key, rows in ahead.tables.items()}
     state = {"modulations": tables, "given": given(call), **written}
     output, made = record(
-        lambda: type(transformer).forward(transformer, *args, **kwargs),
+        lambda: forward(*args, **kwargs),
         call.run.model,
         args,
         kwargs,
@@ -109,11 +110,19 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     )
     if not isinstance(made, str):
         after = programs.form_of(written)[0]
-        forward = call.forward
-        made = Program(*made, after, forward.computed, forward.reused)
+        made = Program(*made, after, call.forward.computed, call.forward.reused)
     programs.keep(kind, made)
     _look_after(call, written)
     return output
+
+
+def _forward_of(call: Any) -> Callable[..., Any]:
+    """The model's own forward, or the adapter's of a model whose own reads values on the host."""
+    branch, transformer = call.branch, call.transformer
+    known = branch.memory.get("prompt")
+    if known is None:
+        return functools.partial(type(transformer).forward, transformer)
+    return functools.partial(call.run.patched.adapter.run_model, known, branch.prompts, transformer)
 
 
 def _look_after(call: Any, written: State) -> None:
