@@ -123,6 +123,12 @@ def wan() -> nn.Module:
     return tiny_models.wan(40, attention_head_dim=8, ffn_dim=16)
 
 
+def hunyuanvideo15() -> nn.Module:
+    """HunyuanVideo-1.5's depth."""
+    sizes = {"attention_head_dim": 8, "num_refiner_layers": 2, "rope_axes_dim": (2, 2, 4)}
+    return tiny_models.hunyuanvideo15(54, **sizes)
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -132,6 +138,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "Lumina": ("lumina", lumina),
     "Wan": ("wan", wan),
 } | ({"Qwen-Image": ("qwen", qwen)} if tiny_models.HAS_QWEN else {})
+MODELS["HunyuanVideo-1.5"] = "hunyuanvideo15", hunyuanvideo15
 
 
 def pipeline(name: str) -> Any:
@@ -145,7 +152,7 @@ def pipeline(name: str) -> Any:
 def draw(name: str, pipe: Any, steps: int = STEPS, **more: Any) -> torch.Tensor:
     """The latents of a run; of those that guide by a second call, without that."""
     form, _ = MODELS[name]
-    cfg = form not in ("flux-dev", "qwen", "wan")
+    cfg = tiny_models.FAMILIES[form].cfg_in_one_call
     given = tiny_models.arguments(form, steps=steps, cfg=cfg, height=8, width=8, **more)
     return tiny_models.latents_of(pipe, given)
 

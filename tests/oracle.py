@@ -48,6 +48,9 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
     "QwenImageTransformer2DModel": {
         "transformer_blocks": {"attn": "attn", "img_mlp": "img_mlp", "txt_mlp": "txt_mlp"},
     },
+    "HunyuanVideo15Transformer3DModel": {
+        "transformer_blocks": {"attn": "attn", "ff": "ff", "ff_context": "ff_context"},
+    },
     "DiTTransformer2DModel": {"transformer_blocks": {"attn1": "attn1", "ff": "ff"}},
     "LuminaNextDiT2DModel": {
         "layers": {

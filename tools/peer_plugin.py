@@ -33,13 +33,14 @@ TARGET = os.environ["PEER_TARGET"]
 TRANSFORMERS = (
     "DiTTransformer2DModel",
     "FluxTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
     "LuminaNextDiT2DModel",
     "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
 )
-PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "StableDiffusion3", "Wan")
+PIPELINES = ("DiT", "Flux", "HunyuanVideo15", "Lumina", "PixArt", "StableDiffusion3", "Wan")
 OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
 #: elements of every output that are kept to be compared with another mode's
 SAMPLES = 16

@@ -48,6 +48,7 @@ SUITES = {
     "lumina": ("pipelines", [f"{_PIPELINES}/lumina"]),
     "lumina2": ("pipelines", [f"{_PIPELINES}/lumina2"]),
     "wan": ("pipelines", [f"{_PIPELINES}/wan"]),
+    "hunyuanvideo15": ("pipelines", [f"{_PIPELINES}/hunyuan_video1_5"]),
     "pag": (
         "pipelines",
         [
@@ -67,6 +68,7 @@ SUITES = {
             f"{_MODELS}/test_models_dit_transformer2d.py",
             f"{_MODELS}/test_models_pixart_transformer2d.py",
             f"{_MODELS}/test_models_transformer_flux.py",
+            f"{_MODELS}/test_models_transformer_hunyuan_1_5.py",
             f"{_MODELS}/test_models_transformer_lumina.py",
             f"{_MODELS}/test_models_transformer_lumina2.py",
             f"{_MODELS}/test_models_transformer_sd3.py",
