@@ -24,7 +24,7 @@ import fastdit
 import replays
 import tiny_models
 from contract import FORWARD_FP64, RUN_FP64, distance, same_bits, within_contract
-from fastdit import RALU, RAS, Cached, Dense, Schedule, UnsupportedModelError, drift
+from fastdit import RALU, RAS, ArgumentError, Cached, Dense, Schedule, UnsupportedModelError, drift
 from fastdit.errors import DriftError
 from oracle import Oracle, random_bits
 from replays import tapes  # noqa: F401
@@ -154,6 +154,22 @@ def test_what_sees_the_prompt_alone_runs_once_in_a_run(monkeypatch):
     seen.clear()
     runs(model, list(calls()), backend=None)
     assert len(seen) == 2
+
+
+def test_a_cap_on_the_caches_counts_what_is_kept_of_glyphs_and_image():
+    model, given = model_of(torch.float32), list(calls("all", dtype=torch.float32))
+    schedule = Schedule.every(2)
+
+    def runs_within(most):
+        handle = fastdit.patch(model, Cached(schedule, max_cache_bytes=most))
+        with handle.run(range(STEPS)):
+            run(model, given)
+        return handle.report().peak_cache_bytes
+
+    needed = runs_within(None)
+    assert runs_within(needed) == needed
+    with pytest.raises(ArgumentError, match=f"need {needed} bytes"):
+        runs_within(needed - 1)
 
 
 def test_another_mask_drops_what_was_kept():

@@ -340,7 +340,7 @@ class Adapter(Modulated, Pictures):
     reads_prompts = False
 
     def read_prompt(self, given: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """How many text tokens the blocks will have, and what else :meth:`run_model` is to know of a call's arguments.
+        """How many text tokens the blocks will have, how many of these are kept, and what else `run_model` is to know.
 
         It is read once for a prompt; None where that forward cannot run.
         """

@@ -103,9 +103,8 @@ class HunyuanVideo15(Videos):
     reads_prompts = True
 
     def read_prompt(self, given: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """How many tokens count; which of text and glyphs, of the text a mask of them, whether an image, a mask of all.
-
-        Masks are None where all of these count.
+        """How many tokens count, and how many of them beside the text; which do of text and of glyphs; a mask of the
+        text's; whether an image's do; a mask of all. Masks are None where all of these count.
         """
         told = [given.get(name) for name in self.embeddings_arguments]
         if any(tensor is None for tensor in told):
@@ -122,7 +121,8 @@ class HunyuanVideo15(Videos):
         whole = None if least == text.shape[1] else text
         mask = torch.cat([frame, glyphs, text], dim=1)
         even = whole is None and fewest == longest
-        return mask.shape[1], *rows, whole, bool(shown), None if even else mask
+        count, beside = mask.shape[1], mask.shape[1] - text.shape[1]
+        return count, beside, *rows, whole, bool(shown), None if even else mask
 
     def run_model(
         self,
@@ -133,7 +133,7 @@ class HunyuanVideo15(Videos):
         **kwargs: Any,
     ) -> Any:
         """Glyphs and image are embedded once for a prompt; the text's refiner sees the timestep, too."""
-        _, rows, glyphs, whole, shown, mask = known
+        _, _, rows, glyphs, whole, shown, mask = known
         given = arguments_of(transformer, args, kwargs)
         latents, timestep = given["hidden_states"], given["timestep"]
         kinds = transformer.cond_type_embed.weight
@@ -188,8 +188,8 @@ class HunyuanVideo15(Videos):
     def layer_inputs(
         self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], batch: int
     ) -> Any:
-        """A model of mean flows embeds a second timestep, which no scheduler foresees."""
-        if transformer.config.use_meanflow:
+        """Nothing is foreseen of a second timestep, which a model of mean flows embeds, too."""
+        if arguments_of(transformer, args, kwargs).get("timestep_r") is not None:
             return None
         return super().layer_inputs(transformer, args, kwargs, batch)
 

@@ -333,6 +333,10 @@ class Call(Asked):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
+        known = self.branch.memory.get("prompt")
+        if known is not None:  # what was read of a prompt says how much is kept of it
+            width = patched.adapter.width(self.transformer)
+            needed += known[1] * width * batch * dtype.itemsize
         if run.keeps_prompt_keys and needed + count.prompt_key_bytes() > most:
             run.keeps_prompt_keys = False
             run.forget_prompts()
