@@ -4,7 +4,8 @@ An adapter restates block forwards, so a diffusers release that changes one woul
 each form of block present the guard compares the argument names with the adapter's, then runs one block both ways on a
 few random tokens, as an example call of the model gives them, and demands equal bits. It draws from a generator of its
 own, runs the innermost forward, and leaves out the second half where weights are not at hand (meta device, offloading
-hooks) or somebody's hook or attention processor would see the random tokens.
+hooks) or somebody's hook or attention processor would see the random tokens. Where an adapter restates the forward of
+the whole model, that of a small one of its class is compared, once in a process.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from fastdit.observe import observed
 #: image and text tokens of the example whose blocks are compared
 _SIZE = Size(9, 5)
 _given: dict[Any, dict[Any, Any]] = {}
+restated: dict[Any, bool] = {}
+#: of the restated forward of a model, which may leave tokens out and order them otherwise
+_CLOSE = 1e-5
 
 
 def check_drift(adapter: Any, transformer: nn.Module) -> None:
@@ -46,6 +50,14 @@ def check_drift(adapter: Any, transformer: nn.Module) -> None:
             compared.add(form)
             given = given_to_blocks(adapter, transformer)[form]
             _check_result(adapter, kind, block, drawn(given, block))
+    if adapter.reads_prompts:
+        known = type(transformer).__mro__
+        stock = next(cls for cls in known if cls.__name__ in adapter.model_classes)
+        if not made_once(restated, (adapter.family, stock), lambda: _is_restated(adapter, stock)):
+            raise DriftError(
+                f"{stock.__name__}.forward of diffusers {_version()} computes something else than the "
+                f"{adapter.family} adapter; update fastdit, or use a diffusers it supports"
+            )
 
 
 def given_to_blocks(adapter: Any, transformer: nn.Module) -> dict[Any, Any]:
@@ -112,6 +124,23 @@ def _check_result(adapter: Any, kind: str, block: nn.Module, given: Any) -> None
                 f"{type(block).__name__}.forward of diffusers {_version()} computes something else than the "
                 f"{adapter.family} adapter; update fastdit, or use a diffusers it supports"
             )
+
+
+def _is_restated(adapter: Any, stock: Any) -> bool:
+    """Whether the adapter's forward of a whole model gives what the model's own does."""
+    with torch.device("meta"):
+        model, given = adapter.small(stock)
+    model, draw = model.to_empty(device="cpu").double().eval(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=draw) / parameter.shape[-1] ** 0.5
+            )
+        masks = {n: t for n, t in given.items() if not t.is_meta}
+        told = {n: t.double() for n, t in drawn(given, model, draw).items()} | masks
+        known = adapter.read_prompt(told)
+        mine, theirs = adapter.run_read(known, {}, model, **told).sample, model(**told).sample
+    return mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=_CLOSE, atol=_CLOSE)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -174,6 +174,12 @@ def zimage() -> nn.Module:
     )
 
 
+def hunyuanvideo15() -> nn.Module:
+    """HunyuanVideo-1.5's depth."""
+    sizes = {"attention_head_dim": 8, "num_refiner_layers": 2, "rope_axes_dim": (2, 2, 4)}
+    return tiny_models.hunyuanvideo15(54, **sizes)
+
+
 #: name -> its form in `tiny_models.PIPELINES`, and what builds it at real depth
 MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
     "SD3": ("sd3", sd3),
@@ -187,6 +193,7 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module]]] = {
 if tiny_models.HAS_FLUX2:
     MODELS["FLUX.2"] = "flux2", flux2
 MODELS |= {"Z-Image": ("zimage", zimage)} if tiny_models.HAS_ZIMAGE else {}
+MODELS["HunyuanVideo-1.5"] = "hunyuanvideo15", hunyuanvideo15
 
 
 def pipeline(name: str) -> Any:

@@ -52,6 +52,9 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
         "transformer_blocks": {"attn": "attn", "ff": "ff", "ff_context": "ff_context"},
         "single_transformer_blocks": {"single_attn": "attn"},
     },
+    "HunyuanVideo15Transformer3DModel": {
+        "transformer_blocks": {"attn": "attn", "ff": "ff", "ff_context": "ff_context"},
+    },
     "DiTTransformer2DModel": {"transformer_blocks": {"attn1": "attn1", "ff": "ff"}},
     "LuminaNextDiT2DModel": {
         "layers": {

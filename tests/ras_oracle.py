@@ -63,6 +63,7 @@ class RowOracle:
         self.listed = "ZImage" in type(self.model).__name__
         self.whole = self.listed or "Lumina2" in type(self.model).__name__
         self.video = "Wan" in type(self.model).__name__
+        self.hunyuan = "HunyuanVideo15" in type(self.model).__name__  # whose text has no positions
         self.texts: list[int] = []
         self.step = self.calls = 0
         self.rows: Tensor | None = None
@@ -99,7 +100,7 @@ class RowOracle:
         before = [
             (module, module.processor)
             for name, module in model.named_modules()
-            if getattr(module, "processor", None) is not None and "context_refiner" not in name
+            if getattr(module, "processor", None) is not None and "context_" not in name
         ]
         for module, processor in before:
             cross = isinstance(module, nn.Module) and getattr(module, "is_cross_attention", False)
@@ -148,7 +149,7 @@ class RowOracle:
             self.tokens = math.prod(latents.shape[2:]) // math.prod(self.model.config.patch_size)
         else:
             sizes = latents[0].shape if self.listed else latents.shape
-            area = sizes[-2] * sizes[-1]
+            area = math.prod(sizes[2:] if self.hunyuan else sizes[-2:])
             self.tokens = latents.shape[1] if self.flux else area // self.side**2
         if self.listed:
             self.texts = [0] * len(latents)
@@ -217,8 +218,8 @@ class RowOracle:
         if self.flux:  # Kontext's reference tokens have no velocity
             return mask[:, : velocity.shape[1], None]
         side = self.side
-        if self.video:
-            sides = self.model.config.patch_size
+        if self.video or self.hunyuan:
+            sides = self.model.config.patch_size if self.video else (1, side, side)
             sizes = [n // p for n, p in zip(velocity.shape[2:], sides, strict=True)]
             mask = mask.unflatten(1, sizes)
             for axis, p in enumerate(sides):
@@ -420,9 +421,10 @@ class Processor:
             for i in (0, 1):
                 first, image = parts[i]
                 index = torch.arange(oracle.tokens)[None] if rows is None else rows
+                ahead = 0 if oracle.hunyuan else text
                 parts[i] = (
-                    rotate(first, *(t[None, :text] for t in turn)),
-                    rotate(image, *(t[text + index] for t in turn)),
+                    rotate(first, *(t[None, :text] for t in turn)) if ahead else first,
+                    rotate(image, *(t[ahead + index] for t in turn)),
                 )
         for i in (1, 2):
             key = (attn, i, oracle.calls % oracle.calls_per_step)
@@ -432,10 +434,10 @@ class Processor:
             parts[i] = (first, image)
         order = (lambda a, b: [a, b]) if oracle.flux else (lambda a, b: [b, a])
         q, k, v = (torch.cat(order(*pair), 1).transpose(1, 2) for pair in parts)
-        mask = encoder_hidden_states_mask
+        mask = attention_mask if oracle.hunyuan else encoder_hidden_states_mask
         if mask is not None:
             image_mask = mask.new_ones(batch, oracle.tokens)
-            mask = torch.cat([mask, image_mask], 1)[:, None, None]
+            mask = torch.cat(order(mask, image_mask), 1)[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         if not joint:
             if parallel:

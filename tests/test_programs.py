@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 from torch.utils._pytree import tree_map
 
@@ -91,7 +92,7 @@ def interpreted(monkeypatch):
 
     def call(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(programmed, "model_of", lambda call: None)
+            patch.setattr(library.Programs, "get", lambda self, kind: "for comparison")
             return function(*args, **kwargs)
 
     return call
@@ -162,6 +163,17 @@ def add_hook(pipe):
     layer.register_forward_hook(lambda module, args, output: output * 1.5)
 
 
+class Loud(ModelHook):
+    def post_forward(self, module, output):
+        return output * 1.5
+
+
+def register_hook(pipe):
+    """As diffusers' guiders do for one of a step's calls, and its caches and offloading."""
+    layer = pipe.transformer.transformer_blocks[1].ff
+    HookRegistry.check_if_exists_or_initialize(layer).register_hook(Loud(), "loud")
+
+
 class Louder(type(tiny_models.transformer("sd3").transformer_blocks[0].attn.processor)):
     def __call__(self, *args, **kwargs):
         image, text = super().__call__(*args, **kwargs)
@@ -187,6 +199,7 @@ IN_MID_RUN = {
     "a weight that was written": ("sd3", write_weight),
     "a table that was written": ("pixart-sigma", write_table),
     "a hook": ("sd3", add_hook),
+    "a hook of diffusers'": ("sd3", register_hook),
     "a processor": ("sd3", set_processor),
 }
 BETWEEN_RUNS = IN_MID_RUN | {

@@ -12,14 +12,17 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLHunyuanVideo15,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
+    ClassifierFreeGuidance,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -28,6 +31,8 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideo15Pipeline,
+    HunyuanVideo15Transformer3DModel,
     Lumina2Pipeline,
     Lumina2Transformer2DModel,
     LuminaNextDiT2DModel,
@@ -233,6 +238,30 @@ def zimage(layers: int = 3) -> nn.Module:
     )
 
 
+def hunyuanvideo15(layers: int = 3, **more: Any) -> nn.Module:
+    """HunyuanVideo-1.5; the channels are the latents', a condition's and a mask."""
+    given = {
+        "in_channels": 2 * LATENT + 1,
+        "out_channels": LATENT,
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "num_layers": layers,
+        "num_refiner_layers": 1,
+        "mlp_ratio": 2.0,
+        "patch_size": 2,
+        "text_embed_dim": 20,
+        "text_embed_2_dim": 12,
+        "image_embed_dim": 12,
+        "rope_axes_dim": (4, 6, 6),
+        "target_size": 16,
+    }
+    model = HunyuanVideo15Transformer3DModel(**given | more)
+    # It is 2048 wide whatever the configuration says.
+    width = model.proj_out.in_features
+    model.context_embedder_2 = type(model.context_embedder_2)(12, 16, width)
+    return model
+
+
 @dataclass(frozen=True)
 class Family:
     """One form of a transformer: how to build it and how to call it."""
@@ -262,6 +291,9 @@ if HAS_FLUX2:
     FAMILIES["flux2"] = Family(flux2)  # which has one call, and no guidance of another prompt
     FAMILIES["flux2-klein"] = Family(functools.partial(flux2, klein=True), cfg_in_one_call=False)
 FAMILIES |= {"zimage": Family(zimage)} if HAS_ZIMAGE else {}
+FAMILIES["hunyuanvideo15"] = Family(
+    hunyuanvideo15, cfg_in_one_call=False, reads_masks=True, casts=True
+)
 
 #: families that this diffusers lacks
 TOO_NEW = ([] if HAS_QWEN else ["qwen"]) + ([] if HAS_FLUX2 else ["flux2"])
@@ -404,6 +436,16 @@ def call(
             "cap_feats": [own[: text - row % 2] for row, own in enumerate(prompts)],
             "return_dict": False,
         }
+    if name == "hunyuanvideo15":  # of two frames; every other prompt has no glyphs
+        masks = torch.ones(batch, text), torch.ones(batch, 3)
+        masks[0][::2, -1] = masks[1][1::2] = 0
+        return arguments | {
+            "hidden_states": randn(noise, batch, 2 * LATENT + 1, 2, height // 2, width),
+            "encoder_attention_mask": masks[0],
+            "encoder_hidden_states_2": randn(condition, batch, 3, 12),
+            "encoder_attention_mask_2": masks[1],
+            "image_embeds": randn(condition, batch, 2, 12),
+        }
     arguments["pooled_projections"] = randn(condition, batch, 12)
     if name.startswith("flux"):
         tokens = height * width // 4
@@ -521,11 +563,61 @@ def normed_vae() -> nn.Module:
     return randomise(model, 1)
 
 
+def hunyuanvideo15_vae() -> nn.Module:
+    """HunyuanVideo-1.5's autoencoder, which keeps the size too."""
+    model = AutoencoderKLHunyuanVideo15(
+        latent_channels=LATENT,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        spatial_compression_ratio=1,
+        temporal_compression_ratio=1,
+    )
+    model.use_slicing = True  # it decodes no batch at once
+    return randomise(model, 1)
+
+
+class Videos(HunyuanVideo15Pipeline):
+    """The stock pipeline with the arguments of the others: it draws two frames, each of half a picture's height."""
+
+    vision_num_semantic_tokens = property(lambda self: 2, lambda self, value: None)
+
+    def __call__(
+        self,
+        height: int,
+        width: int,
+        guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        latents: Tensor | None = None,
+        num_frames: int = 2,
+        **more: Any,
+    ) -> Any:
+        enabled = guidance_scale != 1
+        self.guider = ClassifierFreeGuidance(guidance_scale, enabled=enabled)
+        if latents is not None:  # a call's have a condition and a mask behind them
+            latents = latents[:, :LATENT]
+            latents = latents.unflatten(2, (num_frames, -1)) if latents.ndim == 4 else latents
+        video = super().__call__(
+            height=height // num_frames,
+            width=width,
+            num_frames=num_frames,
+            num_videos_per_prompt=num_images_per_prompt,
+            latents=latents,
+            **more,
+        )
+        return SimpleNamespace(images=video.frames)
+
+
 #: of families with other latents than pictures
-_VAES = {"qwen": video_vae, "wan": wan_vae, "flux2": normed_vae}
+_VAES = {
+    "qwen": video_vae,
+    "wan": wan_vae,
+    "flux2": normed_vae,
+    "hunyuanvideo15": hunyuanvideo15_vae,
+}
 _NO_TEXT = {
     "wan": ("text_encoder", "tokenizer"),
     "flux2": ("text_encoder", "tokenizer"),
+    "hunyuanvideo15": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "qwen": ("text_encoder", "tokenizer"),
     "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     "sd3": (
@@ -583,6 +675,7 @@ if HAS_FLUX2:
     PIPELINES["flux2-klein"] = Pipe(
         "flux2-klein", diffusers.Flux2KleinPipeline, FlowMatchEulerDiscreteScheduler
     )
+PIPELINES["hunyuanvideo15"] = Pipe("hunyuanvideo15", Videos, FlowMatchEulerDiscreteScheduler)
 
 IMAGE_TO_IMAGE = [name for name, entry in PIPELINES.items() if entry.image_to_image]
 
@@ -594,6 +687,8 @@ def pipeline(
     entry = PIPELINES[name]
     kind = entry.family.partition("-")[0].partition(".")[0]
     parts: dict[str, Any] = dict.fromkeys(_NO_TEXT[kind])
+    if name == "hunyuanvideo15":
+        parts["guider"] = ClassifierFreeGuidance()
     pipe = entry.pipeline(
         vae=_VAES.get(kind, vae)().to(dtype),
         transformer=transformer(entry.family, dtype, seed),
@@ -638,8 +733,8 @@ def arguments(
         # DiTPipeline has no latent output and no size; see `generate`.
         return result | {"class_labels": [3] * batch, "output_type": "np"} | more
     # StableDiffusion3Pipeline repeats given prompt embeddings for several images, but not the
-    # pooled ones; LuminaPipeline and WanPipeline repeat none.
-    repeats = prompt_per_image or name.startswith(("sd3", "lumina", "wan"))
+    # pooled ones; LuminaPipeline and those of videos repeat none.
+    repeats = prompt_per_image or name.startswith(("sd3", "lumina", "wan", "hunyuan"))
     prompts, images = (batch, 1) if repeats else (1, batch)
     result |= {
         "prompt_embeds": randn(prompts, TEXT, 20),
@@ -692,6 +787,17 @@ def arguments(
     elif name.startswith("flux2"):
         if name == "flux2-klein" and cfg:
             result["negative_prompt_embeds"] = randn(prompts, TEXT, 20)
+    elif name == "hunyuanvideo15":  # the negative prompt is of another length, and half have glyphs
+        for kind, longer in (("", 0), ("negative_", 2)) if cfg else (("", 0),):
+            masks = torch.ones(prompts, TEXT + longer), torch.zeros(prompts, 3)
+            masks[0][1::2, -1] = 0
+            masks[1][1::2] = bool(longer)
+            result |= {
+                f"{kind}prompt_embeds": randn(prompts, TEXT + longer, 20),
+                f"{kind}prompt_embeds_mask": masks[0],
+                f"{kind}prompt_embeds_2": randn(prompts, 3, 12),
+                f"{kind}prompt_embeds_mask_2": masks[1],
+            }
     else:
         result["pooled_prompt_embeds"] = randn(prompts, 12)
     flux1 = name.startswith("flux") and not name.startswith("flux2")
@@ -709,7 +815,15 @@ def asked(name: str, height: int = HEIGHT, width: int = WIDTH) -> dict[str, int]
     """What `explain` is asked about a run of `arguments` of this size."""
     if name == "wan":
         return {"height": 8 * (height // 2), "width": 8 * width, "frames": 2}
+    if name == "hunyuanvideo15":
+        return {"height": height // 2, "width": width, "frames": 2}
     return {"height": height, "width": width}
+
+
+def of_one_text(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call without what stands beside the prompt: HunyuanVideo-1.5's glyphs and image."""
+    beside = ("encoder_hidden_states_2", "encoder_attention_mask_2", "image_embeds")
+    return {key: value[:, :0] if key in beside else value for key, value in given.items()}
 
 
 def generate(pipe: Any, name: str, **kwargs: Any) -> Tensor:

@@ -33,6 +33,7 @@ TARGET = os.environ["PEER_TARGET"]
 TRANSFORMERS = (
     "DiTTransformer2DModel",
     "FluxTransformer2DModel",
+    "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
     "LuminaNextDiT2DModel",
     "PixArtTransformer2DModel",
@@ -40,7 +41,16 @@ TRANSFORMERS = (
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
 )
-PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "QwenImage", "StableDiffusion3", "Wan")
+PIPELINES = (
+    "DiT",
+    "Flux",
+    "HunyuanVideo15",
+    "Lumina",
+    "PixArt",
+    "QwenImage",
+    "StableDiffusion3",
+    "Wan",
+)
 OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
 #: elements of every output that are kept to be compared with another mode's
 SAMPLES = 16

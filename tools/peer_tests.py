@@ -61,6 +61,7 @@ SUITES = {
             for name in ("", "_controlnet", "_img2img", "_inpaint")
         ],
     ),
+    "hunyuanvideo15": ("pipelines", [f"{_PIPELINES}/hunyuan_video1_5"]),
     "pag": (
         "pipelines",
         [
@@ -84,6 +85,7 @@ SUITES = {
             f"{_MODELS}/test_models_pixart_transformer2d.py",
             f"{_MODELS}/test_models_transformer_flux.py",
             f"{_MODELS}/test_models_transformer_flux2.py",
+            f"{_MODELS}/test_models_transformer_hunyuan_1_5.py",
             f"{_MODELS}/test_models_transformer_lumina.py",
             f"{_MODELS}/test_models_transformer_lumina2.py",
             f"{_MODELS}/test_models_transformer_qwenimage.py",

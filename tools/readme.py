@@ -49,6 +49,7 @@ FAMILIES = {
     "lumina": "Lumina-Next",
     "lumina2": "Lumina 2",
     "qwen": "Qwen-Image",
+    "hunyuanvideo15": "HunyuanVideo-1.5",
     "wan": "Wan 2.1, 2.2",
     "flux2": "FLUX.2, klein",
 }

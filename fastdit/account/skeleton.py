@@ -55,7 +55,9 @@ class Macs(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = _on_one_device((args, kwargs or {}))
+        kwargs = kwargs or {}
+        if not (func is torch.ops.aten.index.Tensor and args[0].is_meta):  # a mask says how many
+            args, kwargs = _on_one_device((args, kwargs))
         out = func(*args, **kwargs)
         name = func.overloadpacket
         if name in self._macs:

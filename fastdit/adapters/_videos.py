@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastdit.adapters.base import Adapter, Size, blank
 from fastdit.adapters.latents import batch_index, video_statistics
+from fastdit.errors import UnsupportedModelError
 
 
 class Videos(Adapter):
@@ -28,6 +29,16 @@ class Videos(Adapter):
     def patch(self, transformer: nn.Module) -> tuple[int, int, int]:  # type: ignore[override]
         """Frames, rows and columns of a patch."""
         return tuple(transformer.config.patch_size)
+
+    def check_tokens(self, transformer: nn.Module) -> None:
+        """Patches are of one frame each, else they have no view of six axes."""
+        super().check_tokens(transformer)
+        frames = self.patch(transformer)[0]
+        if frames != 1:
+            raise UnsupportedModelError(
+                f"{type(transformer).__name__} has patches of {frames} frames; a method that computes a part of the "
+                "tokens takes those of one"
+            )
 
     def grid(self, latents: Sequence[int], positions: Any, patch: Any) -> tuple[int, int]:
         """The frames lie below each other."""

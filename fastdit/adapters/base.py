@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.latents import Pictures
-from fastdit.adapters.modulated import Modulated, module_at
+from fastdit.adapters.modulated import Modulated
+from fastdit.adapters.once import Once
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec
@@ -32,7 +33,7 @@ NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
     "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates "
-    "token_multiple",
+    "token_multiple reads_prompts read_prompt run_read small",
     "reuse": "components consumers groups shared_gates common_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions some_positions gather_latents "
     "scatter_output moved_tokens grid latent_image decode shifts_latents text_first as_latents as_given "
@@ -89,7 +90,7 @@ class Size:
     text: int
 
 
-class Adapter(Modulated, Pictures):
+class Adapter(Modulated, Once, Pictures):
     """Base of all adapters.
 
     Attributes:
@@ -326,8 +327,9 @@ class Adapter(Modulated, Pictures):
             raise UnsupportedModelError(
                 f"{type(transformer).__name__} cannot compute a part of its tokens: its adapter has no layouts"
             )
+        inside = {module for _, block in self.blocks(transformer) for module in block.modules()}
         for name, module in transformer.named_modules():
-            if not self.has_stock_processor(module):
+            if module in inside and not self.has_stock_processor(module):
                 stock = ", ".join(sorted(self.processors))
                 raise UnsupportedModelError(
                     f"{name} has the attention processor {type(module.processor).__qualname__}; a method that computes "
@@ -354,61 +356,7 @@ class Adapter(Modulated, Pictures):
             if attention is not None
         )
 
-    # ---- the prompt
-
-    #: paths of the modules that turn the prompt alone into text tokens, the same at every step
-    prompt_projections: Sequence[str] = ()
-
-    def prompt_projections_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """The transformer's modules there; a model may lack one, and a list stands for its modules."""
-        found = (module_at(transformer, path) for path in self.prompt_projections)
-        lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
-        return list(itertools.chain(*lists))
-
-    #: block list attribute -> attentions of its blocks whose keys and values are the prompt's alone
-    prompt_attentions: Mapping[str, Sequence[str]] = {}
-
-    def prompt_keys_of(self, kind: str, block: nn.Module) -> list[tuple[str, nn.Module]]:
-        """(attention, layer) of a block's layers that make those."""
-        return [
-            (name, getattr(getattr(block, name), layer))
-            for name in self.prompt_attentions.get(kind, ())
-            for layer in ("to_k", "to_v", "to_kv", "add_k_proj", "add_v_proj", "to_added_kv")
-            if getattr(getattr(block, name), layer, None) is not None
-        ]
-
-    def prompt_key_layers_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """Those of all blocks."""
-        found = (self.prompt_keys_of(*each) for each in self.blocks(transformer))
-        return [layer for layers in found for _, layer in layers]
-
-    def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
-        """The dicts of the weights behind what a run makes of the prompt alone."""
-        layers = self.prompt_key_layers_of(transformer)
-        made = (*self.prompt_projections_of(transformer), *layers)
-        parts = (part._parameters for module in made for part in module.modules())
-        return [weights for weights in parts if weights]
-
     # ---- positions
-
-    #: path of the module that makes rotary angles of the positions alone, the same at every step; in a family that has
-    #: one it is the only one of the `embedders`
-    position_embedding: str | None = None
-    #: whether each call asks the `embedders` once more, behind the image's positions for the text's
-    embeds_text = False
-
-    #: in a family whose positions are read out of masks on the host, a method (transformer, args, kwargs) that gives
-    #: what a run needs of them, once for its conditions; :meth:`embed_known` is that module's forward then
-    known_positions: Callable[..., Any] | None = None
-
-    def embed_known(self, module: nn.Module, known: Any, *args: Any) -> Any:
-        """The output of the `position_embedding` for the tokens that pass, by what `known_positions` gave."""
-        raise NotImplementedError
-
-    def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
-        """That module, if the family has one."""
-        path = self.position_embedding
-        return [] if path is None else [module_at(transformer, path)]
 
     def table_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """The modules that embed patches and add positions out of a table, the same at every step.

@@ -36,9 +36,9 @@ def fuses(device: torch.device) -> bool:
 
 @dataclass(eq=False)
 class Rotation:
-    """Rotary angles of every row of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32 or fp64.
+    """Rotary angles of the rows of a joint sequence: `cos` and `sin` [S, d], each value twice, fp32 or fp64.
 
-    [B, S, d] where the images of a batch have angles of their own.
+    [B, S, d] where the images of a batch have angles of their own. A stream behind the last row does not turn.
     """
 
     cos: Tensor
@@ -50,6 +50,10 @@ class Rotation:
         batch = max((part.shape[:-2] for part in parts), key=len)
         turns = torch.cat([part.expand(*batch, -1, -1) for part in parts], dim=-2)
         return cls(*(t.repeat_interleave(2, dim=-1) for t in (turns.real, turns.imag)))
+
+    def turns(self, part: Part) -> bool:
+        """Whether a stream has angles."""
+        return part.offset < self.cos.shape[-2]
 
     @functools.cached_property
     def halves(self) -> tuple[Tensor, Tensor]:
@@ -123,7 +127,7 @@ def attend(
         tokens: The call's :class:`~fastdit.blocks.active.ActiveTokens`; the keys and values of attention `key` are made
             here when all tokens pass.
         parts: The streams, in the order of the joint sequence.
-        rotation: Of all rows, or None.
+        rotation: Of all rows, or of the first streams', or None.
         scale: Of the products; None for 1 / sqrt(d).
         processor: The stock processor, whose attention backend is used if the user has set one.
         mask: Added to the products, or which of them count, [B or 1, 1 or sum n, length]; or None.
@@ -162,9 +166,10 @@ def _prologue(
         return None  # the op's angles are fp32
     total = sum(part.q.shape[1] for part in parts)
     query = q.new_empty(q.shape[0], total, heads, head_dim)
-    cos, sin = (None, None) if rotation is None else rotation.halves
     first = 0
     for part, given in zip(parts, affine, strict=True):
+        turns = rotation is not None and rotation.turns(part)
+        cos, sin = rotation.halves if turns else (None, None)
         ops.qkv_prologue(
             part.q,
             part.k,
@@ -227,7 +232,7 @@ def _prologue_as_stock(
     for part in parts:
         q, k = (_normed(*pair, head_dim) for pair in ((part.norm_q, part.q), (part.norm_k, part.k)))
         v = part.v.unflatten(-1, (-1, head_dim))
-        if rotation is not None:
+        if rotation is not None and rotation.turns(part):
             turn = [_rows_of(t, part, k.shape[1]) for t in (rotation.cos, rotation.sin)]
             q, k = _rotate(q, *turn), _rotate(k, *turn)
         queries.append(q)
@@ -332,7 +337,7 @@ def joint_attention(
 
     Args:
         text_first: The order of the joint sequence.
-        rotation: Of all its rows.
+        rotation: Of all its rows, or of the image's where these are the first.
         mask: Which text tokens are read, bool [B, T]; None for all.
 
     Returns:

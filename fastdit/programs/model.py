@@ -2,7 +2,8 @@
 
 Looked at once a run, all modules and all that they hold, by identity: another module, attribute, setting or processor
 makes another :class:`Model`, with programs of its own. Weights alone may be others, of the same shapes, dtypes and
-devices, since programs read them where the modules do. Between the steps of a run hooks and processors are looked at.
+devices, since programs read them where the modules do. Between the steps of a run hooks, forwards and processors are
+looked at.
 
 A model whose modules do what nobody can know from here has no programs: hooks, offloading, adapters of peft, classes of
 somebody else's, weights of a class of their own.
@@ -55,6 +56,7 @@ class Model:
             d["processor"].__dict__ for d in self._processed if hasattr(d["processor"], "__dict__")
         ]
         self._processors = list(self._processors_now())
+        self._forwards = self._forwards_now()
         self.why = self._why_not(is_ours)
         try:
             self._looks = self._look()
@@ -75,6 +77,10 @@ class Model:
     def has_its_processors(self) -> bool:
         """Whether its attention processors are what they were, which somebody may change between two steps."""
         return same_objects(self._processors_now(), self._processors)
+
+    def has_its_forwards(self) -> bool:
+        """Whether nobody has replaced a forward meanwhile, as diffusers' hooks do, also for one call of a step."""
+        return self._forwards == self._forwards_now()
 
     def weights(self) -> dict[int, tuple[dict[str, Any], str]]:
         """Where each tensor of the modules is, by id."""
@@ -110,6 +116,9 @@ class Model:
         found = [d.get("processor") for d in self._processed]
         settings = itertools.chain.from_iterable(map(dict.values, self._settings))
         return (*found, _attention_backend(), *settings)
+
+    def _forwards_now(self) -> list[Any]:
+        return list(map(dict.get, self._dicts, itertools.repeat("forward")))
 
     def _why_not(self, is_ours: Any) -> str | None:
         if any(self._hooked):

@@ -28,14 +28,13 @@ from fastdit.errors import ArgumentError
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
 from fastdit.runtime.asked import POSITIONS, Asked
-from fastdit.runtime.forecasts import Outputs
+from fastdit.runtime.branched import Branched
 from fastdit.runtime.graphs import GraphRun
-from fastdit.runtime.run import Branch, Run, StepRecord
+from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
-from fastdit.versions import Watched, same, versions
 
 
-class Call(Asked):
+class Call(Asked, Branched):
     """This is one call of the transformer of a run.
 
     Attributes:
@@ -132,6 +131,8 @@ class Call(Asked):
         if known is not None and not immediate and POSITIONS not in branch.memory:
             branch.memory[POSITIONS] = known(self.transformer, self._args, self._kwargs)
             branch.form = None
+        if patched.adapter.reads_prompts:
+            self._read_prompt(branch)
         self.rows, keeps = None, False
         for method in run.methods:
             rows = method.rows(self)
@@ -190,48 +191,6 @@ class Call(Asked):
             weights=run.forecast_weights if patched.forecasts else None,
             sums=Sums(run.plan.sums[run.step], patched.spec.shared_gates) if collapses else None,
         )
-
-    def _branch(self) -> Branch:
-        """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""
-        run, arguments = self.run, self.arguments
-        compared = run.patched.adapter.compared(self.transformer, arguments)
-        branch = run.branches.get(self.key)
-        if branch is None:
-            branch = run.branches[self.key] = Branch()
-        autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
-        stage = run.resolution.index if run.resolution is not None else 0
-        signature = (*arguments.signature, autocast, stage)
-        unchanged = branch.signature is not None and same(
-            branch.embeddings, branch.versions, compared
-        )
-        if not unchanged:
-            branch.prompts.clear()
-        if not run.patched.eager:
-            self._watch_weights()
-        if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
-            branch.memory.clear()  # with the rotation of all positions
-            branch.form = None
-        if branch.signature != signature or not unchanged:
-            branch.slots.clear()
-            branch.keys.clear()
-            branch.ages.clear()
-            branch.form = None
-            branch.outputs = Outputs(run.patched.adapts, run.bounds)
-            branch.velocity = None
-        branch.signature = signature
-        # Of inference tensors the versions are copies, which need no renewal while they are equal.
-        if not unchanged or not torch.is_inference_mode_enabled():
-            branch.embeddings = compared
-            branch.versions = versions(compared)
-        return branch
-
-    def _watch_weights(self) -> None:
-        """What was made of the prompt alone goes where the weights that made it changed."""
-        run = self.run
-        if run.watched is None:
-            run.watched = Watched(run.patched.adapter.weights_read_once(self.transformer))
-        elif run.watched.changed():
-            run.forget_weights()
 
     @property
     def memory(self) -> dict[Any, Any]:
@@ -336,6 +295,10 @@ class Call(Asked):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
+        known = self.branch.memory.get("prompt")
+        if known is not None:  # what was read of a prompt says how much is kept of it
+            width = patched.adapter.width(self.transformer)
+            needed += known[1] * width * batch * dtype.itemsize
         if run.keeps_prompt_keys and needed + count.prompt_key_bytes() > most:
             run.keeps_prompt_keys = False
             run.forget_prompts()
@@ -375,6 +338,9 @@ class Call(Asked):
     def run_model(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """This runs the transformer's forward, or what its adapter has in the place of that."""
         adapter, transformer = self.run.patched.adapter, self.transformer
+        known = self.branch.memory.get("prompt") if adapter.reads_prompts else None
+        if known is not None:
+            return adapter.run_read(known, self.branch.prompts, transformer, *args, **kwargs)
         if adapter.restates_model:
             some = self.rows is not None or self._smaller
             whole = not (self.immediate or self.run.patched.compiled_call(transformer, self.run))

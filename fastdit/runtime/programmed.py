@@ -43,7 +43,9 @@ def model_of(call: Any) -> Model | None:
     if model is None or run.hooks != hooks_so_far() or not model.has_its_processors():
         run.hooks = hooks_so_far()
         model = run.model = patched.programs.model(transformer, is_installed)
-    if model.why is not None or patched.compiled_call(transformer, run) is not None:
+    if model.why is not None or not model.has_its_forwards():
+        return None
+    if patched.compiled_call(transformer, run) is not None:
         return None
     return model
 
@@ -109,8 +111,7 @@ def compute(call: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     )
     if not isinstance(made, str):
         after = programs.form_of(written)[0]
-        forward = call.forward
-        made = Program(*made, after, forward.computed, forward.reused)
+        made = Program(*made, after, call.forward.computed, call.forward.reused)
     programs.keep(kind, made)
     _look_after(call, written)
     return output

@@ -68,11 +68,18 @@ class Branch:
     outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
+    restated: bool = False
     memory: dict[Any, Any] = field(default_factory=dict)
     form: Any = None  # what stands for what is kept, where that is known; see `programmed.py`
     signature: tuple[Any, ...] | None = None
     embeddings: tuple[Tensor, ...] = ()
     versions: tuple[Any, ...] = ()
+
+    def clear_tokens(self) -> None:
+        """What is kept of tokens in the blocks is freed, where these are others from now on."""
+        for held in (self.slots, self.keys, self.ages, self.memory):
+            held.clear()
+        self.velocity = self.form = None
 
     def clear(self) -> None:
         """Everything is freed, also for whoever still holds on to the branch."""

@@ -1,0 +1,82 @@
+"""Which branch's caches a call has, and what of them goes when it is given something else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastdit.adapters.arguments import arguments_of
+from fastdit.runtime.forecasts import Outputs
+from fastdit.runtime.run import Branch, Run
+from fastdit.versions import Watched, same, versions
+
+
+class Branched:
+    """These methods of a :class:`~fastdit.runtime.call.Call` find its branch, and read the prompt for it."""
+
+    run: Run
+    transformer: nn.Module
+    key: Any
+    arguments: Any
+    model: Any
+    _args: tuple[Any, ...]
+    _kwargs: dict[str, Any]
+
+    def _read_prompt(self, branch: Branch) -> None:
+        """Where nobody sees what is called, the adapter's forward of the whole model runs, on other tokens of text."""
+        restated = self.model is not None
+        if restated is not branch.restated:
+            branch.clear_tokens()
+            branch.restated = restated
+        if restated and "prompt" not in branch.memory:
+            given = arguments_of(self.transformer, self._args, self._kwargs)
+            known = branch.memory["prompt"] = self.run.patched.adapter.read_prompt(given)
+            if known is not None:
+                self.arguments = replace(self.arguments, text=known[0])
+                if len(self.run.branches) == 1:
+                    self.run.text_tokens = known[0]
+
+    def _branch(self) -> Branch:
+        """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""
+        run, arguments = self.run, self.arguments
+        compared = run.patched.adapter.compared(self.transformer, arguments)
+        branch = run.branches.get(self.key)
+        if branch is None:
+            branch = run.branches[self.key] = Branch()
+        autocast = torch.is_autocast_enabled(arguments.hidden_states.device.type)
+        stage = run.resolution.index if run.resolution is not None else 0
+        signature = (*arguments.signature, autocast, stage)
+        unchanged = branch.signature is not None and same(
+            branch.embeddings, branch.versions, compared
+        )
+        if not unchanged:
+            branch.prompts.clear()
+        if not run.patched.eager:
+            self._watch_weights()
+        if not unchanged or branch.signature is None or branch.signature[:-2] != signature[:-2]:
+            branch.memory.clear()  # with the rotation of all positions
+            branch.form = None
+        if branch.signature != signature or not unchanged:
+            branch.slots.clear()
+            branch.keys.clear()
+            branch.ages.clear()
+            branch.form = None
+            branch.outputs = Outputs(run.patched.adapts, run.bounds)
+            branch.velocity = None
+        branch.signature = signature
+        # Of inference tensors the versions are copies, which need no renewal while they are equal.
+        if not unchanged or not torch.is_inference_mode_enabled():
+            branch.embeddings = compared
+            branch.versions = versions(compared)
+        return branch
+
+    def _watch_weights(self) -> None:
+        """What was made of the prompt alone goes where the weights that made it changed."""
+        run = self.run
+        if run.watched is None:
+            run.watched = Watched(run.patched.adapter.weights_read_once(self.transformer))
+        elif run.watched.changed():
+            run.forget_weights()
