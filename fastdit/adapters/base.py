@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.latents import Pictures
-from fastdit.adapters.modulated import Modulated
+from fastdit.adapters.modulated import Modulated, module_at
 from fastdit.adapters.once import Once
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.observe import observed
