@@ -163,13 +163,11 @@ def test_reused_outputs_are_kept_as_three_sums(exact):
 # ---- a part of the tokens
 
 
-@pytest.mark.parametrize("sides", [(1, 2, 2), (2, 2, 2)])
-def test_patches_of_several_frames(sides, chosen, exact):  # noqa: F811
-    """All tokens in another order: rows, layouts and positions over (frame, row, column)."""
+def test_all_tokens_in_another_order(chosen, exact):  # noqa: F811
+    """Rows, layouts and positions are over (frame, row, column)."""
     pipe = tiny_models.pipeline("wan", torch.float64)
-    pipe.register_modules(transformer=model(torch.float64, patch_size=sides))
     given = {"batch": 2, "steps": 5, "num_frames": 3, "height": 8, "width": 6}
-    tokens = 4 // sides[0] * 2 * 3
+    tokens = 4 * 2 * 3
     stock = generate(pipe, "wan", **given)
     assert stock.shape == (2, 4, 4, 4, 6)
 
@@ -181,6 +179,12 @@ def test_patches_of_several_frames(sides, chosen, exact):  # noqa: F811
     within_contract(generate(pipe, "wan", **given), stock)
     assert handle.report().active[2].shape == (2, tokens // 3, 3)
     assert handle.report().active[2].all()
+
+
+def test_patches_of_several_frames_compute_no_part_of_the_tokens():
+    transformer = model(torch.float64, patch_size=(2, 2, 2))
+    with pytest.raises(UnsupportedModelError, match="has patches of 2 frames"):
+        fastdit.patch(transformer, fastdit.RAS())
 
 
 @pytest.mark.parametrize("shown", [True, False], ids=["all alike", "a ramp"])

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.latents import Pictures
-from fastdit.adapters.modulated import Modulated, module_at
-from fastdit.adapters.once import Once
+from fastdit.adapters.modulated import Modulated
+from fastdit.adapters.once import Once, module_at
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.observe import observed
 from fastdit.spec import BlockKind, ModelSpec

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of, forward_arguments
 from fastdit.adapters.base import Adapter, Call, Size, place_once
-from fastdit.adapters.modulated import module_at
+from fastdit.adapters.once import module_at
 from fastdit.spec import ModelSpec
 
 if TYPE_CHECKING:

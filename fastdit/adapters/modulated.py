@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
+from fastdit.adapters.once import module_at
 from fastdit.blocks.layer_inputs import LayerInputs, repeated
 
 
@@ -99,10 +100,3 @@ class Modulated:
         """A scheduler's timesteps as the family's pipelines hand them on."""
         unit = self.timesteps_per_unit
         return timesteps if unit == 1 else timesteps.to(dtype) / unit
-
-
-def module_at(transformer: Any, path: str) -> Any:
-    """The module at a path, or None."""
-    for name in path.split("."):
-        transformer = getattr(transformer, name, None)
-    return transformer

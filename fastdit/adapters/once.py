@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastdit.adapters.modulated import module_at
-
 
 class Once:
     """Base of adapters: modules whose outputs are the same at every step, and what is read on the host once."""
@@ -101,3 +99,10 @@ class Once:
         """That module, if the family has one."""
         path = self.position_embedding
         return [] if path is None else [module_at(transformer, path)]
+
+
+def module_at(transformer: Any, path: str) -> Any:
+    """The module at a path, or None."""
+    for name in path.split("."):
+        transformer = getattr(transformer, name, None)
+    return transformer
