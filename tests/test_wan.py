@@ -308,6 +308,20 @@ def test_images_become_videos(form, exact):
     assert said.image_tokens == handle.report().tokens_per_step[0] == 5 * 64
 
 
+@pytest.mark.parametrize("form", IMAGES)
+def test_all_tokens_of_such_a_video_in_another_order(form, chosen, exact):  # noqa: F811
+    """The latents have more channels than the velocity, or tokens of the image a timestep of 0."""
+    pipe = image_to_video(form, torch.float64)
+    stock = animate(pipe, torch.float64)
+
+    def permuted(step, velocity, sigmas):
+        draw = torch.Generator().manual_seed(step)
+        return torch.stack([torch.randperm(320, generator=draw) for _ in range(2)])
+
+    fastdit.patch(pipe, Chosen(permuted, dict.fromkeys(range(1, STEPS), 320)))
+    within_contract(animate(pipe, torch.float64), stock)
+
+
 def test_keys_of_the_image_are_made_once_a_run():
     pipe = image_to_video("2.1")
     made = []

@@ -27,8 +27,8 @@ Branch = Tensor | CachedRows | Drawn
 class Residual:
     """One residual stream inside one block: ``h + sum_i gate_i * branch_i``, added late.
 
-    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D], two of them in ranges, or None for 1; gates of
-    a token's own [B, n, D].
+    `h` is [B, n, D]; branches are [B, n, D], gates [B, D] or [B, 1, D], two of them in ranges, one for each token
+    [B, n, D], or None for 1.
     """
 
     __slots__ = ("_branch_first", "_forward", "_h", "_stream", "_waiting", "_wide")

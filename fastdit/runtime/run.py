@@ -297,9 +297,8 @@ class Run:
         """The scheduler is about to do a step with what the model gave it."""
         if not self.live:
             return
-        if (
-            self.previews is not None and self.calls
-        ):  # of several transformers, the one of this step
+        # Of several transformers, the one that did this step tells of it.
+        if self.previews is not None and self.calls:
             if not self.previews.latents:
                 adapter = self.patched.adapter
                 self.previews.grid = adapter.grid(self.latents, self.positions, self.patch)
