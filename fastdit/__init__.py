@@ -24,6 +24,7 @@ from fastdit.handle import Handle
 from fastdit.methods import methods as _methods
 from fastdit.methods.ras import Linear
 from fastdit.patch import explain, patch, report, unpatch
+from fastdit.schedules.book import PlanBook
 from fastdit.schedules.router import Router
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.solvers import Advice, recommend
@@ -44,6 +45,7 @@ __all__ = [
     "FastDiTError",
     "Handle",
     "Linear",
+    "PlanBook",
     "Report",
     "Router",
     "Schedule",

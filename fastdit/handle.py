@@ -16,9 +16,11 @@ from fastdit.account.previews import Previews
 from fastdit.account.report import Report, report_run
 from fastdit.blocks.attention_choice import Tuning
 from fastdit.errors import ArgumentError
+from fastdit.methods.budget import Budget
 from fastdit.runtime.attach import remove
 from fastdit.runtime.install import LINK
 from fastdit.runtime.runs import ManualLoop
+from fastdit.schedules.solvers import Advice, recommend
 
 if TYPE_CHECKING:
     from fastdit.runtime.patched import Patched
@@ -143,6 +145,42 @@ class Handle:
             yield
         finally:
             local.disabled.discard(mark)
+
+    @contextmanager
+    def budget(self, **budget: Any) -> Iterator[None]:
+        """The runs that this thread or task begins inside the `with` have this budget in place of the patch's.
+
+        Args:
+            budget: One of `speedup`, `quality` and `latency`, as :func:`fastdit.patch` takes them.
+
+        Example:
+            >>> handle = fastdit.patch(pipe, speedup=2)
+            >>> with handle.budget(speedup=4):
+            ...     pipe("a red circle")
+
+        Raises:
+            ArgumentError: It is none, or the model was patched without one.
+        """
+        own = next((m for m in self._patched.methods if isinstance(m, Budget)), None)
+        if own is None:
+            raise ArgumentError(
+                "budget() needs a model that was patched with one, such as speedup=2"
+            )
+        asked = own.asked(**budget)
+        local = self._patched.runs.local()
+        before, local.budget = local.budget, asked
+        try:
+            yield
+        finally:
+            local.budget = before
+
+    def recommend(self, steps: int) -> Advice:
+        """This recommends a solver for runs of so many steps, see :func:`fastdit.recommend`; nothing changes.
+
+        Raises:
+            UnsupportedModelError: The handle is of a bare transformer, which has no scheduler.
+        """
+        return recommend(self._pipeline, steps)
 
     @contextmanager
     def watch(self) -> Iterator[Previews]:

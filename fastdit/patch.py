@@ -7,6 +7,7 @@ Everything that can be refused is checked before anything changes.
 
 from __future__ import annotations
 
+import os
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from fastdit.drift import check_drift
 from fastdit.errors import ArgumentError, FastDiTError, UnsupportedModelError
 from fastdit.handle import Handle
 from fastdit.methods.base import Method
+from fastdit.methods.budget import budgeted
 from fastdit.methods.dense import Dense
 from fastdit.runtime import clock
 from fastdit.runtime.arrivals import refuse_other_caches
@@ -35,6 +37,7 @@ from fastdit.runtime.install import LINK, check_installable, is_installable
 from fastdit.runtime.patched import Patched
 from fastdit.runtime.run import nobody
 from fastdit.runtime.timesteps import check_flow
+from fastdit.schedules.book import PlanBook
 from fastdit.schedules.plan import check_composition, ops_of
 from fastdit.schedules.schedule import Every, Schedule
 from fastdit.schedules.solvers import noise_of
@@ -47,6 +50,12 @@ def patch(
     pack_weights: bool = False,
     graphs: bool | str = False,
     programs: bool = True,
+    speedup: float | None = None,
+    quality: str | None = None,
+    latency: float | str | None = None,
+    vram: int | str | None = None,
+    book: PlanBook | str | os.PathLike[str] | None = None,
+    guard: bool = False,
 ) -> Handle:
     """This makes a diffusers pipeline or transformer run on fastdit.
 
@@ -62,6 +71,11 @@ def patch(
             eager, and a warning says why. "auto" chooses by `account/pace.py`, and tells it in `explain` and `report`.
         programs: Record each kind of transformer call once, and run that in place of the model's forward. False runs
             the forward every time, at more Python calls, for who wants to look into it.
+        speedup, quality, latency: One of them, in place of methods: a :class:`Budget`. A latency is a number of seconds
+            or a text, "0.8s" or "800ms".
+        vram: Most bytes that its caches may hold: a number or a text, "+2GiB".
+        book: Its :class:`PlanBook`, or the path of one; by default the package's, for the models in it.
+        guard: Compute whatever turns out to be further off than the book's plan was, see :class:`Budget`.
 
     Returns:
         A :class:`Handle`. A second patch of the same model replaces the first.
@@ -82,6 +96,9 @@ def patch(
     """
     pipeline, transformer = _resolve(target)
     _check_arguments(methods, pack_weights=pack_weights, programs=programs)
+    asked = {"speedup": speedup, "quality": quality, "latency": latency, "vram": vram, "book": book}
+    asked["guard"] = guard
+    methods = budgeted(transformer, methods, **asked)
     if not (isinstance(graphs, bool) or graphs == "auto"):
         raise ArgumentError(f'graphs must be True, False or "auto", got {graphs!r}')
     reuses = all(method.writes == {"reuse"} for method in methods)

@@ -314,6 +314,7 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
         "lifts": lambda: testbed_tables.lifts(_result("lifts.json")),
     },
     "per_stage": {"arguments": functools.partial(arguments, "PerStage")},
+    "budget": {"arguments": functools.partial(arguments, "Budget")},
 }
 
 #: file -> section -> what writes it

@@ -63,6 +63,7 @@ class Explanation:
         exact: Whether arithmetic and caches are counted. A model without an adapter is counted on the arguments of its
             last call of this size; before there was one they are estimates.
         graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
+        budget: What a budget comes to; empty where none was asked for.
         raster: One line per component, one character per step: share of the blocks that compute.
     """
 
@@ -91,6 +92,7 @@ class Explanation:
     resampled: tuple[int, ...] = ()
     collapse: str = ""
     graphs: str = ""
+    budget: str = ""
     reusable_share: float = 1.0
     exact: bool = True
 
@@ -112,6 +114,7 @@ class Explanation:
             f"  ops       {backends}",
             self.attention and f"  attention {self.attention}",
             f"  run       {self.steps} steps, a transformer batch of {self.transformer_batch} with {tokens}",
+            self.budget and f"  budget    {self.budget}",
             f"  reuse     {self.reuse_share:.2%} of all components of all steps",
             f"  spared    at most {self.reusable_share:.1%} of the arithmetic: that of components",
             f"  compute   {_macs(self.macs, self.dense_macs)}: {self.flop_speedup:.2f}x fewer"
@@ -225,6 +228,7 @@ def explain_patched(
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats, transformer.dtype),
         graphs=_graphs(patched, stages, steps, weight.device),
+        budget="; ".join(filter(None, (method.told(steps) for method in patched.methods))),
         reusable_share=count.reusable_share,
         exact=count.exact,
     )

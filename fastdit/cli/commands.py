@@ -195,6 +195,45 @@ def convert(
     Console().print(f"schedule: {out}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def calibrate(
+    model: options.Model = None,
+    out: options.BookFile = Path("book.json"),
+    prompts: options.PromptFile = None,
+    steps: options.BookSteps = 28,
+    guidance: options.GuidanceScale = None,
+    seed: options.SearchSeed = 0,
+    batch: options.SearchBatch = 2,
+    height: options.Pixels = None,
+    width: options.Pixels = None,
+    threads: options.Threads = None,
+    backend: options.Backend = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Measure a plan book, by which `fastdit.patch(pipe, speedup=3, book=FILE)` knows what to leave out.
+
+    It holds for the model, its sampler and this number of steps; its times are of this machine and this size.
+    """
+    arguments.check_output(out, "--out", ".json")
+    from fastdit.cli import calibration
+    from fastdit.cli.search import prompts_of
+
+    loaded = arguments.load(model, dtype)
+    given = {"height": height, "width": width, "guidance_scale": guidance}
+    calibration.run(
+        Console(),
+        loaded,
+        out,
+        prompts_of(prompts, model is None, calibration.EMBEDDED_PROMPTS),
+        steps,
+        seed=seed,
+        batch=batch,
+        threads=threads,
+        backend=backend,
+        arguments={name: value for name, value in given.items() if value is not None},
+    )
+
+
 @app.command("train-router")
 def train_router(
     model: options.Model = None,

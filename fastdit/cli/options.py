@@ -285,6 +285,13 @@ WorkerThreads = Annotated[
     int, typer.Option("--threads", min=1, max=MAX_WORKERS, help="CPU threads per worker.")
 ]
 
+# ---- calibrate
+
+BookFile = Annotated[Path, typer.Option("--out", metavar="FILE.json", help="Plan book to write.")]
+BookSteps = Annotated[
+    int, typer.Option("--steps", min=8, max=MAX_COUNT, help="Inference steps of the runs.")
+]
+
 # ---- train-router
 
 RouterFile = Annotated[

@@ -8,7 +8,7 @@ method is adding a file here that exposes ``METHOD``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,7 @@ class Method:
         family: The model family that a preset's settings are for; None for settings that fit any.
         run_steps: The number of steps it was made for; None fits any.
         made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
+        otherwise: What to do about a run that it does not fit.
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
         adapts: Whole steps are extrapolated only where that was better than a repeat before.
         weighs_keys: Some keys of an attention count more than others.
@@ -150,6 +151,7 @@ class Method:
     family: str | None = None
     run_steps: int | None = None
     made_for: Conditions | None = None
+    otherwise: str = "strict=False runs it all the same"
     forecasts: bool = False
     adapts: bool = False
     weighs_keys: bool = False
@@ -178,6 +180,14 @@ class Method:
                 f"this {self.name} has settings for {self.family} models, the model is of the {spec.family} family; "
                 "dataclasses.replace(method, family=None) runs them all the same"
             )
+
+    def told(self, steps: int) -> str:
+        """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing."""
+        return ""
+
+    def bounds(self, steps: int) -> Mapping[int, float] | None:
+        """Of a run of `steps` steps: step -> the most that a forecast may be off there; None where no guard watches."""
+        return None
 
     def begin(self, run: Any) -> MethodRun | None:
         """This begins what the method keeps and decides in `run`; None if its schedule says everything."""

@@ -57,6 +57,7 @@ class Call(Asked):
         self.run: Run | None = None
         self.forward: Forward | None = None
         self.forecast: Any = None
+        self.guarded: Any = None
         self.model: Any = None
         self.program: Any = None
 
@@ -93,8 +94,12 @@ class Call(Asked):
             branch = self._branch()
             if not branch.outputs.empty:
                 weights = run.forecast_weights
-                self.forecast = branch.outputs.forecast(run.step, order, weights, patched.ops)
-                return None
+                drawn = branch.outputs.forecast(run.step, order, weights, patched.ops)
+                guard = branch.outputs.guard
+                if guard is None or not guard.fired():
+                    self.forecast = drawn
+                    return None
+                self.guarded = drawn
         self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
@@ -202,7 +207,7 @@ class Call(Asked):
             branch.keys.clear()
             branch.ages.clear()
             branch.form = None
-            branch.outputs = Outputs(run.patched.adapts)
+            branch.outputs = Outputs(run.patched.adapts, run.bounds)
             branch.velocity = None
         branch.signature = signature
         # Of inference tensors the versions are copies, which need no renewal while they are equal.
@@ -379,8 +384,10 @@ class Call(Asked):
             )
         for method in run.methods:
             sample = method.output(self, sample)
+        if self.guarded is not None:
+            sample = self.branch.outputs.guard.mixed(sample, _first(self.guarded))
         replaced = output if sample is given else _replaced(output, sample)
-        if run.plan.forecasts:
+        if run.plan.forecasts and self.guarded is None:
             self._keep(replaced, max(run.plan.forecasts))
         if forward.computed:
             held = run.cache_bytes() if self.trace is None else self.trace.nbytes

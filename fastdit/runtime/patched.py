@@ -130,30 +130,41 @@ class Patched:
         """This gives the method that decides a field of the plan; None where none does."""
         return next((method for method in self.methods if field in method.writes), None)
 
-    def check_sampler(self, noise: str, scheduler: str = "") -> None:
+    def under(self, budget: Any) -> tuple[Any, ...]:
+        """The methods of a run that has this budget in place of the patch's; None for the patch's own."""
+        if budget is None:
+            return self.methods
+        return tuple(budget if type(m) is type(budget) else m for m in self.methods)
+
+    def check_sampler(self, noise: str, scheduler: str = "", budget: Any = None) -> None:
         """This refuses a sampler that a method does not fit, see :meth:`Method.check_sampler`."""
-        for method in self.methods:
+        for method in self.under(budget):
             method.check_sampler(noise, scheduler)
 
     def plan(
-        self, steps: int, partial: tuple[bool, ...] = (), timesteps: Timesteps | None = None
+        self,
+        steps: int,
+        partial: tuple[bool, ...] = (),
+        timesteps: Timesteps | None = None,
+        budget: Any = None,
     ) -> RunPlan:
         """This makes the plan of a run, and keeps it, unless it was mapped to other timesteps."""
         repeats = self.forecasts and timesteps is not None and timesteps.repeat
-        key = steps, partial, repeats
+        key = steps, partial, repeats, budget
         plan = self._plans.get(key)
         if plan is not None:
             return plan
-        plan = self.planned(steps, partial, timesteps, not self.eager, repeats)
+        given = steps, partial, timesteps, not self.eager, repeats
+        plan = self.planned(*given, budget=budget)
         if plan.reuse is None or not plan.reuse.taken:
             if len(self._plans) >= PLANS:
                 self._plans = {}
             self._plans[key] = plan
         return plan
 
-    def planned(self, *given: Any) -> RunPlan:
+    def planned(self, *given: Any, budget: Any = None) -> RunPlan:
         """The plan of a run whose number of steps, partial ones, and so on are `given` as to :func:`plan_run`."""
-        return plan_run(self.methods, self.spec, *given, self.graphs is not None)
+        return plan_run(self.under(budget), self.spec, *given, self.graphs is not None)
 
     # ---- one transformer call
 
@@ -211,10 +222,11 @@ class Patched:
         arrivals.refuse_other_caches(self, transformer)
         if self.stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
-        if self.made_for:  # only where somebody asks: the timesteps may have to come from a GPU
+        made = [method for method in self.under(run.budget) if method.made_for is not None]
+        if made:  # only where somebody asks: the timesteps may have to come from a GPU
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
-            for name, conditions in self.made_for.items():
-                conditions.check(found, name)
+            for method in made:
+                method.made_for.check(found, method.name, method.otherwise)
         run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
         self.runs.note(run)
 

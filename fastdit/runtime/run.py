@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,8 @@ class Run:
         steps: How many there are; None where nobody says.
         plan: What each step computes.
         timesteps: Those of the scheduler that leads it, if one does.
+        budget: What it has in place of the patch's; None for the patch's own.
+        bounds: Step -> the most that a forecast may be off there, where a guard watches; else None.
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
@@ -115,6 +117,8 @@ class Run:
     steps: int | None
     plan: RunPlan
     timesteps: Timesteps | None = None
+    budget: Any = None
+    bounds: Mapping[int, float] | None = None
     step: int = 0
     first: int | None = None
     methods: tuple[MethodRun, ...] = ()
@@ -329,7 +333,7 @@ class Run:
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
         if self.plan.reuse is not None:
-            self.plan = self.patched.plan(self.steps, partial, self.timesteps)
+            self.plan = self.patched.plan(self.steps, partial, self.timesteps, self.budget)
 
     def drop_caches(self) -> None:
         """All caches are freed; a run that goes on computes what it misses."""

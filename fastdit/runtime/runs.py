@@ -37,6 +37,7 @@ class Local:
         manual: The loops by hand that are open, the innermost last.
         disabled: The `with handle.disabled()` that are open.
         watch: What collects previews of the runs that begin, inside `with handle.watch()`.
+        budget: What the runs that begin have in place of the patch's, inside `with handle.budget(...)`.
         last: The run that made the last call here.
     """
 
@@ -44,6 +45,7 @@ class Local:
     manual: list[ManualLoop] = field(default_factory=list)
     disabled: set[Any] = field(default_factory=set)
     watch: Any = None
+    budget: Any = None
     last: Run | None = None
 
 
@@ -160,7 +162,7 @@ class Runs:
             )
         if timesteps is not None:
             leading = timesteps.scheduler
-            patched.check_sampler(noise_of(leading), type(leading).__name__)
+            patched.check_sampler(noise_of(leading), type(leading).__name__, local.budget)
         planned = OPEN_STEPS if steps is None else steps
         full = planned
         if resolution is not None:
@@ -173,7 +175,10 @@ class Runs:
             timesteps.check_default(resolution.name)
             replace_sigmas(timesteps.scheduler, resolution.run_sigmas, in_use)
             timesteps = timesteps.with_sigmas(resolution.run_sigmas)
-        run = Run(patched, steps, patched.plan(planned, timesteps=timesteps), timesteps)
+        plan = patched.plan(planned, timesteps=timesteps, budget=local.budget)
+        bounds = (m.bounds(planned) for m in patched.under(local.budget))
+        watched = next((found for found in bounds if found is not None), None)
+        run = Run(patched, steps, plan, timesteps, local.budget, watched)
         run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):
             run.pipeline = weakref.ref(pipeline)

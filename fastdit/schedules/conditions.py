@@ -57,8 +57,8 @@ class Conditions:
                 del found[later]
         return found
 
-    def check(self, run: Conditions, method: str) -> None:
-        """This refuses another run than these conditions say.
+    def check(self, run: Conditions, method: str, otherwise: str) -> None:
+        """This refuses another run than these conditions say; `otherwise` is what to do about it.
 
         Raises:
             ScheduleError: Naming every field that differs.
@@ -69,9 +69,7 @@ class Conditions:
             if wanted is not None and given is not None and not _same(wanted, given):
                 found.append(f"{field.name} is {_short(given)}, it was made for {_short(wanted)}")
         if found:
-            raise ScheduleError(
-                f"{method} does not fit this run: {'; '.join(found)}. strict=False runs it all the same"
-            )
+            raise ScheduleError(f"{method} does not fit this run: {'; '.join(found)}. {otherwise}")
 
 
 def guidance_of(given: Mapping[str, Any]) -> dict[str, float | None]:

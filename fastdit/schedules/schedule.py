@@ -102,6 +102,29 @@ class Schedule:
         check_steps("bits", {kind: len(layer.bits) for kind, layer in layers.items()})
         return cls(MappingProxyType(layers), MappingProxyType(dict(provenance or {})))
 
+    @classmethod
+    def of_steps(
+        cls,
+        spec: ModelSpec,
+        steps: int,
+        computed: Sequence[int],
+        order: int = 0,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Schedule:
+        """This computes everything at the steps `computed` of `steps`, and draws the others by `order`.
+
+        Of a model without blocks that are known it is for the output.
+        """
+        computes = np.zeros((steps, 1, 1), dtype=bool)
+        computes[list(computed)] = True
+        kinds = spec.kinds or (BlockKind(DEFAULT_KIND, 1, ("output",)),)
+        bits = {
+            kind.name: np.broadcast_to(computes, (steps, kind.count, len(kind.components)))
+            for kind in kinds
+        }
+        components = {kind.name: kind.components for kind in kinds}
+        return cls.from_bits(bits, components, provenance, order)
+
     @staticmethod
     def every(n: int, order: int = 0) -> Every:
         """In this schedule, FORA's, every component computes at steps 0, n, 2n, ... and is reused between.
@@ -325,15 +348,9 @@ class Every:
         return replace(self, order=order)
 
     def bind(self, spec: ModelSpec, steps: int) -> Schedule:
-        """This is the schedule for `steps` steps of the model; of one without blocks that are known, for its output."""
-        computes = np.arange(steps)[:, None, None] % self.n == 0
-        kinds = spec.kinds or (BlockKind(DEFAULT_KIND, 1, ("output",)),)
-        bits = {
-            kind.name: np.broadcast_to(computes, (steps, kind.count, len(kind.components)))
-            for kind in kinds
-        }
-        components = {kind.name: kind.components for kind in kinds}
-        return Schedule.from_bits(bits, components, {"every": self.n}, self.order)
+        """This is the schedule for `steps` steps of the model."""
+        computed = range(0, steps, self.n)
+        return Schedule.of_steps(spec, steps, computed, self.order, {"every": self.n})
 
     def check(self, spec: ModelSpec) -> None:
         """It fits every model."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -204,6 +205,62 @@ class Evaluator:
         with self._under(run.solver), self._patched(vector) as handle:
             costs = cost.counted(handle, run.steps or self.genome.steps, self.work.arguments)
             return {"costs": costs, **self._result(task, run.steps or self.work.steps)}
+
+    def seconds(self, vector: np.ndarray) -> tuple[float, float, int]:
+        """A picture's denoising steps by a vector take so long, and the whole call; it has so many image tokens."""
+        count = min(self.work.batch, self.work.items)
+        with self._patched(vector) as handle:
+            start = time.perf_counter()
+            self._draw(0, count, self.work.steps)
+            whole = time.perf_counter() - start
+            run = handle.last_run()
+            return run.seconds / count, whole / count, run.image_tokens
+
+    def deviations(self, vector: np.ndarray, computed: Sequence[int], order: int) -> list[float]:
+        """The most that forecasts were off, over all pictures, at each of a vector's computed steps from the third on.
+
+        A step is off by the relative distance of what the model gives to what would have been drawn there.
+        """
+        from fastdit.blocks.nodes import Weights
+        from fastdit.runtime.forecasts import Outputs
+        from fastdit.runtime.guard import deviations
+
+        most = dict.fromkeys(computed, 0.0)
+        with self._patched(vector) as handle:
+            for first in range(0, self.work.items, self.work.batch):
+                last = min(first + self.work.batch, self.work.items)
+                outputs = self._outputs(first, last)
+                weights = Weights(handle.last_run().sigmas)
+                for branch in zip(*outputs, strict=True):
+                    held = Outputs()
+                    for step in computed:
+                        if held.nodes.moves(step, weights):
+                            drawn = held.nodes.drawn(step, order, weights)[0].gathered()
+                            off = deviations(drawn, branch[step]).max()
+                            most[step] = max(most[step], float(off))
+                        held.add(step, (branch[step],), weights, order)
+        return [most[step] for step in computed[2:]]
+
+    def changes(self, items: int) -> list[float]:
+        """How far the model's output is from that of the step before, relatively, at each step of plain runs."""
+        steps = self._outputs(0, items)
+        return [0.0] + [
+            sum(float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True))
+            for before, now in itertools.pairwise(steps)
+        ]
+
+    def _outputs(self, first: int, last: int) -> list[list[Any]]:
+        """What the model gives, or what is drawn in its place, at each step of the items' runs: of each call."""
+        found: list[Any] = []
+        hook = self.pipeline.transformer.register_forward_hook(
+            lambda module, given, output: found.append(output[0].detach().clone())
+        )
+        try:
+            self._draw(first, last, self.work.steps)
+        finally:
+            hook.remove()
+        calls = len(found) // self.genome.steps  # of a step
+        return [found[i : i + calls] for i in range(0, len(found), calls)]
 
     def _uncached(self) -> dict[str, int]:
         everything = np.ones((self.genome.steps, len(self.genome.components)), dtype=bool)

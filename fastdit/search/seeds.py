@@ -24,6 +24,7 @@ import numpy as np
 
 from fastdit.errors import ArgumentError
 from fastdit.schedules.schedule import Schedule
+from fastdit.schedules.spread import early_steps, even_steps
 from fastdit.search.genome import Genome
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ TGATE_STEPS = (10, 12, 14, 16, 18, 20)
 TGATE_PERIODS = (1, 3, 5, 7, 9, 11)
 TGATE_COUNT = 13
 TGATE_WARMUP = 2
-DENSITY = 1.4  # of dense early steps: 1 would spread them evenly
 FORECAST_SHARES = (0.5, 0.7, 0.35, 0.6, 0.85)  # of the steps that compute
 PAPER_STEPS = 20
 POPULATIONS = {"pixart": 72}
@@ -102,15 +102,12 @@ def evenly_spread_steps(genome: Genome, order: int = 0) -> list[np.ndarray]:
     Not of the paper, which has the grids among them: they fill the costs between every second step and all of them.
     """
     counts = range(1, genome.steps)
-    return [
-        whole_steps(genome, np.arange(count) * genome.steps // count, order) for count in counts
-    ]
+    return [whole_steps(genome, even_steps(genome.steps, count), order) for count in counts]
 
 
 def dense_early_steps(genome: Genome, count: int, order: int) -> np.ndarray:
     """About so many whole steps compute, the nearer to each other the earlier they are."""
-    places = genome.steps * (np.arange(count) / count) ** DENSITY
-    return whole_steps(genome, [0, min(1, genome.steps - 1), *places.astype(int)], order)
+    return whole_steps(genome, early_steps(genome.steps, count), order)
 
 
 def whole_steps(genome: Genome, computed: Sequence[int] | np.ndarray, order: int) -> np.ndarray:

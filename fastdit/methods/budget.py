@@ -1,0 +1,282 @@
+"""A run is given a speed, a quality or a time, and what it leaves out follows from that.
+
+Whole steps are left out, and the model's output is drawn through its last computed ones. With a plan book
+(`schedules/book.py`) they are those that were measured to be the best; without one they are evenly spread, and how far
+the pictures then are from the solution is not known. Neither the user's number of steps nor the sampler changes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastdit.checks import one_of, real, whole
+from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.methods.base import Method, check_noise
+from fastdit.schedules.book import NODES, Plan, PlanBook
+from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.schedule import Schedule
+from fastdit.schedules.spread import even_steps
+from fastdit.spec import ModelSpec
+
+#: quality -> the most that the error's interval may reach, over the unpatched run's; None for a knee of the book
+QUALITIES = {"matched": 1.0, "high": 2.0, "balanced": None, "fast": None}
+BUDGETS = ("speedup", "quality", "latency")
+SECONDS = {"s": 1.0, "ms": 1e-3}
+BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
+#: a speed or a time is met where it is missed by no more
+MISS = 0.1
+
+
+@dataclass(frozen=True)
+class Budget(Method):
+    """This method leaves out as many steps as a budget asks for. Exactly one of three is given.
+
+    Attributes:
+        speedup: Of the denoising steps' time, at least 1.
+        quality: "matched": no further from the solution than the unpatched run is. "high": at most twice as far.
+            "balanced" and "fast": where the book's plans begin to lose more for each step that they leave out.
+        latency: Seconds of a picture, the pipeline's call included.
+        book: What was measured; a quality and a latency need one.
+        guard: At each step that computes, see how far the forecast would have been; a row of the batch that is further
+            off than the book's plan was when it was measured is computed at every later step of its run.
+        max_cache_bytes: Most bytes that caches may hold at once; a run that needs more is refused.
+
+    Example:
+        >>> fastdit.patch(pipe, fastdit.Budget(speedup=3))
+    """
+
+    speedup: float | None = None
+    quality: str | None = None
+    latency: float | None = None
+    book: PlanBook | None = None
+    guard: bool = False
+    max_cache_bytes: int | None = None
+
+    name = "Budget"
+    writes = frozenset({"reuse"})
+    forecasts = True
+    skips_steps = True
+    otherwise = "a speedup fits any"
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in BUDGETS}
+        told = [name for name, value in given.items() if value is not None]
+        if len(told) != 1:
+            raise ArgumentError(
+                f"exactly one of {', '.join(given)} must be given, got {' and '.join(told) or 'none'}"
+            )
+        if self.book is not None and not isinstance(self.book, PlanBook):
+            raise ArgumentError(
+                f"book must be a PlanBook or None, got {type(self.book).__name__}; PlanBook.load(path) reads one"
+            )
+        if self.quality is not None:
+            one_of("quality", self.quality, QUALITIES)
+        if self.speedup is not None:
+            real("speedup", self.speedup, "of at least 1", lambda value: value >= 1)
+        if self.latency is not None:
+            real("latency", self.latency, "of seconds, above 0", lambda value: value > 0)
+        if self.max_cache_bytes is not None:
+            whole("max_cache_bytes", self.max_cache_bytes, 0)
+        if type(self.guard) is not bool or (self.guard and self.book is None):
+            raise ArgumentError(
+                f"guard must be True or False, and True needs a plan book, whose bounds it goes by; got {self.guard!r}"
+            )
+        if self.speedup is None and self.book is None:
+            raise ArgumentError(
+                f"{told[0]} needs a plan book of this model: `fastdit calibrate` makes one, book=PlanBook.load(path) "
+                "reads it"
+            )
+
+    @property
+    def made_for(self) -> Conditions | None:
+        """A time is one of pictures of the book's size."""
+        return None if self.latency is None else Conditions(image_tokens=self.book.image_tokens)
+
+    def asked(self, **budget: Any) -> Budget:
+        """The same book under another budget."""
+        if unknown := set(budget) - set(BUDGETS):
+            raise ArgumentError(f"a budget is one of {', '.join(BUDGETS)}, got {sorted(unknown)}")
+        budget = {**dict.fromkeys(BUDGETS), **budget}
+        budget["latency"] = parsed("latency", budget["latency"], SECONDS)
+        return replace(self, **budget)
+
+    def check_sampler(self, noise: str, scheduler: str = "") -> None:
+        """Outputs of unlike noise lie on no line; a book knows its sampler."""
+        check_noise(self, noise)
+        if self.book is None or scheduler in ("", self.book.scheduler):
+            return
+        if self.speedup is None:
+            raise ScheduleError(
+                f"{self} needs the sampler that the plan book was made under, {self.book.scheduler}, this run has "
+                f"{scheduler}; a speedup runs all the same"
+            )
+        warnings.warn(
+            f"the plan book was made under {self.book.scheduler}, this run has {scheduler}: how far its pictures are "
+            "from the solution is not known",
+            stacklevel=2,
+        )
+
+    def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
+        computed, order = self.chosen(steps)
+        return Schedule.of_steps(spec, steps, computed, order, {"budget": str(self)})
+
+    def chosen(self, steps: int) -> tuple[Sequence[int], int]:
+        """The steps that compute in a run of `steps`, and the order by which the others are drawn.
+
+        Raises:
+            ScheduleError: No plan of so many steps meets the budget.
+        """
+        book = self.book
+        if book is not None and book.steps == steps:
+            plan = self._plan(book)
+            return plan.computed, plan.order
+        if self.speedup is None:
+            raise ScheduleError(
+                f"{self} needs a plan book of {steps} steps, this one is of {book.steps}; a speedup fits any number"
+            )
+        count = self._nearest(range(steps, min(NODES, steps) - 1, -1), steps)
+        return even_steps(steps, count), 1
+
+    def bounds(self, steps: int) -> Mapping[int, float] | None:
+        if not self.guard:
+            return None
+        if self.book.steps != steps:
+            raise ScheduleError(
+                f"guard=True needs a plan book of {steps} steps, this one is of {self.book.steps}"
+            )
+        return self._plan(self.book).bounds_by_step
+
+    def told(self, steps: int) -> str:
+        count = len(self.chosen(steps)[0])
+        found = f"{self}: {count} of {steps} steps compute, {self._speed(count, steps):.2f} times as fast"
+        if self.book is None:
+            return f"{found}; evenly spread without a plan book, so the error is not known"
+        if self.book.steps != steps:
+            return (
+                f"{found}; the plan book is of {self.book.steps} steps, so the error is not known"
+            )
+        plan = self._plan(self.book)
+        return f"{found}; error {plan.ratio:.2f} [{plan.low:.2f}, {plan.high:.2f}] of the unpatched run's"
+
+    def _plan(self, book: PlanBook) -> Plan:
+        plans = book.plans
+        if self.quality is not None:
+            return _of_quality(book, self.quality)
+        counts = [len(plan.computed) for plan in plans]
+        if self.speedup is not None:
+            return plans[counts.index(self._nearest(counts, book.steps))]
+        for plan, count in zip(plans, counts, strict=True):
+            if book.seconds(count, book.steps) + book.other_seconds <= self.latency:
+                return plan
+        least = book.seconds(counts[-1], book.steps) + book.other_seconds
+        raise ScheduleError(
+            f"no plan of the book takes {self.latency:g} s a picture; the fastest takes {least:.3g} s, "
+            f"{book.other_seconds:.3g} s of them beside the steps"
+        )
+
+    def _nearest(self, counts: Sequence[int], steps: int) -> int:
+        """The number of computed steps that comes nearest to the speed-up."""
+        speeds = {count: self._speed(count, steps) for count in counts}
+        found = min(counts, key=lambda count: abs(math.log(speeds[count] / self.speedup)))
+        fastest = max(speeds.values())
+        if self.speedup > fastest * (1 + MISS):
+            raise ScheduleError(
+                f"speedup must be at most {fastest:.3g} for {steps} steps, got {self.speedup:g}: a run computes at "
+                f"least {min(counts)} of them"
+            )
+        return found
+
+    def _speed(self, count: int, steps: int) -> float:
+        if self.book is None:  # what is drawn takes no time to speak of
+            return steps / count
+        return self.book.seconds(steps, steps) / self.book.seconds(count, steps)
+
+    def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"speedup={self.speedup:g}"
+        return f"quality={self.quality!r}" if self.quality else f"latency={self.latency:g}"
+
+
+def _of_quality(book: PlanBook, quality: str) -> Plan:
+    """The fastest plan of a quality; the unpatched run where none qualifies."""
+    most = QUALITIES[quality]
+    if most is not None:
+        return [book.plans[0], *(plan for plan in book.plans[1:] if plan.high <= most)][-1]
+    first = _knee(book, book.plans)
+    return first if quality == "balanced" else _knee(book, book.plans[book.plans.index(first) :])
+
+
+def _knee(book: PlanBook, plans: Sequence[Plan]) -> Plan:
+    """The plan furthest below the line from the first to the last, in the logarithms of error and speed."""
+    points = [(math.log(book.speedup(plan)), math.log(plan.ratio)) for plan in plans]
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    below = [(y1 - y0) * (x - x0) - (y - y0) * (x1 - x0) for x, y in points]
+    return plans[below.index(max(below))]
+
+
+def budgeted(
+    transformer: Any,
+    methods: Sequence[Method],
+    *,
+    vram: int | str | None,
+    book: PlanBook | str | os.PathLike[str] | None,
+    guard: bool,
+    **budget: Any,
+) -> tuple[Method, ...]:
+    """The methods of a patch, or the budget that is given in place of any.
+
+    Raises:
+        ArgumentError: Both are given, or the budget is no budget.
+        ScheduleError: The book cannot be read, or is of another model.
+    """
+    told = [name for name, value in budget.items() if value is not None]
+    if not told:
+        for name, value in (("vram", vram), ("book", book), ("guard", guard or None)):
+            if value is not None:
+                raise ArgumentError(f"{name} belongs to a budget: {', '.join(budget)}; got none")
+        return _of_model(transformer, methods)
+    if methods:
+        names = ", ".join(getattr(method, "name", repr(method)) for method in methods)
+        raise ArgumentError(f"{told[0]} is in place of methods, got {names} beside it")
+    if isinstance(book, (str, os.PathLike)):
+        book = PlanBook.load(book)
+    elif book is None:
+        book = PlanBook.packaged(transformer)
+    budget["latency"] = parsed("latency", budget["latency"], SECONDS)
+    most = parsed("vram", vram, BYTES)
+    made = Budget(
+        **budget, book=book, guard=guard, max_cache_bytes=None if most is None else int(most)
+    )
+    return _of_model(transformer, (made,))
+
+
+def _of_model(transformer: Any, methods: Sequence[Method]) -> tuple[Method, ...]:
+    for method in methods:
+        if isinstance(method, Budget) and method.book is not None:
+            method.book.check_model(transformer)
+    return tuple(methods)
+
+
+def parsed(name: str, value: Any, units: Mapping[str, float]) -> Any:
+    """A number as it is, or a text of a number and a unit as a number.
+
+    Raises:
+        ArgumentError: A text is neither.
+    """
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\+?(\d+(?:\.\d+)?) ?([A-Za-z]+)", value)
+    if found is None or found[2] not in units:
+        raise ArgumentError(
+            f"{name} must be a number or a text in {', '.join(units)}, got {value!r}"
+        )
+    return float(found[1]) * units[found[2]]
+
+
+METHOD = Budget

@@ -1,0 +1,257 @@
+"""A plan book: what plans were measured to take and to err, for one model under one sampler. JSON, a plan a line.
+
+A plan computes some of a run's steps and draws the model's output at the others. Its error is the distance of a run's
+latents to those of many steps from the same noise, over that of the unpatched run: paired, the geometric mean over
+prompts, with its 95 % interval. `fastdit calibrate` makes books; reading one executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastdit import files
+from fastdit.checks import is_whole
+from fastdit.errors import ScheduleError
+from fastdit.schedules.forecast import MAX_ORDER
+
+FORMAT = "fastdit.plan_book"
+VERSION = 1
+#: a line is drawn through so many computed steps
+NODES = 2
+#: a folder per model, in it its book
+PACKAGED = Path(__file__).parents[1] / "presets"
+MAX_FILE_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """These steps of a run compute.
+
+    Attributes:
+        computed: Their numbers, rising from 0.
+        order: By which the others are drawn.
+        ratio: The error over that of the unpatched run.
+        low, high: Its 95 % interval.
+        bounds: The most that the forecast at a computed step was off when this was measured, half as much again, for
+            those from the third on.
+    """
+
+    computed: tuple[int, ...]
+    order: int
+    ratio: float
+    low: float
+    high: float
+    bounds: tuple[float, ...] = ()
+
+    @property
+    def bounds_by_step(self) -> dict[int, float]:
+        """Computed step -> its bound."""
+        return dict(zip(self.computed[NODES:], self.bounds, strict=False))
+
+
+@dataclass(frozen=True, eq=False)
+class PlanBook:
+    """Plans of one model, under one sampler, of one number of steps.
+
+    Attributes:
+        model: Class of the transformer, and :func:`config_hash`.
+        scheduler: Class of the scheduler.
+        steps: Steps of a run.
+        image_tokens: Those of a picture when the times were taken.
+        step_seconds: What a step that computes takes per picture, and one that is drawn.
+        other_seconds: What the pipeline's call takes per picture beside its steps.
+        plans: From the most computed steps to the fewest; the first is the unpatched run, whose ratio is 1.
+        provenance: Free JSON data: machine, versions, prompts, sizes, solution.
+    """
+
+    model: tuple[str, str]
+    scheduler: str
+    steps: int
+    image_tokens: int
+    step_seconds: tuple[float, float]
+    other_seconds: float
+    plans: tuple[Plan, ...]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def seconds(self, computed: int, steps: int) -> float:
+        """The steps of a run take so long per picture where so many compute."""
+        full, drawn = self.step_seconds
+        return computed * full + (steps - computed) * drawn
+
+    def speedup(self, plan: Plan) -> float:
+        """How much faster the steps of the plan are than those of the unpatched run."""
+        everything = self.seconds(self.steps, self.steps)
+        return everything / self.seconds(len(plan.computed), self.steps)
+
+    def check_model(self, transformer: Any) -> None:
+        """It must be of this model.
+
+        Raises:
+            ScheduleError: Naming both.
+        """
+        found = type(transformer).__name__, config_hash(transformer)
+        if found != self.model:
+            raise ScheduleError(
+                f"the plan book is of a {' with the configuration '.join(self.model)}, the model is a "
+                f"{' with the configuration '.join(found)}; `fastdit calibrate` makes one"
+            )
+
+    # ---- file
+
+    @classmethod
+    def packaged(cls, transformer: Any) -> PlanBook | None:
+        """The package's book of a model; None for one that is not in the package."""
+        for path in sorted(PACKAGED.glob("*/book.json")):
+            book = cls.load(path)
+            if book.model == (type(transformer).__name__, config_hash(transformer)):
+                return book
+        return None
+
+    def to_json(self) -> str:
+        """The book as JSON text, a plan a line."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": list(self.model),
+            "scheduler": self.scheduler,
+            "steps": self.steps,
+            "image_tokens": self.image_tokens,
+            "step_seconds": list(self.step_seconds),
+            "other_seconds": self.other_seconds,
+            "provenance": dict(self.provenance),
+        }
+        try:
+            head = json.dumps(content, indent=1, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
+        plans = ",\n".join(f"  {json.dumps(asdict(plan))}" for plan in self.plans)
+        return f'{head[:-2]},\n "plans": [\n{plans}\n ]\n}}\n'
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """This writes :meth:`to_json` to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PlanBook:
+        """This reads a book.
+
+        Raises:
+            ScheduleError: The file cannot be read, or is not a valid book; names the file and what is wrong.
+        """
+        try:
+            return cls.from_json(files.read_text(path, MAX_FILE_BYTES))
+        except (OSError, UnicodeError) as error:
+            raise ScheduleError(f"{path}: not a readable plan book: {error}") from error
+        except ScheduleError as error:
+            raise ScheduleError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> PlanBook:
+        """This reads JSON text of :meth:`to_json`.
+
+        Raises:
+            ScheduleError: It is anything else.
+        """
+        try:
+            document = files.parse(text)
+        except ValueError as error:
+            raise ScheduleError(f"not valid JSON: {error}") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ScheduleError(f'not a plan book: its format must be "{FORMAT}"')
+        if document.get("version") != VERSION:
+            raise ScheduleError(f"version must be {VERSION}, got {document.get('version')!r}")
+        try:
+            return _read(document)
+        except (KeyError, TypeError) as error:
+            raise ScheduleError(f"a field is missing or of the wrong type: {error!r}") from error
+
+
+def config_hash(transformer: Any) -> str:
+    """Eight digits over a model's configuration."""
+    config = {k: v for k, v in dict(transformer.config).items() if not k.startswith("_")}
+    text = json.dumps(config, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _read(document: Mapping[str, Any]) -> PlanBook:
+    steps, model = document["steps"], document["model"]
+    for name in ("steps", "image_tokens"):
+        given = document[name]
+        _require(is_whole(given) and given >= 1, name, "an int of at least 1", given)
+    _require(len(model) == 2 and _texts(model), "model", "a class and a hash", model)
+    _require(_texts([document["scheduler"]]), "scheduler", "a class", document["scheduler"])
+    seconds = [*document["step_seconds"], document["other_seconds"]]
+    _require(
+        len(seconds) == 3 and all(map(_is_number, seconds)) and seconds[0] > 0,
+        "step_seconds, other_seconds",
+        "two numbers and one, of at least 0, the first more",
+        seconds,
+    )
+    plans = tuple(_plan(each, steps) for each in document["plans"])
+    counts = [len(plan.computed) for plan in plans]
+    _require(
+        bool(plans) and counts[0] == steps and sorted(set(counts), reverse=True) == counts,
+        "plans",
+        f"of ever fewer computed steps, the first of all {steps}",
+        counts,
+    )
+    provenance = document["provenance"]
+    _require(isinstance(provenance, dict), "provenance", "an object", provenance)
+    return PlanBook(
+        tuple(model),
+        document["scheduler"],
+        steps,
+        document["image_tokens"],
+        tuple(seconds[:2]),
+        seconds[2],
+        plans,
+        provenance,
+    )
+
+
+def _plan(given: Mapping[str, Any], steps: int) -> Plan:
+    computed, order = given["computed"], given["order"]
+    rising = all(is_whole(step) for step in computed) and sorted(set(computed)) == list(computed)
+    _require(
+        bool(computed) and rising and computed[0] == 0 and computed[-1] < steps,
+        "computed",
+        f"rising numbers from 0 to at most {steps - 1}",
+        computed,
+    )
+    _require(is_whole(order) and 0 <= order <= MAX_ORDER, "order", "0, 1 or 2", order)
+    numbers = [given[name] for name in ("ratio", "low", "high")]
+    _require(
+        all(map(_is_number, numbers)) and 0 < numbers[1] <= numbers[0] <= numbers[2],
+        "ratio, low, high",
+        "a number above 0 within its interval",
+        numbers,
+    )
+    bounds = given["bounds"]
+    _require(
+        all(map(_is_number, bounds)) and len(bounds) in (0, max(0, len(computed) - NODES)),
+        "bounds",
+        f"none, or a number for each computed step but the first {NODES}",
+        bounds,
+    )
+    return Plan(tuple(computed), order, *map(float, numbers), tuple(bounds))
+
+
+def _require(holds: bool, name: str, accepted: str, given: Any) -> None:
+    if not holds:
+        raise ScheduleError(f"{name} must be {accepted}, got {given!r}")
+
+
+def _texts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_number(value: Any) -> bool:
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return real and math.isfinite(value) and value >= 0
