@@ -497,3 +497,15 @@ def test_an_interrupted_run_leaves_nothing():
     for callback, wanted in ((stop, None), (None, expected), (stop, None), (None, expected)):
         found = generate(pipe, "flux2-klein", steps=STEPS, callback_on_step_end=callback)
         assert wanted is None or distance(found, wanted) <= RUN_FP64
+
+
+def test_a_second_run_records_nothing_again():
+    """The pipeline gives the transformer an empty registry of hooks when it first ends."""
+    pipe = tiny_models.pipeline("flux2")
+    handle = fastdit.patch(pipe)
+    generate(pipe, "flux2", steps=STEPS)
+    programs = handle.last_run().patched.programs
+    before = dict(programs.found)
+    generate(pipe, "flux2", steps=STEPS)
+    assert programs.found == before
+    assert handle.last_run().programs == STEPS - 1

@@ -242,6 +242,11 @@ def test_where_sums_are_off(change, reason):
         assert said.cache_bytes == max(seen)
 
 
+def test_there_are_none_in_fp16():
+    handle = fastdit.patch(model_of(4, torch.float16), Cached(Schedule.every(3)))
+    assert handle.explain(steps=6).collapse == "off: sums may leave the range of fp16"
+
+
 def test_families_with_gates_of_their_own_say_nothing():
     handle = fastdit.patch(tiny_models.transformer("sd3"), Cached(Schedule.every(3)))
     assert handle.explain(steps=6).collapse == ""
