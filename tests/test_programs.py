@@ -24,9 +24,7 @@ from oracle import random_bits
 from tiny_models import sample
 
 STEPS = 6
-#: reads the length of its prompts on the host
-UNKNOWABLE = ("lumina2",)
-NAMES = [name for name in tiny_models.PIPELINES if name not in UNKNOWABLE]
+NAMES = list(tiny_models.PIPELINES)
 SPARSE = [
     name for name in NAMES if tiny_models.PIPELINES[name].family in tiny_models.forms("layouts")
 ]
@@ -363,6 +361,21 @@ def test_threads_share_programs_and_nothing_else(interpreted, ran):
     for actual, truth in zip(found, expected, strict=True):
         same_bits(actual, truth)
     assert len(ran) >= 3 * (STEPS - 1)
+
+
+@pytest.mark.parametrize("method", ["dense", "random", "ras"])
+def test_prompts_of_unlike_length_have_programs_of_their_own(method, interpreted, ran):
+    """Lumina 2 puts their pictures in other places, which a mask follows."""
+    pipe = tiny_models.pipeline("lumina2")
+    fastdit.patch(pipe, *METHODS[method](pipe))
+    masks = torch.ones(2, 3, tiny_models.TEXT, dtype=torch.int64)
+    masks[1, 0, -2:] = masks[1, 2, -1:] = 0
+    for mask in (*masks, *masks):
+        told = {"batch": 3, "prompt_attention_mask": mask}
+        expected = interpreted(draw, "lumina2", pipe, **told)
+        before = len(ran)
+        same_bits(draw("lumina2", pipe, **told), expected)
+    assert len(ran) - before >= STEPS
 
 
 def test_what_reads_values_stays_as_it_is(interpreted, ran, monkeypatch):
