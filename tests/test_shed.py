@@ -35,7 +35,9 @@ __all__ = ["tapes"]
 ROOT = Path(__file__).parents[1]
 STEPS = 3
 #: families whose blocks have modulation layers of their own
-NAMES = [name for name in tiny_models.FAMILIES if not name.startswith("pixart")]
+#: their blocks share a modulation, to which each adds a table at most
+SHARED = ("pixart", "wan", "flux2")
+NAMES = [name for name in tiny_models.FAMILIES if not name.startswith(SHARED)]
 EACH = tiny_models.one_each(NAMES, -1)
 METHODS = {
     "dense": lambda: Dense(),
@@ -213,7 +215,8 @@ def test_pictures_have_their_bits_on_reference(name, method):
     same_bits(generate(pipe, name, **given), expected)
 
 
-@pytest.mark.parametrize("name", EACH)
+# The pipeline of Z-Image gives latents in fp32.
+@pytest.mark.parametrize("name", [name for name in EACH if name != "zimage"])
 def test_pictures_are_within_the_contract(name):
     """In fp64, and by programs, all but a branch's first call."""
     pipe = tiny_models.pipeline(name, torch.float64)
@@ -365,13 +368,15 @@ def test_compiled_blocks(name):
 
 def loop(name, dtype=torch.float64):
     """Four calls, of which the third has another timestep than was said."""
+    adapter = tiny_models.adapter_of(name)
+    latents, time = adapter.image_argument, adapter.time_argument
     calls = [tiny_models.call(name, 2, dtype=dtype) for _ in range(4)]
-    first = calls[0]["timestep"]
+    first = calls[0][time]
     said = torch.stack([first[0] / 2**n for n in range(4)]).to(first.dtype)
     for call, value in zip(calls, said, strict=True):
-        call |= {k: v for k, v in calls[0].items() if k != "hidden_states"}
-        call["timestep"] = value.expand(2)
-    calls[2]["timestep"] = (said[2] * 3).expand(2)
+        call |= {k: v for k, v in calls[0].items() if k != latents}
+        call[time] = value.expand(2)
+    calls[2][time] = (said[2] * 3).expand(2)
     return calls, said
 
 
@@ -379,7 +384,7 @@ def run(model, handle, calls, said):
     found = []
     with torch.no_grad(), handle.run(said):
         for call in calls:
-            found.append(model(**call)[0])
+            found.append(tiny_models.sample(model(**call)))
             handle.advance()
     return found
 
@@ -391,7 +396,7 @@ def test_an_unforeseen_timestep_is_computed_exactly(name, backend):
     model = tiny_models.transformer(name, torch.float64)
     calls, said = loop(name)
     with torch.no_grad():
-        expected = [model(**call)[0] for call in calls]
+        expected = [tiny_models.sample(model(**call)) for call in calls]
     handle = fastdit.patch(model, backend=backend, shed_modulations="disk")
     for found, wanted in zip(run(model, handle, calls, said), expected, strict=True):
         if backend:
@@ -586,7 +591,8 @@ def test_a_layer_that_is_written_in_the_run_is_seen(backend):
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
-@pytest.mark.parametrize("name", tiny_models.one_each(NAMES))
+# HunyuanVideo-1.5's tiny model is narrower than its configuration says.
+@pytest.mark.parametrize("name", tiny_models.one_each([n for n in NAMES if "hunyuan" not in n]))
 def test_everything_is_saved(name, place, tmp_path):
     model = tiny_models.transformer(name)
     expected = {key: value.clone() for key, value in model.state_dict().items()}
@@ -841,9 +847,9 @@ def test_layers_that_are_refused_by_name(form):
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("name", ["pixart-alpha", "pixart-sigma"])
+@pytest.mark.parametrize("name", [name for name in tiny_models.FAMILIES if name.startswith(SHARED)])
 def test_models_that_are_refused_by_name(name):
-    with pytest.raises(UnsupportedModelError, match=r"pixart.* nothing to shed"):
+    with pytest.raises(UnsupportedModelError, match=rf"{name.partition('-')[0]}.* nothing to shed"):
         fastdit.patch(tiny_models.transformer(name), shed_modulations="host")
 
 

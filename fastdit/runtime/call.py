@@ -28,7 +28,7 @@ from fastdit.errors import ArgumentError
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
 from fastdit.runtime.asked import POSITIONS, Asked
-from fastdit.runtime.branched import Branched
+from fastdit.runtime.branch import Branched
 from fastdit.runtime.graphs import GraphRun
 from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of

@@ -14,16 +14,13 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdit.blocks.attention import KeyValues
-from fastdit.blocks.forward import Slots
-from fastdit.blocks.modulation import Modulations
 from fastdit.blocks.nodes import HeldSums, Weights
 from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import FastDiTError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
-from fastdit.runtime.forecasts import Outputs
+from fastdit.runtime.branch import Branch
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
@@ -49,43 +46,6 @@ class StepRecord:
     computed: int = 0
     reused: int = 0
     actions: Sequence[BlockActions] = ()
-
-
-@dataclass(eq=False)
-class Branch:
-    """A branch holds the caches of one CFG branch: of the calls at one place in the code within the steps of a run.
-
-    One that is met again is the same object, and a key for what methods keep of it.
-    """
-
-    slots: Slots = field(default_factory=dict)
-    owned: dict[Any, None] = field(default_factory=dict)  # slots that may be written into
-    prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
-    modulations: Modulations | None = None
-    foresees: bool = True
-    keys: dict[Any, KeyValues] = field(default_factory=dict)
-    ages: dict[Any, Any] = field(default_factory=dict)
-    outputs: Outputs = field(default_factory=Outputs)
-    velocity: Tensor | None = None
-    collapses: bool = False
-    restated: bool = False
-    memory: dict[Any, Any] = field(default_factory=dict)
-    form: Any = None  # what stands for what is kept, where that is known; see `programmed.py`
-    signature: tuple[Any, ...] | None = None
-    embeddings: tuple[Tensor, ...] = ()
-    versions: tuple[Any, ...] = ()
-
-    def clear_tokens(self) -> None:
-        """What is kept of tokens in the blocks is freed, where these are others from now on."""
-        for held in (self.slots, self.keys, self.ages, self.memory):
-            held.clear()
-        self.velocity = self.form = None
-
-    def clear(self) -> None:
-        """Everything is freed, also for whoever still holds on to the branch."""
-        for held in (self.slots, self.owned, self.prompts, self.keys, self.memory):
-            held.clear()
-        self.__init__()
 
 
 @dataclass(eq=False, repr=False)

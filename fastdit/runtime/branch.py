@@ -1,17 +1,59 @@
-"""Which branch's caches a call has, and what of them goes when it is given something else."""
+"""What is kept of one branch of guidance, and which of it a call has."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of
+from fastdit.blocks.attention import KeyValues
+from fastdit.blocks.forward import Slots
+from fastdit.blocks.modulation import Modulations
 from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.run import Branch, Run
 from fastdit.versions import Watched, same, versions
+
+if TYPE_CHECKING:
+    from fastdit.runtime.run import Run
+
+
+@dataclass(eq=False)
+class Branch:
+    """A branch holds the caches of one CFG branch: of the calls at one place in the code within the steps of a run.
+
+    One that is met again is the same object, and a key for what methods keep of it.
+    """
+
+    slots: Slots = field(default_factory=dict)
+    owned: dict[Any, None] = field(default_factory=dict)  # slots that may be written into
+    prompts: dict[nn.Module, Tensor] = field(default_factory=dict)
+    modulations: Modulations | None = None
+    foresees: bool = True
+    keys: dict[Any, KeyValues] = field(default_factory=dict)
+    ages: dict[Any, Any] = field(default_factory=dict)
+    outputs: Outputs = field(default_factory=Outputs)
+    velocity: Tensor | None = None
+    collapses: bool = False
+    restated: bool = False
+    memory: dict[Any, Any] = field(default_factory=dict)
+    form: Any = None  # what stands for what is kept, where that is known; see `programmed.py`
+    signature: tuple[Any, ...] | None = None
+    embeddings: tuple[Tensor, ...] = ()
+    versions: tuple[Any, ...] = ()
+
+    def clear_tokens(self) -> None:
+        """What is kept of tokens in the blocks is freed, where these are others from now on."""
+        for held in (self.slots, self.keys, self.ages, self.memory):
+            held.clear()
+        self.velocity = self.form = None
+
+    def clear(self) -> None:
+        """Everything is freed, also for whoever still holds on to the branch."""
+        for held in (self.slots, self.owned, self.prompts, self.keys, self.memory):
+            held.clear()
+        self.__init__()
 
 
 class Branched:
