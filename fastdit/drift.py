@@ -139,7 +139,8 @@ def _is_restated(adapter: Any, stock: Any) -> bool:
         masks = {n: t for n, t in given.items() if not t.is_meta}
         told = {n: t.double() for n, t in drawn(given, model, draw).items()} | masks
         known = adapter.read_prompt(told)
-        mine, theirs = adapter.run_read(known, {}, model, **told).sample, model(**told).sample
+        mine = adapter.run_read(known, {}, model, **told).sample
+        theirs = stock.forward(model, **told).sample
     return mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=_CLOSE, atol=_CLOSE)
 
 
