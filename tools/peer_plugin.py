@@ -37,8 +37,9 @@ TRANSFORMERS = (
     "LuminaNextDiT2DModel",
     "PixArtTransformer2DModel",
     "SD3Transformer2DModel",
+    "ZImageTransformer2DModel",
 )
-PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "StableDiffusion3")
+PIPELINES = ("DiT", "Flux", "Lumina", "PixArt", "StableDiffusion3", "ZImage")
 OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
 #: elements of every output that are kept to be compared with another mode's
 SAMPLES = 16

@@ -47,6 +47,7 @@ SUITES = {
     "dit": ("pipelines", [f"{_PIPELINES}/dit"]),
     "lumina": ("pipelines", [f"{_PIPELINES}/lumina"]),
     "lumina2": ("pipelines", [f"{_PIPELINES}/lumina2"]),
+    "zimage": ("pipelines", [f"{_PIPELINES}/z_image"]),
     "pag": (
         "pipelines",
         [
@@ -69,6 +70,7 @@ SUITES = {
             f"{_MODELS}/test_models_transformer_lumina.py",
             f"{_MODELS}/test_models_transformer_lumina2.py",
             f"{_MODELS}/test_models_transformer_sd3.py",
+            f"{_MODELS}/test_models_transformer_z_image.py",
         ],
     ),
 }

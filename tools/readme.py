@@ -49,6 +49,7 @@ FAMILIES = {
     "lumina": "Lumina-Next",
     "lumina2": "Lumina 2",
     "qwen": "Qwen-Image",
+    "zimage": "Z-Image",
 }
 
 
