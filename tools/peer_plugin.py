@@ -40,6 +40,7 @@ TRANSFORMERS = (
     "QwenImageTransformer2DModel",
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
+    "ZImageTransformer2DModel",
 )
 PIPELINES = (
     "DiT",
@@ -50,6 +51,7 @@ PIPELINES = (
     "QwenImage",
     "StableDiffusion3",
     "Wan",
+    "ZImage",
 )
 OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
 #: elements of every output that are kept to be compared with another mode's

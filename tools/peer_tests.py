@@ -62,6 +62,7 @@ SUITES = {
         ],
     ),
     "hunyuanvideo15": ("pipelines", [f"{_PIPELINES}/hunyuan_video1_5"]),
+    "zimage": ("pipelines", [f"{_PIPELINES}/z_image"]),
     "pag": (
         "pipelines",
         [
@@ -91,6 +92,7 @@ SUITES = {
             f"{_MODELS}/test_models_transformer_qwenimage.py",
             f"{_MODELS}/test_models_transformer_sd3.py",
             f"{_MODELS}/test_models_transformer_wan.py",
+            f"{_MODELS}/test_models_transformer_z_image.py",
         ],
     ),
 }
