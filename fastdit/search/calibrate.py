@@ -1,8 +1,8 @@
 """A plan book in minutes: whole steps, left out at several places and drawn by several orders, each measured.
 
-For each number of computed steps there are candidates: evenly spread, dense early, and where the output changes by
-equal amounts (as InvarDiff, arXiv 2512.05134, places them by quantiles of a few runs), each drawn as a line and as a
-parabola. The evenly spread line stays unless another is nearer to the solution by the interval of the paired ratio, so
+For each number of computed steps there are candidates: evenly spread and drawn as a line or as a parabola, and drawn as
+a line dense early, or where the output changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them by
+quantiles of a few runs). The evenly spread line stays unless another is nearer to the solution by the interval of the paired ratio, so
 that what is chosen on a few prompts holds on others.
 """
 
@@ -33,8 +33,7 @@ from fastdit.search import solution
 from fastdit.search.evaluator import Evaluator, Work, fingerprint
 
 #: of all steps: so many compute
-SHARES = (0.75, 0.65, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.21, 0.18, 0.15)
-ORDERS = (1, 2)
+SHARES = (0.75, 0.6, 0.5, 0.43, 0.36, 0.3, 0.25, 0.21, 0.18, 0.15)
 LEAST_STEPS = 8
 #: pictures of which the output's changes are taken
 SEEN = 2
@@ -126,9 +125,10 @@ def interval(logarithms: np.ndarray) -> tuple[float, float, float]:
 
 def _candidates(steps: int, count: int, changes: Sequence[float]) -> list[Place]:
     """At most `count` steps compute; the evenly spread line comes first."""
-    places = (even_steps(steps, count), early_steps(steps, count), changing_steps(changes, count))
-    found = [(tuple(place), order) for place in places for order in ORDERS]
-    return [each for each in dict.fromkeys(found) if len(each[0]) <= count]
+    even, early = even_steps(steps, count), early_steps(steps, count)
+    drawn = (even, 1), (even, 2), (early, 1), (changing_steps(changes, count), 1)
+    found = [(tuple(place), order) for place, order in drawn if len(place) <= count]
+    return list(dict.fromkeys(found))
 
 
 class _Trial:
