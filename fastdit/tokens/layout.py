@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,14 +51,14 @@ class Layout:
         table = torch.cat([torch.full_like(places[:, :1], level), places], dim=1)[None]
         return cls(grid, table, table.shape[1] if level else 0)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """What stages call it: "coarse", "full" or "mixed"."""
         if self.coarse == self.tokens:
             return "coarse"
         return "mixed" if self.coarse else "full"
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens of one image."""
         return self.table.shape[1]
@@ -67,7 +68,7 @@ class Layout:
         level, *places = self.table.float().unbind(-1)
         return torch.stack(places, dim=-1) + (level / 2 if self.centred else 0 * level)[..., None]
 
-    @property
+    @cached_property
     def weighs_keys(self) -> bool:
         """Whether some keys count more than others."""
         return self.coarse_keys != 1 and self.name == "mixed"
