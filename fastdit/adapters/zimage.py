@@ -251,11 +251,8 @@ class ZImage(Listed):
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """The example has pictures, and prompts of one length."""
         text = blank(transformer, size.text, transformer.config.cap_feat_dim)
-        return {
-            "x": self.as_given(picture(transformer, size, self.patch(transformer))),
-            "t": blank(transformer),
-            "cap_feats": list(text.unbind()),
-        }
+        pictures = self.as_given(picture(transformer, size, self.patch(transformer)))
+        return {"x": pictures, "t": blank(transformer), "cap_feats": list(text.unbind())}
 
 
 ADAPTER = ZImage()

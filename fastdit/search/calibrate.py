@@ -2,8 +2,8 @@
 
 For each number of computed steps there are candidates: evenly spread and drawn as a line or as a parabola, and drawn as
 a line dense early, or where the output changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them by
-quantiles of a few runs). The evenly spread line stays unless another is nearer to the solution by the interval of the paired ratio, so
-that what is chosen on a few prompts holds on others.
+quantiles of a few runs). The evenly spread line stays unless another is nearer to the solution by the interval of the
+paired ratio, so that what is chosen on a few prompts holds on others.
 """
 
 from __future__ import annotations
