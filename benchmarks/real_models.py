@@ -151,6 +151,26 @@ def _qwen(model, batch, latent, text, new) -> Inputs:
     }
 
 
+def _flux2(model, batch, latent, text, new) -> Inputs:
+    side = latent // 2
+    image_ids, text_ids = new(batch, side * side, 4).zero_(), new(batch, text, 4).zero_()
+    return {
+        "hidden_states": new(batch, side * side, model.config.in_channels),
+        "encoder_hidden_states": new(batch, text, model.config.joint_attention_dim),
+        "img_ids": image_ids,
+        "txt_ids": text_ids,
+        "guidance": new(batch).fill_(3.5),
+        "timestep": new(batch).fill_(0.5),
+    }
+
+
+def _wan(model, batch, latent, text, new) -> Inputs:
+    return {
+        "hidden_states": new(batch, model.config.in_channels, 1, latent, latent),
+        "encoder_hidden_states": new(batch, text, model.config.text_dim),
+    }
+
+
 NARROW_SD3 = {
     "num_attention_heads": 2,
     "attention_head_dim": 8,
@@ -254,6 +274,33 @@ MODELS = (
         128,
         50,
         _qwen,
+    ),
+    RealModel(
+        "FLUX.2-dev 1024",
+        "Flux2Transformer2DModel",
+        {},
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "axes_dims_rope": (2, 2, 2, 2),
+            "joint_attention_dim": 24,
+        },
+        1,
+        128,
+        512,
+        50,
+        _flux2,
+    ),
+    RealModel(
+        "Wan 2.1 14B, one frame of 1024",
+        "WanTransformer3DModel",
+        {},
+        {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "text_dim": 24},
+        1,
+        128,
+        512,
+        50,
+        _wan,
     ),
     RealModel(
         "DiT-XL/2 512",
