@@ -75,6 +75,7 @@ def _reproducible():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # which training sets
     left = torch.is_grad_enabled()
     torch.set_grad_enabled(True)
     assert left, "the test left gradients switched off"

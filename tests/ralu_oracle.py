@@ -248,7 +248,7 @@ def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
 def _decoded(pipe: Any, latents: Tensor) -> Tensor:
     """The picture [1, 3, H, W] of latents [C, h, w]."""
     vae, scale, shift = pipe.vae, *_scale_and_shift(pipe, latents)
-    return vae.decode((latents / scale + shift)[None]).sample
+    return vae.decode((latents / scale + shift)[None].to(vae.dtype)).sample
 
 
 def _encoded(pipe: Any, image: Tensor) -> Tensor:
@@ -298,7 +298,7 @@ def unpack(tokens: Tensor, cells: tuple[int, int]) -> Tensor:
 
 
 def _packs(pipe: Any) -> bool:
-    return not type(pipe.transformer).__name__.startswith("SD3")
+    return type(pipe.transformer).__name__.startswith(("Flux", "Qwen"))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ SPARSE = [name for name in tiny_models.forms("layouts") if name in NAMES]
 RESIZED = tiny_models.forms("changes_resolution")
 #: calls of a step
 CALLS = {"flux": 2, "flux-dev": 2, "lumina2": 2, "qwen": 2, "wan": 2, "flux2-klein": 2}
+CALLS["hunyuanvideo15"] = 2
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from fastdit.runtime import run as run_module
 STEPS = 4
 METHODS = {"dense": lambda: Dense(), "reused": lambda: Cached(Schedule.every(2))}
 #: Python calls of fastdit around a program, and of each launch in it
-AROUND, OF_A_LAUNCH = 100, 8
+AROUND, OF_A_LAUNCH = 110, 8
 FORMS = ["sd3", "sd3.5", "flux-dev", "pixart-sigma", "dit", "lumina"]
 
 

@@ -22,6 +22,7 @@ from fastdit.adapters.arguments import arguments_of, forward_arguments
 from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, readers, self_attention
 from fastdit.blocks.forward import Forward
+from fastdit.blocks.gated import feed_forward
 from fastdit.blocks.residual import Residual, by_rows, joint_normed
 from fastdit.errors import ArgumentError
 from fastdit.tokens.layout import SIDE, Layout
@@ -56,7 +57,7 @@ def double_block(
         return fw.segments.attention(block.attn, **kwargs)
 
     def feed(ff: nn.Module, stream: Residual, *norm: Any) -> Callable[[], Tensor]:
-        return lambda: fw.segments.feed_forward(ff, stream.normed(*norm))
+        return lambda: feed_forward(fw, ff, stream.normed(*norm))
 
     fw.add_component("attn", attend, (image, img[2]), (text, txt[2]))
     fw.add_component("ff", feed(block.ff, image, block.norm2, img[4], img[3]), (image, img[5]))

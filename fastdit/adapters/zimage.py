@@ -21,6 +21,7 @@ from fastdit.adapters._listed import Listed, returned, tiled, untiled
 from fastdit.adapters.arguments import arguments_of, forward_arguments, scaled_adapters
 from fastdit.adapters.base import Size, blank, picture
 from fastdit.adapters.lumina import squashed
+from fastdit.blocks import gated
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.observe import unobserved
@@ -71,7 +72,7 @@ def _block(prefix: str) -> Callable[..., Tensor]:
 
         def feed_forward() -> Tensor:
             u = stream.normed(block.ffn_norm1, scale_mlp, None)
-            return fw.segments.feed_forward(block.feed_forward, u)
+            return gated.feed_forward(fw, block.feed_forward, u)
 
         norms, names = (block.attention_norm2, block.ffn_norm2), ("attention", "feed_forward")
         branch = fw.component(prefix + names[0], lambda: fw.normed(norms[0], attend()))

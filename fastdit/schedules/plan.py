@@ -178,7 +178,7 @@ def _sums(
         return ()
     slots = [(block, name) for block, row in enumerate(actions[0]) for name in row]
     kinds = [kind.name for kind in spec.kinds for _ in range(kind.count)]
-    flags = np.array([[step[block][name] for block, name in slots] for step in actions])
+    flags = np.array([[step[block][name] for block, name in slots] for step in actions], dtype=int)
     if repeats and (flags & DRAWN).any():
         return ()
     computes, reads = ((flags & each).astype(bool) for each in (COMPUTE, REUSE))

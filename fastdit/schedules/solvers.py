@@ -171,6 +171,8 @@ def _no_unipc(pipe: Any, scheduler: Any, flow: bool) -> str:
         return f"it draws noise ({noise}), for which the model may have been distilled"
     if not flow:
         return "it clips what it takes to be the picture" if config.get("clip_sample") else ""
+    if any(cls.__name__.startswith("ZImage") for cls in type(pipe).__mro__):
+        return "the pipeline gives it a list of sigmas, which UniPC does not take"
     if "strength" in inspect.signature(type(pipe).__call__).parameters:
         return "the pipeline has it add noise to a picture, which UniPC does otherwise"
     linear = config.get("use_dynamic_shifting") and config.get("time_shift_type") == "linear"

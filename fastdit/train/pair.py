@@ -25,8 +25,10 @@ class Pair(Tensor):
     teacher: Tensor
 
     @staticmethod
-    def of(student: Tensor, teacher: Tensor) -> Pair:
-        """This pairs two tensors of one shape."""
+    def of(student: Any, teacher: Any) -> Any:
+        """This pairs two tensors of one shape, or those of two lists."""
+        if isinstance(student, list):
+            return [Pair.of(*each) for each in zip(student, teacher, strict=True)]
         pair = student.detach().as_subclass(Pair)
         pair.student, pair.teacher = student, teacher
         return pair
