@@ -470,7 +470,7 @@ def test_the_interval_of_a_ratio():
 
 def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
     """Each ratio is that of the latents' distances to the solution, which is drawn here anew."""
-    monkeypatch.setattr(solution, "STEPS", 12)
+    monkeypatch.setattr("fastdit.search.calibrate.SOLUTION", 12)
     pipe = fastdit.tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "a blue square"]
@@ -487,7 +487,7 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
         given = {"generator": generators, "output_type": "latent"}
         return pipe(prompts, num_inference_steps=steps, **given).images
 
-    with solution.solving(pipe) as steps:
+    with solution.solving(pipe, 12) as steps:
         truth = draw(steps)
     handle = fastdit.patch(pipe, speedup=book.speedup(4, 8), book=book)
     found = draw(8)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fastdit.cli.loading import Model
     from fastdit.schedules.book import PlanBook
 
-EMBEDDED_PROMPTS = 8  # of scenes with one object, and with two
+EMBEDDED_PROMPTS = 6  # of scenes with one object, and with two
 
 
 def run(

@@ -1,9 +1,9 @@
-"""A plan book in minutes: whole steps, left out at several places and drawn by several orders, each measured.
+"""A plan book in minutes: whole steps, left out at several places, each measured.
 
-For each number of computed steps there are candidates: evenly spread and drawn as a line or as a parabola, and drawn as
-a line dense early, or where the output changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them by
-quantiles of a few runs). The evenly spread line stays unless another is nearer to the solution by the interval of the
-paired ratio, so that what is chosen on a few prompts holds on others.
+For each number of computed steps there are candidates: evenly spread, dense early, and where the output changes by
+equal amounts (as InvarDiff, arXiv 2512.05134, places them by quantiles of a few runs); the others are drawn as lines.
+Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio, so that what is
+chosen on a few prompts holds on others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from fastdit.search import solution
 from fastdit.search.evaluator import Evaluator, Work, fingerprint
 
 #: of all steps: so many compute
-SHARES = (0.75, 0.6, 0.5, 0.43, 0.36, 0.3, 0.25, 0.21, 0.18, 0.15)
+SHARES = (0.75, 0.68, 0.6, 0.54, 0.5, 0.43, 0.39, 0.36, 0.32, 0.29, 0.25, 0.21, 0.18, 0.15)
+ORDER = 1
 LEAST_STEPS = 8
 #: pictures of which the output's changes are taken
 SEEN = 2
@@ -41,6 +42,8 @@ CONFIDENCE = 0.95
 #: a guard's bound over the most that was measured
 MARGIN = 1.5
 REPEATS = 3
+#: steps of the solution: many more than any run that is measured
+SOLUTION = 100
 
 #: steps that compute, and the order by which the others are drawn
 Place = tuple[tuple[int, ...], int]
@@ -93,7 +96,7 @@ def calibrate(
     candidates = {count: _candidates(steps, count, changes) for count in counts}
     total = 1 + sum(map(len, candidates.values()))
     done = itertools.count(1)
-    everything = tuple(range(steps)), 1
+    everything = tuple(range(steps)), ORDER
 
     def losses(place: Place) -> np.ndarray:
         found = trial.losses(place)
@@ -106,7 +109,7 @@ def calibrate(
         for places in candidates.values():
             even, *others = places
             measured = {place: losses(place) for place in places}
-            best = min(others, key=lambda place: measured[place].mean())
+            best = min(others, key=lambda place: measured[place].mean(), default=even)
             if interval(measured[best] - measured[even])[2] >= 1:
                 best = even
             bounds = tuple(MARGIN * each for each in trial.deviations(best))
@@ -125,9 +128,8 @@ def interval(logarithms: np.ndarray) -> tuple[float, float, float]:
 
 def _candidates(steps: int, count: int, changes: Sequence[float]) -> list[Place]:
     """At most `count` steps compute; the evenly spread line comes first."""
-    even, early = even_steps(steps, count), early_steps(steps, count)
-    drawn = (even, 1), (even, 2), (early, 1), (changing_steps(changes, count), 1)
-    found = [(tuple(place), order) for place, order in drawn if len(place) <= count]
+    places = even_steps(steps, count), early_steps(steps, count), changing_steps(changes, count)
+    found = [(tuple(place), ORDER) for place in places if len(place) <= count]
     return list(dict.fromkeys(found))
 
 
@@ -143,9 +145,9 @@ class _Trial:
                 "a plan book needs a sampler that calls the model once a step, "
                 f"{type(pipeline.scheduler).__name__} makes {calls} calls of {work.steps}"
             )
-        with solution.solving(pipeline) as steps:
-            self._truth = self._drawn(steps)
         self.handle = patch(pipeline, Budget(speedup=1), backend=work.backend)
+        with solution.solving(pipeline, SOLUTION) as steps:
+            self._truth = self._drawn(steps)
 
     def losses(self, place: Place) -> np.ndarray:
         """The logarithm of each picture's distance to the solution."""
@@ -267,5 +269,5 @@ class _Trial:
             "seed": self.work.seed,
             "batch": self.work.batch,
             "arguments": dict(self.work.arguments),
-            "solution": f"{solution.STEPS} steps",
+            "solution": f"{SOLUTION} steps",
         }

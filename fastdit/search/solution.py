@@ -30,11 +30,11 @@ def check_solvable(pipeline: Any) -> None:
 
 
 @contextmanager
-def solving(pipeline: Any) -> Iterator[int]:
+def solving(pipeline: Any, steps: int | None = None) -> Iterator[int]:
     """Inside, runs of so many steps come to the solution; afterwards the pipeline has its own scheduler again."""
-    own = pipeline.scheduler
-    pipeline.scheduler = recommend(pipeline, STEPS).scheduler
+    own, steps = pipeline.scheduler, steps or STEPS
+    pipeline.scheduler = recommend(pipeline, steps).scheduler
     try:
-        yield STEPS
+        yield steps
     finally:
         pipeline.scheduler = own
