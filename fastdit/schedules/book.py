@@ -25,8 +25,8 @@ FORMAT = "fastdit.plan_book"
 VERSION = 1
 #: a line is drawn through so many computed steps
 NODES = 2
-#: a folder per model, in it its book
-PACKAGED = Path(__file__).parents[1] / "presets"
+#: a book per model
+PACKAGED = Path(__file__).parents[1] / "books"
 MAX_FILE_BYTES = 4 << 20
 
 
@@ -109,7 +109,7 @@ class PlanBook:
     @classmethod
     def packaged(cls, transformer: Any) -> PlanBook | None:
         """The package's book of a model; None for one that is not in the package."""
-        for path in sorted(PACKAGED.glob("*/book.json")):
+        for path in sorted(PACKAGED.glob("*.json")):
             book = cls.load(path)
             if book.model == (type(transformer).__name__, config_hash(transformer)):
                 return book
