@@ -59,7 +59,7 @@ def test_wheel_lists_every_source_file_and_nothing_else():
         for package in ("fastdit", "triton_kernels")
         for path in (ROOT / package).rglob("*.py")
     }
-    for data in ("fastdit/emoji/assets", "fastdit/tiny/assets", "fastdit/presets"):
+    for data in ("fastdit/books", "fastdit/emoji/assets", "fastdit/tiny/assets", "fastdit/presets"):
         expected |= {str(p.relative_to(ROOT)) for p in (ROOT / data).rglob("*") if p.is_file()}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     built = {f for f in listed if f.endswith(".so")}
