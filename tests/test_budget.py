@@ -324,6 +324,14 @@ def test_a_guard_waits_for_nothing(monkeypatch):
     assert guard.fired()
 
 
+@pytest.mark.parametrize("method", [fastdit.RAS(), fastdit.RALU.preset("sd3-2x")])
+def test_a_guard_is_refused_beside_a_part_of_the_tokens(pipe, book, method):
+    before = snapshot(pipe.transformer)
+    with pytest.raises(fastdit.CompositionError, match=f"guard=True .* {method.name} computes"):
+        fastdit.patch(pipe, Budget(speedup=2, book=book, guard=True), method)
+    assert snapshot(pipe.transformer) == before
+
+
 def test_a_guard_needs_the_book_s_steps(pipe, book):
     guarded(pipe, book, (1.0, 1.0))
     with pytest.raises(ScheduleError, match="guard=True needs a plan book of 12 steps"):
@@ -509,6 +517,19 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
         draw(8)
         assert (len(computed(handle)) > 4) == (steps > 4)
         handle.unpatch()
+
+
+def test_a_calibration_leaves_nothing_behind(pipe, monkeypatch):
+    """Not where it breaks off, and it takes no patch away."""
+    before = snapshot(pipe.transformer)
+    monkeypatch.setattr("fastdit.search.calibrate.SOLUTION", -1)
+    with pytest.raises(ArgumentError, match="steps must be an int of at least 1"):
+        calibrate(pipe, ["a", "b"], 8)
+    assert snapshot(pipe.transformer) == before
+    handle = fastdit.patch(pipe, speedup=2)
+    with pytest.raises(ArgumentError, match="must not be patched"):
+        calibrate(pipe, ["a", "b"], 8)
+    assert fastdit.report(pipe).methods == handle.report().methods
 
 
 @pytest.mark.parametrize(("steps", "prompts"), [(4, ["a", "b"]), (8, ["a"])])

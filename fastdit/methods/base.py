@@ -137,6 +137,7 @@ class Method:
         run_steps: The number of steps it was made for; None fits any.
         made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
         otherwise: What to do about a run that it does not fit.
+        guard: It compares its forecasts with what the model gives, see `runtime/guard.py`.
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
         adapts: Whole steps are extrapolated only where that was better than a repeat before.
         weighs_keys: Some keys of an attention count more than others.
@@ -152,6 +153,7 @@ class Method:
     run_steps: int | None = None
     made_for: Conditions | None = None
     otherwise: str = "strict=False runs it all the same"
+    guard: bool = False
     forecasts: bool = False
     adapts: bool = False
     weighs_keys: bool = False

@@ -29,7 +29,7 @@ QUALITIES = {"matched": 1.0, "high": 2.0, "balanced": None, "fast": None}
 BUDGETS = ("speedup", "quality", "latency")
 SECONDS = {"s": 1.0, "ms": 1e-3}
 BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
-#: a speed or a time is met where it is missed by no more
+#: a speed is met where it is missed by no more
 MISS = 0.1
 
 

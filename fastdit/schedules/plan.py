@@ -36,6 +36,7 @@ class PlanningMethod(Protocol):
 
     name: str
     writes: frozenset[str]
+    guard: bool
 
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], timesteps: Any
@@ -84,7 +85,7 @@ class RunPlan:
 
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
-    """This refuses methods that write the same field of a plan.
+    """This refuses methods that write the same field of a plan, and a guard where not all tokens are computed.
 
     Raises:
         CompositionError: Naming both methods and the field.
@@ -97,6 +98,11 @@ def check_composition(methods: Sequence[PlanningMethod]) -> None:
                     f"{owner[field]} and {method.name} both decide {field!r} and cannot be composed; give one of them"
                 )
             owner[field] = method.name
+    parts = sorted({"rows", "resolution"} & set(owner))
+    if parts and any(method.guard for method in methods):
+        raise CompositionError(
+            f"guard=True compares outputs of all tokens, and {owner[parts[0]]} computes others; give one of them"
+        )
 
 
 def ops_of(methods: Sequence[PlanningMethod]) -> tuple[str, ...]:

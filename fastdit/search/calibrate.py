@@ -27,6 +27,7 @@ from fastdit.methods.budget import Budget
 from fastdit.patch import patch
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.guard import deviations
+from fastdit.runtime.install import LINK
 from fastdit.schedules.book import NODES, Plan, PlanBook, config_hash
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search import solution
@@ -73,8 +74,8 @@ def calibrate(
         watch: Is told the number of measured plans, and of all.
 
     Raises:
-        ArgumentError: The sampler draws noise or calls the model several times a step, the pipeline gives no latents,
-            or an argument is not accepted.
+        ArgumentError: The sampler draws noise or calls the model several times a step, the pipeline gives no latents
+            or is patched, or an argument is not accepted.
     """
     if steps < LEAST_STEPS or len(prompts) < 2:
         raise ArgumentError(
@@ -92,18 +93,20 @@ def calibrate(
     )
     trial = _Trial(pipeline, work)
     counts = sorted({max(NODES, round(share * steps)) for share in shares} - {steps}, reverse=True)
-    changes = trial.changes()
-    candidates = {count: _candidates(steps, count, changes) for count in counts}
-    total = 1 + sum(map(len, candidates.values()))
     done = itertools.count(1)
     everything = tuple(range(steps)), ORDER
 
-    def losses(place: Place) -> np.ndarray:
-        found = trial.losses(place)
-        watch(next(done), total)
-        return found
-
     try:
+        trial.solve()
+        changes = trial.changes()
+        candidates = {count: _candidates(steps, count, changes) for count in counts}
+        total = 1 + sum(map(len, candidates.values()))
+
+        def losses(place: Place) -> np.ndarray:
+            found = trial.losses(place)
+            watch(next(done), total)
+            return found
+
         unpatched = losses(everything)
         plans = {steps: Plan(*everything, 1.0, 1.0, 1.0)}
         for places in candidates.values():
@@ -145,8 +148,13 @@ class _Trial:
                 "a plan book needs a sampler that calls the model once a step, "
                 f"{type(pipeline.scheduler).__name__} makes {calls} calls of {work.steps}"
             )
+        if LINK in pipeline.transformer.__dict__:
+            raise ArgumentError("pipeline must not be patched, got one that is; unpatch it first")
         self.handle = patch(pipeline, Budget(speedup=1), backend=work.backend)
-        with solution.solving(pipeline, SOLUTION) as steps:
+
+    def solve(self) -> None:
+        """Draw the pictures that the others are compared with."""
+        with solution.solving(self.pipeline, SOLUTION) as steps:
             self._truth = self._drawn(steps)
 
     def losses(self, place: Place) -> np.ndarray:
