@@ -22,6 +22,15 @@ CLIP = "hf-internal-testing/tiny-random-clip"
 T5 = "hf-internal-testing/tiny-random-t5"
 GEMMA = "hf-internal-testing/dummy-gemma"
 QWEN = "hf-internal-testing/tiny-random-Qwen2VLForConditionalGeneration"
+MISTRAL = "hf-internal-testing/Mistral-Small-3.1-24B-Instruct-2503-only-processor"
+#: a chat as the pipelines' text encoders are told it: each message with its role, between two marks
+MARKS = ("<|im_start|>", "<|im_end|>")
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} "
+    "{% if message.content is string %}{{ message.content }}"
+    "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+    " <|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
 #: repository -> class of its text encoder, which has CLIP's tokenizer
 ENCODERS = {
     "hf-internal-testing/tiny-sd3-text_encoder": "CLIPTextModelWithProjection",
@@ -37,6 +46,7 @@ def write_hub(folder: Path) -> None:
     _write_t5(_snapshot(folder, T5))
     _write_gemma(_snapshot(folder, GEMMA))
     _write_qwen(_snapshot(folder, QWEN))
+    _write_mistral(_snapshot(folder, MISTRAL))
     clip = _snapshot(folder, CLIP)
     _write_clip_tokenizer(clip)
     _write_json(clip / "config.json", {"model_type": "clip"})
@@ -118,12 +128,29 @@ def _write_qwen(folder: Path) -> None:
 
     parts = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
     told = QwenImagePipeline(**dict.fromkeys(parts)).prompt_template_encode
-    marks = ["<|im_start|>", "<|im_end|>"]
-    for mark in marks:
+    for mark in MARKS:
         told = told.replace(mark, " ")
-    learnt = Qwen2Tokenizer().train_new_from_iterator((told, *TEXT), 2000, new_special_tokens=marks)
+    learnt = Qwen2Tokenizer().train_new_from_iterator(
+        (told, *TEXT), 2000, new_special_tokens=list(MARKS)
+    )
+    learnt.chat_template = CHAT
     learnt.save_pretrained(folder)
     _write_json(folder / "config.json", {"model_type": "qwen2"})
+
+
+def _write_mistral(folder: Path) -> None:
+    """Its tokenizer alone, which is what a processor is loaded as where it has no other part."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    names = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
+    special = [*names.values(), *MARKS]
+    tokenizer.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=CHAT, **names)
+    fast.save_pretrained(folder)
+    _write_json(folder / "config.json", {"model_type": "mistral"})
 
 
 def _write_clip_tokenizer(folder: Path) -> None:
