@@ -136,6 +136,7 @@ class Oracle:
         self._calls_per_step = calls_per_step
         self._first = first
         self._calls = -1
+        self._inside = False
         self._orders = orders
         self._sigmas = sigmas
         self._slots: dict[Any, dict[float, Any]] = {}
@@ -154,11 +155,15 @@ class Oracle:
         wrapped = [(module, module.__dict__.get("forward")) for module, _ in self._components()]
         for module, name in list(self._components()):
             module.forward = self.wrap(module.forward, *name)
-        handle = self._transformer.register_forward_pre_hook(self._count)
+        handles = (
+            self._transformer.register_forward_pre_hook(self._count),
+            self._transformer.register_forward_hook(self._leave, always_call=True),
+        )
         try:
             yield self
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             for module, before in wrapped:
                 del module.forward
                 if before is not None:  # a hook's
@@ -176,10 +181,17 @@ class Oracle:
 
     def _count(self, module: nn.Module, args: Any) -> None:
         self._calls += 1
+        self._inside = True
         self._uses.clear()
+
+    def _leave(self, *_: Any) -> None:
+        """A ControlNet that shares blocks with the transformer computes them."""
+        self._inside = False
 
     def wrap(self, forward: Callable, kind: str, block: int, position: int) -> Callable:
         def cached(*args: Any, **kwargs: Any) -> Any:
+            if not self._inside:
+                return forward(*args, **kwargs)
             step, branch = divmod(self._calls, self._calls_per_step)
             module = (kind, block, position)
             # A block may call one module on several streams.
