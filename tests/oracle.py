@@ -69,6 +69,10 @@ MODULES: dict[str, dict[str, dict[str, str]]] = {
         "layers": {"attn": "attn", "feed_forward": "feed_forward"},
     },
     "WanTransformer3DModel": {"blocks": {"attn1": "attn1", "attn2": "attn2", "ffn": "ffn"}},
+    "WanVACETransformer3DModel": {
+        "vace_blocks": {"attn1": "attn1", "attn2": "attn2", "ffn": "ffn", "proj_out": "proj_out"},
+        "blocks": {"attn1": "attn1", "attn2": "attn2", "ffn": "ffn"},
+    },
     "ZImageTransformer2DModel": {
         "noise_refiner": {
             "noise_attention": "attention",

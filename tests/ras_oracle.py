@@ -89,6 +89,8 @@ class RowOracle:
         if not self.whole:
             last = model.norm_out if self.lumina else model.proj_out
             handles.append(first.register_forward_hook(self._gather))
+            if hasattr(model, "vace_blocks"):
+                handles.append(model.vace_patch_embedding.register_forward_hook(self._gather))
             handles.append(last.register_forward_hook(self._scatter))
         if self.qwen:
             blocks = model.transformer_blocks

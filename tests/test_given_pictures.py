@@ -79,12 +79,12 @@ def video_to_video():
     return pipe, {"video": pictures(FRAMES), "strength": 0.7, "num_inference_steps": 6}
 
 
-def vace():
+def vace(dtype=torch.float32):
     """A video that is drawn where the mask says so, and a reference before it."""
     model = of_class("WanVACETransformer3DModel", text_dim=20, vace_in_channels=2 * LATENT + 16)
     masks = [mask.point(lambda v: 255 * (v > 127)) for mask in pictures(FRAMES, "L", 1)]
     given = {"video": pictures(FRAMES), "mask": masks, "reference_images": pictures(1, seed=2)}
-    return videos("WanVACEPipeline", model), given | {"num_frames": FRAMES}
+    return videos("WanVACEPipeline", model.to(dtype)), given | {"num_frames": FRAMES}
 
 
 def animation(mode="animate"):
@@ -229,7 +229,8 @@ def test_a_run_is_stocks_and_a_plain_cache(case, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", sorted({"video to video", "edited video", "inpainted", "controlled"} & CASES.keys())
+    "case",
+    sorted({"video to video", "VACE", "edited video", "inpainted", "controlled"} & CASES.keys()),
 )
 def test_all_tokens_in_another_order(case, chosen):  # noqa: F811
     pipe, given = CASES[case]()

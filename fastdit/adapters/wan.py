@@ -24,6 +24,7 @@ from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.layer_inputs import LayerInputs
+from fastdit.blocks.residual import Residual
 
 #: text tokens of each prompt; what comes before as many is the image's, says the attention of image-to-video
 TEXT = 512
@@ -40,7 +41,21 @@ def wan_block(
     rotary_emb: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """One `WanTransformerBlock`: video [B, N, D], text [B, T, D], temb [B, 6, D] or [B, N, 6, D] -> video."""
-    video, dtype = fw.enter(hidden_states, "image", wide=True), hidden_states.dtype
+    video = fw.enter(hidden_states, "image", wide=True)
+    add_components(block, fw, video, hidden_states.dtype, encoder_hidden_states, temb, rotary_emb)
+    return video.leave()
+
+
+def add_components(
+    block: nn.Module,
+    fw: Forward,
+    video: Residual,
+    dtype: torch.dtype,
+    text: Tensor,
+    temb: Tensor,
+    rotary_emb: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Add self-attention, cross-attention and feed-forward of a block to its stream, which is of a dtype."""
 
     def modulate(shared: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         made = block.scale_shift_table + shared.float()
@@ -57,7 +72,7 @@ def wan_block(
 
     def attend_to_text() -> Tensor:
         u = video.normed(block.norm2, None, None)
-        return fw.segments.attention(block.attn2, u, encoder_hidden_states, None, None)
+        return fw.segments.attention(block.attn2, u, text, None, None)
 
     def feed_forward() -> Tensor:
         u = video.normed(block.norm3, scale_ffn, shift_ffn)
@@ -75,7 +90,6 @@ def wan_block(
             video.add(fw.component(name, compute), gate)
         else:
             video.add_component(name, compute, gate, temb[:, 2::3])
-    return video.leave()
 
 
 class Wan(Videos):
