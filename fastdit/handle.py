@@ -21,6 +21,7 @@ from fastdit.methods.budget import Budget
 from fastdit.runtime.attach import refuse_while_running, remove
 from fastdit.runtime.install import LINK
 from fastdit.runtime.runs import ManualLoop
+from fastdit.schedules.plan import check_composition
 from fastdit.schedules.solvers import Advice, recommend
 
 if TYPE_CHECKING:
@@ -177,13 +178,17 @@ class Handle:
 
         Raises:
             ArgumentError: It is none, or the model was patched without one.
+            CompositionError: It does not compose with the patch's other methods.
         """
         own = next((m for m in self._patched.methods if isinstance(m, Budget)), None)
         if own is None:
             raise ArgumentError(
                 "budget() needs a model that was patched with one, such as speedup=2"
             )
-        with self._locally("budget", own.asked(**budget)):
+        asked = own.asked(**budget)
+        for patched, _ in self._parts:
+            check_composition(patched.under(asked))
+        with self._locally("budget", asked):
             yield
 
     def recommend(self, steps: int) -> Advice:

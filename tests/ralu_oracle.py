@@ -38,6 +38,7 @@ def run(
     bits: Bits | None = None,
     choose: Callable[..., Any] | None = None,
     orders: Bits | None = None,
+    whole: dict[int, int] | None = None,
 ) -> Tensor:
     """The latents [B, C, H, W] at the end, from initial ones, for the arguments of `tiny_models.arguments`.
 
@@ -46,9 +47,11 @@ def run(
         choose: ``choose(b, step, velocity, sigmas)`` says which tokens of image b the step after `step` computes, both
             counted from the first at full size, or None for all.
         orders: Like `bits`: of the forecasts of what is reused.
+        whole: Step -> order of the forecast of the model's output there, at which it does not run.
     """
     images = [
-        _image(pipe, method, latents, given, b, bits, choose, orders) for b in range(len(latents))
+        _image(pipe, method, latents, given, b, bits, choose, orders, whole or {})
+        for b in range(len(latents))
     ]
     return torch.stack(images)
 
@@ -62,6 +65,7 @@ def _image(
     bits: Bits | None,
     choose: Callable[..., Any] | None,
     orders: Bits | None,
+    whole: dict[int, int],
 ) -> Tensor:
     model = CALLS[type(pipe.transformer).__name__](pipe, given, b)
     model.centred = method.mode == "corrected"
@@ -135,9 +139,10 @@ def _image(
                 tokens.sort(key=lambda token: (token[1], token[2]))
         sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
         sparse = choose if stage.layout == "full" else None
-        with _leaving_out(pipe, stage, sigmas, bits, sparse, b, orders) as whole:
+        part = stage, sigmas, bits, sparse, b, orders, whole
+        with _leaving_out(pipe, *part) as merged:
             for now, then in itertools.pairwise(sigmas):
-                velocity = whole(model(tokens, stage.layout, now, (gh, gw)))
+                velocity = merged(model(tokens, stage.layout, now, (gh, gw)))
                 velocities.append(velocity)
                 tokens = [
                     (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
@@ -167,20 +172,23 @@ def _leaving_out(
     choose: Any,
     b: int,
     orders: Bits | None,
+    whole: dict[int, int],
 ) -> Iterator[Callable[[list[Tensor]], list[Tensor]]]:
     """Run a stage's part of the schedule and its sparse steps; yields what completes the velocities of a step."""
     if bits is not None:
         last = stage.first + stage.steps
         bits = {kind: some[stage.first : last] for kind, some in bits.items()}
-        drawn = {kind: some[stage.first : last] for kind, some in (orders or {}).items()}
-        drawn = {"orders": drawn, "sigmas": sigmas.tolist()} if orders else {}
+        orders = orders and {kind: some[stage.first : last] for kind, some in orders.items()}
+    # What was computed of other tokens is drawn through no more.
+    whole = {step - stage.first: n for step, n in whole.items() if step > stage.first}
     if choose is None:
-        cache = Oracle(pipe.transformer, bits, 2, **drawn).installed() if bits else None
+        given = {"orders": orders, "sigmas": sigmas.tolist(), "whole": whole}
+        cache = Oracle(pipe.transformer, bits, 2, **given).installed() if bits else None
         with cache or contextlib.nullcontext():
             yield lambda velocity: velocity
         return
     led = SimpleNamespace(transformer=pipe.transformer, scheduler=Unchanged(sigmas))
-    rows = RowOracle(led, lambda *seen: choose(b, *seen), bits, 2)
+    rows = RowOracle(led, lambda *seen: choose(b, *seen), bits, 2, orders, whole)
     packed = _packs(pipe)
 
     def whole(velocity: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oracle import MODULES, NORMS
+from oracle import MODULES, NORMS, Given
 
 #: step, velocity that the scheduler is given, its sigmas -> rows [B, K] of the next step, or None
 Choose = Callable[[int, Tensor, Any], Tensor | None]
@@ -236,7 +236,7 @@ class RowOracle:
             key = "output", self.calls % self.calls_per_step
             if self.step in self.forecasts:
                 drawn = self._drawn(key, self.forecasts[self.step], self.output)
-                return (list(drawn.unsqueeze(2).unbind()) if self.listed else drawn,)
+                return Given((list(drawn.unsqueeze(2).unbind()) if self.listed else drawn,))
             found = forward(*args, **kwargs)
             self.output = torch.stack(found[0]).squeeze(2) if self.listed else found[0]
             mask = self._on_latents(self._active(len(self.output)), self.output)
@@ -613,26 +613,35 @@ def by_change(
     patch: int = 2,
     packed: bool = False,
     max_age: int | None = None,
+    drawn: Collection[int] = (),
 ) -> Choose:
-    """Tokens by how wrong their kept velocities are, in fp64, token by token."""
+    """Tokens by how wrong their kept velocities are, in fp64, token by token.
+
+    At the steps `drawn` the model does not run, so nothing is seen there and nothing chosen before.
+    """
     known: list[list[dict[str, Any]]] = []
     chosen: list[Any] = [None]
 
     def choose(step: int, velocity: Tensor, sigmas: Tensor) -> Tensor | None:
         if packed:
             tokens = velocity
+        elif velocity.ndim == 5:  # a video's patches are of one frame
+            tokens = F.unfold(velocity.transpose(1, 2).flatten(0, 1), patch, stride=patch)
+            tokens = tokens.unflatten(0, (len(velocity), -1)).transpose(2, 3).flatten(1, 2)
         else:
             tokens = F.unfold(velocity, patch, stride=patch).transpose(1, 2)
         batch, count, _ = tokens.shape
         known.extend([{"age": 0} for _ in range(count)] for _ in range(batch - len(known)))
         for b in range(batch):
-            for i, token in enumerate(known[b]):
+            for i, token in enumerate(() if step in drawn else known[b]):
                 if chosen[0] is None or i in chosen[0][b]:
                     now, sigma = tokens[b, i].double(), float(sigmas[step])
                     if "value" in token and sigma != token["sigma"]:
                         change = math.dist(now.tolist(), token["value"].tolist())
                         token["rate"] = change / abs(sigma - token["sigma"])
                     token.update(value=now, sigma=sigma)
+        if step + 1 in drawn:
+            return None
         dense = step + 1 < start or step + 1 in resets or step + 1 >= steps
         keep = count - int((1 - ratio) * count)
         if dense or keep == count:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -252,9 +254,9 @@ def test_advice_changes_nothing(pipe):
 # ---- a guard
 
 
-def latents(pipe, steps=STEPS):
+def latents(pipe, steps=STEPS, name="sd3"):
     """Of two pictures."""
-    return generate(pipe, "sd3", steps=steps, batch=2, prompt_per_image=True)
+    return generate(pipe, name, steps=steps, batch=2, prompt_per_image=True)
 
 
 def guarded(pipe, book, bounds):
@@ -281,55 +283,83 @@ def test_a_guard_that_fires_computes_all_later_steps(pipe, book):
     same_bits(found, latents(pipe))
 
 
-def test_only_the_rows_that_are_off_are_computed(pipe, book):
-    """Each picture of a batch equals the same picture drawn alone: one is guarded, the other is not."""
-    alone = []
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("sd3", [[2e9, 0.0, 0.0, 0.0]]), ("flux", [[0.0, 0.0], [2e9, 0.0]])],
+    ids=["one call a step", "two calls"],
+)
+def test_only_the_pictures_that_are_off_are_computed(name, rows):
+    """Each of a batch equals the same picture drawn alone: one is guarded, the other is not.
+
+    Of that one a single branch of guidance was off. Both are computed: their difference is scaled.
+    """
+    pipe = tiny_models.pipeline(name)
+    book, alone = book_of(pipe.transformer), []
     for fires in (True, False):
-        handle = guarded(pipe, book, (0.0, 0.0) if fires else (1e9, 1e9))
-        alone.append(latents(pipe))
+        guarded(pipe, book, (0.0, 0.0) if fires else (1e9, 1e9))
+        alone.append(latents(pipe, name=name))
     handle = guarded(pipe, book, (1e9, 1e9))
-    rows = lambda drawn, given: torch.tensor([2e9, 0.0, 2e9, 0.0])[: len(given)]  # noqa: E731
+    calls = itertools.cycle(rows)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("fastdit.runtime.guard.deviations", rows)
-        found = latents(pipe)
+        monkeypatch.setattr(
+            "fastdit.runtime.guard.deviations", lambda *seen: torch.tensor(next(calls))
+        )
+        found = latents(pipe, name=name)
     assert computed(handle) == (0, 2, 4, 5, 6, 7)
     same_bits(found[0], alone[0][0])
     same_bits(found[1], alone[1][1])
     assert not torch.equal(alone[0], alone[1])
 
 
+def test_rows_that_are_no_whole_number_of_pictures_fire_all():
+    guard = Guard({2: 1e-3})
+    guard.pictures = 2
+    guard.watch(2, torch.zeros(3, 1), torch.tensor([[1.0], [0.0], [0.0]]))
+    assert guard.rows.tolist() == [True, True]
+    assert guard.mixed(torch.ones(3, 1), torch.zeros(3, 1)).all()
+
+
+def test_all_calls_of_a_step_hear_the_same_answer():
+    """On a device it may arrive between two of them."""
+    guard = Guard({2: 0.0})
+    guard.copied = SimpleNamespace(query=lambda: False)
+    guard.watch(2, torch.zeros(1, 1), torch.ones(1, 1))
+    assert not guard.fired(3)
+    guard.copied.query = lambda: True
+    assert not guard.fired(3)
+    assert guard.fired(4)
+
+
 def test_what_is_no_number_is_off():
     guard = Guard({2: 1e9})
     guard.watch(1, torch.full((2, 3), math.nan), torch.ones(2, 3))
-    assert not guard.fired()  # no bound there
+    assert not guard.fired(2)  # no bound there
     guard.watch(2, torch.tensor([[math.nan], [1.0]]), torch.ones(2, 1))
-    assert guard.fired()
+    assert guard.fired(3)
     assert guard.rows.tolist() == [True, False]
 
 
-def test_a_guard_waits_for_nothing(monkeypatch):
-    """On a device its answer is looked at once it has been copied, and not before."""
-
-    class Event:
-        done = False
-
-        def query(self):
-            return self.done
-
-    guard = Guard({2: 0.0})
-    guard.watch(2, torch.zeros(1, 1), torch.ones(1, 1))
-    guard.copied = Event()
-    assert not guard.fired()
-    guard.copied.done = True
-    assert guard.fired()
-
-
 @pytest.mark.parametrize("method", [fastdit.RAS(), fastdit.RALU.preset("sd3-2x")])
-def test_a_guard_is_refused_beside_a_part_of_the_tokens(pipe, book, method):
+@pytest.mark.parametrize("budget", [{"quality": "high"}, {"latency": 1.0}])
+def test_what_a_book_promises_is_refused_beside_a_part_of_the_tokens(pipe, book, budget, method):
+    """When patching, and for a request."""
+    ((name, _),) = budget.items()
+    refused = pytest.raises(
+        fastdit.CompositionError, match=f"Budget {name}=.* {method.name} computes others; give a sp"
+    )
     before = snapshot(pipe.transformer)
-    with pytest.raises(fastdit.CompositionError, match=f"guard=True .* {method.name} computes"):
-        fastdit.patch(pipe, Budget(speedup=2, book=book, guard=True), method)
+    with refused:
+        fastdit.patch(pipe, Budget(**budget, book=book), method)
     assert snapshot(pipe.transformer) == before
+    handle = fastdit.patch(pipe, Budget(speedup=2, book=book), method)
+    with refused, handle.budget(**budget):
+        pass
+    assert f"beside {method.name}, so neither" in handle.explain(32, 32).budget
+
+
+def test_a_guard_in_a_stage_is_refused(book):
+    with pytest.raises(ArgumentError, match=r"guard=True .* Budget in a stage"):
+        fastdit.PerStage(Budget(speedup=2, book=book, guard=True))
 
 
 def test_a_guard_needs_the_book_s_steps(pipe, book):

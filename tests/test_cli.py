@@ -183,6 +183,16 @@ def test_explain_takes_a_schedule_size_and_backend(folder, schedule_file):
     assert "gated_residual on reference" in output
 
 
+def test_explain_draws_the_merged_plan(folder, tmp_path):
+    png = tmp_path / "plan.png"
+    options = ("--ras", 0.5, "--every", 2, "--order", 1, "--steps", 8, "--png", png)
+    output = run("explain", "--model", folder, *options, "--height", 128, "--width", 128)
+    assert "tokens █·█·▄·▄·" in output
+    assert "attn █1█1█1█1" in output
+    with Image.open(png) as picture:
+        assert picture.format == "PNG"
+
+
 def test_schedule_show(schedule_file, tmp_path):
     schedule = fastdit.Schedule.load(schedule_file)
     png = tmp_path / "raster.png"

@@ -1069,25 +1069,6 @@ def test_each_stage_has_a_schedule_of_its_own(name):
     assert said.methods == ("RALU", "PerStage")
 
 
-@pytest.mark.diffusers
-@pytest.mark.parametrize("name", RESTATED)
-def test_forecasts_begin_anew_with_each_stage(name):
-    """What was computed of other tokens is drawn through no more."""
-    pipe = tiny_models.pipeline(name, torch.float64)
-    bits, names = oracle.random_bits(pipe.transformer, 7, seed=6, compute=0.4)
-    generator = np.random.default_rng(0)
-    orders = {kind: generator.integers(0, 3, some.shape) for kind, some in bits.items()}
-    noise, latents = start_of(name, 2)
-    given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
-    schedule = Schedule.from_bits(bits, names, orders=orders)
-    handle = fastdit.patch(pipe, SHORT, Cached(schedule))
-    found = as_picture(name, pipe(**given).images)
-    handle.unpatch()
-    with torch.no_grad():
-        expected = ralu_oracle.run(pipe, SHORT, noise, given, bits, orders=orders)
-    within_contract(found, expected)
-
-
 def test_a_stage_takes_rows_by_its_own_timesteps():
     """With `resample`, as the whole run would: its timesteps are RALU's, in `explain` too."""
     pipe = tiny_models.pipeline("sd3")
@@ -1127,7 +1108,11 @@ def test_a_stage_takes_rows_by_its_own_timesteps():
             ScheduleError,
             "PerStage was given 2 stages, but the run has 3",
         ),
-        (lambda: (PerStage(None, Cached(EVERY(2))),), ScheduleError, "but the run has 1"),
+        (
+            lambda: PerStage(Cached(EVERY(2), order="auto"), Cached(EVERY(2), order=1)),
+            ArgumentError,
+            'order="auto" must be that of all stages that forecast',
+        ),
         (
             lambda: (SHORT, PerStage(None, THREE_STEPS, None)),
             ScheduleError,
@@ -1151,44 +1136,24 @@ def test_schedules_that_fit_no_stage_are_named(make, error, message):
         start()
 
 
-@pytest.mark.slow
 @pytest.mark.diffusers
-@pytest.mark.parametrize("left_out", ["outputs", "tokens", "both"])
-@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", RESTATED)
-def test_compositions_are_those_of_the_restatement(name, batch, left_out):
-    """A random schedule over all stages; sparse steps at full size, chosen for one image by the published rule.
-
-    That rule knows one image; of several the restatement is told what was chosen.
-    """
-    method, start, steps = dataclasses.replace(SHORT, steps=(2, 2, 6)), 2, 10
+def test_the_published_rule_at_full_size_is_that_of_the_restatement(name):
+    """Beside a random schedule over all stages."""
+    method, steps = dataclasses.replace(SHORT, steps=(2, 2, 6)), 10
     pipe = tiny_models.pipeline(name, torch.float64)
-    bits, choose, methods, history = None, None, [], {}
-    if left_out != "tokens":
-        bits, names = oracle.random_bits(pipe.transformer, steps, seed=batch, compute=0.5)
-        methods.append(Cached(Schedule.from_bits(bits, names)))
-    if left_out != "outputs":
-        mode = "parity" if batch == 1 else "corrected"
-        of_tokens = {"metric": "std", "high_ratio": 0.3, "mode": mode}
-        methods.append(RAS(0.5, start=start, resets=(4,), align=1, **of_tokens))
-        rule = ras_oracle.published(0.5, 6, start, (4,), 0.3, packed=name in PACKED)
-
-        def choose(b, step, velocity, sigmas):
-            if batch == 1:
-                return rule(step, velocity, sigmas)
-            rows = history.get(step + 1)
-            return None if rows is None else rows[b : b + 1].long()
-
-    noise, latents = start_of(name, batch)
-    given = arguments(name, batch, steps, dtype=torch.float64, latents=latents, **SIZE)
-    handle = fastdit.patch(pipe, method, *methods)
+    bits, names = oracle.random_bits(pipe.transformer, steps, seed=1, compute=0.5)
+    of_tokens = {"metric": "std", "high_ratio": 0.3, "mode": "parity"}
+    ras = RAS(0.5, start=2, resets=(4,), align=1, **of_tokens)
+    rule = ras_oracle.published(0.5, 6, 2, (4,), 0.3, packed=name in PACKED)
+    noise, latents = start_of(name, 1)
+    given = arguments(name, 1, steps, dtype=torch.float64, latents=latents, **SIZE)
+    handle = fastdit.patch(pipe, method, Cached(Schedule.from_bits(bits, names)), ras)
     found = as_picture(name, pipe(**given).images)
-    if left_out != "outputs":
-        history = handle.last_run().selection.history
-        assert list(history) == [2, 3, 5]
+    assert list(handle.last_run().selection.history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():
-        expected = ralu_oracle.run(pipe, method, noise, given, bits, choose)
+        expected = ralu_oracle.run(pipe, method, noise, given, bits, lambda b, *seen: rule(*seen))
     within_contract(found, expected)
 
 

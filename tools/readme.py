@@ -28,6 +28,7 @@ import testbed_tables
 import fastdit
 from fastdit import ops
 from fastdit.adapters import adapters
+from fastdit.schedules.plan import check_composition
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -322,6 +323,38 @@ def asked_speeds() -> list[str]:
     ]
 
 
+def composition() -> list[str]:
+    """Which methods compose in pairs, as they declare it, and what is said of the others."""
+    every = fastdit.Cached(fastdit.Schedule.every(2))
+    book = fastdit.PlanBook.load(ROOT / "fastdit" / "books" / "tiny.json")
+    given = {
+        "RAS": fastdit.RAS(),
+        "RALU": fastdit.RALU(),
+        "Cached": every,
+        "ECAD": fastdit.ECAD.preset("tiny", "fast"),
+        "HarmoniCa": fastdit.HarmoniCa.preset("tiny"),
+        "... `strict=False`": fastdit.HarmoniCa.preset("tiny", strict=False),
+        "PerStage": fastdit.PerStage(every),
+        "Budget, a speed": fastdit.Budget(speedup=2),
+        "... a quality, a time": fastdit.Budget(quality="high", book=book),
+        "... `guard=True`": fastdit.Budget(speedup=2, book=book, guard=True),
+    }
+    said: dict[str, int] = {}
+    lines = [f"| | {' | '.join(given)} |", f"|---{'|---' * len(given)}|"]
+    for name, method in given.items():
+        cells = []
+        for other in given.values():
+            cells.append("" if other is method else "yes")
+            try:
+                check_composition((method, other) if other is not method else ())
+            except fastdit.CompositionError as error:
+                told = re.sub(r"^\S+ and \S+ both", "… and … both", str(error))
+                told = re.sub(r"\bRA\w+ (computes|has)\b", r"… \1", told)
+                cells[-1] = str(said.setdefault(told, len(said) + 1))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", *(f"{number}. `{told}`" for told, number in said.items())]
+
+
 METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     "dense": {"measured": functools.partial(gpu_tables.measured, "dense")},
     "cached": {
@@ -353,6 +386,7 @@ METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {
     },
     "per_stage": {"arguments": functools.partial(arguments, "PerStage")},
     "budget": {"arguments": functools.partial(arguments, "Budget"), "measured": asked_speeds},
+    "composition": {"pairs": composition},
 }
 
 #: file -> section -> what writes it

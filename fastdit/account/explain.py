@@ -16,6 +16,7 @@ from torch import nn
 from fastdit.account.asked import Asked, default_of, latent_size, turn_of
 from fastdit.account.cost import Cost
 from fastdit.account.pace import pace_of, steps_that_wait
+from fastdit.account.raster import LEGEND, Raster
 from fastdit.account.report import ranges
 from fastdit.adapters.base import Size
 from fastdit.blocks.attention_choice import choices
@@ -24,12 +25,10 @@ from fastdit.blocks.prepacked import packs
 from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, everywhere, ops_of
-from fastdit.spec import ModelSpec
 from fastdit.tokens.waves import UNIT, Waves, waves_of
 
 DEFAULT_STEPS = 28
 MAX_SIZE = 1 << 16  # of batch, height and width
-SHADES = "·░▒▓█"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Explanation:
         graphs: Whether the run is replayed as CUDA graphs, and why; empty where nobody asked for it.
         shed: Which weights of modulations are elsewhere, and the tables that later runs may find; empty where all stay.
         budget: What a budget comes to; empty where none was asked for.
-        raster: One line per component, one character per step: share of the blocks that compute.
+        plan: What each step computes of each component, of how many tokens, see :class:`Raster`; None where all.
         turns: How many steps each transformer does, where a pipeline has several.
     """
 
@@ -82,7 +81,7 @@ class Explanation:
     residual_bytes: int
     dense_residual_bytes: int
     cache_bytes: int
-    raster: str
+    plan: Raster | None = None
     modulation_bytes: int = 0
     packed_bytes: int = 0
     tokens_per_step: tuple[int, ...] = ()
@@ -101,6 +100,11 @@ class Explanation:
     def flop_speedup(self) -> float:
         """Dense over planned multiply-accumulates are the most that a run can gain where arithmetic is all."""
         return self.dense_macs / self.macs if self.macs else 1.0
+
+    @property
+    def raster(self) -> str:
+        """The plan as text: one line per component, one character per step."""
+        return "" if self.plan is None else str(self.plan)
 
     def __str__(self) -> str:
         blocks = ", ".join(
@@ -133,7 +137,7 @@ class Explanation:
             self.tokens_per_step and f"  tokens    per step {ranges(self.tokens_per_step)}",
             self.waves and f"  waves     {self.waves}",
             resampled and f"  schedule  its steps {resampled}, the nearest in timestep",
-            self.raster and f"  plan      step 0 to {self.steps - 1}\n{self.raster}",
+            self.raster and f"  plan      step 0 to {self.steps - 1}: {LEGEND}\n{self.raster}",
         )
         return "\n".join(line for line in lines if line)
 
@@ -175,20 +179,9 @@ def explain_parts(
         turns=tuple(each.steps for each in found),
         reuse_share=sum(each.reuse_share * each.steps for each in found) / values["steps"],
         tokens_per_step=sum((each.tokens_per_step for each in found), ()),
-        raster=_side_by_side([each.raster for each in found]),
+        plan=_one_after_the_other([each.plan for each in found]),
         exact=all(each.exact for each in found),
         **values,
-    )
-
-
-def _side_by_side(rasters: Sequence[str]) -> str:
-    """One raster of all steps, or one below the other where the components differ."""
-    lines = [[line.rpartition(" ") for line in raster.splitlines()] for raster in rasters]
-    labels = {tuple(label for label, *_ in each) for each in lines}
-    if len(labels) > 1:
-        return "\n".join(rasters)
-    return "\n".join(
-        f"{same[0][0]} {''.join(marks for *_, marks in same)}" for same in zip(*lines, strict=True)
     )
 
 
@@ -226,6 +219,9 @@ def explain_patched(
         asked_for = asked_for[begin:end]
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
+    told: tuple[int, ...] = ()
+    if resolution or patched.writer("rows"):
+        told = tuple(0 if plan.forecast_order(i) else n for i, n in enumerate(tokens))
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
     # What graphs read stays where it is in the other stages, too.
     cached = (max if patched.graphs is None else sum)(
@@ -259,17 +255,38 @@ def explain_patched(
         modulation_bytes=count.modulation_bytes(_rows_ahead(patched, batch, plan.steps)),
         shed=str(patched.shed or ""),
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
-        tokens_per_step=tokens if resolution or patched.writer("rows") else (),
+        tokens_per_step=told,
         attention=str(choices(weight.device) or ""),
         waves=_waves(patched.writer("rows"), asked_for, active, waves),
-        raster=raster(plan, spec),
+        plan=Raster.of_plan(plan, spec, [n / size.image for n in told], _layouts(resolution)),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats, transformer.dtype),
         graphs=_graphs(patched, stages, plan.steps, weight.device),
-        budget="; ".join(filter(None, (method.told(steps) for method in patched.methods))),
+        budget="; ".join(
+            filter(None, (m.told(steps, _beside(patched, m)) for m in patched.methods))
+        ),
         reusable_share=count.reusable_share,
         exact=count.exact,
     )
+
+
+def _one_after_the_other(rasters: Sequence[Raster | None]) -> Raster | None:
+    """The steps of all transformers in one raster."""
+    first, *others = rasters
+    for other in others:
+        first = first.then(other) if first is not None and other is not None else first or other
+    return first
+
+
+def _layouts(resolution: Any) -> list[str]:
+    """The token layout of each step of a run in stages."""
+    stages = () if resolution is None else resolution.stages()
+    return [stage.layout for stage in stages for _ in range(stage.steps)]
+
+
+def _beside(patched: Any, method: Any) -> list[str]:
+    """These other methods leave something out."""
+    return [other.name for other in patched.methods if other.writes and other is not method]
 
 
 def _rows_ahead(patched: Any, batch: int, steps: int) -> int:
@@ -407,27 +424,3 @@ def _spent(
     stages: Sequence[tuple[Cost, RunPlan, Sequence[int]]], keeps_prompt: bool, keeps_keys: bool
 ) -> int:
     return sum(count.macs(plan, tokens, keeps_prompt, keeps_keys) for count, plan, tokens in stages)
-
-
-def raster(plan: RunPlan, spec: ModelSpec) -> str:
-    """This draws the plan as text: one line per component, one character per step."""
-    if not plan.actions:
-        return ""
-    lines, first = [], 0
-    if not spec.kinds:
-        return "  output " + "".join(SHADES[0 if order else 4] for order in plan.forecasts)
-    names = [component for kind in spec.kinds for component in kind.components]
-    for kind in spec.kinds:
-        for component in kind.components:
-            blocks = [first + b for b in range(kind.count) if (b, component) not in kind.absent]
-            if blocks:
-                shares = [
-                    sum(step[b][component] & COMPUTE for b in blocks) / len(blocks)
-                    for step in plan.actions
-                ]
-                marks = "".join(
-                    SHADES[0 if s == 0 else 4 if s == 1 else 1 + min(2, int(3 * s))] for s in shares
-                )
-                lines.append(f"  {component:>{max(map(len, names))}} {marks}")
-        first += kind.count
-    return "\n".join(lines)

@@ -41,6 +41,13 @@ def ralu(presets: Sequence[str]) -> dict[str, Method]:
     return {f"RALU {name}": RALU.preset(name) for name in presets}
 
 
+def ras(ratio: float | None) -> dict[str, Method]:
+    """--ras becomes a method by its name."""
+    from fastdit import RAS
+
+    return {} if ratio is None else {f"RAS {ratio:g}": RAS(ratio)}
+
+
 def read_schedule(path: Path, argument: str) -> Schedule:
     from fastdit.schedules.schedule import Schedule
 

@@ -69,20 +69,30 @@ def explain(
     batch: options.Batch = 1,
     steps: options.Steps = None,
     cfg: options.Guidance = None,
+    ralu: options.OneRalu = None,
+    ras: options.Ras = None,
+    png: options.Plan = None,
     backend: options.Backend = None,
     dtype: options.Dtype = None,
 ) -> None:
     """Say what a patched model will do, without running it: plan, compute, bytes, caches."""
-    (method,) = arguments.methods(
-        schedule, None if every is None else [every], order, default=(2,)
-    ).values()
+    if png is not None:
+        arguments.check_output(png, "--png")
+    default = (2,) if ralu is None and ras is None else ()
+    methods = arguments.methods(schedule, None if every is None else [every], order, default)
+    methods |= arguments.ralu([] if ralu is None else [ralu]) | arguments.ras(ras)
     loaded = arguments.load(model, dtype)
     from fastdit import patch
     from fastdit.cli.console import explanation_text
 
-    handle = patch(loaded.pipeline, method, backend=backend)
-    text = explanation_text(handle.explain(height, width, batch, steps, cfg))
-    Console().print(text, soft_wrap=True)
+    handle = patch(loaded.pipeline, *methods.values(), backend=backend)
+    found = handle.explain(height, width, batch, steps, cfg)
+    Console().print(explanation_text(found), soft_wrap=True)
+    if png is not None:
+        from fastdit.cli.raster import save_raster
+
+        save_raster(found.plan, png, " + ".join(methods))
+        Console().print(f"picture: {png}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -165,9 +175,10 @@ def show(file: options.ScheduleFile, png: options.Raster = None) -> None:
     found = arguments.read_schedule(file, "FILE")
     Console().print(schedule_facts(found, str(file)), soft_wrap=True)
     if png is not None:
+        from fastdit.account.raster import Raster
         from fastdit.cli.raster import save_raster
 
-        save_raster(found, png, file.stem)
+        save_raster(Raster.of_schedule(found), png, file.stem)
         Console().print(f"picture: {png}", highlight=False, soft_wrap=True)
 
 

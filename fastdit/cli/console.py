@@ -304,21 +304,13 @@ def _named(counts: Mapping[str, int]) -> str:
 
 def schedule_raster(schedule: Schedule) -> Text:
     """Text shows the share of the blocks that compute, at each step and component."""
-    from fastdit.account.explain import raster
-    from fastdit.methods.cached import Cached
-    from fastdit.schedules.plan import plan_run
-    from fastdit.schedules.schedule import Schedule
-    from fastdit.spec import BlockKind, ModelSpec
+    from fastdit.account.raster import LEGEND, Raster
 
     parts = []
-    for kind, layer in schedule.layers.items():
-        # The library's own raster, for a model of this one kind of block.
-        spec = ModelSpec("any", (BlockKind(kind, layer.bits.shape[1], layer.components),))
-        parts.append(kind)
-        parts.append(
-            raster(plan_run([Cached(Schedule({kind: layer}))], spec, schedule.steps), spec)
-        )
-    parts.append("one column per step: █ every block computes, · every block reuses")
+    found = Raster.of_schedule(schedule)
+    for kind, names in found.components.items():
+        parts += [kind, str(Raster({kind: found.cells[kind]}, {kind: names}))]
+    parts.append(f"one column per step: {LEGEND}")
     return Text("\n".join(parts))
 
 

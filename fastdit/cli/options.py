@@ -91,6 +91,24 @@ Ralu = Annotated[
         help="Draw in stages by this preset of RALU, such as sd3-2x, and show its stages; may be given again.",
     ),
 ]
+OneRalu = Annotated[
+    str | None,
+    typer.Option(
+        "--ralu", metavar="PRESET", help="In stages by this preset of RALU, such as sd3-2x."
+    ),
+]
+Ras = Annotated[
+    float | None,
+    typer.Option("--ras", metavar="RATIO", help="RAS computes this share of the tokens."),
+]
+Plan = Annotated[
+    Path | None,
+    typer.Option(
+        "--png",
+        metavar="FILE.png",
+        help="Picture of the plan to write: every block, step and component, and the tokens.",
+    ),
+]
 Steps = Annotated[
     int | None,
     typer.Option(

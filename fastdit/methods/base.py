@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -130,6 +131,8 @@ class Method:
         writes: The plan fields it decides; two methods that share one do not compose. `"reuse"`: which components are
             reused, by `schedule` or by its run's `actions`. `"rows"`: which image tokens pass, by `active` and a
             :class:`~fastdit.tokens.active.TokenRun`. `"resolution"`: how many there are, as RALU does.
+        needs: Fields that another method has to decide -> what to say where none does.
+        bars: Fields that no other method may decide -> why, and what to do; `{other}` stands for that method.
         max_cache_bytes: Most bytes that caches may hold at once; None for no bound.
         cache_dtype: The precision in which reused outputs are kept, where it is less than the model's; None for the
             model's own.
@@ -147,6 +150,8 @@ class Method:
 
     name: str = ""
     writes: frozenset[str] = frozenset()
+    needs: Mapping[str, str] = MappingProxyType({})
+    bars: Mapping[str, str] = MappingProxyType({})
     max_cache_bytes: int | None = None
     cache_dtype: str | None = None
     family: str | None = None
@@ -183,8 +188,11 @@ class Method:
                 "dataclasses.replace(method, family=None) runs them all the same"
             )
 
-    def told(self, steps: int) -> str:
-        """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing."""
+    def told(self, steps: int, beside: Sequence[str] = ()) -> str:
+        """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing.
+
+        `beside` names the other methods that leave something out.
+        """
         return ""
 
     def bounds(self, steps: int) -> Mapping[int, float] | None:

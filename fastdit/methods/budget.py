@@ -44,8 +44,8 @@ class Budget(Method):
             "balanced" and "fast": where the book's plans begin to lose more for each step that they leave out.
         latency: Seconds of a picture, the pipeline's call included.
         book: What was measured; a quality and a latency need one.
-        guard: At each step that computes, see how far the forecast would have been; a row of the batch that is further
-            off than the book's plan was when it was measured is computed at every later step of its run.
+        guard: At each step that computes, see how far the forecast would have been; a picture that is further off, in
+            any branch of guidance, than the book's plan was when it was measured is computed at every later step.
         max_cache_bytes: Most bytes that caches may hold at once; a run that needs more is refused.
 
     Example:
@@ -93,6 +93,17 @@ class Budget(Method):
                 f"{told[0]} needs a plan book of this model: `fastdit calibrate` makes one, book=PlanBook.load(path) "
                 "reads it"
             )
+
+    @property
+    def bars(self) -> Mapping[str, str]:
+        """A guard looks at outputs of all tokens, and what a book promises was measured of all of them."""
+        if self.guard:
+            why = "guard=True compares outputs of all tokens, and {other} computes others; give one of them"
+        elif self.speedup is None:
+            why = f"{self} is what a plan book measured with all tokens, and {{other}} computes others; give a speedup"
+        else:
+            return {}
+        return dict.fromkeys(("rows", "resolution"), why)
 
     @property
     def made_for(self) -> Conditions | None:
@@ -153,7 +164,9 @@ class Budget(Method):
             )
         return self._plan(self.book).bounds_by_step
 
-    def told(self, steps: int) -> str:
+    def told(self, steps: int, beside: Sequence[str] = ()) -> str:
+        if beside:
+            return f"{self}: beside {' and '.join(beside)}, so neither its speed nor its error is known"
         count = len(self.chosen(steps)[0])
         found = f"{self}: {count} of {steps} steps compute, {self._speed(count, steps):.2f} times as fast"
         if self.book is None:

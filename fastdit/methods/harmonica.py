@@ -7,6 +7,7 @@ the run is one that the router was trained for.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +95,16 @@ class HarmoniCa(Method):
     @property
     def forecasts(self) -> bool:
         return self.adapts or (self.source.order if self.order is None else self.order) > 0
+
+    @property
+    def bars(self) -> Mapping[str, str]:
+        """A run in stages has timesteps of its own."""
+        if self.made_for is None or self.made_for.timesteps is None:
+            return {}
+        return {
+            "resolution": "was made for the timesteps of its router, and {other} has others; strict=False runs it all "
+            "the same"
+        }
 
     def check_sampler(self, noise: str, scheduler: str = "") -> None:
         """A router that was trained for a sampler knows its noise; drawn outputs under unlike noise lie on no line."""

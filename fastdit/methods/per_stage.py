@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ class PerStage(Method):
 
     name = "PerStage"
     writes = frozenset({"reuse"})
+    needs = MappingProxyType(
+        {
+            "resolution": "has a method for each stage of a run, and no method beside it makes stages, as RALU does; "
+            "give RALU too, or one of its methods alone"
+        }
+    )
 
     def __init__(self, *methods: Method | None) -> None:
         object.__setattr__(self, "methods", methods)
@@ -53,6 +60,16 @@ class PerStage(Method):
                     f"{method.name} was made for whole runs, with their timesteps and size, and cannot run in a "
                     "stage; strict=False lets it"
                 )
+            if method.guard:
+                raise ArgumentError(
+                    f"guard=True compares outputs of all tokens and whole runs, and {method.name} in a stage has "
+                    "neither; leave it out"
+                )
+        if len({method.adapts for method in given if method.forecasts}) > 1:
+            raise ArgumentError(
+                'order="auto" must be that of all stages that forecast, got it for some; give it to all of them or to '
+                "none"
+            )
         if not given:
             raise ArgumentError("PerStage must be given a method for at least one stage, got none")
         dtypes = {method.cache_dtype for method in given}
@@ -62,6 +79,10 @@ class PerStage(Method):
         most = [m.max_cache_bytes for m in given if m.max_cache_bytes is not None]
         object.__setattr__(self, "cache_dtype", dtypes.pop())
         object.__setattr__(self, "max_cache_bytes", min(most, default=None))
+
+    @property
+    def adapts(self) -> bool:
+        return any(method.adapts for method in self._given())
 
     @property
     def forecasts(self) -> bool:

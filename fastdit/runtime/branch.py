@@ -106,7 +106,7 @@ class Branched:
             branch.keys.clear()
             branch.ages.clear()
             branch.form = None
-            branch.outputs = Outputs(run.patched.adapts, run.bounds)
+            branch.outputs = Outputs(run.patched.adapts, run.guard)
             branch.velocity = None
         branch.signature = signature
         # Of inference tensors the versions are copies, which need no renewal while they are equal.

@@ -96,8 +96,7 @@ class Call(Asked, Branched):
             if not branch.outputs.empty:
                 weights = run.forecast_weights
                 drawn = branch.outputs.forecast(run.step, order, weights, patched.ops)
-                guard = branch.outputs.guard
-                if guard is None or not guard.fired():
+                if run.guard is None or not run.guard.fired(run.step):
                     self.forecast = _with_sample(drawn, adapter.as_given(_first(drawn)))
                     return None
                 self.guarded = drawn
@@ -383,7 +382,7 @@ class Call(Asked, Branched):
         for method in run.methods:
             sample = method.output(self, sample)
         if self.guarded is not None:
-            sample = self.branch.outputs.guard.mixed(sample, _first(self.guarded))
+            sample = run.guard.mixed(sample, _first(self.guarded))
         if run.plan.forecasts and self.guarded is None:
             self._keep(_with_sample(output, sample), max(run.plan.forecasts))
         if forward.computed:

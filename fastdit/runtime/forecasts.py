@@ -10,7 +10,7 @@ and goes by it until the model is computed again. The answer stays on the device
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -30,17 +30,16 @@ class Outputs:
 
     Args:
         adapts: Each picture's forecasts are the line only while that was nearer than a repeat.
-        bounds: Those of a guard; None for none.
+        guard: The run's, which watches the forecasts, if anything does.
 
     Attributes:
         nodes: Their tensors, and other parts, laid flat.
         tokens: The last velocities of each token, in patches; None before a step computed some of the tokens.
-        guard: What watches the forecasts, if anything does.
     """
 
-    def __init__(self, adapts: bool = False, bounds: Mapping[int, float] | None = None) -> None:
+    def __init__(self, adapts: bool = False, guard: Guard | None = None) -> None:
         self._adapts = adapts
-        self.guard = None if bounds is None else Guard(bounds)
+        self._guard = guard
         #: of each part [B], 1 where the line was nearer; nothing before the two were told apart
         self._shares: list[Tensor | None] = []
         self.nodes = Nodes()
@@ -62,9 +61,9 @@ class Outputs:
             )
         if shape != self._shape:
             self.nodes, self._shape, self._shares = Nodes(), shape, []
-        if self.guard is not None and self.nodes.moves(step, weights):
+        if self._guard is not None and self.nodes.moves(step, weights):
             drawn = self._drawn(step, order, weights)[0].gathered()
-            self.guard.watch(step, drawn, parts[0])
+            self._guard.watch(step, drawn, parts[0])
         if self._adapts and self.nodes.moves(step, weights):
             drawn = self._drawn(step, 1, weights)
             self._shares = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from fastdit.blocks.prepacked import PrepackedWeights
 from fastdit.errors import FastDiTError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.runtime.branch import Branch
+from fastdit.runtime.guard import Guard
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.actions import BlockActions
 from fastdit.schedules.plan import RunPlan
@@ -58,7 +59,7 @@ class Run:
         plan: What each step computes.
         timesteps: Those of the scheduler that leads it, if one does.
         budget: What it has in place of the patch's; None for the patch's own.
-        bounds: Step -> the most that a forecast may be off there, where a guard watches; else None.
+        guard: What watches its forecasts; None where nothing does.
         led: Its steps are told by a scheduler.
         step, first: The step in progress and the first executed one, as indices of the scheduler.
         methods: What the methods keep and decide in this run, in the order in which they were given.
@@ -87,7 +88,7 @@ class Run:
     plan: RunPlan
     timesteps: Timesteps | None = None
     budget: Any = None
-    bounds: Mapping[int, float] | None = None
+    guard: Guard | None = None
     step: int = 0
     first: int | None = None
     methods: tuple[MethodRun, ...] = ()
@@ -280,6 +281,8 @@ class Run:
         if self.first is not None:
             if step.velocity is None and self.outputs:
                 step.velocity = torch.stack(self.outputs).mean(0)
+            if self.guard is not None and step.velocity is not None:
+                self.guard.pictures = len(step.velocity)
             for method in self.methods:
                 method.end_step(step)
         self.outputs.clear()

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastdit.errors import ArgumentError, FastDiTError, ScheduleError
 from fastdit.runtime import clock, owners
 from fastdit.runtime.disguise import is_ordinary
+from fastdit.runtime.guard import Guard
 from fastdit.runtime.owners import PipelineCall, Worker
 from fastdit.runtime.run import OPEN_STEPS, Run, nobody, one_call_too_many
 from fastdit.runtime.timesteps import Timesteps, check_flow, found_timesteps, replace_sigmas
@@ -177,7 +178,7 @@ class Runs:
             timesteps = timesteps.with_sigmas(resolution.run_sigmas)
         plan = patched.plan(planned, timesteps=timesteps, budget=local.budget)
         bounds = (m.bounds(planned) for m in patched.under(local.budget))
-        watched = next((found for found in bounds if found is not None), None)
+        watched = next((Guard(found) for found in bounds if found is not None), None)
         run = Run(patched, steps, plan, timesteps, local.budget, watched)
         run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):

@@ -9,7 +9,7 @@ No tensors here, and no models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,7 +36,8 @@ class PlanningMethod(Protocol):
 
     name: str
     writes: frozenset[str]
-    guard: bool
+    needs: Mapping[str, str]
+    bars: Mapping[str, str]
 
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], timesteps: Any
@@ -80,15 +81,15 @@ class RunPlan:
         return replace(self, actions=(first, *self.actions[1:]), forecasts=forecasts)
 
     def forecast_order(self, step: int) -> int:
-        """This tells the order of the step's forecast; 0 where the model runs."""
-        return self.forecasts[step] if self.forecasts else 0
+        """This tells the order of the step's forecast; 0 where the model runs, and beyond the end."""
+        return self.forecasts[step] if step < len(self.forecasts) else 0
 
 
 def check_composition(methods: Sequence[PlanningMethod]) -> None:
-    """This refuses methods that write the same field of a plan, and a guard where not all tokens are computed.
+    """This refuses methods that write the same field of a plan, and what they bar or need and do not find.
 
     Raises:
-        CompositionError: Naming both methods and the field.
+        CompositionError: Naming both methods, the field or why, and what to do.
     """
     owner: dict[str, str] = {}
     for method in methods:
@@ -98,11 +99,12 @@ def check_composition(methods: Sequence[PlanningMethod]) -> None:
                     f"{owner[field]} and {method.name} both decide {field!r} and cannot be composed; give one of them"
                 )
             owner[field] = method.name
-    parts = sorted({"rows", "resolution"} & set(owner))
-    if parts and any(method.guard for method in methods):
-        raise CompositionError(
-            f"guard=True compares outputs of all tokens, and {owner[parts[0]]} computes others; give one of them"
-        )
+    for method in methods:
+        for field in sorted(method.needs.keys() - owner.keys()):
+            raise CompositionError(f"{method.name} {method.needs[field]}")
+        for field in sorted(method.bars.keys() & owner.keys()):
+            why = method.bars[field].format(other=owner[field])
+            raise CompositionError(f"{method.name} {why}")
 
 
 def ops_of(methods: Sequence[PlanningMethod]) -> tuple[str, ...]:

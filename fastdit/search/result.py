@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdit import __version__, files
+from fastdit.account.raster import Raster
 from fastdit.cli.raster import save_raster
 from fastdit.errors import ScheduleError
 from fastdit.schedules.schedule import Schedule
@@ -45,7 +46,7 @@ def write_result(
     for name, candidate in zip(names, search.front, strict=True):
         schedule = schedule_of(search, candidate, identity)
         schedule.save(schedules / f"{name}.json")
-        save_raster(schedule, schedules / f"{name}.png", name)
+        save_raster(Raster.of_schedule(schedule), schedules / f"{name}.png", name)
         with suppress(ScheduleError):  # that layout has no place for every block kind
             schedule.save(schedules / ECAD_LAYOUT / f"{name}.json", layout="ecad")
     _write(folder / SUMMARY, summary(search, baselines, identity, names))

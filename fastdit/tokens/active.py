@@ -127,19 +127,25 @@ class TokenRun(MethodRun):
         run.plan_partial(tuple(step is not None for step in (*dense, *self.plan)))
 
     def observe(self, step: int, velocity: Tensor, delta: Any) -> None:
-        """Choose the active tokens of the step after `step`.
+        """Choose the active tokens of the step after `step`, or none before one that is forecast as a whole.
 
         Args:
             velocity: [B, gh, gw, p, p, C], the velocity field in patches, any strides.
             delta: Difference of the sigmas over this step.
         """
-        coming = self.at(step + 1)
-        self.active = self.choose(velocity, delta, coming)
+        self.active = None
+        if self.run.plan.forecast_order(self.first + step + 1):
+            self.look(velocity)
+            return
+        self.active = self.choose(velocity, delta, self.at(step + 1))
         if self.active is not None:
             self.history[step + 1] = self.active
 
+    def look(self, velocity: Tensor) -> None:
+        """See the velocity of a step before one that is forecast as a whole, which computes no token and ages none."""
+
     def choose(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor | None:
-        """The rule: which tokens are active in the step that comes. It is asked after each step.
+        """The rule: which tokens are active in the step that comes. It is asked before each that computes.
 
         Args:
             velocity, delta: As in `observe`.

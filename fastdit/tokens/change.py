@@ -45,7 +45,7 @@ class ChangeRun(TokenRun):
 
     Attributes:
         kept: What is known of the tokens' velocities; None before the first step that is looked at.
-        inverse: The inverse map of the last choice, see `token_select`; None after a dense step.
+        inverse: Which tokens the step in progress computes, as `token_select` says it; None where all are.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
@@ -55,20 +55,10 @@ class ChangeRun(TokenRun):
 
     def choose(self, velocity: Tensor, delta: Any, coming: Any) -> Tensor | None:
         """The tokens whose kept velocities are the most wrong; looked at after dense steps, too."""
-        step = self.run.step
-        if not any(self.plan[step - self.first + 1 :]):
+        score = self._scored(velocity)
+        if score is None:
             return None
-        if self.kept is None or len(self.kept.last) != len(velocity):
-            self.kept, self.inverse = self._begin(velocity), None
         kept, ops = self.kept, self.run.patched.ops
-        score = ops.token_change(
-            velocity,
-            kept.last,
-            kept.rate,
-            kept.sigma,
-            kept.sigmas[step : step + 2],
-            inverse=self.inverse,
-        )
         if coming is None:  # every token is active there
             self.inverse = None
             if kept.age is not None:
@@ -84,6 +74,29 @@ class ChangeRun(TokenRun):
             max_age=self.method.max_age,
         )
         return rows
+
+    def look(self, velocity: Tensor) -> None:
+        """A velocity that is drawn tells nothing of how the computed ones change."""
+        score = self._scored(velocity)
+        if score is not None:
+            self.inverse = torch.full_like(score, -1, dtype=torch.int32)
+
+    def _scored(self, velocity: Tensor) -> Tensor | None:
+        """How wrong each token is at the step that comes, what this step computed known; None where nobody asks."""
+        step = self.run.step
+        if not any(self.plan[step - self.first + 1 :]):
+            return None
+        if self.kept is None or len(self.kept.last) != len(velocity):
+            self.kept, self.inverse = self._begin(velocity), None
+        kept = self.kept
+        return self.run.patched.ops.token_change(
+            velocity,
+            kept.last,
+            kept.rate,
+            kept.sigma,
+            kept.sigmas[step : step + 2],
+            inverse=self.inverse,
+        )
 
     def end(self) -> None:
         """Only the history stays."""
