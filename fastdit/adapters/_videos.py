@@ -1,7 +1,7 @@
 """Base of families of videos: latents are [B, C, F, H, W], and a patch of some frames, rows and columns is a token.
 
 The tokens of a frame lie row by row, frame after frame. Where a picture stands for a video, its frames lie below each
-other. Tokens are chosen of a whole clip.
+other.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class Videos(Adapter):
         """The frames lie below each other."""
         frames, rows, columns = (n // p for n, p in zip(latents[2:], patch, strict=True))
         return frames * rows, columns
+
+    def frames(self, latents: Sequence[int], positions: Any, patch: Any) -> int:
+        """Those of the latents, in patches; a picture's shape, for predictions, is that of one."""
+        return latents[2] // patch[0] if len(latents) == 5 else 1
 
     def _cells(self, video: Tensor, patch: Any) -> Tensor:
         """[B, C, F, H, W] as [B, gf, gh, gw, pf, ph, pw, C], a view."""

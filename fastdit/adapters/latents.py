@@ -77,6 +77,10 @@ class Pictures:
         """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
         return latents[-2] // patch, latents[-1] // patch
 
+    def frames(self, latents: Sequence[int], positions: Any, patch: Any) -> int:
+        """How many frames of a video lie below each other in the :meth:`grid`."""
+        return 1
+
     def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """The pipeline's latents as [B, C, H, W]; `grid` has the rows and columns of tokens."""
         return latents

@@ -45,7 +45,7 @@ class ChangeRun(TokenRun):
 
     Attributes:
         kept: What is known of the tokens' velocities; None before the first step that is looked at.
-        inverse: The inverse map of the last choice, see `token_select`; None after a dense step.
+        inverse: The inverse map of the last choice, see :meth:`select`; None after a dense step.
     """
 
     def __init__(self, method: Any, run: Any) -> None:
@@ -74,11 +74,11 @@ class ChangeRun(TokenRun):
             if kept.age is not None:
                 kept.age.zero_()
             return None
-        rows, self.inverse = ops.token_select(
+        rows, self.inverse = self.select(
             score.view(*velocity.shape[:3], 1, 1, 1),
+            coming,
             kept.drops,
-            coming.keep,
-            age=kept.age,
+            kept.age,
             starvation=0.0,
             metric="l2norm",
             max_age=self.method.max_age,
