@@ -43,7 +43,7 @@ from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import mismatch
 from snapshot import snapshot
 from test_coexistence import FEATURES
-from tiny_models import LATENT, arguments, generate
+from tiny_models import LATENT, arguments, generate, latents_of
 
 # Published: preset -> sigmas of each stage, (start, scale, deviation) of the second and third.
 PUBLISHED = {
@@ -466,10 +466,15 @@ def as_given(name: str, noise: torch.Tensor) -> torch.Tensor:
     """Initial latents [B, C, H, W] as the pipeline takes them; FLUX.2's packs what has a token's channels already."""
     if name.startswith("flux2"):
         return torch.nn.functional.pixel_unshuffle(noise, 2)
+    if name in tiny_models.VIDEOS:
+        return tiny_models.frames_of(noise)
     return ralu_oracle.pack(noise) if name.startswith(PACKED) else noise
 
 
 def as_picture(name: str, latents: torch.Tensor, size=SIZE) -> torch.Tensor:
+    """What a run ends with as [B, C, H, W]; frames lie below each other."""
+    if name in tiny_models.VIDEOS:
+        return latents.flatten(2, 3)
     if not name.startswith(PACKED):
         return latents
     return ralu_oracle.unpack(latents, (size["height"] // 2, size["width"] // 2))
@@ -511,6 +516,15 @@ if tiny_models.HAS_FLUX2:
         ("flux2", 2, {"steps": (2, 0, 3), "lift": "picture"}),
         ("flux2", 2, {"weigh_keys": False}),
     ]
+CASES += [
+    ("wan", 1, {"mode": "parity"}),
+    ("wan", 2, {"selector": "edges", "split": 0.5}),
+    ("wan", 1, {"steps": (2, 0, 3), "lift": "spectrum"}),
+    ("hunyuanvideo15", 1, {"selector": "variance"}),
+    ("hunyuanvideo15", 3, {"selector": "edges", "mode": "parity"}),
+    ("hunyuanvideo15", 2, {"weigh_keys": False, "selector": "change"}),
+    ("hunyuanvideo15", 1, {"steps": (2, 0, 3), "lift": "picture"}),
+]
 
 
 @pytest.mark.diffusers
@@ -526,12 +540,13 @@ def test_a_run_is_that_of_the_restatement(name, batch, change):
     generate(pipe, name, steps=1, dtype=torch.float64, **SIZE)  # diffusers puts hooks of its own in
     stock = snapshot(pipe.transformer)
     handle = fastdit.patch(pipe, method)
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     report = handle.report()
     handle.unpatch()
     assert snapshot(pipe.transformer) == stock
     assert distance(found, expected) <= (1e-5 if name == "zimage" else RUN_FP64)
-    assert list(report.tokens_per_step) == method.tokens(96, tiny_models.TEXT)
+    frames = 2 if name in tiny_models.VIDEOS else 1
+    assert list(report.tokens_per_step) == method.tokens(96, tiny_models.TEXT, frames)
 
 
 @pytest.mark.diffusers
@@ -559,17 +574,17 @@ def test_a_weighed_key_stands_four_times(name, batch, backend, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(attention, "torch_attention", seen)
         fastdit.patch(pipe, SHORT, backend=backend)
-        found = pipe(**given).images
+        found = latents_of(pipe, given)
     shapes = {tuple(mask.shape[1:]) for mask in masks}
     assert shapes
     assert shapes <= {(1, 1, length + mixed) for length in {0, *texts}}
     if name != "qwen":  # whose prompts have masks of their own
         assert {mask.shape[0] for mask in masks} == {1}
     fastdit.patch(pipe, dataclasses.replace(SHORT, weigh_keys=False), backend=backend)
-    plain = pipe(**given).images
+    plain = latents_of(pipe, given)
     often = [4] * (24 - 7) + [1] * (4 * 7)
     with ralu_oracle.standing(often, texts, name.startswith(PACKED)):
-        assert distance(found, pipe(**given).images) <= FORWARD_FP64
+        assert distance(found, latents_of(pipe, given)) <= FORWARD_FP64
     assert distance(found, plain) > 1e-3
 
 
@@ -598,10 +613,10 @@ def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     sigmas = list(method.stages()[0].sigmas[:-1])
     cfg = name != "qwen"  # whose guidance rescales by token, so it depends on their size
     given = {"sigmas": sigmas, "cfg": cfg, **half}
-    stock = pipe(**arguments(name, 2, 4, latents=as_given(name, small), **given)).images
+    stock = latents_of(pipe, arguments(name, 2, 4, latents=as_given(name, small), **given))
     fastdit.patch(pipe, method, backend="reference")
     given = {"latents": latents, "cfg": cfg, **SIZE}
-    found = as_picture(name, pipe(**arguments(name, 2, 4, **given)).images)
+    found = as_picture(name, latents_of(pipe, arguments(name, 2, 4, **given)))
     stock = as_picture(name, stock, half)
     same_bits(found, stock.repeat_interleave(2, -1).repeat_interleave(2, -2))
 
@@ -622,7 +637,7 @@ def test_a_batch_is_its_images(name, selector):
             if isinstance(value, torch.Tensor) and value.shape[0] == 3:
                 some[key] = value[images]
         some["num_images_per_prompt"] = 1 if name == "sd3" else len(some["latents"])
-        return pipe(**some).images
+        return latents_of(pipe, some)
 
     together = draw(slice(0, 3))
     masks = handle.report().stages[1].coarse
@@ -1058,7 +1073,7 @@ def test_each_stage_has_a_schedule_of_its_own(name):
     noise, latents = start_of(name, 2)
     given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
     handle = fastdit.patch(pipe, SHORT, PerStage(None, Cached(mixed), ECAD(full)))
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     said = handle.explain(**SIZE)
     handle.unpatch()
     with torch.no_grad():
@@ -1081,7 +1096,7 @@ def test_forecasts_begin_anew_with_each_stage(name):
     given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
     schedule = Schedule.from_bits(bits, names, orders=orders)
     handle = fastdit.patch(pipe, SHORT, Cached(schedule))
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     handle.unpatch()
     with torch.no_grad():
         expected = ralu_oracle.run(pipe, SHORT, noise, given, bits, orders=orders)
@@ -1182,7 +1197,7 @@ def test_compositions_are_those_of_the_restatement(name, batch, left_out):
     noise, latents = start_of(name, batch)
     given = arguments(name, batch, steps, dtype=torch.float64, latents=latents, **SIZE)
     handle = fastdit.patch(pipe, method, *methods)
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     if left_out != "outputs":
         history = handle.last_run().selection.history
         assert list(history) == [2, 3, 5]

@@ -353,7 +353,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     tokens = [run.records[step].tokens for step in steps]
     lengths = [run.image_tokens] * len(steps)
     if run.resolution is not None:
-        lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
+        resolution = run.resolution
+        lengths = resolution.method.tokens(run.image_tokens, run.text_tokens, resolution.frames)
+        lengths = lengths[: len(steps)]
     keeps = not patched.eager
     stages = _stages(count, plan, lengths, tokens)
     spent = _spent(stages, keeps, keeps and run.keeps_prompt_keys)
@@ -374,7 +376,8 @@ def _tokens_per_step(
     sparse, resolution = patched.writer("rows"), patched.writer("resolution")
     if resolution is not None:
         resolution.check_steps(steps)
-        lengths, first = resolution.tokens(size.image, size.text), resolution.stages()[-1].first
+        lengths = resolution.tokens(size.image, size.text, frames)
+        first = resolution.stages()[-1].first
     if sparse is not None:
         asked_for[first:] = active_of(sparse, steps - first, size.image, frames)
         active[first:] = sparse.fitted(asked_for[first:], size.image, waves)
