@@ -74,7 +74,8 @@ def _image(
         content.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=7
     )
     generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
-    if model.frames > 1:  # the first step gives the model's dtype; Wan's pipeline begins in fp32
+    multistep = hasattr(pipe.scheduler, "lower_order_nums")
+    if model.frames > 1 and not multistep:  # Euler's step from Wan's fp32 gives the model's dtype
         noise = noise.to(pipe.transformer.dtype)
     gh, gw, frames = noise.shape[1] // P, noise.shape[2] // P, model.frames
 
@@ -180,7 +181,9 @@ def _multistep(pipe: Any, sigmas: Tensor, last: bool) -> Any:
     sigmas[0] = min(float(sigmas[0]), 1 - 1e-6)
     made.set_timesteps(len(sigmas) - 1)
     made.sigmas = sigmas
-    made.timesteps = torch.zeros(len(sigmas) - 1 + 9 * (not last))  # the order falls at the run's end
+    made.timesteps = torch.zeros(
+        len(sigmas) - 1 + 9 * (not last)
+    )  # the order falls at the run's end
     made.set_begin_index(0)
     return made
 
