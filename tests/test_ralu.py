@@ -35,6 +35,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.account.cost import Cost
+from fastdit.adapters import latents
 from fastdit.blocks import attention
 from fastdit.ops import bind
 from fastdit.tokens import lift
@@ -295,6 +296,11 @@ def test_what_is_drawn_is_read_back(packed):
 
 class Pictures:
     """Stands in for an adapter whose latents are pictures."""
+
+    redrawn = latents.Pictures.redrawn
+
+    def as_clip(self, picture, frames):
+        return picture
 
     def field(self, latents, cells):
         return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 3, 5, 1)

@@ -105,10 +105,6 @@ class Videos(Adapter):
                 f"{' x '.join(map(str, patch))}, frames first; accepted are 1 x 1 x 1 and 1 x 2 x 2"
             )
 
-    def side(self, patch: Any) -> int:
-        """Rows, and columns, of a patch."""
-        return patch[-1]
-
     def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
         """The pipeline's latents [B, C, F, H, W] as [B, gf gh, gw, p, p, C], a view."""
         return self.patches(latents, (1, *[latents.shape[-1] // cells[1]] * 2))

@@ -150,10 +150,6 @@ class Pictures:
 
     # ---- tokens of two sizes
 
-    def side(self, patch: Any) -> int:
-        """Side of a token in latent pixels, of what :meth:`patch` says."""
-        return patch
-
     def as_clip(self, picture: Tensor, frames: int) -> Tensor:
         """Latents [B, C, F H, W], frames below each other, as the VAE has them."""
         return picture

@@ -23,7 +23,7 @@ from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
 from fastdit.tokens import edges, lift, multistep
 from fastdit.tokens.clip import rows_of_clip
-from fastdit.tokens.layout import Layout, picture_cells
+from fastdit.tokens.layout import SIDE, Layout, picture_cells
 from fastdit.tokens.stages import Stage
 
 
@@ -67,7 +67,7 @@ class ResolutionRun(MethodRun):
         self.adapter, self.ops = run.patched.adapter, run.patched.ops
         self.generators: list[torch.Generator] = []
         self.velocities: list[Tensor] = []
-        self._text = 0
+        self._text, self._side = 0, SIDE
 
     # ---- hooks
 
@@ -88,7 +88,8 @@ class ResolutionRun(MethodRun):
             frames = self.adapter.frames(run.latents, run.positions, run.patch)
             sides = grid[0] // frames, grid[1]
             if any(side % 2 for side in sides):
-                scale = self.adapter.side(run.patch) * _vae_scale(run.pipeline())
+                side = run.patch if isinstance(run.patch, int) else run.patch[-1]
+                scale = side * _vae_scale(run.pipeline())
                 raise ArgumentError(
                     f"height and width must be multiples of {2 * scale} for {name}, "
                     f"got {sides[0] * scale} x {sides[1] * scale}"
@@ -171,6 +172,7 @@ class ResolutionRun(MethodRun):
     def finish(self, velocity: Tensor, latents: Tensor) -> None:
         """End the stage: `latents`, where the scheduler says `velocity` led, become those of the next stage, if any."""
         state = self._field(latents)
+        self._side = state.shape[3]
         x = self.now.read(state, self.ops)
         v = self.now.read(self._field(velocity), self.ops)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -270,11 +272,6 @@ class ResolutionRun(MethodRun):
     @property
     def _vae(self) -> Any:
         return (self.run.pipeline() or self.run.patched.pipeline()).vae
-
-    @property
-    def _side(self) -> int:
-        """Of a token, in latent pixels."""
-        return self.adapter.side(self.run.patch)
 
     def _chosen(self) -> Tensor:
         """The rows to split; as many of each frame, the most detailed there."""
