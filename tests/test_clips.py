@@ -374,12 +374,10 @@ def test_a_book_is_made_of_videos(monkeypatch):
 
 def test_the_demo_shows_the_frame_in_the_middle():
     pipe = told(tiny_models.pipeline("wan"))
-    call = {"prompt": ["a cat"]} | CLIP
-    settings = SimpleNamespace(seed=0, backend=None)
-    runs = demo._Runs(pipe, [call], settings, lambda *told: None, 1)
-    drawn = runs.draw(0, SimpleNamespace(method=None, steps=2), "")
-    found = pipe(
-        **call, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
-    )
-    frames = found.frames[0]
-    assert (drawn.image == frames[len(frames) // 2]).all()
+    call, settings = {"prompt": ["a cat"]} | CLIP, demo.Settings(steps=4, seed=0, repeats=1)
+    every = fastdit.Cached(fastdit.Schedule.every(2))
+    found = demo.compare(pipe, [call], ["a cat"], {"every": every}, settings)
+    draw = torch.Generator().manual_seed(0)
+    drawn = pipe(**call, num_inference_steps=4, output_type="np", generator=draw).frames[0]
+    assert len(found.pictures[0]) == 3
+    assert (found.pictures[0][0].image == drawn[len(drawn) // 2]).all()
