@@ -312,6 +312,10 @@ def _check_resizing(method: Method, pipeline: Any | None) -> None:
         raise UnsupportedModelError(
             f"target must be a pipeline for {method.name}, which leads its scheduler; got a transformer"
         )
+    if all(isinstance(getattr(pipeline, name, None), nn.Module) for name in TRANSFORMERS):
+        raise UnsupportedModelError(
+            f"{type(pipeline).__name__} has two transformers that take turns; {method.name} leads a run of one"
+        )
     check_flow(getattr(pipeline, "scheduler", None))
     if method.selector == "edges" and getattr(pipeline, "vae", None) is None:
         raise UnsupportedModelError(

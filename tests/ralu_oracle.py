@@ -27,7 +27,7 @@ from fastdit.tokens import edges
 from oracle import Bits, Oracle
 from ras_oracle import RowOracle
 
-P = 2  # latent pixels along a side of a token
+P = 2  # latent pixels along a side of a token; tests of other models set another
 
 
 def run(
@@ -41,6 +41,8 @@ def run(
     whole: dict[int, int] | None = None,
 ) -> Tensor:
     """The latents [B, C, H, W] at the end, from initial ones, for the arguments of `tiny_models.arguments`.
+
+    Of a video the picture is all frames below each other.
 
     Args:
         bits: Schedule of reused outputs over the whole run, block list -> bool [step, block, component].
@@ -76,7 +78,10 @@ def _image(
         content.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=7
     )
     generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
-    gh, gw = noise.shape[1] // P, noise.shape[2] // P
+    multistep = hasattr(pipe.scheduler, "lower_order_nums")
+    if model.frames > 1 and not multistep:  # Euler's step from Wan's fp32 gives the model's dtype
+        noise = noise.to(pipe.transformer.dtype)
+    gh, gw, frames = noise.shape[1] // P, noise.shape[2] // P, model.frames
 
     # A token is (size in cells, row, column of its first cell, content [C, P, P]).
     if method.stages()[0].layout == "full":
@@ -87,7 +92,7 @@ def _image(
     for index, stage in enumerate(method.stages()):
         if index and method.lift != "pixels":
             state = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
-            tokens = cut(_lifted(pipe, method, stage, state, clean, generator), 1)
+            tokens = cut(_lifted(pipe, method, stage, state, clean, generator, frames), 1)
         elif index:
             scale, deviation, c = stage.scale, stage.deviation, method.noise
             if stage.layout == "full":
@@ -99,9 +104,13 @@ def _image(
                         for before, now in zip(*velocities[-2:], strict=True)
                     ]
                 else:
-                    energy = _energy(pipe, method, clean)
-                count = method.split_count(len(tokens), len(given["prompt_embeds"][0]))
-                chosen = set(sorted(range(len(tokens)), key=lambda i: -energy[i])[:count])
+                    energy = _energy(pipe, method, clean, frames)
+                count = method.split_count(len(tokens), len(given["prompt_embeds"][0]), frames)
+                own = len(tokens) // frames
+                chosen = set()
+                for first in range(0, len(tokens), own):
+                    order = sorted(range(first, first + own), key=lambda i: -energy[i])
+                    chosen |= set(order[: count // frames])
             kept = [token for i, token in enumerate(tokens) if i not in chosen]
             split = [token for i, token in enumerate(tokens) if i in chosen]
             children = [
@@ -110,7 +119,7 @@ def _image(
                     y + dy,
                     x + dx,
                     content
-                    if method.mode == "parity"
+                    if method.mode == "parity" or P == 1
                     else content[:, dy, dx, None, None].expand_as(content),
                 )
                 for _, y, x, content in split
@@ -127,7 +136,7 @@ def _image(
             values, vectors = torch.linalg.eigh(covariance)
             root = vectors @ values.clamp(min=0).sqrt().diag() @ vectors.T
             for group in eps[len(kept) :].split(4):
-                if method.mode == "parity":
+                if method.mode == "parity" or P == 1:
                     z += list(root @ group)  # of siblings
                 else:  # of the pixels of a child, which are next to each other
                     z += [torch.cat([root @ own for own in child.split(P * P)]) for child in group]
@@ -138,12 +147,18 @@ def _image(
             if stage.layout == "full":
                 tokens.sort(key=lambda token: (token[1], token[2]))
         sigmas = torch.tensor(stage.sigmas, dtype=torch.float32)
+        ahead = _multistep(pipe, sigmas, stage.sigmas[-1] == 0)
         sparse = choose if stage.layout == "full" else None
         part = stage, sigmas, bits, sparse, b, orders, whole
         with _leaving_out(pipe, *part) as merged:
             for now, then in itertools.pairwise(sigmas):
                 velocity = merged(model(tokens, stage.layout, now, (gh, gw)))
                 velocities.append(velocity)
+                if ahead is not None:
+                    state = torch.stack([t for *_, t in tokens])
+                    moved = ahead.step(torch.stack(velocity), 0, state).prev_sample
+                    tokens = [(*place, t) for (*place, _), t in zip(tokens, moved, strict=True)]
+                    continue
                 tokens = [
                     (size, y, x, (t.float() + (then - now) * v).to(t.dtype))
                     for (size, y, x, t), v in zip(tokens, velocity, strict=True)
@@ -161,6 +176,21 @@ def _image(
         small = paste([(1, y // 2, x // 2, t) for _, y, x, t in tokens], (gh // 2, gw // 2))
         return small.repeat_interleave(2, 1).repeat_interleave(2, 2)
     return paste(tokens, (gh, gw))
+
+
+def _multistep(pipe: Any, sigmas: Tensor, last: bool) -> Any:
+    """A stock solver that does a stage's steps and nothing else, where the pipeline's looks back; else None."""
+    if not hasattr(pipe.scheduler, "lower_order_nums"):
+        return None
+    made = type(pipe.scheduler)(**pipe.scheduler.config)
+    sigmas[0] = min(float(sigmas[0]), 1 - 1e-6)
+    made.set_timesteps(len(sigmas) - 1)
+    made.sigmas = sigmas
+    made.timesteps = torch.zeros(
+        len(sigmas) - 1 + 9 * (not last)
+    )  # the order falls at the run's end
+    made.set_begin_index(0)
+    return made
 
 
 @contextlib.contextmanager
@@ -211,16 +241,38 @@ class Unchanged:
 
 
 def _lifted(
-    pipe: Any, method: RALU, stage: Any, state: Tensor, clean: Tensor, generator: torch.Generator
+    pipe: Any,
+    method: RALU,
+    stage: Any,
+    state: Tensor,
+    clean: Tensor,
+    generator: torch.Generator,
+    frames: int,
 ) -> Tensor:
     """The state [C, 2 h, 2 w] of the full stage from the coarse one's [C, h, w], by scipy's cosine transform."""
     channels, height, width = state.shape
-    cells = height, width  # of the full stage: a token has 2 x 2 pixels
-    eps = torch.randn(height * width, channels * P * P, generator=generator)
+    cells = 2 * height // P, 2 * width // P  # of the full stage
+    width = cells[1]
+    eps = torch.randn(cells[0] * cells[1], channels * P * P, generator=generator)
     tokens = [
         (1, i // width, i % width, row.view(channels, P, P)) for i, row in enumerate(eps.double())
     ]
-    z = paste(tokens, cells).numpy()
+    if method.lift == "picture":
+        drawn = _redrawn(pipe, clean, frames).chunk(frames, dim=1)
+    parts = zip(
+        *(t.double().chunk(frames, dim=1) for t in (state, paste(tokens, cells), clean)),
+        drawn if method.lift == "picture" else [None] * frames,
+        strict=True,
+    )
+    found = torch.cat([_enlarged(method, stage, *part) for part in parts], dim=1)
+    return found.to(state.dtype)
+
+
+def _enlarged(
+    method: RALU, stage: Any, state: Tensor, noise: Tensor, clean: Tensor, drawn: Tensor | None
+) -> Tensor:
+    """A picture, or a frame of a video."""
+    z, (channels, height, width) = noise.numpy(), state.shape
 
     def low(coefficients: np.ndarray) -> np.ndarray:
         """The picture [C, 2 h, 2 w] of a low half alone."""
@@ -234,28 +286,51 @@ def _lifted(
     told = low(waves(z)[:, :height, :width])
     z = z + ((1 - 4 * method.noise) ** 0.5 - 1) * told
     found = stage.scale * 2 * low(waves(state.double().numpy())) + stage.deviation * z
-    if method.lift == "picture":
-        image = _decoded(pipe, clean).float()
-        image = nn.functional.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
-        drawn = _encoded(pipe, image)[0].double().numpy()
+    if drawn is not None:
         found = found + stage.scale * method.ends[0] * (
-            drawn - 2 * low(waves(clean.double().numpy()))
+            drawn.double().numpy() - 2 * low(waves(clean.numpy()))
         )
-    return torch.from_numpy(found).to(state.dtype)
+    return torch.from_numpy(found)
 
 
-def _energy(pipe: Any, method: RALU, clean: Tensor) -> list[float]:
-    cells = tuple(side // P for side in clean.shape[1:])
-    if method.selector == "gradient":
-        return edges.gradient_energy(clean[None], cells)[0].tolist()
-    if method.selector == "variance":
-        return edges.variance_energy(clean[None], cells)[0].tolist()
-    return edges.edge_energy(_decoded(pipe, clean), cells, method.mode == "parity")[0].tolist()
+def _redrawn(pipe: Any, clean: Tensor, frames: int) -> Tensor:
+    """The latents [C, 2 h, 2 w] of the picture of `clean` [C, h, w], enlarged."""
+    parts = _decoded(pipe, clean, frames).float().chunk(frames, dim=2)
+    enlarged = [nn.functional.interpolate(one, scale_factor=2, mode="bicubic") for one in parts]
+    image = torch.cat(enlarged, dim=2).clamp(-1, 1)
+    if pipe.vae.config.get("spatial_compression_ratio") is None:
+        return _encoded(pipe, image)[0]
+    video = image[0].unflatten(1, (frames, -1)).to(pipe.vae.dtype)  # of one scale
+    found = pipe.vae.encode(video[None]).latent_dist.mode() * pipe.vae.config.scaling_factor
+    return found[0].flatten(1, 2)
 
 
-def _decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """The picture [1, 3, H, W] of latents [C, h, w]."""
-    vae, scale, shift = pipe.vae, *_scale_and_shift(pipe, latents)
+def _energy(pipe: Any, method: RALU, clean: Tensor, frames: int) -> list[float]:
+    """Of the tokens, frame by frame."""
+    cells = clean.shape[1] // P // frames, clean.shape[2] // P
+    if method.selector == "edges":
+        parts, more = _decoded(pipe, clean, frames).chunk(frames, dim=2), [method.mode == "parity"]
+    else:
+        parts, more = clean[None].chunk(frames, dim=2), []
+    energy = getattr(edges, {"edges": "edge"}.get(method.selector, method.selector) + "_energy")
+    return [value for part in parts for value in energy(part, cells, *more)[0].tolist()]
+
+
+def _decoded(pipe: Any, latents: Tensor, frames: int) -> Tensor:
+    """The picture [1, 3, H, W] of latents [C, h, w]; a video's is one of each frame's."""
+    vae = pipe.vae
+    if frames > 1 and hasattr(vae.config, "latents_mean"):  # Wan's
+        mean, std = (
+            torch.tensor(t).view(-1, 1, 1)
+            for t in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = latents * std + mean
+        video = latents.unflatten(1, (frames, -1))[None].to(vae.dtype)
+        return vae.decode(video).sample.flatten(2, 3)
+    if vae.config.get("spatial_compression_ratio") is not None:  # HunyuanVideo-1.5's
+        video = (latents / vae.config.scaling_factor).unflatten(1, (frames, -1))[None]
+        return vae.decode(video.to(vae.dtype)).sample.flatten(2, 3)
+    scale, shift = _scale_and_shift(pipe, latents)
     return vae.decode((latents / scale + shift)[None].to(vae.dtype)).sample
 
 
@@ -330,7 +405,8 @@ def standing(often: list[int], texts: Sequence[int], text_first: bool) -> Iterat
         products = query @ key[:, :, rows].transpose(-1, -2) / query.shape[-1] ** 0.5
         if attn_mask is not None:
             products = products.masked_fill(~attn_mask[..., rows], -torch.inf)
-        return products.softmax(-1) @ value[:, :, rows]
+        # Where nothing is read, as by padding, torch gives 0.
+        return products.softmax(-1).nan_to_num(0) @ value[:, :, rows]
 
     with mock.patch.object(nn.functional, "scaled_dot_product_attention", attend):
         yield
@@ -342,6 +418,7 @@ class Calls:
     centred: bool
     weighs: bool
     text_first: bool
+    frames = 1
 
     def attention(
         self, tokens: list[Any], layout: str, text: int
@@ -589,6 +666,103 @@ class ZImageCalls(Calls):
         return list((-velocity).split(P, dim=-1))
 
 
+class WanCalls(Calls):
+    """Stock Wan on a list of tokens of two frames, guidance by two calls; angles by their formula."""
+
+    frames = 2
+    text_first = False
+
+    def __init__(self, pipe: Any, given: dict[str, Any], b: int) -> None:
+        self.pipe, self.model, self.given, self.b = pipe, pipe.transformer, given, slice(b, b + 1)
+
+    def __call__(
+        self, tokens: list[Any], layout: str, sigma: Tensor, cells: tuple[int, int]
+    ) -> list[Tensor]:
+        unit, rows = 1.0 if layout == "full" else 0.5, cells[0] // self.frames
+        places = [
+            (float(y // rows), unit * (y % rows), unit * x) for y, x in self.places(tokens, layout)
+        ]
+        # One frame of patches side by side.
+        x = torch.cat([content for *_, content in tokens], dim=-1)[None, :, None]
+        self.model.rope.forward = lambda latents: self.turns(places)
+        try:
+            time = 1000 * sigma.expand(1)
+            if hasattr(self.pipe.scheduler, "lower_order_nums"):  # UniPC's timesteps are whole
+                time = time.long()
+            velocity = self.guided(tokens, layout, x.to(self.model.dtype), time)
+        finally:
+            del self.model.rope.forward
+        return list(velocity[0, :, 0].split(P, dim=-1))
+
+    def guided(self, tokens: list[Any], layout: str, x: Tensor, time: Tensor) -> Tensor:
+        """The velocity by a call for each prompt; text is read by another attention."""
+        found = []
+        for kind in ("", "negative_"):
+            prompt = self.given.get(f"{kind}prompt_embeds")
+            if prompt is not None:
+                with self.attention(tokens, layout, 0):
+                    found.append(self.model(x, time, prompt[self.b]).sample)
+        if len(found) == 1:
+            return found[0]
+        return found[1] + self.given["guidance_scale"] * (found[0] - found[1])
+
+    def turns(self, places: list[Any]) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, n, 1, d]."""
+        rope = self.model.rope
+        angles = angles_of(places, (rope.t_dim, rope.h_dim, rope.w_dim), 10000.0)
+        return angles.cos()[None, :, None], angles.sin()[None, :, None]
+
+
+class HunyuanCalls(WanCalls):
+    """Stock HunyuanVideo-1.5, whose text, of three kinds, is in the same attention, behind the video."""
+
+    def guided(self, tokens: list[Any], layout: str, x: Tensor, time: Tensor) -> Tensor:
+        beside = self.model.config.in_channels - x.shape[1]
+        x = torch.cat([x, x.new_zeros(1, beside, *x.shape[2:])], dim=1)
+        found = []
+        for kind in ("", "negative_"):
+            prompt = self.given.get(f"{kind}prompt_embeds")
+            if prompt is None:
+                continue
+            glyphs = self.given[f"{kind}prompt_embeds_2"][self.b]
+            image = x.new_zeros(
+                1, self.pipe.vision_num_semantic_tokens, self.model.config.image_embed_dim
+            )
+            with self.attention(tokens, layout, prompt.shape[1] + glyphs.shape[1] + image.shape[1]):
+                found.append(
+                    self.model(
+                        hidden_states=x,
+                        timestep=time.to(x.dtype),
+                        encoder_hidden_states=prompt[self.b],
+                        encoder_attention_mask=self.given[f"{kind}prompt_embeds_mask"][self.b],
+                        encoder_hidden_states_2=glyphs,
+                        encoder_attention_mask_2=self.given[f"{kind}prompt_embeds_mask_2"][self.b],
+                        image_embeds=image,
+                    ).sample
+                )
+        if len(found) == 1:
+            return found[0]
+        return found[1] + self.given["guidance_scale"] * (found[0] - found[1])
+
+    def turns(self, places: list[Any]) -> tuple[Tensor, Tensor]:
+        """cos and sin [n, d]; the model makes them in fp32."""
+        rope = self.model.rope
+        angles = angles_of(places, rope.rope_dim, rope.theta, torch.float32)
+        return angles.cos(), angles.sin()
+
+
+def angles_of(
+    places: list[Any], dims: Sequence[int], theta: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Angles [n, d], each twice, axis by axis."""
+    found = []
+    for axis, dim in enumerate(dims):
+        rates = 1 / theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
+        place = torch.tensor([place[axis] for place in places], dtype=dtype)
+        found.append((place[:, None] * rates).repeat_interleave(2, dim=1))
+    return torch.cat(found, dim=1)
+
+
 def turns(embedder: Any, ids: list[Any]) -> Tensor:
     """Complex numbers of length one, by place, for each axis one after the other."""
     found = []
@@ -620,6 +794,8 @@ CALLS = {
     "FluxTransformer2DModel": FluxCalls,
     "Flux2Transformer2DModel": Flux2Calls,
     "QwenImageTransformer2DModel": QwenCalls,
+    "HunyuanVideo15Transformer3DModel": HunyuanCalls,
     "SD3Transformer2DModel": SD3Calls,
+    "WanTransformer3DModel": WanCalls,
     "ZImageTransformer2DModel": ZImageCalls,
 }

@@ -68,13 +68,10 @@ CASES = [
 
 def draw(name, pipe, seed, **kwargs):
     """Latents of a run, each seed with other noise and another prompt."""
-    given = tiny_models.arguments(name, seed=seed, **{"steps": STEPS} | kwargs)
-    if (
-        tiny_models.PIPELINES[name].family in RESIZED
-        and "height" not in kwargs
-        and "img2img" not in name
-    ):
-        given |= {"height": 16, "width": 24}
+    size = {}
+    if tiny_models.PIPELINES[name].family in RESIZED and "img2img" not in name:
+        size = {"height": 16, "width": 24}
+    given = tiny_models.arguments(name, seed=seed, **{"steps": STEPS} | size | kwargs)
     for key, value in given.items():
         if key.endswith("embeds"):
             given[key] = tree_map(lambda each: each + 0.1 * seed, value)

@@ -24,7 +24,7 @@ import fastdit
 import replays
 import tiny_models
 from contract import FORWARD_FP64, RUN_FP64, distance, same_bits, within_contract
-from fastdit import RALU, RAS, ArgumentError, Cached, Dense, Schedule, UnsupportedModelError, drift
+from fastdit import RAS, ArgumentError, Cached, Dense, Schedule, UnsupportedModelError, drift
 from fastdit.errors import DriftError
 from oracle import Oracle, random_bits
 from replays import tapes  # noqa: F401
@@ -446,11 +446,3 @@ def test_patches_of_several_frames_are_refused_where_tokens_are_left_out():
     fastdit.patch(model, Cached(Schedule.every(2)))
     with pytest.raises(UnsupportedModelError, match="patches of 2 frames"):
         fastdit.patch(model, RAS())
-
-
-def test_two_resolutions_are_refused_by_name():
-    method = RALU.preset("flux-4x", family=None)
-    with pytest.raises(
-        UnsupportedModelError, match="HunyuanVideo15Transformer3DModel cannot change"
-    ):
-        fastdit.patch(pipeline(), method)

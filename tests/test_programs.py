@@ -68,9 +68,9 @@ CASES = [
 
 def draw(name, pipe, seed=0, **more):
     """Latents of a run, each seed with other noise and another prompt."""
-    given = tiny_models.arguments(name, seed=seed, steps=STEPS, **more)
     if tiny_models.PIPELINES[name].family in RESIZED and "img2img" not in name:
-        given |= {"height": 16, "width": 24}
+        more |= {"height": 16, "width": 24}
+    given = tiny_models.arguments(name, seed=seed, steps=STEPS, **more)
     for key, value in given.items():
         if key.endswith("embeds"):
             given[key] = tree_map(lambda each: each + 0.1 * seed, value)

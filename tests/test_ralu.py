@@ -35,6 +35,7 @@ from fastdit import (
     UnsupportedModelError,
 )
 from fastdit.account.cost import Cost
+from fastdit.adapters import latents
 from fastdit.blocks import attention
 from fastdit.ops import bind
 from fastdit.tokens import lift
@@ -43,7 +44,7 @@ from fastdit.tokens.resolution import ResolutionRun
 from fastdit.tokens.stages import mismatch
 from snapshot import snapshot
 from test_coexistence import FEATURES
-from tiny_models import LATENT, arguments, generate
+from tiny_models import LATENT, arguments, generate, latents_of
 
 # Published: preset -> sigmas of each stage, (start, scale, deviation) of the second and third.
 PUBLISHED = {
@@ -96,7 +97,12 @@ SOLVED = {
 
 #: a short run with all that matters
 SHORT = RALU((2, 2, 3), (0.3, 0.45, 1.0), (5.0, 2.6, 2.2), 0.05, 0.3, "gradient")
-STAGED = tiny_models.one_each(tiny_models.forms("changes_resolution"))
+#: families of pictures; `test_clips.py` has those of videos
+STAGED = [
+    name
+    for name in tiny_models.one_each(tiny_models.forms("changes_resolution"))
+    if name not in tiny_models.VIDEOS
+]
 #: those that the oracle of whole runs knows
 RESTATED = [name for name in ("sd3", "flux", "qwen") if name in STAGED]
 #: those whose pipelines hold latents as tokens
@@ -291,6 +297,11 @@ def test_what_is_drawn_is_read_back(packed):
 class Pictures:
     """Stands in for an adapter whose latents are pictures."""
 
+    redrawn = latents.Pictures.redrawn
+
+    def as_clip(self, picture, frames):
+        return picture
+
     def field(self, latents, cells):
         return latents.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 3, 5, 1)
 
@@ -466,10 +477,15 @@ def as_given(name: str, noise: torch.Tensor) -> torch.Tensor:
     """Initial latents [B, C, H, W] as the pipeline takes them; FLUX.2's packs what has a token's channels already."""
     if name.startswith("flux2"):
         return torch.nn.functional.pixel_unshuffle(noise, 2)
+    if name in tiny_models.VIDEOS:
+        return tiny_models.frames_of(noise)
     return ralu_oracle.pack(noise) if name.startswith(PACKED) else noise
 
 
 def as_picture(name: str, latents: torch.Tensor, size=SIZE) -> torch.Tensor:
+    """What a run ends with as [B, C, H, W]; frames lie below each other."""
+    if name in tiny_models.VIDEOS:
+        return latents.flatten(2, 3)
     if not name.startswith(PACKED):
         return latents
     return ralu_oracle.unpack(latents, (size["height"] // 2, size["width"] // 2))
@@ -511,6 +527,15 @@ if tiny_models.HAS_FLUX2:
         ("flux2", 2, {"steps": (2, 0, 3), "lift": "picture"}),
         ("flux2", 2, {"weigh_keys": False}),
     ]
+CASES += [
+    ("wan", 1, {"mode": "parity"}),
+    ("wan", 2, {"selector": "edges", "split": 0.5}),
+    ("wan", 1, {"steps": (2, 0, 3), "lift": "spectrum"}),
+    ("hunyuanvideo15", 1, {"selector": "variance"}),
+    ("hunyuanvideo15", 3, {"selector": "edges", "mode": "parity"}),
+    ("hunyuanvideo15", 2, {"weigh_keys": False, "selector": "change"}),
+    ("hunyuanvideo15", 1, {"steps": (2, 0, 3), "lift": "picture"}),
+]
 
 
 @pytest.mark.diffusers
@@ -518,20 +543,22 @@ if tiny_models.HAS_FLUX2:
 def test_a_run_is_that_of_the_restatement(name, batch, change):
     method = dataclasses.replace(SHORT, **change)
     pipe = tiny_models.pipeline(name, torch.float64)
-    # Z-Image's pipeline steps in fp32 whatever the model's dtype
-    noise, latents = start_of(name, batch, torch.float32 if name == "zimage" else torch.float64)
+    # Z-Image's pipeline steps, and Wan's begins, in fp32 whatever the model's dtype
+    starts = torch.float32 if name in ("zimage", "wan") else torch.float64
+    noise, latents = start_of(name, batch, starts)
     given = arguments(name, batch, method.run_steps, dtype=torch.float64, latents=latents, **SIZE)
     with torch.no_grad():
         expected = ralu_oracle.run(pipe, method, noise, given)
     generate(pipe, name, steps=1, dtype=torch.float64, **SIZE)  # diffusers puts hooks of its own in
     stock = snapshot(pipe.transformer)
     handle = fastdit.patch(pipe, method)
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     report = handle.report()
     handle.unpatch()
     assert snapshot(pipe.transformer) == stock
     assert distance(found, expected) <= (1e-5 if name == "zimage" else RUN_FP64)
-    assert list(report.tokens_per_step) == method.tokens(96, tiny_models.TEXT)
+    frames = 2 if name in tiny_models.VIDEOS else 1
+    assert list(report.tokens_per_step) == method.tokens(96, tiny_models.TEXT, frames)
 
 
 @pytest.mark.diffusers
@@ -559,17 +586,17 @@ def test_a_weighed_key_stands_four_times(name, batch, backend, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(attention, "torch_attention", seen)
         fastdit.patch(pipe, SHORT, backend=backend)
-        found = pipe(**given).images
+        found = latents_of(pipe, given)
     shapes = {tuple(mask.shape[1:]) for mask in masks}
     assert shapes
     assert shapes <= {(1, 1, length + mixed) for length in {0, *texts}}
     if name != "qwen":  # whose prompts have masks of their own
         assert {mask.shape[0] for mask in masks} == {1}
     fastdit.patch(pipe, dataclasses.replace(SHORT, weigh_keys=False), backend=backend)
-    plain = pipe(**given).images
+    plain = latents_of(pipe, given)
     often = [4] * (24 - 7) + [1] * (4 * 7)
     with ralu_oracle.standing(often, texts, name.startswith(PACKED)):
-        assert distance(found, pipe(**given).images) <= FORWARD_FP64
+        assert distance(found, latents_of(pipe, given)) <= FORWARD_FP64
     assert distance(found, plain) > 1e-3
 
 
@@ -598,10 +625,10 @@ def test_the_coarse_stage_is_the_stock_model_at_half_size(name):
     sigmas = list(method.stages()[0].sigmas[:-1])
     cfg = name != "qwen"  # whose guidance rescales by token, so it depends on their size
     given = {"sigmas": sigmas, "cfg": cfg, **half}
-    stock = pipe(**arguments(name, 2, 4, latents=as_given(name, small), **given)).images
+    stock = latents_of(pipe, arguments(name, 2, 4, latents=as_given(name, small), **given))
     fastdit.patch(pipe, method, backend="reference")
     given = {"latents": latents, "cfg": cfg, **SIZE}
-    found = as_picture(name, pipe(**arguments(name, 2, 4, **given)).images)
+    found = as_picture(name, latents_of(pipe, arguments(name, 2, 4, **given)))
     stock = as_picture(name, stock, half)
     same_bits(found, stock.repeat_interleave(2, -1).repeat_interleave(2, -2))
 
@@ -622,7 +649,7 @@ def test_a_batch_is_its_images(name, selector):
             if isinstance(value, torch.Tensor) and value.shape[0] == 3:
                 some[key] = value[images]
         some["num_images_per_prompt"] = 1 if name == "sd3" else len(some["latents"])
-        return pipe(**some).images
+        return latents_of(pipe, some)
 
     together = draw(slice(0, 3))
     masks = handle.report().stages[1].coarse
@@ -1058,7 +1085,7 @@ def test_each_stage_has_a_schedule_of_its_own(name):
     noise, latents = start_of(name, 2)
     given = arguments(name, 2, 7, dtype=torch.float64, latents=latents, **SIZE)
     handle = fastdit.patch(pipe, SHORT, PerStage(None, Cached(mixed), ECAD(full)))
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     said = handle.explain(**SIZE)
     handle.unpatch()
     with torch.no_grad():
@@ -1149,7 +1176,7 @@ def test_the_published_rule_at_full_size_is_that_of_the_restatement(name):
     noise, latents = start_of(name, 1)
     given = arguments(name, 1, steps, dtype=torch.float64, latents=latents, **SIZE)
     handle = fastdit.patch(pipe, method, Cached(Schedule.from_bits(bits, names)), ras)
-    found = as_picture(name, pipe(**given).images)
+    found = as_picture(name, latents_of(pipe, given))
     assert list(handle.last_run().selection.history) == [2, 3, 5]
     handle.unpatch()
     with torch.no_grad():

@@ -19,7 +19,7 @@ from diffusers import (
 import fastdit
 import tiny_models
 from contract import FORWARD_FP64, RUN_FP64, distance, same_bits, within_contract
-from fastdit import RALU, RAS, ArgumentError, Cached, FastDiTError, Schedule, UnsupportedModelError
+from fastdit import RAS, ArgumentError, Cached, FastDiTError, Schedule, UnsupportedModelError
 from fastdit.patch import handle_of
 from oracle import Oracle, random_bits
 from ras_oracle import RowOracle, random_rows
@@ -220,12 +220,6 @@ def test_a_run_by_timesteps_of_tokens_takes_steps_apart_by_the_last_token():
     with handle.run(range(STEPS)):
         run(made, given)
     assert handle.report().steps == STEPS
-
-
-def test_two_resolutions_are_refused_by_name():
-    pipe = tiny_models.pipeline("wan")
-    with pytest.raises(UnsupportedModelError, match="WanTransformer3DModel cannot change its"):
-        fastdit.patch(pipe, RALU.preset("flux-4x", family=None))
 
 
 # ---- pipelines

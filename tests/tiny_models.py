@@ -295,6 +295,9 @@ FAMILIES["hunyuanvideo15"] = Family(
     hunyuanvideo15, cfg_in_one_call=False, reads_masks=True, casts=True
 )
 
+#: families of videos
+VIDEOS = ("wan", "hunyuanvideo15")
+
 #: families that this diffusers lacks
 TOO_NEW = ([] if HAS_QWEN else ["qwen"]) + ([] if HAS_FLUX2 else ["flux2"])
 TOO_NEW += [] if HAS_ZIMAGE else ["zimage"]

@@ -25,6 +25,7 @@ from fastdit.blocks.prepacked import packs
 from fastdit.runtime.timesteps import predicted_timesteps
 from fastdit.schedules.actions import COMPUTE
 from fastdit.schedules.plan import RunPlan, everywhere, ops_of
+from fastdit.tokens.active import active_of
 from fastdit.tokens.waves import UNIT, Waves, waves_of
 
 DEFAULT_STEPS = 28
@@ -202,7 +203,8 @@ def explain_patched(
     begin, end = turn_of(transformer, pipeline, timesteps, steps)
     if begin == end:
         return None
-    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves, begin)
+    frames = adapter.frames((1, 1, *latents), None, adapter.patch(transformer))
+    lengths, active, asked_for = _tokens_per_step(patched, steps, size, waves, begin, frames)
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
@@ -318,7 +320,8 @@ def waits_for_host(call: Any) -> bool:
     size, batch = Size(arguments.tokens, arguments.text), arguments.hidden_states.shape[0]
     count = Cost(patched.adapter, call.transformer, size, batch, call.transformer.dtype.itemsize)
     waves = waves_of(patched, call.transformer, arguments.hidden_states.device, batch, size.text)
-    lengths, active, _ = _tokens_per_step(patched, run.steps, size, waves)
+    frames = patched.adapter.frames(run.latents, run.positions, run.patch)
+    lengths, active, _ = _tokens_per_step(patched, run.steps, size, waves, frames=frames)
     tokens = [n if a is None else a.keep for n, a in zip(lengths, active, strict=True)]
     stages = _stages(count, run.plan, lengths, tokens)
     return steps_that_wait(stages, len(count.components), pace) > 0
@@ -367,7 +370,9 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
     tokens = [run.records[step].tokens for step in steps]
     lengths = [run.image_tokens] * len(steps)
     if run.resolution is not None:
-        lengths = run.resolution.method.tokens(run.image_tokens, run.text_tokens)[: len(steps)]
+        resolution = run.resolution
+        lengths = resolution.method.tokens(run.image_tokens, run.text_tokens, resolution.frames)
+        lengths = lengths[: len(steps)]
     keeps = not patched.eager
     stages = _stages(count, plan, lengths, tokens)
     spent = _spent(stages, keeps, keeps and run.keeps_prompt_keys)
@@ -376,20 +381,22 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
 
 
 def _tokens_per_step(
-    patched: Any, steps: int, size: Size, waves: Waves, first: int = 0
+    patched: Any, steps: int, size: Size, waves: Waves, first: int = 0, frames: int = 1
 ) -> tuple[list[int], list[Any], list[Any]]:
     """Each step has so many image tokens, and what a method that leaves some out computes of them, or None.
 
-    `first` is the first step that the model runs. The third is the same before it was fitted to the device.
+    `first` is the first step that the model runs; the tokens are of so many `frames`. The third is the same before it
+    was fitted to the device.
     """
     lengths, active = [size.image] * steps, [None] * steps
     asked_for = list(active)
     sparse, resolution = patched.writer("rows"), patched.writer("resolution")
     if resolution is not None:
         resolution.check_steps(steps)
-        lengths, first = resolution.tokens(size.image, size.text), resolution.stages()[-1].first
+        lengths = resolution.tokens(size.image, size.text, frames)
+        first = resolution.stages()[-1].first
     if sparse is not None:
-        asked_for[first:] = sparse.active(steps - first, size.image)
+        asked_for[first:] = active_of(sparse, steps - first, size.image, frames)
         active[first:] = sparse.fitted(asked_for[first:], size.image, waves)
     return lengths, active, asked_for
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastdit.checks import whole
 from fastdit.errors import ArgumentError
 
 
@@ -54,6 +55,7 @@ class Report:
         packed_bytes: What weights that were kept packed took beside the model's own.
         graphs: Under CUDA graphs: whether the run was "warming up", "captured" or "replayed", and how many of its calls
             were replayed; or why it was eager.
+        frames: Latent frames of a video, which lie below each other in maps; 1 of a picture.
         unforeseen: Steps that had no table of shed modulations, so that all weights of these were moved in again.
     """
 
@@ -74,6 +76,7 @@ class Report:
     exact: bool = True
     programs: int = 0
     unforeseen: tuple[int, ...] = ()
+    frames: int = 1
 
     @property
     def reuse_share(self) -> float:
@@ -138,6 +141,39 @@ class Report:
             edge[1:] |= token[1:] != token[:-1]
             picture[edge] //= 3
         return pictures
+
+    def clip(self, maps: np.ndarray, columns: int | None = None) -> np.ndarray:
+        """This makes a video of a video's maps: each of its pictures is a frame, of all maps beside each other.
+
+        Args:
+            maps: What `token_map` or `resolution_map` gave, uint8 [n, H, W, 3].
+            columns: How many are in a row; None for about as many as there are rows.
+
+        Returns:
+            uint8 [frames, rows (h + 2), columns (W + 2), 3], h being H / frames, with white lines between.
+
+        Raises:
+            ArgumentError: The maps are none of so many frames, or `columns` is no whole number from 1 on.
+
+        Example:
+            >>> report = handle.report()
+            >>> clip = [Image.fromarray(frame) for frame in report.clip(report.token_map())]
+            >>> clip[0].save("map.gif", save_all=True, append_images=clip[1:], duration=250, loop=0)
+        """
+        count, height, width = maps.shape[:3]
+        if height % self.frames:
+            raise ArgumentError(
+                f"maps must have {self.frames} frames below each other, got a height of {height}"
+            )
+        if columns is None:
+            columns = math.ceil(math.sqrt(count))
+        rows, height = -(-count // whole("columns", columns)), height // self.frames
+        found = np.full((self.frames, rows, height + 2, columns, width + 2, 3), 255, dtype=np.uint8)
+        for number, one in enumerate(maps):
+            row, column = divmod(number, columns)
+            frames = one.reshape(self.frames, height, width, 3)
+            found[:, row, 1:-1, column, 1:-1] = frames
+        return found.reshape(self.frames, rows * (height + 2), columns * (width + 2), 3)
 
     def __str__(self) -> str:
         if not self.steps:
@@ -230,7 +266,8 @@ def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Repo
     names = tuple(method.name for method in patched.methods)
     records = [run.records[step] for step in sorted(run.records)]
     reused = sum(record.reused for record in records)
-    active, stages = _active(patched.adapter, run), _stages(run)
+    adapter = patched.adapter
+    active, stages = _active(adapter, run), _stages(run)
     live = bool(reused or active or any(s.coarse.any() for s in stages) or not patched.acts)
     return Report(
         methods=names,
@@ -250,6 +287,7 @@ def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Repo
         exact=exact,
         programs=run.programs,
         unforeseen=tuple(sorted(run.unforeseen)),
+        frames=adapter.frames(run.latents, run.positions, run.patch) if run.latents else 1,
     )
 
 

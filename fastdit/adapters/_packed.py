@@ -66,10 +66,6 @@ class Packed(Adapter):
 
     replaces_attention = True
 
-    def owns_attention(self, layout: Layout, batch: int) -> bool:
-        """The stock one has one rotation for all images, too."""
-        return super().owns_attention(layout, batch) or layout.table.shape[0] > 1
-
 
 class Placed(Packed):
     """The tokens' positions are given as `img_ids`: a picture's number, row, column, and perhaps more."""

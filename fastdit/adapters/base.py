@@ -36,10 +36,10 @@ NEEDS: Mapping[str, str] = {
     "token_multiple reads_prompts read_prompt run_read small",
     "reuse": "components consumers groups shared_gates common_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions some_positions gather_latents "
-    "scatter_output moved_tokens grid latent_image decode shifts_latents text_first as_latents as_given "
+    "scatter_output moved_tokens grid frames latent_image decode shifts_latents text_first as_latents as_given "
     "gather_residuals run_model runs_model restates_model",
-    "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output embed_layout "
-    "replaces_attention owns_attention encode",
+    "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output "
+    "embed_layout replaces_attention owns_attention as_clip encode redrawn refuse_conditions",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding embeds_text "
     "known_positions embed_known condition_embedding condition_arguments shared_modulations output_norm "
     "modulated_output modulate_output output_modulators_of output_modulation unread layer_inputs embed_condition "

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters._videos import Videos
+from fastdit.adapters._videos import Videos, turns
 from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import BATCH, Call, Size, blank
 from fastdit.blocks.attention import Rotation, joint_attention, readers
@@ -101,6 +101,7 @@ class HunyuanVideo15(Videos):
     condition_embedding = "time_embed"
     processors = ("HunyuanVideo15AttnProcessor2_0",)
     reads_prompts = True
+    changes_resolution = True
 
     def read_prompt(self, given: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """How many tokens count, and how many of them beside the text; which do of text and of glyphs; a mask of the
@@ -207,11 +208,19 @@ class HunyuanVideo15(Videos):
         config = transformer.config
         return config.patch_size_t, config.patch_size, config.patch_size
 
-    def decode(self, latents: Tensor, vae: Any) -> Tensor:
-        """The frames lie below each other, one of the video for each of the latents."""
-        latents = (latents / vae.config.scaling_factor).to(vae.dtype)
-        video = vae.decode(latents, return_dict=False)[0]
-        return video[:, :, :: vae.config.temporal_compression_ratio].flatten(2, 3)
+    def decode_video(self, latents: Tensor, vae: Any) -> Tensor:
+        """Its VAE has one scale."""
+        return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+
+    def encode(self, image: Tensor, vae: Any) -> Tensor:
+        """Its VAE has one scale."""
+        latents = vae.encode(image.to(vae.dtype), return_dict=False)[0].mode()
+        return latents * vae.config.scaling_factor
+
+    def turned(self, module: nn.Module, places: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, d], or [B, n, d] where each video has other tokens."""
+        cos, sin = turns(places.float(), module.rope_dim, module.theta)
+        return cos.squeeze(0), sin.squeeze(0)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """A prompt without glyphs and image; what the forward reads on the host has values."""

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of, place_of
 from fastdit.errors import ArgumentError, UnsupportedModelError
-from fastdit.tokens.layout import SIDE, Layout
+from fastdit.tokens.layout import SIDE, Layout, picture_cells
 
 if TYPE_CHECKING:
     from fastdit.adapters.base import Call
@@ -77,6 +78,10 @@ class Pictures:
         """Rows and columns of image tokens, for pictures of them; `latents` is the shape the transformer was given."""
         return latents[-2] // patch, latents[-1] // patch
 
+    def frames(self, latents: Sequence[int], positions: Any, patch: Any) -> int:
+        """How many frames of a video lie below each other in the :meth:`grid`."""
+        return 1
+
     def latent_image(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
         """The pipeline's latents as [B, C, H, W]; `grid` has the rows and columns of tokens."""
         return latents
@@ -95,8 +100,7 @@ class Pictures:
 
     def patches(self, velocity: Tensor, patch: int) -> Tensor:
         """[B, C, H, W] as [B, gh, gw, p, p, C], a view."""
-        grid = velocity.unflatten(-2, (-1, patch)).unflatten(-1, (-1, patch))
-        return grid.permute(0, 2, 4, 3, 5, 1)
+        return picture_cells(velocity, patch)
 
     #: arguments with per-token residuals of a ControlNet, lists of [B, N, D]
     residual_arguments: Sequence[str] = ()
@@ -146,6 +150,16 @@ class Pictures:
 
     # ---- tokens of two sizes
 
+    def as_clip(self, picture: Tensor, frames: int) -> Tensor:
+        """Latents [B, C, F H, W], frames below each other, as the VAE has them."""
+        return picture
+
+    def redrawn(self, latents: Tensor, vae: Any) -> Tensor:
+        """Clean latents at twice the size, as the VAE encodes their picture when it is enlarged; as :meth:`decode`."""
+        image = self.decode(latents, vae).float()
+        image = F.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
+        return self.encode(image, vae)
+
     #: whether :meth:`reduce_inputs` and the others of this section are for this family
     changes_resolution = False
 
@@ -166,7 +180,7 @@ class Pictures:
         return self.grid(call.hidden_states.shape, call.positions, patch)
 
     def field(self, latents: Tensor, cells: tuple[int, int]) -> Tensor:
-        """The pipeline's latents as [B, gh, gw, 2, 2, C], a view."""
+        """The pipeline's latents as [B, gh, gw, p, p, C], a view."""
         return self.patches(latents, SIDE)
 
     def reduce_inputs(
@@ -187,11 +201,11 @@ class Pictures:
         return tuple(args), kwargs
 
     def reduce_latents(self, latents: Tensor, layout: Layout, ops: Any) -> Tensor:
-        """A half-size picture of coarse tokens, or the patches of mixed ones side by side, [B, C, 2, 2 n]."""
+        """A half-size picture of coarse tokens, or the patches of mixed ones side by side, [B, C, p, n p]."""
         if layout.name == "coarse":
             return latents[..., ::2, ::2].contiguous()
-        tokens = layout.read(self.field(latents, layout.grid), ops)
-        patches = tokens.unflatten(2, (-1, SIDE, SIDE))  # [B, n, C, 2, 2]
+        field = self.field(latents, layout.grid)
+        patches = layout.read(field, ops).unflatten(2, (-1, *field.shape[3:5]))  # [B, n, C, p, p]
         return patches.permute(0, 2, 3, 1, 4).flatten(3)
 
     def expand_output(self, sample: Tensor, layout: Layout, latents: Tensor, ops: Any) -> Tensor:
@@ -199,8 +213,9 @@ class Pictures:
         if layout.name == "coarse":
             return sample.repeat_interleave(2, -1).repeat_interleave(2, -2)
         full = sample.new_empty(sample.shape[:2] + latents.shape[2:])
-        patches = sample.unflatten(-1, (-1, SIDE)).permute(0, 3, 1, 2, 4)  # [B, n, C, 2, 2]
-        layout.write(patches.flatten(2), self.field(full, layout.grid), ops)
+        field = self.field(full, layout.grid)
+        patches = sample.unflatten(-1, (-1, field.shape[4])).permute(0, 3, 1, 2, 4)
+        layout.write(patches.flatten(2), field, ops)  # [B, n, C, p, p]
         return full
 
     def embed_layout(
@@ -233,8 +248,15 @@ class Pictures:
     replaces_attention = False
 
     def owns_attention(self, layout: Layout, batch: int) -> bool:
-        """Whether the stock attention cannot run a layout: in that all keys count alike."""
-        return layout.weighs_keys
+        """Whether the stock attention cannot run a layout: in that all keys count alike, and, where the family replaces
+        it, all images have one rotation.
+        """
+        return layout.weighs_keys or (self.replaces_attention and layout.table.shape[0] > 1)
+
+    def refuse_conditions(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """Refuse what a run is given of pictures at full resolution, at its first call; that may wait for a device."""
 
     def refuse_residuals(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]

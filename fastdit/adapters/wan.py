@@ -6,7 +6,7 @@ has a norm with weights of its own and no gate; that of image-to-video has keys 
 (frame, row, column) are made inside of the model.
 
 Norms, modulations and gated sums are fp32 in the model. Where ops stand for them, these compute in fp32 too, but take
-vectors rounded to the stream's dtype. RALU does not apply: tokens of two sizes would need an own place for every frame.
+vectors rounded to the stream's dtype. Where an image is given, or shown in a frame of its own, sizes do not change.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters._videos import Videos
+from fastdit.adapters._videos import Videos, turns
 from fastdit.adapters.arguments import arguments_of, place_of
 from fastdit.adapters.base import Call, Size, blank
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.blocks.residual import Residual
+from fastdit.errors import ArgumentError, UnsupportedModelError
+from fastdit.tokens.layout import Layout
 
 #: text tokens of each prompt; what comes before as many is the image's, says the attention of image-to-video
 TEXT = 512
 #: tokens of an image, of image-to-video
 IMAGE = 257
+#: base of the rotary angles, which no configuration says
+THETA = 10000.0
 
 
 def wan_block(
@@ -67,7 +71,7 @@ def add_components(
         u = video.normed(block.norm1, scale, shift)
         if fw.tokens is None:
             return fw.segments.attention(block.attn1, u, None, None, rotary_emb)
-        turn = fw.rotation(lambda: Rotation(*(part[0, :, 0] for part in rotary_emb)))
+        turn = fw.rotation(lambda: Rotation(*(part.squeeze(2).squeeze(0) for part in rotary_emb)))
         return self_attention(fw, block.attn1, u, rotation=turn)
 
     def attend_to_text() -> Tensor:
@@ -110,6 +114,7 @@ class Wan(Videos):
     position_embedding = "rope"
     condition_embedding = "condition_embedder"
     modulated_output = ("norm_out", "proj_out")
+    changes_resolution = True
 
     # ---- a call
 
@@ -193,6 +198,51 @@ class Wan(Videos):
         if owner[key].ndim == 2:
             owner[key] = owner[key].gather(1, rows)
         return tuple(given), kwargs
+
+    # ---- tokens of two sizes
+
+    def check_resolution(self, transformer: nn.Module) -> None:
+        """An image lies in channels of its own, at full size."""
+        super().check_resolution(transformer)
+        given, drawn = transformer.config.in_channels, transformer.config.out_channels
+        if given != (drawn or given):
+            raise UnsupportedModelError(
+                f"{type(transformer).__name__} cannot change its resolution during a run: of its {given} channels "
+                f"{given - drawn} show an image at full size"
+            )
+
+    def refuse_conditions(
+        self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """A frame that is given has another timestep, and its latents stay as they are."""
+        super().refuse_conditions(transformer, args, kwargs)
+        timestep = arguments_of(transformer, args, kwargs)["timestep"]
+        if timestep.ndim == 2 and bool((timestep != timestep[:, -1:]).any()):
+            raise ArgumentError(
+                "timestep must be the same for all tokens where the resolution changes; a frame that is given is at "
+                "full size"
+            )
+
+    def reduce_inputs(
+        self,
+        transformer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        layout: Layout,
+        ops: Any,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Timesteps of tokens are all alike, so as many are given."""
+        args, kwargs = super().reduce_inputs(transformer, args, kwargs, layout, ops)
+        owner, key = place_of(transformer, (given := list(args)), kwargs, "timestep")
+        if owner[key].ndim == 2:
+            owner[key] = owner[key][:, : layout.tokens]
+        return tuple(given), kwargs
+
+    def turned(self, module: nn.Module, places: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, n, 1, d]; the model's own are in tables, for whole numbers."""
+        dims = module.t_dim, module.h_dim, module.w_dim
+        cos, sin = turns(places.double(), dims, THETA)
+        return cos.unsqueeze(2).to(module.freqs_cos), sin.unsqueeze(2).to(module.freqs_cos)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:
         """Prompts beside an image have their full length."""

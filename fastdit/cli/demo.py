@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fastdit.cli.distance import psnr, relative_l2
+from fastdit.cli.loading import pictures_of
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.methods.base import Method
 from fastdit.methods.dense import Dense
@@ -322,7 +323,9 @@ class _Runs:
             spent = time.perf_counter() - start
             ends = _stages(handle) if stages and handle is not None else ()
         self.done += 1
-        return _Drawn(np.asarray(output.images[0]), spent, ends)
+        drawn = np.asarray(pictures_of(output)[0])
+        # The frame in the middle stands for a video.
+        return _Drawn(drawn if drawn.ndim == 3 else drawn[len(drawn) // 2], spent, ends)
 
 
 def _stages(handle: Any) -> tuple[Stage, ...]:

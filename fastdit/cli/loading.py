@@ -217,6 +217,12 @@ def calls(
     )
 
 
+def pictures_of(output: Any) -> Any:
+    """This is what a pipeline's call drew: its images, or of a pipeline of videos the frames of each."""
+    found = getattr(output, "images", None)
+    return output.frames if found is None else found
+
+
 def _parameters(pipeline: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(pipeline).__call__).parameters
 

@@ -146,6 +146,7 @@ class Method:
         weighs_keys: Some keys of an attention count more than others.
         skips_steps: It leaves out whole steps and nothing else, so that any model will do.
         fits_waves: How many tokens it computes depends on the GPU.
+        per_frame: Its `active` is told how many frames of a video the tokens are of, too.
     """
 
     name: str = ""
@@ -164,6 +165,7 @@ class Method:
     weighs_keys: bool = False
     skips_steps: bool = False
     fits_waves: bool = False
+    per_frame: bool = False
 
     def check_steps(self, steps: int) -> None:
         """It refuses a number of steps that it does not fit, when a run starts."""

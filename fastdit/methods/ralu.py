@@ -247,26 +247,31 @@ class RALU(Method):
             entry = stages.transition(end, self.noise)
         return tuple(found)
 
-    def split_count(self, coarse: int, text: int) -> int:
-        """So many of `coarse` tokens are split early, beside `text` tokens.
+    def split_count(self, coarse: int, text: int, frames: int = 1) -> int:
+        """So many of `coarse` tokens are split early, beside `text` tokens: as many of each frame.
 
         Raises:
             ScheduleError: No number of them gives a length that `align` asks for.
         """
-        wanted = int(coarse * self.split)
-        fitting = [k for k in range(coarse + 1) if (coarse + 3 * k + text) % self.align == 0]
+        wanted = int(coarse // frames * self.split)
+        fitting = [
+            k
+            for k in range(coarse // frames + 1)
+            if (coarse + 3 * k * frames + text) % self.align == 0
+        ]
         if not fitting:
             raise ScheduleError(
                 f"RALU align={self.align} fits no split of {coarse} coarse tokens beside {text} text tokens"
+                + (f" in {frames} frames alike" if frames > 1 else "")
             )
-        return min(fitting, key=lambda k: abs(k - wanted))
+        return frames * min(fitting, key=lambda k: abs(k - wanted))
 
-    def tokens(self, full: int, text: int) -> list[int]:
+    def tokens(self, full: int, text: int, frames: int = 1) -> list[int]:
         """Each step has so many image tokens, of `full` at full resolution."""
         coarse = full // 4
         count = {"coarse": coarse, "full": full}
         if self.steps[1]:
-            count["mixed"] = coarse + 3 * self.split_count(coarse, text)
+            count["mixed"] = coarse + 3 * self.split_count(coarse, text, frames)
         return [count[stage.layout] for stage in self.stages() for _ in range(stage.steps)]
 
 

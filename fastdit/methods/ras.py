@@ -58,10 +58,12 @@ class SparseStep:
     Attributes:
         keep: Active image tokens, K.
         high: How many of the dropped tokens come from the end of the order with the large metric.
+        frames: Each of so many frames has its share of both, and an order of its own.
     """
 
     keep: int
     high: int
+    frames: int = 1
 
 
 class RASRun(TokenRun):
@@ -103,12 +105,11 @@ class RASRun(TokenRun):
             self._age = None
         if method.max_age and self._age is None:
             self._age = torch.zeros_like(self._drops)
-        rows, _ = self.run.patched.ops.token_select(
+        rows, _ = self.select(
             velocity,
+            coming,
             self._drops,
-            coming.keep,
-            age=self._age,
-            high=coming.high,
+            self._age,
             starvation=method.rate_of_drops,
             metric=method.rule,
             max_age=method.max_age,
@@ -170,6 +171,9 @@ class RAS(Method):
         max_age: A token that was inactive for so many steps is active at the next; None for no bound. Not in "parity".
             With "change" it bounds what a velocity that did not change at all would be left out.
         family: The only model family it may run on, which a preset knows; None for any.
+        per: What of a video has the active tokens: "clip", where they may all lie in one frame, or "frame", so that as
+            many tokens of each latent frame are active, chosen among its own. A picture is one frame. Not "frame" in
+            "parity".
 
     Example:
         >>> fastdit.patch(pipe, fastdit.RAS(ratio=0.5))
@@ -187,6 +191,7 @@ class RAS(Method):
     align: int | str = 64
     max_age: int | None = None
     family: str | None = None
+    per: str = "clip"
 
     name = "RAS"
     writes = frozenset({"rows"})
@@ -203,6 +208,11 @@ class RAS(Method):
             whole("max_age", self.max_age)
         one_of("metric", self.metric, (*METRICS, None))
         check_mode(self)
+        one_of("per", self.per, ("clip", "frame"))
+        if self.per_frame and self.mode == "parity":
+            raise ArgumentError(
+                'per must be "clip" with mode="parity", whose published rule knows one image, got "frame"'
+            )
         if self.rule == "change":
             self._check_change()
         if self.schedule is not None and not isinstance(self.schedule, Linear):
@@ -249,6 +259,11 @@ class RAS(Method):
     def fits_waves(self) -> bool:
         """Whether `align` is "wave"."""
         return self.align == "wave"
+
+    @property
+    def per_frame(self) -> bool:
+        """Whether each frame has its own active tokens."""
+        return self.per == "frame"
 
     @property
     def rule(self) -> str:
@@ -311,7 +326,9 @@ class RAS(Method):
         """The velocities that tokens keep are of a picture with other noise."""
         check_noise(self, noise)
 
-    def active(self, steps: int, tokens: int) -> list[SparseStep | None]:
+    def active(self, steps: int, tokens: int, frames: int = 1) -> list[SparseStep | None]:
+        """Counts are of all `frames` together, and of one as they would be of a picture of its size."""
+        tokens //= frames
         share = 0.0 if self.rule == "change" else HIGH_RATIO
         share = share if self.high_ratio is None else self.high_ratio
         found: list[SparseStep | None] = []
@@ -320,11 +337,13 @@ class RAS(Method):
                 low, high = int(count * (1 - share)), int(count * share)
                 count = low + high
             else:
-                unit = 1 if self.fits_waves else self.align  # `fitted` rounds those
+                # All frames together are a multiple; `fitted` rounds the others.
+                unit = 1 if self.fits_waves else self.align // math.gcd(self.align, frames)
                 keep = min(tokens, max(1, round((tokens - count) / unit)) * unit)
                 count = tokens - keep if count else 0
                 high = round(count * share)
-            found.append(SparseStep(tokens - count, high) if count else None)
+            keep = tokens - count
+            found.append(SparseStep(frames * keep, frames * high, frames) if count else None)
         return found
 
     def fitted(
@@ -335,9 +354,13 @@ class RAS(Method):
         return [step and self._fitted(step, tokens, waves) for step in plan]
 
     def _fitted(self, step: SparseStep, tokens: int, waves: Waves) -> SparseStep | None:
-        keep = waves.nearest(step.keep, tokens)
-        share = step.high / (tokens - step.keep)
-        return SparseStep(keep, round((tokens - keep) * share)) if keep < tokens else None
+        frames, share = step.frames, step.high / (tokens - step.keep)
+        # What frames have no share in is left out, which fills no wave more.
+        keep = max(1, waves.nearest(step.keep, tokens) // frames)
+        tokens //= frames
+        if keep == tokens:
+            return None
+        return SparseStep(frames * keep, frames * round((tokens - keep) * share), frames)
 
 
 PRESETS = {

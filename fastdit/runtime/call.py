@@ -103,6 +103,8 @@ class Call(Asked, Branched):
         self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
+            if run.calls == 1 and run.step == run.first:
+                adapter.refuse_conditions(transformer, args, kwargs)
         rounds_alike = torch.is_grad_enabled() or torch.is_autocast_enabled(
             arguments.hidden_states.device.type
         )

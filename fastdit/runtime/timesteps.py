@@ -119,15 +119,28 @@ def _resized(values: Sequence[float], steps: int) -> list[float]:
 
 
 def check_flow(scheduler: Any) -> None:
-    """This refuses a scheduler whose sigmas cannot be replaced: it must take Euler steps along a flow.
+    """This refuses a scheduler whose sigmas cannot be replaced: it must take Euler steps along a flow, or UniPC's.
 
     Raises:
-        UnsupportedModelError: It is of another class, or draws noise at each step.
+        UnsupportedModelError: It is of another class, has no sigmas of a flow, or draws noise at each step.
     """
-    known = "FlowMatchEulerDiscreteScheduler"
-    if not any(cls.__name__ == known for cls in type(scheduler).__mro__):
+    known, multistep = "FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler"
+    names = {cls.__name__ for cls in type(scheduler).__mro__}
+    if not names & {known, multistep}:
         raise UnsupportedModelError(
-            f"scheduler must be a {known} where a method changes the resolution, got {type(scheduler).__name__}"
+            f"scheduler must be a {known}, or a {multistep} of a flow, where a method changes the resolution, got "
+            f"{type(scheduler).__name__}"
+        )
+    config = scheduler.config
+    if multistep in names and not (
+        config.get("use_flow_sigmas")
+        and config.prediction_type == "flow_prediction"
+        and config.solver_p is None
+    ):
+        raise UnsupportedModelError(
+            f"a {multistep} must have use_flow_sigmas=True, prediction_type='flow_prediction' and solver_p=None where "
+            "a method changes the resolution, got "
+            f"{config.get('use_flow_sigmas')}, {config.prediction_type!r} and {config.solver_p!r}"
         )
     for option in ("stochastic_sampling", "invert_sigmas"):
         if getattr(scheduler.config, option, False):
@@ -152,6 +165,8 @@ def replace_sigmas(scheduler: Any, sigmas: Sequence[float], in_use: bool = False
         )
     old, before = scheduler.timesteps, scheduler.sigmas
     new = torch.tensor([*sigmas, 0.0], dtype=before.dtype, device=before.device)
+    if hasattr(scheduler, "lower_order_nums"):  # which takes the logarithm of what is no noise
+        new[:1].clamp_(max=1 - 1e-6)
     timesteps = (new[:-1] * scheduler.config.num_train_timesteps).to(old)
     if not in_use:
         scheduler.timesteps = timesteps

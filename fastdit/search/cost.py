@@ -18,5 +18,6 @@ OBJECTIVES = (*COUNTED, LATENCY)
 
 def counted(handle: Any, steps: int, arguments: Mapping[str, Any]) -> dict[str, int]:
     """One image by the schedule that `handle` runs has these counted costs, by objective."""
-    found = handle.explain(arguments.get("height"), arguments.get("width"), steps=steps)
+    size = arguments.get("height"), arguments.get("width")
+    found = handle.explain(*size, steps=steps, frames=arguments.get("num_frames"))
     return {"macs": found.linear_macs, "true-macs": found.macs}

@@ -26,7 +26,7 @@ from fastdit.runtime.timesteps import Timesteps, predicted_timesteps
 from fastdit.search import cost
 from fastdit.search.genome import Genome
 from fastdit.search.knobs import OWN, Knobs
-from fastdit.search.quality import Quality, is_of_latents, make_quality
+from fastdit.search.quality import Quality, is_of_latents, losses_of, make_quality
 from fastdit.search.solution import check_solvable, solving
 from fastdit.spec import BlockKind, ModelSpec
 
@@ -225,7 +225,7 @@ class Evaluator:
         losses: list[float] = []
         for chunk in self._chunks(task):
             images, references = self.draw(*chunk, steps), self._references.get(chunk)
-            losses += self.quality.losses(images, self._prompts(*chunk), references)
+            losses += losses_of(self.quality, images, self._prompts(*chunk), references)
         return {"losses": [float(loss) for loss in losses]}
 
     def _chunks(self, task: Task) -> list[tuple[int, int]]:
@@ -258,10 +258,12 @@ class Evaluator:
         return [prompts[item % len(prompts)] for item in range(first, last)]
 
     def draw(self, first: int, last: int, steps: int) -> np.ndarray:
-        """This draws the items' pictures, [n, H, W, 3] in [0, 1], or their latents where those are judged."""
+        """This draws the items' pictures, [n, H, W, 3] in [0, 1], or videos, [n, F, H, W, 3]; or their latents where
+        those are judged.
+        """
         import torch
 
-        from fastdit.cli.loading import calls
+        from fastdit.cli.loading import calls, pictures_of
 
         asked: dict[str, list[Any]] = {}
         for call in calls(self.pipeline, self._prompts(first, last)):
@@ -277,9 +279,10 @@ class Evaluator:
             ],
             output_type="latent" if self._of_latents else "np",
         )
+        drawn = pictures_of(output)
         if self._of_latents:
-            return output.images.float().cpu().numpy()
-        return np.asarray(output.images, dtype=np.float32)
+            return drawn.float().cpu().numpy()
+        return np.asarray(drawn, dtype=np.float32)
 
     @contextmanager
     def _patched(self, vector: np.ndarray) -> Iterator[Any]:

@@ -36,7 +36,8 @@ class Quality(Protocol):
     One with `logarithmic = True` has positive losses of which the ratios matter: the search spreads its front, and
     measures hypervolume, over their logarithm. One with `of_latents = True` is given latents, and the solution's as
     references; its losses do not vanish where nothing is reused. One with `geometric = True` has the logarithms of its
-    losses averaged, so that a few pictures which became others do not rule.
+    losses averaged, so that a few pictures which became others do not rule. One with `of_videos = True` is given videos
+    as they are, [n, F, H, W, 3]; others are given their frames, and a video's loss is the mean of these.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Paired:
     name = "paired"
     needs_reference = True
     logarithmic = True
+    of_videos = True
 
     def losses(
         self, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
@@ -133,6 +135,19 @@ class Clip:
             )
             cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
         return [1 - float(value) for value in cosine]
+
+
+def losses_of(
+    quality: Quality, images: np.ndarray, prompts: Sequence[str], references: np.ndarray | None
+) -> list[float]:
+    """The losses of pictures [n, H, W, 3], of videos [n, F, H, W, 3], or of latents."""
+    if images.ndim < 5 or _says(quality, "of_videos") or is_of_latents(quality):
+        return quality.losses(images, prompts, references)
+    frames = images.shape[1]
+    references = None if references is None else references.reshape(-1, *images.shape[2:])
+    repeated = [prompt for prompt in prompts for _ in range(frames)]
+    found = quality.losses(images.reshape(-1, *images.shape[2:]), repeated, references)
+    return np.asarray(found).reshape(-1, frames).mean(axis=1).tolist()
 
 
 def make_quality(name: str, folder: str | Path | None = None) -> Quality:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError
 from fastdit.methods.base import MethodRun, Step
+from fastdit.tokens.clip import rows_of_clip
 from fastdit.tokens.waves import Waves, waves_of
 
 
@@ -120,7 +121,10 @@ class TokenRun(MethodRun):
         resolution = run.resolution
         self.first = resolution.stage.first if resolution is not None else run.first or 0
         self.tokens = tokens
-        plan = self.method.active(run.steps - self.first, tokens)
+        frames = 1
+        if self.method.per_frame:
+            frames = run.patched.adapter.frames(run.latents, run.positions, run.patch)
+        plan = active_of(self.method, run.steps - self.first, tokens, frames)
         self.plan = self.method.fitted(plan, tokens, waves)
         # A component that computes some rows does not replace what the others hold.
         dense = (None,) * self.first
@@ -156,3 +160,32 @@ class TokenRun(MethodRun):
             With a batch of one of them for all.
         """
         raise TypeError(f"{self.method.name} does not say which tokens are active")
+
+    def select(
+        self, field: Tensor, coming: Any, drops: Tensor, age: Tensor | None, **rule: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The op `token_select` over a clip, or over each of its frames, which lie below each other in the field.
+
+        Args:
+            field: As that op has it, [B, gh, gw, p, p, C].
+            coming: A step of the plan with `keep`, `high` and `frames`.
+            drops, age: int32 [B, N], contiguous.
+            rule: Its other arguments.
+
+        Returns:
+            Rows, int32 [B, K], ascending; and an inverse map [B, N], -1 where a token was dropped.
+        """
+        frames, (batch, tokens) = coming.frames, drops.shape
+        field = field.unflatten(1, (frames, -1)).flatten(0, 1)
+        drops, age = (t if t is None else t.view(batch * frames, -1) for t in (drops, age))
+        rows, inverse = self.run.patched.ops.token_select(
+            field, drops, coming.keep // frames, age=age, high=coming.high // frames, **rule
+        )
+        return rows_of_clip(rows, frames, tokens), inverse.view(batch, tokens)
+
+
+def active_of(method: Any, steps: int, tokens: int, frames: int) -> list[Any]:
+    """What a method computes of `tokens` tokens at each of `steps` steps, of a clip of so many frames."""
+    if method.per_frame:
+        return method.active(steps, tokens, frames)
+    return method.active(steps, tokens)

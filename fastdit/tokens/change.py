@@ -58,17 +58,17 @@ class ChangeRun(TokenRun):
         score = self._scored(velocity)
         if score is None:
             return None
-        kept, ops = self.kept, self.run.patched.ops
+        kept = self.kept
         if coming is None:  # every token is active there
             self.inverse = None
             if kept.age is not None:
                 kept.age.zero_()
             return None
-        rows, self.inverse = ops.token_select(
+        rows, self.inverse = self.select(
             score.view(*velocity.shape[:3], 1, 1, 1),
+            coming,
             kept.drops,
-            coming.keep,
-            age=kept.age,
+            kept.age,
             starvation=0.0,
             metric="l2norm",
             max_age=self.method.max_age,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.errors import ArgumentError
+from fastdit.tokens.clip import of_frames
 
 TAN_22 = 13573  # tan(22.5 degrees) in units of 2^-15
 SHIFT = 15
@@ -62,20 +63,22 @@ def energy(
     cells: tuple[int, int],
     decode: Callable[[Tensor], Tensor],
     clipped: bool,
+    frames: int = 1,
 ) -> Tensor:
-    """The detail in each token of clean latents [B, C, H, W].
+    """The detail in each token of clean latents [B, C, H, W], fp32 [B F, N] of F frames of a clip.
 
     Args:
         selector: "edges", of the decoded picture, or "gradient" or "variance", of the latents.
-        cells: rows and columns of tokens.
+        cells: rows and columns of tokens, of a frame.
         decode: is given one image after the other, so that each decides in a batch as it would alone.
         clipped: as for `grey_levels`.
+        frames: that lie below each other in latents and picture; no detail is seen across their borders.
     """
     if selector == "edges":
-        pictures = (decode(image) for image in latents.split(1))
+        pictures = (of_frames(decode(image), frames) for image in latents.split(1))
         return torch.cat([edge_energy(picture, cells, clipped) for picture in pictures])
     of_latents = {"gradient": gradient_energy, "variance": variance_energy}[selector]
-    return of_latents(latents, cells)
+    return of_latents(of_frames(latents, frames), cells)
 
 
 def edge_energy(image: Tensor, cells: tuple[int, int], clipped: bool = False) -> Tensor:

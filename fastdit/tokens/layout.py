@@ -1,11 +1,12 @@
 """Tokens of two sizes over one grid of cells, and how a picture of full size stands for them.
 
-A cell is what a token covers at full resolution, 2 x 2 latent pixels; a coarse token covers 2 x 2 cells. The pipeline's
-latents keep their full size in all stages: each latent pixel of a coarse token is drawn 2 x 2 times as large. So a
-preview of them is a picture of few pixels, and whatever is done to latents pixel by pixel, guidance or a scheduler's
-step, does the same to the tokens. Reading what was written gives the same bits.
+A cell is what a token covers at full resolution, mostly 2 x 2 latent pixels; a coarse token covers 2 x 2 cells. The
+pipeline's latents keep their full size in all stages: each latent pixel of a coarse token is drawn 2 x 2 times as
+large. So a preview of them is a picture of few pixels, and whatever is done to latents pixel by pixel, guidance or a
+scheduler's step, does the same to the tokens. Reading what was written gives the same bits.
 
-A field is latents as [B, gh, gw, 2, 2, C], a view. A token is its pixels in the order (C, 2, 2).
+A field is latents as [B, gh, gw, 2, 2, C], a view. A token is its pixels in the order (C, 2, 2). Frames of a clip lie
+below each other; each has an even number of rows of cells, so no token covers two.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Layout:
         coarse: How many tokens are coarse.
         centred: Whether a coarse token's place is the middle of its four cells, and not its first cell.
         coarse_keys: How many keys that of a coarse token counts for, where there are fine ones beside it.
+        frames: How many frames lie below each other.
     """
 
     grid: tuple[int, int]
@@ -40,16 +42,19 @@ class Layout:
     coarse: int
     centred: bool = False
     coarse_keys: int = 1
+    frames: int = 1
     _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
-    def uniform(cls, grid: tuple[int, int], level: int, device: torch.device) -> Layout:
+    def uniform(
+        cls, grid: tuple[int, int], level: int, device: torch.device, frames: int = 1
+    ) -> Layout:
         """All cells, or all squares of 2 x 2 cells, in raster order."""
         step = 1 << level
         y, x = (torch.arange(0, side, step, dtype=torch.int32, device=device) for side in grid)
         places = torch.cartesian_prod(y, x)
         table = torch.cat([torch.full_like(places[:, :1], level), places], dim=1)[None]
-        return cls(grid, table, table.shape[1] if level else 0)
+        return cls(grid, table, table.shape[1] if level else 0, frames=frames)
 
     @cached_property
     def name(self) -> str:
@@ -67,6 +72,12 @@ class Layout:
         """fp32 [B, n, 2]: y and x of each token, in cells."""
         level, *places = self.table.float().unbind(-1)
         return torch.stack(places, dim=-1) + (level / 2 if self.centred else 0 * level)[..., None]
+
+    def places_in_clip(self) -> Tensor:
+        """fp32 [B, n, 3]: frame, and y and x within it, of each token, in cells."""
+        (y, x), rows = self.places().unbind(-1), self.grid[0] // self.frames
+        frame = (y / rows).floor()
+        return torch.stack([frame, y - rows * frame, x], dim=-1)
 
     @cached_property
     def weighs_keys(self) -> bool:
@@ -109,3 +120,8 @@ class Layout:
     def write(self, tokens: Tensor, field: Tensor, ops: Any) -> None:
         """Draw tokens [B, n, 4 C] over the whole field."""
         ops.unpatchify(tokens, self.table_of(field.shape[0]), field)
+
+
+def picture_cells(picture: Tensor, side: int) -> Tensor:
+    """Latents [B, C, H, W] as a field of cells of so many latent pixels a side, [B, gh, gw, p, p, C], a view."""
+    return picture.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 3, 5, 1)

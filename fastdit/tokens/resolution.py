@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods.base import MethodRun, Step
-from fastdit.tokens import edges, lift
-from fastdit.tokens.layout import SIDE, Layout
+from fastdit.tokens import edges, lift, multistep
+from fastdit.tokens.clip import rows_of_clip
+from fastdit.tokens.layout import SIDE, Layout, picture_cells
 from fastdit.tokens.stages import Stage
 
 
@@ -49,6 +49,7 @@ class ResolutionRun(MethodRun):
         index: The stage.
         stages: All of them.
         now: The layout of the stage's tokens; None before the run's first call.
+        frames: How many frames lie below each other in its layouts; all are kept in all stages.
         records: The stages that have ended.
         generators: One for each image of the batch, for the noise between stages.
         velocities: Of the coarse stage's last two steps, as tokens, where the selector looks at them.
@@ -60,12 +61,13 @@ class ResolutionRun(MethodRun):
         self.index = 0
         self.stages = method.stages()
         self.now: Layout | None = None
+        self.frames = 1
         self.records: list[StageRecord] = []
         self.memory: dict[Any, Any] = {}
         self.adapter, self.ops = run.patched.adapter, run.patched.ops
         self.generators: list[torch.Generator] = []
         self.velocities: list[Tensor] = []
-        self._text = 0
+        self._text, self._side = 0, SIDE
 
     # ---- hooks
 
@@ -83,13 +85,16 @@ class ResolutionRun(MethodRun):
         if self.now is None:
             arguments = call.arguments
             grid = self.adapter.full_grid(arguments, run.patch)
-            if any(side % 2 for side in grid):
-                scale = run.patch * getattr(run.pipeline(), "vae_scale_factor", 8)
+            frames = self.adapter.frames(run.latents, run.positions, run.patch)
+            sides = grid[0] // frames, grid[1]
+            if any(side % 2 for side in sides):
+                side = run.patch if isinstance(run.patch, int) else run.patch[-1]
+                scale = side * _vae_scale(run.pipeline())
                 raise ArgumentError(
                     f"height and width must be multiples of {2 * scale} for {name}, "
-                    f"got {grid[0] * scale} x {grid[1] * scale}"
+                    f"got {sides[0] * scale} x {sides[1] * scale}"
                 )
-            self.begin(grid, arguments.text, arguments.hidden_states.device)
+            self.begin(grid, arguments.text, arguments.hidden_states.device, frames)
         return self.now
 
     def begin_step(self, scheduler: Any, sample: Tensor) -> None:
@@ -106,11 +111,13 @@ class ResolutionRun(MethodRun):
         run = self.run
         if run.step == run.first:
             self.project(step.latents)
+            multistep.replace(step.scheduler, self._projected)
         if self.method.selector == "change" and self.now.name == "coarse":
             velocity = self.now.read(self._field(step.velocity), self.ops)
             self.velocities = [*self.velocities[-1:], velocity]
         if self.end_sigma(run.step) is not None:
             self.finish(step.velocity, step.latents)
+            multistep.forget(step.scheduler)
             ended = len(self.records) == len(self.stages)
             step.scheduler.sigmas[run.step + 1] = 0.0 if ended else self.stage.sigmas[0]
 
@@ -127,13 +134,15 @@ class ResolutionRun(MethodRun):
         """The stage in progress."""
         return self.stages[self.index]
 
-    def begin(self, grid: tuple[int, int], text: int, device: torch.device) -> None:
-        """Lay out the first stage over a grid of cells, beside so many text tokens."""
-        self._text = text
-        if self.method.steps[1]:
-            self.method.split_count(grid[0] * grid[1] // 4, text)  # refuse now what it refuses
+    def begin(
+        self, grid: tuple[int, int], text: int, device: torch.device, frames: int = 1
+    ) -> None:
+        """Lay out the first stage over a grid of cells, of so many frames, beside so many text tokens."""
+        self._text, self.frames = text, frames
+        if self.method.steps[1]:  # refuse now what it refuses
+            self.method.split_count(grid[0] * grid[1] // 4, text, frames)
         level = 0 if self.stage.layout == "full" else 1
-        self.now = Layout.uniform(grid, level, device)
+        self.now = Layout.uniform(grid, level, device, frames)
 
     def seed(self, latents: Tensor) -> None:
         """Make a generator for each of the initial latents [B, ...]."""
@@ -150,6 +159,11 @@ class ResolutionRun(MethodRun):
             state = self._field(latents)
             self.now.write(self.now.read(state, self.ops), state, self.ops)
 
+    def _projected(self, latents: Tensor) -> Tensor:
+        latents = latents.clone()
+        self.project(latents)
+        return latents
+
     def end_sigma(self, step: int) -> float | None:
         """The sigma at which a step ends its stage, None for other steps."""
         last = self.stage.first + self.stage.steps - 1
@@ -158,6 +172,7 @@ class ResolutionRun(MethodRun):
     def finish(self, velocity: Tensor, latents: Tensor) -> None:
         """End the stage: `latents`, where the scheduler says `velocity` led, become those of the next stage, if any."""
         state = self._field(latents)
+        self._side = state.shape[3]
         x = self.now.read(state, self.ops)
         v = self.now.read(self._field(velocity), self.ops)
         exact = torch.promote_types(x.dtype, torch.float32)
@@ -200,46 +215,49 @@ class ResolutionRun(MethodRun):
             deviation=stage.deviation,
             correlation=noise,
             unsplit=1.0 if parity else math.sqrt(1 - noise),
-            pixelwise=not parity,
+            # Copies of a token of one pixel are that pixel four times.
+            pixelwise=not parity and self._side > 1,
             raster=before.grid[1] if full else None,
         )
         coarse = before.coarse - rows.shape[1]
         if full:
-            self.now = Layout.uniform(before.grid, 0, x.device)
+            self.now = Layout.uniform(before.grid, 0, x.device, self.frames)
         else:
             keys = 4 if self.method.weighs_keys else 1
-            self.now = Layout(before.grid, table, coarse, not parity, keys)
+            self.now = Layout(before.grid, table, coarse, not parity, keys, self.frames)
         return x
 
     def _lifted(self, x: Tensor) -> Tensor:
         """The state of the full stage, and its layout, from that of the coarse one, by way of the picture they make."""
         stage, clean = self.stage, self.records[-1].estimate
-        fine = Layout.uniform(self.now.grid, 0, x.device)
+        fine = Layout.uniform(self.now.grid, 0, x.device, self.frames)
         small = self._picture(x.to(clean.dtype))
         noise = self._picture(self._noise(fine.tokens, x), fine)
         # One image after the other, so that each comes out in a batch as it would alone.
         found = []
         for image, own, estimate in zip(small, noise, clean.split(1), strict=True):
             state = lift.enlarged(
-                image,
-                own,
+                self._frames_of(image),
+                self._frames_of(own),
                 scale=stage.scale,
                 deviation=stage.deviation,
                 correlation=self.method.noise,
-            )
+            ).flatten(1, 2)
             if self.method.lift == "picture":
-                drawn = self._redrawn(estimate)[0] - lift.enlarged(estimate[0])
-                state = state + (1 - stage.sigmas[0]) * drawn
+                plain = lift.enlarged(self._frames_of(estimate[0])).flatten(1, 2)
+                state = state + (1 - stage.sigmas[0]) * (self._redrawn(estimate)[0] - plain)
             found.append(state)
         self.now = fine
-        return fine.read(_field(torch.stack(found)), self.ops).to(x.dtype)
+        return fine.read(self._cells(torch.stack(found)), self.ops).to(x.dtype)
 
     def _redrawn(self, clean: Tensor) -> Tensor:
         """Clean latents of one image at twice the size, as the VAE encodes their picture when it is enlarged."""
-        pipeline = self.run.pipeline() or self.run.patched.pipeline()
-        image = self._decoded(clean).float()
-        image = F.interpolate(image, scale_factor=2, mode="bicubic").clamp(-1, 1)
-        return self.adapter.encode(image, pipeline.vae).to(clean)
+        clip = self.adapter.as_clip(clean, self.frames)
+        return self.adapter.redrawn(clip, self._vae).to(clean)
+
+    def _frames_of(self, picture: Tensor) -> Tensor:
+        """A picture [C, H, W] as its frames [C, F, h, w]."""
+        return picture.unflatten(1, (self.frames, -1))
 
     def _noise(self, count: int, x: Tensor) -> Tensor:
         """Standard normal tokens [B, count, 4 C], fp32, of each image's own generator."""
@@ -248,32 +266,45 @@ class ResolutionRun(MethodRun):
 
     def _decoded(self, latents: Tensor) -> Tensor:
         """The picture of latents; offloading hooks move the VAE in."""
-        pipeline = self.run.pipeline() or self.run.patched.pipeline()
-        return self.adapter.decode(latents, pipeline.vae).to(latents.device)
+        clip = self.adapter.as_clip(latents, self.frames)
+        return self.adapter.decode(clip, self._vae).to(latents.device)
+
+    @property
+    def _vae(self) -> Any:
+        return (self.run.pipeline() or self.run.patched.pipeline()).vae
 
     def _chosen(self) -> Tensor:
-        method, cells = self.method, tuple(side // 2 for side in self.now.grid)
+        """The rows to split; as many of each frame, the most detailed there."""
+        method, frames, tokens = self.method, self.frames, self.now.tokens
+        height, width = (side // 2 for side in self.now.grid)
         clean, clipped = self.records[-1].estimate, self.method.mode == "parity"
         if method.selector == "change":
-            energy = edges.change_energy(*self.velocities)
+            energy = edges.change_energy(*self.velocities).view(-1, tokens // frames)
         else:
-            energy = edges.energy(method.selector, clean, cells, self._decoded, clipped)
-        return edges.top_rows(energy, method.split_count(self.now.tokens, self._text))
+            cells = height // frames, width
+            energy = edges.energy(method.selector, clean, cells, self._decoded, clipped, frames)
+        count = method.split_count(tokens, self._text, frames) // frames
+        return rows_of_clip(edges.top_rows(energy, count), frames, tokens)
 
     def _picture(self, tokens: Tensor, layout: Layout | None = None) -> Tensor:
         """Tokens [B, n, 4 C] as latents [B, C, H, W], at half size if all of them are coarse."""
         layout = layout or self.now
         if layout.name == "coarse":
             layout = Layout.uniform(tuple(side // 2 for side in layout.grid), 0, tokens.device)
-        height, width = (SIDE * side for side in layout.grid)
-        picture = tokens.new_empty(tokens.shape[0], tokens.shape[2] // SIDE**2, height, width)
-        layout.write(tokens, _field(picture), self.ops)
+        height, width = (self._side * side for side in layout.grid)
+        picture = tokens.new_empty(tokens.shape[0], tokens.shape[2] // self._side**2, height, width)
+        layout.write(tokens, self._cells(picture), self.ops)
         return picture
+
+    def _cells(self, picture: Tensor) -> Tensor:
+        """Latents [B, C, H, W] as a field, a view."""
+        return picture_cells(picture, self._side)
 
     def _field(self, latents: Tensor) -> Tensor:
         return self.adapter.field(latents, self.now.grid)
 
 
-def _field(picture: Tensor) -> Tensor:
-    """Latents [B, C, H, W] as [B, gh, gw, 2, 2, C], a view."""
-    return picture.unflatten(3, (-1, SIDE)).unflatten(2, (-1, SIDE)).permute(0, 2, 4, 3, 5, 1)
+def _vae_scale(pipeline: Any) -> int:
+    """How many of a picture's pixels are one of the latents."""
+    names = "vae_scale_factor vae_scale_factor_spatial vae_spatial_compression_ratio"
+    return next(filter(None, (getattr(pipeline, name, None) for name in names.split())), 8)
