@@ -32,6 +32,7 @@ TARGET = os.environ["PEER_TARGET"]
 
 TRANSFORMERS = (
     "DiTTransformer2DModel",
+    "Flux2Transformer2DModel",
     "FluxTransformer2DModel",
     "HunyuanVideo15Transformer3DModel",
     "Lumina2Transformer2DModel",
@@ -40,6 +41,7 @@ TRANSFORMERS = (
     "QwenImageTransformer2DModel",
     "SD3Transformer2DModel",
     "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
     "ZImageTransformer2DModel",
 )
 PIPELINES = (
@@ -53,7 +55,7 @@ PIPELINES = (
     "Wan",
     "ZImage",
 )
-OTHER_PIPELINES = ("Flux2", "FluxPriorRedux")
+OTHER_PIPELINES = ("FluxPriorRedux",)
 #: elements of every output that are kept to be compared with another mode's
 SAMPLES = 16
 
