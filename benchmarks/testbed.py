@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-import frechet
-from arms import SOLVERS, STUDIES, Arm, dense, plain
+from arms import STUDIES, dense
 from bed import BATCH, TIMED, Bed
+from fastdit.evaluate import frechet
+from fastdit.evaluate.arms import SOLVERS, Arm, plain
+from fastdit.evaluate.paired import ratio, share
 from machine import describe_machine
-from paired import ratio, share
 from subjects import SUBJECTS
 
 #: plain steps that are timed; those between take what a line through them says
