@@ -9,7 +9,7 @@ import functools
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdit.errors import FastDiTError
@@ -27,7 +27,7 @@ from fastdit.schedules.solvers import recommend
 BUDGETS = (1.5, 2.0, 3.0, 4.0, 5.0)
 FEWER = "fewer steps"
 COMPOSED = "composed"
-BUDGETED = "budget, own solver"
+ADVISED = "composed, recommended solver"
 INTERVALS = (2, 3, 4, 5)
 RATIOS = (0.5, 0.25)
 RESOLUTIONS = ("sd3-2x", "sd3-3x")
@@ -109,21 +109,18 @@ def patched(found: Field, pipe: Any, group: str, name: str, arm: Arm) -> None:
 def budgeted(
     found: Field, pipe: Any, steps: int, budgets: Sequence[float], book: PlanBook | None
 ) -> None:
-    """Budgets under the pipeline's own solver, and under the recommended one: with that they are what is judged."""
+    """Budgets under the pipeline's own solver, which are what is judged, and under the recommended one."""
     own = recommend(pipe, steps).scheduler is pipe.scheduler
     key = "" if book is None else hashlib.sha256(book.to_json().encode()).hexdigest()[:16]
     for budget in budgets:
         method = Budget(speedup=budget, book=book)
-        arms = {f"speedup {budget:g}": Arm("stock", steps, lambda pipe, _, m=method: m, key=key)}
+        arm = Arm("stock", steps, lambda pipe, _, method=method: method, key=key)
+        name = f"speedup {budget:g}"
+        patched(found, pipe, COMPOSED, name, arm)
+        if name in found.arms:
+            found.budgets[budget] = name
         if not own:
-            arms[f"speedup {budget:g}, unipc"] = Arm(
-                "unipc", steps, lambda pipe, _, m=method: m, key=key
-            )
-        for name, arm in arms.items():
-            group = COMPOSED if own or arm.solver == "unipc" else BUDGETED
-            patched(found, pipe, group, name, arm)
-            if group == COMPOSED and name in found.arms:
-                found.budgets[budget] = name
+            patched(found, pipe, ADVISED, f"{name}, unipc", replace(arm, solver="unipc"))
 
 
 def alone(found: Field, pipe: Any, steps: int, package: Any) -> None:
