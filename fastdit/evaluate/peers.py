@@ -89,7 +89,12 @@ def _db_cache(pipe: Any, steps: int, threshold: float, taylor: bool) -> Iterator
     )
     more = {}
     if taylor:
-        more["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
+        # SD3's last block gives no text, from which cache-dit would forecast it.
+        blocks = getattr(pipe.transformer, "transformer_blocks", [None])
+        more["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(
+            taylorseer_order=1,
+            enable_encoder_calibrator=not getattr(blocks[-1], "context_pre_only", False),
+        )
     with as_it_was(pipe):
         given = target(pipe)
         cache_dit.enable_cache(given, cache_config=config, **more)

@@ -40,7 +40,8 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             style["color"] = next(colours)
         line = ("--", ":", "-.", "-")[hash_of(label)] if plain else "-"
         axis.plot(*zip(*points, strict=True), line, marker=next(markers), label=label, **style)
-    axis.axhline(result["solution"]["error"], color="0.8", lw=1)
+    own = result["solution"]["error"]
+    axis.axhline(own, color="0.8", lw=1, label="the solution's own error")
     axis.set(
         xscale="log",
         yscale="log",
