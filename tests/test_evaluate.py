@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import re
@@ -74,10 +73,15 @@ def looped(image, reference, sides):
     return found
 
 
-def test_similarities_are_what_scipy_and_torchmetrics_find():
-    a = np.random.default_rng(3).uniform(size=(192, 192, 3))
+def textured(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture and a noisy one of it."""
+    a = np.random.default_rng(seed).uniform(size=(192, 192, 3))
     a = sum(np.roll(a, (i, j), (0, 1)) for i in range(4) for j in range(4)) / 16
-    b = np.clip(a + 0.1 * noise(4, 192), 0, 1)
+    return a, np.clip(a + 0.1 * noise(4, 192), 0, 1)
+
+
+def test_similarities_are_what_scipy_finds():
+    a, b = textured(3)
     assert metrics.scales((192, 192)) == 5
     assert metrics.scales((64, 80)) == 3
     assert metrics.ssim(a, b) == pytest.approx(looped(a, b, 1), abs=1e-12)
@@ -86,6 +90,10 @@ def test_similarities_are_what_scipy_and_torchmetrics_find():
     assert metrics.ms_ssim(*small) == pytest.approx(looped(*small, 3), abs=1e-12)
     with pytest.raises(ArgumentError, match="at least 11 pixels"):
         metrics.ms_ssim(a[:8], b[:8])
+
+
+def test_similarities_are_torchmetrics():
+    a, b = textured(5)
     image = pytest.importorskip("torchmetrics.functional.image")
     pair = [torch.from_numpy(each).permute(2, 0, 1)[None] for each in (b, a)]
     full = image.structural_similarity_index_measure(*pair, data_range=1.0, return_full_image=True)[
@@ -340,6 +348,7 @@ def test_caches_of_diffusers_run_and_leave_nothing(pipe, tmp_path):
     )
     broken = Arm("stock", 6, around=functools.partial(peers.hooked, pipe, object()))
     field.groups = {UNPATCHED: field.groups[UNPATCHED], "peer": {"broken": broken}}
+    field.peers = {"peer"}
     found = study.conduct(studio, field, rounds=1)
     assert set(found.errors) == {UNPATCHED}
     assert field.refused["broken"].startswith("ValueError: Cache config")
@@ -380,7 +389,3 @@ def test_a_study_of_the_command_line(pipe, tmp_path, monkeypatch):
         evaluation.speeds_of("2,0.5")
     with pytest.raises(ArgumentError, match="speedup must be at most"):
         evaluation.chosen(loaded, 4, {}, [50.0], None)
-
-
-def test_arms_are_data():
-    assert dataclasses.replace(Arm("stock", 4), key="x") != Arm("stock", 4)

@@ -250,4 +250,4 @@ def mag_ratios(pipe: Any, steps: int, draw: Callable[[], Any]) -> list[float]:
 def said(error: BaseException) -> str:
     """An error of another project in one line."""
     text = " ".join(str(error).split())[:200]
-    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, FastDiTError) else f"{type(error).__name__}: {text}"

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdit.errors import FastDiTError
 from fastdit.evaluate import peers
 from fastdit.evaluate.arms import Arm
-from fastdit.evaluate.contenders import COMPOSED, FEWER, Field
+from fastdit.evaluate.contenders import COMPOSED, FEWER, Field, named
 from fastdit.evaluate.metrics import alike, away, scales
 from fastdit.evaluate.paired import RESAMPLES, ratio
 from fastdit.evaluate.studio import ROUNDS, UNPATCHED, Drawn, Spent, Studio
@@ -92,10 +93,10 @@ class Study:
 def conduct(
     studio: Studio, found: Field, rounds: int = ROUNDS, watch: Watch = lambda what, done, all_: None
 ) -> Study:
-    """Everything is timed, then drawn; an arm of another project that fails is refused from then on.
+    """Everything is drawn, then timed; an arm that is refused, or of another project and fails, is left out.
 
     Raises:
-        ArgumentError: A picture's sampler draws noise, so that it has no solution.
+        ArgumentError: The sampler draws noise, so that it has no solution.
     """
     from fastdit.search.solution import check_solvable
 
@@ -113,7 +114,8 @@ def conduct(
             try:
                 drawn[name] = studio.drawn(name, arm)
             except Exception as error:  # what another project raises is a result too
-                if name == UNPATCHED:
+                refused = isinstance(error, FastDiTError) and name != UNPATCHED
+                if not (refused or named(found.groups)[name] in found.peers):
                     raise
                 found.drop(name, peers.said(error))
         watch("times", len(found.arms), len(found.arms))
