@@ -1,4 +1,4 @@
-"""The command line: `fastdit demo`, `explain`, `search`, `calibrate`, `eval`, `compare`, `schedule`, `backends`, ...
+"""The command line: `fastdit demo`, `explain`, `search`, `schedule`, `calibrate`, `train-router`, `backends`.
 
 A command reads its arguments, calls the library and prints. It imports what is heavy (torch, diffusers) by itself.
 """
@@ -10,7 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastdit.cli import arguments, options
+from fastdit.cli import (
+    arguments,
+    options,
+    studies,  # noqa: F401 (its commands)
+)
 from fastdit.cli.app import INTERRUPTED, app, schedules
 from fastdit.errors import ArgumentError
 from fastdit.files import check_folder
@@ -231,117 +235,6 @@ def calibrate(
         threads=threads,
         backend=backend,
         arguments={name: value for name, value in given.items() if value is not None},
-    )
-
-
-@app.command("eval")
-def evaluate(
-    model: options.AnyModel = None,
-    prompts: options.EvalPrompts = None,
-    out: options.Study = Path("fastdit-eval"),
-    speedup: options.Speeds = None,
-    book: options.Book = None,
-    every: options.SeveralEvery = None,
-    schedule: options.Schedule = None,
-    order: options.Order = None,
-    ralu: options.Ralu = None,
-    judge: options.Judges = None,
-    pictures: options.Pictures = None,
-    steps: options.StudySteps = 28,
-    guidance: options.GuidanceScale = None,
-    height: options.Pixels = None,
-    width: options.Pixels = None,
-    seed: options.SearchSeed = 0,
-    batch: options.StudyBatch = 4,
-    rounds: options.Rounds = 3,
-    threads: options.Threads = None,
-    backend: options.Backend = None,
-    dtype: options.Dtype = None,
-) -> None:
-    """Say how near methods come to a many-step solution and to the unpatched pictures, and what they cost.
-
-    Fewer steps of every solver that fits stand beside. By default a budget of twice the speed is evaluated.
-    """
-    from fastdit.cli import evaluation as view
-
-    check_folder(out, "--out")
-    methods = arguments.methods(schedule, every, order, default=())
-    methods |= arguments.ralu(ralu or ())
-    speeds = list(speedup or ()) or ([] if methods else [2.0])
-    view.check_judges(judge or ())
-    loaded = view.load(model, dtype, threads)
-    given = {"height": height, "width": width, "guidance_scale": guidance}
-    studio = view.studio_of(
-        loaded,
-        view.prompts_of(prompts, loaded, pictures),
-        out,
-        given,
-        seed=seed,
-        batch=batch,
-        backend=backend,
-    )
-    plans = view.book_of(book, loaded)
-    view.run(
-        Console(),
-        loaded,
-        studio,
-        lambda: view.chosen(loaded, steps, methods, speeds, plans),
-        out,
-        rounds,
-        judge or (),
-    )
-
-
-@app.command()
-def compare(
-    model: options.AnyModel = None,
-    prompts: options.EvalPrompts = None,
-    out: options.Study = Path("fastdit-compare"),
-    budgets: options.Budgets = "1.5,2,3,4,5",
-    book: options.Book = None,
-    judge: options.Judges = None,
-    pictures: options.Pictures = None,
-    steps: options.StudySteps = 28,
-    guidance: options.GuidanceScale = None,
-    height: options.Pixels = None,
-    width: options.Pixels = None,
-    seed: options.SearchSeed = 0,
-    batch: options.StudyBatch = 4,
-    rounds: options.Rounds = 3,
-    threads: options.Threads = None,
-    backend: options.Backend = None,
-    dtype: options.Dtype = None,
-) -> None:
-    """Set everything that makes a model faster beside each other: this package's ways, plain steps, other projects.
-
-    It writes JSON, a plot and one page to flip through, which needs nothing else. Peers are cache-dit, where it is
-    installed, and the caches of diffusers; what a model cannot run is told.
-    """
-    from fastdit.cli import evaluation as view
-
-    check_folder(out, "--out")
-    speeds = view.speeds_of(budgets)
-    view.check_judges(judge or ())
-    loaded = view.load(model, dtype, threads)
-    given = {"height": height, "width": width, "guidance_scale": guidance}
-    studio = view.studio_of(
-        loaded,
-        view.prompts_of(prompts, loaded, pictures),
-        out,
-        given,
-        seed=seed,
-        batch=batch,
-        backend=backend,
-    )
-    plans = view.book_of(book, loaded)
-    view.run(
-        Console(),
-        loaded,
-        studio,
-        lambda: view.everything(loaded, studio, steps, speeds, plans),
-        out,
-        rounds,
-        judge or (),
     )
 
 

@@ -21,7 +21,7 @@ from fastdit.schedules.schedule_file import MAX_COUNT
 MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn
 
 
-def _real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | None], float | None]:
+def real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | None], float | None]:
     """This checks what typer's own bounds cannot say: they are closed, and let NaN through."""
 
     def check(value: float | None) -> float | None:
@@ -32,9 +32,8 @@ def _real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | No
     return check
 
 
-_finite = _real("a finite number", lambda x: True)
-_at_least_1 = _real("a finite number of at least 1", lambda x: x >= 1)
-_at_least_0 = _real("a finite number of at least 0", lambda x: x >= 0)
+_finite = real("a finite number", lambda x: True)
+_at_least_0 = real("a finite number of at least 0", lambda x: x >= 0)
 
 Prompts = Annotated[
     list[str] | None,
@@ -293,78 +292,6 @@ BookSteps = Annotated[
     int, typer.Option("--steps", min=8, max=MAX_COUNT, help="Inference steps of the runs.")
 ]
 
-# ---- eval, compare
-
-AnyModel = Annotated[
-    Path | None,
-    typer.Option(
-        "--model",
-        metavar="FOLDER",
-        help="Folder of a saved diffusers pipeline, or tiny or emoji for a model in the package; tiny if left out.",
-    ),
-]
-EvalPrompts = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompts",
-        metavar="FILE",
-        help="A text file with one prompt a line; for a model in the package, held-out scenes if left out.",
-    ),
-]
-Study = Annotated[
-    Path,
-    typer.Option(
-        "--out",
-        metavar="FOLDER",
-        help="Folder of the result; what was drawn in it is not drawn again.",
-    ),
-]
-Pictures = Annotated[
-    int | None,
-    typer.Option(
-        min=2, max=MAX_SIZE, help="The first prompts, so many. [dim]\\[default: all; 24][/dim]"
-    ),
-]
-Speeds = Annotated[
-    list[float] | None,
-    typer.Option(
-        "--speedup",
-        callback=lambda values: [_at_least_1(value) for value in values or ()],
-        help="A budget, times as fast as the unpatched loop; may be given again.",
-    ),
-]
-Budgets = Annotated[
-    str,
-    typer.Option(
-        metavar="X,Y,...", help="Speed-ups between commas at which the composed plans are judged."
-    ),
-]
-Book = Annotated[
-    Path | None,
-    typer.Option(
-        "--book",
-        metavar="FILE",
-        help="Plan book of the budgets; the package's own of the model if left out.",
-    ),
-]
-Judges = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--judge",
-        metavar="NAME=FOLDER",
-        help="Also judge by lpips, fid, kid, cmmd, clip, image-reward or hps, by weights in the folder; may be "
-        "given again. Nothing is downloaded.",
-    ),
-]
-Rounds = Annotated[int, typer.Option(min=1, help="Timed calls of each arm, which take turns.")]
-StudyBatch = Annotated[
-    int, typer.Option("--batch", min=1, max=MAX_SIZE, help="Pictures per pipeline call.")
-]
-StudySteps = Annotated[
-    int,
-    typer.Option("--steps", min=2, max=MAX_COUNT, help="Inference steps of the unpatched runs."),
-]
-
 # ---- train-router
 
 RouterFile = Annotated[
@@ -391,7 +318,7 @@ Beta = Annotated[
 Target = Annotated[
     float | None,
     typer.Option(
-        callback=_real("a number in (0, 1)", lambda x: 0 < x < 1),
+        callback=real("a number in (0, 1)", lambda x: 0 < x < 1),
         help="Share of the arithmetic to spare, in (0, 1), to which beta is steered; beta stays as it is if left out.",
     ),
 ]
@@ -452,7 +379,7 @@ Raw = Annotated[
 Tau = Annotated[
     float,
     typer.Option(
-        callback=_real("a number in [0, 1)", lambda x: 0 <= x < 1),
+        callback=real("a number in [0, 1)", lambda x: 0 <= x < 1),
         help="Threshold in [0, 1); components whose ratio is above it compute.",
     ),
 ]
