@@ -150,7 +150,7 @@ def test_judges_read_the_disk_alone(tmp_path):
 # ---- verdicts, of made-up times and errors
 
 
-def made_up(budgets=None):
+def made_up(asked=4.0):
     """Composed plans are twice as near as plain steps in the same time, and as near as one peer."""
     rng = np.random.default_rng(0)
     own = rng.uniform(0.1, 0.2, size=12)
@@ -163,7 +163,7 @@ def made_up(budgets=None):
         "peer": ("peer", 2.05, 1.5 * own * rng.uniform(0.8, 1.25, 12)),
         "best": ("best", 1.0, 0.5 * own),
     }
-    field = contenders.Field(budgets=budgets or {4.0: "fast"})
+    field = contenders.Field(judged={"fast": asked})
     for name, (group, _, _) in rows.items():
         field.add(group, name, Arm("stock", 8))
     spent = {n: Spent((s,), (s + 1,), int(s * 10), 0, None) for n, (_, s, _) in rows.items()}
@@ -176,7 +176,7 @@ def made_up(budgets=None):
 
 
 def test_a_verdict_takes_the_best_of_a_group_that_is_as_fast():
-    found = study.verdict(made_up(), 4.0, "fast")
+    found = study.verdict(made_up(), "fast", 4.0)
     assert found["met"]
     assert found["speedup"] == 4
     against = found["against"]
@@ -185,8 +185,8 @@ def test_a_verdict_takes_the_best_of_a_group_that_is_as_fast():
     assert against["slow"] == {"verdict": "too slow", "fastest": 1.6}
     assert against["peer"]["verdict"] == "alike"
     assert against["best"]["verdict"] == "farther"
-    told = study.sentences(made_up({6.0: "fast"}), [{**found, "budget": 6.0, "met": False}])
-    assert told[0] == "6x was asked for, 4.00x was reached."
+    told = study.sentences(made_up(), study.verdicts(made_up(6.0)))
+    assert told[0] == "fast: 6x was asked for, 4.00x was reached."
     assert [
         group for group in ("peer", "best", "slow") if any(f"({group})" in t for t in told)
     ] == [
@@ -368,7 +368,8 @@ def test_a_study_of_the_command_line(pipe, tmp_path, monkeypatch):
     assert len(set(prompts)) == 3
     studio = evaluation.studio_of(loaded, prompts, tmp_path, given, batch=3)
     console = evaluation.Console(quiet=True)
-    field = functools.partial(evaluation.chosen, loaded, 4, {}, [2.0], None)
+    every = fastdit.Cached(fastdit.Schedule.every(2))
+    field = functools.partial(evaluation.chosen, loaded, 4, {"every": every}, [2.0], None)
     evaluation.run(console, loaded, studio, field, tmp_path, 1)
     found = json.loads((tmp_path / evaluation.RESULT).read_text())
     assert {row["group"] for row in found["rows"]} == {
@@ -376,9 +377,10 @@ def test_a_study_of_the_command_line(pipe, tmp_path, monkeypatch):
         contenders.FEWER,
         contenders.COMPOSED,
         contenders.ADVISED,
+        "every",
     }
-    (verdict,) = found["verdicts"]
-    assert verdict["arm"] == "speedup 2"
+    assert [each["arm"] for each in found["verdicts"]] == ["every", "speedup 2"]
+    assert all(contenders.FEWER in each["against"] for each in found["verdicts"])
     by = {row["arm"]: row for row in found["rows"]}
     assert by["unpatched"]["over_unpatched"]["value"] == 1
     assert by["unpatched"]["to_unpatched"]["psnr"] is None

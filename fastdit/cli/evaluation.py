@@ -134,6 +134,7 @@ def chosen(
             "stock", count, lambda pipe, _, method=method: method, key=contenders.key_of(method)
         )
         contenders.patched(found, pipe, name, name, arm)
+        found.judged[name] = None
     contenders.budgeted(found, pipe, steps, speeds, book)
     if found.refused:
         name, why = next(iter(found.refused.items()))
@@ -261,13 +262,13 @@ def rows_table(result: Mapping[str, Any]) -> Table:
 def verdict_table(result: Mapping[str, Any]) -> Table:
     """A line for each budget and group."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in ("budget", "beside", "its best in that time", "error over its", ""):
+    for name in ("arm", "beside", "its best in that time", "error over its", ""):
         table.add_column(name)
     for each in result["verdicts"]:
         for group, one in each["against"].items():
             compared = one.get("ratio")
             table.add_row(
-                f"{each['budget']:g}x",
+                Text(each["arm"]),
                 Text(group),
                 Text(one.get("arm") or f"fastest: {one['fastest']:.2f}x"),
                 ""

@@ -40,13 +40,13 @@ class Field:
     Attributes:
         groups: Name of a group -> names of its arms -> arms.
         refused: What does not run -> why.
-        budgets: Speed-up -> the composed arm that was asked for it.
+        judged: Arm that gets a verdict -> the speed-up it was asked for, if it was.
         peers: Groups that are other projects'.
     """
 
     groups: dict[str, dict[str, Arm]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
-    budgets: dict[float, str] = field(default_factory=dict)
+    judged: dict[str, float | None] = field(default_factory=dict)
     peers: set[str] = field(default_factory=set)
 
     @property
@@ -118,7 +118,7 @@ def budgeted(
         name = f"speedup {budget:g}"
         patched(found, pipe, COMPOSED, name, arm)
         if name in found.arms:
-            found.budgets[budget] = name
+            found.judged[name] = budget
         if not own:
             patched(found, pipe, ADVISED, f"{name}, unipc", replace(arm, solver="unipc"))
 

@@ -38,7 +38,9 @@ def write(result: Mapping[str, Any], pictures: Mapping[str, np.ndarray], path: P
         "arms": [
             {
                 "name": name,
-                "told": told(rows[name]) if name in rows else "",
+                "told": told(rows[name])
+                if name in rows
+                else f"{result['solution']['steps']} steps",
                 "pictures": [encoded(picture) for picture in drawn[:count]],
             }
             for name, drawn in pictures.items()
@@ -46,7 +48,7 @@ def write(result: Mapping[str, Any], pictures: Mapping[str, np.ndarray], path: P
     }
     provenance = result["provenance"]
     parts = {
-        "TITLE": escape(f"fastdit compare: {provenance['pipeline']}"),
+        "TITLE": escape(f"fastdit: {provenance['pipeline']}"),
         "SUBTITLE": escape(
             f"{result['pictures']} pictures; {provenance['model']}; {provenance['scheduler']}; "
             f"{provenance['machine']}, {provenance['threads']} threads; "
@@ -129,7 +131,7 @@ def _verdicts(result: Mapping[str, Any]) -> str:
         for group, one in each["against"].items():
             compared = one.get("ratio")
             cells = [
-                f"{each['budget']:g}x",
+                escape(each["arm"]),
                 escape(group),
                 escape(one.get("arm", f"fastest {one.get('fastest', 0):.2f}x")),
                 ""
@@ -141,11 +143,11 @@ def _verdicts(result: Mapping[str, Any]) -> str:
     if not lines:
         return ""
     heads = (
-        "budget",
+        "arm",
         "beside",
         "its best arm in that time",
         "error over its",
-        "the composed plan is",
+        "the arm is",
     )
     return (
         f"<details open><summary>Verdicts at equal time</summary>{_table(heads, lines)}</details>"

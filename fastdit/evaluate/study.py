@@ -230,11 +230,12 @@ def scored(judge: Judge, pictures: np.ndarray, prompts: Sequence[str]) -> float 
 
 
 def verdicts(study: Study) -> list[dict[str, Any]]:
-    """At each budget: the arm that was asked for it beside the best of every other group that takes no longer."""
-    return [verdict(study, budget, name) for budget, name in sorted(study.field.budgets.items())]
+    """Each arm that is judged beside the best of every other group that takes no longer."""
+    kept = study.field.arms
+    return [verdict(study, n, budget) for n, budget in study.field.judged.items() if n in kept]
 
 
-def verdict(study: Study, budget: float, name: str) -> dict[str, Any]:
+def verdict(study: Study, name: str, budget: float | None) -> dict[str, Any]:
     """One arm beside every other group."""
     mine, speed = study.seconds(name), study.speedup(name)
     against = {}
@@ -258,7 +259,7 @@ def verdict(study: Study, budget: float, name: str) -> dict[str, Any]:
         "budget": budget,
         "arm": name,
         "speedup": speed,
-        "met": speed >= MET * budget,
+        "met": budget is None or speed >= MET * budget,
         "against": against,
     }
 
@@ -305,14 +306,16 @@ def sentences(study: Study, told: Sequence[Mapping[str, Any]]) -> list[str]:
     found = []
     for each in told:
         if not each["met"]:
-            found.append(f"{each['budget']:g}x was asked for, {each['speedup']:.2f}x was reached.")
+            found.append(
+                f"{each['arm']}: {each['budget']:g}x was asked for, {each['speedup']:.2f}x was reached."
+            )
         for group, one in each["against"].items():
             if one["verdict"] in ("nearer", "too slow"):
                 continue
             compared = one["ratio"]
             how = "is nearer" if one["verdict"] == "farther" else "is as near by the interval"
             found.append(
-                f"At {each['budget']:g}x, {one['arm']} ({group}) {how}: error {compared['value']:.2f} "
+                f"Beside {each['arm']}, {one['arm']} ({group}) {how}: error {compared['value']:.2f} "
                 f"[{compared['low']:.2f}, {compared['high']:.2f}] of its, at {one['speedup']:.2f}x beside "
                 f"{each['speedup']:.2f}x."
             )
