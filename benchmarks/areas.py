@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import fastdit
-from arms import SOLVERS, Arm, plain
 from bed import Bed
+from fastdit.evaluate.arms import SOLVERS, Arm, plain
 from fastdit.search.archive import Candidate
 from fastdit.search.front import hypervolume, non_dominated, on_axes
 from fastdit.search.genome import Genome

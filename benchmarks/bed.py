@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import fastdit
-from arms import Arm
+from fastdit.evaluate.arms import Arm
 from subjects import SUBJECTS, Subject
 
 BATCH = 16

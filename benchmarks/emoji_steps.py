@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastdit.evaluate.paired import share
 from fastdit.tiny.evaluate import sample
 from machine import describe_machine
-from paired import share
 from subjects import SUBJECTS
 
 RESULT = Path(__file__).parent / "results/emoji-steps.json"

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 import fastdit
-from arms import STUDIES, Arm
+from arms import STUDIES
 from bed import BATCH, SEED, prompts
 from fastdit import tiny
+from fastdit.evaluate.arms import Arm
+from fastdit.evaluate.paired import share
 from fastdit.tiny.score import find_objects
 from machine import describe_machine
-from paired import share
 
 PICTURES, SIZE, GUIDANCE = 64, 128, 2.5
 ARMS = ("RALU 3x, parity", "RALU 3x, corners, keys alike", "RALU 3x, keys alike", "RALU 3x")

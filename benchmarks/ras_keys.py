@@ -22,13 +22,14 @@ import numpy as np
 import torch
 
 import fastdit
-from arms import TRUTH, Arm, fixed
+from arms import fixed
 from bed import Bed
 from fastdit import tiny
+from fastdit.evaluate.arms import TRUTH, Arm
+from fastdit.evaluate.paired import ratio
 from fastdit.methods.ras import PUBLISHED_RESETS
 from fastdit.tokens.active import TokenRun
 from machine import describe_machine
-from paired import ratio
 from testbed import away
 
 PICTURES, SIZE, STEPS = 16, 128, 28

@@ -39,9 +39,10 @@ import numpy as np
 import areas
 import fastdit
 import testbed
-from arms import TRUTH, Arm, dense
+from arms import dense
 from bed import BATCH, Bed
 from fastdit import tiny
+from fastdit.evaluate.arms import TRUTH, Arm
 from fastdit.patch import find_adapter
 from fastdit.search.genome import Genome
 from fastdit.search.knobs import OWN, Run

@@ -21,12 +21,13 @@ import numpy as np
 
 import areas
 import fastdit
-from arms import COARSER, TRUTH, Arm, every, plain
+from arms import every
 from bed import BATCH, Bed
 from fastdit.account.cost import Cost
 from fastdit.adapters import find_adapter
+from fastdit.evaluate.arms import COARSER, TRUTH, Arm, plain
+from fastdit.evaluate.paired import ratio
 from machine import describe_machine
-from paired import ratio
 from testbed import away
 
 RESULTS = Path(__file__).parent / "results"

@@ -5,10 +5,10 @@
 
 The truth is Heun's method with 60 steps (20 for RALU), whose own error is told. An arm's pictures are judged by the
 relative L2 distance of their latents to the truth's, by whether they are clean (objects, each of some kind), by the
-share of the prompt's objects that are there, and by the Fréchet distance to the truth's pictures (`frechet.py`), which
-alone can judge a method that draws other pictures. A verdict is paired (`paired.py`), and against plain steps of three
-solvers (of UniPC for RALU): of equal arithmetic, the most that take no longer, one more than that, and AB2 on the arm's
-own levels; of equal arithmetic alone for RAS.
+share of the prompt's objects that are there, and by the Fréchet distance to the truth's pictures
+(`fastdit/evaluate/frechet.py`), which alone can judge a method that draws other pictures. A verdict is paired
+(`fastdit/evaluate/paired.py`), and against plain steps of three solvers (of UniPC for RALU): of equal arithmetic, the
+most that take no longer, one more than that, and AB2 on the arm's own levels; of equal arithmetic alone for RAS.
 
 What is drawn is kept in the folder, so a run that was interrupted goes on, and more pictures are only added. Seconds
 are measured once for a study and kept there as well: with OMP_NUM_THREADS=1 they are the processor's. Those of plain
@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 
-import frechet
-from arms import SOLVERS, STUDIES, Arm, dense, plain
+from arms import STUDIES, dense
 from bed import BATCH, TIMED, Bed
+from fastdit.evaluate import frechet
+from fastdit.evaluate.arms import SOLVERS, Arm, plain
+from fastdit.evaluate.paired import ratio, share
 from machine import describe_machine
-from paired import ratio, share
 from subjects import SUBJECTS
 
 #: plain steps that are timed; those between take what a line through them says

@@ -201,7 +201,9 @@ def test_clip_reads_a_local_folder(tmp_path):
     for part in (model, words, pictures):
         part.save_pretrained(tmp_path)
     images = np.random.default_rng(0).random((2, 48, 48, 3)).astype(np.float32)
-    found = make_quality("clip", tmp_path).losses(images, ["a red circle", "a square"], None)
+    quality = make_quality("clip", tmp_path)
+    found = quality.losses(images, ["a red circle", "a square"], None)
+    embedded = quality.embeddings(images)
 
     pixels = pictures(images=[(i * 255).round().astype(np.uint8) for i in images])
     pixels = torch.tensor(np.stack(pixels["pixel_values"]))
@@ -213,6 +215,8 @@ def test_clip_reads_a_local_folder(tmp_path):
                 out.image_embeds.norm() * out.text_embeds.norm()
             )
             assert found[row] == pytest.approx(1 - float(cosine), abs=1e-5)
+            wanted = out.image_embeds[0] / out.image_embeds[0].norm()
+            np.testing.assert_allclose(embedded[row], wanted, atol=1e-5)
 
 
 def test_image_reward_reads_the_released_layout(tmp_path):

@@ -14,11 +14,12 @@ import arms
 import bed as beds
 import fastdit
 import testbed
-from ab2 import AB2Scheduler
 from fastdit import tiny
+from fastdit.evaluate.ab2 import AB2Scheduler
+from fastdit.evaluate.arms import Arm, plain
+from fastdit.evaluate.paired import ratio, share
 from fastdit.tiny.captions import parse
 from fastdit.tokens import resolution
-from paired import ratio, share
 from subjects import SUBJECTS
 
 
@@ -73,7 +74,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
     bed = beds.Bed(pipe, "open", 2.5, 32, tmp_path)
-    name, arm = arms.plain("unipc", 2)
+    name, arm = plain("unipc", 2)
     whole = bed.latents(name, arm, 32)
     path = next(bed.folder.glob("*.npy"))
     np.save(path, whole[:16])
@@ -160,8 +161,8 @@ def test_the_controls_of_ralu_change_what_they_say(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
     bed = beds.Bed(pipe, "full", 2.5, 64, tmp_path)
-    some = bed.latents("some", arms.Arm("euler", 1), 16)
-    assert np.abs(some - bed.latents("other", arms.Arm("euler", 1, seed=1_000_000), 16)).min() > 0
+    some = bed.latents("some", Arm("euler", 1), 16)
+    assert np.abs(some - bed.latents("other", Arm("euler", 1, seed=1_000_000), 16)).min() > 0
     table = torch.zeros(1, 3, 3, dtype=torch.int32)
     with arms.corners():
         moved = resolution.Layout((2, 2), table, 1, True, 4)
@@ -179,7 +180,7 @@ def test_the_judge_finds_no_fault_in_the_truth(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     pipe.stock_scheduler = pipe.scheduler
     bed = beds.Bed(pipe, "full", 2.5, 64, tmp_path)
-    latents = bed.latents("some", arms.plain("ab2", 4)[1], 16)
+    latents = bed.latents("some", plain("ab2", 4)[1], 16)
     judge = testbed.Judge(bed, SUBJECTS["tiny"].prompts("full", 16), latents)
     itself = judge.measure(latents)
     assert itself["error"].max() == pytest.approx(1e-9)

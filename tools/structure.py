@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "fastdit"
 #: folders that use the library; their lines are not the library's
-TOOLS = ("search", "train", "tiny", "emoji", "cli")
+TOOLS = ("search", "train", "tiny", "emoji", "evaluate", "cli")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: `fastdit demo`, `explain`, `search`, `schedule`, `train-router`, `backends`.
+"""The command line: `fastdit demo`, `explain`, `search`, `schedule`, `calibrate`, `train-router`, `backends`.
 
 A command reads its arguments, calls the library and prints. It imports what is heavy (torch, diffusers) by itself.
 """
@@ -10,7 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fastdit.cli import arguments, options
+from fastdit.cli import (
+    arguments,
+    options,
+    studies,  # noqa: F401 (its commands)
+)
 from fastdit.cli.app import INTERRUPTED, app, schedules
 from fastdit.errors import ArgumentError
 from fastdit.files import check_folder

@@ -21,7 +21,7 @@ from fastdit.schedules.schedule_file import MAX_COUNT
 MAX_SIZE = 1 << 16  # of what is made in memory before anything is drawn
 
 
-def _real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | None], float | None]:
+def real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | None], float | None]:
     """This checks what typer's own bounds cannot say: they are closed, and let NaN through."""
 
     def check(value: float | None) -> float | None:
@@ -32,8 +32,8 @@ def _real(accepted: str, holds: Callable[[float], bool]) -> Callable[[float | No
     return check
 
 
-_finite = _real("a finite number", lambda x: True)
-_at_least_0 = _real("a finite number of at least 0", lambda x: x >= 0)
+_finite = real("a finite number", lambda x: True)
+_at_least_0 = real("a finite number of at least 0", lambda x: x >= 0)
 
 Prompts = Annotated[
     list[str] | None,
@@ -336,7 +336,7 @@ Beta = Annotated[
 Target = Annotated[
     float | None,
     typer.Option(
-        callback=_real("a number in (0, 1)", lambda x: 0 < x < 1),
+        callback=real("a number in (0, 1)", lambda x: 0 < x < 1),
         help="Share of the arithmetic to spare, in (0, 1), to which beta is steered; beta stays as it is if left out.",
     ),
 ]
@@ -397,7 +397,7 @@ Raw = Annotated[
 Tau = Annotated[
     float,
     typer.Option(
-        callback=_real("a number in [0, 1)", lambda x: 0 <= x < 1),
+        callback=real("a number in [0, 1)", lambda x: 0 <= x < 1),
         help="Threshold in [0, 1); components whose ratio is above it compute.",
     ),
 ]

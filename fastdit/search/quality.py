@@ -25,6 +25,8 @@ from fastdit.search import solution
 from fastdit.search.front import TINY
 from fastdit.search.local_models import eight_bits, require_files
 
+EMBEDDED = 32  # pictures at a time
+
 
 class Quality(Protocol):
     """This judges pictures.
@@ -135,6 +137,20 @@ class Clip:
             )
             cosine = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
         return [1 - float(value) for value in cosine]
+
+    def embeddings(self, images: np.ndarray) -> np.ndarray:
+        """Of pictures [n, H, W, 3] in [0, 1]: float64 [n, d] of length 1."""
+        import torch
+
+        found = []
+        for start in range(0, len(images), EMBEDDED):
+            some = [eight_bits(image) for image in images[start : start + EMBEDDED]]
+            pixels = self._pictures(images=some, return_tensors="pt")["pixel_values"]
+            with torch.no_grad():
+                seen = self._model.vision_model(pixel_values=pixels).pooler_output
+                rows = self._model.visual_projection(seen).double()
+            found.append(torch.nn.functional.normalize(rows, dim=1).numpy())
+        return np.concatenate(found)
 
 
 def losses_of(

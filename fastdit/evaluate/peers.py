@@ -1,0 +1,253 @@
+"""Other projects' caches, each as a context manager that a pipeline draws inside: cache-dit's and those of diffusers.
+
+A cache runs through its own public functions. diffusers' hooks ask the model for methods of `CacheMixin`, which some
+families lack although their blocks are known to the hooks: these are lent to the model for the time, and the whole run
+is one cache context, which is right where the transformer is called once a step. cache-dit is given a description of
+the blocks where it does not know the pipeline's class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastdit.errors import FastDiTError
+
+#: of diffusers, from the most careful on: thresholds, numbers of steps and of blocks' calls
+FIRST_BLOCK = (0.03, 0.06, 0.1, 0.2)
+MAG = (0.03, 0.06, 0.12, 0.24)
+TAYLOR_SEER = (2, 3, 4, 5)
+PYRAMID = (2, 3, 4)
+#: of cache-dit: thresholds of the residual's difference
+DB_CACHE = (0.08, 0.16, 0.24, 0.4)
+
+Opened = Callable[[Any], Any]
+
+
+class Refused(FastDiTError):
+    """A peer does not run on a model."""
+
+
+def of_cache_dit(pipe: Any, steps: int) -> dict[str, Opened]:
+    """cache-dit's DBCache with one block that always computes, plain and with TaylorSeer of order 1.
+
+    Raises:
+        Refused: It is not installed, or knows neither the pipeline's class nor a base class of it.
+    """
+    if importlib.util.find_spec("cache_dit") is None:
+        raise Refused("cache-dit is not installed")
+    target(pipe)
+    return {
+        f"cache-dit DBCache {threshold:g}{' + TaylorSeer' if taylor else ''}": functools.partial(
+            _db_cache, steps=steps, threshold=threshold, taylor=taylor
+        )
+        for taylor in (False, True)
+        for threshold in DB_CACHE
+    }
+
+
+def target(pipe: Any) -> Any:
+    """What cache-dit is given: the pipeline, or a description by the adapter of its nearest base class that has one.
+
+    Raises:
+        Refused: There is none.
+    """
+    from cache_dit.caching.block_adapters import BlockAdapterRegister
+
+    if BlockAdapterRegister.is_supported(pipe):
+        return pipe
+    own = type(pipe)
+    for base in own.__mro__[1:]:
+        # The register goes by the class alone, which the pipeline has again at once.
+        if base.__module__.startswith("diffusers.pipelines"):
+            pipe.__class__ = base
+            try:
+                found = BlockAdapterRegister.get_adapter(pipe)
+            finally:
+                pipe.__class__ = own
+            if found is not None:
+                return found
+    raise Refused(f"cache-dit does not support {own.__name__}")
+
+
+@contextmanager
+def _db_cache(pipe: Any, steps: int, threshold: float, taylor: bool) -> Iterator[None]:
+    import cache_dit
+
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=min(4, steps - 1),
+        residual_diff_threshold=threshold,
+    )
+    more = {}
+    if taylor:
+        # SD3's last block gives no text, from which cache-dit would forecast it.
+        blocks = getattr(pipe.transformer, "transformer_blocks", [None])
+        more["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(
+            taylorseer_order=1,
+            enable_encoder_calibrator=not getattr(blocks[-1], "context_pre_only", False),
+        )
+    with as_it_was(pipe):
+        given = target(pipe)
+        cache_dit.enable_cache(given, cache_config=config, **more)
+        try:
+            yield
+        finally:
+            cache_dit.disable_cache(given)
+
+
+def of_diffusers(pipe: Any, steps: int, ratios: Any) -> tuple[dict[str, Opened], dict[str, str]]:
+    """The caches of the installed diffusers, and why some of them do not apply.
+
+    Args:
+        ratios: MagCache's, see :func:`mag_ratios`.
+    """
+    from diffusers import hooks
+
+    def now() -> int:
+        scheduler = pipe.scheduler
+        return int(scheduler.timesteps[scheduler.step_index or 0])
+
+    def made(name: str, **given: Any) -> Opened:
+        config = getattr(hooks, f"{name}Config")(**given)
+        return functools.partial(hooked, config=config)
+
+    weight = next(pipe.transformer.parameters())
+    plans: dict[str, Callable[[], Mapping[str, Opened]]] = {
+        "FirstBlockCache": lambda: {
+            f"{each:g}": made("FirstBlockCache", threshold=each) for each in FIRST_BLOCK
+        },
+        "MagCache": lambda: {
+            f"{each:g}": made(
+                "MagCache", threshold=each, num_inference_steps=steps, mag_ratios=ratios()
+            )
+            for each in MAG
+        },
+        "TaylorSeer": lambda: {
+            f"every {each}": made(
+                "TaylorSeerCache", cache_interval=each, taylor_factors_dtype=weight.dtype
+            )
+            for each in TAYLOR_SEER
+        },
+        "PAB": lambda: {
+            f"{each}": made(
+                "PyramidAttentionBroadcast",
+                spatial_attention_block_skip_range=each,
+                cross_attention_block_skip_range=each + 1,
+                current_timestep_callback=now,
+            )
+            for each in PYRAMID
+        },
+        "FasterCache": lambda: {
+            "2": made(
+                "FasterCache",
+                spatial_attention_block_skip_range=2,
+                current_timestep_callback=now,
+                attention_weight_callback=lambda _: 0.3,
+                tensor_format="BCHW",
+            )
+        },
+        "SeaCache": lambda: {"0.25": _sea_cache(pipe, made)},
+    }
+    found, refused = {}, {}
+    for name, plan in plans.items():
+        try:
+            found |= {f"diffusers {name} {setting}": each for setting, each in plan().items()}
+        except AttributeError:
+            refused[f"diffusers {name}"] = "the installed diffusers does not have it"
+        except Exception as error:  # a peer that cannot be set up is a result too
+            refused[f"diffusers {name}"] = said(error)
+    return found, refused
+
+
+def _sea_cache(pipe: Any, made: Callable[..., Opened]) -> Opened:
+    kind = type(pipe.transformer).__name__
+    if kind not in ("Cosmos3OmniTransformer", "WanTransformer3DModel"):
+        raise Refused(
+            f"it has no adapter for {kind}, and needs a pipeline that tells it the step and sigma"
+        )
+    return made("SeaCache")
+
+
+@contextmanager
+def hooked(pipe: Any, config: Any) -> Iterator[None]:
+    """Inside, a transformer has a cache of diffusers."""
+    from diffusers.models.cache_utils import CacheMixin
+
+    transformer = pipe.transformer
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_it_was(pipe))
+        if not isinstance(transformer, CacheMixin):
+
+            def named() -> None:
+                stack.enter_context(CacheMixin.cache_context(transformer, "all"))
+
+            def reset() -> None:
+                CacheMixin._reset_stateful_cache(transformer)
+                named()
+
+            # The pipeline itself calls what has this name, at the end of a call.
+            transformer._reset_stateful_cache = reset
+            transformer.is_cache_enabled, transformer._cache_config = False, None
+            CacheMixin.enable_cache(transformer, config)
+            stack.callback(CacheMixin.disable_cache, transformer)
+            named()
+        else:
+            transformer.enable_cache(config)
+            stack.callback(transformer.disable_cache)
+        yield
+
+
+@contextmanager
+def as_it_was(pipe: Any) -> Iterator[None]:
+    """What is put on a pipeline's class, its transformer or modules of that inside the `with` goes with it."""
+    owners = [type(pipe), pipe, pipe.transformer, *pipe.transformer.modules()]
+    before = [dict(vars(owner)) for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, old in zip(owners, before, strict=True):
+            now = vars(owner)
+            for name in [n for n in now if n not in old]:
+                # A module keeps its parts in a dict of their own.
+                type.__delattr__(owner, name) if isinstance(owner, type) else now.pop(name)
+            for name, value in old.items():
+                if now.get(name) is not value:
+                    setattr(owner, name, value) if isinstance(owner, type) else now.update(
+                        {name: value}
+                    )
+
+
+def mag_ratios(pipe: Any, steps: int, draw: Callable[[], Any]) -> list[float]:
+    """MagCache's ratios of a model, as it calibrates them: it prints them at the end of a run.
+
+    Args:
+        draw: Draws a picture of so many steps with the pipeline.
+
+    Raises:
+        Refused: It printed none.
+    """
+    from diffusers.hooks import MagCacheConfig
+
+    told = io.StringIO()
+    config = MagCacheConfig(calibrate=True, num_inference_steps=steps)
+    with contextlib.redirect_stdout(told), hooked(pipe, config):
+        draw()
+    found = re.findall(r"\[[-\d., e]+\]", told.getvalue())
+    if not found:
+        raise Refused("MagCache's calibration gave no ratios")
+    return json.loads(found[-1])
+
+
+def said(error: BaseException) -> str:
+    """An error of another project in one line."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, FastDiTError) else f"{type(error).__name__}: {text}"
