@@ -23,12 +23,14 @@ def gate_of(gate: Tensor) -> Tensor:
 
 
 def eager_gated_residual(x, branches, gates, fresh=-1, rows=None, weights=None):
+    dtype = x.dtype
     for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
         active = branch if i == fresh else rows_of(branch, rows)
         if weights is not None:
             weight = weights[i] if weights.ndim == 1 else weights[i][..., None]
             active = (weight * active).to(active.dtype)
         x = x + active if gate is None else x + gate_of(gate) * active
+        x = x.to(dtype)  # beside a gate in fp32 it was wider
     return x
 
 
@@ -45,6 +47,9 @@ def eager_norm_modulate(
     """x holds the active rows already. Returns y and the updated x."""
     if branch is not None:
         x = eager_gated_residual(x, [branch], [gate])
+    if any(t is not None and t.itemsize > x.itemsize for t in (scale, shift, weight, bias)):
+        given = [None if t is None else t.float() for t in (scale, shift, weight, bias)]
+        return eager_norm_modulate(x.float(), *given, eps, rms)[0].to(x.dtype), x
     if rms:
         mean_square = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
         y = x * torch.rsqrt(mean_square + eps)
