@@ -304,7 +304,9 @@ def check_wide_gates(run: Runner) -> None:
                 halves = 0.5 * weights_of((count,), dtype, g).fill_(1)
                 twice = [None if gate is None else 2 * gate for gate in gates]
                 out = run.gated_residual(x, branches, twice, weights=halves)
-                compare(run, f"{count} wide gates, weights", out, x, branches, twice, weights=halves)
+                compare(
+                    run, f"{count} wide gates, weights", out, x, branches, twice, weights=halves
+                )
 
 
 def check_wide_gates_of_every_form(run: Runner) -> None:

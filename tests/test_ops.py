@@ -638,6 +638,57 @@ def test_collapse_names_what_is_wrong(case, backend):
     assert accepted in str(error.value)
 
 
+@pytest.mark.parametrize("backend", SERVING)
+def test_vectors_are_of_the_dtype_beside_them_or_fp32(backend):
+    """Those of one call of gated_residual or collapse are alike."""
+    half, wide, brain = (some(B, D, dtype=d) for d in (torch.float16, FLOAT, torch.bfloat16))
+    x = X.half()
+    two, three = [x, x.clone()], [x, x.clone(), x.clone()]
+    accepted = {
+        "scale: got torch.bfloat16; accepted is torch.float16 or torch.float32": lambda: (
+            ops.norm_modulate(x, brain, backend=backend)
+        ),
+        "gate: got torch.float64; accepted is torch.float16 or torch.float32": lambda: (
+            ops.norm_modulate(x.clone(), branch=x, gate=wide.double(), backend=backend)
+        ),
+        "bias: got torch.float32; accepted is torch.float64": lambda: ops.norm_modulate(
+            X.double(), bias=wide[0], backend="reference"
+        ),
+        "branch: got torch.float32; accepted is torch.float16": lambda: ops.norm_modulate(
+            x.clone(), branch=X, gate=wide, backend=backend
+        ),
+        "gates[2]: got torch.float16; accepted is torch.float32": lambda: ops.gated_residual(
+            x, three, [None, wide, half], backend=backend
+        ),
+        "gates[1]: got torch.float32; accepted is torch.float16": lambda: ops.gated_residual(
+            x, two, [half, wide], backend=backend
+        ),
+        "gates[0]: got torch.bfloat16; accepted is torch.float16 or torch.float32": lambda: (
+            ops.gated_residual(x, two, [brain, wide], backend=backend)
+        ),
+        "weights[1]: got torch.float16; accepted is torch.float32": lambda: ops.collapse(
+            two, [wide, half], [0, 1], backend=backend
+        ),
+    }
+    for message, call in accepted.items():
+        with pytest.raises(ArgumentError) as error:
+            call()
+        assert str(error.value) == message
+
+
+def test_gradients_of_vectors_in_fp32():
+    x, branch, gate = (
+        leaf(B, K, D, dtype=torch.bfloat16),
+        leaf(B, K, D, dtype=torch.bfloat16),
+        leaf(B, D, dtype=FLOAT),
+    )
+    (ops.gated_residual(x, [branch], [gate]) + ops.norm_modulate(x, gate, gate)).sum().backward()
+    assert (x.grad.dtype, gate.grad.dtype) == (torch.bfloat16, FLOAT)
+    normed = torch.nn.functional.layer_norm(x.detach().double(), (D,), eps=1e-6)
+    expected = (branch.detach().double() + normed + 1).sum(1)
+    torch.testing.assert_close(gate.grad.double(), expected, rtol=0.02, atol=0.02)
+
+
 def test_collapse_refuses_shared_memory():
     sums = some(2, B, K, D)
     for changes in ({"branches": [X, sums[1]]}, {"weights": [None, sums[0, :, 0]]}):

@@ -81,9 +81,9 @@ def beside(name: str, t: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a modulation beside a tensor of `dtype`: the same, or fp32 beside 16 bits."""
     if not isinstance(t, Tensor) or t.dtype is dtype:
         return dtype
-    if t.dtype is torch.float32 and dtype.itemsize == 2:
-        return torch.float32
-    _refuse(name, str(t.dtype), f"{dtype}{' or torch.float32' * (dtype.itemsize == 2)}")
+    if t.dtype is not torch.float32 or dtype.itemsize > 2:
+        _refuse(name, str(t.dtype), f"{dtype}{' or torch.float32' * (dtype.itemsize == 2)}")
+    return torch.float32
 
 
 def modulation(
