@@ -212,7 +212,7 @@ inline QkvPrologue qkv_prologue_of(int dtype, int64_t batch, int64_t tokens, int
                                    py::handle rows, int norm, py::handle q_weight,
                                    py::handle q_bias, py::handle k_weight, py::handle k_bias,
                                    double eps, py::handle cos, py::handle sin) {
-  if (norm < 0 || norm > 2) throw py::value_error("unknown norm code " + std::to_string(norm));
+  if (norm < 0 || norm > 3) throw py::value_error("unknown norm code " + std::to_string(norm));
   QkvPrologue p;
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, int64_t{heads + 2 * kv_heads} * head};

@@ -504,6 +504,16 @@ WRONG_PROLOGUE = {
     "kv_offset without rows": ({"rows": None, "kv_offset": 5}, "kv_offset", "0 to 4"),
     "norm": ({"norm": "group"}, "norm", "'rms_rounded'"),
     "weight without norm": ({"q_weight": some(DIM)}, "q_weight", "None"),
+    "bias of rms of all heads": (
+        {"norm": "rms_across", "q_bias": some(KV_HEADS * DIM)},
+        "q_bias",
+        "None",
+    ),
+    "weight of rms of all heads": (
+        {"norm": "rms_across", "k_weight": some(DIM)},
+        "k_weight",
+        f"[{KV_HEADS * DIM}]",
+    ),
     "bias of rms": ({"norm": "rms", "k_bias": some(KV_HEADS * DIM)}, "k_bias", "None"),
     "weight of rms": ({"norm": "rms", "q_weight": some(D)}, "q_weight", f"[{DIM}]"),
     "weight of layer": (

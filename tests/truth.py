@@ -97,6 +97,8 @@ def eager_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
     batch, tokens, width = x.shape
     if norm == "layer":
         x = F.layer_norm(x, (width,), weight, bias, eps)
+    if norm == "rms_across":
+        x = F.rms_norm(x, (width,), weight, eps)
     x = x.reshape(batch, tokens, heads, width // heads)
     if norm == "rms":
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -110,6 +112,8 @@ def exact_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
     batch, tokens, width = x.shape
     if norm == "layer":
         x, _ = exact_norm_modulate(x, weight=weight, bias=bias, eps=eps)
+    if norm == "rms_across":
+        x, _ = exact_norm_modulate(x, weight=weight, eps=eps, rms=True)
     x = x.reshape(batch, tokens, heads, width // heads)
     if norm in ("rms", "rms_rounded"):
         return exact_norm_modulate(x, weight=weight, eps=eps, rms=True)[0]

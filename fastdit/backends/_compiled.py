@@ -14,7 +14,13 @@ from fastdit.backends.base import Backend
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
 PARTIALS = 1024  # of csrc/blend.h
-NORM_CODES = {None: 0, "rms": 1, "rms_rounded": 1, "layer": 2}  # csrc/qkv_prologue.h
+NORM_CODES = {
+    None: 0,
+    "rms": 1,
+    "rms_rounded": 1,
+    "layer": 2,
+    "rms_across": 3,
+}  # csrc/qkv_prologue.h
 
 
 def load(name: str) -> tuple[ModuleType | None, str]:

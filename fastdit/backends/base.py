@@ -116,10 +116,10 @@ class Backend:
         rows: Tensor | None,  # [B, K]
         q_offset: int,
         kv_offset: int,
-        norm: str | None,  # "rms", "rms_rounded" or "layer"
-        q_weight: Tensor | None,  # [d], or [H d] for "layer"
+        norm: str | None,  # "rms", "rms_rounded", "rms_across" or "layer"
+        q_weight: Tensor | None,  # [d], or [H d] for those across heads
         q_bias: Tensor | None,  # [H d], for "layer" only
-        k_weight: Tensor | None,  # [d], or [G d] for "layer"
+        k_weight: Tensor | None,  # [d], or [G d]
         k_bias: Tensor | None,  # [G d], for "layer" only
         eps: float,
         cos: Tensor | None,  # fp32 [P, d / 2] or [B, P, d / 2]

@@ -99,6 +99,8 @@ def normed_heads(
     """x [B, K, heads dim] -> [B, K, heads, dim], normed."""
     if norm == "layer":
         x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    elif norm == "rms_across":
+        x = F.rms_norm(x, (x.shape[-1],), weight, eps)
     x = x.unflatten(-1, (x.shape[-1] // dim, dim))
     if norm == "rms":
         return F.rms_norm(x, (dim,), weight, eps)
