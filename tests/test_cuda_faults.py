@@ -364,6 +364,13 @@ FAULTS = {
         PROLOGUE, "sum / p.head + static_cast<float>(p.eps)", "sum / p.head",
         "check_constant_heads",
     ),
+    "the mean square of all heads is a variance": Fault(
+        PROLOGUE, "if (rms) {", "if (false) {", "check_sizes"
+    ),
+    "eps is left out of the norm of all heads": Fault(
+        PROLOGUE, "__frsqrt_rn(variance + static_cast<float>(p.eps))", "__frsqrt_rn(variance)",
+        "check_constant_heads",
+    ),
     "the mean of all heads is not corrected": Fault(
         PROLOGUE, "rest = about[0] / width;", "rest = 0.0f;", "check_shifted_heads", FP32
     ),

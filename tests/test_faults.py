@@ -806,7 +806,8 @@ def v_normed(call):
 
 
 def k_weighed_as_q(call):
-    run(call, k_weight=call["q_weight"] if call["norm"] != "layer" else call["k_weight"])
+    across = call["norm"] in ("layer", "rms_across")
+    run(call, k_weight=call["k_weight"] if across else call["q_weight"])
 
 
 def last_columns_lost(call):
@@ -878,6 +879,15 @@ def heads_share_statistics(call):
     run(call, q=q, norm=None, k_cache=call["k_cache"].clone())
 
 
+def all_heads_normed_by_head(call):
+    run(call)
+    if call["norm"] == "rms_across":
+        q = call["q"].unflatten(-1, (-1, call["q_out"].shape[3]))
+        q = F.rms_norm(q, q.shape[-1:], eps=call["eps"]).flatten(2)
+        q = q if call["q_weight"] is None else q * call["q_weight"]
+        run(call, q=q, norm=None, k_cache=call["k_cache"].clone())
+
+
 def variance_from_squares(call):
     run(call)
     if call["norm"] != "layer":
@@ -918,6 +928,7 @@ PROLOGUE_FAULTS = {
     rows_take_another_path: ["check_identity_rows"],
     depends_on_threads: ["check_repeats"],
     heads_share_statistics: ["check_special_values"],
+    all_heads_normed_by_head: ["check_sizes", "check_model_heads"],
     variance_from_squares: ["check_offset_rows"],
     eps_left_out: ["check_constant_heads"],
     clears_caches_without_tokens: ["check_empty"],

@@ -385,6 +385,14 @@ FAULTS = {
         "if cos is not None:\n            y = y.to(tl.bfloat16).to(tl.float32)\n            pair",
         "check_one_rounding_of_heads",
     ),
+    "all heads are normed as if one were": one(
+        PROLOGUE, "inverse_root(mean_of(squares, COUNT * DIM) + eps)",
+        "inverse_root(mean_of(squares, DIM) + eps)", "check_model_heads",
+    ),
+    "eps is left out of the mean square of all heads": one(
+        PROLOGUE, "inverse_root(mean_of(squares, COUNT * DIM) + eps)",
+        "inverse_root(mean_of(squares, COUNT * DIM))", "check_constant_heads",
+    ),
     "the rounding of the mean of all heads is not corrected": one(
         PROLOGUE, "y - mean - rest", "y - mean", "check_shifted_heads", FP32
     ),

@@ -67,18 +67,17 @@ def some_heads(
             if weight is not None:
                 at = weight + every + col[None, :]
                 y *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        elif NORM == "rms_across":
-            squares = tl.sum(tl.sum(y * y, axis=1), axis=0)
-            y *= inverse_root(mean_of(squares, COUNT * DIM) + eps)
-            if weight is not None:
-                y *= tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32)
-        elif NORM == "layer":
-            mean = mean_of(tl.sum(tl.sum(y, axis=1), axis=0), COUNT * DIM)
-            deviation = tl.where(inside, y - mean, 0.0)
-            rest = mean_of(tl.sum(tl.sum(deviation, axis=1), axis=0), COUNT * DIM)
-            squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0)
-            variance = mean_of(squares, COUNT * DIM) - rest * rest
-            y = (y - mean - rest) * inverse_root(tl.maximum(variance, 0.0) + eps)
+        elif NORM is not None:
+            if NORM == "layer":
+                mean = mean_of(tl.sum(tl.sum(y, axis=1), axis=0), COUNT * DIM)
+                deviation = tl.where(inside, y - mean, 0.0)
+                rest = mean_of(tl.sum(tl.sum(deviation, axis=1), axis=0), COUNT * DIM)
+                squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0)
+                variance = mean_of(squares, COUNT * DIM) - rest * rest
+                y = (y - mean - rest) * inverse_root(tl.maximum(variance, 0.0) + eps)
+            else:
+                squares = tl.sum(tl.sum(y * y, axis=1), axis=0)
+                y *= inverse_root(mean_of(squares, COUNT * DIM) + eps)
             if weight is not None:
                 y *= tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32)
             if bias is not None:
