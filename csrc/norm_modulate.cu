@@ -86,10 +86,10 @@ struct Divisor {
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 };
 
-// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row. In fp8 a wide row takes
-// all registers that there are for a block: with fewer it spills.
+// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row. In fp8, and with
+// modulations in fp32, a row takes all registers that there are for a block: with fewer some spill.
 template <class T, int kVectors, bool kAligned, bool kFp8, bool kAnyWide>
-__global__ void __launch_bounds__(kMaxThreads, kFp8 ? 1 : 0)
+__global__ void __launch_bounds__(kMaxThreads, kFp8 || kAnyWide ? 1 : 0)
     norm_modulate_kernel(const __grid_constant__ NormModulate p) {
   FD_SHARED(float, partial_mean, kMaxThreads / kWarp);
   FD_SHARED(float, partial_about, 2 * (kMaxThreads / kWarp));
