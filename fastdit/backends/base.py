@@ -47,7 +47,7 @@ class Backend:
         branches: Sequence[Tensor],  # [B, K, D], or row stores [B, N, D] where rows is given
         gates: Sequence[
             Tensor | None
-        ],  # [D], [B or 1, D] or [B or 1, K or 1, D], as all modulations
+        ],  # [D], [B or 1, D] or [B or 1, K or 1, D], as all modulations; all fp32 beside 16 bits, or none
         fresh: int,  # the branch that is [B, K, D] under rows too; -1 for none
         cache: Tensor | None,  # [B, N, D], written at the active rows
         rows: Tensor | None,  # [B, K]
@@ -60,7 +60,8 @@ class Backend:
     def norm_modulate(
         self,
         x: Tensor,  # [B, N, D], written at the active rows where branch is given
-        scale: Tensor | None,
+        scale: Tensor
+        | None,  # as shift, weight, bias and gate: of x's dtype, or fp32 beside 16 bits
         shift: Tensor | None,
         weight: Tensor | None,  # [D]
         bias: Tensor | None,  # [D]
