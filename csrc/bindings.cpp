@@ -45,12 +45,12 @@ void launch(void (*kernel)(const Params&), Params& p, int64_t elements, int thre
 }
 
 // stored, here and below: the rows of the shortest store that is read or written at p.rows.
-void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
-                    int64_t x_step, py::handle out, const py::list& branches, const py::list& gates,
-                    uintptr_t weights, bool by_token, int fresh, py::handle cache, py::handle rows,
-                    int64_t stored, int threads) {
-  GatedResidual p = gated_residual_of(dtype, batch, tokens, width, x, x_step, out, branches, gates,
-                                      weights, by_token, fresh, cache, rows);
+void gated_residual(int dtype, bool wide, int64_t batch, int64_t tokens, int64_t width,
+                    py::handle x, int64_t x_step, py::handle out, const py::list& branches,
+                    const py::list& gates, uintptr_t weights, bool by_token, int fresh,
+                    py::handle cache, py::handle rows, int64_t stored, int threads) {
+  GatedResidual p = gated_residual_of(dtype, wide, batch, tokens, width, x, x_step, out, branches,
+                                      gates, weights, by_token, fresh, cache, rows);
   check_rows(p.rows, p.shape, stored);
   launch(FD_BY_ISA(gated_residual), p, elements(p.shape), threads);
 }
@@ -106,11 +106,11 @@ void sparse_attention(int dtype, int64_t batch, int64_t queries, int64_t keys, i
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head = head;
-  p.q = modulation(q);
-  p.k = modulation(k);
-  p.v = modulation(v);
+  p.q = strided(q);
+  p.k = strided(k);
+  p.v = strided(v);
   p.scale = scale;
-  p.out = modulation(out);
+  p.out = strided(out);
   launch(FD_BY_ISA(sparse_attention), p, batch * heads * queries * keys, threads);
 }
 
@@ -203,10 +203,10 @@ void blend_backward(int dtype, int64_t batch, int64_t tokens, int64_t width, py:
   launch(FD_BY_ISA(blend_backward), p, elements(p.shape), threads);
 }
 
-void collapse(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
+void collapse(int dtype, bool wide, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
               const py::list& branches, const py::list& weights, const std::vector<int>& groups,
               bool accumulate, const py::list& sums, int64_t /* stored: none */, int threads) {
-  Collapse p = collapse_of(dtype, sum_dtype, batch, tokens, width, branches, weights, groups,
+  Collapse p = collapse_of(dtype, wide, sum_dtype, batch, tokens, width, branches, weights, groups,
                            accumulate, sums);
   launch(FD_BY_ISA(collapse), p, elements(p.shape), threads);
 }

@@ -3,9 +3,10 @@
 //
 // An operand is None, or a tuple (address, batch stride, token stride) with strides in elements, or
 // the bare address of the usual case, which is quicker to make and to read: a contiguous tensor
-// [B, K, D], or one row for all where it is a modulation. rows is None or (address, batch stride,
-// whether int64). A table is None or (address, batch stride). Places are (address, batch stride,
-// token stride). A view is (address, shape, strides).
+// [B, K, D], or one row for all where it is a modulation. A modulation that is fp32 beside 16 bits
+// is a tuple with a fourth integer, 1; of many that are, one argument says so. rows is None or
+// (address, batch stride, whether int64). A table is None or (address, batch stride). Places are
+// (address, batch stride, token stride). A view is (address, shape, strides).
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -36,8 +37,8 @@ inline int64_t integer(PyObject* number) {
   return value;
 }
 
-inline int64_t item(py::handle h, Py_ssize_t i) {
-  if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != 3) {
+inline int64_t item(py::handle h, Py_ssize_t i, Py_ssize_t size = 3) {
+  if (!PyTuple_Check(h.ptr()) || PyTuple_GET_SIZE(h.ptr()) != size) {
     throw py::type_error("an operand is None, an address or a tuple of three integers");
   }
   return integer(PyTuple_GET_ITEM(h.ptr(), i));
@@ -56,7 +57,14 @@ inline Operand state(py::handle h, const Shape& shape) {
   return operand(h, shape.tokens * shape.width, shape.width);
 }
 
-inline Operand modulation(py::handle h) { return operand(h, 0, 0); }
+// One without strides of its own is one row for all.
+inline Operand strided(py::handle h) { return operand(h, 0, 0); }
+
+inline Modulation modulation(py::handle h) {
+  const bool wide = PyTuple_Check(h.ptr()) && PyTuple_GET_SIZE(h.ptr()) == 4;
+  if (!wide) return {strided(h), false};
+  return {{reinterpret_cast<void*>(item(h, 0, 4)), item(h, 1, 4), item(h, 2, 4)}, true};
+}
 
 inline Rows row_index(py::handle h) {
   if (h.is_none()) return {};
@@ -85,8 +93,8 @@ inline Dtype dtype_of(int code) {
   return static_cast<Dtype>(code);
 }
 
-inline GatedResidual gated_residual_of(int dtype, int64_t batch, int64_t tokens, int64_t width,
-                                       py::handle x, int64_t x_step, py::handle out,
+inline GatedResidual gated_residual_of(int dtype, bool wide, int64_t batch, int64_t tokens,
+                                       int64_t width, py::handle x, int64_t x_step, py::handle out,
                                        const py::list& branches, const py::list& gates,
                                        uintptr_t weights, bool by_token, int fresh,
                                        py::handle cache, py::handle rows) {
@@ -97,13 +105,14 @@ inline GatedResidual gated_residual_of(int dtype, int64_t batch, int64_t tokens,
                           ", and as many");
   }
   p.dtype = dtype_of(dtype);
+  p.wide = wide;
   p.shape = {batch, tokens, width};
   p.x = state(x, p.shape);
   p.x_step = x_step;
   p.out = state(out, p.shape);
   for (int i = 0; i < p.count; ++i) {
     p.branches[i] = state(branches[i], p.shape);
-    p.gates[i] = modulation(gates[i]);
+    p.gates[i] = strided(gates[i]);
   }
   p.weights.data = number(weights);
   if (by_token) p.weights = {p.weights.data, batch * tokens, 1};
@@ -203,28 +212,28 @@ inline QkvPrologue qkv_prologue_of(int dtype, int64_t batch, int64_t tokens, int
                                    py::handle rows, int norm, py::handle q_weight,
                                    py::handle q_bias, py::handle k_weight, py::handle k_bias,
                                    double eps, py::handle cos, py::handle sin) {
-  if (norm < 0 || norm > 2) throw py::value_error("unknown norm code " + std::to_string(norm));
+  if (norm < 0 || norm > 3) throw py::value_error("unknown norm code " + std::to_string(norm));
   QkvPrologue p;
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, int64_t{heads + 2 * kv_heads} * head};
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head = head;
-  p.q = modulation(q);
-  p.k = modulation(k);
-  p.v = modulation(v);
-  p.q_out = modulation(q_out);
-  p.k_cache = modulation(k_cache);
-  p.v_cache = modulation(v_cache);
+  p.q = strided(q);
+  p.k = strided(k);
+  p.v = strided(v);
+  p.q_out = strided(q_out);
+  p.k_cache = strided(k_cache);
+  p.v_cache = strided(v_cache);
   p.rows = row_index(rows);
   p.norm = static_cast<Norm>(norm);
-  p.q_weight = modulation(q_weight);
-  p.q_bias = modulation(q_bias);
-  p.k_weight = modulation(k_weight);
-  p.k_bias = modulation(k_bias);
+  p.q_weight = strided(q_weight);
+  p.q_bias = strided(q_bias);
+  p.k_weight = strided(k_weight);
+  p.k_bias = strided(k_bias);
   p.eps = eps;
-  p.cos = modulation(cos);
-  p.sin = modulation(sin);
+  p.cos = strided(cos);
+  p.sin = strided(sin);
   return p;
 }
 
@@ -260,18 +269,18 @@ inline ResolutionTransition resolution_transition_of(
   ResolutionTransition p;
   p.dtype = dtype_of(dtype);
   p.shape = {batch, tokens, width};
-  p.x = modulation(x);
+  p.x = strided(x);
   p.table = places(table);
   p.split = split;
   p.rows = row_index(rows);
-  p.noise = modulation(noise);
+  p.noise = strided(noise);
   p.scale = scale;
   p.deviation = deviation;
   p.pull = pull;
   p.unsplit = unsplit;
   p.pixelwise = pixelwise;
   p.raster = raster;
-  p.out = modulation(out);
+  p.out = strided(out);
   p.out_table = places(out_table);
   return p;
 }
@@ -286,7 +295,7 @@ inline Blend blend_of(int dtype, int64_t batch, int64_t tokens, int64_t width, p
   p.cached = state(cached, p.shape);
   p.r = number(r);
   p.x = state(x, p.shape);
-  p.gate = modulation(gate);
+  p.gate = strided(gate);
   p.blended = state(blended, p.shape);
   p.out = state(out, p.shape);
   return p;
@@ -305,7 +314,7 @@ inline BlendBackward blend_backward_of(int dtype, int64_t batch, int64_t tokens,
   p.fresh = state(fresh, p.shape);
   p.cached = state(cached, p.shape);
   p.r = number(r);
-  p.gate = modulation(gate);
+  p.gate = strided(gate);
   p.grad_fresh = state(grad_fresh, p.shape);
   p.grad_cached = state(grad_cached, p.shape);
   p.grad_r = number(grad_r);
@@ -313,8 +322,8 @@ inline BlendBackward blend_backward_of(int dtype, int64_t batch, int64_t tokens,
   return p;
 }
 
-inline Collapse collapse_of(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
-                            const py::list& branches, const py::list& weights,
+inline Collapse collapse_of(int dtype, bool wide, int sum_dtype, int64_t batch, int64_t tokens,
+                            int64_t width, const py::list& branches, const py::list& weights,
                             const std::vector<int>& groups, bool accumulate, const py::list& sums) {
   Collapse p;
   p.count = static_cast<int>(branches.size());
@@ -324,11 +333,12 @@ inline Collapse collapse_of(int dtype, int sum_dtype, int64_t batch, int64_t tok
     throw py::value_error("branches, weights and groups must be 1 to 64, and as many; sums 1 to 4");
   }
   p.dtype = dtype_of(dtype);
+  p.wide = wide;
   p.sum_dtype = dtype_of(sum_dtype);
   p.shape = {batch, tokens, width};
   for (int i = 0; i < p.count; ++i) {
     p.branches[i] = state(branches[i], p.shape);
-    p.weights[i] = modulation(weights[i]);
+    p.weights[i] = strided(weights[i]);
     p.groups[i] = static_cast<uint8_t>(groups[i]);
   }
   for (int s = 0; s < p.sum_count; ++s) p.sums[s] = state(sums[s], p.shape);

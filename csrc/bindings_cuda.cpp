@@ -8,12 +8,12 @@
 namespace fd {
 namespace {
 
-void gated_residual(int dtype, int64_t batch, int64_t tokens, int64_t width, py::handle x,
-                    int64_t x_step, py::handle out, const py::list& branches, const py::list& gates,
-                    uintptr_t weights, bool by_token, int fresh, py::handle cache, py::handle rows,
-                    int device, uintptr_t stream) {
-  const GatedResidual p = gated_residual_of(dtype, batch, tokens, width, x, x_step, out, branches,
-                                            gates, weights, by_token, fresh, cache, rows);
+void gated_residual(int dtype, bool wide, int64_t batch, int64_t tokens, int64_t width,
+                    py::handle x, int64_t x_step, py::handle out, const py::list& branches,
+                    const py::list& gates, uintptr_t weights, bool by_token, int fresh,
+                    py::handle cache, py::handle rows, int device, uintptr_t stream) {
+  const GatedResidual p = gated_residual_of(dtype, wide, batch, tokens, width, x, x_step, out,
+                                            branches, gates, weights, by_token, fresh, cache, rows);
   cuda::gated_residual(p, {device, reinterpret_cast<void*>(stream)});
 }
 
@@ -87,11 +87,11 @@ void blend_backward(int dtype, int64_t batch, int64_t tokens, int64_t width, py:
   cuda::blend_backward(p, {device, reinterpret_cast<void*>(stream)});
 }
 
-void collapse(int dtype, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
+void collapse(int dtype, bool wide, int sum_dtype, int64_t batch, int64_t tokens, int64_t width,
               const py::list& branches, const py::list& weights, const std::vector<int>& groups,
               bool accumulate, const py::list& sums, int device, uintptr_t stream) {
-  const Collapse p = collapse_of(dtype, sum_dtype, batch, tokens, width, branches, weights, groups,
-                                 accumulate, sums);
+  const Collapse p = collapse_of(dtype, wide, sum_dtype, batch, tokens, width, branches, weights,
+                                 groups, accumulate, sums);
   cuda::collapse(p, {device, reinterpret_cast<void*>(stream)});
 }
 

@@ -12,18 +12,19 @@ namespace {
 constexpr int kGroup = 4;           // branches at a time
 constexpr int64_t kColumns = 2048;  // at a time: 8 KiB of each sum
 
-template <class T>
+template <class T, class Weight>
 struct Row {
   int count;
   const T* branches[kMaxCollapsed];
-  const T* weights[kMaxCollapsed];  // null: 1
+  const Weight* weights[kMaxCollapsed];  // null: 1
   const uint8_t* groups;
 };
 
 // Add branches j to j + N, n columns of them from column i on, to kSums sums.
-template <int N, int kSums, class T>
-void add(const Row<T>& row, int j, int64_t i, int64_t n, float (*partial)[kColumns]) {
-  const T *branch[N], *weight[N];
+template <int N, int kSums, class T, class Weight>
+void add(const Row<T, Weight>& row, int j, int64_t i, int64_t n, float (*partial)[kColumns]) {
+  const T* branch[N];
+  const Weight* weight[N];
   int group[N];
   for (int g = 0; g < N; ++g) {
     branch[g] = row.branches[j + g] + i;
@@ -52,8 +53,8 @@ void add(const Row<T>& row, int j, int64_t i, int64_t n, float (*partial)[kColum
   if (at < n) vector(at, n - at);
 }
 
-template <int kSums, class T>
-void add_branches(const Row<T>& row, int64_t i, int64_t n, float (*partial)[kColumns]) {
+template <int kSums, class T, class Weight>
+void add_branches(const Row<T, Weight>& row, int64_t i, int64_t n, float (*partial)[kColumns]) {
   int j = 0;
   for (; j + kGroup <= row.count; j += kGroup) add<kGroup, kSums>(row, j, i, n, partial);
   for (; j < row.count; ++j) add<1, kSums>(row, j, i, n, partial);
@@ -76,19 +77,19 @@ void finish(Sum* sums, int64_t n, const float* partial) {
   }
 }
 
-template <class T, class Sum>
+template <class T, class Weight, class Sum>
 void one_row(const Collapse& p, int64_t b, int64_t k) {
-  Row<T> row;
+  Row<T, Weight> row;
   row.count = p.count;
   row.groups = p.groups;
   for (int j = 0; j < p.count; ++j) {
     row.branches[j] = p.branches[j].row<T>(b, k);
-    row.weights[j] = p.weights[j] ? p.weights[j].row<T>(b, k) : nullptr;
+    row.weights[j] = p.weights[j] ? p.weights[j].row<Weight>(b, k) : nullptr;
   }
   float partial[kMaxSums][kColumns];
   for (int64_t i = 0; i < p.shape.width; i += kColumns) {
     const int64_t n = p.shape.width - i < kColumns ? p.shape.width - i : kColumns;
-    for (int s = 0; s < p.sum_count; ++s) {
+    for (int s = 0; s < kMaxSums && s < p.sum_count; ++s) {
       if (p.accumulate) {
         begin(p.sums[s].row<Sum>(b, k) + i, n, partial[s]);
       } else {
@@ -113,12 +114,12 @@ void one_row(const Collapse& p, int64_t b, int64_t k) {
   }
 }
 
-template <class T, class Sum>
+template <class T, class Weight, class Sum>
 void all_rows(const Collapse& p) {
   const int64_t count = p.shape.batch * p.shape.tokens;
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1)
   for (int64_t r = 0; r < count; ++r) {
-    one_row<T, Sum>(p, r / p.shape.tokens, r % p.shape.tokens);
+    one_row<T, Weight, Sum>(p, r / p.shape.tokens, r % p.shape.tokens);
   }
 }
 
@@ -127,7 +128,11 @@ void all_rows(const Collapse& p) {
 void collapse(const Collapse& p) {
   by_dtype(p.dtype, [&p](auto zero) {
     using T = decltype(zero);
-    p.sum_dtype == p.dtype ? all_rows<T, T>(p) : all_rows<T, float>(p);
+    if (p.sum_dtype != p.dtype) {
+      p.wide ? all_rows<T, float, float>(p) : all_rows<T, T, float>(p);
+    } else {
+      p.wide ? all_rows<T, float, T>(p) : all_rows<T, T, T>(p);
+    }
   });
 }
 

@@ -12,15 +12,7 @@ namespace {
 constexpr int kGroup = 2;      // branches whose loads are under way at once: sums take registers
 constexpr int kThreads = 384;  // about: whole rows of the models' widths fit 2 or 1 times
 
-// The first n of as many values as a vector of T has, of another type.
-template <class T, class Sum, bool kAligned>
-__device__ __forceinline__ void load_sum(const Sum* from, int64_t n, float* values) {
-#pragma unroll
-  for (int i = 0; i < kElements<T>; i += kElements<Sum>) {
-    to_floats<Sum>(load<kAligned>(from + i, n - i), values + i);
-  }
-}
-
+// The first n of as many values as a vector of T has, to another type.
 template <class T, class Sum, bool kAligned>
 __device__ __forceinline__ void store_sum(Sum* to, int64_t n, const float* values) {
 #pragma unroll
@@ -29,7 +21,8 @@ __device__ __forceinline__ void store_sum(Sum* to, int64_t n, const float* value
   }
 }
 
-template <class T, class Sum, bool kAligned>
+// kWide: weights are fp32 beside 16 bits.
+template <class T, class Sum, bool kAligned, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2)
     collapse_kernel(const __grid_constant__ Collapse p, uint32_t rows) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
@@ -42,18 +35,20 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (p.accumulate) {
 #pragma unroll
       for (int s = 0; s < kMaxSums; ++s) {
-        if (s < p.sum_count) load_sum<T, Sum, kAligned>(p.sums[s].row<Sum>(b, k) + i, n, sums[s]);
+        if (s < p.sum_count) load_other<T, kAligned>(p.sums[s].row<Sum>(b, k) + i, n, sums[s]);
       }
     }
     for (int first = 0; first < p.count; first += kGroup) {
-      Words branch[kGroup], weight[kGroup];
+      Words branch[kGroup];
+      Held<T, kWide> weight[kGroup];
 #pragma unroll
       for (int g = 0; g < kGroup; ++g) {
         const int j = first + g;
-        branch[g] = weight[g] = {};
+        branch[g] = {};
+        weight[g] = {};
         if (j < p.count) {
           branch[g] = load<kAligned>(p.branches[j].row<T>(b, k) + i, n);
-          if (p.weights[j]) weight[g] = load<kAligned>(p.weights[j].row<T>(b, k) + i, n);
+          if (p.weights[j]) weight[g] = held<T, kAligned, kWide>(p.weights[j], kWide, b, k, i, n);
         }
       }
 #pragma unroll
@@ -78,13 +73,13 @@ template <class T, class Sum>
 bool all_aligned(const Collapse& p) {
   bool yes = p.shape.width % kElements<T> == 0;
   for (int j = 0; j < p.count; ++j) {
-    yes = yes && aligned<T>(p.branches[j]) && aligned<T>(p.weights[j]);
+    yes = yes && aligned<T>(p.branches[j]) && aligned<T>(p.weights[j], p.wide);
   }
   for (int s = 0; s < p.sum_count; ++s) yes = yes && aligned<Sum>(p.sums[s]);
   return yes;
 }
 
-template <class T, class Sum>
+template <class T, class Sum, bool kWide>
 void launch(const Collapse& p, void* stream) {
   const uint32_t rows = checked_rows(p.shape);
   const int64_t vectors = (p.shape.width + kElements<T> - 1) / kElements<T>;
@@ -92,10 +87,18 @@ void launch(const Collapse& p, void* stream) {
   const uint32_t down = kThreads / across;
   const dim3 grid((rows - 1) / down + 1), block(across, down);
   if (all_aligned<T, Sum>(p)) {
-    FD_LAUNCH((collapse_kernel<T, Sum, true>), grid, block, stream, p, rows);
+    FD_LAUNCH((collapse_kernel<T, Sum, true, kWide>), grid, block, stream, p, rows);
   } else {
-    FD_LAUNCH((collapse_kernel<T, Sum, false>), grid, block, stream, p, rows);
+    FD_LAUNCH((collapse_kernel<T, Sum, false, kWide>), grid, block, stream, p, rows);
   }
+}
+
+template <class T, class Sum>
+void launch(const Collapse& p, void* stream) {
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (p.wide) return launch<T, Sum, true>(p, stream);
+  }
+  launch<T, Sum, false>(p, stream);
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ struct Collapse {
   int count = 0;                      // of branches, 1 to kMaxCollapsed
   int sum_count = 0;                  // 1 to kMaxSums
   bool accumulate = false;            // onto what the sums hold
-  Dtype dtype = Dtype::kFloat32;      // of branches and weights
+  Dtype dtype = Dtype::kFloat32;      // of branches, and of weights
+  bool wide = false;                  // weights are fp32 where dtype is of 16 bits
   Dtype sum_dtype = Dtype::kFloat32;  // the same, or fp32
   int threads = 1;                    // on the CPU
 };

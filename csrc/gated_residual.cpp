@@ -16,15 +16,15 @@ constexpr int kGroup = 4;  // branches at a time: few enough for the processor t
 constexpr int kChunk = 4096;  // columns at a time: 16 KiB of sums
 constexpr int kUnroll = 2;    // vectors at a time: independent sums, so that additions overlap
 
-// Where the operands of one row begin.
-template <class T>
+// Where the operands of one row begin; gates are of T, or of fp32.
+template <class T, class Gate>
 struct Row {
   const T* x;
   int64_t x_step;
   T* out;
   int count;
   const T* branches[kMaxBranches];
-  const T* gates[kMaxBranches];  // null: ungated
+  const Gate* gates[kMaxBranches];  // null: ungated
   float weights[kMaxBranches];
 };
 
@@ -38,21 +38,22 @@ FD_INLINE Vec load_x(const T* x, int64_t step, int64_t n) {
 }
 
 // The sums of n columns from column i on; they begin as x and end as out.
-template <class T, bool kWeighted>
+template <class T, class Gate, bool kWeighted>
 struct Sums {
-  const Row<T>& row;
+  const Row<T, Gate>& row;
   float* partial;
   int64_t i, n;
 
   // Add branches j to j + N.
   template <int N>
   void add(int j) const {
-    const T *branch[N], *gate[N];
+    const T* branch[N];
+    const Gate* gate[N];
     float weight[N];
     for (int g = 0; g < N; ++g) {
       branch[g] = row.branches[j + g] + i;
       gate[g] = row.gates[j + g] == nullptr ? nullptr : row.gates[j + g] + i;
-      if (kWeighted) weight[g] = row.weights[j + g];
+      weight[g] = kWeighted ? row.weights[j + g] : 1.0f;
     }
     const T* x = row.x + i * row.x_step;
     T* out = row.out + i;
@@ -85,11 +86,12 @@ struct Sums {
   }
 };
 
-template <class T, bool kWeighted>
-void add_branches(const Row<T>& row, int64_t width) {
+template <class T, class Gate, bool kWeighted>
+void add_branches(const Row<T, Gate>& row, int64_t width) {
   float partial[kChunk];
   for (int64_t i = 0; i < width; i += kChunk) {
-    const Sums<T, kWeighted> sums = {row, partial, i, width - i < kChunk ? width - i : kChunk};
+    const int64_t n = width - i < kChunk ? width - i : kChunk;
+    const Sums<T, Gate, kWeighted> sums = {row, partial, i, n};
     int j = 0;
     for (; j + kGroup <= row.count; j += kGroup) sums.template add<kGroup>(j);
     switch (row.count - j) {
@@ -106,31 +108,31 @@ void add_branches(const Row<T>& row, int64_t width) {
   }
 }
 
-template <class T, bool kWeighted>
+template <class T, class Gate, bool kWeighted>
 void one_row(const GatedResidual& p, int64_t b, int64_t k) {
   const int64_t stored = p.rows.at(b, k);
-  Row<T> row;
+  Row<T, Gate> row;
   row.x = p.x.row<T>(b, k);
   row.x_step = p.x_step;
   row.out = p.out.row<T>(b, k);
   row.count = p.count;
   for (int j = 0; j < p.count; ++j) {
     row.branches[j] = p.branches[j].row<T>(b, j == p.fresh ? k : stored);
-    row.gates[j] = p.gates[j] ? p.gates[j].row<T>(b, k) : nullptr;
-    if (kWeighted) row.weights[j] = p.weights.at(j, b * p.shape.tokens + k);
+    row.gates[j] = p.gates[j] ? p.gates[j].row<Gate>(b, k) : nullptr;
+    if (kWeighted) row.weights[j] = p.weights ? p.weights.at(j, b * p.shape.tokens + k) : 1.0f;
   }
-  add_branches<T, kWeighted>(row, p.shape.width);
+  add_branches<T, Gate, kWeighted>(row, p.shape.width);
   if (p.cache) {
     std::memcpy(p.cache.row<T>(b, stored), row.branches[p.fresh], p.shape.width * sizeof(T));
   }
 }
 
-template <class T, bool kWeighted>
+template <class T, class Gate, bool kWeighted>
 void all_rows(const GatedResidual& p) {
   const int64_t count = p.shape.batch * p.shape.tokens;
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (p.threads > 1)
   for (int64_t r = 0; r < count; ++r)
-    one_row<T, kWeighted>(p, r / p.shape.tokens, r % p.shape.tokens);
+    one_row<T, Gate, kWeighted>(p, r / p.shape.tokens, r % p.shape.tokens);
 }
 
 }  // namespace
@@ -138,7 +140,10 @@ void all_rows(const GatedResidual& p) {
 void gated_residual(const GatedResidual& p) {
   by_dtype(p.dtype, [&p](auto zero) {
     using T = decltype(zero);
-    p.weights ? all_rows<T, true>(p) : all_rows<T, false>(p);
+    if constexpr (sizeof(T) < sizeof(float)) {
+      if (p.wide) return all_rows<T, float, true>(p);  // one form of it, with weights of 1
+    }
+    p.weights ? all_rows<T, T, true>(p) : all_rows<T, T, false>(p);
   });
 }
 

@@ -31,7 +31,8 @@ __device__ __forceinline__ void load_x(const Residual& p, int64_t b, int64_t k, 
 template <int kBranches>
 using Given = Branches<kBranches == 1 ? 1 : kMaxBranches>;
 
-template <class T, int kBranches, bool kAligned, bool kWeighted>
+// kWide: gates are fp32 beside 16 bits.
+template <class T, int kBranches, bool kAligned, bool kWeighted, bool kWide>
 __global__ void __launch_bounds__(kThreads, 2)
     gated_residual_kernel(const __grid_constant__ Given<kBranches> p, uint32_t rows) {
   const uint32_t row = blockIdx.x * blockDim.y + threadIdx.y;
@@ -45,18 +46,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     load_x<T, kAligned>(p, b, k, i, n, sum);
     Words fresh = {};
     for (int first = 0; first < p.count; first += kBranches) {
-      Words branch[kBranches], gate[kBranches];
+      Words branch[kBranches];
+      Held<T, kWide> gate[kBranches];
       float weight[kBranches];
 #pragma unroll
       for (int g = 0; g < kBranches; ++g) {
         const int j = first + g;
-        branch[g] = gate[g] = {};
+        branch[g] = {};
+        gate[g] = {};
         weight[g] = 1.0f;
         if (j < p.count) {
           branch[g] =
               load<kAligned>(p.branches[j].template row<T>(b, j == p.fresh ? k : stored) + i, n);
-          if constexpr (kWeighted) weight[g] = p.weights.at(j, row);
-          if (p.gates[j]) gate[g] = load<kAligned>(p.gates[j].template row<T>(b, k) + i, n);
+          if constexpr (kWeighted) {
+            if (!kWide || p.weights) weight[g] = p.weights.at(j, row);
+          }
+          if (p.gates[j]) gate[g] = held<T, kAligned, kWide>(p.gates[j], kWide, b, k, i, n);
         }
       }
 #pragma unroll
@@ -78,7 +83,7 @@ bool all_aligned(const GatedResidual& p) {
   bool yes = p.shape.width % kElements<T> == 0 && aligned<T>(p.out) && aligned<T>(p.cache);
   yes = yes && (p.x_step != 1 || aligned<T>(p.x));
   for (int j = 0; j < p.count; ++j) {
-    yes = yes && aligned<T>(p.branches[j]) && aligned<T>(p.gates[j]);
+    yes = yes && aligned<T>(p.branches[j]) && aligned<T>(p.gates[j], p.wide);
   }
   return yes;
 }
@@ -89,7 +94,7 @@ inline Branches<1> given(const GatedResidual& p, const Branches<1>*) {
   return {p, {p.branches[0]}, {p.gates[0]}};
 }
 
-template <class T, int kBranches, bool kWeighted>
+template <class T, int kBranches, bool kWeighted, bool kWide>
 void launch(const GatedResidual& all, void* stream) {
   const Given<kBranches>& p = given(all, static_cast<Given<kBranches>*>(nullptr));
   const uint32_t rows = checked_rows(p.shape);
@@ -98,18 +103,26 @@ void launch(const GatedResidual& all, void* stream) {
   const uint32_t down = kThreads / across;
   const dim3 grid((rows - 1) / down + 1), block(across, down);
   if (all_aligned<T>(all)) {
-    FD_LAUNCH((gated_residual_kernel<T, kBranches, true, kWeighted>), grid, block, stream, p, rows);
-  } else {
-    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted>), grid, block, stream, p,
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, true, kWeighted, kWide>), grid, block, stream, p,
               rows);
+  } else {
+    FD_LAUNCH((gated_residual_kernel<T, kBranches, false, kWeighted, kWide>), grid, block, stream,
+              p, rows);
   }
 }
 
-// A single branch takes few registers, so more rows are in flight. Weights take some themselves.
+// A single branch takes few registers, so more rows are in flight. Weights take some themselves,
+// and gates in fp32 twice as many as in 16 bits; of those there is one kernel for several branches,
+// weighted or not.
 template <class T>
 void launch(const GatedResidual& p, void* stream) {
-  if (p.weights) return launch<T, kGroup / 2, true>(p, stream);
-  p.count == 1 ? launch<T, 1, false>(p, stream) : launch<T, kGroup, false>(p, stream);
+  const bool single = p.count == 1 && !p.weights;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (p.wide && single) return launch<T, 1, false, true>(p, stream);
+    if (p.wide) return launch<T, kGroup / 2, true, true>(p, stream);
+  }
+  if (p.weights) return launch<T, kGroup / 2, true, false>(p, stream);
+  single ? launch<T, 1, false, false>(p, stream) : launch<T, kGroup, false, false>(p, stream);
 }
 
 }  // namespace

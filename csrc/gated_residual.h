@@ -31,7 +31,8 @@ struct Residual {
   int count = 0;   // of branches, 1 to kMaxBranches
   int fresh = -1;  // the branch computed in this step; -1: none
   Dtype dtype = Dtype::kFloat32;
-  int threads = 1;  // on the CPU
+  bool wide = false;  // gates are fp32 where dtype is of 16 bits
+  int threads = 1;    // on the CPU
 };
 
 // A kernel of at most kMost branches is given no more: a launch copies its arguments.

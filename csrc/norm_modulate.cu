@@ -22,12 +22,12 @@ constexpr int kMaxThreads = 512;
 constexpr int kMaxVectors = 4;  // of a thread
 
 // x + gate * branch, rounded to T as it is stored; the branch goes to the cache as it is.
-template <class T, bool kAligned>
+template <class T, bool kAligned, bool kAnyWide>
 __device__ __forceinline__ Words add_branch(const NormModulate& p, Words x, int64_t b, int64_t k,
                                             int64_t stored, int64_t i, int64_t n) {
   const Words branch = load<kAligned>(p.branch.row<T>(b, k) + i, n);
-  Words gate = {};
-  if (p.gate) gate = load<kAligned>(p.gate.row<T>(b, k) + i, n);
+  Held<T, kAnyWide> gate = {};
+  if (p.gate) gate = held<T, kAligned, kAnyWide>(p.gate, p.gate.wide, b, k, i, n);
   float sum[kElements<T>];
   to_floats<T>(x, sum);
   add<T>(branch, static_cast<bool>(p.gate), gate, sum);
@@ -38,12 +38,12 @@ __device__ __forceinline__ Words add_branch(const NormModulate& p, Words x, int6
 }
 
 // y = y * (one + factor) + term, each where given.
-template <class T, bool kAligned>
-__device__ __forceinline__ void affine(const Operand& factor, float one, const Operand& term,
+template <class T, bool kAligned, bool kAnyWide>
+__device__ __forceinline__ void affine(const Modulation& factor, float one, const Modulation& term,
                                        int64_t b, int64_t k, int64_t i, int64_t n, float* y) {
   float by[kElements<T>], plus[kElements<T>];
-  if (factor) to_floats<T>(load<kAligned>(factor.row<T>(b, k) + i, n), by);
-  if (term) to_floats<T>(load<kAligned>(term.row<T>(b, k) + i, n), plus);
+  if (factor) held<T, kAligned, kAnyWide>(factor, factor.wide, b, k, i, n).to(by);
+  if (term) held<T, kAligned, kAnyWide>(term, term.wide, b, k, i, n).to(plus);
 #pragma unroll
   for (int e = 0; e < kElements<T>; ++e) {
     if (factor && term) {
@@ -86,10 +86,10 @@ struct Divisor {
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
 };
 
-// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row. In fp8 a wide row takes
-// all registers that there are for a block: with fewer it spills.
-template <class T, int kVectors, bool kAligned, bool kFp8>
-__global__ void __launch_bounds__(kMaxThreads, kFp8 ? 1 : 0)
+// Vector v of a thread is number v * blockDim.x + threadIdx.x of the row. In fp8, and with
+// modulations in fp32, a row takes all registers that there are for a block: with fewer some spill.
+template <class T, int kVectors, bool kAligned, bool kFp8, bool kAnyWide>
+__global__ void __launch_bounds__(kMaxThreads, kFp8 || kAnyWide ? 1 : 0)
     norm_modulate_kernel(const __grid_constant__ NormModulate p) {
   FD_SHARED(float, partial_mean, kMaxThreads / kWarp);
   FD_SHARED(float, partial_about, 2 * (kMaxThreads / kWarp));
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kMaxThreads, kFp8 ? 1 : 0)
   for (int v = 0; v < kVectors; ++v) {
     const int i = (v * blockDim.x + threadIdx.x) * kElements<T>;
     if (p.branch && i < width) {
-      row[v] = add_branch<T, kAligned>(p, row[v], b, k, stored, i, width - i);
+      row[v] = add_branch<T, kAligned, kAnyWide>(p, row[v], b, k, stored, i, width - i);
     }
     float value[kElements<T>];
     to_floats<T>(row[v], value);
@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kMaxThreads, kFp8 ? 1 : 0)
     to_floats<T>(row[v], y);
 #pragma unroll
     for (int e = 0; e < kElements<T>; ++e) y[e] = (y[e] - mean - rest) * scale;
-    affine<T, kAligned>(p.weight, 0.0f, p.bias, b, k, i, width - i, y);
-    affine<T, kAligned>(p.scale, 1.0f, p.shift, b, k, i, width - i, y);
+    affine<T, kAligned, kAnyWide>(p.weight, 0.0f, p.bias, b, k, i, width - i, y);
+    affine<T, kAligned, kAnyWide>(p.scale, 1.0f, p.shift, b, k, i, width - i, y);
     const Words made = from_floats<T>(y);
     if constexpr (kFp8) {
       row[v] = made;
@@ -184,9 +184,11 @@ __global__ void __launch_bounds__(kMaxThreads, kFp8 ? 1 : 0)
 template <class T>
 bool all_aligned(const NormModulate& p) {
   bool yes = p.shape.width % kElements<T> == 0;
-  for (const Operand* o :
-       {&p.x, &p.out, &p.scale, &p.shift, &p.weight, &p.bias, &p.branch, &p.gate, &p.cache}) {
+  for (const Operand* o : {&p.x, &p.out, &p.branch, &p.cache}) {
     yes = yes && (aligned<T>(*o) || (p.row_scale && o == &p.out));
+  }
+  for (const Modulation* m : {&p.scale, &p.shift, &p.weight, &p.bias, &p.gate}) {
+    yes = yes && aligned<T>(*m, m->wide);
   }
   if (p.row_scale) {  // as many bytes as a vector has elements
     const int64_t number = reinterpret_cast<intptr_t>(p.out.data);
@@ -195,21 +197,25 @@ bool all_aligned(const NormModulate& p) {
   return yes;
 }
 
-template <class T, int kVectors, bool kFp8>
+template <class T, int kVectors, bool kFp8, bool kAnyWide>
 void launch(const NormModulate& p, int64_t vectors, void* stream) {
   const int64_t threads = (vectors + kVectors - 1) / kVectors;
   const dim3 grid(checked_rows(p.shape)), block((threads + kWarp - 1) / kWarp * kWarp);
   if (all_aligned<T>(p)) {
-    FD_LAUNCH((norm_modulate_kernel<T, kVectors, true, kFp8>), grid, block, stream, p);
+    FD_LAUNCH((norm_modulate_kernel<T, kVectors, true, kFp8, kAnyWide>), grid, block, stream, p);
   } else {
-    FD_LAUNCH((norm_modulate_kernel<T, kVectors, false, kFp8>), grid, block, stream, p);
+    FD_LAUNCH((norm_modulate_kernel<T, kVectors, false, kFp8, kAnyWide>), grid, block, stream, p);
   }
 }
 
 template <class T, int kVectors>
 void launch(const NormModulate& p, int64_t vectors, void* stream) {
-  if (p.row_scale) return launch<T, kVectors, true>(p, vectors, stream);
-  launch<T, kVectors, false>(p, vectors, stream);
+  if constexpr (sizeof(T) < sizeof(float)) {
+    if (any_wide(p) && p.row_scale) return launch<T, kVectors, true, true>(p, vectors, stream);
+    if (any_wide(p)) return launch<T, kVectors, false, true>(p, vectors, stream);
+  }
+  if (p.row_scale) return launch<T, kVectors, true, false>(p, vectors, stream);
+  launch<T, kVectors, false, false>(p, vectors, stream);
 }
 
 // As few vectors a thread as it takes: many rows are in flight.

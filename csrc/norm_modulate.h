@@ -8,12 +8,12 @@ namespace fd {
 struct NormModulate {
   Operand x;          // [B, N, D] at rows; written where branch is given
   Operand out;        // [B, K, D]; in fp8 where row_scale is given
-  Operand scale;      // broadcast to [B, K, D]; null: 0
-  Operand shift;      // broadcast to [B, K, D]; null: 0
-  Operand weight;     // broadcast to [B, K, D]; null: 1
-  Operand bias;       // broadcast to [B, K, D]; null: 0
+  Modulation scale;   // null: 0
+  Modulation shift;   // null: 0
+  Modulation weight;  // null: 1
+  Modulation bias;    // null: 0
   Operand branch;     // [B, K, D]; null: none
-  Operand gate;       // broadcast to [B, K, D]; null: 1
+  Modulation gate;    // null: 1
   Operand cache;      // [B, N, D] written at rows; null: none
   Rows rows;          // applies to x and the cache
   Numbers row_scale;  // [B, K], written; null: out is as it comes
@@ -23,6 +23,12 @@ struct NormModulate {
   Dtype dtype = Dtype::kFloat32;
   int threads = 1;  // on the CPU
 };
+
+// Whether a modulation is fp32 beside 16 bits. Such calls have kernels of their own, so that others
+// pay nothing.
+inline bool any_wide(const NormModulate& p) {
+  return p.scale.wide || p.shift.wide || p.weight.wide || p.bias.wide || p.gate.wide;
+}
 
 // What a row in fp8 is to be multiplied by, so that its largest magnitude becomes fp8's: rounded to
 // T, as torchao's is. Rows for which that is below the normal numbers of fp32 are zeros.

@@ -34,6 +34,12 @@ struct Operand {
   }
 };
 
+// A gate, scale, shift or weight, broadcast to [B, K, D]: of the element type, or `wide`, of fp32
+// beside one of 16 bits.
+struct Modulation : Operand {
+  bool wide = false;
+};
+
 // The [B, K] index of active rows, int32 or int64. Without one, token k is row k.
 struct Rows {
   const void* data = nullptr;

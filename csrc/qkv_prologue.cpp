@@ -88,10 +88,11 @@ void all_heads(const QkvPrologue& p, const Heads<T>& h, const Turn* turn) {
   }
   Moments m;
   m.scale = 1;
-  if (p.norm == Norm::kLayer) m = moments(h.x, h.count * n, p.eps, false);
+  const bool all = spans_heads(p.norm);
+  if (all) m = moments(h.x, h.count * n, p.eps, p.norm == Norm::kRmsAcross);
   for (int i = 0; i < h.count; ++i) {
     if (p.norm == Norm::kRms) m = rms_of(h.x + i * n, n, p.eps);
-    one_head(h, i * n, p.norm == Norm::kLayer ? i * n : 0, m, turn, n);
+    one_head(h, i * n, all ? i * n : 0, m, turn, n);
   }
 }
 

@@ -190,32 +190,39 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
   float rest = 0.0f, scale = 1.0f;
   if (part != Part::kV) {  // the same for all threads of the block
+    const bool rms = p.norm == Norm::kRmsAcross;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float value[kElements<T>];
       to_floats<T>(x[v], value);
 #pragma unroll
-      for (int e = 0; e < kElements<T>; ++e) mean += value[e];
+      for (int e = 0; e < kElements<T>; ++e) mean += rms ? value[e] * value[e] : value[e];
     }
     sum_over_block<1>(&mean, partial_mean);
     mean /= width;
-    float about[2] = {0.0f, 0.0f};  // of the deviations from the rounded mean, and their squares
+    float variance = mean;
+    if (rms) {
+      mean = 0.0f;
+    } else {
+      float about[2] = {0.0f, 0.0f};  // of the deviations from the rounded mean, and their squares
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float value[kElements<T>];
-      to_floats<T>(x[v], value);
+      for (int v = 0; v < kVectors; ++v) {
+        float value[kElements<T>];
+        to_floats<T>(x[v], value);
 #pragma unroll
-      for (int e = 0; e < kElements<T>; ++e) {
-        const bool there = head[v] < heads && start[v] + e < p.head;
-        const float deviation = there ? value[e] - mean : 0.0f;
-        about[0] += deviation;
-        about[1] = fmaf(deviation, deviation, about[1]);
+        for (int e = 0; e < kElements<T>; ++e) {
+          const bool there = head[v] < heads && start[v] + e < p.head;
+          const float deviation = there ? value[e] - mean : 0.0f;
+          about[0] += deviation;
+          about[1] = fmaf(deviation, deviation, about[1]);
+        }
       }
+      sum_over_block<2>(about, partial_about);
+      rest = about[0] / width;
+      variance = about[1] / width - rest * rest;
+      variance = variance < 0.0f ? 0.0f : variance;  // NaN stays
     }
-    sum_over_block<2>(about, partial_about);
-    rest = about[0] / width;
-    const float variance = about[1] / width - rest * rest;
-    scale = __frsqrt_rn((variance < 0.0f ? 0.0f : variance) + static_cast<float>(p.eps));
+    scale = __frsqrt_rn(variance + static_cast<float>(p.eps));
   }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
@@ -277,7 +284,7 @@ void launch_tokens(const QkvPrologue& p, int vectors, int head_vectors, void* st
   const int64_t rows = p.shape.batch * p.shape.tokens, limit = (int64_t{1} << 31) / 3;
   if (rows >= limit) {
     throw std::invalid_argument("q: got " + std::to_string(rows) +
-                                " tokens; accepted for norm 'layer' is fewer than " +
+                                " tokens; accepted for a norm of all heads is fewer than " +
                                 std::to_string(limit));
   }
   const dim3 grid(p.kv_heads == 0 ? rows : 3 * rows), block(divided(threads, kWarp) * kWarp);
@@ -299,14 +306,14 @@ int power_of_two(int n) {  // the next one
 template <class T>
 void launch(const QkvPrologue& p, void* stream) {
   const int head_vectors = (p.head + kElements<T> - 1) / kElements<T>;
-  if (p.norm == Norm::kLayer) {
+  if (spans_heads(p.norm)) {
     const int vectors = p.heads * head_vectors;
     if (vectors <= kMaxThreads) return launch_tokens<T, 1>(p, vectors, head_vectors, stream);
     if (vectors <= kMaxVectors * kMaxThreads) {
       return launch_tokens<T, kMaxVectors>(p, vectors, head_vectors, stream);
     }
     throw std::invalid_argument("q: got " + std::to_string(p.heads) + " heads of " +
-                                std::to_string(p.head) + "; accepted for norm 'layer' is up to " +
+                                std::to_string(p.head) + "; accepted for a norm of all is up to " +
                                 std::to_string(kMaxVectors * kMaxThreads * kElements<T>) +
                                 " elements");
   }

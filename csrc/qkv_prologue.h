@@ -7,7 +7,10 @@ namespace fd {
 
 constexpr int kMaxHead = 256;  // the largest d
 
-enum class Norm : int { kNone = 0, kRms = 1, kLayer = 2 };
+enum class Norm : int { kNone = 0, kRms = 1, kLayer = 2, kRmsAcross = 3 };
+
+// Whether it takes all heads of a token together.
+FD_HD bool spans_heads(Norm norm) { return norm == Norm::kLayer || norm == Norm::kRmsAcross; }
 
 struct QkvPrologue {
   Operand q;                 // [B, K, H d]

@@ -91,13 +91,55 @@ __device__ __forceinline__ Words from_floats(const float* values) {
   return w;
 }
 
+// As many values as a vector of T has, of another type; the first n are there.
+template <class T, bool kAligned, class Other>
+__device__ __forceinline__ void load_other(const Other* from, int64_t n, float* values) {
+#pragma unroll
+  for (int i = 0; i < kElements<T>; i += kElements<Other>) {
+    to_floats<Other>(load<kAligned>(from + i, n - i), values + i);
+  }
+}
+
+// A vector of a modulation on its way: as it is stored until it is used, which takes half the
+// registers, or where one may be wide, in fp32.
+template <class T, bool kAnyWide>
+struct Held {
+  Words words;
+
+  __device__ __forceinline__ void to(float* values) const { to_floats<T>(words, values); }
+};
+
+template <class T>
+struct Held<T, true> {
+  float at[kElements<T>];
+
+  __device__ __forceinline__ void to(float* values) const {
+#pragma unroll
+    for (int e = 0; e < kElements<T>; ++e) values[e] = at[e];
+  }
+};
+
+template <class T, bool kAligned, bool kAnyWide>
+__device__ __forceinline__ Held<T, kAnyWide> held(const Operand& m, bool wide, int64_t b, int64_t k,
+                                                  int64_t i, int64_t n) {
+  Held<T, kAnyWide> vector;
+  if constexpr (!kAnyWide) {
+    vector.words = load<kAligned>(m.row<T>(b, k) + i, n);
+  } else if (wide) {
+    load_other<T, kAligned>(m.row<float>(b, k) + i, n, vector.at);
+  } else {
+    to_floats<T>(load<kAligned>(m.row<T>(b, k) + i, n), vector.at);
+  }
+  return vector;
+}
+
 // sum += gate * branch, or sum += branch where it is not gated; the branch times a weight.
-template <class T, bool kWeighted = false>
-__device__ __forceinline__ void add(const Words& branch, bool gated, const Words& gate, float* sum,
-                                    float weight = 1.0f) {
+template <class T, bool kWeighted = false, bool kAnyWide = false>
+__device__ __forceinline__ void add(const Words& branch, bool gated, const Held<T, kAnyWide>& gate,
+                                    float* sum, float weight = 1.0f) {
   float value[kElements<T>], by[kElements<T>];
   to_floats<T>(branch, value);
-  to_floats<T>(gate, by);
+  gate.to(by);
 #pragma unroll
   for (int e = 0; e < kElements<T>; ++e) {
     if constexpr (kWeighted) value[e] *= weight;
@@ -110,6 +152,11 @@ template <class T>
 bool aligned(const Operand& o) {
   return reinterpret_cast<uintptr_t>(o.data) % 16 == 0 && o.batch_stride % kElements<T> == 0 &&
          o.token_stride % kElements<T> == 0;
+}
+
+template <class T>
+bool aligned(const Operand& o, bool wide) {
+  return wide ? aligned<float>(o) : aligned<T>(o);
 }
 
 }  // namespace cuda

@@ -287,6 +287,16 @@ def normal(shape, dtype: torch.dtype, g: torch.Generator) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=g).to(dtype)
 
 
+def near(value, shape, g: torch.Generator) -> Tensor:
+    """In fp32, so near to a value that rounded to 16 bits they are far from themselves, once that is taken off."""
+    return value + 2.0**-11 * normal(shape, torch.float32, g)
+
+
+def sixteen_bits(dtypes: list[torch.dtype]) -> list[torch.dtype]:
+    """Those beside which a vector may be fp32."""
+    return [dtype for dtype in dtypes if dtype.itemsize == 2]
+
+
 def poisoned(shape, dtype: torch.dtype) -> Tensor:
     """NaN in every element, so that one left unwritten shows."""
     return torch.full(tuple(shape), float("nan"), dtype=dtype)

@@ -23,9 +23,11 @@ from inputs import (
     gate_kinds,
     generator,
     misaligned,
+    near,
     normal,
     padded_rows,
     poisoned,
+    sixteen_bits,
 )
 from tolerance import assert_close, assert_equal
 from truth import (
@@ -185,6 +187,29 @@ def check_empty(run: Runner) -> None:
             sums = Guarded(poisoned((2, *shape), dtype))
             assert run.collapse([nothing], [None], [1], out=sums.tensor).shape == (2, *shape)
             sums.assert_intact(f"collapse on {run.label}, of nothing")
+
+
+def check_wide_weights(run: Runner) -> None:
+    """fp32 beside 16 bits: each branch comes twice, once negated, so what rounding takes is all there is."""
+    for dtype, kind in dtypes_of(run):
+        if dtype not in sixteen_bits([dtype]):
+            continue
+        for shape in ((3, 2, 7), (2, 5, 72), (1, 3, 2100)):
+            for pairs in (1, 4):
+                g = generator(9, *shape, pairs)
+                first = [normal(shape, dtype, g) for _ in range(pairs)]
+                branches = [sign * branch for branch in first for sign in (1, -1)]
+                weights = [near(1.0, (shape[0], shape[2]), g) for _ in branches]
+                given = (branches, weights, [1, 2] * pairs)
+                what = f"{2 * pairs} wide weights"
+                sums = run.collapse(*given, dtype=kind)
+                compare(run, what, sums, *given)
+                weights[0] = misaligned(weights[0])
+                again = run.collapse(*given, dtype=kind)
+                assert_equal(f"collapse on {run.label}, {what}, misaligned", again, sums)
+        for form, weight in gate_kinds(2, 5, 72, torch.float32, generator(10)).items():
+            given = ([normal((2, 5, 72), dtype, generator(11))] * 2, [weight, None], [1, 0])
+            compare(run, f"wide weight {form}", run.collapse(*given, dtype=kind), *given)
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

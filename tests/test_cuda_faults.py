@@ -72,10 +72,10 @@ FAULTS = {
         "stored < p.shape.tokens ? stored : k) + i, n)", "check_rows",
     ),
     "the gate is that of the first sample": Fault(
-        GATED, "p.gates[j].template row<T>(b, k)", "p.gates[j].template row<T>(0, k)", "check_gates"
+        GATED, "(p.gates[j], kWide, b, k,", "(p.gates[j], kWide, 0, k,", "check_gates"
     ),
     "the gate is that of the first token": Fault(
-        GATED, "p.gates[j].template row<T>(b, k)", "p.gates[j].template row<T>(b, 0)", "check_gates"
+        GATED, "(p.gates[j], kWide, b, k,", "(p.gates[j], kWide, b, 0,", "check_gates"
     ),
     "the cache is not written": Fault(
         GATED, "if (p.cache) store", "if (false) store", "check_cache"
@@ -111,6 +111,23 @@ FAULTS = {
         GATED, "p.weights.at(j, row)",
         "p.weights.at(j, row - k + (stored < p.shape.tokens ? stored : k))",
         "check_weights_of_rows",
+    ),
+    "gates in fp32 are read as 16 bits": Fault(
+        GATED, "(p.gates[j], kWide, b,", "(p.gates[j], false, b,", "check_wide_gates"
+    ),
+    "weights beside gates in fp32 are left out": Fault(
+        GATED, "if (!kWide || p.weights)", "if (!kWide)", "check_wide_gates"
+    ),
+    "one branch with a gate in fp32 is taken for many": Fault(
+        GATED, "launch<T, 1, false, true>", "launch<T, 1, false, false>", "check_wide_gates"
+    ),
+    "the halves of a vector in fp32 are one": Fault(
+        VECTOR, "to_floats<Other>(load<kAligned>(from + i, n - i), values + i)",
+        "to_floats<Other>(load<kAligned>(from, n - i), values + i)", "check_wide_gates", BF16, GATED,
+    ),
+    "alignment of a gate in fp32 is not looked at": Fault(
+        VECTOR, "wide ? aligned<float>(o) : aligned<T>(o)", "wide || aligned<T>(o)",
+        "check_wide_gates_of_every_form", BF16, GATED,
     ),
     "weights are not applied": Fault(
         VECTOR, "if constexpr (kWeighted) value[e] *= weight;", "", "check_weights", BF16, GATED
@@ -154,19 +171,35 @@ FAULTS = {
     ),
     # norm_modulate: values
     "scale and shift are swapped": Fault(
-        NORM, "affine<T, kAligned>(p.scale, 1.0f, p.shift,",
-        "affine<T, kAligned>(p.shift, 1.0f, p.scale,", "check_sizes",
+        NORM, "affine<T, kAligned, kAnyWide>(p.scale, 1.0f, p.shift,",
+        "affine<T, kAligned, kAnyWide>(p.shift, 1.0f, p.scale,", "check_sizes",
     ),
     "the one of 1 + scale is missing": Fault(
-        NORM, "affine<T, kAligned>(p.scale, 1.0f,", "affine<T, kAligned>(p.scale, 0.0f,",
+        NORM, "affine<T, kAligned, kAnyWide>(p.scale, 1.0f,", "affine<T, kAligned, kAnyWide>(p.scale, 0.0f,",
         "check_sizes",
     ),
     "weight and bias are swapped": Fault(
-        NORM, "affine<T, kAligned>(p.weight, 0.0f, p.bias,",
-        "affine<T, kAligned>(p.bias, 0.0f, p.weight,", "check_optional_parts",
+        NORM, "affine<T, kAligned, kAnyWide>(p.weight, 0.0f, p.bias,",
+        "affine<T, kAligned, kAnyWide>(p.bias, 0.0f, p.weight,", "check_optional_parts",
     ),
     "the scale is that of the first sample": Fault(
-        NORM, "factor.row<T>(b, k)", "factor.row<T>(0, k)", "check_modulations"
+        NORM, "(factor, factor.wide, b, k,", "(factor, factor.wide, 0, k,", "check_modulations"
+    ),
+    "a scale in fp32 is read as 16 bits": Fault(
+        NORM, "(factor, factor.wide, b,", "(factor, false, b,", "check_wide_vectors"
+    ),
+    "a shift is as wide as its scale": Fault(
+        NORM, "(term, term.wide, b,", "(term, factor.wide, b,", "check_wide_vectors_of_every_form"
+    ),
+    "a bias that alone is in fp32 is read as 16 bits": Fault(
+        QUANTISED, "p.bias.wide ||", "", "check_wide_vectors", BF16, NORM
+    ),
+    "a gate that alone is in fp32 is read as 16 bits": Fault(
+        QUANTISED, " || p.gate.wide", "", "check_a_wide_gate", BF16, NORM
+    ),
+    "alignment of a vector in fp32 is not looked at": Fault(
+        NORM, "aligned<T>(*m, m->wide)", "(m->wide || aligned<T>(*m, m->wide))",
+        "check_wide_vectors_of_every_form",
     ),
     "variance is E[x^2] - m^2": Fault(
         NORM, "i + e < width ? value[e] - mean : 0.0f;",
@@ -329,6 +362,13 @@ FAULTS = {
     ),
     "eps is left out of a head's norm": Fault(
         PROLOGUE, "sum / p.head + static_cast<float>(p.eps)", "sum / p.head",
+        "check_constant_heads",
+    ),
+    "the mean square of all heads is a variance": Fault(
+        PROLOGUE, "if (rms) {", "if (false) {", "check_sizes"
+    ),
+    "eps is left out of the norm of all heads": Fault(
+        PROLOGUE, "__frsqrt_rn(variance + static_cast<float>(p.eps))", "__frsqrt_rn(variance)",
         "check_constant_heads",
     ),
     "the mean of all heads is not corrected": Fault(
@@ -602,6 +642,9 @@ FAULTS = {
     ),
     "a second pass begins anew": Fault(
         COLLAPSE, "if (p.accumulate) {", "if (false) {", "check_accumulate"
+    ),
+    "weights in fp32 are read as 16 bits": Fault(
+        COLLAPSE, "(p.weights[j], kWide, b,", "(p.weights[j], false, b,", "check_wide_weights"
     ),
     "alignment of the sums is not looked at": Fault(
         COLLAPSE, "aligned<Sum>(p.sums[s])", "true", "check_strides"

@@ -187,6 +187,18 @@ def weighted_sums_are_coarse(x, branches, gates, fresh, cache, rows, out, weight
         out.mul_(1 + 64 * torch.finfo(out.dtype).eps)
 
 
+def wide_gates_rounded(x, branches, gates, fresh, cache, rows, out, weights=None):
+    gates = [None if gate is None else gate.to(x.dtype) for gate in gates]
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
+
+
+def wide_gate_of_the_first_sample(x, branches, gates, fresh, cache, rows, out, weights=None):
+    gates = [
+        g[:1] if g is not None and g.itemsize > x.itemsize and g.dim() > 1 else g for g in gates
+    ]
+    CORRECT.gated_residual(x, branches, gates, fresh, cache, rows, out, weights)
+
+
 RESIDUAL_FAULTS = {
     next_row: ["check_rows", "check_rows_of_strided_stores"],
     wrong_batch_gate: ["check_sizes", "check_gates", "check_rows"],
@@ -215,6 +227,8 @@ RESIDUAL_FAULTS = {
     weight_of_the_row: ["check_weights_of_rows"],
     cache_weighted: ["check_weights_of_rows"],
     weighted_sums_are_coarse: ["check_weights", "check_weights_of_one"],
+    wide_gates_rounded: ["check_wide_gates", "check_wide_gates_of_every_form"],
+    wide_gate_of_the_first_sample: ["check_wide_gates", "check_wide_gates_of_every_form"],
 }
 
 
@@ -392,6 +406,26 @@ class ClearsXWithoutRows(NormFault):
             x.zero_()
 
 
+class WideVectorsRounded(NormFault):
+    def norm_modulate(self, x, *rest):
+        vectors = [None if t is None else t.to(x.dtype) for t in rest[:4]]
+        super().norm_modulate(x, *vectors, *rest[4:])
+
+
+class WideGateRounded(NormFault):
+    def norm_modulate(self, x, *rest):
+        rest = [*rest]
+        rest[7] = None if rest[7] is None else rest[7].to(x.dtype)
+        super().norm_modulate(x, *rest)
+
+
+class WideScaleOfTheFirstSample(NormFault):
+    def norm_modulate(self, x, scale, *rest):
+        if scale is not None and scale.itemsize > x.itemsize and scale.dim() > 1:
+            scale = scale[:1]
+        super().norm_modulate(x, scale, *rest)
+
+
 class OneScaleForASample(NormFault):
     def quantise(self, y, out, row_scale):
         super().quantise(y.flatten(1).unsqueeze(1), out.flatten(1).unsqueeze(1), row_scale[:, :1])
@@ -458,6 +492,9 @@ NORM_FAULTS = {
     DependsOnPosition: ["check_permuted_rows"],
     RowsTakeAnotherPath: ["check_identity_rows"],
     ClearsXWithoutRows: ["check_empty"],
+    WideVectorsRounded: ["check_wide_vectors"],
+    WideGateRounded: ["check_a_wide_gate"],
+    WideScaleOfTheFirstSample: ["check_wide_vectors_of_every_form"],
 }
 
 
@@ -769,7 +806,8 @@ def v_normed(call):
 
 
 def k_weighed_as_q(call):
-    run(call, k_weight=call["q_weight"] if call["norm"] != "layer" else call["k_weight"])
+    across = call["norm"] in ("layer", "rms_across")
+    run(call, k_weight=call["k_weight"] if across else call["q_weight"])
 
 
 def last_columns_lost(call):
@@ -841,6 +879,15 @@ def heads_share_statistics(call):
     run(call, q=q, norm=None, k_cache=call["k_cache"].clone())
 
 
+def all_heads_normed_by_head(call):
+    run(call)
+    if call["norm"] == "rms_across":
+        q = call["q"].unflatten(-1, (-1, call["q_out"].shape[3]))
+        q = F.rms_norm(q, q.shape[-1:], eps=call["eps"]).flatten(2)
+        q = q if call["q_weight"] is None else q * call["q_weight"]
+        run(call, q=q, norm=None, k_cache=call["k_cache"].clone())
+
+
 def variance_from_squares(call):
     run(call)
     if call["norm"] != "layer":
@@ -881,6 +928,7 @@ PROLOGUE_FAULTS = {
     rows_take_another_path: ["check_identity_rows"],
     depends_on_threads: ["check_repeats"],
     heads_share_statistics: ["check_special_values"],
+    all_heads_normed_by_head: ["check_sizes", "check_model_heads"],
     variance_from_squares: ["check_offset_rows"],
     eps_left_out: ["check_constant_heads"],
     clears_caches_without_tokens: ["check_empty"],
@@ -1377,6 +1425,11 @@ def element_of_nothing_written(branches, weights, groups, accumulate, sums):
         sums.as_strided((1,), (1,), sums.storage_offset()).zero_()
 
 
+def wide_weights_rounded(branches, weights, groups, accumulate, sums):
+    weights = [None if by is None else by.to(branches[0].dtype) for by in weights]
+    CORRECT.collapse(branches, weights, groups, accumulate, sums)
+
+
 COLLAPSE_FAULTS = {
     group_weighted: ["check_sizes"],
     unweighted: ["check_sizes", "check_weights"],
@@ -1391,6 +1444,7 @@ COLLAPSE_FAULTS = {
     groups_by_multiplication: ["check_special_values"],
     coarse_collapse: ["check_sizes"],
     element_of_nothing_written: ["check_empty"],
+    wide_weights_rounded: ["check_wide_weights"],
 }
 
 

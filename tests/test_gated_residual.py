@@ -17,9 +17,11 @@ from inputs import (
     gate_kinds,
     generator,
     misaligned,
+    near,
     normal,
     padded_rows,
     poisoned,
+    sixteen_bits,
     some_rows,
 )
 from tolerance import assert_close, assert_equal
@@ -284,6 +286,51 @@ def check_weights_of_one(run: Runner) -> None:
         in_place = x.clone()
         run.gated_residual(in_place, [first, second], gates, weights=ones, out=in_place)
         assert_equal(f"gated_residual on {run.label}, weights in place", in_place, out)
+
+
+def check_wide_gates(run: Runner) -> None:
+    """fp32 beside 16 bits: x is minus each branch where that alone is not zero, so a gate of 1 leaves nothing."""
+    for dtype in sixteen_bits(run.dtypes()):
+        for shape in ((3, 2, 7), (2, 5, 72), (1, 3, 1153)):
+            for count in (1, 2, 5, 17):
+                g = generator(14, *shape, count)
+                x = normal(shape, dtype, g)
+                own = torch.arange(shape[2]) % count
+                branches = [-x * (own == i) for i in range(count)]
+                gates = [near(1.0, (shape[0], shape[2]), g) for _ in range(count)]
+                gates[-1] = gates[-1] if count == 1 else None
+                out = run.gated_residual(x, branches, gates)
+                compare(run, f"{count} wide gates", out, x, branches, gates)
+                halves = 0.5 * weights_of((count,), dtype, g).fill_(1)
+                twice = [None if gate is None else 2 * gate for gate in gates]
+                out = run.gated_residual(x, branches, twice, weights=halves)
+                compare(
+                    run, f"{count} wide gates, weights", out, x, branches, twice, weights=halves
+                )
+
+
+def check_wide_gates_of_every_form(run: Runner) -> None:
+    batch, tokens, width = shape = (3, 5, 72)
+    for dtype in sixteen_bits(run.dtypes()):
+        g = generator(15)
+        x, store = normal(shape, dtype, g), normal((batch, 9, width), dtype, g)
+        rows = some_rows(batch, tokens, 9, g)
+        branch, moved = -x, misaligned(-x)
+        for kind, gate in gate_kinds(batch, tokens, width, torch.float32, g).items():
+            gate = None if gate is None else 1 + 2.0**-11 * gate
+            out = run.gated_residual(x, [branch], [gate])
+            compare(run, f"wide gate {kind}", out, x, [branch], [gate])
+            apart = run.gated_residual(x, [moved], [gate])
+            assert_equal(f"gated_residual on {run.label}, wide, branch misaligned", apart, out)
+            given = ([branch, store], [gate, gate], 0, rows)
+            out = run.gated_residual(x, *given[:2], fresh=0, rows=rows)
+            compare(run, f"wide gate {kind}, rows", out, x, *given)
+        gate = near(1.0, (batch, width), g)
+        plain = run.gated_residual(x, [branch], [gate])
+        out = run.gated_residual(x, [branch], [misaligned(gate)])
+        assert_equal(f"gated_residual on {run.label}, a wide gate misaligned", out, plain)
+        out = run.gated_residual(x, [branch], [misaligned(gate, 2)])
+        assert_equal(f"gated_residual on {run.label}, a wide gate half aligned", out, plain)
 
 
 def check_empty(run: Runner) -> None:

@@ -17,9 +17,11 @@ from inputs import (
     gate_kinds,
     generator,
     misaligned,
+    near,
     normal,
     padded_rows,
     poisoned,
+    sixteen_bits,
     some_rows,
 )
 from tolerance import Mismatch, assert_close, assert_equal
@@ -386,6 +388,73 @@ def _assert_quantised(what: str, y, row_scale, plain) -> None:
     assert_equal(
         f"{what}, row_scale", row_scale.nan_to_num(nan=-1.0), expected_scale.nan_to_num(nan=-1.0)
     )
+
+
+def check_wide_vectors(run: Runner) -> None:
+    """fp32 beside 16 bits: x is 1 and -1 in turn, its own norm, and what is near to it is taken off again."""
+    for dtype in sixteen_bits(run.dtypes()):
+        for width in (8, 72, 1154):
+            for rms in (False, True):
+                g = generator(14, width, rms)
+                signs = 1.0 - 2.0 * (torch.arange(width) % 2)
+                x = signs.to(dtype).expand(2, 3, width).contiguous()
+                options = {"rms": rms, "eps": 0.0}
+                for modulation in (
+                    (near(1.0, (2, width), g), near(-2 * signs, (2, 1, width), g)),
+                    (near(1.0, (2, 3, width), g), near(-2 * signs, (2, 3, width), g)),
+                    (near(-1.0, (width,), g), None),
+                    (None, near(-signs, (1, width), g)),
+                ):
+                    y = run.norm_modulate(x, *modulation, **options)
+                    compare(run, "wide scale and shift", y, x, *modulation, **options)
+                affine = {"weight": near(1.0, (width,), g), "bias": near(-signs, (width,), g)}
+                for given in (affine, {"bias": affine["bias"]}):
+                    y = run.norm_modulate(x, **given, **options)
+                    compare(run, "wide weight and bias", y, x, **given, **options)
+                scale, both = normal((2, width), dtype, g), affine | options
+                y = run.norm_modulate(x, scale, **both)
+                compare(run, "wide weight beside a scale", y, x, scale, **both)
+                scale, narrow = near(-1.0, (2, width), g), {"weight": scale[0], **options}
+                y = run.norm_modulate(x, scale, **narrow)
+                compare(run, "a wide scale beside a weight", y, x, scale, **narrow)
+
+
+def check_a_wide_gate(run: Runner) -> None:
+    for dtype in sixteen_bits(run.dtypes()):
+        for shape in ((3, 2, 7), (2, 5, 72), (1, 3, 1153)):
+            for gate_shape in ((shape[0], shape[2]), shape):
+                g = generator(15, *shape)
+                x = normal(shape, dtype, g)
+                scale, shift = (normal((shape[0], shape[2]), dtype, g) for _ in range(2))
+                residual = {"branch": -x, "gate": near(1.0, gate_shape, g)}
+                before, first = x.clone(), run.gated_residual(x, [-x], [residual["gate"]])
+                y = run.norm_modulate(x, scale, shift, eps=1e-8, **residual)
+                options = {"eps": 1e-8} | residual
+                compare(run, "a wide gate", y, before, scale, shift, updated=x, **options)
+                assert_equal(f"norm_modulate on {run.label}, wide gate by two ops", x, first)
+
+
+def check_wide_vectors_of_every_form(run: Runner) -> None:
+    batch, tokens, width = shape = (3, 5, 72)
+    for dtype in sixteen_bits(run.dtypes()):
+        g = generator(16)
+        x, other = normal(shape, dtype, g), normal((batch, width), torch.float32, g)
+        plain = run.norm_modulate(x, other, other)
+        for moved in (misaligned(other), misaligned(other, 2)):
+            for pair in ((moved, other), (other, moved)):
+                y = run.norm_modulate(x, *pair)
+                assert_equal(f"norm_modulate on {run.label}, a wide vector misaligned", y, plain)
+        for kind, m in gate_kinds(batch, tokens, width, torch.float32, g).items():
+            compare(run, f"wide scale {kind}", run.norm_modulate(x, m, other), x, m, other)
+            compare(run, f"wide shift {kind}", run.norm_modulate(x, other, m), x, other, m)
+        half = other.to(dtype)
+        for pair in ((other, half), (half, other)):
+            y = run.norm_modulate(x, *pair)
+            compare(run, "a wide vector beside one that is not", y, x, *pair)
+        row_scale = poisoned(x.shape[:2], torch.float32)
+        y = run.norm_modulate(x, other, half, row_scale=row_scale)
+        plain = run.norm_modulate(x, other, half)
+        _assert_quantised(f"norm_modulate on {run.label}, wide, fp8", y, row_scale, plain)
 
 
 CHECKS = {name: f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -59,6 +59,7 @@ WRONG_RESIDUAL = {
     "gate width": ({"gates": [some(B, D + 1)]}, "gates[0]", str(D)),
     "gate batch": ({"gates": [some(B + 1, D)]}, "gates[0]", f"[{B} or 1"),
     "gate dtype": ({"gates": [some(B, D).double()]}, "gates[0]", "torch.float32"),
+    "gate narrower than x": ({"gates": [some(B, D).half()]}, "gates[0]", "torch.float32"),
     "gate stride": ({"gates": [some(B, 1).expand(B, D)]}, "gates[0]", "last stride"),
     "fresh": ({"fresh": 1}, "fresh", "-1 to 0"),
     "rows dtype": ({"rows": rows_of().float(), "fresh": 0}, "rows", "int64 or int32"),
@@ -112,6 +113,7 @@ WRONG_NORM = {
     "x of rank 2": ({"x": some(B, D)}, "x", "rank 3"),
     "scale width": ({"scale": some(B, D + 1)}, "scale", str(D)),
     "shift dtype": ({"shift": some(B, D).half()}, "shift", "torch.float32"),
+    "weight dtype": ({"weight": some(D).half()}, "weight", "torch.float32"),
     "weight shape": ({"weight": some(1, D)}, "weight", f"[{D}]"),
     "bias stride": ({"bias": some(2 * D)[::2]}, "bias", "last stride"),
     "branch size": ({"branch": some(B, N, D)}, "branch", f"[{B}, {K}, {D}]"),
@@ -502,6 +504,16 @@ WRONG_PROLOGUE = {
     "kv_offset without rows": ({"rows": None, "kv_offset": 5}, "kv_offset", "0 to 4"),
     "norm": ({"norm": "group"}, "norm", "'rms_rounded'"),
     "weight without norm": ({"q_weight": some(DIM)}, "q_weight", "None"),
+    "bias of rms of all heads": (
+        {"norm": "rms_across", "q_bias": some(KV_HEADS * DIM)},
+        "q_bias",
+        "None",
+    ),
+    "weight of rms of all heads": (
+        {"norm": "rms_across", "k_weight": some(DIM)},
+        "k_weight",
+        f"[{KV_HEADS * DIM}]",
+    ),
     "bias of rms": ({"norm": "rms", "k_bias": some(KV_HEADS * DIM)}, "k_bias", "None"),
     "weight of rms": ({"norm": "rms", "q_weight": some(D)}, "q_weight", f"[{DIM}]"),
     "weight of layer": (
@@ -634,6 +646,57 @@ def test_collapse_names_what_is_wrong(case, backend):
         ops.collapse(**collapsing(**changes), backend=backend)
     assert str(error.value).startswith(name)
     assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize("backend", SERVING)
+def test_vectors_are_of_the_dtype_beside_them_or_fp32(backend):
+    """Those of one call of gated_residual or collapse are alike."""
+    half, wide, brain = (some(B, D, dtype=d) for d in (torch.float16, FLOAT, torch.bfloat16))
+    x = X.half()
+    two, three = [x, x.clone()], [x, x.clone(), x.clone()]
+    accepted = {
+        "scale: got torch.bfloat16; accepted is torch.float16 or torch.float32": lambda: (
+            ops.norm_modulate(x, brain, backend=backend)
+        ),
+        "gate: got torch.float64; accepted is torch.float16 or torch.float32": lambda: (
+            ops.norm_modulate(x.clone(), branch=x, gate=wide.double(), backend=backend)
+        ),
+        "bias: got torch.float32; accepted is torch.float64": lambda: ops.norm_modulate(
+            X.double(), bias=wide[0], backend="reference"
+        ),
+        "branch: got torch.float32; accepted is torch.float16": lambda: ops.norm_modulate(
+            x.clone(), branch=X, gate=wide, backend=backend
+        ),
+        "gates[2]: got torch.float16; accepted is torch.float32": lambda: ops.gated_residual(
+            x, three, [None, wide, half], backend=backend
+        ),
+        "gates[1]: got torch.float32; accepted is torch.float16": lambda: ops.gated_residual(
+            x, two, [half, wide], backend=backend
+        ),
+        "gates[0]: got torch.bfloat16; accepted is torch.float16 or torch.float32": lambda: (
+            ops.gated_residual(x, two, [brain, wide], backend=backend)
+        ),
+        "weights[1]: got torch.float16; accepted is torch.float32": lambda: ops.collapse(
+            two, [wide, half], [0, 1], backend=backend
+        ),
+    }
+    for message, call in accepted.items():
+        with pytest.raises(ArgumentError) as error:
+            call()
+        assert str(error.value) == message
+
+
+def test_gradients_of_vectors_in_fp32():
+    x, branch, gate = (
+        leaf(B, K, D, dtype=torch.bfloat16),
+        leaf(B, K, D, dtype=torch.bfloat16),
+        leaf(B, D, dtype=FLOAT),
+    )
+    (ops.gated_residual(x, [branch], [gate]) + ops.norm_modulate(x, gate, gate)).sum().backward()
+    assert (x.grad.dtype, gate.grad.dtype) == (torch.bfloat16, FLOAT)
+    normed = torch.nn.functional.layer_norm(x.detach().double(), (D,), eps=1e-6)
+    expected = (branch.detach().double() + normed + 1).sum(1)
+    torch.testing.assert_close(gate.grad.double(), expected, rtol=0.02, atol=0.02)
 
 
 def test_collapse_refuses_shared_memory():

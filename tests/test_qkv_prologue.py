@@ -18,7 +18,8 @@ from inputs import Guarded, Runner, Untouched, generator, misaligned, normal, po
 from tolerance import assert_close, assert_equal
 from truth import eager_head_norm, eager_rotation, exact_head_norm, exact_rotation
 
-NORMS = (None, "rms", "rms_rounded", "layer")
+NORMS = (None, "rms", "rms_rounded", "layer", "rms_across")
+ACROSS = ("layer", "rms_across")
 
 
 @dataclass
@@ -87,7 +88,7 @@ def stream(
         for name, n in (("q", heads), ("k", kv_heads)):
             if n == 0:
                 continue
-            width = n * dim if norm == "layer" else dim
+            width = n * dim if norm in ACROSS else dim
             options[f"{name}_weight"] = normal((width,), dtype, g)
             if norm == "layer":
                 options[f"{name}_bias"] = normal((width,), dtype, g)
@@ -149,7 +150,7 @@ def check_sizes(run: Runner) -> None:
 
 def check_odd_head_dims(run: Runner) -> None:
     for dtype in run.dtypes():
-        for norm in (None, "rms", "layer"):
+        for norm in (None, "rms", "layer", "rms_across"):
             for dim in (10, 12, 20, 34, 46, 80, 88, 112, 160, 250, 256):
                 s = stream(dtype, 1, 2, 2, 1, dim, norm)
                 compare(run, f"norm {norm}", s, s.run(run))
@@ -162,6 +163,7 @@ def check_model_heads(run: Runner) -> None:
             (38, 38, 64, "rms_rounded"),
             (24, 8, 96, "rms_rounded"),
             (32, 8, 72, "layer"),
+            (40, 40, 128, "rms_across"),
             (16, 16, 72, None),
         ):
             s = stream(dtype, 1, 2, heads, kv_heads, dim, norm)
@@ -179,7 +181,7 @@ def check_queries_alone(run: Runner) -> None:
 
 def check_optional_parts(run: Runner) -> None:
     for dtype in run.dtypes():
-        for norm in ("rms", "layer"):
+        for norm in ("rms", "layer", "rms_across"):
             full = stream(dtype, 2, 3, 4, 2, 72, norm)
             names = [name for name in full.options if name.endswith(("weight", "bias"))]
             for given in range(2 ** len(names)):
@@ -319,7 +321,7 @@ def check_special_values(run: Runner) -> None:
             q_out, k_cache, v_cache = outputs = s.run(run)
             compare(run, f"special values, norm {norm}", s, outputs)
             at = s.positions[0, 2]
-            if norm == "layer":
+            if norm in ACROSS:
                 q_out[0, 1], k_cache[0, at] = plain[0][0, 1], plain[1][0, at]
             else:
                 q_out[0, 1, 3], k_cache[0, at, 1] = plain[0][0, 1, 3], plain[1][0, at, 1]
@@ -339,8 +341,10 @@ def check_offset_rows(run: Runner) -> None:
 
 def check_constant_heads(run: Runner) -> None:
     for dtype in run.dtypes():
-        for norm in ("rms", "layer"):
-            for value in (0.0, 0.1, -3.3e4, 1e-7):
+        for norm in ("rms", "layer", "rms_across"):
+            # Of all heads stock's sum may be exact by luck; of powers of two all sums are.
+            numbers = (0.5, -(2.0**15)) if norm == "rms_across" else (0.1, -3.3e4)
+            for value in (0.0, *numbers, 1e-7):
                 s = stream(dtype, 1, 2, norm=norm, rope=False)
                 s = replace(s, q=torch.full_like(s.q, value), k=torch.full_like(s.k, value))
                 compare(run, f"all elements {value}", s, s.run(run))

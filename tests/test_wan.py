@@ -137,6 +137,26 @@ def test_parts_that_stay_fp32_in_a_loaded_model(dtype):
     assert handle.last_run().programs > 0
 
 
+@pytest.mark.parametrize("of_tokens", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_modulations_are_not_rounded(dtype, of_tokens):
+    """Scales near -1 leave what 16 bits of them do not hold, and large gates make it weigh."""
+    made = published(dtype)
+    for name, parameter in made.named_parameters():
+        if "time_proj" in name or (name.endswith("bias") and ("attn1" in name or "ffn" in name)):
+            parameter.data.zero_()
+    for block in made.blocks:
+        table = block.scale_shift_table.data.zero_()
+        table[:, 1::3] = 2.0**-7 * torch.randn(1, 2, table.shape[-1]) - 1
+        table[:, 2::3] = 64.0
+    given = list(calls(dtype, of_tokens, steps=1))
+    stock = run(made, given)
+    with tiny_models.fp64_throughout():
+        truth = run(copy.deepcopy(made).double(), [as_double(one) for one in given])
+    fastdit.patch(made)
+    within_contract(*map(torch.cat, (run(made, given), stock, truth)))
+
+
 def as_double(given):
     return {
         name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value

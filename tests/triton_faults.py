@@ -103,6 +103,9 @@ FAULTS = {
         "weights + i * total.to(tl.int64) + row - k + tl.minimum(at, tokens - 1)",
         "check_weights_of_rows",
     ),
+    "a gate in fp32 is rounded": one(
+        GATED, "gate.to(tl.float32)", "gate.to(branch.dtype).to(tl.float32)", "check_wide_gates"
+    ),
     # norm_modulate: addresses
     "y is stored past D": one(
         NORM, "y.to(out.start.dtype.element_ty), mask=inside",
@@ -382,6 +385,14 @@ FAULTS = {
         "if cos is not None:\n            y = y.to(tl.bfloat16).to(tl.float32)\n            pair",
         "check_one_rounding_of_heads",
     ),
+    "all heads are normed as if one were": one(
+        PROLOGUE, "inverse_root(mean_of(squares, COUNT * DIM) + eps)",
+        "inverse_root(mean_of(squares, DIM) + eps)", "check_model_heads",
+    ),
+    "eps is left out of the mean square of all heads": one(
+        PROLOGUE, "inverse_root(mean_of(squares, COUNT * DIM) + eps)",
+        "inverse_root(mean_of(squares, COUNT * DIM))", "check_constant_heads",
+    ),
     "the rounding of the mean of all heads is not corrected": one(
         PROLOGUE, "y - mean - rest", "y - mean", "check_shifted_heads", FP32
     ),
@@ -573,6 +584,18 @@ FAULTS = {
     "sums are kept in bf16": one(
         COLLAPSE, "branch, sum0)", "branch, sum0).to(tl.bfloat16).to(tl.float32)",
         "check_one_rounding_of_sums_by_group",
+    ),
+    "a gate in fp32 is rounded before the norm": one(
+        NORM, "by.to(tl.float32)", "by.to(update.dtype).to(tl.float32)", "check_a_wide_gate"
+    ),
+    "a scale in fp32 is rounded": one(
+        NORM, "tl.load(pointers(scale, b, k, col), mask=inside, other=0.0).to(tl.float32)",
+        "tl.load(pointers(scale, b, k, col), mask=inside, other=0.0).to(x.start.dtype.element_ty).to(tl.float32)",
+        "check_wide_vectors",
+    ),
+    "a weight in fp32 is rounded": one(
+        COLLAPSE, "weight.to(tl.float32)",
+        "weight.to(branches[0].start.dtype.element_ty).to(tl.float32)", "check_wide_weights",
     ),
     # swiglu
     "the exponential of a large gate overflows": Fault(

@@ -23,12 +23,14 @@ def gate_of(gate: Tensor) -> Tensor:
 
 
 def eager_gated_residual(x, branches, gates, fresh=-1, rows=None, weights=None):
+    dtype = x.dtype
     for i, (branch, gate) in enumerate(zip(branches, gates, strict=True)):
         active = branch if i == fresh else rows_of(branch, rows)
         if weights is not None:
             weight = weights[i] if weights.ndim == 1 else weights[i][..., None]
             active = (weight * active).to(active.dtype)
         x = x + active if gate is None else x + gate_of(gate) * active
+        x = x.to(dtype)  # beside a gate in fp32 it was wider
     return x
 
 
@@ -45,6 +47,9 @@ def eager_norm_modulate(
     """x holds the active rows already. Returns y and the updated x."""
     if branch is not None:
         x = eager_gated_residual(x, [branch], [gate])
+    if any(t is not None and t.itemsize > x.itemsize for t in (scale, shift, weight, bias)):
+        given = [None if t is None else t.float() for t in (scale, shift, weight, bias)]
+        return eager_norm_modulate(x.float(), *given, eps, rms)[0].to(x.dtype), x
     if rms:
         mean_square = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
         y = x * torch.rsqrt(mean_square + eps)
@@ -92,6 +97,8 @@ def eager_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
     batch, tokens, width = x.shape
     if norm == "layer":
         x = F.layer_norm(x, (width,), weight, bias, eps)
+    if norm == "rms_across":
+        x = F.rms_norm(x, (width,), weight, eps)
     x = x.reshape(batch, tokens, heads, width // heads)
     if norm == "rms":
         return F.rms_norm(x, x.shape[-1:], weight, eps)
@@ -105,6 +112,8 @@ def exact_head_norm(x, heads, norm=None, weight=None, bias=None, eps=1e-6):
     batch, tokens, width = x.shape
     if norm == "layer":
         x, _ = exact_norm_modulate(x, weight=weight, bias=bias, eps=eps)
+    if norm == "rms_across":
+        x, _ = exact_norm_modulate(x, weight=weight, eps=eps, rms=True)
     x = x.reshape(batch, tokens, heads, width // heads)
     if norm in ("rms", "rms_rounded"):
         return exact_norm_modulate(x, weight=weight, eps=eps, rms=True)[0]

@@ -48,22 +48,29 @@ def compile_for(architecture: str, op: str, folder: Path) -> dict[str, Usage]:
 
 
 def readable(mangled: str) -> str:
-    """gated_residual_kernel<fd::bf16, 4, true, false> as `gated_residual bf16 x4 aligned`,
-    collapse_kernel<fd::bf16, float, true> as `collapse bf16 fp32 aligned`,
+    """gated_residual_kernel<fd::bf16, 2, true, true, true> as `gated_residual bf16 x2 aligned weighted wide`,
+    collapse_kernel<fd::bf16, float, true, false> as `collapse bf16 fp32 aligned`,
     patchify_kernel<fd::bf16> as `patchify bf16`, token_keys_kernel<fd::bf16> as
     `token_select keys bf16`, token_change_kernel<fd::bf16> as `token_change bf16`."""
     name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-    counted = r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)(?:, (true|false))?>"
+    counted = (
+        r"(\w+)_kernel<(?:fd::)?(\w+), (\d+), (true|false)(?:, (true|false))?(?:, (true|false))?>"
+    )
     if found := re.search(counted, name):
-        op, dtype, count, aligned, also = found.groups()
+        op, dtype, count, aligned, also, wide = found.groups()
         form = (" to fp8" if op.endswith("norm_modulate") else " weighted") * (also == "true")
+        form += " wide" * (wide == "true")
         return f"{op} {_short(dtype)} x{count} {'aligned' if aligned == 'true' else 'any'}{form}"
     if found := re.search(r"(patchify|resolution_transition)_kernel<(?:fd::)?(\w+)>", name):
         return f"{found[1]} {_short(found[2])}"
-    if found := re.search(r"(\w+)_kernel<((?:(?:fd::)?\w+, )+)(true|false)>", name):
-        op, dtypes, aligned = found.groups()
+    if found := re.search(
+        r"(\w+)_kernel<((?:(?:fd::)?\w+, )+?)(true|false)(?:, (true|false))?>", name
+    ):
+        op, dtypes, aligned, wide = found.groups()
         types = " ".join(_short(t.removeprefix("fd::")) for t in dtypes.split(", ")[:-1])
-        return f"{op} {types} {'aligned' if aligned == 'true' else 'any'}"
+        return (
+            f"{op} {types} {'aligned' if aligned == 'true' else 'any'}{' wide' * (wide == 'true')}"
+        )
     if re.search(r"\bsum_kernel\(", name):
         return "blend_backward sum"
     if found := re.search(r"token_change_kernel<(?:fd::)?(\w+)>", name):

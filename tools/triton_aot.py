@@ -67,11 +67,16 @@ def instances() -> dict[str, Callable[[int], None]]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def residual(
-        width: int, count: int, dtype: torch.dtype, sparse: bool, weights: tuple[int, ...] = ()
+        width: int,
+        count: int,
+        dtype: torch.dtype,
+        sparse: bool,
+        weights: tuple[int, ...] = (),
+        gated: torch.dtype | None = None,
     ):
         x = new(batch, tokens, width, dtype=dtype)
         store = new(batch, layout, width, dtype=dtype)
-        gate = new(batch, width, dtype=dtype)
+        gate = new(batch, width, dtype=gated or dtype)
         rows = new(batch, tokens, dtype=torch.int32) if sparse else None
         branches = [store if sparse and i else x for i in range(count)]
         by = new(*weights, dtype=torch.float32) if weights else None
@@ -85,10 +90,17 @@ def instances() -> dict[str, Callable[[int], None]]:
 
         return call
 
-    def norm(width: int, dtype: torch.dtype, fused: bool, rms: bool = False, fp8: bool = False):
+    def norm(
+        width: int,
+        dtype: torch.dtype,
+        fused: bool,
+        rms: bool = False,
+        fp8: bool = False,
+        modulated: torch.dtype | None = None,
+    ):
         out = new(batch, tokens, width, dtype=dtype)
         store = new(batch, layout, width, dtype=dtype)
-        row = new(batch, 1, width, dtype=dtype)
+        row = new(batch, 1, width, dtype=modulated or dtype)
         x, cache, rows, branch = out, None, None, out
         if fused:
             x, cache, rows = store, store, new(batch, tokens, dtype=torch.int32)
@@ -142,10 +154,12 @@ def instances() -> dict[str, Callable[[int], None]]:
         cache = new(batch, layout, kv_heads, dim, dtype=dtype)
         rows = new(batch, tokens, dtype=torch.int32) if sparse else None
         weight, bias = (new(dim, dtype=dtype), None) if norm else (None, None)
-        if norm == "layer":
-            weight = bias = new(heads * dim, dtype=dtype)
+        across = norm in ("layer", "rms_across")
+        if across:
+            weight = new(heads * dim, dtype=dtype)
+            bias = weight if norm == "layer" else None
         # No rotation where heads are normed alone and all tokens are there.
-        cos = new(layout, dim // 2, dtype=torch.float32) if sparse or norm == "layer" else None
+        cos = new(layout, dim // 2, dtype=torch.float32) if sparse or across else None
 
         def call(architecture: int) -> None:
             affine = (weight, bias, weight, bias, 1e-6)
@@ -186,9 +200,11 @@ def instances() -> dict[str, Callable[[int], None]]:
         r, gate = new(1, dtype=torch.float32), new(batch, width, dtype=dtype) if gated else None
         return lambda architecture: blend_backward(t, t, t, r, gate, t, t, r)
 
-    def sums(width: int, count: int, dtype: torch.dtype, groups: int):
+    def sums(
+        width: int, count: int, dtype: torch.dtype, groups: int, weighed: torch.dtype | None = None
+    ):
         branches = [new(batch, tokens, width, dtype=dtype)] * count
-        weights = [new(batch, width, dtype=dtype)] * count
+        weights = [new(batch, width, dtype=weighed or dtype)] * count
         found = new(groups, batch, tokens, width, dtype=torch.float32)
         members = [i % groups for i in range(count)]
         return lambda architecture: collapse(branches, weights, members, False, found)
@@ -217,6 +233,7 @@ def instances() -> dict[str, Callable[[int], None]]:
         "gated_residual bf16 D1536 k4 rows weights": residual(
             1536, 4, bf16, True, (4, batch, tokens)
         ),
+        "gated_residual bf16 D5120 k1 fp32 gate": residual(5120, 1, bf16, False, gated=fp32),
         "norm_modulate bf16 D1152": norm(1152, bf16, False),
         "norm_modulate bf16 D1536 rms": norm(1536, bf16, False, rms=True),
         "norm_modulate fp16 D2304": norm(2304, fp16, False),
@@ -224,6 +241,9 @@ def instances() -> dict[str, Callable[[int], None]]:
         "norm_modulate bf16 D3072 branch rows cache": norm(3072, bf16, True),
         "norm_modulate fp32 D3072 branch rows cache": norm(3072, fp32, True),
         "norm_modulate bf16 D3072 branch rows cache to fp8": norm(3072, bf16, True, fp8=True),
+        "norm_modulate bf16 D5120 branch rows cache fp32 vectors": norm(
+            5120, bf16, True, modulated=fp32
+        ),
         "patchify bf16 packed": patches(bf16, True, False),
         "patchify fp32 latents": patches(fp32, False, False),
         "patchify bf16 latents drawn": patches(bf16, False, True),
@@ -237,6 +257,7 @@ def instances() -> dict[str, Callable[[int], None]]:
         "blend_backward fp32 D1536": mixture_backward(1536, fp32, False),
         "collapse bf16 D1152 k8 in 3": sums(1152, 8, bf16, 3),
         "collapse fp32 D1152 k28 in 3": sums(1152, 28, fp32, 3),
+        "collapse bf16 D5120 k4 in 3 fp32 weights": sums(5120, 4, bf16, 3, weighed=fp32),
         "swiglu bf16 D6144": product(6144, bf16, False),
         "swiglu fp16 D9216 halves": product(9216, fp16, True),
         "swiglu fp32 D6144": product(6144, fp32, False),
@@ -249,6 +270,9 @@ def instances() -> dict[str, Callable[[int], None]]:
         "qkv_prologue bf16 24x128 rms rotated rows": prologue(24, 24, 128, bf16, "rms", True),
         "qkv_prologue fp16 24x64 rms": prologue(24, 24, 64, fp16, "rms", False),
         "qkv_prologue bf16 24/8x96 rms rotated rows": prologue(24, 8, 96, bf16, "rms", True),
+        "qkv_prologue bf16 40x128 rms_across rotated rows": prologue(
+            40, 40, 128, bf16, "rms_across", True
+        ),
         "qkv_prologue bf16 32/8x72 layer rotated": prologue(32, 8, 72, bf16, "layer", False),
         "qkv_prologue bf16 32/0x72 layer rotated": prologue(32, 0, 72, bf16, "layer", False),
         "qkv_prologue bf16 16x72 copied": prologue(16, 16, 72, bf16, None, False),

@@ -5,7 +5,7 @@
     v_cache[b, kv_offset + rows[b, i]] = v[b, i]
 
 q [B, K, H d], k and v [B, K, G d], q_out [B, Q, H, d], caches [B, S, G, d]. The norm is RMSNorm over
-the d elements of a head, or LayerNorm over all heads of a token; the rotation turns interleaved
+the d elements of a head or all heads of a token, or LayerNorm over these; the rotation turns interleaved
 pairs by cos and sin [P, d / 2] or [B, P, d / 2] at kv_offset + rows[b, i].
 
 One program takes HEADS heads of one token's q, k or v, or all of them where the norm spans them, as a
@@ -49,7 +49,7 @@ def some_heads(
     eps,
     COUNT: tl.constexpr,
     DIM: tl.constexpr,
-    NORM: tl.constexpr,  # "rms", "layer", or None for a copy where there is no cos either
+    NORM: tl.constexpr,  # "rms", "rms_across", "layer", or None for a copy where there is no cos either
     HEADS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -67,13 +67,17 @@ def some_heads(
             if weight is not None:
                 at = weight + every + col[None, :]
                 y *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        elif NORM == "layer":
-            mean = mean_of(tl.sum(tl.sum(y, axis=1), axis=0), COUNT * DIM)
-            deviation = tl.where(inside, y - mean, 0.0)
-            rest = mean_of(tl.sum(tl.sum(deviation, axis=1), axis=0), COUNT * DIM)
-            squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0)
-            variance = mean_of(squares, COUNT * DIM) - rest * rest
-            y = (y - mean - rest) * inverse_root(tl.maximum(variance, 0.0) + eps)
+        elif NORM is not None:
+            if NORM == "layer":
+                mean = mean_of(tl.sum(tl.sum(y, axis=1), axis=0), COUNT * DIM)
+                deviation = tl.where(inside, y - mean, 0.0)
+                rest = mean_of(tl.sum(tl.sum(deviation, axis=1), axis=0), COUNT * DIM)
+                squares = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0)
+                variance = mean_of(squares, COUNT * DIM) - rest * rest
+                y = (y - mean - rest) * inverse_root(tl.maximum(variance, 0.0) + eps)
+            else:
+                squares = tl.sum(tl.sum(y * y, axis=1), axis=0)
+                y *= inverse_root(mean_of(squares, COUNT * DIM) + eps)
             if weight is not None:
                 y *= tl.load(weight + offset, mask=inside, other=0.0).to(tl.float32)
             if bias is not None:
@@ -180,7 +184,7 @@ def qkv_prologue(
     _, stored, kv_heads, dim = k_cache.shape
     if cos is not None:
         stored = min(stored, cos.shape[-2])
-    launch = launch or tile(heads, dim, norm == "layer")
+    launch = launch or tile(heads, dim, norm in ("layer", "rms_across"))
     parts = triton.cdiv(heads, launch.rows) + 2 * triton.cdiv(kv_heads, launch.rows)
     with torch.cuda.device_of(q):
         qkv_prologue_kernel[(programs(batch * tokens, 1), parts)](

@@ -5,8 +5,8 @@ blocks: one of each for a row, or, where the timestep is each token's own (TI2V-
 has a norm with weights of its own and no gate; that of image-to-video has keys of an image, too. Rotary positions over
 (frame, row, column) are made inside of the model.
 
-Norms, modulations and gated sums are fp32 in the model. Where ops stand for them, these compute in fp32 too, but take
-vectors rounded to the stream's dtype. Where an image is given, or shown in a frame of its own, sizes do not change.
+Norms, modulations and gated sums are fp32 in the model, and in the ops that stand for them. Where an image is given, or
+shown in a frame of its own, sizes do not change.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def add_components(
     """Add self-attention, cross-attention and feed-forward of a block to its stream, which is of a dtype."""
 
     def modulate(shared: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        made = block.scale_shift_table + shared.float()
-        return (made if fw.immediate else made.to(dtype)).unbind(-2)
+        return (block.scale_shift_table + shared.float()).unbind(-2)
 
     shift, scale, gate, shift_ffn, scale_ffn, gate_ffn = fw.modulation(block, modulate, temb)
 
@@ -93,7 +92,7 @@ def add_components(
         if temb.ndim == 4:
             video.add(fw.component(name, compute), gate)
         else:
-            video.add_component(name, compute, gate, temb[:, 2::3])
+            video.add_component(name, compute, gate, temb[:, 2::3].float())
 
 
 class Wan(Videos):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,13 @@ from fastdit.backends.base import Backend
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/operand.h
 PARTIALS = 1024  # of csrc/blend.h
-NORM_CODES = {None: 0, "rms": 1, "rms_rounded": 1, "layer": 2}  # csrc/qkv_prologue.h
+NORM_CODES = {
+    None: 0,
+    "rms": 1,
+    "rms_rounded": 1,
+    "layer": 2,
+    "rms_across": 3,
+}  # csrc/qkv_prologue.h
 
 
 def load(name: str) -> tuple[ModuleType | None, str]:
@@ -61,6 +68,7 @@ class Compiled(Backend):
         ]
         self.module.gated_residual(
             DTYPE_CODES[x.dtype],
+            x.itemsize == 2 and _wide(gates),
             *x.shape,
             _address(x),
             x.stride(2),
@@ -86,14 +94,14 @@ class Compiled(Backend):
             *out.shape,
             operand(x),
             _address(out),
-            None if scale is None else _modulation(scale, width),
-            None if shift is None else _modulation(shift, width),
-            None if weight is None else weight.data_ptr(),
-            None if bias is None else bias.data_ptr(),
+            None if scale is None else _beside(x, scale, width),
+            None if shift is None else _beside(x, shift, width),
+            None if weight is None else _beside(x, weight, width),
+            None if bias is None else _beside(x, bias, width),
             eps,
             rms,
             None if branch is None else _address(branch),
-            None if gate is None else _modulation(gate, width),
+            None if gate is None else _beside(x, gate, width),
             None if cache is None else operand(cache),
             None if rows is None else _row_index(rows),
             None if row_scale is None else _table(row_scale),
@@ -239,6 +247,7 @@ class Compiled(Backend):
         width = first.shape[2]
         self.module.collapse(
             DTYPE_CODES[first.dtype],
+            first.itemsize == 2 and _wide(weights),
             DTYPE_CODES[sums.dtype],
             *first.shape,
             [_address(branch) for branch in branches],
@@ -299,6 +308,22 @@ def _modulation(t: Tensor | None, width: int) -> int | tuple[int, int, int] | No
     shape, stride = t.shape, t.stride()
     per_token = stride[1] if len(shape) == 3 and shape[1] > 1 else 0
     return t.data_ptr(), stride[0] if shape[0] > 1 else 0, per_token
+
+
+def _beside(x: Tensor, t: Tensor, width: int) -> int | tuple[int, ...]:
+    """A modulation of x's dtype or of fp32, which is told."""
+    found = _modulation(t, width)
+    if t.dtype is x.dtype:
+        return found
+    return (*found, 1) if isinstance(found, tuple) else (found, 0, 0, 1)
+
+
+def _wide(modulations: Sequence[Tensor | None]) -> bool:
+    """Whether those that there are, all of one dtype, are fp32."""
+    for t in modulations:
+        if t is not None:
+            return t.dtype is torch.float32
+    return False
 
 
 def _row_index(rows: Tensor) -> tuple[int, int, int]:

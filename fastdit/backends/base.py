@@ -47,7 +47,7 @@ class Backend:
         branches: Sequence[Tensor],  # [B, K, D], or row stores [B, N, D] where rows is given
         gates: Sequence[
             Tensor | None
-        ],  # [D], [B or 1, D] or [B or 1, K or 1, D], as all modulations
+        ],  # [D], [B or 1, D] or [B or 1, K or 1, D], as all modulations; all fp32 beside 16 bits, or none
         fresh: int,  # the branch that is [B, K, D] under rows too; -1 for none
         cache: Tensor | None,  # [B, N, D], written at the active rows
         rows: Tensor | None,  # [B, K]
@@ -60,7 +60,8 @@ class Backend:
     def norm_modulate(
         self,
         x: Tensor,  # [B, N, D], written at the active rows where branch is given
-        scale: Tensor | None,
+        scale: Tensor
+        | None,  # as shift, weight, bias and gate: of x's dtype, or fp32 beside 16 bits
         shift: Tensor | None,
         weight: Tensor | None,  # [D]
         bias: Tensor | None,  # [D]
@@ -116,10 +117,10 @@ class Backend:
         rows: Tensor | None,  # [B, K]
         q_offset: int,
         kv_offset: int,
-        norm: str | None,  # "rms", "rms_rounded" or "layer"
-        q_weight: Tensor | None,  # [d], or [H d] for "layer"
+        norm: str | None,  # "rms", "rms_rounded", "rms_across" or "layer"
+        q_weight: Tensor | None,  # [d], or [H d] for those across heads
         q_bias: Tensor | None,  # [H d], for "layer" only
-        k_weight: Tensor | None,  # [d], or [G d] for "layer"
+        k_weight: Tensor | None,  # [d], or [G d]
         k_bias: Tensor | None,  # [G d], for "layer" only
         eps: float,
         cos: Tensor | None,  # fp32 [P, d / 2] or [B, P, d / 2]

@@ -1,7 +1,8 @@
 """Plain torch: diffusers' own expressions, with their order and casts, so bit-equal to stock.
 
 A residual is `x = x + gate * branch`, one branch after the other, each operation rounded in the
-dtype. A norm is `layer_norm(x) * (1 + scale) + shift`; the RMS norm takes its mean square in fp32,
+dtype; of an fp32 gate in fp32, and the sum in x's again. A norm is `layer_norm(x) * (1 + scale) + shift`, in fp32
+where one of its vectors is, and rounded once, as Wan's; the RMS norm takes its mean square in fp32,
 as diffusers' RMSNorm does, whatever the dtype. Heads are normed, rounded to the dtype, rotated in
 fp32 and rounded again, as its attention processors do. A selection of tokens is two stable sorts.
 Tokens are copied by index, cell by cell; where they are split, noise is added in fp32.
@@ -47,6 +48,8 @@ def residual_sum(
         if weights is not None:
             branch = branch * (weights[i] if weights.ndim == 1 else weights[i].unsqueeze(-1))
         total = total + (branch if gate is None else per_token(gate) * branch)
+        if weights is None:
+            total = total.to(x.dtype)  # of an fp32 gate the sum is taken in fp32
     return total.to(x.dtype)
 
 
@@ -64,7 +67,11 @@ def modulated_norm(
     eps: float = 1e-6,
     rms: bool = False,
 ) -> Tensor:
-    """norm(x) * (1 + scale) + shift over the last dimension."""
+    """norm(x) * (1 + scale) + shift over the last dimension; in fp32 where any of these is wider than x."""
+    vectors = (scale, shift, weight, bias)
+    if any(t is not None and t.itemsize > x.itemsize for t in vectors):
+        vectors = (None if t is None else t.float() for t in vectors)
+        return modulated_norm(x.float(), *vectors, eps, rms).to(x.dtype)
     if rms:
         variance = x.to(torch.float32).pow(2).mean(-1, keepdim=True)
         y = (x * torch.rsqrt(variance + eps)).to(x.dtype)
@@ -92,6 +99,8 @@ def normed_heads(
     """x [B, K, heads dim] -> [B, K, heads, dim], normed."""
     if norm == "layer":
         x = F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    elif norm == "rms_across":
+        x = F.rms_norm(x, (x.shape[-1],), weight, eps)
     x = x.unflatten(-1, (x.shape[-1] // dim, dim))
     if norm == "rms":
         return F.rms_norm(x, (dim,), weight, eps)

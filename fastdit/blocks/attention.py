@@ -221,7 +221,11 @@ def _kind(norm: nn.Module, head_dim: int, width: int) -> str | None:
         if weight is None or tuple(weight.shape) == (head_dim,):
             return "rms" if type(norm).__module__.startswith("torch.") else "rms_rounded"
     across = tuple(getattr(norm, "normalized_shape", ())) == (width,)
-    return "layer" if name == "LayerNorm" and across else None
+    known = {
+        "LayerNorm": "layer",
+        "RMSNorm": "rms_across",
+    }  # diffusers' RMSNorm has no such attribute
+    return known.get(name) if across else None
 
 
 def _prologue_as_stock(

@@ -70,7 +70,8 @@ class Residual:
 
     def suits(self, branch: Branch, gate: Gate) -> bool:
         """Whether the ops take this branch of the stream."""
-        return branch.shape == self._h.shape and self._suits(branch, gate)
+        h = self._h
+        return branch.shape == h.shape and branch.dtype is h.dtype and self._suits(gate)
 
     def normed(
         self,
@@ -128,13 +129,15 @@ class Residual:
         return not self._forward.immediate and is_plain(norm, self._h) and self._suits(scale)
 
     def _suits(self, *vectors: Gate) -> bool:
-        """Whether the ops take these operands: the stream's dtype, and no more batch rows than it has.
+        """Whether the ops take these operands: the stream's dtype, or fp32 where it is wide, and no more batch rows.
 
         Autocast mixes dtypes, and a prompt given once for several images has fewer rows than its modulation.
         """
         h = self._h
+        other = torch.float32 if self._wide and h.itemsize == 2 else h.dtype
         return all(
-            v is None or (v.dtype is h.dtype and v.shape[0] in (1, h.shape[0])) for v in vectors
+            v is None or (v.dtype in (h.dtype, other) and v.shape[0] in (1, h.shape[0]))
+            for v in vectors
         )
 
     def read(self) -> Tensor:
@@ -309,8 +312,10 @@ def _is_rms(norm: nn.Module, h: Tensor) -> bool:
 
 
 def norm_parameters(norm: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """A plain norm's arguments to `norm_modulate` of a stream of a dtype."""
+    """A plain norm's arguments to `norm_modulate` of a stream of a dtype: fp32 ones stay so beside 16 bits."""
     weight, bias = norm.weight, getattr(norm, "bias", None)
+    if weight is not None and weight.dtype is torch.float32 and dtype.itemsize == 2:
+        dtype = torch.float32
     return {
         "weight": None if weight is None else weight.to(dtype),
         "bias": None if bias is None else bias.to(dtype),

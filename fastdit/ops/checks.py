@@ -77,6 +77,15 @@ def heads(name: str, t: Tensor, batch: int, dtype: torch.dtype, device: torch.de
         _refuse(name, f"strides {t.stride()}", f"a stride of {t.shape[3]} between heads")
 
 
+def beside(name: str, t: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a modulation beside a tensor of `dtype`: the same, or fp32 beside 16 bits."""
+    if not isinstance(t, Tensor) or t.dtype is dtype:
+        return dtype
+    if t.dtype is not torch.float32 or dtype.itemsize > 2:
+        _refuse(name, str(t.dtype), f"{dtype}{' or torch.float32' * (dtype.itemsize == 2)}")
+    return torch.float32
+
+
 def modulation(
     name: str, t: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:

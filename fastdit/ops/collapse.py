@@ -55,7 +55,8 @@ def collapse(
 
     Args:
         branches: one or more tensors [B, K, D], last stride 1.
-        weights: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D].
+        weights: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D]; of one dtype, the branches' or,
+            where that has 16 bits, fp32.
         groups: one for each branch: the sum it also counts in, unweighted, from 1 to 3; 0 for none.
         dtype: that of the sums, the branches' (the default) or float32.
         out: [S, B, K, D] to write, with S above every group; a new tensor by default, S as small
@@ -123,10 +124,12 @@ def _check(branches, weights, groups, dtype, out) -> None:
         )
     first = branches[0]
     shape = checks.state("branches[0]", first)
+    weight_dtype = None
     for i, (branch, by, group) in enumerate(zip(branches, weights, groups, strict=True)):
         checks.operand(f"branches[{i}]", branch, shape, first.dtype, first.device)
         if by is not None:
-            checks.modulation(f"weights[{i}]", by, shape, first.dtype, first.device)
+            weight_dtype = weight_dtype or checks.beside(f"weights[{i}]", by, first.dtype)
+            checks.modulation(f"weights[{i}]", by, shape, weight_dtype, first.device)
         checks.integer(f"groups[{i}]", group, 0, MAX_SUMS - 1)
     accepted = (first.dtype, torch.promote_types(first.dtype, torch.float32))
     if dtype is not None and dtype not in accepted:

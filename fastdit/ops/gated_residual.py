@@ -12,7 +12,9 @@ the kernel runs, never on the host, so that a captured launch can be replayed wi
 Bytes moved: (k + 2) B K D elements for k branches, plus one more for a cache write. Eager torch
 moves 5 k. Sums are kept in fp32 and rounded once by every backend but `reference`.
 
-It does not choose rows, does not sort them, and does not mix dtypes: cast first.
+Gates may be fp32 beside an x of 16 bits, all of them: then nothing of a gate is rounded. All else has x's dtype.
+
+It does not choose rows and does not sort them.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def gated_residual(
         x: [B, K, D], the residual stream at the active tokens; of any strides, such as a patch
             embedding's transposed ones, unless it is also `out`.
         branches: 1 to 128 tensors; see the module text for their shapes.
-        gates: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D].
+        gates: one for each branch: None, or [D], [B or 1, D], [B or 1, K or 1, D]; of one dtype, x's or, where that
+            has 16 bits, fp32.
         weights: [branches] or [branches, B, K], contiguous, fp32 (fp64 where x is); None for ones.
             No gradient flows to them.
         fresh: number of the branch that was computed in this step; -1 for none.
@@ -114,13 +117,15 @@ def _check(x, branches, gates, fresh, cache, rows, out, weights) -> None:
         )
     if not -1 <= fresh < count:
         raise ArgumentError(f"fresh: got {fresh}; accepted is -1 to {count - 1}")
+    gate_dtype = None
     for i, branch in enumerate(branches):
         if rows is None or i == fresh:
             checks.operand(_BRANCHES[i], branch, shape, dtype, device)
         else:
             checks.store(_BRANCHES[i], branch, shape, dtype, device)
         if gates[i] is not None:
-            checks.modulation(_GATES[i], gates[i], shape, dtype, device)
+            gate_dtype = gate_dtype or checks.beside(_GATES[i], gates[i], dtype)
+            checks.modulation(_GATES[i], gates[i], shape, gate_dtype, device)
     if weights is not None:
         _check_weights(weights, count, x)
     read = tuple(zip(_BRANCHES, branches, strict=False))

@@ -16,7 +16,9 @@ Bytes moved: 2 B K D elements; 4 with a branch; one more for a cache write; y in
 Variance is taken in two passes in fp32, over the values of x as they are stored, so the fused form
 equals the two ops.
 
-It has no gradient through the in-place form, and does not mix dtypes.
+Each of scale, shift, weight, bias and gate may be fp32 beside an x of 16 bits: then nothing of it is rounded.
+
+It has no gradient through the in-place form.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def norm_modulate(
 
     Args:
         x: [B, N, D]; updated in place where branch is given.
-        scale, shift: None, or [D], [B or 1, D], [B or 1, K or 1, D].
+        scale, shift: None, or [D], [B or 1, D], [B or 1, K or 1, D]; each in x's dtype or, where that has 16 bits, in
+            fp32, as weight, bias and gate.
         weight, bias: [D], the norm's own affine parameters.
         eps: added to the variance or mean square.
         rms: RMSNorm in place of LayerNorm.
@@ -132,19 +135,19 @@ def _check(
         checks.row_index(rows, shape[0], device)
         shape = (shape[0], rows.shape[1], shape[2])
     if scale is not None:
-        checks.modulation("scale", scale, shape, dtype, device)
+        checks.modulation("scale", scale, shape, checks.beside("scale", scale, dtype), device)
     if shift is not None:
-        checks.modulation("shift", shift, shape, dtype, device)
+        checks.modulation("shift", shift, shape, checks.beside("shift", shift, dtype), device)
     if weight is not None:
-        checks.operand("weight", weight, shape[2:], dtype, device)
+        checks.operand("weight", weight, shape[2:], checks.beside("weight", weight, dtype), device)
     if bias is not None:
-        checks.operand("bias", bias, shape[2:], dtype, device)
+        checks.operand("bias", bias, shape[2:], checks.beside("bias", bias, dtype), device)
     if branch is None:
         _refuse_without_branch(gate, cache)
     else:
         checks.operand("branch", branch, shape, dtype, device)
         if gate is not None:
-            checks.modulation("gate", gate, shape, dtype, device)
+            checks.modulation("gate", gate, shape, checks.beside("gate", gate, dtype), device)
         checks.alone("x", x, (("branch", branch), ("gate", gate)))
         if cache is not None:
             checks.operand("cache", cache, x.shape, dtype, device)

@@ -12,8 +12,9 @@ alone, whose keys come from elsewhere.
 
 norm: None; "rms", over the d elements of a head, rounded once, as torch.nn.RMSNorm; "rms_rounded",
 the same with the normalised value rounded to the dtype before the weight, as diffusers' RMSNorm;
-"layer", LayerNorm over all heads of a token together. It applies to q and k, never to v. Only
-`reference` rounds "rms_rounded" twice: the others compute both in fp32 and round once at the end.
+"rms_across", torch.nn.RMSNorm over all heads of a token together; "layer", LayerNorm over them. It
+applies to q and k, never to v. Only `reference` rounds "rms_rounded" twice: the others compute both
+in fp32 and round once at the end.
 
 Rotation takes interleaved pairs, (x0, x1) -> (x0 c - x1 s, x1 c + x0 s), with pair j of a token by
 cos[p, j] and sin[p, j]; p = kv_offset + rows[b, i] is the row where its key is stored. A complex
@@ -32,7 +33,8 @@ from fastdit.errors import ArgumentError
 from fastdit.ops import checks
 from fastdit.ops.registry import define, op, refuse_gradients, resolve, traced
 
-NORMS = (None, "rms", "rms_rounded", "layer")
+NORMS = (None, "rms", "rms_rounded", "layer", "rms_across")
+ACROSS = ("layer", "rms_across")  # all heads of a token
 AFFINE = ("q_weight", "q_bias", "k_weight", "k_bias")
 HEAD_DIMS = range(8, 257, 2)
 
@@ -75,8 +77,8 @@ def qkv_prologue(
         k_cache, v_cache: [B, S, G, d], written at tokens kv_offset + rows.
         rows: int32 or int64 [B, K], unique in each sample; None for 0 to K - 1.
         q_offset, kv_offset: where the stream begins in q_out, and in both caches and the table.
-        norm: None, "rms", "rms_rounded" or "layer".
-        q_weight, k_weight: the norm's, [d], or [H d] and [G d] for "layer"; None for 1.
+        norm: None, "rms", "rms_rounded", "rms_across" or "layer".
+        q_weight, k_weight: the norm's, [d], or [H d] and [G d] where it spans all heads; None for 1.
         q_bias, k_bias: of "layer" only; None for 0.
         eps: added to the variance or mean square.
         cos, sin: fp32 [P, d / 2] or [B, P, d / 2], last stride 1, P above every position.
@@ -179,9 +181,10 @@ def _check_rows(rows, k, k_cache, kv_offset, cos) -> None:
 def _check_norm(norm, q_weight, q_bias, k_weight, k_bias, q, k, dim) -> None:
     if norm not in NORMS:
         raise ArgumentError(
-            f"norm: got {norm!r}; accepted is None, 'rms', 'rms_rounded' or 'layer'"
+            f"norm: got {norm!r}; accepted is None, 'rms', 'rms_rounded', 'rms_across' or 'layer'"
         )
-    widths = (q.shape[2],) * 2 + (k.shape[2],) * 2 if norm == "layer" else (dim, 0, dim, 0)
+    query, key = (q.shape[2], k.shape[2]) if norm in ACROSS else (dim, dim)
+    widths = (query, query, key, key) if norm == "layer" else (query, 0, key, 0)
     for name, t, width in zip(AFFINE, (q_weight, q_bias, k_weight, k_bias), widths, strict=True):
         if t is None:
             continue
