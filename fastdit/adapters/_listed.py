@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,20 +81,16 @@ class Listed(Adapter):
             )
 
     def as_latents(self, given: Any) -> Tensor:
-        """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W]."""
+        """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W]; a view, if they are of one."""
         if isinstance(given, Tensor):
             return given
-        try:
-            found = torch.stack(tuple(given)).squeeze(2)
-        except RuntimeError:
-            found = None
-        if found is None or found.ndim != 4:
-            shapes = [tuple(picture.shape) for picture in given]
+        shapes = [tuple(picture.shape) for picture in given]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 4 or shapes[0][1] != 1:
             raise ArgumentError(
                 f"{self.image_argument} must be pictures of one size and one frame where tokens are left out, have two "
                 f"sizes, or whole steps are forecast; got {shapes}"
             )
-        return found
+        return _whole([picture.squeeze(1) for picture in given])
 
     def as_given(self, latents: Any) -> list[Tensor]:
         """The pictures are views."""
@@ -104,23 +101,16 @@ class Listed(Adapter):
         return []
 
 
-def tiled(pictures: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
-    """Patches [B, f, h, w, pf, ph, pw, C] of pictures [C, F, H, W]."""
-    for axis, side in enumerate(sides):
-        pictures = [each.unflatten(2 * axis + 1, (-1, side)) for each in pictures]
-    return torch.stack([each.permute(1, 3, 5, 2, 4, 6, 0) for each in pictures])
-
-
-def untiled(tiles: Tensor) -> list[Tensor]:
-    """The inverse of :func:`tiled`; the pictures are views of one tensor."""
-    laid = tiles.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, f, pf, h, ph, w, pw]
-    return list(laid.flatten(6).flatten(4, 5).flatten(2, 3).unbind())
-
-
-def returned(pictures: list[Tensor], in_object: bool) -> Any:
-    """What the model's forward returns."""
-    if not in_object:
-        return (pictures,)
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=pictures)
+def _whole(parts: list[Tensor]) -> Tensor:
+    """Tensors of one shape as one; a view of the memory that they are parts of, where they lie there in turn."""
+    first, *others = parts
+    forms = {(part.dtype, part.stride(), part.untyped_storage()._cdata) for part in parts}
+    places = [part.storage_offset() for part in parts]
+    steps = {after - before for before, after in itertools.pairwise(places)}
+    if len(forms) > 1 or len(steps) > 1 or min(steps, default=0) < 0:
+        return torch.stack(parts)
+    return (
+        first.as_strided((len(parts), *first.shape), (*steps, *first.stride()))
+        if others
+        else first[None]
+    )

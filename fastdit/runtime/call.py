@@ -27,14 +27,15 @@ from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
-from fastdit.runtime.asked import POSITIONS, Asked
+from fastdit.runtime.asked import Asked
 from fastdit.runtime.branch import Branched
 from fastdit.runtime.graphs import GraphRun
+from fastdit.runtime.restated import PROMPT, Restated
 from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
 
 
-class Call(Asked, Branched):
+class Call(Asked, Branched, Restated):
     """This is one call of the transformer of a run.
 
     Attributes:
@@ -127,12 +128,8 @@ class Call(Asked, Branched):
         immediate = self.immediate
         defer = not immediate and not arguments.skips_blocks
         branch = self.branch = self._branch()
-        known = patched.adapter.known_positions
-        if known is not None and not immediate and POSITIONS not in branch.memory:
-            branch.memory[POSITIONS] = known(self.transformer, self._args, self._kwargs)
-            branch.form = None
-        if patched.adapter.reads_prompts:
-            self._read_prompt(branch)
+        if patched.adapter.restates_model:
+            self.read_prompt(branch)
         self.rows, keeps = None, False
         for method in run.methods:
             rows = method.rows(self)
@@ -295,7 +292,7 @@ class Call(Asked, Branched):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
-        known = self.branch.memory.get("prompt")
+        known = self.branch.memory.get(PROMPT)
         if known is not None:  # what was read of a prompt says how much is kept of it
             width = patched.adapter.width(self.transformer)
             needed += known[1] * width * batch * dtype.itemsize
@@ -326,27 +323,16 @@ class Call(Asked, Branched):
         if self.forecast is not None:
             return self.forecast
         patched = self.run.patched
-        if self.model is not None:
-            return programmed.compute(self, args, kwargs)
-        if not patched.blocks:  # the blocks see to that themselves
+        if self.model is None and not patched.blocks:  # the blocks see to that themselves
             compiled = patched.compiled_call(self.transformer, self.run)
             return segments_like(compiled, self.transformer).stock(
                 self.transformer, *args, **kwargs
             )
-        return self.run_model(args, kwargs)
+        compute = self.run_model if self.model is None else self._run_program
+        return self.as_returned(compute, args, kwargs) if self.restated else compute(args, kwargs)
 
-    def run_model(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """This runs the transformer's forward, or what its adapter has in the place of that."""
-        adapter, transformer = self.run.patched.adapter, self.transformer
-        known = self.branch.memory.get("prompt") if adapter.reads_prompts else None
-        if known is not None:
-            return adapter.run_read(known, self.branch.prompts, transformer, *args, **kwargs)
-        if adapter.restates_model:
-            some = self.rows is not None or self._smaller
-            whole = not (self.immediate or self.run.patched.compiled_call(transformer, self.run))
-            if some or (whole and adapter.runs_model(transformer, args, kwargs)):
-                return adapter.run_model(transformer, self, *args, **kwargs)
-        return type(transformer).forward(transformer, *args, **kwargs)
+    def _run_program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return programmed.compute(self, args, kwargs)
 
     # ---- after the transformer's forward
 
