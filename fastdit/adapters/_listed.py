@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,6 +14,8 @@ from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Call
 from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.errors import ArgumentError
+
+_SHAPE, _DTYPE, _MEMORY = map(operator.attrgetter, ("shape", "dtype", "_cdata"))
 
 
 class Listed(Adapter):
@@ -51,7 +53,7 @@ class Listed(Adapter):
         return replace(
             found,
             hidden_states=found.hidden_states.squeeze(2),
-            text=max([text.shape[0] for text in given[texts]]),
+            text=max(map(_SHAPE, given[texts]))[0],
             signature=(*found.signature, sides),
         )
 
@@ -81,16 +83,25 @@ class Listed(Adapter):
             )
 
     def as_latents(self, given: Any) -> Tensor:
-        """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W]; a view, if they are of one."""
+        """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W].
+
+        A view of the memory that they are parts of, where they lie there in turn: pipelines give a batch apart.
+        """
         if isinstance(given, Tensor):
             return given
-        shapes = [tuple(picture.shape) for picture in given]
-        if len(set(shapes)) > 1 or len(shapes[0]) != 4 or shapes[0][1] != 1:
+        shapes = set(map(_SHAPE, given))
+        if len(shapes) > 1 or len(given[0].shape) != 4 or given[0].shape[1] != 1:
             raise ArgumentError(
                 f"{self.image_argument} must be pictures of one size and one frame where tokens are left out, have two "
-                f"sizes, or whole steps are forecast; got {shapes}"
+                f"sizes, or whole steps are forecast; got {list(map(tuple, map(_SHAPE, given)))}"
             )
-        return _whole([picture.squeeze(1) for picture in given])
+        first, memories = given[0], map(_MEMORY, map(Tensor.untyped_storage, given))
+        forms = set(zip(map(_DTYPE, given), map(Tensor.stride, given), memories, strict=True))
+        places = list(map(Tensor.storage_offset, given))
+        steps = set(map(operator.sub, places[1:], places)) or {1}
+        if len(forms) > 1 or len(steps) > 1 or min(steps) <= 0 or torch.is_grad_enabled():
+            return torch.stack(given).squeeze(2)
+        return first.as_strided((len(given), *first.shape), (*steps, *first.stride())).squeeze(2)
 
     def as_given(self, latents: Any) -> list[Tensor]:
         """The pictures are views."""
@@ -99,18 +110,3 @@ class Listed(Adapter):
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """None: the restated model makes positions."""
         return []
-
-
-def _whole(parts: list[Tensor]) -> Tensor:
-    """Tensors of one shape as one; a view of the memory that they are parts of, where they lie there in turn."""
-    first, *others = parts
-    forms = {(part.dtype, part.stride(), part.untyped_storage()._cdata) for part in parts}
-    places = [part.storage_offset() for part in parts]
-    steps = {after - before for before, after in itertools.pairwise(places)}
-    if len(forms) > 1 or len(steps) > 1 or min(steps, default=0) < 0:
-        return torch.stack(parts)
-    return (
-        first.as_strided((len(parts), *first.shape), (*steps, *first.stride()))
-        if others
-        else first[None]
-    )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.account.cost import Cost
+from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.active import ActiveTokens
@@ -30,7 +31,7 @@ from fastdit.runtime import programmed
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.branch import Branched
 from fastdit.runtime.graphs import GraphRun
-from fastdit.runtime.restated import PROMPT, Restated
+from fastdit.runtime.restated import PROMPT, Restated, as_object
 from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
 
@@ -47,6 +48,7 @@ class Call(Asked, Branched, Restated):
         forward: What its blocks ask; None before it is prepared, and in a call that runs stock or is forecast.
         forecast: What stands for the model's output; None where the model runs.
         model: The model as its programs know it; None where this call has none.
+        unseen: Nobody sees what modules are given, so that others may stand for them: there may be a program.
         program: What ran in place of the model's forward; None where that did.
         actions, ahead, collapses, keeps, fuses: What the blocks are told, the modulations made ahead, and whether
             outputs are kept as sums, keys and values are, and the adapter's own attention spares copies.
@@ -61,6 +63,7 @@ class Call(Asked, Branched, Restated):
         self.forecast: Any = None
         self.guarded: Any = None
         self.model: Any = None
+        self.unseen = False
         self.program: Any = None
 
     # ---- before the transformer's forward
@@ -112,6 +115,7 @@ class Call(Asked, Branched, Restated):
         self.foresees = not rounds_alike and (not patched.eager or patched.shed is not None)
         self._args, self._kwargs = args, kwargs
         self.model = programmed.model_of(self)
+        self.unseen = self.model is not None
         if patched.graphs is not None:
             self.trace = self._follow_trace()
         self.prepare()
@@ -328,11 +332,14 @@ class Call(Asked, Branched, Restated):
             return segments_like(compiled, self.transformer).stock(
                 self.transformer, *args, **kwargs
             )
-        compute = self.run_model if self.model is None else self._run_program
-        return self.as_returned(compute, args, kwargs) if self.restated else compute(args, kwargs)
-
-    def _run_program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return programmed.compute(self, args, kwargs)
+        compute = functools.partial(programmed.compute, self) if self.unseen else self.run_model
+        if not self.restated:
+            return compute(args, kwargs)
+        adapter, given = patched.adapter, dict(arguments_of(self.transformer, args, kwargs))
+        given[adapter.image_argument] = adapter.as_latents(given[adapter.image_argument])
+        (sample,) = compute((), given)
+        sample = adapter.as_given(sample)
+        return as_object(sample) if given.get("return_dict", True) else (sample,)
 
     # ---- after the transformer's forward
 

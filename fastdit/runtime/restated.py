@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fastdit.adapters.arguments import arguments_of, scaled_adapters
 from fastdit.adapters.base import ATTENTION_ARGUMENTS
-from fastdit.runtime.branch import Branch
-from fastdit.runtime.run import Run
+
+if TYPE_CHECKING:
+    from fastdit.runtime.branch import Branch
+    from fastdit.runtime.run import Run
 
 #: where a branch keeps what its family reads of a prompt
 PROMPT = "prompt"
@@ -23,17 +25,12 @@ class Restated:
     run: Run
     transformer: nn.Module
     branch: Branch
-    model: Any
+    unseen: bool
     arguments: Any
     rows: Tensor | None
     _smaller: bool
     _args: tuple[Any, ...]
     _kwargs: dict[str, Any]
-
-    @property
-    def unseen(self) -> bool:
-        """Nobody sees what modules are given, so that others may stand for them."""
-        return self.model is not None
 
     @property
     def restated(self) -> bool:
@@ -73,21 +70,9 @@ class Restated:
         with scaled_adapters(transformer, told):
             return (adapter.run_model(transformer, self, known, kwargs),)
 
-    def as_returned(
-        self,
-        compute: Callable[[tuple[Any, ...], dict[str, Any]], tuple[Any, ...]],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-    ) -> Any:
-        """What the transformer's own forward returns, of what `compute` makes of latents as a tensor."""
-        adapter, given = (
-            self.run.patched.adapter,
-            dict(arguments_of(self.transformer, args, kwargs)),
-        )
-        given[adapter.image_argument] = adapter.as_latents(given[adapter.image_argument])
-        sample = adapter.as_given(*compute((), given))
-        if not given.get("return_dict", True):
-            return (sample,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        return Transformer2DModelOutput(sample=sample)
+def as_object(sample: Any) -> Any:
+    """What a transformer's own forward returns of its sample, in an object."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=sample)
