@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastdit.adapters._listed import Listed
 from fastdit.adapters._patches import embedded, unpatched
+from fastdit.adapters._sequence import MULTIPLE, angles, behind, refined
 from fastdit.adapters.arguments import forward_arguments
 from fastdit.adapters.base import Size, blank, picture
 from fastdit.adapters.lumina import squashed
@@ -27,9 +27,6 @@ from fastdit.blocks import gated
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.joint import Joint, Streams, joined, parts_of
-
-#: image and text are each padded to a multiple of so many tokens
-MULTIPLE = 32
 
 
 def _block(prefix: str) -> Callable[..., Streams]:
@@ -86,53 +83,6 @@ def _block(prefix: str) -> Callable[..., Streams]:
     return forward
 
 
-def _turns(embedder: Any, places: Tensor) -> Tensor:
-    """Rotary angles [..., d / 2] complex of places [..., 3]; the model has them in tables, for whole numbers."""
-    found = []
-    for place, dim in zip(places.double().unbind(-1), embedder.axes_dims, strict=True):
-        even = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device)
-        found.append(place[..., None] * (1.0 / embedder.theta ** (even / dim)))
-    angles = torch.cat(found, dim=-1).float()
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def _text(
-    transformer: Any, prompts: Sequence[Tensor], lengths: Sequence[int], mask: Tensor | None
-) -> Tensor:
-    """The refined prompts [B, T, D]; what is kept for a run has the form that it has in the model's own."""
-    rows = [F.pad(p, (0, 0, 0, n - len(p))) for p, n in zip(prompts, lengths, strict=True)]
-    parts = zip(prompts, transformer.cap_embedder(torch.cat(rows)).split(lengths), strict=True)
-    longest, pad = max(lengths), transformer.cap_pad_token
-    text = torch.stack(
-        [torch.cat([x[: len(p)], pad.expand(longest - len(p), -1)]) for p, x in parts]
-    )
-    turns = _turns(transformer.rope_embedder, _of_text(longest, pad.device))
-    for layer in transformer.context_refiner:
-        text = layer(text, mask, turns)
-    return text
-
-
-def _of_text(length: int, device: torch.device) -> Tensor:
-    """The places [1, T, 3] of a prompt's tokens."""
-    return F.pad(torch.arange(1, length + 1, device=device)[None, :, None], (0, 2))
-
-
-def _places(call: Any, side: int, lengths: Sequence[int]) -> Tensor:
-    """Frame, row and column [B or 1, S, 3] of image, padding and text; the prompt's tokens count as frames."""
-    layout, latents = call.layout, call.arguments.hidden_states
-    if layout is None or layout.name == "full":
-        axes = [torch.arange(n // side, device=latents.device) for n in latents.shape[2:]]
-        image = F.pad(torch.cartesian_prod(*axes), (1, 0))[None]
-    else:
-        image = F.pad(layout.places() / 2, (1, 0))
-        image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
-    ends = lengths if min(lengths) < max(lengths) else lengths[:1]
-    image = image + F.pad(1 + torch.tensor(ends, device=latents.device)[:, None, None], (0, 2))
-    padding = image.new_zeros(len(image), -call.count % MULTIPLE, 3)
-    text = _of_text(max(lengths), latents.device).to(image.dtype).expand(len(image), -1, -1)
-    return torch.cat([image, padding, text], dim=1)
-
-
 class ZImage(Listed):
     """Adapter of `ZImageTransformer2DModel`."""
 
@@ -184,9 +134,10 @@ class ZImage(Listed):
     ) -> tuple[Any, ...] | None:
         """How long the prompts are with their padding; there must be one picture a row, all of one size and frame."""
         shapes = {getattr(picture, "shape", None) for picture in given["x"]}
-        if len(shapes) > 1 or None in shapes or math.prod(shapes.pop()[1:-2]) > 1:
+        usual = given.get("patch_size", 2) == self.patch(transformer)
+        if not usual or len(shapes) > 1 or None in shapes or math.prod(shapes.pop()[1:-2]) > 1:
             return None
-        lengths = tuple(len(prompt) + -len(prompt) % MULTIPLE for prompt in given["cap_feats"])
+        lengths = tuple(len(prompt) + behind(len(prompt)) for prompt in given["cap_feats"])
         return max(lengths), 0, lengths
 
     def run_model(
@@ -195,18 +146,18 @@ class ZImage(Listed):
         """What depends on shapes alone is kept in the branch's memory, or in the stage's."""
         latents, fw, lengths, side = given["x"], call.forward, known[2], given.get("patch_size", 2)
         residuals = given.get("controlnet_block_samples") or {}
-        key, padding = f"{side}-{given.get('f_patch_size', 1)}", -call.count % MULTIPLE
+        key, padding = f"{side}-{given.get('f_patch_size', 1)}", behind(call.count)
         temb = transformer.t_embedder(given["t"] * transformer.t_scale).type_as(latents)
-        turns, read = self._kept(transformer, call, side, lengths)
+        turns, read = angles(transformer, call, side, lengths)
         parts = [embedded(transformer.all_x_embedder[key], latents, side, call.unseen)]
         if padding:
             parts.append(transformer.x_pad_token.expand(len(latents), padding, -1))
-        stream, behind = joined(parts, call.unseen), call.count + padding
+        stream, end = joined(parts, call.unseen), call.count + padding
         for layer in transformer.noise_refiner:
-            stream = layer(stream, None, None if turns is None else turns[:, :behind], temb)
-        mask = None if read is None else read[:, behind:]
+            stream = layer(stream, None, None if turns is None else turns[:, :end], temb)
+        mask = None if read is None else read[:, end:]
         image, *others = parts_of(stream)
-        others.append(_text(transformer, given["cap_feats"], lengths, mask))
+        others.append(refined(transformer, given["cap_feats"], lengths, mask))
         stream = joined([image, joined(others, False)], call.unseen)
         for number, layer in enumerate(transformer.layers):
             stream = layer(stream, read, turns, temb)
@@ -218,28 +169,6 @@ class ZImage(Listed):
         (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
         made = last.linear(image.normed(last.norm_final, scale, None))
         return unpatched(made[:, : call.tokens], latents.shape[-1] // side, side)
-
-    def _kept(
-        self, transformer: Any, call: Any, side: int, lengths: Sequence[int]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Angles [B or 1, S, d / 2] of the joint sequence, and which of it is read, bool [B, S], or None for all.
-
-        There are no angles where the blocks' own attention has their rotation.
-        """
-        memory, own = call.memory, call.forward.tokens is not None
-        key, read = (own, side, *lengths), None
-        if key not in memory:
-            turns = _turns(transformer.rope_embedder, _places(call, side, lengths))
-            if min(lengths) < max(lengths):
-                ends = torch.tensor(lengths, device=turns.device)[:, None] - max(lengths)
-                read = torch.arange(-turns.shape[1], 0, device=turns.device) < ends
-            turns = Rotation.of(turns if len(turns) > 1 else turns[0]) if own else turns
-            memory[key] = turns, read
-        turns, read = memory[key]
-        if not own:
-            return turns, read
-        call.forward.scratch |= dict.fromkeys(("noise_", ""), turns)
-        return None, read
 
     def embed_condition(
         self, transformer: Any, latents: Sequence[Tensor], timesteps: Tensor, *told: Any
