@@ -40,23 +40,22 @@ def _block(prefix: str) -> Callable[..., Streams]:
         """Image or joint stream [B, S, D], mask bool [B, S], rotary [B, S, d / 2] complex, temb [B, E] -> stream."""
         stream = Joint(fw, hidden_states, text_first=True)
         scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb, 4, then=squashed)
-        mask = attention_mask
-        if mask is not None and fw.tokens is not None and not stream.apart:
-            mask = fw.tokens.take_texts(mask)
+        if fw.tokens is not None and prefix not in fw.scratch:  # the model's own order
+            keys = None if attention_mask is None else fw.tokens.take_texts(attention_mask)
+            fw.scratch[prefix] = Rotation.of(image_rotary_emb), keys
 
         def attend() -> Tensor:
             u = stream.normed(block.norm1.norm, scale)
             if fw.tokens is not None:
-                if prefix not in fw.scratch:
-                    fw.scratch[prefix] = Rotation.of(image_rotary_emb)
-                keys = None if mask is None else mask[:, None]
+                rotation, keys = fw.scratch[prefix]
+                keys = None if keys is None else keys[:, None]
                 others = u.shape[1] - fw.tokens.active
-                return self_attention(fw, block.attn, u, keys, fw.scratch[prefix], others)
+                return self_attention(fw, block.attn, u, keys, rotation, others)
             return fw.segments.attention(
                 block.attn,
                 hidden_states=u,
                 encoder_hidden_states=u,
-                attention_mask=mask,
+                attention_mask=attention_mask,
                 image_rotary_emb=image_rotary_emb,
             )
 
@@ -142,19 +141,20 @@ class Lumina2(Adapter):
         longest, _, of_text, *turns, read = known
         latents, mask = given["hidden_states"], given["encoder_attention_mask"]
         fw, side = call.forward, transformer.config.patch_size
+        apart = call.unseen and fw.reuses_all
         if fw.tokens is not None:
-            for prefix, angles in zip(("noise_", ""), turns, strict=True):
+            for prefix, angles, keys in zip(("noise_", ""), turns, (None, read), strict=True):
                 if prefix not in call.memory:
                     call.memory[prefix] = Rotation.of(angles)
-                fw.scratch[prefix] = call.memory[prefix]
+                fw.scratch[prefix] = call.memory[prefix], keys
         told = given["timestep"], given["encoder_hidden_states"]
         temb, text = transformer.time_caption_embed(latents, *told)
         for layer in transformer.context_refiner:
             text = layer(text, mask, of_text)
-        stream = joined([embedded(transformer.x_embedder, latents, side, call.unseen)], call.unseen)
+        stream = joined([embedded(transformer.x_embedder, latents, side, call.unseen)], apart)
         for layer in transformer.noise_refiner:
             stream = layer(stream, None, turns[0], temb)
-        stream = joined([text[:, :longest], *parts_of(stream)], call.unseen)
+        stream = joined([text[:, :longest], *parts_of(stream)], apart)
         for layer in transformer.layers:
             stream = layer(stream, read, turns[1], temb)
         image = parts_of(stream)[-1][:, -call.tokens :]

@@ -147,24 +147,25 @@ class ZImage(Listed):
         latents, fw, lengths, side = given["x"], call.forward, known[2], given.get("patch_size", 2)
         residuals = given.get("controlnet_block_samples") or {}
         key, padding = f"{side}-{given.get('f_patch_size', 1)}", behind(call.count)
+        apart = call.unseen and fw.reuses_all
         temb = transformer.t_embedder(given["t"] * transformer.t_scale).type_as(latents)
         turns, read = angles(transformer, call, side, lengths)
         parts = [embedded(transformer.all_x_embedder[key], latents, side, call.unseen)]
         if padding:
             parts.append(transformer.x_pad_token.expand(len(latents), padding, -1))
-        stream, end = joined(parts, call.unseen), call.count + padding
+        stream, end = joined(parts, apart), call.count + padding
         for layer in transformer.noise_refiner:
             stream = layer(stream, None, None if turns is None else turns[:, :end], temb)
         mask = None if read is None else read[:, end:]
         image, *others = parts_of(stream)
         others.append(refined(transformer, given["cap_feats"], lengths, mask))
-        stream = joined([image, joined(others, False)], call.unseen)
+        stream = joined([image, joined(others, False)], apart)
         for number, layer in enumerate(transformer.layers):
             stream = layer(stream, read, turns, temb)
             if number in residuals:
                 parts = parts_of(stream)
                 more = residuals[number].split([part.shape[1] for part in parts], dim=1)
-                stream = joined(list(map(torch.add, parts, more)), call.unseen)
+                stream = joined(list(map(torch.add, parts, more)), apart)
         last, image = transformer.all_final_layer[key], fw.enter(parts_of(stream)[0], "output")
         (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
         made = last.linear(image.normed(last.norm_final, scale, None))

@@ -400,6 +400,12 @@ class Forward:
         return max(0, self._planned - self.computed)
 
     @property
+    def reuses_all(self) -> bool:
+        """Whether the plan computes nothing in this call."""
+        rows = self.actions
+        return bool(rows) and all(r and not any(f & COMPUTE for f in r.values()) for r in rows)
+
+    @property
     def complete(self) -> bool:
         """Whether no residual waits; anything else at the end of a call is a defect of an adapter."""
         return not any(self._waiting.values())

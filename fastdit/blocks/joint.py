@@ -1,7 +1,7 @@
 """A block's stream of text and image, which are joined only where its sub-layers read them.
 
-The model's own forward joins them before its blocks; the family's forward of the whole model does not, so that a step
-which reuses everything needs no text, and the image's refiner and the blocks behind it are one stream.
+The model's own forward joins them before its blocks. The family's forward of the whole model does not in a step that
+reuses everything: that needs no text, and the image's refiner and the blocks behind it are one stream.
 """
 
 from __future__ import annotations
