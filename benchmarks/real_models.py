@@ -66,7 +66,7 @@ class RealModel:
         latent, text = (16, 8) if tiny else (self.latent, self.text)
         made = self.inputs(model, self.batch, latent, text, new)
         made.setdefault("timestep", torch.full((self.batch,), 500, device=weight.device))
-        return made | {"return_dict": False}
+        return {n: value for n, value in made.items() if value is not None} | {"return_dict": False}
 
 
 def build_vae(widths: Sequence[int] = (128, 256, 512, 512)) -> nn.Module:
@@ -169,6 +169,42 @@ def _wan(model, batch, latent, text, new) -> Inputs:
         "hidden_states": new(batch, model.config.in_channels, 1, latent, latent),
         "encoder_hidden_states": new(batch, text, model.config.text_dim),
     }
+
+
+def _zimage(model, batch, latent, text, new) -> Inputs:
+    return {
+        "x": list(new(batch, model.in_channels, 1, latent, latent).unbind()),
+        "t": new(batch).fill_(0.5),
+        "cap_feats": [new(text, model.config.cap_feat_dim) for _ in range(batch)],
+        "timestep": None,
+    }
+
+
+def _lumina2(model, batch, latent, text, new) -> Inputs:
+    return {
+        "hidden_states": new(batch, model.config.in_channels, latent, latent),
+        "encoder_hidden_states": new(batch, text, model.config.cap_feat_dim),
+        "encoder_attention_mask": _mask(batch, text),
+        "timestep": new(batch).fill_(0.5),
+    }
+
+
+def _hunyuanvideo15(model, batch, latent, text, new) -> Inputs:
+    """Text without glyphs and without an image: the pipeline gives those, too, masked."""
+    config = model.config
+    return {
+        "hidden_states": new(batch, config.in_channels, 1, latent, latent),
+        "encoder_hidden_states": new(batch, text, config.text_embed_dim),
+        "encoder_attention_mask": _mask(batch, text),
+        "encoder_hidden_states_2": new(batch, 256, config.text_embed_2_dim),
+        "encoder_attention_mask_2": _mask(batch, 256) * 0,
+        "image_embeds": torch.zeros(batch, 729, config.image_embed_dim, dtype=model.dtype),
+    }
+
+
+def _mask(batch: int, text: int) -> Tensor:
+    """All of a text counts. It lies on the host where it has values though nothing else has."""
+    return torch.ones(batch, text, dtype=torch.int64)
 
 
 NARROW_SD3 = {
@@ -301,6 +337,52 @@ MODELS = (
         512,
         50,
         _wan,
+    ),
+    RealModel(
+        "Z-Image 1024",
+        "ZImageTransformer2DModel",
+        {},
+        {"dim": 16, "n_heads": 2, "n_kv_heads": 2, "axes_dims": (2, 2, 4), "cap_feat_dim": 24},
+        2,
+        128,
+        128,
+        50,
+        _zimage,
+    ),
+    RealModel(
+        "Lumina 2 1024",
+        "Lumina2Transformer2DModel",
+        {},
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "axes_dim_rope": (4, 6, 6),
+            "cap_feat_dim": 24,
+        },
+        2,
+        128,
+        128,
+        30,
+        _lumina2,
+    ),
+    RealModel(
+        "HunyuanVideo-1.5, one frame of 1024",
+        "HunyuanVideo15Transformer3DModel",
+        {},
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "rope_axes_dim": (2, 2, 4),
+            "text_embed_dim": 24,
+            "text_embed_2_dim": 12,
+            "image_embed_dim": 12,
+        },
+        1,
+        64,
+        128,
+        50,
+        _hunyuanvideo15,
     ),
     RealModel(
         "DiT-XL/2 512",

@@ -43,7 +43,7 @@ rows, rotate and place queries and keys, or add what was kept, so they have to r
 **floor**. *Activations* could be a product's epilogue; fastdit's `swiglu` is one. *Copies*, such as concatenations,
 could be where a product writes. *Other* is what torch does apart, such as biases that are not added within a product
 and divisions by one. Launches are those of all operators that make or change memory, products and attention among
-them.
+them. Patched steps are counted as their programs run; a first call of its kind, which is recorded, launches a few more.
 
 Times are in milliseconds: *least* has the floor alone, *as it is* all bytes, both with every byte and operation at its
 ceiling, one after the other. Measured steps are shares of whole runs, or calls of the transformer where these were

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastdit
 from dispatch_trace import bytes_of
@@ -50,7 +50,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.name().partition("::")[2].partition(".")[0]
-        if name in ("_local_scalar_dense", "equal"):
+        if name in ("_local_scalar_dense", "equal") and args[0].is_meta:
             return True  # of no memory nothing can be read: one step is like another
         result = func(*args, **kwargs)
         aliases = [argument.alias_info for argument in func._schema.arguments]
@@ -84,14 +84,22 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, result: Any) -> int:
     return moved
 
 
+def _without_memory(given: Any) -> Any:
+    """What a model is given on the host, since it looks at it, has no values where it meets what has none."""
+    metas = {tensor.is_meta for tensor in _tensors(given)}
+    return tree_map_only(Tensor, lambda t: t.to("meta"), given) if len(metas) > 1 else given
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 class _Whole(TorchFunctionMode):
-    """What is one launch on a GPU, and what torch would take apart on no memory."""
+    """What is one launch on a GPU, and what torch would take apart on no memory, or not take."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__getitem__:  # a mask that has values says how many
+            args, kwargs = _without_memory((args, kwargs))
         if func in (F.rms_norm, torch.rms_norm):  # it reads its rows and writes them
             return torch.mul(args[0], 1)
         if func is not F.scaled_dot_product_attention:
@@ -113,8 +121,15 @@ def _as_on_a_gpu() -> Iterator[None]:
         stack.enter_context(patch(gelu, lambda device: "tanh"))
         # torch does not know autocast on tensors without memory
         stack.enter_context(patch("torch.is_autocast_enabled", lambda *_: False))
+        # programs run under dispatch as without, and call ops where that sees them
+        stack.enter_context(patch("fastdit.runtime.programmed.is_seen", lambda: False))
+        stack.enter_context(patch("fastdit.programs.recorder.handed_over", _as_called))
         stack.enter_context(_Whole())
         yield
+
+
+def _as_called(overload: Any, given: tuple[Any, ...]) -> tuple[str, Any, tuple[Any, ...]]:
+    return overload._schema.name.partition("::")[2], overload, given
 
 
 def stock(real: RealModel, dtype: torch.dtype) -> Traffic:
@@ -127,18 +142,19 @@ def stock(real: RealModel, dtype: torch.dtype) -> Traffic:
 
 
 def patched(real: RealModel, dtype: torch.dtype) -> tuple[Traffic, Traffic]:
-    """A dense step, and one in which everything is reused; neither is the first of a run."""
+    """A dense step, and one in which everything is reused, by their programs; neither is the first of a run."""
     model = real.build(torch.device("meta"), dtype, tiny=False)
     given = real.arguments(model, tiny=False)
     found = []
     for methods in ([], [fastdit.Cached(Schedule.every(2))]):
         handle = fastdit.patch(model, *methods)
-        with _as_on_a_gpu(), Traffic(), handle.run(torch.tensor([999.0, 0.0])):
-            model(**given)
-            handle.advance()
-            with Traffic() as second:
+        for _ in range(2):
+            with _as_on_a_gpu(), Traffic(), handle.run(torch.tensor([999.0, 0.0])):
                 model(**given)
-            handle.advance()
+                handle.advance()
+                with Traffic() as second:
+                    model(**given)
+                handle.advance()
         handle.unpatch()
         found.append(second)
     return found[0], found[1]

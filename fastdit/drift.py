@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastdit.account.skeleton import Skeleton, forms, made_once, structure
 from fastdit.adapters.base import Size
@@ -50,7 +51,7 @@ def check_drift(adapter: Any, transformer: nn.Module) -> None:
             compared.add(form)
             given = given_to_blocks(adapter, transformer)[form]
             _check_result(adapter, kind, block, drawn(given, block))
-    if adapter.reads_prompts:
+    if adapter.restates_model:
         known = type(transformer).__mro__
         stock = next(cls for cls in known if cls.__name__ in adapter.model_classes)
         if not made_once(restated, (adapter.family, stock), lambda: _is_restated(adapter, stock)):
@@ -128,20 +129,36 @@ def _check_result(adapter: Any, kind: str, block: nn.Module, given: Any) -> None
 
 def _is_restated(adapter: Any, stock: Any) -> bool:
     """Whether the adapter's forward of a whole model gives what the model's own does."""
-    with torch.device("meta"):
-        model, given = adapter.small(stock)
-    model, draw = model.to_empty(device="cpu").double().eval(), torch.Generator().manual_seed(0)
+    with torch.random.fork_rng([]), torch.device("cpu"):
+        model, given = adapter.small(stock, _SIZE)
+    model, draw = model.double().eval(), torch.Generator().manual_seed(0)
+
+    def valued(tensor: Tensor) -> Tensor:
+        values = torch.randn(tensor.shape, generator=draw, dtype=torch.float64)
+        return values if tensor.is_meta else tensor
+
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=draw) / parameter.shape[-1] ** 0.5
-            )
-        masks = {n: t for n, t in given.items() if not t.is_meta}
-        told = {n: t.double() for n, t in drawn(given, model, draw).items()} | masks
-        known = adapter.read_prompt(told)
-        mine = adapter.run_read(known, {}, model, **told).sample
-        theirs = stock.forward(model, **told).sample
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[-1] ** 0.5)
+        told = tree_map_only(Tensor, valued, given)
+        latents = adapter.as_latents(told[adapter.image_argument])
+        call = _Whole(adapter.call(model, (), told), [block for _, block in adapter.blocks(model)])
+        known = adapter.read_prompt(model, told)
+        mine = adapter.run_model(model, call, known, told | {adapter.image_argument: latents})
+        theirs = adapter.as_latents(stock.forward(model, **told | {"return_dict": False})[0])
     return mine.shape == theirs.shape and torch.allclose(mine, theirs, rtol=_CLOSE, atol=_CLOSE)
+
+
+class _Whole:
+    """What an adapter's forward of a model reads of a call of all tokens, whose modules run as they are."""
+
+    layout = None
+    unseen = False
+
+    def __init__(self, arguments: Any, blocks: list[nn.Module]) -> None:
+        self.arguments, self.forward = arguments, Forward(None, blocks)
+        self.tokens = self.count = arguments.tokens
+        self.memory: dict[Any, Any] = {}
 
 
 def _tensors(output: Any) -> list[Tensor]:

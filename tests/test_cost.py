@@ -38,6 +38,8 @@ HAND_COUNTS = {
     "wan": (2684928, 703488, 18432, 84864, 11648, 12288, 224, 640),
     "hunyuanvideo15": (2712768, 878784, 13632, 261184, 0, 13632, 0, 1216),
 }
+if tiny_models.HAS_ZIMAGE:  # which pads the text to 32 tokens
+    HAND_COUNTS["zimage"] = 7392256, 3172864, 26624, 1334272, 935936, 26624, 3072, 992
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,6 @@ STEPS = 6
 SHARES = {"dense": 0.4, "sparse": 0.5}
 #: launches of a fully reused step: patch embedding, residuals, norm, projection and unpatching
 LAUNCHES = 5
-#: Lumina 2 joins text and picture in its own forward, and takes the picture out again; Z-Image's patches are copied
-#: before their product, its tokens padded in two launches, refined, and joined with the text
-MORE_LAUNCHES = {"Lumina 2": 6, "Z-Image": 5}
 
 
 @functools.cache
@@ -57,7 +54,7 @@ def test_a_reused_step(name):
     assert max(found) <= 350, found
     for call in launches(name, "reused")[3::2]:
         launched = sum(call.kernels.values())
-        assert launched <= LAUNCHES + MORE_LAUNCHES.get(name, 0), call.kernels
+        assert launched <= LAUNCHES, call.kernels
 
 
 @pytest.mark.parametrize(

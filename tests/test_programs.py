@@ -380,8 +380,7 @@ def test_prompts_of_unlike_length_have_programs_of_their_own(method, interpreted
 
 def test_what_reads_values_stays_as_it_is(interpreted, ran, monkeypatch):
     """As Lumina 2 reads the lengths of prompts, where nobody does so once for a run."""
-    for name in ("known_positions", "position_embedding"):
-        monkeypatch.setattr(type(tiny_models.adapter_of("lumina2")), name, None)
+    monkeypatch.setattr(type(tiny_models.adapter_of("lumina2")), "restates_model", False)
     pipe = tiny_models.pipeline("lumina2")
     fastdit.patch(pipe, Dense())
     expected = interpreted(draw, "lumina2", pipe)

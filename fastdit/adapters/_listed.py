@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,8 @@ from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Adapter, Call
 from fastdit.blocks.layer_inputs import LayerInputs
 from fastdit.errors import ArgumentError
+
+_SHAPE, _DTYPE, _MEMORY = map(operator.attrgetter, ("shape", "dtype", "_cdata"))
 
 
 class Listed(Adapter):
@@ -50,7 +53,7 @@ class Listed(Adapter):
         return replace(
             found,
             hidden_states=found.hidden_states.squeeze(2),
-            text=max([text.shape[0] for text in given[texts]]),
+            text=max(map(_SHAPE, given[texts]))[0],
             signature=(*found.signature, sides),
         )
 
@@ -80,20 +83,25 @@ class Listed(Adapter):
             )
 
     def as_latents(self, given: Any) -> Tensor:
-        """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W]."""
+        """Pictures of one size and one frame, [C, 1, H, W] each, as [B, C, H, W].
+
+        A view of the memory that they are parts of, where they lie there in turn: pipelines give a batch apart.
+        """
         if isinstance(given, Tensor):
             return given
-        try:
-            found = torch.stack(tuple(given)).squeeze(2)
-        except RuntimeError:
-            found = None
-        if found is None or found.ndim != 4:
-            shapes = [tuple(picture.shape) for picture in given]
+        shapes = set(map(_SHAPE, given))
+        if len(shapes) > 1 or len(given[0].shape) != 4 or given[0].shape[1] != 1:
             raise ArgumentError(
                 f"{self.image_argument} must be pictures of one size and one frame where tokens are left out, have two "
-                f"sizes, or whole steps are forecast; got {shapes}"
+                f"sizes, or whole steps are forecast; got {list(map(tuple, map(_SHAPE, given)))}"
             )
-        return found
+        first, memories = given[0], map(_MEMORY, map(Tensor.untyped_storage, given))
+        forms = set(zip(map(_DTYPE, given), map(Tensor.stride, given), memories, strict=True))
+        places = list(map(Tensor.storage_offset, given))
+        steps = set(map(operator.sub, places[1:], places)) or {1}
+        if len(forms) > 1 or len(steps) > 1 or min(steps) <= 0 or torch.is_grad_enabled():
+            return torch.stack(given).squeeze(2)
+        return first.as_strided((len(given), *first.shape), (*steps, *first.stride())).squeeze(2)
 
     def as_given(self, latents: Any) -> list[Tensor]:
         """The pictures are views."""
@@ -102,25 +110,3 @@ class Listed(Adapter):
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
         """None: the restated model makes positions."""
         return []
-
-
-def tiled(pictures: Sequence[Tensor], sides: Sequence[int]) -> Tensor:
-    """Patches [B, f, h, w, pf, ph, pw, C] of pictures [C, F, H, W]."""
-    for axis, side in enumerate(sides):
-        pictures = [each.unflatten(2 * axis + 1, (-1, side)) for each in pictures]
-    return torch.stack([each.permute(1, 3, 5, 2, 4, 6, 0) for each in pictures])
-
-
-def untiled(tiles: Tensor) -> list[Tensor]:
-    """The inverse of :func:`tiled`; the pictures are views of one tensor."""
-    laid = tiles.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, f, pf, h, ph, w, pw]
-    return list(laid.flatten(6).flatten(4, 5).flatten(2, 3).unbind())
-
-
-def returned(pictures: list[Tensor], in_object: bool) -> Any:
-    """What the model's forward returns."""
-    if not in_object:
-        return (pictures,)
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-    return Transformer2DModelOutput(sample=pictures)

@@ -33,22 +33,22 @@ NEEDS: Mapping[str, str] = {
     "dense": "family model_classes kinds forwards matches check_block example call compared image_argument "
     "time_argument positions_argument embeddings_arguments other_arguments residual_arguments "
     "own_attention_arguments tokens width output_elements text_tokens text_tokens_of uses_cfg timesteps_rise restates "
-    "token_multiple reads_prompts read_prompt run_read small",
+    "token_multiple restates_model read_prompt run_model small small_config",
     "reuse": "components consumers groups shared_gates common_gates has_component parts",
     "rows": "layouts processors embedders embed patch patches token_positions some_positions gather_latents "
     "scatter_output moved_tokens grid frames latent_image decode shifts_latents text_first as_latents as_given "
-    "gather_residuals run_model runs_model restates_model",
+    "gather_residuals",
     "resolution": "changes_resolution check_resolution full_grid field reduce_latents expand_output "
     "embed_layout replaces_attention owns_attention as_clip encode redrawn refuse_conditions",
     "spared": "fused_attentions prompt_projections prompt_attentions weights_read_once position_embedding embeds_text "
-    "known_positions embed_known condition_embedding condition_arguments shared_modulations output_norm "
+    "condition_embedding condition_arguments shared_modulations output_norm "
     "modulated_output modulate_output output_modulators_of output_modulation unread layer_inputs embed_condition "
     "embedded embed_apart timesteps_per_unit given_timesteps",
 }
 #: rows of the batch of an example
 BATCH = 2
 #: arguments of transformers that go on to attention processors
-_ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
+ATTENTION_ARGUMENTS = ("joint_attention_kwargs", "cross_attention_kwargs", "attention_kwargs")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,6 @@ class Adapter(Modulated, Once, Pictures):
             A family without layouts cannot run a part of its tokens.
         text_first: Whether in joint streams the text comes before the image, or behind it.
         token_multiple: The model pads image and text each to a multiple of so many tokens.
-        restates_model: Whether it has a forward of the whole model, :meth:`run_model`.
         processors: Names of diffusers' attention processors that the family's own attention stands in for, the one
             that models come with first.
         uses_cfg: Whether runs usually double the rows for classifier-free guidance, for predictions.
@@ -139,7 +138,6 @@ class Adapter(Modulated, Once, Pictures):
     layouts: Mapping[str, Sequence[str]] = {}
     text_first = True
     token_multiple = 1
-    restates_model = False
     processors: Sequence[str] = ()
     restates = True
     timesteps_rise = False
@@ -252,7 +250,7 @@ class Adapter(Modulated, Once, Pictures):
         if positions is not None and not isinstance(positions, Tensor):
             signature.append(str(positions))
         told = []
-        for kind in _ATTENTION_ARGUMENTS:
+        for kind in ATTENTION_ARGUMENTS:
             for name in given.get(kind) or ():
                 if name not in self.own_attention_arguments:
                     told.append(name)
@@ -277,7 +275,7 @@ class Adapter(Modulated, Once, Pictures):
         """The arguments that the transformer may be given; what others mean for caches nobody knows."""
         named = (self.image_argument, self.time_argument, self.positions_argument, "return_dict")
         lists = (self.embeddings_arguments, self.residual_arguments, self.other_arguments)
-        return frozenset((*named, *_ATTENTION_ARGUMENTS, *itertools.chain(*lists)))
+        return frozenset((*named, *ATTENTION_ARGUMENTS, *itertools.chain(*lists)))
 
     #: what calls pass on towards attention processors that is no message to them: the scale is LoRA layers'
     own_attention_arguments: frozenset[str] = frozenset({"scale"})
@@ -302,18 +300,6 @@ class Adapter(Modulated, Once, Pictures):
     def text_tokens_of(self, pipeline: Any | None) -> int:
         """Text tokens the pipeline's prompts become by default."""
         return self.text_tokens
-
-    def run_model(self, transformer: nn.Module, call: Any, *args: Any, **kwargs: Any) -> Any:
-        """The transformer's forward, of the tokens that pass in a :class:`fastdit.runtime.call.Call`.
-
-        Families have one whose own forward cannot leave out tokens, or does at each step what need be done once. It
-        stands for that where :meth:`runs_model` says so, and in any case where some tokens pass, or those of a layout.
-        """
-        raise NotImplementedError
-
-    def runs_model(self, transformer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
-        """Whether :meth:`run_model` is for these arguments, and nobody sees what it leaves out."""
-        return True
 
     # ---- a part of the tokens
 

@@ -100,10 +100,20 @@ class HunyuanVideo15(Videos):
     unread = ("text",)
     condition_embedding = "time_embed"
     processors = ("HunyuanVideo15AttnProcessor2_0",)
-    reads_prompts = True
     changes_resolution = True
+    restates_model = True
+    small_config = {
+        **dict.fromkeys(("in_channels", "out_channels", "text_embed_dim"), 4),
+        **dict.fromkeys(("text_embed_2_dim", "image_embed_dim"), 4),
+        **dict.fromkeys(("num_attention_heads", "num_layers", "num_refiner_layers"), 1),
+        "attention_head_dim": 6,
+        "rope_axes_dim": (2, 2, 2),
+        "mlp_ratio": 1.0,
+    }
 
-    def read_prompt(self, given: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    def read_prompt(
+        self, transformer: nn.Module, given: Mapping[str, Any]
+    ) -> tuple[Any, ...] | None:
         """How many tokens count, and how many of them beside the text; which do of text and of glyphs; a mask of the
         text's; whether an image's do; a mask of all. Masks are None where all of these count.
         """
@@ -125,33 +135,20 @@ class HunyuanVideo15(Videos):
         count, beside = mask.shape[1], mask.shape[1] - text.shape[1]
         return count, beside, *rows, whole, bool(shown), None if even else mask
 
-    def run_read(
-        self,
-        known: tuple[Any, ...],
-        kept: dict[Any, Any],
-        transformer: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def run_model(
+        self, transformer: Any, call: Any, known: tuple[Any, ...], given: Mapping[str, Any]
+    ) -> Tensor:
         """Glyphs and image are embedded once for a prompt; the text's refiner sees the timestep, too."""
         _, _, rows, glyphs, whole, shown, mask = known
-        given = arguments_of(transformer, args, kwargs)
         latents, timestep = given["hidden_states"], given["timestep"]
         kinds = transformer.cond_type_embed.weight
 
-        def once(module: nn.Module, x: Tensor) -> Tensor:
-            # Under a name: where the model's own forward runs, the module is given other tokens.
-            name = type(module).__name__
-            if name not in kept:
-                kept[name] = type(module).forward(module, x)
-            return kept[name]
-
         parts = []
         if shown:
-            parts.append(once(transformer.image_embedder, given["image_embeds"]) + kinds[2])
+            parts.append(transformer.image_embedder(given["image_embeds"]) + kinds[2])
         if glyphs.shape[1]:
             some = given["encoder_hidden_states_2"].take_along_dim(glyphs[..., None], dim=1)
-            parts.append(once(transformer.context_embedder_2, some) + kinds[1])
+            parts.append(transformer.context_embedder_2(some) + kinds[1])
         text = given["encoder_hidden_states"].take_along_dim(rows[..., None], dim=1)
         parts.append(transformer.context_embedder(text, timestep, whole) + kinds[0])
         text = torch.cat(parts, dim=1)
@@ -165,12 +162,7 @@ class HunyuanVideo15(Videos):
         patch = self.patch(transformer)
         sides = [n // p for n, p in zip(latents.shape[2:], patch, strict=True)]
         video = video.unflatten(2, (-1, *patch)).unflatten(1, sides).permute(0, 4, 1, 5, 2, 6, 3, 7)
-        video = video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-        if not given.get("return_dict", True):
-            return (video,)
-        from diffusers.models.modeling_outputs import Transformer2DModelOutput
-
-        return Transformer2DModelOutput(sample=video)
+        return video.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
     def call(
         self, transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -235,23 +227,13 @@ class HunyuanVideo15(Videos):
             "image_embeds": torch.zeros(BATCH, 0, config.image_embed_dim, dtype=dtype),
         }
 
-    def small(self, model_class: Any) -> tuple[nn.Module, dict[str, Any]]:
+    def small(self, model_class: Any, size: Size) -> tuple[nn.Module, dict[str, Any]]:
         """Prompts of unlike length, with glyphs and an image."""
-        sizes = "in_channels out_channels text_embed_dim text_embed_2_dim image_embed_dim"
-        config = dict.fromkeys(sizes.split(), 4) | {"rope_axes_dim": (2, 2, 2), "mlp_ratio": 1.0}
-        ones = "num_attention_heads num_layers num_refiner_layers"
-        model = model_class(**config, **dict.fromkeys(ones.split(), 1), attention_head_dim=6)
-        mask = torch.ones(BATCH, 4, device="cpu").tril(2)
-        given = {
-            "hidden_states": blank(model, 4, 2, 2, 3),
-            "timestep": blank(model),
-            "encoder_hidden_states": blank(model, 4, 4),
-            "encoder_attention_mask": mask,
-            "encoder_hidden_states_2": blank(model, 4, 4),
-            "encoder_attention_mask_2": mask.flip(0),
-            "image_embeds": blank(model, 2, 4),
-        }
-        return model, given
+        model, given = super().small(model_class, size)
+        mask = torch.ones(BATCH, size.text).tril(size.text - 2)
+        masks = {"encoder_attention_mask": mask, "encoder_attention_mask_2": mask.flip(0)}
+        glyphs, image = blank(model, size.text, 4), blank(model, 2, 4)
+        return model, given | masks | {"encoder_hidden_states_2": glyphs, "image_embeds": image}
 
 
 ADAPTER = HunyuanVideo15()

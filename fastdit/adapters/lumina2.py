@@ -11,90 +11,65 @@ not apply: the pipeline's guidance rescales rows of latents, and so not all pixe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import arguments_of
+from fastdit.adapters._patches import embedded, unpatched
 from fastdit.adapters.base import BATCH, Adapter, Size, blank, picture
 from fastdit.adapters.lumina import squashed
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
 from fastdit.blocks.gated import feed_forward
-from fastdit.blocks.residual import Residual
+from fastdit.blocks.joint import Joint, Streams, joined, parts_of
 
 
-def noise_block(
-    block: nn.Module,
-    fw: Forward,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    image_rotary_emb: Tensor,
-    temb: Tensor | None = None,
-) -> Tensor:
-    """One block of the noise refiner: image [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> image."""
-    image = fw.enter(hidden_states, "image")
-    _block(block, fw, image, "noise_", temb, attention_mask, image_rotary_emb)
-    if fw.ends:
-        image.read()  # the model joins it with the text
-    return image.leave()
+def _block(prefix: str) -> Callable[..., Streams]:
+    """The forward of the blocks of a list, in components whose names begin with `prefix`."""
 
+    def forward(
+        block: nn.Module,
+        fw: Forward,
+        hidden_states: Streams,
+        attention_mask: Tensor | None,
+        image_rotary_emb: Tensor,
+        temb: Tensor | None = None,
+    ) -> Streams:
+        """Image or joint stream [B, S, D], mask bool [B, S], rotary [B, S, d / 2] complex, temb [B, E] -> stream."""
+        stream = Joint(fw, hidden_states, text_first=True)
+        scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb, 4, then=squashed)
+        if fw.tokens is not None and prefix not in fw.scratch:  # the model's own order
+            keys = None if attention_mask is None else fw.tokens.take_texts(attention_mask)
+            fw.scratch[prefix] = Rotation.of(image_rotary_emb), keys
 
-def joint_block(
-    block: nn.Module,
-    fw: Forward,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    image_rotary_emb: Tensor,
-    temb: Tensor | None = None,
-) -> Tensor:
-    """One main block: joint [B, S, D], mask bool [B, S] where texts are unlike long, rotary and temb -> joint."""
-    joint, text = fw.enter(hidden_states, "joint"), 0
-    if fw.tokens is not None:
-        text = hidden_states.shape[1] - fw.tokens.active
-        if attention_mask is not None:
-            attention_mask = fw.tokens.take_texts(attention_mask)
-    _block(block, fw, joint, "", temb, attention_mask, image_rotary_emb, text)
-    return joint.leave()
+        def attend() -> Tensor:
+            u = stream.normed(block.norm1.norm, scale)
+            if fw.tokens is not None:
+                rotation, keys = fw.scratch[prefix]
+                keys = None if keys is None else keys[:, None]
+                others = u.shape[1] - fw.tokens.active
+                return self_attention(fw, block.attn, u, keys, rotation, others)
+            return fw.segments.attention(
+                block.attn,
+                hidden_states=u,
+                encoder_hidden_states=u,
+                attention_mask=attention_mask,
+                image_rotary_emb=image_rotary_emb,
+            )
 
+        def feed() -> Tensor:
+            u = stream.normed(block.ffn_norm1, scale_mlp)
+            return feed_forward(fw, block.feed_forward, u)
 
-def _block(
-    block: nn.Module,
-    fw: Forward,
-    stream: Residual,
-    prefix: str,
-    temb: Tensor,
-    mask: Tensor | None,
-    rotary: Tensor,
-    text: int = 0,
-) -> None:
-    """Attention and feed-forward of a stream, in components whose names begin with `prefix`."""
-    scale, gate, scale_mlp, gate_mlp = fw.adaln(block.norm1, temb, 4, then=squashed)
+        branch = fw.component(f"{prefix}attn", lambda: fw.normed(block.norm2, attend()))
+        stream.add(branch, gate)
+        branch = fw.component(f"{prefix}feed_forward", lambda: fw.normed(block.ffn_norm2, feed()))
+        stream.add(branch, gate_mlp)
+        return stream.leave()
 
-    def attend() -> Tensor:
-        u = stream.normed(block.norm1.norm, scale, None)
-        if fw.tokens is not None:
-            if prefix not in fw.scratch:
-                fw.scratch[prefix] = Rotation.of(rotary)
-            keys = None if mask is None else mask[:, None]
-            return self_attention(fw, block.attn, u, keys, fw.scratch[prefix], text)
-        return fw.segments.attention(
-            block.attn,
-            hidden_states=u,
-            encoder_hidden_states=u,
-            attention_mask=mask,
-            image_rotary_emb=rotary,
-        )
-
-    def gated() -> Tensor:
-        return feed_forward(fw, block.feed_forward, stream.normed(block.ffn_norm1, scale_mlp, None))
-
-    branch = fw.component(f"{prefix}attn", lambda: fw.normed(block.norm2, attend()))
-    stream.add(branch, gate)
-    branch = fw.component(f"{prefix}feed_forward", lambda: fw.normed(block.ffn_norm2, gated()))
-    stream.add(branch, gate_mlp)
+    return forward
 
 
 class Lumina2(Adapter):
@@ -107,7 +82,7 @@ class Lumina2(Adapter):
         "noise_refiner": ("noise_attn", "noise_feed_forward"),
         "layers": ("attn", "feed_forward"),
     }
-    forwards = {"noise_refiner": noise_block, "layers": joint_block}
+    forwards = {"noise_refiner": _block("noise_"), "layers": _block("")}
     layouts = {
         **dict.fromkeys(components["noise_refiner"], ("image",)),
         **dict.fromkeys(components["layers"], ("joint",)),
@@ -119,37 +94,72 @@ class Lumina2(Adapter):
     processors = ("Lumina2AttnProcessor2_0",)
     fused_attentions = ("attn",)
     prompt_projections = ("time_caption_embed.caption_embedder", "context_refiner")
-    position_embedding = "rope_embedder"
+    unread = ("text",)
+    restates_model = True
+    small_config = {
+        **dict.fromkeys(("in_channels", "cap_feat_dim", "multiple_of"), 4),
+        **dict.fromkeys(("num_layers", "num_refiner_layers"), 1),
+        **dict.fromkeys(("num_attention_heads", "num_kv_heads"), 1),
+        "hidden_size": 6,
+        "axes_dim_rope": (2, 2, 2),
+        "axes_lens": (9, 9, 9),
+    }
     condition_embedding = "time_caption_embed.timestep_embedder"
     output_norm = "norm_out"
 
     def embedders(self, transformer: nn.Module) -> list[nn.Module]:
-        """The rotary embedding also cuts the picture into patches."""
+        """The rotary embedding also cuts the picture into patches, where the model's own forward runs."""
         return [transformer.rope_embedder]
-
-    def known_positions(
-        self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, ...]:
-        """Angles of text, picture and both, and the lengths of the prompts, for which the model waits at each step."""
-        given = arguments_of(transformer, args, kwargs)
-        module = transformer.rope_embedder
-        told = given[self.image_argument], given["encoder_attention_mask"]
-        _, *angles, lengths, _ = type(module).forward(module, *told)
-        return *angles, tuple(lengths)
-
-    def embed_known(self, module: nn.Module, known: Any, patches: Tensor, mask: Tensor) -> Any:
-        """Angles are those of all tokens; attention takes them at the rows."""
-        *angles, lengths = known
-        tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
-        return tokens, *angles, list(lengths), [n + tokens.shape[1] for n in lengths]
 
     def embed(
         self, module: nn.Module, shape: Sequence[int], rows: Tensor, patches: Tensor, mask: Tensor
     ) -> Any:
-        """The same, where each step reads the mask."""
+        """Angles are those of all tokens; attention takes them at the rows."""
         whole = patches.new_empty(()).expand(shape)
         _, *angles, lengths, _ = type(module).forward(module, whole, mask)
-        return self.embed_known(module, (*angles, lengths), patches, mask)
+        tokens = self.patches(patches, module.patch_size).flatten(3).flatten(1, 2)
+        return tokens, *angles, lengths, [n + tokens.shape[1] for n in lengths]
+
+    def read_prompt(
+        self, transformer: nn.Module, given: Mapping[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """The longest prompt; angles of prompts, picture and both; which of both are read, or None for all."""
+        module = transformer.rope_embedder
+        told = given["hidden_states"], given["encoder_attention_mask"]
+        tokens, text, image, _, lengths, _ = type(module).forward(module, *told)
+        longest, read = max(lengths), None
+        if min(lengths) < longest:
+            ends = torch.tensor(lengths, device=image.device)[:, None]
+            places = torch.arange(longest + tokens.shape[1], device=image.device)
+            read = (places < ends) | (places >= longest)
+        return longest, 0, text, image, torch.cat([text[:, :longest], image], dim=1), read
+
+    def run_model(
+        self, transformer: Any, call: Any, known: tuple[Any, ...], given: Mapping[str, Any]
+    ) -> Tensor:
+        """The text comes first, with the padding of shorter prompts."""
+        longest, _, of_text, *turns, read = known
+        latents, mask = given["hidden_states"], given["encoder_attention_mask"]
+        fw, side = call.forward, transformer.config.patch_size
+        apart = call.unseen and fw.reuses_all
+        if fw.tokens is not None:
+            for prefix, angles, keys in zip(("noise_", ""), turns, (None, read), strict=True):
+                if prefix not in call.memory:
+                    call.memory[prefix] = Rotation.of(angles)
+                fw.scratch[prefix] = call.memory[prefix], keys
+        told = given["timestep"], given["encoder_hidden_states"]
+        temb, text = transformer.time_caption_embed(latents, *told)
+        for layer in transformer.context_refiner:
+            text = layer(text, mask, of_text)
+        stream = joined([embedded(transformer.x_embedder, latents, side, call.unseen)], apart)
+        for layer in transformer.noise_refiner:
+            stream = layer(stream, None, turns[0], temb)
+        stream = joined([text[:, :longest], *parts_of(stream)], apart)
+        for layer in transformer.layers:
+            stream = layer(stream, read, turns[1], temb)
+        image = parts_of(stream)[-1][:, -call.tokens :]
+        made = transformer.norm_out(image, temb)
+        return unpatched(made, latents.shape[-1] // side, side)
 
     def embed_condition(
         self, transformer: Any, latents: Tensor, timesteps: Tensor, *told: Any

@@ -13,6 +13,35 @@ class Once:
     """Base of adapters: modules whose outputs are the same at every step, and what is read on the host once."""
 
     blocks: Callable[..., Sequence[tuple[str, nn.Module]]]
+    example: Callable[..., dict[str, Any]]
+
+    # ---- the whole model
+
+    #: whether the family has a forward of the whole model, which does once what the model's own does at each call. It
+    #: runs where nobody sees what is called, so that a call may have a program; in a family without `embedders` also
+    #: wherever a part of the tokens passes, or those of a layout
+    restates_model = False
+
+    #: a method (transformer, given) -> what that forward is to know of a call's conditions, made once for them; it may
+    #: look at their values. A tuple of tensors, plain values and tuples: first the number of text tokens in the blocks,
+    #: then of how many more of these something is kept than the `prompt_projections` give in the example. None where
+    #: the model's own forward is to run
+    read_prompt: Callable[..., tuple[Any, ...] | None]
+
+    #: that forward, a method (transformer, call, known, given) -> the output, which looks at no value: `known` is what
+    #: `read_prompt` gave, `given` are the arguments by name, the latents as a tensor. Of the call, a
+    #: :class:`fastdit.runtime.call.Call`, it reads what the blocks ask (`forward`), how many image tokens pass and how
+    #: many the picture has (`tokens`, `count`), where these are (`layout`, `arguments`), what is kept (`memory`), and
+    #: whether nobody sees what modules are given (`unseen`), so that others may stand for them
+    run_model: Callable[..., Tensor]
+
+    #: arguments of the model's class that make one of a block of each kind
+    small_config: Mapping[str, Any] = {}
+
+    def small(self, model_class: Any, size: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """Such a model, and the arguments of a call by which the drift guard compares `run_model` with its own."""
+        model = model_class(**self.small_config)
+        return model, self.example(model, size)
 
     # ---- the prompt
 
@@ -24,36 +53,6 @@ class Once:
         found = (module_at(transformer, path) for path in self.prompt_projections)
         lists = (m if isinstance(m, nn.ModuleList) else [m] for m in found if m is not None)
         return list(itertools.chain(*lists))
-
-    #: whether the model's own forward reads the prompt on the host at each call, and :meth:`run_read` stands for it
-    reads_prompts = False
-
-    def read_prompt(self, given: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """How many text tokens the blocks will have, how many of these are kept, and what else `run_read` is to know.
-
-        It is read once for a prompt; None where that forward cannot run.
-        """
-        raise NotImplementedError
-
-    def run_read(
-        self,
-        known: tuple[Any, ...],
-        kept: dict[Any, Any],
-        transformer: Any,
-        *args: Any,
-        **given: Any,
-    ) -> Any:
-        """The model's output, without a look at values.
-
-        Args:
-            known: What :meth:`read_prompt` gave.
-            kept: What is kept of the prompt as long as it is the same.
-        """
-        raise NotImplementedError
-
-    def small(self, model_class: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """A model of one block and arguments of a call, by which the drift guard compares :meth:`run_read`."""
-        raise NotImplementedError
 
     #: block list attribute -> attentions of its blocks whose keys and values are the prompt's alone
     prompt_attentions: Mapping[str, Sequence[str]] = {}
@@ -86,14 +85,6 @@ class Once:
     position_embedding: str | None = None
     #: whether each call asks the `embedders` once more, behind the image's positions for the text's
     embeds_text = False
-
-    #: in a family whose positions are read out of masks on the host, a method (transformer, args, kwargs) that gives
-    #: what a run needs of them, once for its conditions; :meth:`embed_known` is that module's forward then
-    known_positions: Callable[..., Any] | None = None
-
-    def embed_known(self, module: nn.Module, known: Any, *args: Any) -> Any:
-        """The output of the `position_embedding` for the tokens that pass, by what `known_positions` gave."""
-        raise NotImplementedError
 
     def position_embeddings_of(self, transformer: nn.Module) -> list[nn.Module]:
         """That module, if the family has one."""

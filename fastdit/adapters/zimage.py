@@ -10,46 +10,45 @@ tokens are left out, all padding is active. RALU's coarse tokens have the places
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastdit.adapters._listed import Listed, returned, tiled, untiled
-from fastdit.adapters.arguments import arguments_of, forward_arguments, scaled_adapters
+from fastdit.adapters._listed import Listed
+from fastdit.adapters._patches import embedded, unpatched
+from fastdit.adapters._sequence import MULTIPLE, angles, behind, refined
+from fastdit.adapters.arguments import forward_arguments
 from fastdit.adapters.base import Size, blank, picture
 from fastdit.adapters.lumina import squashed
 from fastdit.blocks import gated
 from fastdit.blocks.attention import Rotation, self_attention
 from fastdit.blocks.forward import Forward
-from fastdit.observe import unobserved
-
-#: image and text are each padded to a multiple of so many tokens
-MULTIPLE = 32
+from fastdit.blocks.joint import Joint, Streams, joined, parts_of
 
 
-def _block(prefix: str) -> Callable[..., Tensor]:
+def _block(prefix: str) -> Callable[..., Streams]:
     """The forward of the blocks of a list, in components whose names begin with `prefix`."""
 
     def forward(
         block: nn.Module,
         fw: Forward,
-        x: Tensor,
+        x: Streams,
         attn_mask: Tensor | None,
         freqs_cis: Tensor,
         adaln_input: Tensor | None = None,
         noise_mask: Tensor | None = None,
         adaln_noisy: Tensor | None = None,
         adaln_clean: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Streams:
         """Image and padding, or the joint stream, [B, N, D], rotary [B, N, d / 2] complex, temb [B, E] -> [B, N, D].
 
         The mask [B, N] tells padding behind shorter texts. With references each token has the modulation of the time,
         or that of clean pictures, as `noise_mask` [B, N] says.
         """
-        stream = fw.enter(x, f"{prefix}joint")
+        stream = Joint(fw, x, text_first=False)
         if noise_mask is None:
             vectors = fw.adaln(block.adaLN_modulation, adaln_input, 4, then=squashed)
         else:
@@ -60,7 +59,7 @@ def _block(prefix: str) -> Callable[..., Tensor]:
         scale, gate, scale_mlp, gate_mlp = vectors
 
         def attend() -> Tensor:
-            u = stream.normed(block.attention_norm1, scale, None)
+            u = stream.normed(block.attention_norm1, scale)
             if fw.tokens is not None:
                 if prefix not in fw.scratch:
                     fw.scratch[prefix] = Rotation.of(freqs_cis)
@@ -71,7 +70,7 @@ def _block(prefix: str) -> Callable[..., Tensor]:
             return fw.segments.attention(block.attention, u, **given)
 
         def feed_forward() -> Tensor:
-            u = stream.normed(block.ffn_norm1, scale_mlp, None)
+            u = stream.normed(block.ffn_norm1, scale_mlp)
             return gated.feed_forward(fw, block.feed_forward, u)
 
         norms, names = (block.attention_norm2, block.ffn_norm2), ("attention", "feed_forward")
@@ -79,41 +78,9 @@ def _block(prefix: str) -> Callable[..., Tensor]:
         stream.add(branch, gate)
         branch = fw.component(prefix + names[1], lambda: fw.normed(norms[1], feed_forward()))
         stream.add(branch, gate_mlp)
-        following = fw.blocks[fw.index + 1 : fw.index + 2]
-        if not following or following[0].layer_id != block.layer_id + 1:
-            stream.read()  # no block of the list comes behind
         return stream.leave()
 
     return forward
-
-
-def _turns(transformer: Any, places: Tensor) -> Tensor:
-    """Rotary angles [..., d / 2] complex of places [..., 3]; the model has them in tables, for whole numbers."""
-    found, embedder = [], transformer.rope_embedder
-    for place, dim in zip(places.double().unbind(-1), embedder.axes_dims, strict=True):
-        even = torch.arange(0, dim, 2, dtype=torch.float64, device=places.device)
-        found.append(place[..., None] * (1.0 / embedder.theta ** (even / dim)))
-    angles = torch.cat(found, dim=-1).float()
-    return torch.polar(torch.ones_like(angles), angles)
-
-
-def _of_text(length: int, device: torch.device) -> Tensor:
-    """The places [1, T, 3] of a prompt's tokens."""
-    return F.pad(torch.arange(1, length + 1, device=device)[None, :, None], (0, 2))
-
-
-def _text(
-    transformer: Any, prompts: Sequence[Tensor], lengths: Sequence[int], mask: Tensor | None
-) -> Tensor:
-    """The refined prompts [B, T, D]; what is kept for a run has the form that it has in the model's own."""
-    rows = [F.pad(p, (0, 0, 0, n - len(p))) for p, n in zip(prompts, lengths, strict=True)]
-    parts = zip(prompts, transformer.cap_embedder(torch.cat(rows)).split(lengths), strict=True)
-    longest, pad = max(lengths), transformer.cap_pad_token
-    padded = [torch.cat([own[: len(p)], pad.expand(longest - len(p), -1)]) for p, own in parts]
-    text, turns = torch.stack(padded), _turns(transformer, _of_text(longest, pad.device))
-    for layer in transformer.context_refiner:
-        text = layer(text, mask, turns)
-    return text
 
 
 class ZImage(Listed):
@@ -131,6 +98,14 @@ class ZImage(Listed):
     text_first = False
     token_multiple = MULTIPLE
     restates_model = True
+    small_config = {
+        **dict.fromkeys(("in_channels", "cap_feat_dim"), 4),
+        **dict.fromkeys(("n_layers", "n_refiner_layers", "n_heads", "n_kv_heads"), 1),
+        "dim": 6,
+        "axes_dims": (2, 2, 2),
+        "axes_lens": (99, 9, 9),
+    }
+    unread = ("text",)
     image_argument, time_argument, positions_argument = "x", "t", "image_noise_mask"
     embeddings_arguments = ("cap_feats", "siglip_feats")
     other_arguments = ("patch_size", "f_patch_size")
@@ -154,82 +129,47 @@ class ZImage(Listed):
         found = residuals.items()
         return {n: torch.cat([joint[index], joint[:, count:]], dim=1) for n, joint in found}
 
-    def runs_model(self, transformer: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
-        """There must be one picture a row, all of one size."""
-        given = arguments_of(transformer, args, kwargs)
-        sizes = {getattr(picture, "shape", None) for picture in given["x"]}
-        told, layers = given.get("joint_attention_kwargs"), transformer.all_final_layer.modules()
-        return len(sizes) == 1 and None not in sizes and not told and all(map(unobserved, layers))
+    def read_prompt(
+        self, transformer: nn.Module, given: Mapping[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """How long the prompts are with their padding; there must be one picture a row, all of one size and frame."""
+        shapes = {getattr(picture, "shape", None) for picture in given["x"]}
+        usual = given.get("patch_size", 2) == self.patch(transformer)
+        if not usual or len(shapes) > 1 or None in shapes or math.prod(shapes.pop()[1:-2]) > 1:
+            return None
+        lengths = tuple(len(prompt) + behind(len(prompt)) for prompt in given["cap_feats"])
+        return max(lengths), 0, lengths
 
-    def run_model(self, transformer: Any, call: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_model(
+        self, transformer: Any, call: Any, known: tuple[Any, ...], given: Mapping[str, Any]
+    ) -> Tensor:
         """What depends on shapes alone is kept in the branch's memory, or in the stage's."""
-        given, fw, count = arguments_of(transformer, args, kwargs), call.forward, call.tokens
-        x, prompts, side = given["x"], given["cap_feats"], given.get("patch_size", 2)
+        latents, fw, lengths, side = given["x"], call.forward, known[2], given.get("patch_size", 2)
         residuals = given.get("controlnet_block_samples") or {}
-        sides = given.get("f_patch_size", 1), side, side
-        key, padding = f"{side}-{sides[0]}", -call.count % MULTIPLE
-        with scaled_adapters(transformer, given.get("joint_attention_kwargs")):
-            temb = transformer.t_embedder(given["t"] * transformer.t_scale).type_as(x[0])
-            tiles = tiled(x, sides)
-            image = tiles.flatten(4).flatten(1, 3)
-            image = F.pad(image, (0, 0, 0, padding)) if padding else image
-            image = transformer.all_x_embedder[key](image)
-            if padding:
-                own = torch.arange(count + padding, device=image.device)[:, None] < count
-                image = torch.where(own, image, transformer.x_pad_token)
-            lengths = [len(prompt) + -len(prompt) % MULTIPLE for prompt in prompts]
-            turns, read = self._once(transformer, call, sides, lengths)
-            behind = call.count + padding
-            for layer in transformer.noise_refiner:
-                image = layer(image, None, None if turns is None else turns[:, :behind], temb)
-            shown = None if read is None else read[:, behind:]
-            text = _text(transformer, prompts, lengths, shown)
-            joint = torch.cat([image, text], dim=1)
-            for number, layer in enumerate(transformer.layers):
-                joint = layer(joint, read, turns, temb)
-                joint = joint + residuals[number] if number in residuals else joint
-            last = transformer.all_final_layer[key]
-            (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
-            made = last.linear(fw.enter(joint, "output").normed(last.norm_final, scale, None))
-        made = made[:, :count].unflatten(2, (*sides, -1)).unflatten(1, tiles.shape[1:4])
-        return returned(untiled(made), given.get("return_dict", True))
-
-    def _once(
-        self, transformer: Any, call: Any, sides: Sequence[int], lengths: Sequence[int]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Angles [B or 1, S, d / 2] of the joint sequence, and which of it is read, bool [B, S], or None for all.
-
-        There are no angles where the blocks' own attention has their rotation.
-        """
-        memory, own = call.memory, call.forward.tokens is not None
-        turns, read = (own, *sides, *lengths), ("read", *lengths)
-        if turns not in memory:
-            places = self._places(call, sides, lengths)
-            found = _turns(transformer, places)
-            memory[turns] = Rotation.of(found if len(found) > 1 else found[0]) if own else found
-            if min(lengths) < max(lengths):
-                ends = torch.tensor(lengths, device=places.device)[:, None] - max(lengths)
-                memory[read] = torch.arange(-found.shape[1], 0, device=places.device) < ends
-        if own:
-            call.forward.scratch |= dict.fromkeys(("noise_", ""), memory[turns])
-        return None if own else memory[turns], memory.get(read)
-
-    def _places(self, call: Any, sides: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Frame, row and column [B or 1, S, 3] of image, padding and text; the prompt's tokens count as frames."""
-        layout, latents = call.layout, call.arguments.hidden_states
-        if layout is None or layout.name == "full":
-            grid = zip((1, *latents.shape[2:])[-3:], sides, strict=True)
-            axes = [torch.arange(max(1, n // side), device=latents.device) for n, side in grid]
-            image = torch.cartesian_prod(*axes)[None]
-        else:
-            image = F.pad(layout.places() / 2, (1, 0))
-            image = image if len(image) == 1 else image.repeat(len(lengths) // len(image), 1, 1)
-        ends = lengths if min(lengths) < max(lengths) else lengths[:1]
-        ends = torch.tensor(ends, device=latents.device)[:, None, None]
-        image = image + F.pad(1 + ends, (0, 2))
-        padding = image.new_zeros(len(image), -call.count % MULTIPLE, 3)
-        text = _of_text(max(lengths), latents.device).to(image.dtype).expand(len(image), -1, -1)
-        return torch.cat([image, padding, text], dim=1)
+        key, padding = f"{side}-{given.get('f_patch_size', 1)}", behind(call.count)
+        apart = call.unseen and fw.reuses_all
+        temb = transformer.t_embedder(given["t"] * transformer.t_scale).type_as(latents)
+        turns, read = angles(transformer, call, side, lengths)
+        parts = [embedded(transformer.all_x_embedder[key], latents, side, call.unseen)]
+        if padding:
+            parts.append(transformer.x_pad_token.expand(len(latents), padding, -1))
+        stream, end = joined(parts, apart), call.count + padding
+        for layer in transformer.noise_refiner:
+            stream = layer(stream, None, None if turns is None else turns[:, :end], temb)
+        mask = None if read is None else read[:, end:]
+        image, *others = parts_of(stream)
+        others.append(refined(transformer, given["cap_feats"], lengths, mask))
+        stream = joined([image, joined(others, False)], apart)
+        for number, layer in enumerate(transformer.layers):
+            stream = layer(stream, read, turns, temb)
+            if number in residuals:
+                parts = parts_of(stream)
+                more = residuals[number].split([part.shape[1] for part in parts], dim=1)
+                stream = joined(list(map(torch.add, parts, more)), apart)
+        last, image = transformer.all_final_layer[key], fw.enter(parts_of(stream)[0], "output")
+        (scale,) = fw.adaln(last.adaLN_modulation, temb, 1)
+        made = last.linear(image.normed(last.norm_final, scale, None))
+        return unpatched(made[:, : call.tokens], latents.shape[-1] // side, side)
 
     def embed_condition(
         self, transformer: Any, latents: Sequence[Tensor], timesteps: Tensor, *told: Any
@@ -254,6 +194,12 @@ class ZImage(Listed):
         text = blank(transformer, size.text, transformer.config.cap_feat_dim)
         pictures = self.as_given(picture(transformer, size, self.patch(transformer)))
         return {"x": pictures, "t": blank(transformer), "cap_feats": list(text.unbind())}
+
+    def small(self, model_class: Any, size: Size) -> tuple[nn.Module, dict[str, Any]]:
+        """Prompts are padded to unlike lengths."""
+        model, given = super().small(model_class, size)
+        own = given["cap_feats"][0]
+        return model, given | {"cap_feats": [own, own.new_empty(MULTIPLE + 1, own.shape[1])]}
 
 
 ADAPTER = ZImage()

@@ -260,19 +260,26 @@ class Forward:
             self.owned[key] = None
         return self.tokens.renewed(held, value, self.layouts[key[1]], owned)
 
-    def parted(self, branch: Branch, text: int) -> tuple[Branch, Branch]:
-        """The first `text` tokens of a joint output, all active, and the image's."""
+    def parted(self, branch: Branch, text: int, text_first: bool = True) -> tuple[Branch, Branch]:
+        """The `text` tokens of a joint output, at least one and all active, and the image's, in their order."""
         if isinstance(branch, Drawn):
-            return branch.tokens(slice(text)), self._image_of(branch, text)
-        whole = branch if isinstance(branch, Tensor) else branch.whole
-        parts = whole.narrow(1, 0, text), whole.narrow(1, text, whole.shape[1] - text)
-        if isinstance(branch, Tensor):
-            return parts
-        return parts[0], self.tokens.stored(parts[1], ("image",))
+            own, rest = (
+                (slice(text, None), slice(text))
+                if text_first
+                else (slice(-text), slice(-text, None))
+            )
+            parts = branch.tokens(rest), self._image_of(branch.tokens(own), branch)
+        else:
+            whole = branch if isinstance(branch, Tensor) else branch.whole
+            image = whole.shape[1] - text
+            first, behind = (text, 0) if text_first else (0, image)
+            parts = whole.narrow(1, behind, text), whole.narrow(1, first, image)
+            if not isinstance(branch, Tensor):
+                parts = parts[0], self.tokens.stored(parts[1], ("image",))
+        return parts if text_first else parts[::-1]
 
-    def _image_of(self, branch: Drawn, text: int) -> Drawn:
-        image = branch.tokens(slice(text, None))
-        if branch.rows is None:
+    def _image_of(self, image: Drawn, joint: Drawn) -> Drawn:
+        if joint.rows is None:
             return image
         whole = image.values[0]
         rows = self.tokens.rows_of("image", whole.shape[1])
@@ -391,6 +398,12 @@ class Forward:
     def reused(self) -> int:
         """Components of the blocks visited that did not run; 0 without a plan."""
         return max(0, self._planned - self.computed)
+
+    @property
+    def reuses_all(self) -> bool:
+        """Whether the plan computes nothing in this call."""
+        rows = self.actions
+        return bool(rows) and all(r and not any(f & COMPUTE for f in r.values()) for r in rows)
 
     @property
     def complete(self) -> bool:

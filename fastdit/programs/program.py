@@ -358,7 +358,7 @@ def _without_stores(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
 
 
 def _live(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
-    """The lines that write, or whose results somebody reads."""
+    """The lines that write, or whose results somebody reads who is left, too."""
     readers = Counter(ref for line in lines for ref in line.reads)
     alone = {line.result for line in lines if "empty" in line.name and readers[line.result] == 1}
     alone -= set(kept)
@@ -369,7 +369,7 @@ def _live(lines: Sequence[Line], kept: Sequence[Ref]) -> list[Line]:
         if writes or any(ref in wanted for ref in refs_in(line.result)):
             found.append(line)
             wanted.update(line.reads)
-    return found[::-1]
+    return found[::-1] if len(found) == len(lines) else _live(found[::-1], kept)
 
 
 def _is_literal(value: Any) -> bool:

@@ -11,9 +11,6 @@ from fastdit.blocks.residual import is_plain, norm_parameters
 from fastdit.observe import unobserved
 from fastdit.runtime.install import is_installed
 
-#: where a branch keeps what its family knows of positions
-POSITIONS = "positions"
-
 
 class Asked:
     """These methods of a :class:`~fastdit.runtime.call.Call` stand for modules' own forwards."""
@@ -35,16 +32,13 @@ class Asked:
         if self._embeds_text:
             return self._once(self.branch.memory, module, *args, key="text", **kwargs)
         self._embeds_text = adapter.embeds_text
-        known = self.branch.memory.get(POSITIONS)
-        if known is not None and not self.forward.immediate and unobserved(module):
-            return adapter.embed_known(module, known, *args, **kwargs)
         if self.rows is not None:
             shape = self.arguments.hidden_states.shape
             return adapter.embed(module, shape, self.rows, *args, **kwargs)
         if self.layout is not None:
             memory = self.run.resolution.memory
             return adapter.embed_layout(module, self.layout, memory, *args, **kwargs)
-        if adapter.position_embedding is not None and adapter.known_positions is None:
+        if adapter.position_embedding is not None:
             return self._once(self.branch.memory, module, *args, **kwargs)
         forward = self.forward
         if forward.waits_at_first() and unobserved(module):

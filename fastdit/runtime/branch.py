@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastdit.adapters.arguments import arguments_of
 from fastdit.blocks.attention import KeyValues
 from fastdit.blocks.forward import Slots
 from fastdit.blocks.modulation import Modulations
@@ -36,7 +35,7 @@ class Branch:
     outputs: Outputs = field(default_factory=Outputs)
     velocity: Tensor | None = None
     collapses: bool = False
-    restated: bool = False
+    unseen: bool = False
     memory: dict[Any, Any] = field(default_factory=dict)
     form: Any = None  # what stands for what is kept, where that is known; see `programmed.py`
     signature: tuple[Any, ...] | None = None
@@ -57,29 +56,12 @@ class Branch:
 
 
 class Branched:
-    """These methods of a :class:`~fastdit.runtime.call.Call` find its branch, and read the prompt for it."""
+    """These methods of a :class:`~fastdit.runtime.call.Call` find its branch."""
 
     run: Run
     transformer: nn.Module
     key: Any
     arguments: Any
-    model: Any
-    _args: tuple[Any, ...]
-    _kwargs: dict[str, Any]
-
-    def _read_prompt(self, branch: Branch) -> None:
-        """Where nobody sees what is called, the adapter's forward of the whole model runs, on other tokens of text."""
-        restated = self.model is not None
-        if restated is not branch.restated:
-            branch.clear_tokens()
-            branch.restated = restated
-        if restated and "prompt" not in branch.memory:
-            given = arguments_of(self.transformer, self._args, self._kwargs)
-            known = branch.memory["prompt"] = self.run.patched.adapter.read_prompt(given)
-            if known is not None:
-                self.arguments = replace(self.arguments, text=known[0])
-                if len(self.run.branches) == 1:
-                    self.run.text_tokens = known[0]
 
     def _branch(self) -> Branch:
         """The branch has the call's caches, which go when they were made for other shapes, dtypes or embeddings."""

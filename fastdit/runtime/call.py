@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdit.account.cost import Cost
+from fastdit.adapters.arguments import arguments_of
 from fastdit.adapters.base import Size
 from fastdit.blocks import attention
 from fastdit.blocks.active import ActiveTokens
@@ -27,14 +28,15 @@ from fastdit.blocks.sums import Sums
 from fastdit.errors import ArgumentError
 from fastdit.programs.state import Moment
 from fastdit.runtime import programmed
-from fastdit.runtime.asked import POSITIONS, Asked
+from fastdit.runtime.asked import Asked
 from fastdit.runtime.branch import Branched
 from fastdit.runtime.graphs import GraphRun
+from fastdit.runtime.restated import PROMPT, Restated, as_object
 from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
 
 
-class Call(Asked, Branched):
+class Call(Asked, Branched, Restated):
     """This is one call of the transformer of a run.
 
     Attributes:
@@ -46,6 +48,7 @@ class Call(Asked, Branched):
         forward: What its blocks ask; None before it is prepared, and in a call that runs stock or is forecast.
         forecast: What stands for the model's output; None where the model runs.
         model: The model as its programs know it; None where this call has none.
+        unseen: Nobody sees what modules are given, so that others may stand for them: there may be a program.
         program: What ran in place of the model's forward; None where that did.
         actions, ahead, collapses, keeps, fuses: What the blocks are told, the modulations made ahead, and whether
             outputs are kept as sums, keys and values are, and the adapter's own attention spares copies.
@@ -60,6 +63,7 @@ class Call(Asked, Branched):
         self.forecast: Any = None
         self.guarded: Any = None
         self.model: Any = None
+        self.unseen = False
         self.program: Any = None
 
     # ---- before the transformer's forward
@@ -112,6 +116,7 @@ class Call(Asked, Branched):
         self.foresees = not rounds_alike and (not patched.eager or patched.shed is not None)
         self._args, self._kwargs = args, kwargs
         self.model = programmed.model_of(self)
+        self.unseen = self.model is not None
         if patched.graphs is not None:
             self.trace = self._follow_trace()
         self.prepare()
@@ -128,12 +133,8 @@ class Call(Asked, Branched):
         immediate = self.immediate
         defer = not immediate and not arguments.skips_blocks
         branch = self.branch = self._branch()
-        known = patched.adapter.known_positions
-        if known is not None and not immediate and POSITIONS not in branch.memory:
-            branch.memory[POSITIONS] = known(self.transformer, self._args, self._kwargs)
-            branch.form = None
-        if patched.adapter.reads_prompts:
-            self._read_prompt(branch)
+        if patched.adapter.restates_model:
+            self.read_prompt(branch)
         self.rows, keeps = None, False
         for method in run.methods:
             rows = method.rows(self)
@@ -296,7 +297,7 @@ class Call(Asked, Branched):
         needed = count.cache_bytes(plan, kept[0].itemsize)
         needed += 0 if run.selection is None else count.key_bytes()
         needed += 0 if patched.eager else count.prompt_bytes()
-        known = self.branch.memory.get("prompt")
+        known = self.branch.memory.get(PROMPT)
         if known is not None:  # what was read of a prompt says how much is kept of it
             width = patched.adapter.width(self.transformer)
             needed += known[1] * width * batch * dtype.itemsize
@@ -327,27 +328,19 @@ class Call(Asked, Branched):
         if self.forecast is not None:
             return self.forecast
         patched = self.run.patched
-        if self.model is not None:
-            return programmed.compute(self, args, kwargs)
-        if not patched.blocks:  # the blocks see to that themselves
+        if self.model is None and not patched.blocks:  # the blocks see to that themselves
             compiled = patched.compiled_call(self.transformer, self.run)
             return segments_like(compiled, self.transformer).stock(
                 self.transformer, *args, **kwargs
             )
-        return self.run_model(args, kwargs)
-
-    def run_model(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """This runs the transformer's forward, or what its adapter has in the place of that."""
-        adapter, transformer = self.run.patched.adapter, self.transformer
-        known = self.branch.memory.get("prompt") if adapter.reads_prompts else None
-        if known is not None:
-            return adapter.run_read(known, self.branch.prompts, transformer, *args, **kwargs)
-        if adapter.restates_model:
-            some = self.rows is not None or self._smaller
-            whole = not (self.immediate or self.run.patched.compiled_call(transformer, self.run))
-            if some or (whole and adapter.runs_model(transformer, args, kwargs)):
-                return adapter.run_model(transformer, self, *args, **kwargs)
-        return type(transformer).forward(transformer, *args, **kwargs)
+        compute = functools.partial(programmed.compute, self) if self.unseen else self.run_model
+        if not self.restated:
+            return compute(args, kwargs)
+        adapter, given = patched.adapter, dict(arguments_of(self.transformer, args, kwargs))
+        given[adapter.image_argument] = adapter.as_latents(given[adapter.image_argument])
+        (sample,) = compute((), given)
+        sample = adapter.as_given(sample)
+        return as_object(sample) if given.get("return_dict", True) else (sample,)
 
     # ---- after the transformer's forward
 
