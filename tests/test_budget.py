@@ -19,6 +19,7 @@ from contract import same_bits
 from fastdit import ArgumentError, Budget, Cached, PlanBook, Schedule, ScheduleError
 from fastdit.cli.calibration import table
 from fastdit.methods.budget import BYTES, SECONDS, parsed
+from fastdit.patch import find_adapter
 from fastdit.runtime.guard import Guard
 from fastdit.schedules.book import Plan, config_hash
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
@@ -548,3 +549,140 @@ def test_the_table_of_a_book_says_what_each_quality_chooses(book):
 def _rows(shown):
     columns = [list(column.cells) for column in shown.columns]
     return zip(*columns[1:-1], columns[0], columns[-1], strict=True)
+
+
+# ---- plans beyond whole steps
+
+
+def component_schedule(transformer):
+    """Attention alone is reused at odd steps, the steps 6 and 7 are drawn as a whole."""
+    spec = find_adapter(transformer).spec(transformer)
+    bits, orders, names = {}, {}, {}
+    for kind in spec.kinds:
+        bits[kind.name] = np.ones((STEPS, kind.count, len(kind.components)), dtype=bool)
+        orders[kind.name] = np.zeros(bits[kind.name].shape, dtype=np.uint8)
+        names[kind.name] = kind.components
+        bits[kind.name][1::2, :, 0] = False
+        bits[kind.name][6:] = False
+        orders[kind.name][6:] = 1
+    return Schedule.from_bits(bits, names, orders=orders)
+
+
+RALU_ARGUMENTS = {"steps": [3, 0, 5], "ends": [0.3, 0.45, 1.0], "lift": "spectrum"}
+RAS_ARGUMENTS = {"ratio": 0.5, "start": 2, "align": 1}
+
+
+def composed_book(transformer):
+    """Beside whole steps a schedule of components, one with a part of the tokens, and one with a lower resolution."""
+    schedule = component_schedule(transformer)
+    steps, own = tuple(range(6)), (0, 0, 2, 0, 1, 0, 1, 2)
+    plans = (
+        Plan(EVERYTHING, 1, 1.0, 1.0, 1.0),
+        Plan(steps, 1, 1.1, 1.0, 1.2, seconds=5.0, arithmetic=0.7, schedule=schedule),
+        Plan(steps, 1, 1.2, 1.1, 1.3, seconds=4.0, schedule=schedule, ras=RAS_ARGUMENTS),
+        Plan((0, 1, 3, 5), own, 1.3, 1.2, 1.4, seconds=3.0),
+        Plan((0, 1, 2, 3, 4, 6), 1, 1.4, 1.3, 1.5, seconds=2.0, ralu=RALU_ARGUMENTS),
+    )
+    return book_of(transformer, plans=plans)
+
+
+def test_a_plan_runs_as_the_methods_that_it_says(pipe, tmp_path):
+    """A request's plan has the pictures of a patch of those methods, from a book that was written and read."""
+    composed_book(pipe.transformer).save(tmp_path / "book.json")
+    book = PlanBook.load(tmp_path / "book.json")
+    assert book.to_json() == composed_book(pipe.transformer).to_json()
+    schedule = component_schedule(pipe.transformer)
+    spec = find_adapter(pipe.transformer).spec(pipe.transformer)
+    own = Schedule.of_steps(spec, STEPS, (0, 1, 3, 5), (0, 0, 2, 0, 1, 0, 1, 2))
+    six = Schedule.of_steps(spec, STEPS, (0, 1, 2, 3, 4, 6), 1)
+    ras, ralu = fastdit.RAS(**RAS_ARGUMENTS), fastdit.RALU(**RALU_ARGUMENTS)
+    alike = {
+        8 / 5: [Cached(schedule)],
+        2: [Cached(schedule), ras],
+        8 / 3: [Cached(own)],
+        4: [Cached(six), ralu],
+    }
+    expected = {}
+    for speedup, methods in alike.items():
+        fastdit.patch(pipe, *methods)
+        expected[speedup] = generate(pipe, "sd3", steps=STEPS)
+    assert len({each.numpy().tobytes() for each in expected.values()}) == len(alike)
+    handle = fastdit.patch(pipe, speedup=1, book=book)
+    for speedup, methods in alike.items():
+        with handle.budget(speedup=speedup):
+            same_bits(generate(pipe, "sd3", steps=STEPS), expected[speedup])
+        beside = [method.name for method in methods[1:]]
+        assert list(handle.report().methods) == ["Budget", *beside]
+        own = fastdit.patch(pipe, speedup=speedup, book=book)
+        told = own.explain(steps=STEPS)
+        assert f"{speedup:.2f} times as fast" in told.budget
+        assert all(name in told.budget for name in beside)
+        assert list(told.methods) == ["Budget", *beside]
+        handle = fastdit.patch(pipe, speedup=1, book=book)
+    fastdit.unpatch(pipe)
+
+
+def test_a_guard_chooses_whole_steps(pipe):
+    book = composed_book(pipe.transformer)
+    handle = fastdit.patch(pipe, speedup=2, book=book, guard=True)
+    generate(pipe, "sd3", steps=STEPS)
+    assert computed(handle) == (0, 1, 3, 5)
+
+
+def test_a_request_has_no_plans_that_the_patch_was_not_made_for(pipe, book):
+    handle = fastdit.patch(pipe, speedup=2, book=book)
+    refused = pytest.raises(ArgumentError, match="plans of RALU and RAS, that of the patch has none")
+    with refused, handle.budget(speedup=2, book=composed_book(pipe.transformer)):
+        pass
+
+
+def test_a_plan_that_decides_tokens_is_refused_beside_a_method_that_does(pipe):
+    before = snapshot(pipe.transformer)
+    book = composed_book(pipe.transformer)
+    with pytest.raises(fastdit.CompositionError, match="RAS and RAS both decide 'rows'"):
+        fastdit.patch(pipe, Budget(speedup=2, book=book), fastdit.RAS())
+    assert snapshot(pipe.transformer) == before
+
+
+HOSTILE = {
+    "seconds": (1, {"seconds": -1.0}, "seconds"),
+    "slower": (1, {"seconds": 9.0}, "ever faster"),
+    "order": (3, {"order": [1, 2]}, "order"),
+    "unknown": (1, {"code": "print()"}, "known fields"),
+    "code": (2, {"ras": {"ratio": 0.5, "__class__": "os"}}, "ras must be an object of"),
+    "nested": (2, {"ras": {"ratio": {"a": 1}}}, r"ras\.ratio"),
+    "other steps": (1, {"computed": [0, 1]}, "computes at"),
+    "schedule": (1, {"schedule": {"format": "fastdit.schedule"}}, "schedule must have exactly"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_plans_are_refused_when_read(pipe, name):
+    index, change, message = HOSTILE[name]
+    document = json.loads(composed_book(pipe.transformer).to_json())
+    document["plans"][index] |= change
+    with pytest.raises(ScheduleError, match=message):
+        PlanBook.from_json(json.dumps(document))
+
+
+def test_a_damaged_schedule_of_a_plan_is_refused(pipe):
+    document = json.loads(composed_book(pipe.transformer).to_json())
+    kind = next(iter(document["plans"][1]["schedule"]["blocks"].values()))
+    kind["bits"][1] = kind["bits"][1][::-1]
+    with pytest.raises(ScheduleError, match="sha256 does not match"):
+        PlanBook.from_json(json.dumps(document))
+
+
+def test_arguments_that_a_method_refuses_change_nothing(pipe):
+    """A book may be well formed and ask for what there is not: of a method, or of another model."""
+    before = snapshot(pipe.transformer)
+    book = composed_book(pipe.transformer)
+    plans = list(book.plans)
+    plans[2] = dataclasses.replace(plans[2], ras={"ratio": 7})
+    with pytest.raises(ScheduleError, match="a plan of the book: ras: ratio must be"):
+        fastdit.patch(pipe, speedup=2, book=dataclasses.replace(book, plans=tuple(plans)))
+    layers = {"blocks": next(iter(component_schedule(pipe.transformer).layers.values()))}
+    plans[2] = dataclasses.replace(book.plans[1], schedule=Schedule(layers), seconds=4.0)
+    with pytest.raises(ScheduleError, match="the schedule is for block kinds"):
+        fastdit.patch(pipe, speedup=2, book=dataclasses.replace(book, plans=tuple(plans)))
+    assert snapshot(pipe.transformer) == before

@@ -183,6 +183,10 @@ class Method:
                 "dataclasses.replace(method, family=None) runs them all the same"
             )
 
+    def beside(self, steps: int | None = None) -> tuple[Method, ...]:
+        """A run of `steps` steps goes by these methods as well; without a number: all that some of its runs do."""
+        return ()
+
     def told(self, steps: int) -> str:
         """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing."""
         return ""
