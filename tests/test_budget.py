@@ -24,7 +24,8 @@ from fastdit.runtime.guard import Guard
 from fastdit.schedules.book import Plan, config_hash
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search import solution
-from fastdit.search.calibrate import MARGIN, calibrate, interval
+from fastdit.search.calibrate import calibrate
+from fastdit.search.trial import MARGIN, interval
 from snapshot import snapshot
 from tiny_models import generate
 
@@ -479,7 +480,7 @@ def test_the_interval_of_a_ratio():
 
 def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
     """Each ratio is that of the latents' distances to the solution, which is drawn here anew."""
-    monkeypatch.setattr("fastdit.search.calibrate.SOLUTION", 12)
+    monkeypatch.setattr("fastdit.search.trial.SOLUTION", 12)
     pipe = fastdit.tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "a blue square"]
@@ -523,7 +524,7 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
 def test_a_calibration_leaves_nothing_behind(pipe, monkeypatch):
     """Not where it breaks off, and it takes no patch away."""
     before = snapshot(pipe.transformer)
-    monkeypatch.setattr("fastdit.search.calibrate.SOLUTION", -1)
+    monkeypatch.setattr("fastdit.search.trial.SOLUTION", -1)
     with pytest.raises(ArgumentError, match="steps must be an int of at least 1"):
         calibrate(pipe, ["a", "b"], 8)
     assert snapshot(pipe.transformer) == before
@@ -631,7 +632,9 @@ def test_a_guard_chooses_whole_steps(pipe):
 
 def test_a_request_has_no_plans_that_the_patch_was_not_made_for(pipe, book):
     handle = fastdit.patch(pipe, speedup=2, book=book)
-    refused = pytest.raises(ArgumentError, match="plans of RALU and RAS, that of the patch has none")
+    refused = pytest.raises(
+        ArgumentError, match="plans of RALU and RAS, that of the patch has none"
+    )
     with refused, handle.budget(speedup=2, book=composed_book(pipe.transformer)):
         pass
 

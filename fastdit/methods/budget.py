@@ -192,7 +192,8 @@ class Budget(Method):
             return plan.computed, plan.order
         if self.speedup is None:
             raise ScheduleError(
-                f"{self} needs a plan book of {steps} steps, this one is of {self.book.steps}; a speedup fits any number"
+                f"{self} needs a plan book of {steps} steps, this one is of {self.book.steps}; a speedup fits "
+                "any number"
             )
         counts = range(steps, min(NODES, steps) - 1, -1)
         return even_steps(steps, self._nearest(counts, partial(self._speed, steps), steps)), 1

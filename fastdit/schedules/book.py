@@ -1,9 +1,10 @@
 """A plan book: what plans were measured to take and to err, for one model under one sampler. JSON, a plan a line.
 
 A plan computes some of a run's steps and draws the model's output at the others. It may reuse components beside, leave
-out tokens, or begin at a lower resolution: as a schedule, and as arguments of RAS and RALU. Its error is the distance of
-a run's latents to those of many steps from the same noise, over that of the unpatched run: paired, the geometric mean
-over prompts, with its 95 % interval. `fastdit calibrate` and `fastdit search` make books; reading one executes nothing.
+out tokens, or begin at a lower resolution: as a schedule, and as arguments of RAS and RALU. Its error is the distance
+of a run's latents to those of many steps from the same noise, over that of the unpatched run: paired, the geometric
+mean over prompts, with its 95 % interval. `fastdit calibrate` and `fastdit search` make books; reading one executes
+nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,17 @@ MAX_FILE_BYTES = 4 << 20
 #: of the methods that a plan may have beside its schedule
 ARGUMENTS = {
     "ras": {"ratio", "start", "resets", "metric", "high_ratio", "starvation", "align", "max_age"},
-    "ralu": {"steps", "ends", "shifts", "noise", "split", "selector", "lift", "align", "base_shift"},
+    "ralu": {
+        "steps",
+        "ends",
+        "shifts",
+        "noise",
+        "split",
+        "selector",
+        "lift",
+        "align",
+        "base_shift",
+    },
 }
 
 
@@ -292,7 +303,9 @@ def _plan(given: Mapping[str, Any], steps: int) -> Plan:
         f"none, or a number for each computed step but the first {NODES}",
         bounds,
     )
-    _require(set(given) <= set(Plan.__dataclass_fields__), "a plan", "of known fields", sorted(given))
+    _require(
+        set(given) <= set(Plan.__dataclass_fields__), "a plan", "of known fields", sorted(given)
+    )
     spent = {name: given.get(name) for name in ("seconds", "arithmetic")}
     for name, value in spent.items():
         _require(value is None or (_is_number(value) and value > 0), name, "above 0", value)
