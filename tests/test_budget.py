@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler
 import fastdit
 import fastdit.tiny
 import tiny_models
-from contract import same_bits
+from contract import distance, same_bits
 from fastdit import ArgumentError, Budget, Cached, PlanBook, Schedule, ScheduleError
 from fastdit.cli.calibration import table
 from fastdit.methods.budget import BYTES, SECONDS, parsed
@@ -284,7 +284,10 @@ def test_a_guard_that_fires_computes_all_later_steps(pipe, book):
 
 
 def test_only_the_rows_that_are_off_are_computed(pipe, book):
-    """Each picture of a batch equals the same picture drawn alone: one is guarded, the other is not."""
+    """Each picture of a batch equals the same picture drawn alone: one is guarded, the other is not.
+
+    Those that are pass the model as a batch of their own, whose sums may be rounded otherwise.
+    """
     alone = []
     for fires in (True, False):
         handle = guarded(pipe, book, (0.0, 0.0) if fires else (1e9, 1e9))
@@ -293,11 +296,43 @@ def test_only_the_rows_that_are_off_are_computed(pipe, book):
     rows = lambda drawn, given: torch.tensor([2e9, 0.0, 2e9, 0.0])[: len(given)]  # noqa: E731
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("fastdit.runtime.guard.deviations", rows)
+        passed = []
+        hook = pipe.transformer.pos_embed.register_forward_pre_hook(
+            lambda module, given: passed.append(len(given[0]))
+        )
         found = latents(pipe)
+        hook.remove()
     assert computed(handle) == (0, 2, 4, 5, 6, 7)
-    same_bits(found[0], alone[0][0])
+    assert passed == [4, 4, 4, 2, 4, 2]
+    assert distance(found[0], alone[0][0]) < 1e-6
     same_bits(found[1], alone[1][1])
     assert not torch.equal(alone[0], alone[1])
+
+
+def test_a_guard_catches_a_bad_plan_where_it_is_bad(pipe, book):
+    """How far each row's line is off is found by a hook on the model; the bound lies between two rows."""
+    outputs = []
+    hook = pipe.transformer.register_forward_hook(lambda *given: outputs.append(given[2][0]))
+    fastdit.patch(pipe, speedup=2)
+    unguarded = latents(pipe)
+    hook.remove()
+    sigmas = pipe.scheduler.sigmas.double()
+    at = (sigmas[4] - sigmas[0]) / (sigmas[2] - sigmas[0])
+    drawn, given = torch.lerp(outputs[0].double(), outputs[2].double(), at), outputs[4].double()
+    off = (drawn - given).flatten(1).norm(dim=1) / given.flatten(1).norm(dim=1)
+    low, high = off.sort().values[-2:]
+    bad = int(off.argmax())
+    handle = guarded(pipe, book, (float((low + high) / 2), 1e9))
+    passed = []
+    hook = pipe.transformer.pos_embed.register_forward_pre_hook(
+        lambda module, given: passed.append(len(given[0]))
+    )
+    found = latents(pipe)
+    hook.remove()
+    assert passed == [4, 4, 4, 1, 4, 1]
+    assert computed(handle) == (0, 2, 4, 5, 6, 7)
+    same_bits(found[1 - bad % 2], unguarded[1 - bad % 2])  # of each picture there are two rows
+    assert distance(found[bad % 2], unguarded[bad % 2]) > 1e-4
 
 
 def test_what_is_no_number_is_off():

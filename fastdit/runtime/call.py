@@ -30,6 +30,7 @@ from fastdit.runtime import programmed
 from fastdit.runtime.asked import POSITIONS, Asked
 from fastdit.runtime.branch import Branched
 from fastdit.runtime.graphs import GraphRun
+from fastdit.runtime.guard import Guarded
 from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
 
@@ -97,10 +98,16 @@ class Call(Asked, Branched):
                 weights = run.forecast_weights
                 drawn = branch.outputs.forecast(run.step, order, weights, patched.ops)
                 guard = branch.outputs.guard
-                if guard is None or not guard.fired():
+                fired = guard.fired() if guard is not None else ()
+                if not fired:
                     self.forecast = _with_sample(drawn, adapter.as_given(_first(drawn)))
                     return None
-                self.guarded = drawn
+                self.guarded = Guarded(_first(drawn), fired)
+                some = self.guarded.call_of(adapter, transformer, args, kwargs)
+                if some is not None:  # a branch of its own, whose tensors have as many rows
+                    args, kwargs = (), some
+                    self.key = key, fired
+                    self.arguments = adapter.call(transformer, args, kwargs)
         self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
@@ -111,13 +118,13 @@ class Call(Asked, Branched):
         self.foresees = not rounds_alike and (not patched.eager or patched.shed is not None)
         self._args, self._kwargs = args, kwargs
         self.model = programmed.model_of(self)
-        if patched.graphs is not None:
+        if patched.graphs is not None and self.guarded is None:  # no plan has such a step
             self.trace = self._follow_trace()
         self.prepare()
         if self._smaller:
             return adapter.reduce_inputs(transformer, args, kwargs, self.layout, patched.ops)
         if self.rows is None:
-            return None
+            return None if self.key is key else (args, dict(kwargs))
         return adapter.gather_inputs(transformer, args, kwargs, self.rows)
 
     def prepare(self) -> None:
@@ -144,7 +151,7 @@ class Call(Asked, Branched):
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot
             branch.collapses, branch.form = collapses, None
-        if patched.max_cache_bytes is not None:
+        if patched.max_cache_bytes is not None and self.guarded is None:
             self._check_cache_bytes(collapses)
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
@@ -383,7 +390,7 @@ class Call(Asked, Branched):
         for method in run.methods:
             sample = method.output(self, sample)
         if self.guarded is not None:
-            sample = self.branch.outputs.guard.mixed(sample, _first(self.guarded))
+            sample = self.guarded.mixed(sample)
         if run.plan.forecasts and self.guarded is None:
             self._keep(_with_sample(output, sample), max(run.plan.forecasts))
         if forward.computed:

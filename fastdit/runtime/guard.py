@@ -1,17 +1,23 @@
 """A guard watches forecasts of whole steps: whenever the model computes, it asks how far the forecast would have been.
 
 A row of the batch that was further off than the plan ever was when it was measured is computed at every later step of
-its run; the others are drawn as planned. The answer is copied to the host while the next step runs, and is looked at
-only once it is there: nothing waits for it.
+its run, in a batch of such rows; the others are drawn as planned. The answer is copied to the host while the next step
+runs, and is looked at only once it is there: nothing waits for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from fastdit.adapters.arguments import arguments_of
+
+#: arguments with a value for each row of the batch, beside those that a family names; some that may have one for all
+BY_ROW = ("guidance", "encoder_attention_mask", "encoder_hidden_states_mask")
+POSITIONS = ("img_ids", "txt_ids")
 
 
 class Guard:
@@ -28,9 +34,9 @@ class Guard:
     def __init__(self, bounds: Mapping[int, float]) -> None:
         self._bounds = bounds
         self.rows: Tensor | None = None
-        self._any: Tensor | None = None
+        self._told: Tensor | None = None
         self.copied: Any = None
-        self._fired = False
+        self._known: tuple[int, ...] = ()
 
     def watch(self, step: int, drawn: Tensor, computed: Tensor) -> None:
         """Compare what would have been drawn at a step with what the model gives there, [B, ...] each."""
@@ -40,21 +46,75 @@ class Guard:
         far = ~(deviations(drawn, computed) <= bound)  # what is no number is far
         self.rows = far if self.rows is None else self.rows | far
         if self.rows.device.type == "cuda":
-            self._any = self.rows.any().to("cpu", non_blocking=True)
+            there = torch.empty(self.rows.shape, dtype=torch.bool, pin_memory=True)
+            self._told = there.copy_(self.rows, non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record()
         else:
-            self._any = self.rows.any()
+            self._told = self.rows
 
-    def fired(self) -> bool:
-        """Whether any row is computed from now on, as far as the host knows."""
-        there = self._any is not None and (self.copied is None or self.copied.query())
-        self._fired = self._fired or (there and bool(self._any))
-        return self._fired
+    def fired(self) -> tuple[int, ...]:
+        """The rows that are computed from now on, as far as the host knows."""
+        if self._told is not None and (self.copied is None or self.copied.query()):
+            self._known = tuple(self._told.nonzero().flatten().tolist())
+            self._told = None
+        return self._known
 
-    def mixed(self, computed: Tensor, drawn: Tensor) -> Tensor:
-        """What the model gives for the rows that are computed, and what was drawn for the others."""
-        return torch.where(self.rows.view(-1, *[1] * (computed.ndim - 1)), computed, drawn)
+
+class Guarded:
+    """A step that is drawn, but for some rows.
+
+    Args:
+        drawn: Of all rows, [B, ...].
+        rows: Those that are computed.
+    """
+
+    def __init__(self, drawn: Tensor, rows: Sequence[int]) -> None:
+        self._drawn = drawn
+        self._rows = torch.tensor(rows).to(drawn.device, non_blocking=True)
+
+    def call_of(
+        self, adapter: Any, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """The arguments of a call of these rows alone; None where all pass."""
+        if len(self._rows) == len(self._drawn):
+            return None
+        return rows_of_call(adapter, transformer, args, kwargs, self._rows)
+
+    def mixed(self, computed: Tensor) -> Tensor:
+        """What the model gives for these rows, or for all of them, and what was drawn for the others."""
+        if len(computed) == len(self._drawn):
+            computed = computed.index_select(0, self._rows)
+        return self._drawn.index_copy(0, self._rows, computed)
+
+
+def rows_of_call(
+    adapter: Any, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], rows: Any
+) -> dict[str, Any] | None:
+    """The arguments of a transformer's call for some rows of its batch, int [K]; None where it is not known how.
+
+    Known are those that every family has: latents, timestep, conditions and their masks, guidance, and positions.
+    """
+    given = {n: v for n, v in arguments_of(transformer, args, kwargs).items() if v is not None}
+    batch = given[adapter.image_argument]
+    if not isinstance(batch, Tensor):
+        return None
+    by_row = {adapter.image_argument, *adapter.embeddings_arguments, *BY_ROW}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            if name != "return_dict":
+                return None
+            found[name] = value
+        elif name in by_row or (name == adapter.time_argument and value.ndim and len(value) > 1):
+            if len(value) != len(batch):
+                return None
+            found[name] = value.index_select(0, rows)
+        elif name == adapter.time_argument or (name in POSITIONS and value.ndim == 2):
+            found[name] = value
+        else:
+            return None
+    return found
 
 
 def deviations(drawn: Tensor, computed: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """A plan book in minutes: plans are foreseen from the unpatched runs, and what looks best is measured.
 
-For each number of computed steps there are evenly spread ones, drawn as lines, and the two of many other plans of whole
-steps that `foresight.py` says are nearest to the solution: dense early, or where the output changes by equal amounts
-(as InvarDiff, arXiv 2512.05134, places them), moved about, each step drawn by an order of its own, and schedules that
-are given. Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio, so that
-what is chosen on a few prompts holds on others. Schedules of components (`quantiles.py`, and those given) enter where
-they are nearer than every plan of whole steps that is as fast.
+For each number of computed steps there are evenly spread ones, drawn as lines, and two of many other plans of whole
+steps that `foresight.py` says are nearest to the solution: one drawn by one order, dense early, or where the output
+changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them), or moved about from there; and one drawn by an
+order for each step, or a schedule that is given. Evenly spread ones stay unless another is nearer to the solution by
+the interval of the paired ratio, so that what is chosen on a few prompts holds on others. Schedules of components
+(`quantiles.py`, and those given) enter where they are nearer than every plan of whole steps that is as fast.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ORDERS = (0, 1, 2)
 LEAST_STEPS = 8
 #: of the outputs of components: so many are reused
 QUANTILES = (0.3, 0.5, 0.7)
-#: plans of each number of computed steps that are measured beside the evenly spread
-MEASURED = 2
+#: places from which an order is sought for each step
+CLIMBED = 2
 
 
 def calibrate(
@@ -160,15 +160,24 @@ def _place_of(schedule: Schedule, spec: Any) -> Place | None:
 def _candidates(
     foresight: Foresight, count: int, moved: Sequence[float], given: Sequence[Place]
 ) -> list[Place]:
-    """At most `count` steps compute; the evenly spread line comes first, then the best of the others."""
+    """So many steps compute: the evenly spread line, the best drawn by one order, the best by one for each step."""
     steps = foresight.steps
-    even = tuple(even_steps(steps, count)), ORDER
-    steps_of = early_steps(steps, count), changing_steps(moved, count), even[0]
-    starts = [(tuple(place), ORDER) for place in steps_of if NODES <= len(place) <= count]
-    found = [place for place in given if len(place[0]) == count]
-    found += [(place, order) for place, _ in starts for order in ORDERS[1:]]
-    lines = [foresight.improved(place) for place in starts]
-    found += lines
-    found += [foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in lines]
-    found = sorted(set(found) - {even}, key=lambda place: foresight.losses(place).mean())
-    return [even, *found[:MEASURED]]
+    even = tuple(even_steps(steps, count))
+    places = even, early_steps(steps, count), changing_steps(moved, count)
+    starts = [_filled(place, count) for place in places]
+    lines = [foresight.improved((place, ORDER)) for place in starts]
+    alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
+    each = {place for place in given if len(place[0]) == count}
+    nearest = sorted(lines, key=lambda place: foresight.losses(place).mean())[:CLIMBED]
+    each |= {foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in nearest}
+    best = (
+        min(places, key=lambda place: foresight.losses(place).mean())
+        for places in (alike - {(even, ORDER)}, each)
+    )
+    return [(even, ORDER), *best]
+
+
+def _filled(place: Sequence[int], count: int) -> tuple[int, ...]:
+    """A place of so many steps, of which the first that are missing are added, or the last are left out."""
+    steps = [*place, *(step for step in range(count) if step not in place)]
+    return tuple(sorted(steps[:count]))
