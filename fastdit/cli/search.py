@@ -5,6 +5,7 @@ The work is `fastdit.search`'s; this reads prompts, opens workers and draws the 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -33,14 +34,15 @@ SHOWN = 12  # points of the front in the table
 EMBEDDED_PROMPTS = 3  # of scenes with one object, and with two
 
 
-def prompts_of(file: Path | None, embedded: bool, each: int = EMBEDDED_PROMPTS) -> tuple[str, ...]:
-    """Prompts are lines of a file; without one, scenes the embedded model was trained on, of one or two objects."""
+def prompts_of(
+    file: Path | None, embedded: bool, each: int = EMBEDDED_PROMPTS, package: str = "tiny"
+) -> tuple[str, ...]:
+    """Prompts are lines of a file; without one, scenes an embedded model was trained on, of one or two objects."""
     if file is None:
         if not embedded:
             raise ArgumentError("--prompts FILE is needed with --model: the prompts to judge by")
-        from fastdit import tiny
-
-        scenes = [tiny.prompts(each, split="train", objects=count, seed=1) for count in (1, 2)]
+        own = importlib.import_module(f"fastdit.{package}")
+        scenes = [own.prompts(each, split="train", objects=count, seed=1) for count in (1, 2)]
         return tuple(prompt for pair in zip(*scenes, strict=True) for prompt in pair)
     try:
         lines = files.read_text(file, MAX_FILE_BYTES).splitlines()

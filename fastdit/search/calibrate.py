@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fastdit.errors import ArgumentError
+from fastdit.patch import find_adapter
 from fastdit.schedules.book import NODES, Plan, PlanBook
 from fastdit.schedules.plan import whole_forecasts
 from fastdit.schedules.schedule import Schedule
@@ -26,7 +27,8 @@ from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search.evaluator import Work
 from fastdit.search.foresight import Foresight, Place
 from fastdit.search.quantiles import quantile_schedule
-from fastdit.search.trial import ORDER, Measured, Trial, interval, plan_at
+from fastdit.search.trial import ORDER, Interval, Measured, Trial, interval, plan_at
+from fastdit.spec import ModelSpec
 
 #: of all steps: so many compute
 SHARES = (0.75, 0.68, 0.6, 0.54, 0.5, 0.43, 0.39, 0.36, 0.32, 0.29, 0.25, 0.21, 0.18, 0.15)
@@ -48,7 +50,7 @@ def calibrate(
     threads: int | None = None,
     backend: str | None = None,
     arguments: dict[str, Any] | None = None,
-    schedules: Sequence[Schedule] = (),
+    plans: Sequence[Schedule | Plan] = (),
     shares: Sequence[float] = SHARES,
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PlanBook:
@@ -59,7 +61,7 @@ def calibrate(
         prompts: At least two, a picture of each.
         steps: Of a run, at least 8.
         batch, seed, threads, backend, arguments: As in :class:`~fastdit.search.Work`.
-        schedules: Further candidates, of as many steps: presets, or what a search found.
+        plans: Further candidates, of as many steps: presets, those of another book, or what a search found.
         shares: So many of the steps compute.
         watch: Is told the number of measured plans, and of all.
 
@@ -82,20 +84,22 @@ def calibrate(
         backend=backend,
         arguments=arguments or {},
     )
-    trial = Trial(pipeline, work)
+    spec = find_adapter(pipeline.transformer).spec(pipeline.transformer)
+    given = [_plan_of(each, spec, steps) for each in plans]
+    trial = Trial(pipeline, work, given)
     counts = sorted({max(NODES, round(share * steps)) for share in shares} - {steps}, reverse=True)
     done = itertools.count(1)
 
     try:
-        bound = [schedule.bind(trial.spec, steps) for schedule in schedules]
-        given = [_place_of(schedule, trial.spec) for schedule in bound]
         trial.solve()
         unpatched, foresight = trial.look()
-        places = [place for place in given if place is not None]
+        places = [(plan.computed, plan.order) for plan in given if plan.whole]
         candidates = {count: _candidates(foresight, count, trial.moved, places) for count in counts}
-        apart = [each for each, place in zip(bound, given, strict=True) if place is None]
-        if trial.changes:
-            apart += [quantile_schedule(trial.changes, trial.spec, steps, q) for q in QUANTILES]
+        apart = [plan for plan in given if not plan.whole]
+        for share in QUANTILES if trial.changes else ():
+            apart.append(
+                _plan_of(quantile_schedule(trial.changes, spec, steps, share), spec, steps)
+            )
         total = sum(map(len, candidates.values())) + len(apart)
 
         def measured(plan: Plan) -> Measured:
@@ -109,52 +113,72 @@ def calibrate(
             best = min(rest, key=lambda each: each.losses.mean(), default=even)
             over_even[count] = interval(best.losses - even.losses)
             chosen.append(even if over_even[count][2] >= 1 else best)
-        components = [measured(trial.timed(_plan_of(schedule))) for schedule in apart]
         facts = {"best_other_over_even": over_even}
         book = trial.book([each.as_plan(unpatched) for each in chosen], facts)
-        return _with_components(book, chosen, components, unpatched)
+        found = []
+        for each in map(measured, apart):
+            book, ratio = _with_components(book, chosen, each, unpatched, trial.timed)
+            found.append([each.plan.arithmetic, *ratio])
+        facts = {**book.provenance, "components_over_whole_steps": found}
+        return replace(book, provenance=facts)
     finally:
         trial.handle.unpatch()
 
 
 def _with_components(
-    book: PlanBook, whole: Sequence[Measured], others: Sequence[Measured], unpatched: np.ndarray
-) -> PlanBook:
-    """The book with those plans of components that are nearer than the best of whole steps which is as fast.
+    book: PlanBook,
+    whole: Sequence[Measured],
+    other: Measured,
+    unpatched: np.ndarray,
+    timed: Callable[[Plan], Plan],
+) -> tuple[PlanBook, Interval]:
+    """The book with a plan of components, where that is nearer than the best of whole steps which is as fast.
 
-    Its provenance has for each of them its speed-up, its error over that one's, and the interval.
+    It is timed only where it is nearer than what has no more arithmetic: a step of which a part is computed takes no
+    less than its arithmetic says, a step that is drawn takes next to nothing.
+
+    Returns:
+        The book, and the error over that plan's, with its interval.
     """
-    plans, found = list(book.plans), []
-    for other in sorted(others, key=lambda each: -each.plan.seconds):
-        as_fast = [
-            each for each in whole if book.seconds_of(each.plan) <= other.plan.seconds
-        ] or whole[-1:]
-        rival = min(as_fast, key=lambda each: each.losses.mean())
-        ratio = interval(other.losses - rival.losses)
-        found.append([book.speedup_of(other.plan), *ratio])
-        times = [book.seconds_of(plan) for plan in plans]
-        if ratio[2] < 1 and other.plan.seconds < times[0] and other.plan.seconds not in times:
-            plans.append(other.as_plan(unpatched))
-    plans.sort(key=lambda plan: -book.seconds_of(plan))
-    facts = {**book.provenance, "components_over_whole_steps": found}
-    return replace(book, plans=tuple(plans), provenance=facts)
+
+    def over(rivals: Sequence[Measured]) -> Interval:
+        best = min(rivals or whole[-1:], key=lambda each: each.losses.mean())
+        return interval(other.losses - best.losses)
+
+    least = other.plan.arithmetic
+    ratio = over([each for each in whole if each.plan.arithmetic <= least])
+    if ratio[2] >= 1:
+        return book, ratio
+    plan = timed(other.as_plan(unpatched))
+    ratio = over([each for each in whole if book.seconds_of(each.plan) <= plan.seconds])
+    times = [book.seconds_of(each) for each in book.plans]
+    if ratio[2] >= 1 or plan.seconds >= times[0] or plan.seconds in times:
+        return book, ratio
+    plans = sorted((*book.plans, plan), key=lambda each: -book.seconds_of(each))
+    return replace(book, plans=tuple(plans)), ratio
 
 
-def _plan_of(schedule: Schedule) -> Plan:
-    """A plan of a schedule of components."""
-    layers = schedule.layers.values()
-    runs = [step for step in range(schedule.steps) if any(la.bits[step].any() for la in layers)]
-    return replace(plan_at((tuple(runs), ORDER)), schedule=replace(schedule, provenance={}))
+def _plan_of(given: Schedule | Plan, spec: ModelSpec, steps: int) -> Plan:
+    """A candidate as a plan: of whole steps where its schedule separates nothing.
 
-
-def _place_of(schedule: Schedule, spec: Any) -> Place | None:
-    """Where a schedule of whole steps computes; None of one that separates the parts of a step."""
-    whole = whole_forecasts(schedule, spec) if schedule.forecasts else ()
-    runs = [step for step, order in enumerate(whole) if not order]
-    entries = [layer.bits[runs] for layer in schedule.layers.values()]
-    if not whole or not all(bits.all() for bits in entries):
-        return None
-    return tuple(runs), tuple(whole)
+    Raises:
+        ScheduleError: It is of another model or number of steps.
+    """
+    if isinstance(given, Plan):
+        if given.schedule is not None:
+            given.schedule.bind(spec, steps)
+        return given
+    bound = given.bind(spec, steps)
+    whole = whole_forecasts(bound, spec) if bound.forecasts else (0,) * steps
+    computes = np.array(
+        [[layer.bits[step].all() for layer in bound.layers.values()] for step in range(steps)]
+    ).all(axis=1)
+    runs = [step for step in range(steps) if computes[step] or not whole[step]]
+    if computes[runs].all():
+        return plan_at((tuple(runs), tuple(whole)))
+    layers = bound.layers.values()
+    runs = [step for step in range(steps) if any(layer.bits[step].any() for layer in layers)]
+    return replace(plan_at((tuple(runs), ORDER)), schedule=replace(bound, provenance={}))
 
 
 def _candidates(

@@ -41,7 +41,11 @@ REPEATS = 3
 SOLUTION = 100
 
 
-def interval(logarithms: np.ndarray) -> tuple[float, float, float]:
+#: a ratio, and its 95 % interval
+Interval = tuple[float, float, float]
+
+
+def interval(logarithms: np.ndarray) -> Interval:
     """The geometric mean of ratios whose logarithms are given, and its 95 % interval (Student's t)."""
     mean, error = logarithms.mean(), scipy.stats.sem(logarithms)
     half = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(logarithms) - 1)
@@ -76,7 +80,8 @@ def plan_at(place: Place) -> Plan:
 class Trial:
     """A patched pipeline draws the pictures of some work by any plan."""
 
-    def __init__(self, pipeline: Any, work: Work) -> None:
+    def __init__(self, pipeline: Any, work: Work, plans: Sequence[Plan] = ()) -> None:
+        """Of `plans` those that are not of whole steps must be known when the pipeline is patched."""
         self.work = work
         self.judge = Evaluator(lambda: pipeline, work)
         self.pipeline = pipeline
@@ -87,8 +92,10 @@ class Trial:
             )
         if LINK in pipeline.transformer.__dict__:
             raise ArgumentError("pipeline must not be patched, got one that is; unpatch it first")
-        self.everything = plan_at((tuple(range(work.steps)), ORDER))
-        self.handle = patch(pipeline, Budget(speedup=1), backend=work.backend)
+        self.everything = replace(plan_at((tuple(range(work.steps)), ORDER)), arithmetic=1.0)
+        apart = [plan for plan in plans if not plan.whole]
+        known = Budget(speedup=1, book=self._book(apart) if apart else None)
+        self.handle = patch(pipeline, known, backend=work.backend)
         transformer = pipeline.transformer
         adapter = find_adapter(transformer)
         self.spec = adapter.spec(transformer)
@@ -190,10 +197,22 @@ class Trial:
 
     def _planned(self, plan: Plan) -> Any:
         """Inside, runs are by this plan."""
-        steps, scheduler = self.work.steps, type(self.pipeline.scheduler).__name__
-        plans = self.everything, replace(plan, seconds=steps / 2)
-        book = PlanBook(("", ""), scheduler, steps, 1, 1.0, (1.0, 0.0), 0.0, plans)
-        return self.handle.budget(speedup=2, book=book)
+        return self.handle.budget(speedup=2, book=self._book([plan]))
+
+    def _book(self, plans: Sequence[Plan]) -> PlanBook:
+        """A book of these plans, each said to be twice as fast as all steps."""
+        steps, transformer = self.work.steps, self.pipeline.transformer
+        given = self.everything, *(replace(plan, seconds=steps / 2) for plan in plans)
+        return PlanBook(
+            (type(transformer).__name__, config_hash(transformer)),
+            type(self.pipeline.scheduler).__name__,
+            steps,
+            1,
+            1.0,
+            (1.0, 0.0),
+            0.0,
+            given,
+        )
 
     def _losses(self, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
         return np.log(self.judge.quality.losses(found, [""] * len(found), truth))
