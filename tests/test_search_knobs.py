@@ -57,6 +57,25 @@ def test_all_bits_stand_for_a_run_and_each_run_has_bits():
     assert Knobs().read(np.zeros(0, dtype=bool)) == Run()
 
 
+def test_a_run_in_stages_has_the_pipeline_s_own_solver():
+    knobs = Knobs((8, 6), (1.0, 0.5), ("recommended", "own"), (0.0, 0.25))
+    runs = list(knobs.runs())
+    assert len(set(runs)) == len(runs) == 12
+    every = np.array([[i >> b & 1 for b in range(4)] for i in range(16)], dtype=bool)
+    assert {knobs.read(bits) for bits in every} == set(runs)
+    assert {run.solver for run in runs if run.coarse} == {"own"}
+    ralu = Run(8, coarse=0.25).ralu(8)
+    assert ralu.steps == (2, 0, 6)
+    assert Run(8).ralu(8) is None
+    genome = Genome(SPEC, 8, (0, 1), knobs=knobs)
+    vector = genome.embed(seeds.uncached(genome.alone(Run(8))), Run(8, 1.0, "own", 0.25))
+    assert genome.reused(vector) == 2 * len(genome.components)
+    # Where the resolution changes everything computes, whatever a schedule says.
+    nothing = genome.join(np.zeros((8, len(genome.components))), run=Run(8, 1.0, "own", 0.25))
+    rows = genome.parts(genome.effective(nothing))[0].all(axis=1)
+    assert rows.nonzero()[0].tolist() == [0, 2]
+
+
 def test_a_turn_sets_one_knob_to_another_value():
     rng, seen = np.random.default_rng(0), set()
     for _ in range(200):
@@ -94,6 +113,8 @@ def test_knobs_are_crossed_one_by_one():
         ({"ratios": (0.5,)}, "ratios must begin with 1, without RAS"),
         ({"ratios": ()}, "ratios must begin with 1"),
         ({"solvers": ("own", "own")}, "solvers must be distinct"),
+        ({"coarse": (0.5,)}, "coarse must rise from 0"),
+        ({"coarse": (0.0, 1.0)}, "coarse must rise from 0 and be below 1"),
     ],
 )
 def test_knobs_are_checked(values, message):
@@ -356,7 +377,10 @@ def solution_of_few_steps(monkeypatch):
 
 
 def evaluator_of(folder, **settings) -> Evaluator:
-    knobs = Knobs((8, 6), (1.0, 0.5), ("own", "recommended"))  # RAS begins at the fifth step
+    # RAS begins at the fifth step
+    coarse = settings.pop("coarse", (0.0,))
+    steps = (8, 6) if len(coarse) == 1 else (8,)
+    knobs = Knobs(steps, (1.0, 0.5), ("own", "recommended"), coarse)
     given = {"steps": 8, "orders": (0, 1), "quality": "truth", "knobs": knobs, **settings}
     work = Work(("a red circle", "a blue square"), batch=2, backend="reference", **given)
     return Evaluator(functools.partial(load_pipeline, folder, "float32"), work)
@@ -372,10 +396,16 @@ def draw(pipeline, steps):
 
 
 @pytest.mark.parametrize(
-    "run", [Run(8, 0.5, "own"), Run(6, 1.0, "recommended"), Run(6, 0.5, "recommended")]
+    "run",
+    [
+        Run(8, 0.5, "own"),
+        Run(6, 1.0, "recommended"),
+        Run(6, 0.5, "recommended"),
+        Run(8, 0.5, "own", 0.25),
+    ],
 )
 def test_a_candidate_is_what_its_methods_draw_under_its_solver(folder, run):
-    evaluator = evaluator_of(folder)
+    evaluator = evaluator_of(folder, coarse=(0.0, 0.25) if run.coarse else (0.0,), steps=8)
     genome = evaluator.genome
     alone = genome.alone(run)
     vector = genome.embed(seeds.whole_steps(alone, range(0, run.steps, 2), 1), run)
@@ -392,6 +422,8 @@ def test_a_candidate_is_what_its_methods_draw_under_its_solver(folder, run):
     methods = [fastdit.Cached(fastdit.Schedule.every(2), order=1)]
     if run.ratio < 1:
         methods.append(fastdit.RAS(ratio=run.ratio, metric="change", align=8))
+    if run.coarse:
+        methods.append(fastdit.RALU.preset("late", steps=(2, 0, 6)))
     handle = fastdit.patch(pipeline, *methods, backend="reference")
     drawn = draw(pipeline, run.steps)
     for images, losses in ((drawn, found["losses"]), (fewer, plain["losses"])):

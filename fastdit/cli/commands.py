@@ -108,6 +108,7 @@ def search(
     even_steps: options.EvenSteps = False,
     surrogate: options.Surrogate = 0,
     seed_schedule: options.Seeds = None,
+    seed_book: options.SeedBook = None,
     seed: options.SearchSeed = 0,
     image_seed: options.ImageSeed = 0,
     batch: options.SearchBatch = 8,
@@ -121,6 +122,8 @@ def search(
 ) -> None:
     """Search schedules that trade quality for time, as ECAD does (NSGA-II); the extra "search" must be installed.
 
+    With --quality truth the front is measured once more for a plan book, OUT/book.json.
+
     The same command takes up a search that was killed; with more --generations it continues one that has ended.
 
     Under torchrun, every rank draws and the first one leads.
@@ -128,6 +131,7 @@ def search(
     from functools import partial
 
     from fastdit.cli import search as view
+    from fastdit.schedules.book import PlanBook
     from fastdit.search import Operators, Settings, Work
     from fastdit.search.nsga2 import require_pymoo
 
@@ -154,7 +158,8 @@ def search(
     settings = Settings(generations, population, costs, race, operators, even_steps, surrogate)
     seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)
-    view.run(Console(), out, factory, work, settings, seeds, workers, ray)
+    book = None if seed_book is None else PlanBook.load(seed_book)
+    view.run(Console(), out, factory, work, settings, seeds, workers, ray, book)
 
 
 @schedules.command("show")

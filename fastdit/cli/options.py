@@ -224,7 +224,7 @@ Space = Annotated[
     str,
     typer.Option(
         metavar="NAME,NAME",
-        help="What one search varies: schedule, and beside it order, ras, steps and solver.",
+        help="What one search varies: schedule, and beside it order, ras, ralu, steps and solver.",
     ),
 ]
 Orders = Annotated[
@@ -268,6 +268,12 @@ Surrogate = Annotated[
     typer.Option(
         min=0,
         help="Generations bred on predictions between two that are measured; the paper has 0.",
+    ),
+]
+SeedBook = Annotated[
+    Path | None,
+    typer.Option(
+        "--seed-book", metavar="FILE", help="Plan book whose schedules the search begins with, too."
     ),
 ]
 SearchSeed = Annotated[

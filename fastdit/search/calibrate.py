@@ -85,7 +85,7 @@ def calibrate(
         arguments=arguments or {},
     )
     spec = find_adapter(pipeline.transformer).spec(pipeline.transformer)
-    given = [_plan_of(each, spec, steps) for each in plans]
+    given = [plan_of(each, spec, steps) for each in plans]
     trial = Trial(pipeline, work, given)
     counts = sorted({max(NODES, round(share * steps)) for share in shares} - {steps}, reverse=True)
     done = itertools.count(1)
@@ -97,9 +97,7 @@ def calibrate(
         candidates = {count: _candidates(foresight, count, trial.moved, places) for count in counts}
         apart = [plan for plan in given if not plan.whole]
         for share in QUANTILES if trial.changes else ():
-            apart.append(
-                _plan_of(quantile_schedule(trial.changes, spec, steps, share), spec, steps)
-            )
+            apart.append(plan_of(quantile_schedule(trial.changes, spec, steps, share), spec, steps))
         total = sum(map(len, candidates.values())) + len(apart)
 
         def measured(plan: Plan) -> Measured:
@@ -158,7 +156,7 @@ def _with_components(
     return replace(book, plans=tuple(plans)), ratio
 
 
-def _plan_of(given: Schedule | Plan, spec: ModelSpec, steps: int) -> Plan:
+def plan_of(given: Schedule | Plan, spec: ModelSpec, steps: int) -> Plan:
     """A candidate as a plan: of whole steps where its schedule separates nothing.
 
     Raises:

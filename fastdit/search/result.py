@@ -26,6 +26,7 @@ from fastdit.search.archive import Candidate
 from fastdit.search.baselines import UNCACHED, Baseline
 from fastdit.search.evolve import LEDGER, Search
 from fastdit.search.front import non_dominated
+from fastdit.search.knobs import Run
 from fastdit.search.plot import save_plot
 
 SUMMARY, PLOT, FRONT, ECAD_LAYOUT = "search.json", "pareto.png", "front", "ecad"
@@ -67,9 +68,8 @@ def write_result(
 def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any]) -> Schedule:
     """A candidate has this effective schedule, with where it comes from and how its run is made."""
     run = search.genome.run(candidate.vector)
-    ras = (
-        None if run.ras is None else {n: getattr(run.ras, n) for n in ("ratio", "metric", "align")}
-    )
+    steps = run.steps or search.archive.work.steps
+    beside = arguments_of_run(run, steps)
     provenance = {
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
@@ -78,11 +78,23 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "model": identity["model"],
         "items": search.archive.work.items,
         "scheduler": search.schedulers[str(run.solver)],
-        "num_inference_steps": run.steps or search.archive.work.steps,
-        **({} if ras is None else {"ras": ras}),
+        "num_inference_steps": steps,
+        **beside,
         "generations": len(search.generations) - 1,
     }
     return search.genome.schedule(search.genome.effective(candidate.vector), provenance)
+
+
+def arguments_of_run(run: Run, steps: int) -> dict[str, dict[str, Any]]:
+    """Of RAS and RALU, where a run of `steps` steps has them, as plain data."""
+    found: dict[str, dict[str, Any]] = {}
+    if run.ras is not None:
+        found["ras"] = {name: getattr(run.ras, name) for name in ("ratio", "metric", "align")}
+    ralu = run.ralu(steps)
+    if ralu is not None:
+        found["ralu"] = {name: list(getattr(ralu, name)) for name in ("steps", "ends", "shifts")}
+        found["ralu"] |= {"noise": ralu.noise, "lift": ralu.lift}
+    return found
 
 
 def objectives(search: Search, values: Sequence[float]) -> dict[str, float]:

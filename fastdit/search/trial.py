@@ -36,7 +36,7 @@ SEEN = 2
 CONFIDENCE = 0.95
 #: a guard's bound over the most that was measured
 MARGIN = 1.5
-REPEATS = 3
+REPEATS = 4
 #: steps of the solution: many more than any run that is measured
 SOLUTION = 100
 
@@ -106,7 +106,7 @@ class Trial:
 
     def solve(self) -> None:
         """Draw the pictures that the others are compared with."""
-        with solution.solving(self.pipeline, SOLUTION) as steps:
+        with self.handle.disabled(), solution.solving(self.pipeline, SOLUTION) as steps:
             self._truth = [self.judge.draw(*chunk, steps) for chunk in self._chunks()]
 
     def look(self) -> tuple[np.ndarray, Foresight]:
@@ -156,19 +156,22 @@ class Trial:
 
     def book(self, plans: Sequence[Plan], facts: Mapping[str, Any]) -> PlanBook:
         """The plans with what their steps take; the provenance has these facts as well."""
-        steps, loops, others = self.work.steps, {}, []
-        few = len(plans[-1].computed)
-        for count in (steps, few):
-            even = plan_at((tuple(even_steps(steps, count)), ORDER))
-            turns = [self._times(even) for _ in range(1 + REPEATS)]
-            loops[count] = statistics.median(loop for loop, _ in turns[1:])
-            others += [whole - loop for loop, whole in turns[1:]]
-        other, full = max(0.0, statistics.median(others)), loops[steps] / steps
-        tokens = self.handle.last_run().image_tokens
-        with self.handle.disabled():
-            turns = [self._whole() for _ in range(1 + REPEATS)]
-        unpatched = max(full / 2, (statistics.median(turns[1:]) - other) / steps)
-        drawn = max(0.0, (loops[few] - few * full) / (steps - few))
+        steps, few = self.work.steps, len(plans[-1].computed)
+        some = plan_at((tuple(even_steps(steps, few)), ORDER))
+        turns = []
+        for _ in range(
+            1 + REPEATS
+        ):  # in turns, so that a machine that slows down slows all of them
+            patched = self._times(self.everything), self._times(some)
+            tokens = self.handle.last_run().image_tokens
+            with self.handle.disabled():
+                turns.append((*patched, self._whole()))
+        dense, fewer, stock = zip(*turns[1:], strict=True)
+        other = max(0.0, statistics.median(whole - loop for loop, whole in (*dense, *fewer)))
+        full, least = (statistics.median(loop for loop, _ in found) for found in (dense, fewer))
+        full, unpatched = full / steps, (statistics.median(stock) - other) / steps
+        unpatched = max(full / 2, unpatched)
+        drawn = max(0.0, (least - few * full) / (steps - few))
         return PlanBook(
             (type(self.pipeline.transformer).__name__, config_hash(self.pipeline.transformer)),
             type(self.pipeline.scheduler).__name__,
