@@ -251,6 +251,17 @@ def test_advice_changes_nothing(pipe):
     assert pipe.scheduler is own
 
 
+def test_advice_of_a_search_is_told(pipe, book):
+    advice = [{"steps": 8, "solver": s, "loss": x} for s, x in (("A", 0.2), ("B", 0.1))]
+    found = dataclasses.replace(book, provenance={"advice": advice})
+    handle = fastdit.patch(pipe, speedup=2, book=PlanBook.from_json(found.to_json()))
+    assert "B was the nearest to the solution (0.1)" in handle.recommend(8).why
+    assert "nearest" not in handle.recommend(9).why
+    bad = dataclasses.replace(book, provenance={"advice": [{"steps": 8}]})
+    with pytest.raises(ScheduleError, match="advice"):
+        PlanBook.from_json(bad.to_json())
+
+
 # ---- a guard
 
 

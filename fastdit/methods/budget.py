@@ -222,6 +222,15 @@ class Budget(Method):
         found += "".join(f", {method}" for method in self._beside[id(plan)])
         return f"{found}; error {plan.ratio:.2f} [{plan.low:.2f}, {plan.high:.2f}] of the unpatched run's"
 
+    def advice(self, steps: int) -> str:
+        """What a search found for runs of `steps` steps, of other solvers or steps than the book's; "" for nothing."""
+        points = self.book.provenance.get("advice") if self.book is not None else None
+        said = [each for each in points or () if each.get("steps") == steps]
+        if not said:
+            return ""
+        best = min(said, key=lambda each: each["loss"])
+        return f"; of the book's search, {best['solver']} was the nearest to the solution ({best['loss']:.3g})"
+
     def _plan(self, book: PlanBook) -> Plan:
         plans = self.plans
         if self.quality is not None:

@@ -257,6 +257,13 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
     )
     provenance = document["provenance"]
     _require(isinstance(provenance, dict), "provenance", "an object", provenance)
+    advice = provenance.get("advice", [])
+    _require(
+        isinstance(advice, list) and all(map(_is_advice, advice)),
+        "provenance.advice",
+        "objects of steps, solver and loss",
+        advice,
+    )
     book = PlanBook(
         tuple(model),
         document["scheduler"],
@@ -342,6 +349,15 @@ def _arguments(name: str, given: Any) -> Mapping[str, Any] | None:
         several = isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)
         _require(several or isinstance(value, plain), f"{name}.{key}", "a value or numbers", value)
     return given
+
+
+def _is_advice(given: Any) -> bool:
+    return (
+        isinstance(given, dict)
+        and is_whole(given.get("steps"))
+        and _texts([given.get("solver")])
+        and _is_number(given.get("loss"))
+    )
 
 
 def _require(holds: bool, name: str, accepted: str, given: Any) -> None:
