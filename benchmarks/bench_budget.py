@@ -166,7 +166,7 @@ def held_out(pipe: Any, book: fastdit.PlanBook, pictures: int) -> list[dict[str,
         row = {"speedup": book.speedup_of(plan), "whole": plan.whole, "even_steps": count}
         row |= {"over_even": interval(own - even), "over_unpatched": interval(own - unpatched)}
         rows.append(row | {"even_over_unpatched": interval(even - unpatched)})
-        print("held out:", {name: np.round(value, 3) for name, value in rows[-1].items()})
+        print(count, plan.whole, "held out:", np.round(rows[-1]["over_even"], 3), flush=True)
     handle.unpatch()
     return rows
 

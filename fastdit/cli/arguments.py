@@ -41,7 +41,8 @@ def budgets(speedups: Sequence[float], pipeline: Any) -> dict[str, Method]:
     """--speedup becomes methods by name, by the package's plan book of the pipeline's model where there is one."""
     from fastdit import Budget, PlanBook
 
-    book = PlanBook.packaged(pipeline.transformer) if speedups else None
+    transformer = getattr(pipeline, "transformer", None)
+    book = PlanBook.packaged(transformer) if speedups and transformer is not None else None
     return {f"speedup={speedup:g}": Budget(speedup=speedup, book=book) for speedup in speedups}
 
 

@@ -23,6 +23,7 @@ import torch
 from fastdit.cli.distance import psnr, relative_l2
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.methods.base import Method
+from fastdit.methods.budget import Budget
 from fastdit.methods.dense import Dense
 from fastdit.patch import patch
 from fastdit.schedules.solvers import recommend
@@ -79,6 +80,12 @@ class Arm:
     compute_ratio: float
     rival: str | None = None
     scheduler: Any = None
+
+    @property
+    def solver(self) -> str:
+        """Its sampler by a short name; "" for the pipeline's own."""
+        name = "" if self.scheduler is None else type(self.scheduler).__name__
+        return name.removesuffix("Scheduler").removesuffix("Multistep")
 
 
 @dataclass(frozen=True)
@@ -169,10 +176,11 @@ def compare(
     runs = _Runs(pipeline, calls, settings, progress, total)
     patched = [_schedule_arm(pipeline, name, methods[name], settings) for name in methods]
     arms = [Arm("unpatched", settings.steps, None, 1.0)]
-    for arm, share in zip(patched, _time_shares(runs, [*arms, *patched]), strict=True):
-        steps = equal_time_steps(settings.steps, share)
-        arms += [_fewer_steps(pipeline, steps, arm, settings), arm]
-    images, seconds, stages = _measure(runs, arms)
+    with runs.patched_once(list(methods.values())):
+        for arm, share in zip(patched, _time_shares(runs, [*arms, *patched]), strict=True):
+            steps = equal_time_steps(settings.steps, share)
+            arms += [_fewer_steps(pipeline, steps, arm, settings), arm]
+        images, seconds, stages = _measure(runs, arms)
     pictures = tuple(
         tuple(
             _picture(image, spent, images[row][0], judge, prompt, ends)
@@ -228,13 +236,8 @@ def _schedule_arm(pipeline: Any, name: str, method: Method, settings: Settings) 
 
 
 def _fewer_steps(pipeline: Any, steps: int, rival: Arm, settings: Settings) -> Arm:
-    name, scheduler = "fewer steps", None
-    if settings.recommended:
-        scheduler = recommend(pipeline, steps).scheduler
-        if type(scheduler) is not type(pipeline.scheduler):
-            solver = type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Multistep")
-            name = f"fewer steps, {solver}"
-    return Arm(name, steps, None, settings.steps / steps, rival.name, scheduler)
+    scheduler = recommend(pipeline, steps).scheduler if settings.recommended else None
+    return Arm("fewer steps", steps, None, settings.steps / steps, rival.name, scheduler)
 
 
 def _time_shares(runs: _Runs, arms: Sequence[Arm]) -> list[float]:
@@ -317,12 +320,31 @@ class _Runs:
     progress: Progress
     total: int
     done: int = 0
+    handle: Any = None
+
+    @contextmanager
+    def patched_once(self, methods: Sequence[Method]) -> Iterator[None]:
+        """Inside, where all methods are budgets, calls by them are requests of one patch, as a user makes them."""
+        if not all(isinstance(method, Budget) for method in methods):
+            yield
+            return
+        with _patched(self.pipeline, methods[0], self.settings.backend) as self.handle:
+            yield
+        self.handle = None
+
+    def _by(self, arm: Arm) -> Any:
+        """Inside, calls are an arm's; gives the handle of its patch, None where it is unpatched."""
+        if self.handle is None:
+            return _patched(self.pipeline, arm.method, self.settings.backend)
+        if arm.method is None:
+            return self.handle.disabled()
+        return self.handle.budget(speedup=arm.method.speedup)
 
     def draw(self, row: int, arm: Arm, text: str, stages: bool = False) -> _Drawn:
         """One call is timed until the image [h, w, 3] is on the host; `stages` decodes those of the run afterwards."""
         self.progress(text, self.done, self.total)
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
-        patched = _patched(self.pipeline, arm.method, self.settings.backend)
+        patched = self._by(arm)
         with _under(self.pipeline, arm.scheduler), patched as handle:
             start = time.perf_counter()
             try:
