@@ -27,7 +27,7 @@ import torch
 
 import fastdit
 import fastdit.tiny
-from fastdit.cli.calibration import EMBEDDED_PROMPTS
+from fastdit.cli.calibration import EMBEDDED_PROMPTS, presets
 from fastdit.cli.search import prompts_of
 from fastdit.schedules.book import Plan
 from fastdit.schedules.spread import even_steps
@@ -183,7 +183,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     start = time.perf_counter()
     if options.calibrate:
-        book = calibrate(pipe, prompts_of(None, True, EMBEDDED_PROMPTS), STEPS)
+        prompts = prompts_of(None, True, EMBEDDED_PROMPTS)
+        book = calibrate(pipe, prompts, STEPS, plans=presets("tiny", STEPS))
     else:
         book = fastdit.PlanBook.packaged(pipe.transformer)
     spent = time.perf_counter() - start

@@ -21,8 +21,10 @@ from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
 from fastdit.search import Knobs, Operators, Settings, Work, ecad, seeds
+from fastdit.search.calibrate import calibrate
 from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import evolve
+from fastdit.search.found import book_of
 from fastdit.search.front import on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.knobs import Run
@@ -485,3 +487,35 @@ def test_the_command_searches_a_space(folder, tmp_path):
         assert "--space must have schedule and may have order, ras" in " ".join(
             refused.output.split()
         )
+
+
+def test_a_search_leaves_a_book_and_begins_with_one(folder, tmp_path, monkeypatch):
+    """Own steps and solver become candidates of the book, beside whole steps; the others are its advice."""
+    monkeypatch.setattr("fastdit.search.trial.SOLUTION", 30)
+    monkeypatch.setattr(
+        "fastdit.search.found.calibrate", functools.partial(calibrate, shares=(0.5,))
+    )
+    knobs = Knobs((8, 6), (1.0, 0.5), ("own", "recommended"))
+    given = {"steps": 8, "orders": (0, 1, 2), "quality": "truth", "knobs": knobs, "batch": 2}
+    work = Work(("a red circle", "a blue square"), **given)
+    factory = functools.partial(load_pipeline, folder, "float32")
+    found = ecad(factory, tmp_path / "out", work, Settings(0, 12, costs=("true-macs",)))
+    pipeline, seen = factory(), []
+    book_of(found, pipeline, lambda done, total: seen.append((done, total))).save(tmp_path / "b")
+    book = fastdit.PlanBook.load(tmp_path / "b")
+    own = [found.genome.run(c.vector) for c in found.front]
+    apart = [run for run in own if (run.steps, run.solver) != (8, "own")]
+    assert len(book.provenance["advice"]) == len(apart) > 0
+    assert all(point["loss"] > 0 for point in book.provenance["advice"])
+    assert seen[-1][0] == seen[-1][1]
+    assert book.plans[0].computed == tuple(range(8))
+    handle = fastdit.patch(pipeline, speedup=book.speedup_of(book.plans[-1]), book=book)
+    draw(pipeline, 8)
+    assert "error" in handle.explain(steps=8).budget
+    schedules = seeds.seeds_of(book, found.genome)
+    assert [schedule.steps for schedule in schedules] == [8] * (len(book.plans) - 1)
+    again = ecad(
+        factory, tmp_path / "again", work, Settings(0, 12, costs=("true-macs",)), book=book
+    )
+    keys = {found.genome.key(found.genome.vector(schedule)) for schedule in schedules}
+    assert keys <= set(again.archive.seen)
