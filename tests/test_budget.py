@@ -20,6 +20,7 @@ from fastdit import ArgumentError, Budget, Cached, PlanBook, Schedule, ScheduleE
 from fastdit.cli.calibration import table
 from fastdit.methods.budget import BYTES, SECONDS, parsed
 from fastdit.patch import find_adapter
+from fastdit.runtime import guard
 from fastdit.runtime.guard import Guard
 from fastdit.schedules.book import Plan, config_hash
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
@@ -320,6 +321,34 @@ def test_only_the_rows_that_are_off_are_computed(pipe, book):
     assert not torch.equal(alone[0], alone[1])
 
 
+@pytest.mark.parametrize(("family", "alone"), [("flux", True), ("lumina", False)])
+def test_rows_pass_alone_where_a_call_s_arguments_are_known(family, alone, monkeypatch):
+    """Of models whose calls have others the batch passes whole, with the same pictures."""
+    pipe = tiny_models.pipeline(family)
+    scheduler = type(pipe.scheduler).__name__
+    book = book_of(pipe.transformer, scheduler=scheduler)
+
+    def draw(bounds):
+        handle = guarded(pipe, book, bounds)
+        return handle, generate(pipe, family, steps=STEPS, batch=2, prompt_per_image=True)
+
+    calm, fired = draw((1e9, 1e9))[1], draw((0.0, 0.0))[1]
+    rows = lambda drawn, given: torch.tensor([2e9, 0.0, 2e9, 0.0])[: len(given)]  # noqa: E731
+    monkeypatch.setattr("fastdit.runtime.guard.deviations", rows)
+    passed, known = [], guard.rows_of_call
+    monkeypatch.setattr(
+        "fastdit.runtime.guard.rows_of_call",
+        lambda *given: passed.append(known(*given)) or passed[-1],
+    )
+    handle, found = draw((1e9, 1e9))
+    assert computed(handle) == (0, 2, 4, 5, 6, 7)
+    assert [each is not None for each in passed] == [alone] * len(passed)
+    assert len(passed) >= 2
+    assert distance(found[0], fired[0]) < 1e-6
+    assert distance(found[1], calm[1]) < 1e-6
+    assert distance(calm[0], fired[0]) > 1e-5
+
+
 def test_a_guard_catches_a_bad_plan_where_it_is_bad(pipe, book):
     """How far each row's line is off is found by a hook on the model; the bound lies between two rows."""
     outputs = []
@@ -347,12 +376,12 @@ def test_a_guard_catches_a_bad_plan_where_it_is_bad(pipe, book):
 
 
 def test_what_is_no_number_is_off():
-    guard = Guard({2: 1e9})
-    guard.watch(1, torch.full((2, 3), math.nan), torch.ones(2, 3))
-    assert not guard.fired()  # no bound there
-    guard.watch(2, torch.tensor([[math.nan], [1.0]]), torch.ones(2, 1))
-    assert guard.fired()
-    assert guard.rows.tolist() == [True, False]
+    own = Guard({2: 1e9})
+    own.watch(1, torch.full((2, 3), math.nan), torch.ones(2, 3))
+    assert not own.fired()  # no bound there
+    own.watch(2, torch.tensor([[math.nan], [1.0]]), torch.ones(2, 1))
+    assert own.fired() == (0,)
+    assert own.rows.tolist() == [True, False]
 
 
 def test_a_guard_waits_for_nothing(monkeypatch):
@@ -364,12 +393,12 @@ def test_a_guard_waits_for_nothing(monkeypatch):
         def query(self):
             return self.done
 
-    guard = Guard({2: 0.0})
-    guard.watch(2, torch.zeros(1, 1), torch.ones(1, 1))
-    guard.copied = Event()
-    assert not guard.fired()
-    guard.copied.done = True
-    assert guard.fired()
+    own = Guard({2: 0.0})
+    own.watch(2, torch.zeros(1, 1), torch.ones(1, 1))
+    own.copied = Event()
+    assert not own.fired()
+    own.copied.done = True
+    assert own.fired()
 
 
 @pytest.mark.parametrize("method", [fastdit.RAS(), fastdit.RALU.preset("sd3-2x")])

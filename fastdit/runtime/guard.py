@@ -96,22 +96,19 @@ def rows_of_call(
     Known are those that every family has: latents, timestep, conditions and their masks, guidance, and positions.
     """
     given = {n: v for n, v in arguments_of(transformer, args, kwargs).items() if v is not None}
-    batch = given[adapter.image_argument]
-    if not isinstance(batch, Tensor):
+    batch, time = given[adapter.image_argument], adapter.time_argument
+    if not (adapter.restates and isinstance(batch, Tensor)):
         return None
-    by_row = {adapter.image_argument, *adapter.embeddings_arguments, *BY_ROW}
+    by_row = {adapter.image_argument, time, *adapter.embeddings_arguments, *BY_ROW}
     found: dict[str, Any] = {}
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            if name != "return_dict":
-                return None
+        tensor = isinstance(value, Tensor)
+        of_all = name == "return_dict" or (not tensor and value == {})
+        of_all = of_all or (tensor and name in POSITIONS and value.ndim == 2)
+        if of_all or (tensor and name == time and value.numel() == 1):
             found[name] = value
-        elif name in by_row or (name == adapter.time_argument and value.ndim and len(value) > 1):
-            if len(value) != len(batch):
-                return None
+        elif tensor and name in by_row and value.ndim and len(value) == len(batch):
             found[name] = value.index_select(0, rows)
-        elif name == adapter.time_argument or (name in POSITIONS and value.ndim == 2):
-            found[name] = value
         else:
             return None
     return found
