@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from fastdit.errors import ArgumentError
-from fastdit.patch import find_adapter
 from fastdit.schedules.book import NODES, Plan, PlanBook
 from fastdit.schedules.plan import whole_forecasts
 from fastdit.schedules.schedule import Schedule
@@ -70,6 +69,8 @@ def calibrate(
             or is patched, or an argument is not accepted.
         ScheduleError: A schedule is of another model or number of steps.
     """
+    from fastdit.patch import find_adapter
+
     if steps < LEAST_STEPS or len(prompts) < 2:
         raise ArgumentError(
             f"steps must be at least {LEAST_STEPS} and prompts at least 2, got {steps} and {len(prompts)}"

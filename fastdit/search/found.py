@@ -14,7 +14,6 @@ from fastdit.schedules.book import PlanBook
 from fastdit.search.calibrate import calibrate, plan_of
 from fastdit.search.evolve import Search
 from fastdit.search.knobs import OWN, Run
-from fastdit.search.result import arguments_of_run
 
 BOOK = "book.json"
 
@@ -38,7 +37,7 @@ def book_of(
         if is_own(run, work.steps, next(genome.knobs.runs()).solver):
             schedule = genome.schedule(genome.effective(candidate.vector))
             found = plan_of(schedule, genome.spec, work.steps)
-            plans.append(replace(found, **arguments_of_run(run, work.steps)))
+            plans.append(replace(found, **run.arguments(work.steps)))
         else:
             costs = dict(zip(("loss", *search.archive.costs), candidate.values, strict=True))
             sampler = search.schedulers[str(run.solver)]

@@ -68,6 +68,19 @@ class Run:
 
         return RALU.preset("late", steps=(count, 0, steps - count))
 
+    def arguments(self, steps: int) -> dict[str, dict[str, Any]]:
+        """Of RAS and RALU, where a run of `steps` steps has them, as plain data."""
+        found: dict[str, dict[str, Any]] = {}
+        if self.ras is not None:
+            found["ras"] = {name: getattr(self.ras, name) for name in ("ratio", "metric", "align")}
+        ralu = self.ralu(steps)
+        if ralu is not None:
+            found["ralu"] = {
+                name: list(getattr(ralu, name)) for name in ("steps", "ends", "shifts")
+            }
+            found["ralu"] |= {"noise": ralu.noise, "lift": ralu.lift}
+        return found
+
 
 @dataclass(frozen=True)
 class Knobs:

@@ -26,7 +26,6 @@ from fastdit.search.archive import Candidate
 from fastdit.search.baselines import UNCACHED, Baseline
 from fastdit.search.evolve import LEDGER, Search
 from fastdit.search.front import non_dominated
-from fastdit.search.knobs import Run
 from fastdit.search.plot import save_plot
 
 SUMMARY, PLOT, FRONT, ECAD_LAYOUT = "search.json", "pareto.png", "front", "ecad"
@@ -69,7 +68,7 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
     """A candidate has this effective schedule, with where it comes from and how its run is made."""
     run = search.genome.run(candidate.vector)
     steps = run.steps or search.archive.work.steps
-    beside = arguments_of_run(run, steps)
+    beside = run.arguments(steps)
     provenance = {
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
@@ -83,18 +82,6 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "generations": len(search.generations) - 1,
     }
     return search.genome.schedule(search.genome.effective(candidate.vector), provenance)
-
-
-def arguments_of_run(run: Run, steps: int) -> dict[str, dict[str, Any]]:
-    """Of RAS and RALU, where a run of `steps` steps has them, as plain data."""
-    found: dict[str, dict[str, Any]] = {}
-    if run.ras is not None:
-        found["ras"] = {name: getattr(run.ras, name) for name in ("ratio", "metric", "align")}
-    ralu = run.ralu(steps)
-    if ralu is not None:
-        found["ralu"] = {name: list(getattr(ralu, name)) for name in ("steps", "ends", "shifts")}
-        found["ralu"] |= {"noise": ralu.noise, "lift": ralu.lift}
-    return found
 
 
 def objectives(search: Search, values: Sequence[float]) -> dict[str, float]:

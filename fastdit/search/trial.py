@@ -18,7 +18,6 @@ import torch
 from fastdit.blocks.nodes import Weights
 from fastdit.errors import ArgumentError
 from fastdit.methods.budget import Budget
-from fastdit.patch import find_adapter, patch
 from fastdit.runtime.forecasts import Outputs
 from fastdit.runtime.guard import deviations
 from fastdit.runtime.install import LINK
@@ -82,6 +81,8 @@ class Trial:
 
     def __init__(self, pipeline: Any, work: Work, plans: Sequence[Plan] = ()) -> None:
         """Of `plans` those that are not of whole steps must be known when the pipeline is patched."""
+        from fastdit.patch import find_adapter, patch
+
         self.work = work
         self.judge = Evaluator(lambda: pipeline, work)
         self.pipeline = pipeline
