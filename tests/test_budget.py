@@ -556,6 +556,8 @@ def test_the_interval_of_a_ratio():
 def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
     """Each ratio is that of the latents' distances to the solution, which is drawn here anew."""
     monkeypatch.setattr("fastdit.search.trial.SOLUTION", 12)
+    monkeypatch.setattr("fastdit.search.trial.REPEATS", 1)
+    monkeypatch.setattr("fastdit.search.calibrate.QUANTILES", (0.5,))
     pipe = fastdit.tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "a blue square"]

@@ -492,6 +492,8 @@ def test_the_command_searches_a_space(folder, tmp_path):
 def test_a_search_leaves_a_book_and_begins_with_one(folder, tmp_path, monkeypatch):
     """Own steps and solver become candidates of the book, beside whole steps; the others are its advice."""
     monkeypatch.setattr("fastdit.search.trial.SOLUTION", 30)
+    monkeypatch.setattr("fastdit.search.trial.REPEATS", 1)
+    monkeypatch.setattr("fastdit.search.calibrate.QUANTILES", (0.5,))
     monkeypatch.setattr(
         "fastdit.search.found.calibrate", functools.partial(calibrate, shares=(0.5,))
     )
