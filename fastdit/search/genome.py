@@ -202,7 +202,8 @@ class Genome:
                 codes[step] = _WHOLE + (max(1, min(order, runs - 1)) << _ORDER)
             else:
                 runs += 1
-        turned = repr(astuple(run)).encode() if self.knobs.size else b""
+        said = astuple(run)[: None if run.coarse else -1]  # names are as before there were stages
+        turned = repr(said).encode() if self.knobs.size else b""
         return hashlib.sha256(codes.astype(np.uint8).tobytes() + turned).hexdigest()[:32]
 
     def reused(self, vector: np.ndarray) -> int:
