@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,10 +195,14 @@ class Handle:
     def recommend(self, steps: int) -> Advice:
         """This recommends a solver for runs of so many steps, see :func:`fastdit.recommend`; nothing changes.
 
+        It also says which one the search of a budget's plan book found best for as many.
+
         Raises:
             UnsupportedModelError: The handle is of a bare transformer, which has no scheduler.
         """
-        return recommend(self._pipeline, steps)
+        found = recommend(self._pipeline, steps)
+        own = next((m for m in self._patched.methods if isinstance(m, Budget)), None)
+        return found if own is None else replace(found, why=found.why + own.advice(steps))
 
     @contextmanager
     def watch(self) -> Iterator[Previews]:

@@ -157,6 +157,10 @@ def _checked(
     check_composition(methods)
     for method in methods:
         method.check(spec)
+        for (
+            other
+        ) in method.beside():  # in place of it: a book's plan was measured with its own methods
+            check_composition((*(each for each in methods if each is not method), other))
     linears: tuple[nn.Linear, ...] = ()
     if pack_weights:
         check_packable(transformer, bound.backend)
@@ -170,7 +174,7 @@ def _checked(
         weak = weakref.ref(pipeline)
     patched = Patched(adapter, spec, methods, bound, blocks, linears, replays, weak, programs, shed)
     refuse_other_caches(patched, transformer)
-    _check_backend(bound, transformer, ops_of(methods))
+    _check_backend(bound, transformer, ops_of(patched.possible))
     check_drift(adapter, transformer)
     resizing = patched.writer("resolution")
     if resizing is not None:

@@ -125,7 +125,7 @@ def test_demo_of_classes(tmp_path):
     folder = save_dit(tmp_path / "dit")
     arguments = ("--model", folder, "--steps", 2, "--repeats", 1, "--out", tmp_path / "a.png")
     run("demo", "3", "--every", 2, *arguments)
-    assert "DiTPipeline draws classes" in refused("demo", PROMPT, *arguments)
+    assert "DiTPipeline draws classes" in refused("demo", PROMPT, "--every", 2, *arguments)
 
 
 def test_demo_judges_the_embedded_model(folder, tmp_path, monkeypatch):

@@ -21,8 +21,10 @@ from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
 from fastdit.search import Knobs, Operators, Settings, Work, ecad, seeds
+from fastdit.search.calibrate import calibrate
 from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import evolve
+from fastdit.search.found import book_of
 from fastdit.search.front import on_axes
 from fastdit.search.genome import Genome
 from fastdit.search.knobs import Run
@@ -55,6 +57,25 @@ def test_all_bits_stand_for_a_run_and_each_run_has_bits():
     assert KNOBS.read(np.array([0, 1, 0, 0], dtype=bool)).steps == 6  # the place is the number
     assert not Knobs().size
     assert Knobs().read(np.zeros(0, dtype=bool)) == Run()
+
+
+def test_a_run_in_stages_has_the_pipeline_s_own_solver():
+    knobs = Knobs((8, 6), (1.0, 0.5), ("recommended", "own"), (0.0, 0.25))
+    runs = list(knobs.runs())
+    assert len(set(runs)) == len(runs) == 12
+    every = np.array([[i >> b & 1 for b in range(4)] for i in range(16)], dtype=bool)
+    assert {knobs.read(bits) for bits in every} == set(runs)
+    assert {run.solver for run in runs if run.coarse} == {"own"}
+    ralu = Run(8, coarse=0.25).ralu(8)
+    assert ralu.steps == (2, 0, 6)
+    assert Run(8).ralu(8) is None
+    genome = Genome(SPEC, 8, (0, 1), knobs=knobs)
+    vector = genome.embed(seeds.uncached(genome.alone(Run(8))), Run(8, 1.0, "own", 0.25))
+    assert genome.reused(vector) == 2 * len(genome.components)
+    # Where the resolution changes everything computes, whatever a schedule says.
+    nothing = genome.join(np.zeros((8, len(genome.components))), run=Run(8, 1.0, "own", 0.25))
+    rows = genome.parts(genome.effective(nothing))[0].all(axis=1)
+    assert rows.nonzero()[0].tolist() == [0, 2]
 
 
 def test_a_turn_sets_one_knob_to_another_value():
@@ -94,6 +115,8 @@ def test_knobs_are_crossed_one_by_one():
         ({"ratios": (0.5,)}, "ratios must begin with 1, without RAS"),
         ({"ratios": ()}, "ratios must begin with 1"),
         ({"solvers": ("own", "own")}, "solvers must be distinct"),
+        ({"coarse": (0.5,)}, "coarse must rise from 0"),
+        ({"coarse": (0.0, 1.0)}, "coarse must rise from 0 and be below 1"),
     ],
 )
 def test_knobs_are_checked(values, message):
@@ -356,7 +379,10 @@ def solution_of_few_steps(monkeypatch):
 
 
 def evaluator_of(folder, **settings) -> Evaluator:
-    knobs = Knobs((8, 6), (1.0, 0.5), ("own", "recommended"))  # RAS begins at the fifth step
+    # RAS begins at the fifth step
+    coarse = settings.pop("coarse", (0.0,))
+    steps = (8, 6) if len(coarse) == 1 else (8,)
+    knobs = Knobs(steps, (1.0, 0.5), ("own", "recommended"), coarse)
     given = {"steps": 8, "orders": (0, 1), "quality": "truth", "knobs": knobs, **settings}
     work = Work(("a red circle", "a blue square"), batch=2, backend="reference", **given)
     return Evaluator(functools.partial(load_pipeline, folder, "float32"), work)
@@ -372,10 +398,16 @@ def draw(pipeline, steps):
 
 
 @pytest.mark.parametrize(
-    "run", [Run(8, 0.5, "own"), Run(6, 1.0, "recommended"), Run(6, 0.5, "recommended")]
+    "run",
+    [
+        Run(8, 0.5, "own"),
+        Run(6, 1.0, "recommended"),
+        Run(6, 0.5, "recommended"),
+        Run(8, 0.5, "own", 0.25),
+    ],
 )
 def test_a_candidate_is_what_its_methods_draw_under_its_solver(folder, run):
-    evaluator = evaluator_of(folder)
+    evaluator = evaluator_of(folder, coarse=(0.0, 0.25) if run.coarse else (0.0,), steps=8)
     genome = evaluator.genome
     alone = genome.alone(run)
     vector = genome.embed(seeds.whole_steps(alone, range(0, run.steps, 2), 1), run)
@@ -392,6 +424,8 @@ def test_a_candidate_is_what_its_methods_draw_under_its_solver(folder, run):
     methods = [fastdit.Cached(fastdit.Schedule.every(2), order=1)]
     if run.ratio < 1:
         methods.append(fastdit.RAS(ratio=run.ratio, metric="change", align=8))
+    if run.coarse:
+        methods.append(fastdit.RALU.preset("late", steps=(2, 0, 6)))
     handle = fastdit.patch(pipeline, *methods, backend="reference")
     drawn = draw(pipeline, run.steps)
     for images, losses in ((drawn, found["losses"]), (fewer, plain["losses"])):
@@ -453,3 +487,37 @@ def test_the_command_searches_a_space(folder, tmp_path):
         assert "--space must have schedule and may have order, ras" in " ".join(
             refused.output.split()
         )
+
+
+def test_a_search_leaves_a_book_and_begins_with_one(folder, tmp_path, monkeypatch):
+    """Own steps and solver become candidates of the book, beside whole steps; the others are its advice."""
+    monkeypatch.setattr("fastdit.search.trial.SOLUTION", 30)
+    monkeypatch.setattr("fastdit.search.trial.REPEATS", 1)
+    monkeypatch.setattr("fastdit.search.calibrate.QUANTILES", (0.5,))
+    monkeypatch.setattr(
+        "fastdit.search.found.calibrate", functools.partial(calibrate, shares=(0.5,))
+    )
+    knobs = Knobs((8, 6), (1.0, 0.5), ("own", "recommended"))
+    given = {"steps": 8, "orders": (0, 1, 2), "quality": "truth", "knobs": knobs, "batch": 2}
+    work = Work(("a red circle", "a blue square"), **given)
+    factory = functools.partial(load_pipeline, folder, "float32")
+    found = ecad(factory, tmp_path / "out", work, Settings(0, 12, costs=("true-macs",)))
+    pipeline, seen = factory(), []
+    book_of(found, pipeline, lambda done, total: seen.append((done, total))).save(tmp_path / "b")
+    book = fastdit.PlanBook.load(tmp_path / "b")
+    own = [found.genome.run(c.vector) for c in found.front]
+    apart = [run for run in own if (run.steps, run.solver) != (8, "own")]
+    assert len(book.provenance["advice"]) == len(apart) > 0
+    assert all(point["loss"] > 0 for point in book.provenance["advice"])
+    assert seen[-1][0] == seen[-1][1]
+    assert book.plans[0].computed == tuple(range(8))
+    handle = fastdit.patch(pipeline, speedup=book.speedup_of(book.plans[-1]), book=book)
+    draw(pipeline, 8)
+    assert "error" in handle.explain(steps=8).budget
+    schedules = seeds.seeds_of(book, found.genome)
+    assert [schedule.steps for schedule in schedules] == [8] * (len(book.plans) - 1)
+    again = ecad(
+        factory, tmp_path / "again", work, Settings(0, 12, costs=("true-macs",)), book=book
+    )
+    keys = {found.genome.key(found.genome.vector(schedule)) for schedule in schedules}
+    assert keys <= set(again.archive.seen)

@@ -309,6 +309,7 @@ def kernels() -> list[str]:
 def asked_speeds() -> list[str]:
     """How near the loop came to the speeds that were asked for."""
     result = _result("budget.json")
+    guard, turns = result["guard"], f"{result['rounds']} turns"
     rows = ", ".join(
         f"{row['asked']:g}: {row['loop']:.2f} ({row['call']:.2f} of the whole call)"
         for row in result["rows"]
@@ -318,8 +319,25 @@ def asked_speeds() -> list[str]:
             f"On the model in the package, {result['steps']} steps, {result['machine']['cpu']}, "
             f"{result['machine']['threads']} threads, by its book made on that machine, the denoising loop was so many "
             f"times as fast as the unpatched one's, asked for {rows}. A budget of its own costs a request "
-            f"{result['request_ms']:.3f} ms. (`benchmarks/bench_budget.py`)"
-        )
+            f"{result['request_ms']:.3f} ms. A guard that never fired took {guard['ratio']:.3f} of the loop's time at "
+            f"a speedup of {guard['speedup']:g} ({guard['lowest']:.3f} to {guard['highest']:.3f} in {turns}). "
+            "(`benchmarks/bench_budget.py`)"
+        ),
+        "",
+        (
+            f"The errors of its plans on {result['pictures']} held-out prompts, in the same run: over as many evenly "
+            "spread steps drawn as lines, and over the unpatched run, with 95 % intervals of the paired ratio. A plan "
+            "of components stands beside the evenly spread steps that are as fast."
+        ),
+        "",
+        "| speed-up | plan | over evenly spread | over the unpatched run | evenly spread over the unpatched run |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['speedup']:.2f} | {'whole steps' if row['whole'] else 'components'} | "
+            f"{_budget_ratio(row['over_even'])} | {_budget_ratio(row['over_unpatched'])} | "
+            f"{_budget_ratio(row['even_over_unpatched'])} |"
+            for row in result["held_out"]
+        ),
     ]
 
 
@@ -353,6 +371,11 @@ def composition() -> list[str]:
                 cells[-1] = str(said.setdefault(told, len(said) + 1))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, "", *(f"{number}. `{told}`" for told, number in said.items())]
+
+
+def _budget_ratio(values: list[float]) -> str:
+    ratio, low, high = values
+    return "the same plan" if ratio == low == high == 1 else f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
 
 
 METHOD_PAGES: dict[str, dict[str, Callable[[], list[str]]]] = {

@@ -208,7 +208,8 @@ def explain_patched(
     tokens = tuple(
         length if step is None else step.keep for length, step in zip(lengths, active, strict=True)
     )
-    resolution = patched.writer("resolution")
+    methods = patched.under(None, steps)
+    sparse, resolution = (patched.writer(field, steps) for field in ("rows", "resolution"))
     if resolution is not None:
         timesteps = timesteps.with_sigmas(resolution.run_sigmas)
     partial = tuple(step is not None for step in active) if any(active) else ()
@@ -222,7 +223,7 @@ def explain_patched(
     count = Cost(adapter, transformer, size, batch, transformer.dtype.itemsize)
     stages = _stages(count, plan, lengths, tokens)
     told: tuple[int, ...] = ()
-    if resolution or patched.writer("rows"):
+    if resolution or sparse:
         told = tuple(0 if plan.forecast_order(i) else n for i, n in enumerate(tokens))
     kept = patched.precision(transformer.dtype) or (transformer.dtype,)
     # What graphs read stays where it is in the other stages, too.
@@ -236,10 +237,10 @@ def explain_patched(
         family=adapter.family,
         model=type(transformer).__name__,
         blocks={kind.name: (kind.count, kind.components) for kind in spec.kinds},
-        methods=tuple(method.name for method in patched.methods),
+        methods=tuple(method.name for method in methods),
         backends={
             op: patched.ops.backend_for(op, weight.device, transformer.dtype)
-            for op in ops_of(patched.methods)
+            for op in ops_of(methods)
         },
         steps=plan.steps,
         transformer_batch=batch,
@@ -259,7 +260,7 @@ def explain_patched(
         packed_bytes=sum(layer.weight.nbytes for layer in patched.linears if packs(layer.weight)),
         tokens_per_step=told,
         attention=str(choices(weight.device) or ""),
-        waves=_waves(patched.writer("rows"), asked_for, active, waves),
+        waves=_waves(sparse, asked_for, active, waves),
         plan=Raster.of_plan(plan, spec, [n / size.image for n in told], _layouts(resolution)),
         resampled=plan.reuse.taken if plan.reuse is not None else (),
         collapse=_collapse(patched, plan, bool(partial), repeats, transformer.dtype),
@@ -321,7 +322,9 @@ def waits_for_host(call: Any) -> bool:
     count = Cost(patched.adapter, call.transformer, size, batch, call.transformer.dtype.itemsize)
     waves = waves_of(patched, call.transformer, arguments.hidden_states.device, batch, size.text)
     frames = patched.adapter.frames(run.latents, run.positions, run.patch)
-    lengths, active, _ = _tokens_per_step(patched, run.steps, size, waves, frames=frames)
+    lengths, active, _ = _tokens_per_step(
+        patched, run.steps, size, waves, frames=frames, budget=run.budget
+    )
     tokens = [n if a is None else a.keep for n, a in zip(lengths, active, strict=True)]
     stages = _stages(count, run.plan, lengths, tokens)
     return steps_that_wait(stages, len(count.components), pace) > 0
@@ -381,7 +384,13 @@ def run_speedup(patched: Any, run: Any, transformer: nn.Module) -> tuple[float, 
 
 
 def _tokens_per_step(
-    patched: Any, steps: int, size: Size, waves: Waves, first: int = 0, frames: int = 1
+    patched: Any,
+    steps: int,
+    size: Size,
+    waves: Waves,
+    first: int = 0,
+    frames: int = 1,
+    budget: Any = None,
 ) -> tuple[list[int], list[Any], list[Any]]:
     """Each step has so many image tokens, and what a method that leaves some out computes of them, or None.
 
@@ -390,7 +399,7 @@ def _tokens_per_step(
     """
     lengths, active = [size.image] * steps, [None] * steps
     asked_for = list(active)
-    sparse, resolution = patched.writer("rows"), patched.writer("resolution")
+    sparse, resolution = (patched.writer(field, steps, budget) for field in ("rows", "resolution"))
     if resolution is not None:
         resolution.check_steps(steps)
         lengths = resolution.tokens(size.image, size.text, frames)

@@ -198,7 +198,7 @@ class Report:
 
 def _doubt(patched: Any, run: Any) -> str:
     """This says why a method may have done nothing in a run."""
-    if patched.writer("rows") is None:
+    if run.selection is None:
         return "Does the schedule reuse anything at this number of steps?"
     return (
         f"At no step was one of {run.image_tokens} image tokens left out: a number of active tokens that RAS rounds "
@@ -263,7 +263,8 @@ def _one_report(found: Sequence[Report]) -> Report:
 
 def report_run(patched: Any, run: Any, flop_speedup: float, exact: bool) -> Report:
     """This makes the report of a run."""
-    names = tuple(method.name for method in patched.methods)
+    methods = patched.under(run.budget, run.steps)
+    names = tuple(method.name for method in methods)
     records = [run.records[step] for step in sorted(run.records)]
     reused = sum(record.reused for record in records)
     adapter = patched.adapter

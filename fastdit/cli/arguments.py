@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def methods(
-    schedule: Path | None, every: list[int] | None, given: OneOrder | None, default: tuple[int, ...]
+    schedule: Path | None,
+    every: list[int] | None,
+    given: OneOrder | None,
+    default: tuple[int, ...] = (),
 ) -> dict[str, Method]:
     """--schedule or --every, and --order, become methods by name."""
     if schedule is not None and every:
@@ -32,6 +35,15 @@ def methods(
         found = read_schedule(schedule, "--schedule")
         return {f"{schedule.stem}{said}": Cached(found, order=order)}
     return {f"every({n}){said}": Cached(Schedule.every(n), order=order) for n in every or default}
+
+
+def budgets(speedups: Sequence[float], pipeline: Any) -> dict[str, Method]:
+    """--speedup becomes methods by name, by the package's plan book of the pipeline's model where there is one."""
+    from fastdit import Budget, PlanBook
+
+    transformer = getattr(pipeline, "transformer", None)
+    book = PlanBook.packaged(transformer) if speedups and transformer is not None else None
+    return {f"speedup={speedup:g}": Budget(speedup=speedup, book=book) for speedup in speedups}
 
 
 def ralu(presets: Sequence[str]) -> dict[str, Method]:

@@ -12,10 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastdit.methods.budget import QUALITIES, Budget
+from fastdit.methods.ecad import PRESETS
+from fastdit.schedules.schedule import Schedule
 
 if TYPE_CHECKING:
     from fastdit.cli.loading import Model
-    from fastdit.schedules.book import PlanBook
+    from fastdit.schedules.book import Plan, PlanBook
 
 EMBEDDED_PROMPTS = 6  # of scenes with one object, and with two
 
@@ -43,22 +45,36 @@ def run(
     console.print(f"plan book: {out}", highlight=False, soft_wrap=True)
 
 
+def presets(package: str, steps: int) -> list[Schedule]:
+    """The shipped schedules of a model in the package, of so many steps."""
+    found = [Schedule.load(path) for path in sorted(PRESETS.glob(f"{package}/*.json"))]
+    return [schedule for schedule in found if schedule.steps == steps]
+
+
 def table(book: PlanBook) -> Table:
     """A row for each plan: its speed, its error over the unpatched run's, and which qualities choose it."""
     found = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("computed", "speed-up", "error", "95 %", "order", "quality"):
         found.add_column(name, justify="left" if name == "quality" else "right", no_wrap=True)
-    chosen = {
-        quality: Budget(quality=quality, book=book).chosen(book.steps) for quality in QUALITIES
-    }
+    chosen = {q: Budget(quality=q, book=book).plan_of(book.steps) for q in QUALITIES}
     for plan in book.plans:
-        names = [name for name, (computed, _) in chosen.items() if computed == plan.computed]
+        names = [name for name, each in chosen.items() if each is plan]
         found.add_row(
             f"{len(plan.computed)} of {book.steps}",
-            f"{book.speedup(len(plan.computed), book.steps):.2f}",
+            f"{book.speedup_of(plan):.2f}",
             f"{plan.ratio:.2f}",
             f"{plan.low:.2f} to {plan.high:.2f}",
-            str(plan.order),
+            ", ".join(map(str, sorted(_orders(plan)))),
             ", ".join(names),
         )
     return found
+
+
+def _orders(plan: Plan) -> set[int]:
+    """The orders by which something is drawn."""
+    if plan.schedule is not None:
+        layers = plan.schedule.layers.values()
+        return {int(order) for layer in layers for order in layer.orders[~layer.bits]}
+    if isinstance(plan.order, int):
+        return {plan.order}
+    return {order for step, order in enumerate(plan.order) if step not in plan.computed}

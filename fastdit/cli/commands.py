@@ -25,6 +25,7 @@ def demo(
     prompts: options.Prompts = None,
     model: options.Model = None,
     out: options.Picture = Path("fastdit-demo.png"),
+    speedup: options.Speedups = None,
     every: options.SeveralEvery = None,
     schedule: options.Schedule = None,
     order: options.Order = None,
@@ -38,7 +39,7 @@ def demo(
     dtype: options.Dtype = None,
     threads: options.Threads = None,
 ) -> None:
-    """Draw the same seeds unpatched, by a schedule, and by fewer steps in the schedule's time.
+    """Draw the same seeds unpatched, at several speeds, and by fewer steps of the best solver in the same time.
 
     It writes a grid of the pictures and prints seconds, speed-ups and distances to the unpatched.
 
@@ -47,18 +48,19 @@ def demo(
     For a DiT pipeline the prompts are class numbers.
     """
     arguments.check_output(out, "--out")
-    methods = arguments.methods(schedule, every, order, default=() if ralu else (2, 3))
-    methods |= arguments.ralu(ralu or ())
+    others = arguments.methods(schedule, every, order) | arguments.ralu(ralu or ())
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     loaded = arguments.load(model, dtype, "emoji")
+    speedups = speedup or (() if others else options.SPEEDUPS)
+    methods = arguments.budgets(speedups, loaded.pipeline) | others
     from fastdit.cli.demo import Settings, resolve_steps
     from fastdit.cli.demonstrate import run
 
     steps = resolve_steps(loaded.pipeline, list(methods.values()), steps, backend)
-    settings = Settings(steps, seed, repeats, height, width, backend)
+    settings = Settings(steps, seed, repeats, height, width, backend, recommended=True)
     run(loaded, list(prompts or ()), methods, settings, out)
 
 
@@ -120,6 +122,7 @@ def search(
     even_steps: options.EvenSteps = False,
     surrogate: options.Surrogate = 0,
     seed_schedule: options.Seeds = None,
+    seed_book: options.SeedBook = None,
     seed: options.SearchSeed = 0,
     image_seed: options.ImageSeed = 0,
     batch: options.SearchBatch = 8,
@@ -133,6 +136,8 @@ def search(
 ) -> None:
     """Search schedules that trade quality for time, as ECAD does (NSGA-II); the extra "search" must be installed.
 
+    With --quality truth the front is measured once more for a plan book, OUT/book.json.
+
     The same command takes up a search that was killed; with more --generations it continues one that has ended.
 
     Under torchrun, every rank draws and the first one leads.
@@ -140,6 +145,7 @@ def search(
     from functools import partial
 
     from fastdit.cli import search as view
+    from fastdit.schedules.book import PlanBook
     from fastdit.search import Operators, Settings, Work
     from fastdit.search.nsga2 import require_pymoo
 
@@ -166,7 +172,8 @@ def search(
     settings = Settings(generations, population, costs, race, operators, even_steps, surrogate)
     seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     factory = partial(view.load_pipeline, model, dtype)
-    view.run(Console(), out, factory, work, settings, seeds, workers, ray)
+    book = None if seed_book is None else PlanBook.load(seed_book)
+    view.run(Console(), out, factory, work, settings, seeds, workers, ray, book)
 
 
 @schedules.command("show")
@@ -213,10 +220,12 @@ def convert(
 @app.command()
 def calibrate(
     model: options.Model = None,
+    embedded: options.Embedded = options.Package.tiny,
     out: options.BookFile = Path("book.json"),
     prompts: options.PromptFile = None,
     steps: options.BookSteps = 28,
     guidance: options.GuidanceScale = None,
+    seed_schedule: options.Seeds = None,
     seed: options.SearchSeed = 0,
     batch: options.SearchBatch = 2,
     height: options.Pixels = None,
@@ -233,14 +242,16 @@ def calibrate(
     from fastdit.cli import calibration
     from fastdit.cli.search import prompts_of
 
-    loaded = arguments.load(model, dtype)
+    seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
+    loaded = arguments.load(model, dtype, embedded.value)
     given = {"height": height, "width": width, "guidance_scale": guidance}
     calibration.run(
         Console(),
         loaded,
         out,
-        prompts_of(prompts, model is None, calibration.EMBEDDED_PROMPTS),
+        prompts_of(prompts, model is None, calibration.EMBEDDED_PROMPTS, embedded.value),
         steps,
+        plans=seeds or (calibration.presets(embedded.value, steps) if model is None else ()),
         seed=seed,
         batch=batch,
         threads=threads,

@@ -116,6 +116,8 @@ def _meaning(comparison: Comparison, judged: bool) -> str:
     calls = comparison.settings.repeats * len(comparison.prompts)
     text = MEANING.format(timed=_timed(calls, "each"))
     text += " Compute is the share of the transformer's multiply-accumulates."
+    if solvers := sorted({arm.solver for arm in comparison.arms if arm.solver}):
+        text += f" Fewer steps are by {' and '.join(solvers)}."
     if judged:
         text += " Right: how many of the objects named are there as named."
     return text
@@ -178,7 +180,8 @@ def _count(number: int, what: str) -> str:
 
 
 def _detail(arm: Arm) -> str:
-    return f"{arm.steps} steps" + ("" if arm.rival is None else f", the time of {arm.rival}")
+    steps = f"{arm.steps} steps" + (f" of {arm.solver}" if arm.solver else "")
+    return steps + ("" if arm.rival is None else f", the time of {arm.rival}")
 
 
 def _labels(picture: Picture, speedup: float, is_reference: bool) -> tuple[str, ...]:

@@ -3,8 +3,9 @@ at equal time.
 
 A time is that of the whole pipeline call: text encoding, all steps, decoding. After a warm-up the
 arms are timed interleaved (A B C, A B C, ...), so that a machine that slows down slows all of them.
-Each schedule stands beside its honest rival: the unpatched model with as many steps as fit into the
-schedule's time, timed again with the others. Patching is not timed; nothing is printed here.
+Each schedule stands beside its honest rival: the unpatched model with as many steps as fit into
+the schedule's time, by the solver that is recommended for few steps, timed again with the others.
+Patching is not timed; nothing is printed here.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from fastdit.cli.distance import psnr, relative_l2
 from fastdit.cli.loading import pictures_of
 from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.methods.base import Method
+from fastdit.methods.budget import Budget
 from fastdit.methods.dense import Dense
 from fastdit.patch import patch
+from fastdit.schedules.solvers import recommend
 
 PILOT_RUNS = 3
 
@@ -42,6 +45,7 @@ class Settings:
         repeats: Timed calls per picture, >= 1.
         height, width: In pixels, to predict what is computed; the pipeline's default if None.
         backend: As in :func:`fastdit.patch`.
+        recommended: Fewer steps are by the solver that :func:`fastdit.recommend` gives, not by the pipeline's own.
     """
 
     steps: int
@@ -50,6 +54,7 @@ class Settings:
     height: int | None = None
     width: int | None = None
     backend: str | None = None
+    recommended: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "repeats"):
@@ -67,6 +72,7 @@ class Arm:
         method: What to patch in; None leaves the model alone.
         compute_ratio: Multiply-accumulates of the transformer, unpatched over this arm.
         rival: The arm in whose time it is meant to be done, for the arms with fewer steps.
+        scheduler: Its sampler; None for the pipeline's own.
     """
 
     name: str
@@ -74,6 +80,13 @@ class Arm:
     method: Method | None
     compute_ratio: float
     rival: str | None = None
+    scheduler: Any = None
+
+    @property
+    def solver(self) -> str:
+        """Its sampler by a short name; "" for the pipeline's own."""
+        name = "" if self.scheduler is None else type(self.scheduler).__name__
+        return name.removesuffix("Scheduler").removesuffix("Multistep")
 
 
 @dataclass(frozen=True)
@@ -164,10 +177,11 @@ def compare(
     runs = _Runs(pipeline, calls, settings, progress, total)
     patched = [_schedule_arm(pipeline, name, methods[name], settings) for name in methods]
     arms = [Arm("unpatched", settings.steps, None, 1.0)]
-    for arm, share in zip(patched, _time_shares(runs, [*arms, *patched]), strict=True):
-        steps = equal_time_steps(settings.steps, share)
-        arms += [Arm("fewer steps", steps, None, settings.steps / steps, arm.name), arm]
-    images, seconds, stages = _measure(runs, arms)
+    with runs.patched_once(list(methods.values())):
+        for arm, share in zip(patched, _time_shares(runs, [*arms, *patched]), strict=True):
+            steps = equal_time_steps(settings.steps, share)
+            arms += [_fewer_steps(pipeline, steps, arm, settings), arm]
+        images, seconds, stages = _measure(runs, arms)
     pictures = tuple(
         tuple(
             _picture(image, spent, images[row][0], judge, prompt, ends)
@@ -220,6 +234,11 @@ def _schedule_arm(pipeline: Any, name: str, method: Method, settings: Settings) 
     with _patched(pipeline, method, settings.backend) as handle:
         facts = handle.explain(settings.height, settings.width, steps=steps)
     return Arm(name, steps, method, facts.flop_speedup * (settings.steps / steps))
+
+
+def _fewer_steps(pipeline: Any, steps: int, rival: Arm, settings: Settings) -> Arm:
+    scheduler = recommend(pipeline, steps).scheduler if settings.recommended else None
+    return Arm("fewer steps", steps, None, settings.steps / steps, rival.name, scheduler)
 
 
 def _time_shares(runs: _Runs, arms: Sequence[Arm]) -> list[float]:
@@ -302,12 +321,32 @@ class _Runs:
     progress: Progress
     total: int
     done: int = 0
+    handle: Any = None
+
+    @contextmanager
+    def patched_once(self, methods: Sequence[Method]) -> Iterator[None]:
+        """Inside, where all methods are budgets, calls by them are requests of one patch, as a user makes them."""
+        if not all(isinstance(method, Budget) for method in methods):
+            yield
+            return
+        with _patched(self.pipeline, methods[0], self.settings.backend) as self.handle:
+            yield
+        self.handle = None
+
+    def _by(self, arm: Arm) -> Any:
+        """Inside, calls are an arm's; gives the handle of its patch, None where it is unpatched."""
+        if self.handle is None:
+            return _patched(self.pipeline, arm.method, self.settings.backend)
+        if arm.method is None:
+            return self.handle.disabled()
+        return self.handle.budget(speedup=arm.method.speedup)
 
     def draw(self, row: int, arm: Arm, text: str, stages: bool = False) -> _Drawn:
         """One call is timed until the image [h, w, 3] is on the host; `stages` decodes those of the run afterwards."""
         self.progress(text, self.done, self.total)
         generator = torch.Generator("cpu").manual_seed(self.settings.seed)
-        with _patched(self.pipeline, arm.method, self.settings.backend) as handle:
+        patched = self._by(arm)
+        with _under(self.pipeline, arm.scheduler), patched as handle:
             start = time.perf_counter()
             try:
                 output = self.pipeline(
@@ -338,6 +377,16 @@ def _stages(handle: Any) -> tuple[Stage, ...]:
         Stage(image, stage.layout, stage.steps, stage.tokens)
         for image, stage in zip(drawn, report.stages, strict=True)
     )
+
+
+@contextmanager
+def _under(pipeline: Any, scheduler: Any) -> Iterator[None]:
+    """Inside, runs are by this sampler; None leaves the pipeline its own."""
+    own, pipeline.scheduler = pipeline.scheduler, scheduler or pipeline.scheduler
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
 
 
 @contextmanager

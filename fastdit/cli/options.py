@@ -60,12 +60,21 @@ Every = Annotated[
         min=1, help="Compute at every N-th step and reuse between. [dim]\\[default: 2][/dim]"
     ),
 ]
+SPEEDUPS = (2, 3, 4)
+Speedups = Annotated[
+    list[float] | None,
+    typer.Option(
+        min=1,
+        help="Leave out what makes the denoising loop so many times as fast; may be given again. "
+        "[dim]\\[default: 2, 3 and 4][/dim]",
+    ),
+]
 SeveralEvery = Annotated[
     list[int] | None,
     typer.Option(
         "--every",
         min=1,
-        help="Compute at every N-th step and reuse between; may be given again. [dim]\\[default: 2 and 3][/dim]",
+        help="Compute at every N-th step and reuse between; may be given again.",
     ),
 ]
 
@@ -233,7 +242,7 @@ Space = Annotated[
     str,
     typer.Option(
         metavar="NAME,NAME",
-        help="What one search varies: schedule, and beside it order, ras, steps and solver.",
+        help="What one search varies: schedule, and beside it order, ras, ralu, steps and solver.",
     ),
 ]
 Orders = Annotated[
@@ -279,6 +288,12 @@ Surrogate = Annotated[
         help="Generations bred on predictions between two that are measured; the paper has 0.",
     ),
 ]
+SeedBook = Annotated[
+    Path | None,
+    typer.Option(
+        "--seed-book", metavar="FILE", help="Plan book whose schedules the search begins with, too."
+    ),
+]
 SearchSeed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the search.")
 ]
@@ -305,6 +320,18 @@ WorkerThreads = Annotated[
 
 # ---- calibrate
 
+
+class Package(str, Enum):
+    """The models in the package."""
+
+    tiny = "tiny"
+    emoji = "emoji"
+
+
+Embedded = Annotated[
+    Package,
+    typer.Option("--embedded", help="Which model in the package, where --model is left out."),
+]
 BookFile = Annotated[Path, typer.Option("--out", metavar="FILE.json", help="Plan book to write.")]
 BookSteps = Annotated[
     int, typer.Option("--steps", min=8, max=MAX_COUNT, help="Inference steps of the runs.")

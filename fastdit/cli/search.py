@@ -5,6 +5,7 @@ The work is `fastdit.search`'s; this reads prompts, opens workers and draws the 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -23,24 +24,26 @@ from fastdit.errors import ArgumentError
 from fastdit.schedules.schedule_file import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
+    from fastdit.schedules.book import PlanBook
     from fastdit.schedules.schedule import Schedule
     from fastdit.search import Knobs, Search, Settings, State, Work, Workers
     from fastdit.search.archive import Candidate
 
-SPACE = ("schedule", "order", "ras", "steps", "solver")
+SPACE = ("schedule", "order", "ras", "ralu", "steps", "solver")
 STEP_SHARES = (1.0, 0.7, 0.5)  # of --steps
 SHOWN = 12  # points of the front in the table
 EMBEDDED_PROMPTS = 3  # of scenes with one object, and with two
 
 
-def prompts_of(file: Path | None, embedded: bool, each: int = EMBEDDED_PROMPTS) -> tuple[str, ...]:
-    """Prompts are lines of a file; without one, scenes the embedded model was trained on, of one or two objects."""
+def prompts_of(
+    file: Path | None, embedded: bool, each: int = EMBEDDED_PROMPTS, package: str = "tiny"
+) -> tuple[str, ...]:
+    """Prompts are lines of a file; without one, scenes an embedded model was trained on, of one or two objects."""
     if file is None:
         if not embedded:
             raise ArgumentError("--prompts FILE is needed with --model: the prompts to judge by")
-        from fastdit import tiny
-
-        scenes = [tiny.prompts(each, split="train", objects=count, seed=1) for count in (1, 2)]
+        own = importlib.import_module(f"fastdit.{package}")
+        scenes = [own.prompts(each, split="train", objects=count, seed=1) for count in (1, 2)]
         return tuple(prompt for pair in zip(*scenes, strict=True) for prompt in pair)
     try:
         lines = files.read_text(file, MAX_FILE_BYTES).splitlines()
@@ -65,7 +68,7 @@ def names_of(space: str) -> set[str]:
 def knobs_of(space: str, steps: int, scheduler: str | None) -> Knobs:
     """What a search of at most `steps` steps varies beside schedules, the uncached run first."""
     from fastdit.search import Knobs
-    from fastdit.search.knobs import OWN, RATIOS
+    from fastdit.search.knobs import COARSE, OWN, RATIOS
 
     names, own = names_of(space), scheduler or OWN
     counts = {max(2, round(share * steps)) for share in STEP_SHARES}
@@ -74,6 +77,7 @@ def knobs_of(space: str, steps: int, scheduler: str | None) -> Knobs:
         steps=tuple(sorted(counts, reverse=True)) if "steps" in names else (),
         ratios=RATIOS if "ras" in names else RATIOS[:1],
         solvers=tuple(both) if "solver" in names else (),
+        coarse=COARSE if "ralu" in names else COARSE[:1],
     )
 
 
@@ -103,6 +107,7 @@ def run(
     seeds: Sequence[Schedule],
     workers: int,
     ray: str | None = None,
+    book: PlanBook | None = None,
 ) -> None:
     """This searches with a live view; see :func:`fastdit.search.ecad`.
 
@@ -113,7 +118,7 @@ def run(
     if launched():
         with closing(Ranks(factory, work)) as ranks:
             if ranks.rank == 0:
-                _watch(console, out, factory, work, settings, seeds, ranks)
+                _watch(console, out, factory, work, settings, seeds, ranks, book)
             else:
                 ranks.serve()
     elif ray is not None:
@@ -121,9 +126,9 @@ def run(
 
         address = None if ray == "local" else ray
         with closing(RayActors(factory, work, workers, address)) as actors:
-            _watch(console, out, factory, work, settings, seeds, actors)
+            _watch(console, out, factory, work, settings, seeds, actors, book)
     else:
-        _watch(console, out, factory, work, settings, seeds, workers)
+        _watch(console, out, factory, work, settings, seeds, workers, book)
 
 
 def _watch(
@@ -134,8 +139,10 @@ def _watch(
     settings: Settings,
     seeds: Sequence[Schedule],
     workers: int | Workers,
+    book: PlanBook | None,
 ) -> None:
     from fastdit.search import ecad
+    from fastdit.search.quality import is_of_latents
 
     console.print(
         f"[bold]fastdit search[/bold]: {work.items} pictures of {work.steps} steps per schedule, "
@@ -151,7 +158,13 @@ def _watch(
             seeds=seeds,
             workers=workers,
             watch=lambda state: live.update(state_view(state, settings.costs)),
+            book=book,
         )
+        if is_of_latents(work.quality):
+            from fastdit.search.found import BOOK, book_of
+
+            tell = lambda *at: live.update(Text("plan book: {} of {} plans".format(*at)))  # noqa: E731
+            book_of(found, factory(), tell).save(out / BOOK)
     console.print(front_table(found.front, settings.costs, found.uncached))
     console.print(summary_line(found), highlight=False)
     console.print(f"result: {out}", highlight=False, soft_wrap=True)

@@ -190,10 +190,14 @@ class Method:
                 "dataclasses.replace(method, family=None) runs them all the same"
             )
 
-    def told(self, steps: int, beside: Sequence[str] = ()) -> str:
+    def beside(self, steps: int | None = None) -> tuple[Method, ...]:
+        """A run of `steps` steps goes by these methods as well; without a number: all that some of its runs do."""
+        return ()
+
+    def told(self, steps: int, others: Sequence[str] = ()) -> str:
         """This says what a run of `steps` steps comes to, where that follows from what was asked; else nothing.
 
-        `beside` names the other methods that leave something out.
+        `others` names the other methods of the patch that leave something out.
         """
         return ""
 

@@ -1,8 +1,9 @@
 """A run is given a speed, a quality or a time, and what it leaves out follows from that.
 
 Whole steps are left out, and the model's output is drawn through its last computed ones. With a plan book
-(`schedules/book.py`) they are those that were measured to be the best; without one they are evenly spread, and how far
-the pictures then are from the solution is not known. Neither the user's number of steps nor the sampler changes.
+(`schedules/book.py`) they are those that were measured to be the best, and a plan of it may reuse components, leave out
+tokens or begin at a lower resolution as well, by the methods that do so; without one they are evenly spread, and how
+far the pictures then are from the solution is not known. Neither the user's number of steps nor the sampler changes.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 from typing import Any
 
 from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
+from fastdit.methods import methods as known
 from fastdit.methods.base import Method, check_noise
-from fastdit.schedules.book import NODES, Plan, PlanBook
+from fastdit.schedules.book import ARGUMENTS, NODES, Plan, PlanBook
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import even_steps
@@ -45,7 +48,8 @@ class Budget(Method):
         latency: Seconds of a picture, the pipeline's call included.
         book: What was measured; a quality and a latency need one.
         guard: At each step that computes, see how far the forecast would have been; a picture that is further off, in
-            any branch of guidance, than the book's plan was when it was measured is computed at every later step.
+            any branch of guidance, than the book's plan was when it was measured is computed at every later step. Only
+            plans of whole steps are chosen then.
         max_cache_bytes: Most bytes that caches may hold at once; a run that needs more is refused.
 
     Example:
@@ -62,7 +66,6 @@ class Budget(Method):
     name = "Budget"
     writes = frozenset({"reuse"})
     forecasts = True
-    skips_steps = True
     otherwise = "a speedup fits any"
 
     def __post_init__(self) -> None:
@@ -93,6 +96,42 @@ class Budget(Method):
                 f"{told[0]} needs a plan book of this model: `fastdit calibrate` makes one, book=PlanBook.load(path) "
                 "reads it"
             )
+        self.beside()  # what a book says beside a schedule is refused here
+
+    @property
+    def skips_steps(self) -> bool:
+        """Whether it leaves out whole steps and nothing else, by any of its plans."""
+        return all(plan.whole for plan in self.plans)
+
+    @cached_property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plans of its book that it may choose."""
+        plans = () if self.book is None else self.book.plans
+        return tuple(plan for plan in plans if plan.whole or not self.guard)
+
+    def beside(self, steps: int | None = None) -> tuple[Method, ...]:
+        """The methods of the plan for a run of `steps` steps beside its schedule, or of all plans.
+
+        Raises:
+            ScheduleError: A plan's arguments are none of its method.
+        """
+        if steps is None:
+            return tuple(each for made in self._beside.values() for each in made)
+        plan = self.plan_of(steps)
+        return () if plan is None else self._beside[id(plan)]
+
+    @cached_property
+    def _beside(self) -> dict[int, tuple[Method, ...]]:
+        """Of each plan, by its id."""
+        return {id(plan): _beside(plan) for plan in self.plans}
+
+    def check(self, spec: ModelSpec) -> None:
+        super().check(spec)
+        for plan in self.plans:
+            if plan.schedule is not None:
+                plan.schedule.check(spec)
+        for method in self.beside():
+            method.check(spec)
 
     @property
     def bars(self) -> Mapping[str, str]:
@@ -116,7 +155,14 @@ class Budget(Method):
             raise ArgumentError(f"a budget is one of {', '.join(BUDGETS)}, got {sorted(unknown)}")
         budget = {**dict.fromkeys(BUDGETS), **budget}
         budget["latency"] = parsed("latency", budget["latency"], SECONDS)
-        return replace(self, **budget)
+        found = replace(self, **budget)
+        told = {method.name for method in found.beside()} - {m.name for m in self.beside()}
+        if told:
+            raise ArgumentError(
+                f"the plan book has plans of {' and '.join(sorted(told))}, that of the patch has none; patch with this "
+                "book"
+            )
+        return found
 
     def check_sampler(self, noise: str, scheduler: str = "") -> None:
         """Outputs of unlike noise lie on no line; a book knows its sampler."""
@@ -135,25 +181,33 @@ class Budget(Method):
         )
 
     def schedule(self, spec: ModelSpec, steps: int, timesteps: Any = None) -> Schedule:
+        plan = self.plan_of(steps)
+        if plan is not None and plan.schedule is not None:
+            return plan.schedule.bind(spec, steps)
         computed, order = self.chosen(steps)
         return Schedule.of_steps(spec, steps, computed, order, {"budget": str(self)})
 
-    def chosen(self, steps: int) -> tuple[Sequence[int], int]:
-        """The steps that compute in a run of `steps`, and the order by which the others are drawn.
+    def plan_of(self, steps: int) -> Plan | None:
+        """The plan of a run of `steps` steps; None where the book has none of so many, or there is no book."""
+        book = self.book
+        return self._plan(book) if book is not None and book.steps == steps else None
+
+    def chosen(self, steps: int) -> tuple[Sequence[int], int | Sequence[int]]:
+        """The steps that compute in a run of `steps`, and the order by which the others are drawn, or that of each.
 
         Raises:
             ScheduleError: No plan of so many steps meets the budget.
         """
-        book = self.book
-        if book is not None and book.steps == steps:
-            plan = self._plan(book)
+        plan = self.plan_of(steps)
+        if plan is not None:
             return plan.computed, plan.order
         if self.speedup is None:
             raise ScheduleError(
-                f"{self} needs a plan book of {steps} steps, this one is of {book.steps}; a speedup fits any number"
+                f"{self} needs a plan book of {steps} steps, this one is of {self.book.steps}; a speedup fits "
+                "any number"
             )
-        count = self._nearest(range(steps, min(NODES, steps) - 1, -1), steps)
-        return even_steps(steps, count), 1
+        counts = range(steps, min(NODES, steps) - 1, -1)
+        return even_steps(steps, self._nearest(counts, partial(self._speed, steps), steps)), 1
 
     def bounds(self, steps: int) -> Mapping[int, float] | None:
         if not self.guard:
@@ -164,49 +218,58 @@ class Budget(Method):
             )
         return self._plan(self.book).bounds_by_step
 
-    def told(self, steps: int, beside: Sequence[str] = ()) -> str:
-        if beside:
-            return f"{self}: beside {' and '.join(beside)}, so neither its speed nor its error is known"
-        count = len(self.chosen(steps)[0])
-        found = f"{self}: {count} of {steps} steps compute, {self._speed(count, steps):.2f} times as fast"
+    def told(self, steps: int, others: Sequence[str] = ()) -> str:
+        if others:
+            return f"{self}: beside {' and '.join(others)}, so neither its speed nor its error is known"
+        count, plan = len(self.chosen(steps)[0]), self.plan_of(steps)
+        speed = self._speed(steps, count) if plan is None else self.book.speedup_of(plan)
+        found = f"{self}: {count} of {steps} steps compute, {speed:.2f} times as fast"
         if self.book is None:
             return f"{found}; evenly spread without a plan book, so the error is not known"
-        if self.book.steps != steps:
+        if plan is None:
             return (
                 f"{found}; the plan book is of {self.book.steps} steps, so the error is not known"
             )
-        plan = self._plan(self.book)
+        if plan.schedule is not None:
+            found += f", {plan.schedule.reuse_share:.0%} of the components' outputs reused"
+        found += "".join(f", {method}" for method in self._beside[id(plan)])
         return f"{found}; error {plan.ratio:.2f} [{plan.low:.2f}, {plan.high:.2f}] of the unpatched run's"
 
+    def advice(self, steps: int) -> str:
+        """What a search found for runs of `steps` steps, of other solvers or steps than the book's; "" for nothing."""
+        points = self.book.provenance.get("advice") if self.book is not None else None
+        said = [each for each in points or () if each.get("steps") == steps]
+        if not said:
+            return ""
+        best = min(said, key=lambda each: each["loss"])
+        return f"; of the book's search, {best['solver']} was the nearest to the solution ({best['loss']:.3g})"
+
     def _plan(self, book: PlanBook) -> Plan:
-        plans = book.plans
+        plans = self.plans
         if self.quality is not None:
-            return _of_quality(book, self.quality)
-        counts = [len(plan.computed) for plan in plans]
+            return _of_quality(book, plans, self.quality)
         if self.speedup is not None:
-            return plans[counts.index(self._nearest(counts, book.steps))]
-        for plan, count in zip(plans, counts, strict=True):
-            if book.seconds(count, book.steps) + book.other_seconds <= self.latency:
+            return self._nearest(plans, book.speedup_of, book.steps)
+        for plan in plans:
+            if book.seconds_of(plan) + book.other_seconds <= self.latency:
                 return plan
-        least = book.seconds(counts[-1], book.steps) + book.other_seconds
+        least = book.seconds_of(plans[-1]) + book.other_seconds
         raise ScheduleError(
             f"no plan of the book takes {self.latency:g} s a picture; the fastest takes {least:.3g} s, "
             f"{book.other_seconds:.3g} s of them beside the steps"
         )
 
-    def _nearest(self, counts: Sequence[int], steps: int) -> int:
-        """The number of computed steps that comes nearest to the speed-up."""
-        speeds = {count: self._speed(count, steps) for count in counts}
-        found = min(counts, key=lambda count: abs(math.log(speeds[count] / self.speedup)))
-        fastest = max(speeds.values())
+    def _nearest(self, choices: Sequence[Any], speed: Callable[[Any], float], steps: int) -> Any:
+        """That of the choices, of which the last is the fastest, which comes nearest to the speed-up."""
+        fastest = speed(choices[-1])
         if self.speedup > fastest * (1 + MISS):
             raise ScheduleError(
-                f"speedup must be at most {fastest:.3g} for {steps} steps, got {self.speedup:g}: a run computes at "
-                f"least {min(counts)} of them"
+                f"speedup must be at most {fastest:.3g} for {steps} steps, got {self.speedup:g}: nothing faster is "
+                f"{'in the plan book' if self.book is not None else 'left of a run'}"
             )
-        return found
+        return min(choices, key=lambda choice: abs(math.log(speed(choice) / self.speedup)))
 
-    def _speed(self, count: int, steps: int) -> float:
+    def _speed(self, steps: int, count: int) -> float:
         if self.book is None:  # what is drawn takes no time to speak of
             return steps / count
         return self.book.speedup(count, steps)
@@ -217,19 +280,35 @@ class Budget(Method):
         return f"quality={self.quality!r}" if self.quality else f"latency={self.latency:g}"
 
 
-def _of_quality(book: PlanBook, quality: str) -> Plan:
+_kinds = cache(known)
+
+
+def _beside(plan: Plan) -> tuple[Method, ...]:
+    """The methods that a plan has beside its schedule."""
+    found = []
+    for name in ARGUMENTS:
+        arguments = getattr(plan, name)
+        if arguments is None:
+            continue
+        try:
+            found.append(_kinds()[name](**arguments))
+        except (ArgumentError, ScheduleError, TypeError) as error:
+            raise ScheduleError(f"a plan of the book: {name}: {error}") from error
+    return tuple(found)
+
+
+def _of_quality(book: PlanBook, plans: Sequence[Plan], quality: str) -> Plan:
     """The fastest plan of a quality; the unpatched run where none qualifies."""
     most = QUALITIES[quality]
     if most is not None:
-        return [book.plans[0], *(plan for plan in book.plans[1:] if plan.high <= most)][-1]
-    first = _knee(book, book.plans)
-    return first if quality == "balanced" else _knee(book, book.plans[book.plans.index(first) :])
+        return [plans[0], *(plan for plan in plans[1:] if plan.high <= most)][-1]
+    first = _knee(book, plans)
+    return first if quality == "balanced" else _knee(book, plans[plans.index(first) :])
 
 
 def _knee(book: PlanBook, plans: Sequence[Plan]) -> Plan:
     """The plan furthest below the line from the first to the last, in the logarithms of error and speed."""
-    speeds = (book.speedup(len(plan.computed), book.steps) for plan in plans)
-    points = [(math.log(s), math.log(plan.ratio)) for s, plan in zip(speeds, plans, strict=True)]
+    points = [(math.log(book.speedup_of(plan)), math.log(plan.ratio)) for plan in plans]
     (x0, y0), (x1, y1) = points[0], points[-1]
     below = [(y1 - y0) * (x - x0) - (y - y0) * (x1 - x0) for x, y in points]
     return plans[below.index(max(below))]

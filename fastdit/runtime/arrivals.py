@@ -46,8 +46,9 @@ def refuse_other_attention(patched: Any, told: Sequence[str]) -> None:
         UnsupportedModelError: Naming the processor.
         ArgumentError: Naming the arguments, or the attention backend that would drop the weights of keys.
     """
-    weighs = any(method.weighs_keys for method in patched.methods)
-    names = " and ".join(m.name for m in patched.methods if m.writes & {"rows", "resolution"})
+    weighs = any(method.weighs_keys for method in patched.possible)
+    some = (m.name for m in patched.possible if m.writes & {"rows", "resolution"})
+    names = " and ".join(dict.fromkeys(some))
     for index, block in enumerate(patched.blocks):
         for name, module in block.named_children():
             if not patched.adapter.has_stock_processor(module):

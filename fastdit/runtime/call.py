@@ -31,6 +31,7 @@ from fastdit.runtime import programmed
 from fastdit.runtime.asked import Asked
 from fastdit.runtime.branch import Branched
 from fastdit.runtime.graphs import GraphRun
+from fastdit.runtime.guard import Guarded
 from fastdit.runtime.restated import PROMPT, Restated, as_object
 from fastdit.runtime.run import Run, StepRecord
 from fastdit.runtime.shed import ShedModulations, at_hand, modulations_of
@@ -100,10 +101,17 @@ class Call(Asked, Branched, Restated):
             if not branch.outputs.empty:
                 weights = run.forecast_weights
                 drawn = branch.outputs.forecast(run.step, order, weights, patched.ops)
-                if run.guard is None or not run.guard.fired(run.step):
+                fired = () if run.guard is None else run.guard.fired(run.step)
+                if not fired:
                     self.forecast = _with_sample(drawn, adapter.as_given(_first(drawn)))
                     return None
-                self.guarded = drawn
+                sample = _first(drawn)
+                self.guarded = Guarded(sample, run.guard.rows_of(fired, len(sample)))
+                some = self.guarded.call_of(adapter, transformer, args, kwargs)
+                if some is not None:  # a branch of its own, whose tensors have as many rows
+                    args, kwargs = (), some
+                    self.key = key, fired
+                    self.arguments = adapter.call(transformer, args, kwargs)
         self._smaller = self.layout is not None and self.layout.name != "full"
         if self._smaller:
             adapter.refuse_residuals(transformer, args, kwargs)
@@ -117,13 +125,13 @@ class Call(Asked, Branched, Restated):
         self._args, self._kwargs = args, kwargs
         self.model = programmed.model_of(self)
         self.unseen = self.model is not None
-        if patched.graphs is not None:
+        if patched.graphs is not None and self.guarded is None:  # no plan has such a step
             self.trace = self._follow_trace()
         self.prepare()
         if self._smaller:
             return adapter.reduce_inputs(transformer, args, kwargs, self.layout, patched.ops)
         if self.rows is None:
-            return None
+            return None if self.key is key else (args, dict(kwargs))
         return adapter.gather_inputs(transformer, args, kwargs, self.rows)
 
     def prepare(self) -> None:
@@ -146,7 +154,7 @@ class Call(Asked, Branched, Restated):
         if collapses is not branch.collapses:
             branch.slots.clear()  # an output may be older in a sum than in its own slot
             branch.collapses, branch.form = collapses, None
-        if patched.max_cache_bytes is not None:
+        if patched.max_cache_bytes is not None and self.guarded is None:
             self._check_cache_bytes(collapses)
         count = arguments.tokens if self.layout is None else self.layout.tokens
         self.tokens = count if self.rows is None else self.rows.shape[1]
@@ -377,7 +385,7 @@ class Call(Asked, Branched, Restated):
         for method in run.methods:
             sample = method.output(self, sample)
         if self.guarded is not None:
-            sample = run.guard.mixed(sample, _first(self.guarded))
+            sample = self.guarded.mixed(sample)
         if run.plan.forecasts and self.guarded is None:
             self._keep(_with_sample(output, sample), max(run.plan.forecasts))
         if forward.computed:

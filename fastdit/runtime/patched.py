@@ -101,7 +101,7 @@ class Patched:
         self._cache_dtype: str | None = self._first("cache_dtype")
         # A family that runs two token sizes by its own attention may do so for one image of several.
         resized = self.writer("resolution") is not None and self.adapter.replaces_attention
-        weighs = any(method.weighs_keys for method in self.methods)
+        weighs = any(method.weighs_keys for method in self.possible)
         self.stands_in = self.writer("rows") is not None or weighs or resized
         self._plans: dict[Any, RunPlan] = {}
         # Hooks that a compiled model calls as they are. Bound methods, so that a copied model's hooks belong to its own
@@ -133,15 +133,32 @@ class Patched:
         values = (getattr(method, name) for method in self.methods)
         return next((value for value in values if value is not None), None)
 
-    def writer(self, field: str) -> Any:
-        """This gives the method that decides a field of the plan; None where none does."""
-        return next((method for method in self.methods if field in method.writes), None)
+    @property
+    def possible(self) -> tuple[Any, ...]:
+        """The methods, and those that some of their runs go by as well."""
+        return tuple(each for method in self.methods for each in (method, *method.beside()))
 
-    def under(self, budget: Any) -> tuple[Any, ...]:
-        """The methods of a run that has this budget in place of the patch's; None for the patch's own."""
-        if budget is None:
-            return self.methods
-        return tuple(budget if type(m) is type(budget) else m for m in self.methods)
+    def writer(self, field: str, steps: int | None = None, budget: Any = None) -> Any:
+        """This gives the method that decides a field of a run's plan; None where none does.
+
+        Without a number of steps it is one that does so in some run.
+        """
+        methods = self.possible if steps is None else self.under(budget, steps)
+        return next((method for method in methods if field in method.writes), None)
+
+    def under(self, budget: Any, steps: int | None = None) -> tuple[Any, ...]:
+        """The methods of a run that has this budget in place of the patch's; None for the patch's own.
+
+        With the run's number of steps, those that they go by as well are among them.
+        """
+        found = (
+            self.methods
+            if budget is None
+            else tuple(budget if type(m) is type(budget) else m for m in self.methods)
+        )
+        if steps is None:
+            return found
+        return tuple(each for method in found for each in (method, *method.beside(steps)))
 
     def check_sampler(self, noise: str, scheduler: str = "", budget: Any = None) -> None:
         """This refuses a sampler that a method does not fit, see :meth:`Method.check_sampler`."""
@@ -171,7 +188,8 @@ class Patched:
 
     def planned(self, *given: Any, budget: Any = None) -> RunPlan:
         """The plan of a run whose number of steps, partial ones, and so on are `given` as to :func:`plan_run`."""
-        return plan_run(self.under(budget), self.spec, *given, self.graphs is not None)
+        methods = self.under(budget, given[0])
+        return plan_run(methods, self.spec, *given, self.graphs is not None)
 
     # ---- one transformer call
 
@@ -229,7 +247,7 @@ class Patched:
         arrivals.refuse_other_caches(self, transformer)
         if self.stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
-        made = [method for method in self.under(run.budget) if method.made_for is not None]
+        made = [m for m in self.under(run.budget) if m.made_for is not None]
         if made:  # only where somebody asks: the timesteps may have to come from a GPU
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
             for method in made:

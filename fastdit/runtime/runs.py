@@ -151,7 +151,11 @@ class Runs:
         if local.disabled:
             self.note(None)
             return None
-        sparse, resolution = patched.writer("rows"), patched.writer("resolution")
+        planned = OPEN_STEPS if steps is None else steps
+        methods = patched.under(local.budget, planned)
+        sparse, resolution = (
+            patched.writer(field, planned, local.budget) for field in ("rows", "resolution")
+        )
         if steps is None and sparse is not None:
             raise ScheduleError(
                 f"{sparse.name} must know the number of steps when a run starts: "
@@ -164,12 +168,11 @@ class Runs:
         if timesteps is not None:
             leading = timesteps.scheduler
             patched.check_sampler(noise_of(leading), type(leading).__name__, local.budget)
-        planned = OPEN_STEPS if steps is None else steps
         full = planned
         if resolution is not None:
             last = resolution.stages()[-1]
             full = last.steps if last.layout == "full" else 0
-        for method in patched.methods:  # one that leaves tokens out waits for the full resolution
+        for method in methods:  # one that leaves tokens out waits for the full resolution
             method.check_steps(full if "rows" in method.writes else planned)
         if resolution is not None:
             check_flow(timesteps.scheduler)
@@ -177,10 +180,10 @@ class Runs:
             replace_sigmas(timesteps.scheduler, resolution.run_sigmas, in_use)
             timesteps = timesteps.with_sigmas(resolution.run_sigmas)
         plan = patched.plan(planned, timesteps=timesteps, budget=local.budget)
-        bounds = (m.bounds(planned) for m in patched.under(local.budget))
+        bounds = (m.bounds(planned) for m in methods)
         watched = next((Guard(found) for found in bounds if found is not None), None)
         run = Run(patched, steps, plan, timesteps, local.budget, watched)
-        run.take(made for made in (m.begin(run) for m in patched.methods) if made is not None)
+        run.take(made for made in (m.begin(run) for m in methods) if made is not None)
         if pipeline is not None and is_ordinary(pipeline):
             run.pipeline = weakref.ref(pipeline)
         if local.watch is not None and local.watch.begin(run):

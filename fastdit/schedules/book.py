@@ -1,8 +1,10 @@
 """A plan book: what plans were measured to take and to err, for one model under one sampler. JSON, a plan a line.
 
-A plan computes some of a run's steps and draws the model's output at the others. Its error is the distance of a run's
-latents to those of many steps from the same noise, over that of the unpatched run: paired, the geometric mean over
-prompts, with its 95 % interval. `fastdit calibrate` makes books; reading one executes nothing.
+A plan computes some of a run's steps and draws the model's output at the others. It may reuse components beside, leave
+out tokens, or begin at a lower resolution: as a schedule, and as arguments of RAS and RALU. Its error is the distance
+of a run's latents to those of many steps from the same noise, over that of the unpatched run: paired, the geometric
+mean over prompts, with its 95 % interval. `fastdit calibrate` and `fastdit search` make books; reading one executes
+nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from fastdit import files
 from fastdit.checks import is_whole
 from fastdit.errors import ScheduleError
 from fastdit.schedules.forecast import MAX_ORDER
+from fastdit.schedules.schedule import Schedule
 
 FORMAT = "fastdit.plan_book"
 VERSION = 1
@@ -28,6 +31,21 @@ NODES = 2
 #: a book per model
 PACKAGED = Path(__file__).parents[1] / "books"
 MAX_FILE_BYTES = 4 << 20
+#: of the methods that a plan may have beside its schedule
+ARGUMENTS = {
+    "ras": {"ratio", "start", "resets", "metric", "high_ratio", "starvation", "align", "max_age"},
+    "ralu": {
+        "steps",
+        "ends",
+        "shifts",
+        "noise",
+        "split",
+        "selector",
+        "lift",
+        "align",
+        "base_shift",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -36,19 +54,41 @@ class Plan:
 
     Attributes:
         computed: Their numbers, rising from 0.
-        order: By which the others are drawn.
+        order: By which the others are drawn: one for all, or one for each step of the run.
         ratio: The error over that of the unpatched run.
         low, high: Its 95 % interval.
         bounds: The most that the forecast at a computed step was off when this was measured, half as much again, for
             those from the third on.
+        seconds: What the steps of a run took per picture; None where it follows from the steps that compute.
+        arithmetic: Their multiply-accumulates over those of the unpatched run; None where nobody counted.
+        schedule: Which components compute at which step, where that is not all or nothing.
+        ras, ralu: Arguments of the method of that name, where tokens are left out or the resolution changes.
     """
 
     computed: tuple[int, ...]
-    order: int
+    order: int | tuple[int, ...]
     ratio: float
     low: float
     high: float
     bounds: tuple[float, ...] = ()
+    seconds: float | None = None
+    arithmetic: float | None = None
+    schedule: Schedule | None = None
+    ras: Mapping[str, Any] | None = None
+    ralu: Mapping[str, Any] | None = None
+
+    @property
+    def whole(self) -> bool:
+        """It leaves out whole steps and nothing else."""
+        return self.schedule is None and self.ras is None and self.ralu is None
+
+    def document(self) -> dict[str, Any]:
+        """JSON data of it, without what it has not."""
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        if self.schedule is not None:
+            found["schedule"] = self.schedule.document()
+        needed = ("computed", "order", "ratio", "low", "high", "bounds")
+        return {n: value for n, value in found.items() if n in needed or value is not None}
 
     @property
     def bounds_by_step(self) -> dict[int, float]:
@@ -68,7 +108,7 @@ class PlanBook:
         unpatched_seconds: What a step of the unpatched pipeline takes per picture.
         step_seconds: The same of a patched step that computes, and of one that is drawn.
         other_seconds: What the pipeline's call takes per picture beside its steps.
-        plans: From the most computed steps to the fewest; the first computes all, and its ratio is 1.
+        plans: From the slowest to the fastest; the first computes all, and its ratio is 1.
         provenance: Free JSON data: machine, versions, prompts, sizes, solution.
     """
 
@@ -90,6 +130,16 @@ class PlanBook:
     def speedup(self, computed: int, steps: int) -> float:
         """How much faster the steps of a run are than those of the unpatched one, where so many compute."""
         return steps * self.unpatched_seconds / self.seconds(computed, steps)
+
+    def seconds_of(self, plan: Plan) -> float:
+        """The steps of a run by one of the plans take so long per picture."""
+        if plan.seconds is not None:
+            return plan.seconds
+        return self.seconds(len(plan.computed), self.steps)
+
+    def speedup_of(self, plan: Plan) -> float:
+        """How much faster the steps of a run by one of the plans are than those of the unpatched one."""
+        return self.steps * self.unpatched_seconds / self.seconds_of(plan)
 
     def check_model(self, transformer: Any) -> None:
         """It must be of this model.
@@ -131,9 +181,10 @@ class PlanBook:
         }
         try:
             head = json.dumps(content, indent=1, allow_nan=False)
+            lines = [json.dumps(plan.document(), allow_nan=False) for plan in self.plans]
         except (TypeError, ValueError, RecursionError) as error:
-            raise ScheduleError(f"provenance must be plain JSON data: {error}") from error
-        plans = ",\n".join(f"  {json.dumps(asdict(plan))}" for plan in self.plans)
+            raise ScheduleError(f"a plan book must be plain JSON data: {error}") from error
+        plans = ",\n".join(f"  {line}" for line in lines)
         return f'{head[:-2]},\n "plans": [\n{plans}\n ]\n}}\n'
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -199,14 +250,21 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
     plans = tuple(_plan(each, steps) for each in document["plans"])
     counts = [len(plan.computed) for plan in plans]
     _require(
-        bool(plans) and counts[0] == steps and sorted(set(counts), reverse=True) == counts,
+        bool(plans) and counts[0] == steps and plans[0].whole,
         "plans",
-        f"of ever fewer computed steps, the first of all {steps}",
-        counts,
+        f"at least one, the first of all {steps} steps and nothing else",
+        counts[:1],
     )
     provenance = document["provenance"]
     _require(isinstance(provenance, dict), "provenance", "an object", provenance)
-    return PlanBook(
+    advice = provenance.get("advice", [])
+    _require(
+        isinstance(advice, list) and all(map(_is_advice, advice)),
+        "provenance.advice",
+        "objects of steps, solver and loss",
+        advice,
+    )
+    book = PlanBook(
         tuple(model),
         document["scheduler"],
         steps,
@@ -217,6 +275,9 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         plans,
         provenance,
     )
+    times = [book.seconds_of(plan) for plan in plans]
+    _require(sorted(set(times), reverse=True) == times, "plans", "ever faster", times)
+    return book
 
 
 def _plan(given: Mapping[str, Any], steps: int) -> Plan:
@@ -228,7 +289,13 @@ def _plan(given: Mapping[str, Any], steps: int) -> Plan:
         f"rising numbers from 0 to at most {steps - 1}",
         computed,
     )
-    _require(is_whole(order) and 0 <= order <= MAX_ORDER, "order", "0, 1 or 2", order)
+    orders = order if isinstance(order, list) else [order] * steps
+    _require(
+        len(orders) == steps and all(is_whole(each) and 0 <= each <= MAX_ORDER for each in orders),
+        "order",
+        "0, 1 or 2, or a list of these for each step",
+        order,
+    )
     numbers = [given[name] for name in ("ratio", "low", "high")]
     _require(
         all(map(_is_number, numbers)) and 0 < numbers[1] <= numbers[0] <= numbers[2],
@@ -243,7 +310,54 @@ def _plan(given: Mapping[str, Any], steps: int) -> Plan:
         f"none, or a number for each computed step but the first {NODES}",
         bounds,
     )
-    return Plan(tuple(computed), order, *map(float, numbers), tuple(bounds))
+    _require(
+        set(given) <= set(Plan.__dataclass_fields__), "a plan", "of known fields", sorted(given)
+    )
+    spent = {name: given.get(name) for name in ("seconds", "arithmetic")}
+    for name, value in spent.items():
+        _require(value is None or (_is_number(value) and value > 0), name, "above 0", value)
+    return Plan(
+        tuple(computed),
+        tuple(order) if isinstance(order, list) else order,
+        *map(float, numbers),
+        tuple(bounds),
+        **spent,
+        schedule=_schedule(given.get("schedule"), computed, steps),
+        **{name: _arguments(name, given.get(name)) for name in ARGUMENTS},
+    )
+
+
+def _schedule(given: Any, computed: Sequence[int], steps: int) -> Schedule | None:
+    if given is None:
+        return None
+    found = Schedule.of_document(given)
+    layers = found.layers.values()
+    runs = [step for step in range(found.steps) if any(layer.bits[step].any() for layer in layers)]
+    _require(found.steps == steps, "schedule", f"of {steps} steps", found.steps)
+    _require(runs == list(computed), "schedule", f"one that computes at {list(computed)}", runs)
+    return found
+
+
+def _arguments(name: str, given: Any) -> Mapping[str, Any] | None:
+    """Arguments of a method as plain values; which of them it takes the method says."""
+    if given is None:
+        return None
+    known = isinstance(given, dict) and set(given) <= ARGUMENTS[name]
+    _require(known, name, f"an object of {', '.join(sorted(ARGUMENTS[name]))}", given)
+    for key, value in given.items():
+        plain = (int, float, str, bool, type(None))
+        several = isinstance(value, list) and all(isinstance(each, (int, float)) for each in value)
+        _require(several or isinstance(value, plain), f"{name}.{key}", "a value or numbers", value)
+    return given
+
+
+def _is_advice(given: Any) -> bool:
+    return (
+        isinstance(given, dict)
+        and is_whole(given.get("steps"))
+        and _texts([given.get("solver")])
+        and _is_number(given.get("loss"))
+    )
 
 
 def _require(holds: bool, name: str, accepted: str, given: Any) -> None:

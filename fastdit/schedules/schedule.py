@@ -108,10 +108,10 @@ class Schedule:
         spec: ModelSpec,
         steps: int,
         computed: Sequence[int],
-        order: int = 0,
+        order: int | Sequence[int] = 0,
         provenance: Mapping[str, Any] | None = None,
     ) -> Schedule:
-        """This computes everything at the steps `computed` of `steps`, and draws the others by `order`.
+        """This computes everything at the steps `computed` of `steps`, and draws the others by `order`, or each by its.
 
         Of a model without blocks that are known it is for the output.
         """
@@ -123,7 +123,9 @@ class Schedule:
             for kind in kinds
         }
         components = {kind.name: kind.components for kind in kinds}
-        return cls.from_bits(bits, components, provenance, order)
+        own = order if isinstance(order, int) else np.reshape(order, (steps, 1, 1))
+        orders = {kind: np.broadcast_to(own, each.shape) for kind, each in bits.items()}
+        return cls.from_bits(bits, components, provenance, orders)
 
     @staticmethod
     def every(n: int, order: int = 0) -> Every:
@@ -260,9 +262,12 @@ class Schedule:
 
     def to_json(self) -> str:
         """This writes the schedule as JSON text, see `schedule_file.py`."""
+        return schedule_file.dumps(self.document()) + "\n"
+
+    def document(self) -> dict[str, Any]:
+        """This is :meth:`to_json` as JSON data."""
         content = schedule_file.content(self)
-        document = {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
-        return schedule_file.dumps(document) + "\n"
+        return {**content, "provenance": dict(self.provenance), "sha256": self.sha256}
 
     def to_ecad_json(self) -> str:
         """This writes the schedule in the layout of ECAD's released files.
@@ -313,6 +318,14 @@ class Schedule:
             raise ScheduleError(f"not valid JSON: {error}") from error
         if isinstance(document, dict) and ecad_file.ROOT in document:
             return cls.from_bits(*ecad_file.parse(document))
+        return cls.of_document(document)
+
+    @classmethod
+    def of_document(cls, document: Any) -> Schedule:
+        """This reads JSON data of :meth:`document`.
+
+        Raises:
+            ScheduleError: It is anything else."""
         schedule = cls.from_bits(*schedule_file.parse(document))
         if document["sha256"] != schedule.sha256:
             raise ScheduleError(

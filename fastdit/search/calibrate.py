@@ -1,53 +1,42 @@
-"""A plan book in minutes: whole steps, left out at several places, each measured.
+"""A plan book in minutes: plans are foreseen from the unpatched runs, and what looks best is measured.
 
-For each number of computed steps there are candidates: evenly spread, dense early, and where the output changes by
-equal amounts (as InvarDiff, arXiv 2512.05134, places them by quantiles of a few runs); the others are drawn as lines.
-Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio, so that what is
-chosen on a few prompts holds on others.
+For each number of computed steps there are evenly spread ones, drawn as lines, and two of many other plans of whole
+steps that `foresight.py` says are nearest to the solution: one drawn by one order, dense early, or where the output
+changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them), or moved about from there; and one drawn by an
+order for each step, or a schedule that is given. Evenly spread ones stay unless another is nearer to the solution by
+the interval of the paired ratio, so that what is chosen on a few prompts holds on others. Schedules of components
+(`quantiles.py`, and those given) enter where they are nearer than every plan of whole steps that is as fast.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import torch
 
-from fastdit.blocks.nodes import Weights
 from fastdit.errors import ArgumentError
-from fastdit.methods.budget import Budget
-from fastdit.patch import patch
-from fastdit.runtime.forecasts import Outputs
-from fastdit.runtime.guard import deviations
-from fastdit.runtime.install import LINK
-from fastdit.schedules.book import NODES, Plan, PlanBook, config_hash
+from fastdit.schedules.book import NODES, Plan, PlanBook
+from fastdit.schedules.plan import whole_forecasts
+from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
-from fastdit.search import solution
-from fastdit.search.evaluator import Evaluator, Work, fingerprint
+from fastdit.search.evaluator import Work
+from fastdit.search.foresight import Foresight, Place
+from fastdit.search.quantiles import quantile_schedule
+from fastdit.search.trial import ORDER, Interval, Measured, Trial, interval, plan_at
+from fastdit.spec import ModelSpec
 
 #: of all steps: so many compute
 SHARES = (0.75, 0.68, 0.6, 0.54, 0.5, 0.43, 0.39, 0.36, 0.32, 0.29, 0.25, 0.21, 0.18, 0.15)
-ORDER = 1
+ORDERS = (0, 1, 2)
 LEAST_STEPS = 8
-#: pictures of which the output's changes are taken
-SEEN = 2
-CONFIDENCE = 0.95
-#: a guard's bound over the most that was measured
-MARGIN = 1.5
-REPEATS = 3
-#: steps of the solution: many more than any run that is measured
-SOLUTION = 100
-
-#: steps that compute, and the order by which the others are drawn
-Place = tuple[tuple[int, ...], int]
+#: of the outputs of components: so many are reused
+QUANTILES = (0.3, 0.5, 0.7)
+#: places from which an order is sought for each step
+CLIMBED = 2
 
 
 def calibrate(
@@ -60,23 +49,28 @@ def calibrate(
     threads: int | None = None,
     backend: str | None = None,
     arguments: dict[str, Any] | None = None,
+    plans: Sequence[Schedule | Plan] = (),
     shares: Sequence[float] = SHARES,
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PlanBook:
-    """This measures plans of whole steps on a pipeline, and makes a book of the best.
+    """This measures plans on a pipeline, and makes a book of the best.
 
     Args:
         pipeline: With its own scheduler, which draws no noise at each step. It must not be patched.
         prompts: At least two, a picture of each.
         steps: Of a run, at least 8.
         batch, seed, threads, backend, arguments: As in :class:`~fastdit.search.Work`.
+        plans: Further candidates, of as many steps: presets, those of another book, or what a search found.
         shares: So many of the steps compute.
         watch: Is told the number of measured plans, and of all.
 
     Raises:
         ArgumentError: The sampler draws noise or calls the model several times a step, the pipeline gives no latents
             or is patched, or an argument is not accepted.
+        ScheduleError: A schedule is of another model or number of steps.
     """
+    from fastdit.patch import find_adapter
+
     if steps < LEAST_STEPS or len(prompts) < 2:
         raise ArgumentError(
             f"steps must be at least {LEAST_STEPS} and prompts at least 2, got {steps} and {len(prompts)}"
@@ -91,191 +85,122 @@ def calibrate(
         backend=backend,
         arguments=arguments or {},
     )
-    trial = _Trial(pipeline, work)
+    spec = find_adapter(pipeline.transformer).spec(pipeline.transformer)
+    given = [plan_of(each, spec, steps) for each in plans]
+    trial = Trial(pipeline, work, given)
     counts = sorted({max(NODES, round(share * steps)) for share in shares} - {steps}, reverse=True)
     done = itertools.count(1)
-    everything = tuple(range(steps)), ORDER
 
     try:
         trial.solve()
-        changes = trial.changes()
-        candidates = {count: _candidates(steps, count, changes) for count in counts}
-        total = 1 + sum(map(len, candidates.values()))
+        unpatched, foresight = trial.look()
+        places = [(plan.computed, plan.order) for plan in given if plan.whole]
+        candidates = {count: _candidates(foresight, count, trial.moved, places) for count in counts}
+        apart = [plan for plan in given if not plan.whole]
+        for share in QUANTILES if trial.changes else ():
+            apart.append(plan_of(quantile_schedule(trial.changes, spec, steps, share), spec, steps))
+        total = sum(map(len, candidates.values())) + len(apart)
 
-        def losses(place: Place) -> np.ndarray:
-            found = trial.losses(place)
+        def measured(plan: Plan) -> Measured:
+            found = trial.measured(plan)
             watch(next(done), total)
             return found
 
-        unpatched = losses(everything)
-        plans = {steps: Plan(*everything, 1.0, 1.0, 1.0)}
-        for places in candidates.values():
-            even, *others = places
-            measured = {place: losses(place) for place in places}
-            best = min(others, key=lambda place: measured[place].mean(), default=even)
-            if interval(measured[best] - measured[even])[2] >= 1:
-                best = even
-            bounds = tuple(MARGIN * each for each in trial.deviations(best))
-            plans[len(best[0])] = Plan(*best, *interval(measured[best] - unpatched), bounds)
-        return trial.book([plans[count] for count in sorted(plans, reverse=True)])
+        chosen, over_even = [Measured(trial.everything, unpatched, ())], {}
+        for count, places in candidates.items():
+            even, *rest = (measured(plan_at(place)) for place in places)
+            best = min(rest, key=lambda each: each.losses.mean(), default=even)
+            over_even[count] = interval(best.losses - even.losses)
+            chosen.append(even if over_even[count][2] >= 1 else best)
+        facts = {"best_other_over_even": over_even}
+        book = trial.book([each.as_plan(unpatched) for each in chosen], facts)
+        found = []
+        for each in map(measured, apart):
+            book, ratio = _with_components(book, chosen, each, unpatched, trial.timed)
+            found.append([each.plan.arithmetic, *ratio])
+        facts = {**book.provenance, "components_over_whole_steps": found}
+        return replace(book, provenance=facts)
     finally:
         trial.handle.unpatch()
 
 
-def interval(logarithms: np.ndarray) -> tuple[float, float, float]:
-    """The geometric mean of ratios whose logarithms are given, and its 95 % interval (Student's t)."""
-    mean, error = logarithms.mean(), scipy.stats.sem(logarithms)
-    half = error * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(logarithms) - 1)
-    return tuple(float(np.exp(mean + each)) for each in (0.0, -half, half))
+def _with_components(
+    book: PlanBook,
+    whole: Sequence[Measured],
+    other: Measured,
+    unpatched: np.ndarray,
+    timed: Callable[[Plan], Plan],
+) -> tuple[PlanBook, Interval]:
+    """The book with a plan of components, where that is nearer than the best of whole steps which is as fast.
+
+    It is timed only where it is nearer than what has no more arithmetic: a step of which a part is computed takes no
+    less than its arithmetic says, a step that is drawn takes next to nothing.
+
+    Returns:
+        The book, and the error over that plan's, with its interval.
+    """
+
+    def over(rivals: Sequence[Measured]) -> Interval:
+        best = min(rivals or whole[-1:], key=lambda each: each.losses.mean())
+        return interval(other.losses - best.losses)
+
+    least = other.plan.arithmetic
+    ratio = over([each for each in whole if each.plan.arithmetic <= least])
+    if ratio[2] >= 1:
+        return book, ratio
+    plan = timed(other.as_plan(unpatched))
+    ratio = over([each for each in whole if book.seconds_of(each.plan) <= plan.seconds])
+    times = [book.seconds_of(each) for each in book.plans]
+    if ratio[2] >= 1 or plan.seconds >= times[0] or plan.seconds in times:
+        return book, ratio
+    plans = sorted((*book.plans, plan), key=lambda each: -book.seconds_of(each))
+    return replace(book, plans=tuple(plans)), ratio
 
 
-def _candidates(steps: int, count: int, changes: Sequence[float]) -> list[Place]:
-    """At most `count` steps compute; the evenly spread line comes first."""
-    places = even_steps(steps, count), early_steps(steps, count), changing_steps(changes, count)
-    found = [(tuple(place), ORDER) for place in places if len(place) <= count]
-    return list(dict.fromkeys(found))
+def plan_of(given: Schedule | Plan, spec: ModelSpec, steps: int) -> Plan:
+    """A candidate as a plan: of whole steps where its schedule separates nothing.
+
+    Raises:
+        ScheduleError: It is of another model or number of steps.
+    """
+    if isinstance(given, Plan):
+        if given.schedule is not None:
+            given.schedule.bind(spec, steps)
+        return given
+    bound = given.bind(spec, steps)
+    whole = whole_forecasts(bound, spec) if bound.forecasts else (0,) * steps
+    computes = np.array(
+        [[layer.bits[step].all() for layer in bound.layers.values()] for step in range(steps)]
+    ).all(axis=1)
+    runs = [step for step in range(steps) if computes[step] or not whole[step]]
+    if computes[runs].all():
+        return plan_at((tuple(runs), tuple(whole)))
+    layers = bound.layers.values()
+    runs = [step for step in range(steps) if any(layer.bits[step].any() for layer in layers)]
+    return replace(plan_at((tuple(runs), ORDER)), schedule=replace(bound, provenance={}))
 
 
-class _Trial:
-    """A patched pipeline draws the pictures of some work by any plan."""
+def _candidates(
+    foresight: Foresight, count: int, moved: Sequence[float], given: Sequence[Place]
+) -> list[Place]:
+    """So many steps compute: the evenly spread line, the best drawn by one order, the best by one for each step."""
+    steps = foresight.steps
+    even = tuple(even_steps(steps, count))
+    places = even, early_steps(steps, count), changing_steps(moved, count)
+    starts = [_filled(place, count) for place in places]
+    lines = [foresight.improved((place, ORDER)) for place in starts]
+    alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
+    each = {place for place in given if len(place[0]) == count}
+    nearest = sorted(lines, key=lambda place: foresight.losses(place).mean())[:CLIMBED]
+    each |= {foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in nearest}
+    best = (
+        min(places, key=lambda place: foresight.losses(place).mean())
+        for places in (alike - {(even, ORDER)}, each)
+    )
+    return [(even, ORDER), *best]
 
-    def __init__(self, pipeline: Any, work: Work) -> None:
-        self.work = work
-        self.judge = Evaluator(lambda: pipeline, work)
-        self.pipeline = pipeline
-        if (calls := self.judge.genome.steps) != work.steps:
-            raise ArgumentError(
-                "a plan book needs a sampler that calls the model once a step, "
-                f"{type(pipeline.scheduler).__name__} makes {calls} calls of {work.steps}"
-            )
-        if LINK in pipeline.transformer.__dict__:
-            raise ArgumentError("pipeline must not be patched, got one that is; unpatch it first")
-        self.handle = patch(pipeline, Budget(speedup=1), backend=work.backend)
 
-    def solve(self) -> None:
-        """Draw the pictures that the others are compared with."""
-        with solution.solving(self.pipeline, SOLUTION) as steps:
-            self._truth = self._drawn(steps)
-
-    def losses(self, place: Place) -> np.ndarray:
-        """The logarithm of each picture's distance to the solution."""
-        with self._planned(place):
-            found = self._drawn(self.work.steps)
-        prompts = self.work.prompts
-        return np.log(self.judge.quality.losses(found, prompts, self._truth))
-
-    def changes(self) -> list[float]:
-        """How far the model's output is from that of the step before, relatively, at each step of some runs."""
-        with self.handle.disabled():
-            steps = self._outputs(0, min(SEEN, self.work.items))
-        return [0.0] + [
-            sum(float((a - b).norm() / b.norm()) for a, b in zip(now, before, strict=True))
-            for before, now in itertools.pairwise(steps)
-        ]
-
-    def deviations(self, place: Place) -> list[float]:
-        """The most that forecasts were off, over all pictures, at each of the computed steps from the third on."""
-        computed, order = place
-        most = dict.fromkeys(computed, 0.0)
-        for first, last in self._chunks():
-            with self._planned(place):
-                steps = self._outputs(first, last)
-            weights = Weights(self.handle.last_run().sigmas)
-            for branch in zip(*steps, strict=True):
-                held = Outputs()
-                for step in computed:
-                    if held.nodes.moves(step, weights):
-                        drawn = held.nodes.drawn(step, order, weights)[0].gathered()
-                        off = float(deviations(drawn, branch[step]).max())
-                        most[step] = max(most[step], off)
-                    held.add(step, (branch[step],), weights, order)
-        return [most[step] for step in computed[NODES:]]
-
-    def book(self, plans: Sequence[Plan]) -> PlanBook:
-        """The plans with what their steps take."""
-        steps, loops, others = self.work.steps, {}, []
-        few = len(plans[-1].computed)
-        for count in (steps, few):
-            turns = [self._times((tuple(even_steps(steps, count)), 1)) for _ in range(1 + REPEATS)]
-            loops[count] = statistics.median(loop for loop, _ in turns[1:])
-            others += [whole - loop for loop, whole in turns[1:]]
-        other, full = max(0.0, statistics.median(others)), loops[steps] / steps
-        tokens = self.handle.last_run().image_tokens
-        with self.handle.disabled():
-            turns = [self._whole() for _ in range(1 + REPEATS)]
-        unpatched = max(full / 2, (statistics.median(turns[1:]) - other) / steps)
-        drawn = max(0.0, (loops[few] - few * full) / (steps - few))
-        return PlanBook(
-            (type(self.pipeline.transformer).__name__, config_hash(self.pipeline.transformer)),
-            type(self.pipeline.scheduler).__name__,
-            steps,
-            tokens,
-            unpatched,
-            (full, drawn),
-            other,
-            tuple(plans),
-            self._provenance(),
-        )
-
-    def _times(self, place: Place) -> tuple[float, float]:
-        """Seconds per picture of the denoising steps, and of the whole call."""
-        with self._planned(place):
-            whole = self._whole()
-        run = self.handle.last_run()
-        return run.seconds / self._chunks()[0][1], whole
-
-    def _whole(self) -> float:
-        """Seconds per picture of a call."""
-        first, last = self._chunks()[0]
-        start = time.perf_counter()
-        self.judge.draw(first, last, self.work.steps)
-        return (time.perf_counter() - start) / last
-
-    def _planned(self, place: Place) -> Any:
-        """Inside, runs are by this plan."""
-        steps = self.work.steps
-        if len(place[0]) == steps:
-            return nullcontext()
-        plans = tuple(Plan(*each, 1.0, 1.0, 1.0) for each in ((tuple(range(steps)), 1), place))
-        scheduler = type(self.pipeline.scheduler).__name__
-        book = PlanBook(("", ""), scheduler, steps, 1, 1.0, (1.0, 0.0), 0.0, plans)
-        return self.handle.budget(speedup=steps / len(place[0]), book=book)
-
-    def _chunks(self) -> list[tuple[int, int]]:
-        items, batch = self.work.items, self.work.batch
-        return [(first, min(first + batch, items)) for first in range(0, items, batch)]
-
-    def _drawn(self, steps: int) -> np.ndarray:
-        """The latents of all pictures."""
-        return np.concatenate([self.judge.draw(*chunk, steps) for chunk in self._chunks()])
-
-    def _outputs(self, first: int, last: int) -> list[list[torch.Tensor]]:
-        """What the model gives, or what is drawn in its place, at each step: of each of its calls."""
-        found: list[torch.Tensor] = []
-        hook = self.pipeline.transformer.register_forward_hook(
-            lambda module, given, output: found.append(output[0].detach().clone())
-        )
-        try:
-            self.judge.draw(first, last, self.work.steps)
-        finally:
-            hook.remove()
-        calls = len(found) // self.work.steps
-        return [found[i : i + calls] for i in range(0, len(found), calls)]
-
-    def _provenance(self) -> dict[str, Any]:
-        weight = next(self.pipeline.transformer.parameters())
-        on_gpu = weight.device.type == "cuda"
-        name = torch.cuda.get_device_name(weight.device) if on_gpu else platform.processor()
-        return {
-            "made": time.strftime("%Y-%m-%d"),
-            "machine": name or platform.machine(),
-            "threads": self.work.threads,
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "weights": fingerprint(self.pipeline.transformer),
-            "versions": {each: importlib.metadata.version(each) for each in ("torch", "diffusers")},
-            "prompts": list(self.work.prompts),
-            "seed": self.work.seed,
-            "batch": self.work.batch,
-            "arguments": dict(self.work.arguments),
-            "solution": f"{SOLUTION} steps",
-        }
+def _filled(place: Sequence[int], count: int) -> tuple[int, ...]:
+    """A place of so many steps, of which the first that are missing are added, or the last are left out."""
+    steps = [*place, *(step for step in range(count) if step not in place)]
+    return tuple(sorted(steps[:count]))

@@ -22,7 +22,7 @@ import numpy as np
 from fastdit.cli import launch
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.errors import ArgumentError
-from fastdit.runtime.timesteps import Timesteps, predicted_timesteps
+from fastdit.runtime.timesteps import Timesteps, check_flow, predicted_timesteps
 from fastdit.search import cost
 from fastdit.search.genome import Genome
 from fastdit.search.knobs import OWN, Knobs
@@ -289,8 +289,9 @@ class Evaluator:
         """The pipeline is under a vector's methods for the length of a `with`."""
         from fastdit import Cached, patch
 
-        ras = self.genome.run(vector).ras
-        methods = [Cached(self.genome.schedule(vector)), *([] if ras is None else [ras])]
+        run = self.genome.run(vector)
+        others = run.ras, run.ralu(run.steps or self.genome.steps)
+        methods = [Cached(self.genome.schedule(vector)), *(m for m in others if m is not None)]
         handle = patch(self.pipeline, *methods, backend=self.work.backend)
         try:
             yield handle
@@ -312,6 +313,7 @@ def schedulers_of(pipeline: Any, work: Work) -> dict[str | None, Any]:
     Raises:
         ArgumentError: One makes other calls than steps, where several are searched, or their number.
         ScheduleError: RAS leaves no sparse step in a run that is searched.
+        UnsupportedModelError: RALU cannot lead the sampler of one.
     """
     own, found, knobs = pipeline.scheduler, {}, work.knobs
     for name in (None, *knobs.solvers):
@@ -328,8 +330,11 @@ def schedulers_of(pipeline: Any, work: Work) -> dict[str | None, Any]:
                 f"{type(calls).__name__} makes {len(calls.timesteps)} calls of {work.steps}"
             )
     for run in knobs.runs():
+        steps = run.steps or work.steps
         if run.ras is not None:
-            run.ras.check_steps(run.steps or work.steps)
+            run.ras.check_steps(steps - run.coarse_steps(steps))
+        if run.coarse:
+            check_flow(found[run.solver])
     return found
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from fastdit import files
 from fastdit.errors import ArgumentError
+from fastdit.schedules.book import PlanBook
 from fastdit.schedules.schedule import Schedule
 from fastdit.search import cost
 from fastdit.search.archive import Archive, Candidate
@@ -25,7 +26,7 @@ from fastdit.search.genome import Genome
 from fastdit.search.ledger import Ledger
 from fastdit.search.nsga2 import Nsga2, Operators, require_pymoo
 from fastdit.search.quality import is_logarithmic, is_of_latents, judgement
-from fastdit.search.seeds import default_population, evenly_spread_steps, first_population
+from fastdit.search.seeds import default_population, evenly_spread_steps, first_population, seeds_of
 from fastdit.search.surrogate import propose
 from fastdit.search.workers import Workers
 
@@ -143,6 +144,7 @@ def evolve(
     seeds: Sequence[Schedule],
     workers: Workers,
     watch: Watch = lambda state: None,
+    book: PlanBook | None = None,
 ) -> tuple[Search, Ledger]:
     """This runs or resumes the search of a folder; the ledger is open for what the caller still measures.
 
@@ -158,6 +160,8 @@ def evolve(
             even, most = evenly_spread_steps(genome, order), population // 2 // len(genome.orders)
             chosen = np.linspace(0, len(even) - 1, min(len(even), most)).round().astype(int)
             seeds = [*seeds, *(genome.schedule(even[index]) for index in chosen)]
+    if book is not None:
+        seeds = [*seeds, *seeds_of(book, genome)[: population - 1 - len(seeds)]]
     first = first_population(genome, population, seeds, settings.operators.seed)
     files.make_folder(folder, "out")
     ledger = Ledger(folder / LEDGER, identity(work, settings, seeds, facts))

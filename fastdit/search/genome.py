@@ -202,14 +202,17 @@ class Genome:
                 codes[step] = _WHOLE + (max(1, min(order, runs - 1)) << _ORDER)
             else:
                 runs += 1
-        turned = repr(astuple(run)).encode() if self.knobs.size else b""
+        said = astuple(run)[: None if run.coarse else -1]  # names are as before there were stages
+        turned = repr(said).encode() if self.knobs.size else b""
         return hashlib.sha256(codes.astype(np.uint8).tobytes() + turned).hexdigest()[:32]
 
     def reused(self, vector: np.ndarray) -> int:
         """So many entries of the uncached run's are not computed, or not for all tokens."""
         computes, run = self.parts(self.effective(vector))[0], self.run(vector)
-        sparse = computes[self.taken(run)][self._sparse(run)].sum() if run.ras else 0
-        return int((~computes).sum() + sparse)
+        some, coarse = self._sparse(run), run.coarse_steps(run.steps or self.steps)
+        rows = computes[self.taken(run)]
+        fewer = rows[:coarse].sum() + (rows[some].sum() if run.ras else 0)
+        return int((~computes).sum() + fewer)
 
     def to_bytes(self, vector: np.ndarray) -> bytes:
         """A byte holds eight bits."""
@@ -224,9 +227,12 @@ class Genome:
 
     def _flags(self, vector: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Every entry, [steps, components], has COMPUTE, REUSE or neither; every step the order it is forecast by."""
-        schedule, partial = self.schedule(vector), self._sparse(self.run(vector))
-        whole = whole_forecasts(schedule, self.spec)
-        actions = lower(schedule, self.spec, partial, forecasts=whole, repeats=self.repeats)
+        run = self.run(vector)
+        schedule, partial = self.schedule(vector), self._sparse(run)
+        coarse = run.coarse_steps(schedule.steps)
+        fresh = [0, coarse] if coarse else []
+        whole = whole_forecasts(schedule, self.spec, fresh)
+        actions = lower(schedule, self.spec, partial, fresh, whole, self.repeats)
         first, offsets = 0, {}
         for kind in self.spec.kinds:
             offsets[kind.name] = first
@@ -239,5 +245,9 @@ class Genome:
 
     def _sparse(self, run: Run) -> np.ndarray:
         """These steps of a run leave out tokens, bool [steps]; empty without RAS."""
-        planned = [] if run.ras is None else run.ras.active(run.steps or self.steps, MANY_TOKENS)
-        return np.array([step is not None for step in planned], dtype=bool)
+        if run.ras is None:
+            return np.zeros(0, dtype=bool)
+        steps = run.steps or self.steps
+        first = run.coarse_steps(steps)
+        planned = run.ras.active(steps - first, MANY_TOKENS)
+        return np.array([False] * first + [step is not None for step in planned])

@@ -1,4 +1,5 @@
-"""What a search varies beside a schedule: how many steps a run has, how many tokens RAS computes, and which solver.
+"""What a search varies beside a schedule: how many steps a run has, how many tokens RAS computes, which solver, and how
+many of the steps RALU takes at half the resolution.
 
 A knob has a list of values, the first that of the uncached run, and one bit less than values: it stands at the value
 whose place in the list is the number of its bits that are set. So any bits mean something, and one that flips is one
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ import numpy as np
 from fastdit.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from fastdit.methods.ralu import RALU
     from fastdit.methods.ras import RAS
 
 MOVE_SHARE = 0.25  # of a step's moves: a knob is turned instead
 #: tokens of RAS are computed by so many, which suits small pictures too
 ALIGN = 8
 RATIOS = (1.0, 0.75, 0.5, 0.25)
+COARSE = (0.0, 0.3, 0.5)
 OWN = "own"
 
 
@@ -35,11 +38,13 @@ class Run:
         steps: How many; None for what the search says of all.
         ratio: Of the tokens in a sparse step of RAS; 1 runs without it.
         solver: A scheduler by name, as in `Work`, or "own" for the pipeline's; None for what the search says of all.
+        coarse: Of the steps in RALU's coarse stage; 0 runs without it.
     """
 
     steps: int | None = None
     ratio: float = 1.0
     solver: str | None = None
+    coarse: float = 0.0
 
     @property
     def ras(self) -> RAS | None:
@@ -50,6 +55,32 @@ class Run:
 
         return RAS(ratio=self.ratio, metric="change", align=ALIGN)
 
+    def coarse_steps(self, steps: int) -> int:
+        """So many of `steps` steps are at half the resolution, of which one is left at the whole."""
+        return min(steps - 1, max(1, round(self.coarse * steps))) if self.coarse else 0
+
+    def ralu(self, steps: int) -> RALU | None:
+        """RALU of `steps` steps, as in its preset "late"; None where all are at the whole resolution."""
+        count = self.coarse_steps(steps)
+        if not count:
+            return None
+        from fastdit.methods.ralu import RALU
+
+        return RALU.preset("late", steps=(count, 0, steps - count))
+
+    def arguments(self, steps: int) -> dict[str, dict[str, Any]]:
+        """Of RAS and RALU, where a run of `steps` steps has them, as plain data."""
+        found: dict[str, dict[str, Any]] = {}
+        if self.ras is not None:
+            found["ras"] = {name: getattr(self.ras, name) for name in ("ratio", "metric", "align")}
+        ralu = self.ralu(steps)
+        if ralu is not None:
+            found["ralu"] = {
+                name: list(getattr(ralu, name)) for name in ("steps", "ends", "shifts")
+            }
+            found["ralu"] |= {"noise": ralu.noise, "lift": ralu.lift}
+        return found
+
 
 @dataclass(frozen=True)
 class Knobs:
@@ -59,11 +90,14 @@ class Knobs:
         steps: Numbers of steps, falling; empty for the search's own alone.
         ratios: Shares of the tokens that RAS computes, falling from 1, which is without RAS.
         solvers: Schedulers by name, as in `Work`, or "own" for the pipeline's; empty for the search's own alone.
+        coarse: Shares of the steps in RALU's coarse stage, rising from 0, which is without it. It leads the pipeline's
+            own scheduler alone, so such runs have no other solver where several are searched.
     """
 
     steps: tuple[int, ...] = ()
     ratios: tuple[float, ...] = (1.0,)
     solvers: tuple[str, ...] = ()
+    coarse: tuple[float, ...] = (0.0,)
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 2), ("ratios", 0)):
@@ -75,6 +109,10 @@ class Knobs:
                 )
             object.__setattr__(self, name, values)
         object.__setattr__(self, "solvers", tuple(self.solvers))
+        object.__setattr__(self, "coarse", tuple(self.coarse))
+        rising = all(a < b for a, b in itertools.pairwise(self.coarse))
+        if not rising or not self.coarse or self.coarse[0] != 0 or self.coarse[-1] >= 1:
+            raise ArgumentError(f"coarse must rise from 0 and be below 1, got {self.coarse!r}")
         if not self.ratios or self.ratios[0] != 1:
             raise ArgumentError(f"ratios must begin with 1, without RAS, got {self.ratios!r}")
         if len(set(self.solvers)) < len(self.solvers):
@@ -83,7 +121,7 @@ class Knobs:
     @cached_property
     def values(self) -> tuple[tuple[Any, ...], ...]:
         """Of each knob, in the order of :class:`Run`."""
-        return self.steps or (None,), self.ratios, self.solvers or (None,)
+        return self.steps or (None,), self.ratios, self.solvers or (None,), self.coarse
 
     @property
     def size(self) -> int:
@@ -92,16 +130,18 @@ class Knobs:
 
     def runs(self) -> Iterator[Run]:
         """All there are, the uncached run's first."""
-        return itertools.starmap(Run, itertools.product(*self.values))
+        found = itertools.starmap(Run, itertools.product(*self.values))
+        return iter(dict.fromkeys(map(self._legal, found)))
 
     def places(self, bits: np.ndarray) -> np.ndarray:
-        """Bits, bool [..., size], have each knob at this place of its values, int [..., 3]."""
+        """Bits, bool [..., size], have each knob at this place of its values, int [..., 4]."""
         parts = np.split(bits, self._cuts(), axis=-1)
         return np.stack([part.sum(axis=-1) for part in parts], axis=-1)
 
     def read(self, bits: np.ndarray) -> Run:
         """Bits, bool [size], stand for this run."""
-        return Run(*(v[p] for v, p in zip(self.values, self.places(bits), strict=True)))
+        places = self.places(bits)
+        return self._legal(Run(*(v[p] for v, p in zip(self.values, places, strict=True))))
 
     def write(self, run: Run) -> np.ndarray:
         """A run has these bits, bool [size].
@@ -141,7 +181,16 @@ class Knobs:
 
     def described(self) -> dict[str, Any]:
         """JSON data describe them so."""
-        return {name: list(values) for name, values in asdict(self).items()}
+        found = {name: list(values) for name, values in asdict(self).items()}
+        if len(self.coarse) == 1:  # as before there was this knob
+            del found["coarse"]
+        return found
+
+    def _legal(self, run: Run) -> Run:
+        """A run in stages has the pipeline's own solver."""
+        if not run.coarse or not self.solvers:
+            return run
+        return replace(run, solver=OWN if OWN in self.solvers else self.solvers[0])
 
     def _cuts(self) -> Sequence[int]:
         return np.cumsum([len(values) - 1 for values in self.values])[:-1]

@@ -68,9 +68,8 @@ def write_result(
 def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any]) -> Schedule:
     """A candidate has this effective schedule, with where it comes from and how its run is made."""
     run = search.genome.run(candidate.vector)
-    ras = (
-        None if run.ras is None else {n: getattr(run.ras, n) for n in ("ratio", "metric", "align")}
-    )
+    steps = run.steps or search.archive.work.steps
+    beside = run.arguments(steps)
     provenance = {
         "method": "ECAD (arXiv 2506.15682), searched by fastdit " + __version__,
         "objectives": objectives(search, candidate.values),
@@ -79,8 +78,8 @@ def schedule_of(search: Search, candidate: Candidate, identity: Mapping[str, Any
         "model": identity["model"],
         "items": search.archive.work.items,
         "scheduler": search.schedulers[str(run.solver)],
-        "num_inference_steps": run.steps or search.archive.work.steps,
-        **({} if ras is None else {"ras": ras}),
+        "num_inference_steps": steps,
+        **beside,
         "generations": len(search.generations) - 1,
     }
     return search.genome.schedule(search.genome.effective(candidate.vector), provenance)

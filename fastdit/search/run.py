@@ -11,6 +11,7 @@ from typing import Any
 from fastdit import files
 from fastdit.cli import launch
 from fastdit.errors import ArgumentError
+from fastdit.schedules.book import PlanBook
 from fastdit.schedules.schedule import Schedule
 from fastdit.search.baselines import measure_baselines
 from fastdit.search.evaluator import Work
@@ -28,6 +29,7 @@ def ecad(
     seeds: Sequence[Schedule | str | os.PathLike[str]] = (),
     workers: int | Workers = 1,
     watch: Watch = lambda state: None,
+    book: PlanBook | None = None,
 ) -> Search:
     """This searches caching schedules of a pipeline by NSGA-II; the result is a folder.
 
@@ -44,6 +46,7 @@ def ecad(
         workers: 1 measures in this process, more in as many processes; or any :class:`Workers`, which the caller
             closes.
         watch: Called with a :class:`State` whenever something was measured.
+        book: A plan book, whose schedules it begins with as well, as far as the population has room.
 
     Raises:
         DependencyError: pymoo is not installed: pip install fastdit[search].
@@ -69,12 +72,12 @@ def ecad(
             return pipe_or_factory
 
     if not isinstance(workers, int):
-        return _run(Path(out), work, settings, given, workers, watch)
+        return _run(Path(out), work, settings, given, workers, watch, book)
     if not 1 <= workers <= launch.MAX_WORKERS:
         raise ArgumentError(f"workers must be from 1 to {launch.MAX_WORKERS}, got {workers}")
     made = InProcess(factory, work) if workers == 1 else Processes(factory, work, workers)
     with closing(made):
-        return _run(Path(out), work, settings, given, made, watch)
+        return _run(Path(out), work, settings, given, made, watch, book)
 
 
 def _run(
@@ -84,10 +87,11 @@ def _run(
     seeds: Sequence[Schedule],
     workers: Workers,
     watch: Watch,
+    book: PlanBook | None,
 ) -> Search:
     from fastdit.search.result import write_result  # matplotlib, which workers do not need
 
-    search, ledger = evolve(out, work, settings, seeds, workers, watch)
+    search, ledger = evolve(out, work, settings, seeds, workers, watch, book)
 
     def progress(done: int, total: int) -> None:
         last, seen = settings.generations, len(search.archive.seen)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastdit.errors import ArgumentError
+from fastdit.schedules.book import PlanBook
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import early_steps, even_steps
 from fastdit.search.genome import Genome
@@ -69,6 +70,19 @@ def first_population(
             found.setdefault(genome.to_bytes(vector), vector)
     _fill(found, genome, population, np.random.default_rng(seed))
     return np.stack(list(found.values()))
+
+
+def seeds_of(book: PlanBook, genome: Genome) -> list[Schedule]:
+    """The schedules of a book's plans that a search of this genome can hold."""
+    found = []
+    for plan in book.plans[1:] if book.steps == genome.steps else ():
+        schedule = plan.schedule or Schedule.of_steps(
+            genome.spec, book.steps, plan.computed, plan.order
+        )
+        orders = {int(order) for layer in schedule.layers.values() for order in layer.orders.flat}
+        if orders <= set(genome.orders):
+            found.append(schedule)
+    return found
 
 
 def uncached(genome: Genome) -> np.ndarray:
@@ -145,7 +159,7 @@ def _in_turn(genome: Genome) -> Iterator[np.ndarray]:
     """The FORA grids come first, then a member of every other family, again and again; of knobs each run in turn."""
     if genome.knobs.size:
         runs = list(genome.knobs.runs())
-        plain = [run for run in runs if run.ras is None]
+        plain = [run for run in runs if run.ras is None and not run.coarse]
         for run in sorted(runs, key=lambda run: run not in plain):
             yield genome.embed(uncached(genome.alone(run)), run)
         for group in zip_longest(*(_of_run(genome, run) for run in plain)):
