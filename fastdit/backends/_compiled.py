@@ -94,14 +94,14 @@ class Compiled(Backend):
             *out.shape,
             operand(x),
             _address(out),
-            None if scale is None else _beside(x, scale, width),
-            None if shift is None else _beside(x, shift, width),
-            None if weight is None else _beside(x, weight, width),
-            None if bias is None else _beside(x, bias, width),
+            None if scale is None else _modulation(scale, width, x.dtype),
+            None if shift is None else _modulation(shift, width, x.dtype),
+            None if weight is None else _modulation(weight, width, x.dtype),
+            None if bias is None else _modulation(bias, width, x.dtype),
             eps,
             rms,
             None if branch is None else _address(branch),
-            None if gate is None else _beside(x, gate, width),
+            None if gate is None else _modulation(gate, width, x.dtype),
             None if cache is None else operand(cache),
             None if rows is None else _row_index(rows),
             None if row_scale is None else _table(row_scale),
@@ -299,23 +299,22 @@ def _angles(t: Tensor, first: int) -> tuple[int, int, int]:
     return t.data_ptr() + first * row * t.itemsize, batch, row
 
 
-def _modulation(t: Tensor | None, width: int) -> int | tuple[int, int, int] | None:
-    """The bare address of a single row; strides of 0 wherever it has one row for all."""
+def _modulation(
+    t: Tensor | None, width: int, beside: torch.dtype | None = None
+) -> int | tuple[int, ...] | None:
+    """The bare address of a single row; strides of 0 wherever it has one row for all.
+
+    One of another dtype than what is `beside` it is fp32, which is told.
+    """
     if t is None:
         return None
+    wide = beside is not None and t.dtype is not beside
     if t.numel() == width:
-        return t.data_ptr()
+        return (t.data_ptr(), 0, 0, 1) if wide else t.data_ptr()
     shape, stride = t.shape, t.stride()
     per_token = stride[1] if len(shape) == 3 and shape[1] > 1 else 0
-    return t.data_ptr(), stride[0] if shape[0] > 1 else 0, per_token
-
-
-def _beside(x: Tensor, t: Tensor, width: int) -> int | tuple[int, ...]:
-    """A modulation of x's dtype or of fp32, which is told."""
-    found = _modulation(t, width)
-    if t.dtype is x.dtype:
-        return found
-    return (*found, 1) if isinstance(found, tuple) else (found, 0, 0, 1)
+    found = t.data_ptr(), stride[0] if shape[0] > 1 else 0, per_token
+    return (*found, 1) if wide else found
 
 
 def _wide(modulations: Sequence[Tensor | None]) -> bool:
