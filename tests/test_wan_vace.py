@@ -9,7 +9,7 @@ from diffusers import WanVACETransformer3DModel
 import fastdit
 import tiny_models
 from contract import FORWARD_FP64, distance, same_bits, within_contract
-from fastdit import RAS, ArgumentError, Cached, Schedule
+from fastdit import RALU, RAS, ArgumentError, Cached, Schedule, UnsupportedModelError
 from oracle import Oracle, random_bits
 from ras_oracle import RowOracle, random_rows
 from test_given_pictures import drawn, vace
@@ -126,6 +126,12 @@ def test_a_control_of_fewer_frames_beside_rows():
             one["control_hidden_states"] = one["control_hidden_states"][:, :, :1]
             run(made, [one])
             handle.advance()
+
+
+def test_two_resolutions_are_refused_by_name():
+    pipe, _ = vace()
+    with pytest.raises(UnsupportedModelError, match="WanVACETransformer3DModel cannot change its"):
+        fastdit.patch(pipe, RALU.preset("flux-4x", family=None))
 
 
 def test_the_hints_count():

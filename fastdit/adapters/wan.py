@@ -46,7 +46,7 @@ def wan_block(
 ) -> Tensor:
     """One `WanTransformerBlock`: video [B, N, D], text [B, T, D], temb [B, 6, D] or [B, N, 6, D] -> video."""
     video = fw.enter(hidden_states, "image", wide=True)
-    add_components(block, fw, video, hidden_states.dtype, encoder_hidden_states, temb, rotary_emb)
+    add_components(block, fw, video, encoder_hidden_states, temb, rotary_emb)
     return video.leave()
 
 
@@ -54,12 +54,11 @@ def add_components(
     block: nn.Module,
     fw: Forward,
     video: Residual,
-    dtype: torch.dtype,
     text: Tensor,
     temb: Tensor,
     rotary_emb: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Add self-attention, cross-attention and feed-forward of a block to its stream, which is of a dtype."""
+    """Add self-attention, cross-attention and feed-forward of a block to its stream."""
 
     def modulate(shared: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
         return (block.scale_shift_table + shared.float()).unbind(-2)
@@ -81,7 +80,7 @@ def add_components(
         u = video.normed(block.norm3, scale_ffn, shift_ffn)
         out = fw.segments.feed_forward(block.ffn, u)
         # In fp64 this branch alone is rounded before its gate.
-        return out.float() if fw.immediate and dtype is torch.float64 else out
+        return out.float() if fw.immediate and u.dtype is torch.float64 else out
 
     parts = (
         ("attn1", attend, gate),
@@ -122,9 +121,8 @@ class Wan(Videos):
     ) -> Call:
         """Of timesteps of tokens, that of the last one is the step's: the first frame may be given as it is."""
         found = super().call(transformer, args, kwargs)
-        timestep = found.timestep
-        several = isinstance(timestep, Tensor) and timestep.ndim == 2
-        return replace(found, timestep=timestep[:, -1]) if several else found
+        several = isinstance(at := found.timestep, Tensor) and at.ndim == 2
+        return replace(found, timestep=at[:, -1]) if several else found
 
     def width(self, transformer: nn.Module) -> int:
         """The heads' channels together."""
@@ -239,8 +237,7 @@ class Wan(Videos):
 
     def turned(self, module: nn.Module, places: Tensor) -> tuple[Tensor, Tensor]:
         """[B, n, 1, d]; the model's own are in tables, for whole numbers."""
-        dims = module.t_dim, module.h_dim, module.w_dim
-        cos, sin = turns(places.double(), dims, THETA)
+        cos, sin = turns(places.double(), (module.t_dim, module.h_dim, module.w_dim), THETA)
         return cos.unsqueeze(2).to(module.freqs_cos), sin.unsqueeze(2).to(module.freqs_cos)
 
     def example(self, transformer: nn.Module, size: Size) -> dict[str, Any]:

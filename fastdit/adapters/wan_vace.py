@@ -35,8 +35,8 @@ def vace_block(
     """One `WanVACETransformerBlock`: video and control [B, N, D] -> hint, control."""
     if block.proj_in is not None:
         control_hidden_states = block.proj_in(control_hidden_states) + hidden_states
-    control, dtype = fw.enter(control_hidden_states, "control", wide=True), hidden_states.dtype
-    add_components(block, fw, control, dtype, encoder_hidden_states, temb, rotary_emb)
+    control = fw.enter(control_hidden_states, "control", wide=True)
+    add_components(block, fw, control, encoder_hidden_states, temb, rotary_emb)
     hint = None
     if block.proj_out is not None:
         hint = gathered(
@@ -61,6 +61,7 @@ class WanVACE(Wan):
     forwards = {"vace_blocks": vace_block, **Wan.forwards}
     layouts = dict.fromkeys(components["vace_blocks"], ("image",))
     embeddings_arguments = (*Wan.embeddings_arguments, CONTROL, f"{CONTROL}_scale")
+    changes_resolution = False  # the control is at full size
 
     def weights_read_once(self, transformer: nn.Module) -> list[dict[str, Tensor | None]]:
         """The tables of the control's blocks, too."""
