@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import fastdit
 import gpu_results
@@ -75,9 +76,10 @@ def op_rows(ceilings: dict[str, float], measured: list[dict[str, Any]]) -> Itera
 def step_rows(ceilings: dict[str, float], result: gpu_results.Result) -> Iterator[list[str]]:
     """Three rows for each model: a stock step, a dense one, and one that reuses everything."""
     for real in MODELS:
-        dense, reused = patched(real, DTYPE)
-        arithmetic = predicted(real)
-        steps = {"stock": stock(real, DTYPE), "dense": dense, "reused": reused}
+        model = real.build(torch.device("meta"), DTYPE, tiny=False)
+        dense, reused = patched(real, model)
+        arithmetic = predicted(real, model)
+        steps = {"stock": stock(real, model), "dense": dense, "reused": reused}
         for name, traffic in steps.items():
             floor = (reused if name == "reused" else dense).bytes["fused ops"]
             operations = 2 * arithmetic[name == "reused"]
@@ -118,9 +120,8 @@ def _measured(result: gpu_results.Result, model: str, step: str) -> str:
     return ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
 
 
-def predicted(real: RealModel) -> tuple[int, int]:
+def predicted(real: RealModel, model: nn.Module) -> tuple[int, int]:
     """Multiply-accumulates of a dense and of a fully reused step."""
-    model = real.build(torch.device("meta"), DTYPE, tiny=False)
     size = {"height": 8 * real.latent, "width": 8 * real.latent, "text_tokens": real.text}
     run = fastdit.patch(model, fastdit.Cached(Schedule.every(STEPS))).explain(
         **size, batch=real.batch, cfg=False, steps=STEPS

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -132,18 +132,16 @@ def _as_called(overload: Any, given: tuple[Any, ...]) -> tuple[str, Any, tuple[A
     return overload._schema.name.partition("::")[2], overload, given
 
 
-def stock(real: RealModel, dtype: torch.dtype) -> Traffic:
-    """A step of the unpatched model."""
-    model = real.build(torch.device("meta"), dtype, tiny=False)
+def stock(real: RealModel, model: nn.Module) -> Traffic:
+    """A step of the unpatched model, which is on the meta device."""
     given = real.arguments(model, tiny=False)
     with _as_on_a_gpu(), Traffic() as found:
         model(**given)
     return found
 
 
-def patched(real: RealModel, dtype: torch.dtype) -> tuple[Traffic, Traffic]:
+def patched(real: RealModel, model: nn.Module) -> tuple[Traffic, Traffic]:
     """A dense step, and one in which everything is reused, by their programs; neither is the first of a run."""
-    model = real.build(torch.device("meta"), dtype, tiny=False)
     given = real.arguments(model, tiny=False)
     found = []
     for methods in ([], [fastdit.Cached(Schedule.every(2))]):
