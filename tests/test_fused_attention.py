@@ -45,12 +45,13 @@ def fused(monkeypatch):
 
 
 def attentions(model):
-    """Those of the blocks that an adapter restates."""
+    """Those of the blocks that an adapter does itself."""
+    adapter = find_adapter(model)
     return [
-        module
-        for _, block in find_adapter(model).blocks(model)
-        for module in block.modules()
-        if getattr(module, "processor", None) is not None
+        getattr(block, name)
+        for _, block in adapter.blocks(model)
+        for name in adapter.fused_attentions
+        if getattr(block, name, None) is not None
     ]
 
 

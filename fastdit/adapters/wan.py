@@ -107,6 +107,7 @@ class Wan(Videos):
     text_tokens = TEXT
     layouts = dict.fromkeys(components["blocks"], ("image",))
     processors = ("WanAttnProcessor",)
+    fused_attentions = ("attn1",)
     prompt_projections = ("condition_embedder.text_embedder", "condition_embedder.image_embedder")
     prompt_attentions = {"blocks": ("attn2",)}
     position_embedding = "rope"
@@ -216,8 +217,7 @@ class Wan(Videos):
         timestep = arguments_of(transformer, args, kwargs)["timestep"]
         if timestep.ndim == 2 and bool((timestep != timestep[:, -1:]).any()):
             raise ArgumentError(
-                "timestep must be the same for all tokens where the resolution changes; a frame that is given is at "
-                "full size"
+                "timestep must be the same for all tokens where the resolution changes; a given frame is at full size"
             )
 
     def reduce_inputs(
