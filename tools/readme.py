@@ -52,6 +52,7 @@ FAMILIES = {
     "qwen": "Qwen-Image",
     "hunyuanvideo15": "HunyuanVideo-1.5",
     "wan": "Wan 2.1, 2.2",
+    "wan-vace": "Wan VACE",
     "flux2": "FLUX.2, klein",
     "zimage": "Z-Image",
 }
