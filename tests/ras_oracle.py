@@ -139,7 +139,7 @@ class RowOracle:
     @property
     def side(self) -> int:
         """Of a token, in latent pixels."""
-        return 2 if self.flux or self.listed else self.model.config.patch_size
+        return 2 if self.flux or self.listed or self.video else self.model.config.patch_size
 
     def rows_of(self, batch: int) -> Tensor | None:
         """The step's rows for a call of `batch` rows."""
@@ -220,7 +220,9 @@ class RowOracle:
         if self.flux:  # Kontext's reference tokens have no velocity
             return mask[:, : velocity.shape[1], None]
         side = self.side
-        if self.video or self.hunyuan:
+        if (
+            self.video or self.hunyuan
+        ) and velocity.ndim == 5:  # else its frames lie below each other
             sides = self.model.config.patch_size if self.video else (1, side, side)
             sizes = [n // p for n, p in zip(velocity.shape[2:], sides, strict=True)]
             mask = mask.unflatten(1, sizes)

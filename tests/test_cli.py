@@ -432,7 +432,7 @@ def test_numbers_out_of_bounds_are_refused_before_the_work(
 
 def test_a_size_the_pipeline_refuses(folder, tmp_path):
     output = run(
-        *("demo", PROMPT, "--model", folder, "--steps", 2, "--height", 33),
+        *("demo", PROMPT, "--model", folder, "--steps", 8, "--height", 33),
         *("--out", tmp_path / "a.png"),
         code=2,
     )

@@ -81,7 +81,8 @@ def in_frames(frames, method, steps, backend):
     """The choice of tokens in a run of a clip."""
     patched = SimpleNamespace(ops=fastdit.ops.bind(backend))
     patched.adapter = SimpleNamespace(frames=lambda *given: frames)
-    run = SimpleNamespace(patched=patched, steps=steps, first=0, resolution=None)
+    plan = SimpleNamespace(forecast_order=lambda step: 0)
+    run = SimpleNamespace(patched=patched, steps=steps, first=0, resolution=None, plan=plan)
     run.latents = run.positions = run.patch = None
     run.plan_partial = lambda steps: None
     made = method.begin(run)
@@ -365,7 +366,7 @@ def test_a_search_draws_videos(quality, monkeypatch):
 
 
 def test_a_book_is_made_of_videos(monkeypatch):
-    monkeypatch.setattr(calibrate, "SOLUTION", 12)
+    monkeypatch.setattr("fastdit.search.trial.SOLUTION", 12)
     pipe = told(tiny_models.pipeline("wan"))
     book = calibrate.calibrate(pipe, ["a cat", "a dog"], 8, shares=(0.5,), arguments=CLIP)
     assert book.image_tokens == 3 * 24

@@ -217,7 +217,8 @@ def drawing(name: str, staged: bool) -> tuple[Tensor, dict[str, Any]]:
     """Initial latents, and the arguments of a run that begins with them."""
     if not staged:
         return torch.empty(0), arguments(name, BATCH, STEPS, dtype=torch.float64)
-    noise, latents = start_of(name, BATCH)
+    # Wan's pipeline begins in fp32 whatever the model's dtype.
+    noise, latents = start_of(name, BATCH, torch.float32 if name == "wan" else torch.float64)
     return noise, arguments(name, BATCH, STEPS, dtype=torch.float64, latents=latents, **SIZE)
 
 

@@ -330,7 +330,8 @@ def test_a_router_runs_as_its_schedule(name, tmp_path):
     report = handle.report()
     square = tiny_models.FAMILIES[name].square  # it draws at one size
     size = {} if square else tiny_models.asked(name)
-    explained = handle.explain(**size, text_tokens=tiny_models.TEXT)
+    text = tiny_models.TEXT - (name == "lumina2")  # whose mask hides one
+    explained = handle.explain(**size, text_tokens=text)
     assert explained.reuse_share == pytest.approx(report.reuse_share)
     assert explained.flop_speedup == pytest.approx(report.flop_speedup)
     assert report.reuse_share > 0.1

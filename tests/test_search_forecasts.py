@@ -518,6 +518,7 @@ def test_the_command_searches_orders_under_a_sampler(folder, tmp_path):
     runner = CliRunner(env={"COLUMNS": "80", "TERM": "dumb"})
     found = runner.invoke(commands.app, [str(argument) for argument in arguments])
     assert found.exit_code == 0, found.output
+    assert "no plan book: steps must be at least 8" in " ".join(found.output.split())
     files = [json.loads(p.read_text()) for p in (tmp_path / "out/front").glob("*.json")]
     assert {file["provenance"]["scheduler"] for file in files} == {"UniPCMultistepScheduler"}
     assert {file["provenance"]["num_inference_steps"] for file in files} == {4}

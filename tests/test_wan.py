@@ -10,15 +10,16 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    SkyReelsV2Transformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
-    WanVACETransformer3DModel,
 )
 
 import fastdit
 import tiny_models
 from contract import FORWARD_FP64, RUN_FP64, distance, same_bits, within_contract
+from denoisers import ENTRIES
 from fastdit import RAS, ArgumentError, Cached, FastDiTError, Schedule, UnsupportedModelError
 from fastdit.patch import handle_of
 from oracle import Oracle, random_bits
@@ -538,20 +539,19 @@ def test_each_may_have_a_method_of_its_own_or_be_alone():
 
 
 def test_two_without_an_adapter():
-    """VACE's class is another, and is wrapped; one warning tells of both."""
+    """SkyReels' class is another, and is wrapped; one warning tells of both."""
 
-    def vace(seed):
-        given = dict(tiny_models.wan().config) | {"vace_layers": [0, 1], "vace_in_channels": 12}
-        names = WanVACETransformer3DModel.__init__.__wrapped__.__code__.co_varnames
-        parts = {name: value for name, value in given.items() if name in names}
-        return tiny_models.randomise(WanVACETransformer3DModel(**parts), seed)
+    name = "SkyReelsV2Transformer3DModel"
 
-    pipe = two(cls=vace)
+    def sky(seed):
+        return tiny_models.randomise(SkyReelsV2Transformer3DModel(**ENTRIES[name].config), seed)
+
+    pipe = two(cls=sky)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         handle = fastdit.patch(pipe, Cached(Schedule.every(2)))
-    assert [str(each.message)[:40] for each in told] == ["WanVACETransformer3DModel has no adapter"]
-    assert "WanVACETransformer3DModel and" in repr(handle)
+    assert [str(each.message).partition(":")[0] for each in told] == [f"{name} has no adapter"]
+    assert f"{name} and" in repr(handle)
 
 
 def test_frames_are_asked_of_pipelines_of_videos_alone():

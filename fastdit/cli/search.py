@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fastdit import files
 from fastdit.cli.sampler import RECOMMENDED
-from fastdit.errors import ArgumentError
+from fastdit.errors import ArgumentError, FastDiTError
 from fastdit.schedules.schedule_file import MAX_FILE_BYTES
 
 if TYPE_CHECKING:
@@ -164,7 +164,10 @@ def _watch(
             from fastdit.search.found import BOOK, book_of
 
             tell = lambda *at: live.update(Text("plan book: {} of {} plans".format(*at)))  # noqa: E731
-            book_of(found, factory(), tell).save(out / BOOK)
+            try:
+                book_of(found, factory(), tell).save(out / BOOK)
+            except FastDiTError as error:  # the search is done, and its result is there
+                console.print(f"no plan book: {error}", highlight=False, soft_wrap=True)
     console.print(front_table(found.front, settings.costs, found.uncached))
     console.print(summary_line(found), highlight=False)
     console.print(f"result: {out}", highlight=False, soft_wrap=True)
