@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import comparison_tables
 import composed_tables
 import gpu_tables
 import testbed_tables
@@ -429,6 +430,9 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
     ROOT / "docs" / "results.md": {"tables": results},
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},
+    ROOT / "docs" / "evaluate.md": {
+        "compared": lambda: comparison_tables.verdicts(_result("comparison.json"))
+    },
     **{ROOT / "docs" / "methods" / f"{name}.md": made for name, made in METHOD_PAGES.items()},
 }
 
