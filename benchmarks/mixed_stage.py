@@ -17,12 +17,13 @@ import torch
 
 import fastdit
 from arms import STUDIES
-from bed import BATCH, SEED, prompts
+from bed import BATCH, SEED
 from fastdit import tiny
 from fastdit.evaluate.arms import Arm
 from fastdit.evaluate.paired import share
 from fastdit.tiny.score import find_objects
 from machine import describe_machine
+from subjects import SUBJECTS
 
 PICTURES, SIZE, GUIDANCE = 64, 128, 2.5
 ARMS = ("RALU 3x, parity", "RALU 3x, corners, keys alike", "RALU 3x, keys alike", "RALU 3x")
@@ -70,7 +71,7 @@ def main() -> None:
     """Draw all and write the result."""
     pipe = tiny.load_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    texts = prompts("full", PICTURES)
+    texts = SUBJECTS["tiny"].prompts("full", PICTURES)
     arms = dict(STUDIES["ralu"].arms())
     found = {
         name: {end: judged(drawn, texts) for end, drawn in ends(pipe, arms[name], texts).items()}

@@ -180,6 +180,7 @@ class Handle:
         Raises:
             ArgumentError: It is none, or the model was patched without one.
             CompositionError: It does not compose with the patch's other methods.
+            ScheduleError: The book is of another model.
         """
         own = next((m for m in self._patched.methods if isinstance(m, Budget)), None)
         if own is None:
@@ -187,8 +188,10 @@ class Handle:
                 "budget() needs a model that was patched with one, such as speedup=2"
             )
         asked = own.asked(**budget)
-        for patched, _ in self._parts:
+        for patched, transformer in self._parts:
             check_composition(patched.under(asked))
+            if asked.book is not None:
+                asked.book.check_model(transformer)
         with self._locally("budget", asked):
             yield
 

@@ -738,6 +738,14 @@ def test_a_guard_chooses_whole_steps(pipe):
     assert computed(handle) == (0, 1, 3, 5)
 
 
+def test_a_request_s_book_is_of_the_model(pipe, book):
+    handle = fastdit.patch(pipe, Budget(speedup=2, book=book))
+    other = dataclasses.replace(book, model=("FluxTransformer2DModel", "0"))
+    refused = pytest.raises(ScheduleError, match="plan book is of a FluxTransformer2DModel")
+    with refused, handle.budget(speedup=2, book=other):
+        pass
+
+
 def test_a_request_has_no_plans_that_the_patch_was_not_made_for(pipe, book):
     handle = fastdit.patch(pipe, speedup=2, book=book)
     refused = pytest.raises(
