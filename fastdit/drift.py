@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastdit.account.skeleton import Skeleton, forms, made_once, structure
-from fastdit.adapters.base import Size
+from fastdit.adapters.base import Size, dtype_of
 from fastdit.blocks.forward import Forward
 from fastdit.errors import DriftError
 from fastdit.observe import observed
@@ -79,7 +79,7 @@ def given_to_blocks(adapter: Any, transformer: nn.Module) -> dict[Any, Any]:
             ) from error
         return {form: (visit.args, visit.kwargs) for form, visit in visits.items()}
 
-    return made_once(_given, (transformer.dtype, *structure(adapter, transformer)), capture)
+    return made_once(_given, (dtype_of(transformer), *structure(adapter, transformer)), capture)
 
 
 def drawn(value: Any, block: nn.Module, generator: torch.Generator | None = None) -> Any:

@@ -511,7 +511,7 @@ def test_a_search_leaves_a_book_and_begins_with_one(folder, tmp_path, monkeypatc
     assert all(point["loss"] > 0 for point in book.provenance["advice"])
     assert seen[-1][0] == seen[-1][1]
     assert book.plans[0].computed == tuple(range(8))
-    fastest = max(1.0, book.speedup_of(book.plans[-1]))  # measured once, on a machine that may be busy
+    fastest = max(1.0, book.speedup_of(book.plans[-1]))  # the machine may be busy
     handle = fastdit.patch(pipeline, speedup=fastest, book=book)
     draw(pipeline, 8)
     assert "error" in handle.explain(steps=8).budget

@@ -165,6 +165,17 @@ def as_double(given):
     }
 
 
+def test_what_stays_fp32_may_be_said_in_one_word(monkeypatch):
+    """diffusers takes the model for fp32 then."""
+    made = published(torch.float16)
+    monkeypatch.setattr(type(made), "_keep_in_fp32_modules", "scale_shift_table")
+    assert made.dtype is torch.float32
+    stock = run(made, list(calls(torch.float16)))
+    fastdit.patch(made, backend="reference")
+    for found, expected in zip(run(made, list(calls(torch.float16))), stock, strict=True):
+        same_bits(found, expected)
+
+
 def test_reused_outputs_are_kept_as_three_sums(exact):
     """The gates of all blocks differ by constants, and the cross-attention has none."""
     made, given = model(torch.float64, layers=6), list(calls(torch.float64, steps=8))

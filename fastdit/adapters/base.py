@@ -364,7 +364,21 @@ class Adapter(Modulated, Once, Pictures):
 
 def blank(transformer: nn.Module, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of an example's rows [2, ...], in the model's dtype if not said."""
-    return torch.empty(BATCH, *shape, dtype=dtype or transformer.dtype, device="meta")
+    return torch.empty(BATCH, *shape, dtype=dtype or dtype_of(transformer), device="meta")
+
+
+def dtype_of(transformer: nn.Module) -> torch.dtype:
+    """The model's own, not that of parts which its class keeps in fp32."""
+    kept = getattr(transformer, "_keep_in_fp32_modules", None) or ()
+    kept = (kept,) if isinstance(kept, str) else kept
+    if not kept or transformer.dtype is not torch.float32:
+        return transformer.dtype
+    own = (
+        weight
+        for name, weight in transformer.named_parameters()
+        if not any(k in name for k in kept)
+    )
+    return next((weight.dtype for weight in own if weight.is_floating_point()), torch.float32)
 
 
 def picture(transformer: nn.Module, size: Size, patch: int | None = None) -> Tensor:
