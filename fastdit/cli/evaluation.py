@@ -160,6 +160,30 @@ def everything(
     return found
 
 
+def conduct(
+    arms: Callable[[Model, Studio, Any], Field],
+    model: Any,
+    prompts: Path | None,
+    out: Path,
+    *,
+    arguments: Mapping[str, Any],
+    book: Path | None,
+    judges: Sequence[str],
+    pictures: int | None,
+    rounds: int,
+    threads: int | None,
+    dtype: Any,
+    **settings: Any,
+) -> None:
+    """This loads what the command line names, and runs the arms of it."""
+    check_judges(judges)
+    loaded = load(model, dtype, threads)
+    texts = prompts_of(prompts, loaded, pictures)
+    studio = studio_of(loaded, texts, out, arguments, **settings)
+    plans = book_of(book, loaded)
+    run(Console(), loaded, studio, lambda: arms(loaded, studio, plans), out, rounds, judges)
+
+
 def run(
     console: Console,
     loaded: Model,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from fastdit.cli import arguments, options
 from fastdit.cli.app import app
@@ -122,27 +121,21 @@ def evaluate(
     methods = arguments.methods(schedule, every, order, default=())
     methods |= arguments.ralu(ralu or ())
     speeds = list(speedup or ()) or ([] if methods else [2.0])
-    view.check_judges(judge or ())
-    loaded = view.load(model, dtype, threads)
-    given = {"height": height, "width": width, "guidance_scale": guidance}
-    studio = view.studio_of(
-        loaded,
-        view.prompts_of(prompts, loaded, pictures),
+    view.conduct(
+        lambda loaded, studio, plans: view.chosen(loaded, steps, methods, speeds, plans),
+        model,
+        prompts,
         out,
-        given,
+        arguments={"height": height, "width": width, "guidance_scale": guidance},
+        book=book,
+        judges=judge or (),
+        pictures=pictures,
+        rounds=rounds,
+        threads=threads,
+        dtype=dtype,
         seed=seed,
         batch=batch,
         backend=backend,
-    )
-    plans = view.book_of(book, loaded)
-    view.run(
-        Console(),
-        loaded,
-        studio,
-        lambda: view.chosen(loaded, steps, methods, speeds, plans),
-        out,
-        rounds,
-        judge or (),
     )
 
 
@@ -175,25 +168,19 @@ def compare(
 
     check_folder(out, "--out")
     speeds = view.speeds_of(budgets)
-    view.check_judges(judge or ())
-    loaded = view.load(model, dtype, threads)
-    given = {"height": height, "width": width, "guidance_scale": guidance}
-    studio = view.studio_of(
-        loaded,
-        view.prompts_of(prompts, loaded, pictures),
+    view.conduct(
+        lambda loaded, studio, plans: view.everything(loaded, studio, steps, speeds, plans),
+        model,
+        prompts,
         out,
-        given,
+        arguments={"height": height, "width": width, "guidance_scale": guidance},
+        book=book,
+        judges=judge or (),
+        pictures=pictures,
+        rounds=rounds,
+        threads=threads,
+        dtype=dtype,
         seed=seed,
         batch=batch,
         backend=backend,
-    )
-    plans = view.book_of(book, loaded)
-    view.run(
-        Console(),
-        loaded,
-        studio,
-        lambda: view.everything(loaded, studio, steps, speeds, plans),
-        out,
-        rounds,
-        judge or (),
     )
