@@ -291,3 +291,16 @@ def test_examples_run(page, tmp_path, monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             exec(compile(example, page, "exec"), names)
+
+
+def test_the_readme_says_what_the_comparison_found():
+    """Of plans of 2, 3 and 4 times the speed beside fewer steps and other projects' caches, and of 1.5 and 5."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "comparison.json").read_text())
+    beside = {verdict["budget"]: verdict["against"] for verdict in result["verdicts"]}
+    steps = {budget: groups["fewer steps"]["verdict"] for budget, groups in beside.items()}
+    assert steps == {1.5: "alike", 2: "nearer", 3: "nearer", 4: "nearer", 5: "alike"}
+    for budget in (2, 3, 4):
+        for group, found in beside[budget].items():
+            if group.startswith(("cache-dit", "diffusers")):
+                assert found["verdict"] in ("nearer", "too slow"), (budget, group)
+    assert "plans of 2, 3 and 4 times the speed are nearer" in (ROOT / "README.md").read_text()
