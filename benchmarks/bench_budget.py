@@ -33,7 +33,7 @@ from fastdit.schedules.book import Plan
 from fastdit.schedules.spread import even_steps
 from fastdit.search import solution
 from fastdit.search.calibrate import calibrate
-from fastdit.search.trial import SOLUTION, interval
+from fastdit.search.trial import interval
 from machine import describe_machine
 
 SPEEDS = (1.5, 2.0, 3.0, 4.0)
@@ -142,7 +142,7 @@ def held_out(pipe: Any, book: fastdit.PlanBook, pictures: int) -> list[dict[str,
             found.append(pipe(some, **given).images)
         return torch.cat(found).double().flatten(1).numpy()
 
-    with solution.solving(pipe, SOLUTION) as steps:
+    with solution.solving(pipe) as steps:
         truth = draw(steps)
 
     def error(plan: Plan | None) -> np.ndarray:

@@ -366,7 +366,7 @@ def test_a_search_draws_videos(quality, monkeypatch):
 
 
 def test_a_book_is_made_of_videos(monkeypatch):
-    monkeypatch.setattr("fastdit.search.trial.SOLUTION", 12)
+    monkeypatch.setattr("fastdit.search.solution.STEPS", 12)
     pipe = told(tiny_models.pipeline("wan"))
     book = calibrate.calibrate(pipe, ["a cat", "a dog"], 8, shares=(0.5,), arguments=CLIP)
     assert book.image_tokens == 3 * 24

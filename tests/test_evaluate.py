@@ -21,6 +21,7 @@ from fastdit.errors import ArgumentError
 from fastdit.evaluate import contenders, judges, metrics, page, peers, plot, study
 from fastdit.evaluate.arms import Arm, check_solver, prepared
 from fastdit.evaluate.studio import UNPATCHED, Drawn, Spent, Studio
+from fastdit.search import solution
 
 
 def noise(seed: int, side: int = 64) -> np.ndarray:
@@ -358,7 +359,7 @@ def test_caches_of_diffusers_run_and_leave_nothing(pipe, tmp_path):
 
 def test_a_study_of_the_command_line(pipe, tmp_path, monkeypatch):
     """A budget beside plain steps of all solvers: the result is JSON with its provenance."""
-    monkeypatch.setattr(study, "TRUTH", 8)
+    monkeypatch.setattr(solution, "STEPS", 8)
     monkeypatch.setattr(contenders, "BUDGETS", (2.0,))
     from fastdit.cli.loading import Model
 

@@ -21,6 +21,7 @@ from fastdit.cli.distance import relative_l2
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError, UnsupportedModelError
+from fastdit.evaluate.ab2 import AB2Scheduler
 from fastdit.schedules.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, moves, seeds, solution
 from fastdit.search.evaluator import Evaluator, Task
@@ -397,7 +398,7 @@ def test_a_candidate_equals_a_plain_cache_under_its_sampler(folder, sampler):
     if sampler is not None:
         swap_scheduler(stock, sampler, 6)
     truth = load_pipeline(folder, "float32")
-    truth.scheduler = fastdit.recommend(truth, STEPS).scheduler
+    truth.scheduler = AB2Scheduler.from_config(truth.scheduler.config, shift=1.0)
     solved = draw(truth, STEPS)
     draw(stock, 6)  # sets the sigmas
     sigmas = stock.scheduler.sigmas.tolist()[:calls]

@@ -20,6 +20,7 @@ from fastdit.cli.distance import relative_l2
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
+from fastdit.evaluate.ab2 import AB2Scheduler
 from fastdit.search import Knobs, Operators, Settings, Work, ecad, seeds
 from fastdit.search.calibrate import calibrate
 from fastdit.search.evaluator import Evaluator, Task
@@ -415,7 +416,7 @@ def test_a_candidate_is_what_its_methods_draw_under_its_solver(folder, run):
     plain = evaluator.measure(Task("plain", "losses", None, run.steps, 0, 2, run.solver))
 
     pipeline = load_pipeline(folder, "float32")
-    pipeline.scheduler = fastdit.recommend(pipeline, 30).scheduler
+    pipeline.scheduler = AB2Scheduler.from_config(pipeline.scheduler.config, shift=1.0)
     solved = draw(pipeline, 30)
     pipeline = load_pipeline(folder, "float32")
     if run.solver != "own":
@@ -491,7 +492,7 @@ def test_the_command_searches_a_space(folder, tmp_path):
 
 def test_a_search_leaves_a_book_and_begins_with_one(folder, tmp_path, monkeypatch):
     """Own steps and solver become candidates of the book, beside whole steps; the others are its advice."""
-    monkeypatch.setattr("fastdit.search.trial.SOLUTION", 30)
+    monkeypatch.setattr("fastdit.search.solution.STEPS", 30)
     monkeypatch.setattr("fastdit.search.trial.REPEATS", 1)
     monkeypatch.setattr("fastdit.search.calibrate.QUANTILES", (0.5,))
     monkeypatch.setattr(

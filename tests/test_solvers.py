@@ -18,6 +18,7 @@ from diffusers import (
 import fastdit
 import tiny_models
 from fastdit.schedules.solvers import noise_of, step_sigmas
+from fastdit.search import solution
 
 SPREAD = 0.5  # of the data, N(0, SPREAD^2)
 
@@ -57,6 +58,32 @@ def test_a_recommended_solver_is_nearer_in_as_many_steps(shift, steps):
     plain = abs(solve(euler, arguments) - SPREAD)
     assert found < plain * (0.5 if shift == 1.0 else 0.85)
     assert advice.scheduler.config.flow_shift == shift
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "given"),
+    [
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), {}),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), {"mu": 1.1}),
+        (
+            UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+            ),
+            {},
+        ),
+    ],
+    ids=["shift", "dynamic shift", "unipc"],
+)
+def test_the_solution_is_that_of_the_flow(scheduler, given):
+    """Steps shifted as the pipeline's own stop far from it: their last is long."""
+    solver = solution.solver(Pipe(scheduler), 100)
+    found = solve(solver, {"num_inference_steps": 100, **given})
+    assert abs(found - SPREAD) < 3e-4 * SPREAD
+    shifted = solve(
+        fastdit.recommend(Pipe(scheduler), 100).scheduler, {"num_inference_steps": 100, **given}
+    )
+    print(abs(found - SPREAD), abs(shifted - SPREAD))
+    assert abs(found - SPREAD) < abs(shifted - SPREAD)
 
 
 FLOW = [name for name, pipe in tiny_models.PIPELINES.items() if "Flow" in pipe.scheduler.__name__]

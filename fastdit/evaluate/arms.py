@@ -14,6 +14,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteSchedule
 from fastdit.errors import UnsupportedModelError
 from fastdit.evaluate.ab2 import AB2Scheduler
 from fastdit.schedules.solvers import converted, recommend
+from fastdit.search import solution
 
 SOLVERS = ("euler", "unipc", "ab2")
 #: what a few steps may be made with in place of the pipeline's own solver
@@ -26,7 +27,7 @@ class Arm:
 
     Attributes:
         solver: "euler", "ab2" (both on the trailing grid, unless `sigmas` says another), "unipc", "dpm++" (2M) or
-            "heun" (on their own), or "stock" (as loaded).
+            "heun" (on their own), "solution" (of many steps), or "stock" (as loaded).
         steps: Steps of the pipeline.
         method: Makes what is patched in, one method or several, for a pipeline and this arm's steps; None for the
             unpatched model.
@@ -59,6 +60,8 @@ class Arm:
         if self.solver == "unipc":
             pipe.scheduler = pipe.stock_scheduler
             pipe.scheduler = recommend(pipe, self.steps).scheduler
+        elif self.solver == "solution":
+            pipe.scheduler = solution.solver(pipe, self.steps)
         elif self.solver == "heun":
             pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(config)
         elif self.solver == "dpm++":

@@ -1,6 +1,6 @@
 """Arms side by side on the same prompts and seeds: what each costs, how near it comes, and who is nearer at equal time.
 
-An arm's error is the relative L2 distance of its latents to those of many steps of the recommended solver from the same
+An arm's error is the relative L2 distance of its latents to those of many steps (`search/solution.py`) from the same
 noise. A group of arms is one way of being faster; at a budget it is represented by its nearest arm that takes no longer
 than the arm which was asked for the budget. That arm is named beforehand, the others are chosen with hindsight on these
 pictures, so a verdict leans to the other side. Ratios are paired, with 95 % bootstrap intervals over the pictures.
@@ -27,11 +27,10 @@ from fastdit.evaluate.contenders import COMPOSED, FEWER, Field, named
 from fastdit.evaluate.metrics import alike, away, scales
 from fastdit.evaluate.paired import RESAMPLES, ratio
 from fastdit.evaluate.studio import ROUNDS, UNPATCHED, Drawn, Spent, Studio
+from fastdit.search import solution
 from fastdit.search.front import hypervolume, non_dominated, on_axes
 
 FORMAT = "fastdit.comparison"
-#: steps of the solution, and of the run that tells its error
-TRUTH = 100
 #: as fast as another: takes no more than this longer
 SLACK = 1.05
 #: a budget is met by at least this part of it
@@ -105,17 +104,14 @@ def conduct(
     Raises:
         ArgumentError: The sampler draws noise, so that it has no solution.
     """
-    from fastdit.search.solution import check_solvable
-
-    check_solvable(studio.pipe)
+    solution.check_solvable(studio.pipe)
     spent: dict[str, Spent] = {}
     drawn: dict[str, Drawn] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solver = "unipc" if _has_unipc(studio.pipe) else "stock"
         watch("the solution", 0, len(found.arms))
-        truth = studio.drawn("truth", Arm(solver, TRUTH))
-        coarser = studio.drawn("truth, half the steps", Arm(solver, TRUTH // 2))
+        truth = studio.drawn("solution", Arm("solution", solution.STEPS))
+        coarser = studio.drawn("solution, half the steps", Arm("solution", solution.STEPS // 2))
         for done, (name, arm) in enumerate(found.arms.items()):
             watch(name, done, len(found.arms))
             try:
@@ -134,19 +130,13 @@ def conduct(
     }
     for name in set(drawn) - set(errors):
         found.drop(name, "its latents have another shape")
-    # The solver's error falls by 4 where its steps double.
-    solved = float(np.exp(np.log(away(coarser.latents, truth.latents)).mean())) / 3
+    # At the least the solver's error halves where its steps double.
+    solved = float(np.exp(np.log(away(coarser.latents, truth.latents)).mean()))
     return Study(found, studio, drawn, truth, spent, errors, solved)
 
 
 def _same(drawn: Drawn, truth: Drawn) -> bool:
     return drawn.latents.shape == truth.latents.shape
-
-
-def _has_unipc(pipe: Any) -> bool:
-    from fastdit.schedules.solvers import recommend
-
-    return recommend(pipe, TRUTH).scheduler is not pipe.scheduler
 
 
 def rows(
@@ -335,7 +325,7 @@ def result(
         "version": 1,
         "pictures": len(study.studio.prompts),
         "prompts": list(study.studio.prompts),
-        "solution": {"steps": TRUTH, "error": study.solved},
+        "solution": {"steps": solution.STEPS, "error": study.solved},
         "ms_ssim_scales": scales(study.truth.pictures.shape[-3:-1]),
         "provenance": provenance(study.studio),
         "rows": rows(study, judge, judges),

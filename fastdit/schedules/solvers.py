@@ -141,7 +141,7 @@ def converted(scheduler: Any, cls: type, **settings: Any) -> Any:
         UnsupportedModelError: One of the two follows a flow, and the other cannot.
     """
     config = scheduler.config
-    flow = _flow(type(scheduler)) or bool(config.get("use_flow_sigmas"))
+    flow = follows_flow(scheduler)
     accepted = inspect.signature(cls.__init__).parameters
     shift = config.get("shift", config.get("flow_shift", 1.0))
     if flow and "use_flow_sigmas" in accepted:
@@ -151,13 +151,18 @@ def converted(scheduler: Any, cls: type, **settings: Any) -> Any:
             "flow_shift": 1.0 if config.get("use_dynamic_shifting") else shift,
         }
     elif flow and _flow(cls):
-        settings |= {"shift": shift}
+        settings = {"shift": shift, **settings}
     elif flow or _flow(cls):
         raise UnsupportedModelError(
             f"{cls.__name__} cannot stand for {type(scheduler).__name__}: "
             + ("the model gives velocities of a flow" if flow else "the model follows no flow")
         )
     return cls.from_config(config, **settings)
+
+
+def follows_flow(scheduler: Any) -> bool:
+    """Whether the model gives velocities of a flow."""
+    return _flow(type(scheduler)) or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def _flow(cls: type) -> bool:

@@ -36,8 +36,6 @@ CONFIDENCE = 0.95
 #: a guard's bound over the most that was measured
 MARGIN = 1.5
 REPEATS = 5
-#: steps of the solution: many more than any run that is measured
-SOLUTION = 100
 
 
 #: a ratio, and its 95 % interval
@@ -107,7 +105,7 @@ class Trial:
 
     def solve(self) -> None:
         """Draw the pictures that the others are compared with."""
-        with self.handle.disabled(), solution.solving(self.pipeline, SOLUTION) as steps:
+        with self.handle.disabled(), solution.solving(self.pipeline) as steps:
             self._truth = [self.judge.draw(*chunk, steps) for chunk in self._chunks()]
 
     def look(self) -> tuple[np.ndarray, Foresight]:
@@ -254,5 +252,5 @@ class Trial:
             "seed": self.work.seed,
             "batch": self.work.batch,
             "arguments": dict(self.work.arguments),
-            "solution": f"{SOLUTION} steps",
+            "solution": f"{solution.STEPS} steps",
         }
