@@ -13,6 +13,7 @@ from fastdit.patch import find_adapter
 from fastdit.schedules.forecast import last_nodes, weights
 from fastdit.search.foresight import Foresight
 from fastdit.search.quantiles import Watched, quantile_schedule
+from fastdit.search.told import told_of_steps
 from tiny_models import generate
 
 STEPS = 8
@@ -119,12 +120,14 @@ def test_the_components_that_change_least_are_reused():
 
 def test_a_scheduler_s_own_step_comes_back():
     """Also one that somebody put on the instance, and where the run breaks off."""
-    from fastdit.search.quantiles import told_of_steps
 
-    mine = float  # of what is no number it is a ValueError
-    scheduler = SimpleNamespace(step=mine)
-    seen = []
-    with pytest.raises(ValueError, match="broken"), told_of_steps(scheduler, seen.append):
-        scheduler.step("broken")
+    def mine(output, timestep, sample):
+        return (sample / output,)
+
+    scheduler, seen = SimpleNamespace(step=mine), []
+    with told_of_steps(scheduler, lambda *told: seen.append(told)):
+        assert scheduler.step(2, 0, 6) == (3,)
+    with pytest.raises(ZeroDivisionError), told_of_steps(scheduler, print):
+        scheduler.step(0, 0, 1)
     assert scheduler.step is mine
-    assert len(seen) == 1
+    assert seen == [(2, 6, 3)]

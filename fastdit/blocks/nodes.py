@@ -6,7 +6,7 @@ written down in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -22,9 +22,11 @@ class Weights:
 
     Attributes:
         sigmas: The sigma of each step.
+        fitted: (step, steps that were computed, latest first) -> weights in place of the polynomial's.
     """
 
     sigmas: list[float]
+    fitted: Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]] = field(default_factory=dict)
     _made: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def of(
@@ -53,8 +55,9 @@ class Weights:
             known: dict[Sequence[int], tuple[float, ...]] = {(): (1.0,)}
             for steps, place in zip(nodes, places or [None] * len(nodes), strict=True):
                 if steps not in known:
+                    own = self.fitted.get((step, tuple(steps)))
                     sigmas = list(map(self.sigmas.__getitem__, steps))
-                    known[steps] = weights(sigmas, self.sigmas[step])
+                    known[steps] = own or weights(sigmas, self.sigmas[step])
                 own = known[steps]
                 found += own if place is None else (own[place],)
             found[0] -= changes

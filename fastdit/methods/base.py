@@ -228,6 +228,16 @@ class Method:
         """This is the `active` plan of `tokens` image tokens for a device, see :mod:`fastdit.tokens.waves`."""
         return plan
 
+    def weights(
+        self, steps: int, timesteps: Any = None
+    ) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]:
+        """Of a run of `steps` steps that this method alone decides: the weights of forecasts of whole steps.
+
+        Returns:
+            (step, steps that were computed, latest first) -> as many weights; none where a polynomial says them.
+        """
+        return {}
+
     def staged_schedule(
         self, spec: ModelSpec, stages: Sequence[int], timesteps: Any = None
     ) -> Schedule | None:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from fastdit.checks import one_of, real, whole
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.methods import methods as known
@@ -24,6 +26,7 @@ from fastdit.methods.base import Method, check_noise
 from fastdit.schedules.book import ARGUMENTS, NODES, Plan, PlanBook
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
+from fastdit.schedules.solvers import step_sigmas
 from fastdit.schedules.spread import even_steps
 from fastdit.spec import ModelSpec
 
@@ -34,6 +37,8 @@ SECONDS = {"s": 1.0, "ms": 1e-3}
 BYTES = {"MB": 1e6, "GB": 1e9, "MiB": 2.0**20, "GiB": 2.0**30}
 #: a speed is met where it is missed by no more
 MISS = 0.1
+#: sigmas are the same where they differ by no more
+SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,18 @@ class Budget(Method):
             )
         counts = range(steps, min(NODES, steps) - 1, -1)
         return even_steps(steps, self._nearest(counts, partial(self._speed, steps), steps)), 1
+
+    def weights(
+        self, steps: int, timesteps: Any = None
+    ) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]:
+        """Those of the book's plan hold under its sampler, at its sigmas; elsewhere lines are drawn."""
+        plan = self.plan_of(steps)
+        if plan is None or not plan.weights or timesteps is None:
+            return {}
+        scheduler = timesteps.scheduler
+        alike = type(scheduler).__name__ == self.book.scheduler
+        alike = alike and np.allclose(step_sigmas(scheduler), self.book.sigmas, atol=SAME)
+        return plan.weights_by_nodes if alike else {}
 
     def bounds(self, steps: int) -> Mapping[int, float] | None:
         if not self.guard:

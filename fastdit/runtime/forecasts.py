@@ -62,7 +62,7 @@ class Outputs:
         if shape != self._shape:
             self.nodes, self._shape, self._shares = Nodes(), shape, []
         if self._guard is not None and self.nodes.moves(step, weights):
-            drawn = self._drawn(step, order, weights)[0].gathered()
+            drawn = self._drawn(step, 1, weights)[0].gathered()
             self._guard.watch(step, drawn, parts[0])
         if self._adapts and self.nodes.moves(step, weights):
             drawn = self._drawn(step, 1, weights)

@@ -30,7 +30,7 @@ from fastdit.runtime.runs import Runs
 from fastdit.runtime.shed import Shed
 from fastdit.runtime.timesteps import Timesteps
 from fastdit.schedules.conditions import Conditions
-from fastdit.schedules.plan import RunPlan, plan_run
+from fastdit.schedules.plan import RunPlan, plan_run, weights_of
 from fastdit.spec import ModelSpec
 
 #: plans that are kept: numbers of steps, and which of them compute a part of the tokens
@@ -174,7 +174,8 @@ class Patched:
     ) -> RunPlan:
         """This makes the plan of a run, and keeps it, unless it was mapped to other timesteps."""
         repeats = self.forecasts and timesteps is not None and timesteps.repeat
-        key = steps, partial, repeats, budget
+        fitted = bool(weights_of(self.under(budget, steps), steps, timesteps))
+        key = steps, partial, repeats, budget, fitted
         plan = self._plans.get(key)
         if plan is not None:
             return plan

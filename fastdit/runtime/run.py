@@ -145,7 +145,7 @@ class Run:
     @cached_property
     def forecast_weights(self) -> Weights:
         """Its forecasts have these weights, at the sigmas that the scheduler, or the user, says."""
-        return Weights(self.sigmas)
+        return Weights(self.sigmas, self.plan.weights)
 
     @property
     def has_sums(self) -> bool:

@@ -28,6 +28,8 @@ FORMAT = "fastdit.plan_book"
 VERSION = 1
 #: a line is drawn through so many computed steps
 NODES = 2
+#: weights sum to 1 within this
+SUM = 1e-5
 #: a book per model
 PACKAGED = Path(__file__).parents[1] / "books"
 MAX_FILE_BYTES = 4 << 20
@@ -59,6 +61,8 @@ class Plan:
         low, high: Its 95 % interval.
         bounds: The most that the forecast at a computed step was off when this was measured, half as much again, for
             those from the third on.
+        weights: Drawn step -> those of the computed outputs, latest first, that its output is a sum of, in place of
+            what the order says; fitted at the book's sigmas (`fastdit/search/fitting.py`). None where there are none.
         seconds: What the steps of a run took per picture; None where it follows from the steps that compute.
         arithmetic: Their multiply-accumulates over those of the unpatched run; None where nobody counted.
         schedule: Which components compute at which step, where that is not all or nothing.
@@ -71,6 +75,7 @@ class Plan:
     low: float
     high: float
     bounds: tuple[float, ...] = ()
+    weights: Mapping[int, tuple[float, ...]] | None = None
     seconds: float | None = None
     arithmetic: float | None = None
     schedule: Schedule | None = None
@@ -89,6 +94,14 @@ class Plan:
             found["schedule"] = self.schedule.document()
         needed = ("computed", "order", "ratio", "low", "high", "bounds")
         return {n: value for n, value in found.items() if n in needed or value is not None}
+
+    @property
+    def weights_by_nodes(self) -> dict[tuple[int, tuple[int, ...]], tuple[float, ...]]:
+        """(drawn step, computed steps, latest first) -> as many weights."""
+        return {
+            (step, tuple(node for node in reversed(self.computed) if node < step)[: len(own)]): own
+            for step, own in (self.weights or {}).items()
+        }
 
     @property
     def bounds_by_step(self) -> dict[int, float]:
@@ -110,6 +123,7 @@ class PlanBook:
         other_seconds: What the pipeline's call takes per picture beside its steps.
         plans: From the slowest to the fastest; the first computes all, and its ratio is 1.
         provenance: Free JSON data: machine, versions, prompts, sizes, solution.
+        sigmas: Of each step; empty where no plan has weights.
     """
 
     model: tuple[str, str]
@@ -121,6 +135,7 @@ class PlanBook:
     other_seconds: float
     plans: tuple[Plan, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    sigmas: tuple[float, ...] = ()
 
     def seconds(self, computed: int, steps: int) -> float:
         """The steps of a run take so long per picture where so many compute."""
@@ -177,6 +192,7 @@ class PlanBook:
             "unpatched_seconds": self.unpatched_seconds,
             "step_seconds": list(self.step_seconds),
             "other_seconds": self.other_seconds,
+            "sigmas": list(self.sigmas),
             "provenance": dict(self.provenance),
         }
         try:
@@ -257,6 +273,14 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
     )
     provenance = document["provenance"]
     _require(isinstance(provenance, dict), "provenance", "an object", provenance)
+    sigmas = document.get("sigmas", [])
+    fitted = any(plan.weights for plan in plans)
+    _require(
+        all(map(_is_number, sigmas)) and len(sigmas) in ((steps,) if fitted else (0, steps)),
+        "sigmas",
+        "a number for each step, where a plan has weights",
+        sigmas,
+    )
     advice = provenance.get("advice", [])
     _require(
         isinstance(advice, list) and all(map(_is_advice, advice)),
@@ -274,6 +298,7 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         seconds[3],
         plans,
         provenance,
+        tuple(sigmas),
     )
     times = [book.seconds_of(plan) for plan in plans]
     _require(sorted(set(times), reverse=True) == times, "plans", "ever faster", times)
@@ -321,9 +346,38 @@ def _plan(given: Mapping[str, Any], steps: int) -> Plan:
         tuple(order) if isinstance(order, list) else order,
         *map(float, numbers),
         tuple(bounds),
+        _weights(given.get("weights"), computed, orders),
         **spent,
         schedule=_schedule(given.get("schedule"), computed, steps),
         **{name: _arguments(name, given.get(name)) for name in ARGUMENTS},
+    )
+
+
+def _weights(
+    given: Any, computed: Sequence[int], orders: Sequence[int]
+) -> Mapping[int, tuple[float, ...]] | None:
+    """Of every drawn step, which all are drawn as a whole."""
+    if given is None:
+        return None
+    drawn = [step for step in range(len(orders)) if step not in computed]
+    _require(
+        isinstance(given, dict)
+        and list(given) == list(map(str, drawn))
+        and all(map(_are_weights, given.values(), drawn))
+        and all(orders[step] for step in drawn),
+        "weights",
+        f"for each drawn step, whose order is above 0, 1 to {MAX_ORDER + 1} numbers that sum to 1",
+        given,
+    )
+    return {int(step): tuple(each) for step, each in given.items()}
+
+
+def _are_weights(given: Any, step: int) -> bool:
+    return (
+        isinstance(given, list)
+        and 1 <= len(given) <= min(step, MAX_ORDER + 1)
+        and all(isinstance(each, float) and math.isfinite(each) for each in given)
+        and abs(sum(given) - 1) < SUM
     )
 
 

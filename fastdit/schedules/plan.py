@@ -9,6 +9,7 @@ No tensors here, and no models.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,6 +44,10 @@ class PlanningMethod(Protocol):
         self, spec: ModelSpec, stages: Sequence[int], timesteps: Any
     ) -> Schedule | None: ...
 
+    def weights(
+        self, steps: int, timesteps: Any
+    ) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]: ...
+
 
 @dataclass(frozen=True, eq=False)
 class RunPlan:
@@ -56,6 +61,8 @@ class RunPlan:
         sums: Which reused outputs are kept as sums at each step; empty where none are.
         forecasts: Of which order the forecast is that stands for the model's whole output at each step, 0 where the
             model runs; empty where it always runs.
+        weights: (step, steps that were computed, latest first) -> the weights of that forecast, where they are not
+            those of its order.
     """
 
     steps: int
@@ -63,6 +70,9 @@ class RunPlan:
     actions: Sequence[Sequence[BlockActions]]
     sums: Sequence[StepSums] = ()
     forecasts: Sequence[int] = ()
+    weights: Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]] = dataclasses.field(
+        default_factory=dict
+    )
 
     def part(self, first: int, last: int) -> RunPlan:
         """This gives the steps from `first` to before `last`, for counting."""
@@ -140,10 +150,20 @@ def plan_run(
     reuse = next((method.staged_schedule(spec, lengths, timesteps) for method in reusing), None)
     forecasts = whole_forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
+    weights = weights_of(methods, steps, timesteps)
+    for (step, nodes), _ in weights.items():
+        forecasts = (*forecasts[:step], max(1, len(nodes) - 1), *forecasts[step + 1 :])
     given = spec, partial, fresh, forecasts, repeats, stays
     actions = lower(reuse, *given) if reuse is not None else ()
     sums = _sums(actions, spec, repeats) if actions and collapse and not any(partial) else ()
-    return RunPlan(steps, reuse, actions, sums, forecasts)
+    return RunPlan(steps, reuse, actions, sums, forecasts, weights)
+
+
+def weights_of(
+    methods: Sequence[PlanningMethod], steps: int, timesteps: Any
+) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]:
+    """This gives the weights of forecasts that a method has fitted for such a run of its own, with no other beside."""
+    return methods[0].weights(steps, timesteps) if len(methods) == 1 else {}
 
 
 def whole_forecasts(

@@ -1,10 +1,12 @@
 """A plan book in minutes: plans are foreseen from the unpatched runs, and what looks best is measured.
 
-For each number of computed steps there are evenly spread ones, drawn as lines, and two of many other plans of whole
-steps that `foresight.py` says are nearest to the solution: one drawn by one order, dense early, or where the output
-changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them), or moved about from there; and one drawn by an
-order for each step, or a schedule that is given. Evenly spread ones stay unless another is nearer to the solution by
-the interval of the paired ratio, so that what is chosen on a few prompts holds on others. Schedules of components
+For each number of computed steps there are evenly spread ones, drawn as lines, and others of whole steps. They begin
+dense early, or where the output changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them), and are moved
+about while `foresight.py` sees them come nearer to the solution. Where the sampler takes Euler's steps along a flow,
+the outputs of drawn steps are sums with weights that are fitted (`fitting.py`), to the unpatched runs for two places,
+and once more to the runs by the better of them. Elsewhere one plan is drawn by one order, and one by an order for each
+step. Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio, so that what
+is chosen on a few prompts holds on others. Schedules of components
 (`quantiles.py`, and those given) enter where they are nearer than every plan of whole steps that is as fast.
 """
 
@@ -24,17 +26,20 @@ from fastdit.schedules.plan import whole_forecasts
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search.evaluator import Work
+from fastdit.search.fitting import Fit, Way, fit, improved
 from fastdit.search.foresight import Foresight, Place
 from fastdit.search.quantiles import quantile_schedule
 from fastdit.search.trial import ORDER, Interval, Measured, Trial, interval, plan_at
 from fastdit.spec import ModelSpec
 
 #: of all steps: so many compute
-SHARES = (0.75, 0.68, 0.6, 0.54, 0.5, 0.43, 0.39, 0.36, 0.32, 0.29, 0.25, 0.21, 0.18, 0.15)
+SHARES = (0.75, 0.68, 0.54, 0.5, 0.43, 0.36, 0.32, 0.25, 0.21, 0.18, 0.15)
 ORDERS = (0, 1, 2)
 LEAST_STEPS = 8
 #: of the outputs of components: so many are reused
 QUANTILES = (0.3, 0.5, 0.7)
+#: fits to the unpatched runs that are measured
+FITTED = 2
 #: places from which an order is sought for each step
 CLIMBED = 2
 
@@ -93,30 +98,35 @@ def calibrate(
 
     try:
         trial.solve()
-        unpatched, foresight = trial.look()
+        stock, foresight = trial.look()
         places = [(plan.computed, plan.order) for plan in given if plan.whole]
-        candidates = {count: _candidates(foresight, count, trial.moved, places) for count in counts}
+        candidates = {
+            count: _candidates(foresight, stock.way, count, trial.moved, places) for count in counts
+        }
         apart = [plan for plan in given if not plan.whole]
         for share in QUANTILES if trial.changes else ():
             apart.append(plan_of(quantile_schedule(trial.changes, spec, steps, share), spec, steps))
-        total = sum(map(len, candidates.values())) + len(apart)
+        again = len(counts) * (1 + (stock.way is not None))
+        total = again + sum(map(len, candidates.values())) + len(apart)
 
         def measured(plan: Plan) -> Measured:
             found = trial.measured(plan)
             watch(next(done), total)
             return found
 
-        chosen, over_even = [Measured(trial.everything, unpatched, ())], {}
-        for count, places in candidates.items():
-            even, *rest = (measured(plan_at(place)) for place in places)
-            best = min(rest, key=lambda each: each.losses.mean(), default=even)
+        chosen, over_even = [stock], {}
+        for count, others in candidates.items():
+            even = measured(plan_at((tuple(even_steps(steps, count)), ORDER)))
+            best = min(map(measured, others), key=_loss)
+            if best.way is not None:
+                best = min(best, measured(_fitted(fit(best.way, best.plan.computed))), key=_loss)
             over_even[count] = interval(best.losses - even.losses)
             chosen.append(even if over_even[count][2] >= 1 else best)
         facts = {"best_other_over_even": over_even}
-        book = trial.book([each.as_plan(unpatched) for each in chosen], facts)
+        book = trial.book([each.as_plan(stock.losses) for each in chosen], facts)
         found = []
         for each in map(measured, apart):
-            book, ratio = _with_components(book, chosen, each, unpatched, trial.timed)
+            book, ratio = _with_components(book, chosen, each, stock.losses, trial.timed)
             found.append([each.plan.arithmetic, *ratio])
         facts = {**book.provenance, "components_over_whole_steps": found}
         return replace(book, provenance=facts)
@@ -180,24 +190,39 @@ def plan_of(given: Schedule | Plan, spec: ModelSpec, steps: int) -> Plan:
     return replace(plan_at((tuple(runs), ORDER)), schedule=replace(bound, provenance={}))
 
 
+def _loss(measured: Measured) -> float:
+    return float(measured.losses.mean())
+
+
+def _fitted(found: Fit) -> Plan:
+    return replace(plan_at((found.computed, ORDER)), weights=found.weights)
+
+
 def _candidates(
-    foresight: Foresight, count: int, moved: Sequence[float], given: Sequence[Place]
-) -> list[Place]:
-    """So many steps compute: the evenly spread line, the best drawn by one order, the best by one for each step."""
+    foresight: Foresight,
+    way: Way | None,
+    count: int,
+    moved: Sequence[float],
+    given: Sequence[Place],
+) -> list[Plan]:
+    """So many steps compute: the best two fits, or the best that is drawn by one order, and by one for each step."""
     steps = foresight.steps
     even = tuple(even_steps(steps, count))
     places = even, early_steps(steps, count), changing_steps(moved, count)
     starts = [_filled(place, count) for place in places]
     lines = [foresight.improved((place, ORDER)) for place in starts]
-    alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
     each = {place for place in given if len(place[0]) == count}
+    if way is not None:
+        begun = {*starts, *(place for place, _ in (*lines, *each))}
+        fits = {found.computed: found for found in (improved(way, place) for place in begun)}
+        return [_fitted(found) for found in sorted(fits.values(), key=lambda f: f.left)[:FITTED]]
+    alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
     nearest = sorted(lines, key=lambda place: foresight.losses(place).mean())[:CLIMBED]
     each |= {foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in nearest}
-    best = (
-        min(places, key=lambda place: foresight.losses(place).mean())
+    return [
+        plan_at(min(places, key=lambda place: foresight.losses(place).mean()))
         for places in (alike - {(even, ORDER)}, each)
-    )
-    return [(even, ORDER), *best]
+    ]
 
 
 def _filled(place: Sequence[int], count: int) -> tuple[int, ...]:

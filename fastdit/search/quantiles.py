@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fastdit.schedules.schedule import Schedule
+from fastdit.search.told import told_of_steps
 from fastdit.spec import ModelSpec
 
 #: outputs that are drawn need so many computed ones
@@ -23,24 +24,6 @@ FIRST = 2
 
 #: (block kind, block, component) -> how far its output is from the one before, relatively, at each step
 Changes = Mapping[tuple[str, int, str], list[float]]
-
-
-@contextmanager
-def told_of_steps(scheduler: Any, tell: Any) -> Iterator[None]:
-    """Inside, `tell` is given the model's output, as the scheduler is, before each of its steps."""
-    own, before = scheduler.step, scheduler.__dict__.get("step")
-
-    def step(output: Any, *args: Any, **kwargs: Any) -> Any:
-        tell(output)
-        return own(output, *args, **kwargs)
-
-    scheduler.step = step
-    try:
-        yield
-    finally:
-        del scheduler.step
-        if before is not None:
-            scheduler.step = before
 
 
 class Watched:
@@ -87,7 +70,7 @@ class Watched:
             self._sums[key] = self._sums.get(key, 0.0) + far
         self._before[call] = now.detach().clone()
 
-    def _end_step(self, output: Any) -> None:
+    def _end_step(self, *told: Any) -> None:
         for key, _ in self._modules:
             self.changes.setdefault(key, []).append(self._sums.get(key, 0.0))
         self._sums.clear()

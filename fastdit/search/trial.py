@@ -26,8 +26,10 @@ from fastdit.schedules.solvers import step_sigmas
 from fastdit.schedules.spread import even_steps
 from fastdit.search import solution
 from fastdit.search.evaluator import Evaluator, Work, fingerprint
+from fastdit.search.fitting import Way
 from fastdit.search.foresight import Foresight, Place
-from fastdit.search.quantiles import Watched, told_of_steps
+from fastdit.search.quantiles import Watched
+from fastdit.search.told import Told, told_of_steps
 
 ORDER = 1
 #: pictures of which the components' changes are taken
@@ -56,11 +58,13 @@ class Measured:
     Attributes:
         losses: The logarithm of each picture's distance to the solution.
         off: The most that forecasts were off, over all pictures, at the computed steps from the third on.
+        way: The runs beside the solution's; None where steps are no sums of outputs.
     """
 
     plan: Plan
     losses: np.ndarray
-    off: tuple[float, ...]
+    off: tuple[float, ...] = ()
+    way: Way | None = None
 
     def as_plan(self, unpatched: np.ndarray) -> Plan:
         """The plan with its error over that of the unpatched runs, whose losses are given."""
@@ -72,6 +76,11 @@ class Measured:
 def plan_at(place: Place) -> Plan:
     """A plan of which nothing was measured."""
     return Plan(*place, 1.0, 1.0, 1.0)
+
+
+def _sum(ways: Sequence[Way | None]) -> Way | None:
+    """Of all pictures, where each has one."""
+    return None if None in ways else sum(ways[1:], ways[0])
 
 
 class Trial:
@@ -91,6 +100,8 @@ class Trial:
             )
         if LINK in pipeline.transformer.__dict__:
             raise ArgumentError("pipeline must not be patched, got one that is; unpatch it first")
+        #: of each step of the unpatched run, and the last one's end
+        self.sigmas: tuple[float, ...] = ()
         self.everything = replace(plan_at((tuple(range(work.steps)), ORDER)), arithmetic=1.0)
         apart = [plan for plan in plans if not plan.whole]
         known = Budget(speedup=1, book=self._book(apart) if apart else None)
@@ -105,48 +116,62 @@ class Trial:
 
     def solve(self) -> None:
         """Draw the pictures that the others are compared with."""
+        self._truth, self._moved = [], []
+        with self.handle.disabled():  # a size of its own may shift the sigmas
+            self.judge.draw(0, 1, self.work.steps)
+        self.sigmas = (*step_sigmas(self.pipeline.scheduler), 0.0)
         with self.handle.disabled(), solution.solving(self.pipeline) as steps:
-            self._truth = [self.judge.draw(*chunk, steps) for chunk in self._chunks()]
+            scheduler = self.pipeline.scheduler
+            for chunk in self._chunks():
+                told = Told()
+                with told_of_steps(scheduler, told):
+                    self._truth.append(self.judge.draw(*chunk, steps))
+                self._moved.append(told.way([*step_sigmas(scheduler), 0.0], self.sigmas))
 
-    def look(self) -> tuple[np.ndarray, Foresight]:
-        """The losses of the unpatched runs, and what they tell of others."""
-        steps, scheduler, losses, grams = self.work.steps, self.pipeline.scheduler, [], []
-        for (first, last), truth in zip(self._chunks(), self._truth, strict=True):
-            outputs: list[torch.Tensor] = []
+    def look(self) -> tuple[Measured, Foresight]:
+        """The unpatched runs, and what they tell of others."""
+        scheduler, losses, grams, ways = self.pipeline.scheduler, [], [], []
+        for index, (first, last) in enumerate(self._chunks()):
+            told, truth = Told(), self._truth[index]
             watched = self._watched.running(scheduler) if first < SEEN else nullcontext()
-            with self.handle.disabled(), watched, told_of_steps(scheduler, outputs.append):
-                found = self.judge.draw(first, last, steps)
+            with self.handle.disabled(), watched, told_of_steps(scheduler, told):
+                found = self.judge.draw(first, last, self.work.steps)
             losses.append(self._losses(found, truth))
-            sigmas = [*step_sigmas(scheduler), 0.0]
-            foresight = Foresight.of(
-                sigmas, torch.stack(outputs).float().cpu().numpy(), found - truth
-            )
+            foresight = Foresight.of(self.sigmas, np.stack(told.outputs), found - truth)
             grams.append(foresight.gram)
+            ways.append(self._way(index, told) if told.adds(self.sigmas) else None)
         foresight = replace(foresight, gram=np.concatenate(grams))
         self.moved = foresight.moved()
-        return np.concatenate(losses), foresight
+        return Measured(self.everything, np.concatenate(losses), (), _sum(ways)), foresight
+
+    def _way(self, index: int, told: Told) -> Way:
+        """The run of a chunk of the pictures beside the solution's."""
+        return Way.of(self.sigmas, np.stack(told.outputs), self._moved[index])
 
     def measured(self, plan: Plan) -> Measured:
         """The pictures by a plan."""
-        losses, arithmetic = [], 1.0
+        losses, ways, arithmetic = [], [], 1.0
         nodes = plan.computed if plan.whole else ()
-        most, order = dict.fromkeys(nodes, 0.0), np.max(plan.order)
-        for (first, last), truth in zip(self._chunks(), self._truth, strict=True):
-            with self._planned(plan):
+        most = dict.fromkeys(nodes, 0.0)
+        for index, (first, last) in enumerate(self._chunks()):
+            told = Told()
+            with self._planned(plan), told_of_steps(self.pipeline.scheduler, told):
                 found, outputs = self._outputs(first, last)
-            losses.append(self._losses(found, truth))
+            losses.append(self._losses(found, self._truth[index]))
+            ways.append(self._way(index, told) if told.adds(self.sigmas) else None)
             arithmetic = 1 / self.handle.report().flop_speedup
             weights = Weights(self.handle.last_run().sigmas)
             for branch in zip(*outputs, strict=True):
                 held = Outputs()
                 for step in nodes:
                     if held.nodes.moves(step, weights):
-                        drawn = held.nodes.drawn(step, order, weights)[0].gathered()
+                        drawn = held.nodes.drawn(step, ORDER, weights)[0].gathered()
                         off = float(deviations(drawn, branch[step]).max())
                         most[step] = max(most[step], off)
-                    held.add(step, (branch[step],), weights, order)
+                    held.add(step, (branch[step],), weights, ORDER)
         off = tuple(most[step] for step in nodes[NODES:])
-        return Measured(replace(plan, arithmetic=arithmetic), np.concatenate(losses), off)
+        plan = replace(plan, arithmetic=arithmetic)
+        return Measured(plan, np.concatenate(losses), off, _sum(ways))
 
     def timed(self, plan: Plan) -> Plan:
         """The plan with what its steps take."""
@@ -182,6 +207,7 @@ class Trial:
             other,
             tuple(plans),
             {**self._provenance(), **facts},
+            self.sigmas[:-1],
         )
 
     def _times(self, plan: Plan) -> tuple[float, float]:
@@ -215,6 +241,7 @@ class Trial:
             (1.0, 0.0),
             0.0,
             given,
+            sigmas=self.sigmas[:-1],
         )
 
     def _losses(self, found: np.ndarray, truth: np.ndarray) -> np.ndarray:
