@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdit.checks import whole
 from fastdit.errors import ArgumentError
 from fastdit.schedules.book import NODES, Plan, PlanBook
 from fastdit.schedules.plan import whole_forecasts
@@ -38,8 +39,6 @@ ORDERS = (0, 1, 2)
 LEAST_STEPS = 8
 #: of the outputs of components: so many are reused
 QUANTILES = (0.3, 0.5, 0.7)
-#: fits to the unpatched runs that are measured
-FITTED = 2
 #: places from which an order is sought for each step
 CLIMBED = 2
 
@@ -56,6 +55,7 @@ def calibrate(
     arguments: dict[str, Any] | None = None,
     plans: Sequence[Schedule | Plan] = (),
     shares: Sequence[float] = SHARES,
+    tries: int = 2,
     watch: Callable[[int, int], None] = lambda done, total: None,
 ) -> PlanBook:
     """This measures plans on a pipeline, and makes a book of the best.
@@ -67,6 +67,7 @@ def calibrate(
         batch, seed, threads, backend, arguments: As in :class:`~fastdit.search.Work`.
         plans: Further candidates, of as many steps: presets, those of another book, or what a search found.
         shares: So many of the steps compute.
+        tries: Of plans with fitted weights so many are measured for each of them, at least 1.
         watch: Is told the number of measured plans, and of all.
 
     Raises:
@@ -76,6 +77,7 @@ def calibrate(
     """
     from fastdit.patch import find_adapter
 
+    whole("tries", tries, 1)
     if steps < LEAST_STEPS or len(prompts) < 2:
         raise ArgumentError(
             f"steps must be at least {LEAST_STEPS} and prompts at least 2, got {steps} and {len(prompts)}"
@@ -101,7 +103,8 @@ def calibrate(
         stock, foresight = trial.look()
         places = [(plan.computed, plan.order) for plan in given if plan.whole]
         candidates = {
-            count: _candidates(foresight, stock.way, count, trial.moved, places) for count in counts
+            count: _candidates(foresight, stock.way, count, trial.moved, places, tries)
+            for count in counts
         }
         apart = [plan for plan in given if not plan.whole]
         for share in QUANTILES if trial.changes else ():
@@ -136,7 +139,7 @@ def calibrate(
 
 def _with_components(
     book: PlanBook,
-    whole: Sequence[Measured],
+    steps_only: Sequence[Measured],
     other: Measured,
     unpatched: np.ndarray,
     timed: Callable[[Plan], Plan],
@@ -151,15 +154,15 @@ def _with_components(
     """
 
     def over(rivals: Sequence[Measured]) -> Interval:
-        best = min(rivals or whole[-1:], key=lambda each: each.losses.mean())
+        best = min(rivals or steps_only[-1:], key=lambda each: each.losses.mean())
         return interval(other.losses - best.losses)
 
     least = other.plan.arithmetic
-    ratio = over([each for each in whole if each.plan.arithmetic <= least])
+    ratio = over([each for each in steps_only if each.plan.arithmetic <= least])
     if ratio[2] >= 1:
         return book, ratio
     plan = timed(other.as_plan(unpatched))
-    ratio = over([each for each in whole if book.seconds_of(each.plan) <= plan.seconds])
+    ratio = over([each for each in steps_only if book.seconds_of(each.plan) <= plan.seconds])
     times = [book.seconds_of(each) for each in book.plans]
     if ratio[2] >= 1 or plan.seconds >= times[0] or plan.seconds in times:
         return book, ratio
@@ -204,8 +207,9 @@ def _candidates(
     count: int,
     moved: Sequence[float],
     given: Sequence[Place],
+    tries: int,
 ) -> list[Plan]:
-    """So many steps compute: the best two fits, or the best that is drawn by one order, and by one for each step."""
+    """So many steps compute: the best fits, or the best that is drawn by one order, and by one for each step."""
     steps = foresight.steps
     even = tuple(even_steps(steps, count))
     places = even, early_steps(steps, count), changing_steps(moved, count)
@@ -215,7 +219,7 @@ def _candidates(
     if way is not None:
         begun = {*starts, *(place for place, _ in (*lines, *each))}
         fits = {found.computed: found for found in (improved(way, place) for place in begun)}
-        return [_fitted(found) for found in sorted(fits.values(), key=lambda f: f.left)[:FITTED]]
+        return [_fitted(found) for found in sorted(fits.values(), key=lambda f: f.left)[:tries]]
     alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
     nearest = sorted(lines, key=lambda place: foresight.losses(place).mean())[:CLIMBED]
     each |= {foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in nearest}

@@ -16,6 +16,8 @@ from fastdit.search.evolve import Search
 from fastdit.search.knobs import OWN, Run
 
 BOOK = "book.json"
+#: plans with fitted weights that are measured for each number of computed steps
+TRIES = 6
 
 
 def book_of(
@@ -52,6 +54,7 @@ def book_of(
         backend=work.backend,
         arguments=dict(work.arguments),
         plans=plans,
+        tries=TRIES,
         watch=watch,
     )
     return replace(book, provenance={**book.provenance, "advice": advice})
