@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
 from fastdit.errors import UnsupportedModelError
-from fastdit.evaluate.ab2 import AB2Scheduler
+from fastdit.evaluate.ab2 import AB2Scheduler, TrailingScheduler
 from fastdit.schedules.solvers import converted, recommend
 
 SOLVERS = ("euler", "unipc", "ab2")
@@ -65,15 +69,21 @@ class Arm:
             pipe.scheduler = converted(
                 pipe.stock_scheduler, DPMSolverMultistepScheduler, final_sigmas_type="zero"
             )
-        else:
-            cls = AB2Scheduler if self.solver == "ab2" else type(pipe.stock_scheduler)
+        elif self.solver == "stock":
             # Levels that are given are those of the run, to be shifted no more.
             shift = {"shift": 1.0} if self.sigmas else {}
-            pipe.scheduler = cls.from_config(config, **shift)
+            pipe.scheduler = type(pipe.stock_scheduler).from_config(config, **shift)
+        else:
+            told = "sigmas" in inspect.signature(type(pipe).__call__).parameters
+            euler = FlowMatchEulerDiscreteScheduler if told else TrailingScheduler
+            cls = AB2Scheduler if self.solver == "ab2" else euler
+            pipe.scheduler = converted(pipe.stock_scheduler, cls)
+            if self.sigmas:
+                pipe.scheduler = cls.from_config(pipe.scheduler.config, shift=1.0)
+            elif told:
+                arguments["sigmas"] = np.linspace(1, 1 / self.steps, self.steps).tolist()
         if self.sigmas:
             arguments["sigmas"] = list(self.sigmas)
-        elif self.solver in ("euler", "ab2"):
-            arguments["sigmas"] = np.linspace(1, 1 / self.steps, self.steps).tolist()
         return arguments
 
 
@@ -99,21 +109,21 @@ def prepared(pipe: Any, arm: Arm) -> Iterator[dict[str, Any]]:
         del pipe.stock_scheduler
 
 
+def follows_flow(scheduler: Any) -> bool:
+    """This tells whether a scheduler's model gives velocities of a flow."""
+    matching = any(cls.__name__.startswith("FlowMatch") for cls in type(scheduler).__mro__)
+    return matching or bool(scheduler.config.get("use_flow_sigmas"))
+
+
 def check_solver(pipe: Any, solver: str) -> None:
     """This refuses a solver that cannot stand for a pipeline's own.
 
     Raises:
         UnsupportedModelError: Naming why.
     """
-    own, kind = pipe.scheduler, type(pipe.scheduler).__name__
-    flow = kind.startswith("FlowMatch")
-    if solver in ("euler", "ab2"):
-        if not flow:
-            raise UnsupportedModelError(f"{solver} follows a flow, {kind} does not")
-        if "sigmas" not in inspect.signature(type(pipe).__call__).parameters:
-            raise UnsupportedModelError(
-                f"{solver} needs sigmas, which {type(pipe).__name__} takes none"
-            )
+    own = pipe.scheduler
+    if solver in ("euler", "ab2") and not follows_flow(own):
+        raise UnsupportedModelError(f"{solver} follows a flow, {type(own).__name__} does not")
     if solver == "unipc" and recommend(pipe, 10).scheduler is own:
         raise UnsupportedModelError(recommend(pipe, 10).why)
     with prepared(pipe, Arm(solver, 10)):

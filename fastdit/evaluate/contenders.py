@@ -30,7 +30,12 @@ COMPOSED = "composed"
 ADVISED = "composed, recommended solver"
 INTERVALS = (2, 3, 4, 5)
 RATIOS = (0.5, 0.25)
-RESOLUTIONS = ("sd3-2x", "sd3-3x")
+#: RALU's published settings by family, and those that any has
+RESOLUTIONS = {
+    "sd3": ("sd3-2x", "sd3-3x"),
+    "flux": ("flux-4x", "flux-5x", "flux-7x"),
+    None: ("late",),
+}
 
 
 @dataclass
@@ -68,16 +73,25 @@ class Field:
         }
 
 
-def fewer_steps(found: Field, pipe: Any, counts: Sequence[int]) -> None:
+def fewer_steps(found: Field, studio: Studio, counts: Sequence[int]) -> None:
     """Plain steps of every solver that can stand for the pipeline's own, which is one of them."""
     for solver in ("stock", *RIVALS):
-        try:
-            check_solver(pipe, solver)
-        except FastDiTError as error:
-            found.refused[f"{FEWER}, {solver}"] = str(error)
+        if why := unfit(studio, solver):
+            found.refused[f"{FEWER}, {solver}"] = why
             continue
         for count in sorted(set(counts)):
             found.add(FEWER, f"{solver} {count}", Arm(solver, count))
+
+
+def unfit(studio: Studio, solver: str) -> str:
+    """This says why a solver cannot stand for the pipeline's own, and is "" where it can: a picture was drawn."""
+    try:
+        check_solver(studio.pipe, solver)
+        if solver != "stock":
+            studio.sketch(Arm(solver, 2))
+    except Exception as error:  # a pipeline may ask of its scheduler what that does not have
+        return peers.said(error)
+    return ""
 
 
 def counts_of(steps: int, budgets: Sequence[float]) -> list[int]:
@@ -110,7 +124,7 @@ def budgeted(
     found: Field, pipe: Any, steps: int, budgets: Sequence[float], book: PlanBook | None
 ) -> None:
     """Budgets under the pipeline's own solver, which are what is judged, and under the recommended one."""
-    own = recommend(pipe, steps).scheduler is pipe.scheduler
+    own = type(recommend(pipe, steps).scheduler) is type(pipe.scheduler)
     key = "" if book is None else hashlib.sha256(book.to_json().encode()).hexdigest()[:16]
     for budget in budgets:
         method = Budget(speedup=budget, book=book)
@@ -145,7 +159,7 @@ def alone(found: Field, pipe: Any, steps: int, package: Any) -> None:
             name = f"every {n}, order 1, RAS {ratio:g}" + (", unipc" if solver == "unipc" else "")
             arm = Arm(solver, steps, lambda pipe, _, both=both: both)
             patched(found, pipe, "forecasts and RAS", name, arm)
-    for name in RESOLUTIONS:
+    for name in RESOLUTIONS.get(family_of(pipe), RESOLUTIONS[None]):
         method = RALU.preset(name)
         add("RALU", f"RALU {name}", method, count=method.run_steps)
     if package is not None and package.__name__ == "fastdit.tiny":
@@ -165,18 +179,27 @@ def _shipped(found: Field, add: Callable[..., None]) -> None:
     add("HarmoniCa", "HarmoniCa", method, "heun", method.source.provenance["training"]["steps"])
 
 
+def family_of(pipe: Any) -> str | None:
+    """The family of a pipeline's transformer; None without an adapter."""
+    from fastdit.patch import find_adapter
+
+    try:
+        return find_adapter(pipe.transformer).family
+    except FastDiTError:
+        return None
+
+
 def key_of(method: Any) -> str:
     """The hash of a method's schedule, if it has one: it tells pictures of methods of the same name apart."""
     return getattr(getattr(method, "source", None), "sha256", "")[:16]
 
 
-def others(found: Field, studio: Studio, steps: int, calls: int) -> None:
-    """Other projects' caches under the pipeline's own solver, those that run.
-
-    Args:
-        calls: Of the transformer in a step.
-    """
+def others(found: Field, studio: Studio, steps: int) -> None:
+    """Other projects' caches under the pipeline's own solver, those that run."""
     pipe = studio.pipe
+    if len(studio.transformers) > 1:
+        found.refused["other projects"] = "two transformers take turns, and a cache is set for one"
+        return
     plain = Arm("stock", steps)
 
     @functools.cache
@@ -188,12 +211,15 @@ def others(found: Field, studio: Studio, steps: int, calls: int) -> None:
         opened |= peers.of_cache_dit(pipe, steps)
     except FastDiTError as error:
         found.refused["cache-dit"] = str(error)
-    if calls > 1 and not hasattr(pipe.transformer, "cache_context"):
+    seen, other = (studio.sketch(Arm("stock", 2), index) for index in (0, 1))
+    if seen.calls > 1 and not hasattr(pipe.transformer, "cache_context"):
         found.refused["diffusers' caches"] = (
-            f"{type(pipe.transformer).__name__} has no cache contexts and is called {calls} times a step"
+            f"{type(pipe.transformer).__name__} has no cache contexts and is called {seen.calls} times a step"
         )
     else:
-        of_diffusers, refused = peers.of_diffusers(pipe, steps, ratios)
+        of_diffusers, refused = peers.of_diffusers(
+            pipe, steps, ratios, peers.Guided(seen.calls, seen.doubled, other.doubled)
+        )
         opened |= of_diffusers
         found.refused |= refused
     for name, around in opened.items():

@@ -1,9 +1,10 @@
 """Arms side by side on the same prompts and seeds: what each costs, how near it comes, and who is nearer at equal time.
 
-An arm's error is the relative L2 distance of its latents to those of many steps of the recommended solver from the same
-noise. A group of arms is one way of being faster; at a budget it is represented by its nearest arm that takes no longer
-than the arm which was asked for the budget. That arm is named beforehand, the others are chosen with hindsight on these
-pictures, so a verdict leans to the other side. Ratios are paired, with 95 % bootstrap intervals over the pictures.
+An arm's error is the relative L2 distance of its latents to those of many steps from the same noise, of a solver of
+second order where one fits. A group of arms is one way of being faster; at a budget it is represented by its nearest
+arm that takes no longer than the arm which was asked for the budget. That arm is named beforehand, the others are
+chosen with hindsight on these pictures, so a verdict leans to the other side. Ratios are paired, with 95 % bootstrap
+intervals over the pictures.
 """
 
 from __future__ import annotations
@@ -23,15 +24,24 @@ import torch
 from fastdit.errors import FastDiTError
 from fastdit.evaluate import peers
 from fastdit.evaluate.arms import Arm
-from fastdit.evaluate.contenders import COMPOSED, FEWER, Field, named
+from fastdit.evaluate.contenders import COMPOSED, FEWER, Field, named, unfit
 from fastdit.evaluate.metrics import alike, away, scales
 from fastdit.evaluate.paired import RESAMPLES, ratio
-from fastdit.evaluate.studio import ROUNDS, UNPATCHED, Drawn, Spent, Studio
+from fastdit.evaluate.studio import (
+    ROUNDS,
+    UNPATCHED,
+    Drawn,
+    Spent,
+    Studio,
+    transformers_of,
+)
 from fastdit.search.front import hypervolume, non_dominated, on_axes
 
 FORMAT = "fastdit.comparison"
-#: steps of the solution, and of the run that tells its error
+#: steps of the solution; half as many tell its error
 TRUTH = 100
+#: of the solution, the first that fits
+SOLVERS = ("unipc", "ab2", "stock")
 #: as fast as another: takes no more than this longer
 SLACK = 1.05
 #: a budget is met by at least this part of it
@@ -53,6 +63,7 @@ class Study:
         truth: Those of many steps.
         spent: Costs by arm.
         errors: Distances to the truth by arm [n].
+        solver, solved: By which the truth was found, and about how large its own error is.
     """
 
     field: Field
@@ -61,6 +72,7 @@ class Study:
     truth: Drawn
     spent: dict[str, Spent]
     errors: dict[str, np.ndarray]
+    solver: str
     solved: float
 
     def seconds(self, name: str) -> float:
@@ -100,20 +112,13 @@ class Study:
 def conduct(
     studio: Studio, found: Field, rounds: int = ROUNDS, watch: Watch = lambda what, done, all_: None
 ) -> Study:
-    """Everything is drawn, then timed; an arm that is refused, or of another project and fails, is left out.
-
-    Raises:
-        ArgumentError: The sampler draws noise, so that it has no solution.
-    """
-    from fastdit.search.solution import check_solvable
-
-    check_solvable(studio.pipe)
+    """Everything is drawn, then timed; an arm that is refused, or of another project and fails, is left out."""
     spent: dict[str, Spent] = {}
     drawn: dict[str, Drawn] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        solver = "unipc" if _has_unipc(studio.pipe) else "stock"
         watch("the solution", 0, len(found.arms))
+        solver = next(each for each in SOLVERS if not unfit(studio, each))
         truth = studio.drawn("truth", Arm(solver, TRUTH))
         coarser = studio.drawn("truth, half the steps", Arm(solver, TRUTH // 2))
         for done, (name, arm) in enumerate(found.arms.items()):
@@ -134,19 +139,20 @@ def conduct(
     }
     for name in set(drawn) - set(errors):
         found.drop(name, "its latents have another shape")
-    # The solver's error falls by 4 where its steps double.
-    solved = float(np.exp(np.log(away(coarser.latents, truth.latents)).mean())) / 3
-    return Study(found, studio, drawn, truth, spent, errors, solved)
+    # A solver's error falls by two to its order where its steps double.
+    apart = float(np.exp(np.log(away(coarser.latents, truth.latents)).mean()))
+    solved = apart / (2 ** order_of(studio.pipe, solver) - 1)
+    return Study(found, studio, drawn, truth, spent, errors, solver, solved)
 
 
 def _same(drawn: Drawn, truth: Drawn) -> bool:
     return drawn.latents.shape == truth.latents.shape
 
 
-def _has_unipc(pipe: Any) -> bool:
-    from fastdit.schedules.solvers import recommend
-
-    return recommend(pipe, TRUTH).scheduler is not pipe.scheduler
+def order_of(pipe: Any, solver: str) -> int:
+    """The order of one of `SOLVERS` on a pipeline."""
+    own = pipe.scheduler
+    return max(own.order, own.config.get("solver_order") or 1) if solver == "stock" else 2
 
 
 def rows(
@@ -335,7 +341,7 @@ def result(
         "version": 1,
         "pictures": len(study.studio.prompts),
         "prompts": list(study.studio.prompts),
-        "solution": {"steps": TRUTH, "error": study.solved},
+        "solution": {"steps": TRUTH, "solver": study.solver, "error": study.solved},
         "ms_ssim_scales": scales(study.truth.pictures.shape[-3:-1]),
         "provenance": provenance(study.studio),
         "rows": rows(study, judge, judges),
@@ -373,7 +379,7 @@ def identity(pipe: Any) -> dict[str, Any]:
 
     return {
         "pipeline": type(pipe).__name__,
-        "model": f"{type(pipe.transformer).__name__} {fingerprint(pipe.transformer)}",
+        "model": ", ".join(f"{type(m).__name__} {fingerprint(m)}" for m in transformers_of(pipe)),
         "scheduler": sampler_of(pipe.scheduler),
     }
 
