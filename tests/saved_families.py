@@ -15,6 +15,7 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    DDIMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -233,7 +234,7 @@ def zimage() -> Any:
 
 def dit() -> Any:
     """DiT of classes, of noise, by DDIM."""
-    pipe = tiny_models.pipeline("dit")
+    pipe = tiny_models.pipeline("dit", scheduler=DDIMScheduler(clip_sample=False))
     pipe.register_modules(vae=vae8())
     return DiTPipeline(pipe.transformer, pipe.vae, pipe.scheduler)
 
@@ -256,5 +257,8 @@ def build(name: str) -> Any:
     """A pipeline of random weights, the same each time."""
     torch.manual_seed(0)
     found = FAMILIES[name]()
+    for part in found.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
     found.set_progress_bar_config(disable=True)
     return found

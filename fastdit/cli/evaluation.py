@@ -138,12 +138,13 @@ def arguments_of(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ArgumentError(f"{option}: {name} takes no {argument}")
         found[argument] = value
     # Such a pipeline asks for both, and tells its transformer the first alone.
-    told = getattr(getattr(pipe.transformer, "config", None), "guidance_embeds", False)
-    if "guidance_scale" in found and "true_cfg_scale" in taken and not told:
-        raise ArgumentError(
-            f"--guidance: {type(pipe.transformer).__name__} is told no guidance scale; "
-            f"--true-cfg is the scale of {name}"
-        )
+    if "guidance_scale" in found and "true_cfg_scale" in taken:
+        transformer = pipe.transformer
+        if not transformer.config.get("guidance_embeds"):
+            raise ArgumentError(
+                f"--guidance: {type(transformer).__name__} is told no guidance scale; "
+                f"--true-cfg is the scale of {name}"
+            )
     if "true_cfg_scale" in found:  # it needs a prompt to lead away from
         found["negative_prompt"] = NEGATIVE
     return found
@@ -196,16 +197,16 @@ def chosen(
     from fastdit.evaluate import contenders
     from fastdit.evaluate.arms import Arm
 
-    pipe, found = studio.pipe, contenders.Field()
+    found = contenders.Field()
     contenders.unpatched(found, steps)
     for name, method in methods.items():
         count = method.run_steps or steps
         arm = Arm(
             "stock", count, lambda pipe, _, method=method: method, key=contenders.key_of(method)
         )
-        contenders.patched(found, pipe, name, name, arm)
+        contenders.patched(found, studio, name, name, arm)
         found.judged[name] = None
-    contenders.budgeted(found, pipe, steps, speeds, book)
+    contenders.budgeted(found, studio, steps, speeds, book)
     if found.refused:
         name, why = next(iter(found.refused.items()))
         raise ArgumentError(f"{name}: {why}")
@@ -220,11 +221,11 @@ def everything(
     """The arms of `fastdit compare`."""
     from fastdit.evaluate import contenders
 
-    pipe, found = loaded.pipeline, contenders.Field()
+    found = contenders.Field()
     contenders.unpatched(found, steps)
     contenders.fewer_steps(found, studio, contenders.counts_of(steps, speeds))
-    contenders.budgeted(found, pipe, steps, speeds, book)
-    contenders.alone(found, pipe, steps, loaded.package)
+    contenders.budgeted(found, studio, steps, speeds, book)
+    contenders.alone(found, studio, steps, loaded.package)
     contenders.others(found, studio, steps)
     return found
 

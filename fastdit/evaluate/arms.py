@@ -124,6 +124,10 @@ def check_solver(pipe: Any, solver: str) -> None:
     own = pipe.scheduler
     if solver in ("euler", "ab2") and not follows_flow(own):
         raise UnsupportedModelError(f"{solver} follows a flow, {type(own).__name__} does not")
+    if solver != "stock" and own.config.get("clip_sample"):
+        raise UnsupportedModelError(
+            f"{type(own).__name__} clips what it takes to be the picture, {solver} does not"
+        )
     if solver == "unipc" and recommend(pipe, 10).scheduler is own:
         raise UnsupportedModelError(recommend(pipe, 10).why)
     with prepared(pipe, Arm(solver, 10)):

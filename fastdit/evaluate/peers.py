@@ -116,11 +116,13 @@ class Guided:
         calls: In a step.
         doubled: Name -> what a call is given for one picture with a row more, see `studio.Sketch`.
         other: The same of another prompt.
+        listed: Whether it is given them in lists.
     """
 
     calls: int
     doubled: Mapping[str, Tensor]
     other: Mapping[str, Tensor]
+    listed: bool
 
     @property
     def prompt_first(self) -> bool:
@@ -230,6 +232,8 @@ def _faster_cache(pipe: Any, guided: Guided) -> dict[str, Any]:
         raise Refused(
             f"it takes the prompt's rows to come last, {type(pipe).__name__} has them first"
         )
+    if guided.listed:
+        raise Refused(f"it splits tensors of rows, {type(pipe).__name__} gives lists")
     shape = guided.doubled["hidden_states"].shape if "hidden_states" in guided.doubled else ()
     if len(shape) not in (0, 4, 5):
         raise Refused(f"it splits latents by frequency, and those of this model are {list(shape)}")

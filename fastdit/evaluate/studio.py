@@ -75,11 +75,13 @@ class Sketch:
         calls: Of its transformers in a step.
         doubled: What the last call was given by name with a row more, of the run without a prompt; nothing where that
             is a call of its own, or there is none.
+        listed: Whether it was given them in lists.
         picture: [1, h, w, 3], or [1, frames, h, w, 3].
     """
 
     calls: int
     doubled: Mapping[str, Tensor]
+    listed: bool
     picture: np.ndarray
 
 
@@ -140,6 +142,12 @@ class Studio:
         self._calls = [call | texts for call in calls(pipe, self.prompts)]
         self._tells = next((n for n in ("callback_on_step_end", "callback") if n in parameters), "")
         self._belong({**(identity or {}), "seed": seed, "arguments": self.arguments})
+
+    @property
+    def size(self) -> dict[str, int]:
+        """That of its pictures as a handle's `explain` takes it, so far as it was asked for."""
+        named = {"height": "height", "width": "width", "frames": "num_frames"}
+        return {n: self.arguments[given] for n, given in named.items() if given in self.arguments}
 
     def _belong(self, identity: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -264,11 +272,13 @@ class Studio:
 
     def sketch(self, arm: Arm, index: int = 0) -> Sketch:
         """A picture is drawn and not kept."""
-        count, doubled = 0, {}
+        count, doubled, listed = 0, {}, False
 
         def look(_: Any, args: Any, given: Mapping[str, Any]) -> None:
-            nonlocal count, doubled
+            nonlocal count, doubled, listed
             count += 1
+            lists = (each for each in (*args, *given.values()) if isinstance(each, list))
+            listed = any(len(each) == 2 and isinstance(each[0], Tensor) for each in lists)
             tensors = {n: each for n, each in given.items() if isinstance(each, Tensor)}
             doubled = {n: each for n, each in tensors.items() if each.ndim and len(each) == 2}
 
@@ -281,7 +291,7 @@ class Studio:
         finally:
             for hook in hooks:
                 hook.remove()
-        return Sketch(-(-count // arm.steps), doubled, picture)
+        return Sketch(-(-count // arm.steps), doubled, listed, picture)
 
     # ---- costs
 
