@@ -238,7 +238,7 @@ def test_the_page_needs_nothing_else_and_holds_every_picture(tmp_path):
     result = {
         "pictures": 12,
         "prompts": some.studio.prompts,
-        "solution": {"steps": 100, "error": 0.01},
+        "solution": {"steps": 100, "solver": "unipc", "error": 0.01},
         "provenance": dict.fromkeys(
             ("pipeline", "model", "scheduler", "machine", "threads", "made"), "<b>"
         ),

@@ -232,6 +232,8 @@ def _inception(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    # It would run what the file holds; it is read as tensors before, which refuses a file that holds more.
+    torch.load(folder / INCEPTION, map_location="cpu", weights_only=True)
     net = FeatureExtractorInceptionV3(
         "inception", ["2048"], feature_extractor_weights_path=str(folder / INCEPTION)
     ).eval()

@@ -34,14 +34,13 @@ def write(result: Mapping[str, Any], pictures: Mapping[str, np.ndarray], path: P
     """
     rows = {row["arm"]: row for row in result["rows"]}
     count = min(SHOWN, len(result["prompts"]))
+    solution = f"{result['solution']['steps']} steps of {result['solution']['solver']}"
     data = {
         "prompts": list(result["prompts"][:count]),
         "arms": [
             {
                 "name": name,
-                "told": told(rows[name])
-                if name in rows
-                else f"{result['solution']['steps']} steps",
+                "told": told(rows[name]) if name in rows else solution,
                 "pictures": [encoded(picture) for picture in drawn[:count]],
             }
             for name, drawn in pictures.items()
@@ -53,7 +52,7 @@ def write(result: Mapping[str, Any], pictures: Mapping[str, np.ndarray], path: P
         "SUBTITLE": escape(
             f"{result['pictures']} pictures; {provenance['model']}; {provenance['scheduler']}; "
             f"{provenance['machine']}, {provenance['threads']} threads; "
-            f"errors are distances of latents to {result['solution']['steps']} steps, whose own error is about "
+            f"errors are distances of latents to {solution}, whose own error is about "
             f"{result['solution']['error']:.2g}; {provenance['made']}"
         ),
         "VERDICTS": _verdicts(result),
