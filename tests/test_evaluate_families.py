@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -15,6 +16,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 
 import fastdit
 import saved_families
+import tiny_models
 from fastdit import tiny
 from fastdit.cli import evaluation
 from fastdit.errors import ArgumentError, UnsupportedModelError
@@ -206,6 +208,51 @@ def test_a_clock_counts_calls():
         found = [(layer(torch.zeros(1)), clock())[1] for _ in range(8)]
     assert found == [900, 900, 500, 500, 100, 100, 900, 900]
     assert not layer._forward_pre_hooks
+
+
+def test_parts_stand_in_their_order_again():
+    """cache-dit takes lists of blocks out for a call and puts them back last."""
+    pipe = SimpleNamespace(transformer=tiny_models.flux())
+    names = [name for name, _ in pipe.transformer.named_children()]
+    with peers.as_it_was(pipe):
+        blocks = pipe.transformer.transformer_blocks
+        del pipe.transformer.transformer_blocks
+        pipe.transformer.transformer_blocks = blocks
+        pipe.transformer.added = torch.nn.Identity()
+        assert [name for name, _ in pipe.transformer.named_children()] != names
+    assert [name for name, _ in pipe.transformer.named_children()] == names
+
+
+def test_a_peer_that_breaks_at_its_second_call_is_told(tmp_path, monkeypatch):
+    """It draws; only what is timed calls it twice. The arms of the package raise."""
+    monkeypatch.setattr(study, "TRUTH", 4)
+    studio = studio_of("dit", tmp_path)
+
+    @contextlib.contextmanager
+    def once():
+        calls = []
+
+        def count(*_):
+            calls.append(1)
+            if len(calls) > 2:
+                raise RuntimeError("no second call")
+
+        hook = studio.pipe.transformer.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    found = contenders.Field(peers={"peer"})
+    contenders.unpatched(found, 2)
+    found.add("peer", "breaks", Arm("stock", 2, around=once))
+    done = study.conduct(studio, found, rounds=1)
+    assert found.refused["breaks"] == "RuntimeError: no second call"
+    assert set(done.spent) == set(done.drawn) == set(done.errors) == {UNPATCHED}
+    study.result(done)
+    found.add("ours", "breaks", Arm("stock", 2, around=once))
+    with pytest.raises(RuntimeError, match="no second call"):
+        study.conduct(studio, found, rounds=1)
 
 
 def test_the_authors_ras_runs_by_its_own_function(tmp_path, monkeypatch):

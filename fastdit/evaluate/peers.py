@@ -289,12 +289,20 @@ def hooked(pipe: Any, config: Any, clock: Clock | None = None) -> Iterator[None]
 
 @contextmanager
 def as_it_was(pipe: Any) -> Iterator[None]:
-    """What is put on a pipeline's class, its transformer or modules of that inside the `with` goes with it."""
-    owners = [type(pipe), pipe, pipe.transformer, *pipe.transformer.modules()]
+    """What is put on a pipeline's class, its transformer or modules of that inside the `with` goes with it.
+
+    Parts that were taken out and put back stand in their old order, by which diffusers finds a first and a last block.
+    """
+    modules = list(pipe.transformer.modules())
+    owners = [type(pipe), pipe, *modules]
     before = [dict(vars(owner)) for owner in owners]
+    parts = [dict(module._modules) for module in modules]
     try:
         yield
     finally:
+        for module, old in zip(modules, parts, strict=True):
+            module._modules.clear()
+            module._modules.update(old)
         for owner, old in zip(owners, before, strict=True):
             now = vars(owner)
             for name in [n for n in now if n not in old]:

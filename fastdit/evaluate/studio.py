@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ DEEP = 65535  # of 16 bits
 TIMED = 2
 ROUNDS = 3
 UNPATCHED = "unpatched"
+
+Lose = Callable[[str, Exception], None]
 
 
 @dataclass(frozen=True)
@@ -295,30 +297,49 @@ class Studio:
 
     # ---- costs
 
-    def spent(self, arms: Mapping[str, Arm], rounds: int = ROUNDS) -> dict[str, Spent]:
+    def spent(
+        self, arms: Mapping[str, Arm], rounds: int = ROUNDS, lose: Lose | None = None
+    ) -> dict[str, Spent]:
         """What a picture costs in each way; the arms take turns, each after a call that is not timed.
 
         With a single thread on a CPU the processor's time is taken, which is wall time where nothing else runs.
+
+        Args:
+            lose: Told an arm that fails and its error, which it may raise; without it all are raised.
         """
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         looks: dict[str, tuple[int, int, float | None]] = {}
-        count = min(TIMED, len(self.prompts))
         for turn in range(rounds):
-            for name, arm in arms.items():
-                last = 1 if arm.alone else count
-                with self._ready(arm) as (handle, arguments):
-                    if turn:
-                        self._call(arguments, 0, last)
-                    else:
-                        weigh = name == UNPATCHED or arm.around is not nullcontext
-                        looks[name] = self._look(handle, arguments, last, weigh)
-                    start = self._now()
-                    _, seen = self._call(arguments, 0, last)
-                    whole = self._now() - start
-                times[name].append(((seen.ended - seen.began) / last, whole / last))
+            for name in list(times):
+                try:
+                    look, seconds = self._timed(arms[name], name == UNPATCHED, first=not turn)
+                except Exception as error:
+                    if lose is None:
+                        raise
+                    lose(name, error)
+                    del times[name]
+                    continue
+                times[name].append(seconds)
+                looks[name] = looks.get(name, look)
         return {
-            name: Spent(*map(tuple, zip(*times[name], strict=True)), *looks[name]) for name in arms
+            name: Spent(*map(tuple, zip(*each, strict=True)), *looks[name])
+            for name, each in times.items()
         }
+
+    def _timed(
+        self, arm: Arm, own: bool, first: bool
+    ) -> tuple[tuple[int, int, float | None], tuple[float, float]]:
+        """What the first untimed call showed, and the seconds of a picture in the loop and in the call."""
+        last, look = 1 if arm.alone else min(TIMED, len(self.prompts)), (0, 0, None)
+        with self._ready(arm) as (handle, arguments):
+            if first:
+                look = self._look(handle, arguments, last, own or arm.around is not nullcontext)
+            else:
+                self._call(arguments, 0, last)
+            start = self._now()
+            _, seen = self._call(arguments, 0, last)
+            whole = self._now() - start
+        return look, ((seen.ended - seen.began) / last, whole / last)
 
     def _look(
         self, handle: Any, arguments: Any, last: int, weigh: bool

@@ -113,8 +113,16 @@ def conduct(
     studio: Studio, found: Field, rounds: int = ROUNDS, watch: Watch = lambda what, done, all_: None
 ) -> Study:
     """Everything is drawn, then timed; an arm that is refused, or of another project and fails, is left out."""
-    spent: dict[str, Spent] = {}
     drawn: dict[str, Drawn] = {}
+
+    def lose(name: str, error: Exception) -> None:
+        """What another project raises is a result too."""
+        refused = isinstance(error, FastDiTError) and name != UNPATCHED
+        if not (refused or named(found.groups)[name] in found.peers):
+            raise error
+        found.drop(name, peers.said(error))
+        drawn.pop(name, None)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         watch("the solution", 0, len(found.arms))
@@ -125,13 +133,10 @@ def conduct(
             watch(name, done, len(found.arms))
             try:
                 drawn[name] = studio.drawn(name, arm)
-            except Exception as error:  # what another project raises is a result too
-                refused = isinstance(error, FastDiTError) and name != UNPATCHED
-                if not (refused or named(found.groups)[name] in found.peers):
-                    raise
-                found.drop(name, peers.said(error))
+            except Exception as error:
+                lose(name, error)
         watch("times", len(found.arms), len(found.arms))
-        spent = studio.spent(found.arms, rounds)
+        spent = studio.spent(found.arms, rounds, lose)
     errors = {
         name: away(each.latents, truth.latents)
         for name, each in drawn.items()
