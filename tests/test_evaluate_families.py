@@ -170,12 +170,11 @@ def test_a_picture_is_tried_before_a_study(tmp_path):
 
     with pytest.raises(ArgumentError, match=r"judge 'lpips' takes no picture of 16 x 16: .*too sm"):
         evaluation.check_draws(studio, {"lpips": broken})
-    studio._given["height"] = 8
-    with pytest.raises(ArgumentError, match="sides of at least 11 pixels"):
-        evaluation.check_draws(studio, {})
-    studio._given["height"] = 0.5
-    with pytest.raises(ArgumentError, match="FluxPipeline does not draw 'a red circle'"):
-        evaluation.check_draws(studio, {})
+    for height, why in ((8, "sides of at least 11 pixels"), ("16", "does not draw 'a red circle'")):
+        given = {**SMALL, "height": height}
+        other = Studio(studio.pipe, PROMPTS, tmp_path / str(height), arguments=given)
+        with pytest.raises(ArgumentError, match=why):
+            evaluation.check_draws(other, {})
 
 
 # ---- peers
