@@ -173,7 +173,9 @@ def made_up(asked=4.0):
     picture = Drawn(np.full((12, 32, 32, 3), 0.5, np.float32), np.ones((12, 4), np.float32))
     studio = SimpleNamespace(prompts=[f"prompt {i} </script> @ROWS@" for i in range(12)])
     errors = {n: errors for n, (_, _, errors) in rows.items()}
-    return study.Study(field, studio, dict.fromkeys(rows, picture), picture, spent, errors, 0.01)
+    return study.Study(
+        field, studio, dict.fromkeys(rows, picture), picture, spent, errors, "unipc", 0.01
+    )
 
 
 def test_a_verdict_takes_the_best_of_a_group_that_is_as_fast():
@@ -237,7 +239,7 @@ def test_the_page_needs_nothing_else_and_holds_every_picture(tmp_path):
     result = {
         "pictures": 12,
         "prompts": some.studio.prompts,
-        "solution": {"steps": 100, "error": 0.01},
+        "solution": {"steps": 100, "solver": "unipc", "error": 0.01},
         "provenance": dict.fromkeys(
             ("pipeline", "model", "scheduler", "machine", "threads", "made"), "<b>"
         ),
@@ -337,7 +339,7 @@ def test_caches_of_diffusers_run_and_leave_nothing(pipe, tmp_path):
     plain = studio.drawn("plain", Arm("stock", 6))
     field = contenders.Field()
     contenders.unpatched(field, 6)
-    contenders.others(field, studio, 6, calls=1)
+    contenders.others(field, studio, 6)
     assert "Cosmos" not in field.refused["diffusers SeaCache"]
     assert "SD3Transformer2DModel" in field.refused["diffusers SeaCache"]
     some = {n: a for n, a in field.arms.items() if n in (UNPATCHED, "diffusers TaylorSeer every 3")}
@@ -364,13 +366,13 @@ def test_a_study_of_the_command_line(pipe, tmp_path, monkeypatch):
     from fastdit.cli.loading import Model
 
     loaded = Model(pipe, "embedded model", tiny, "cpu", "float32")
-    given = {"height": 32, "width": 32, "guidance_scale": None}
+    given = {"--height": 32, "--width": 32, "--guidance": None}
     prompts = evaluation.prompts_of(None, loaded, 3)
     assert len(set(prompts)) == 3
     studio = evaluation.studio_of(loaded, prompts, tmp_path, given, batch=3)
     console = evaluation.Console(quiet=True)
     every = fastdit.Cached(fastdit.Schedule.every(2))
-    field = functools.partial(evaluation.chosen, loaded, 4, {"every": every}, [2.0], None)
+    field = functools.partial(evaluation.chosen, studio, 4, {"every": every}, [2.0], None)
     evaluation.run(console, loaded, studio, field, tmp_path, 1)
     found = json.loads((tmp_path / evaluation.RESULT).read_text())
     assert {row["group"] for row in found["rows"]} == {
@@ -393,4 +395,4 @@ def test_a_study_of_the_command_line(pipe, tmp_path, monkeypatch):
     with pytest.raises(ArgumentError, match=r"--budgets must be numbers of at least 1"):
         evaluation.speeds_of("2,0.5")
     with pytest.raises(ArgumentError, match="speedup must be at most"):
-        evaluation.chosen(loaded, 4, {}, [50.0], None)
+        evaluation.chosen(studio, 4, {}, [50.0], None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from fastdit.errors import ArgumentError
+from fastdit.errors import ArgumentError, FastDiTError
 
 if TYPE_CHECKING:
     from fastdit.cli.loading import Model
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 RESULT, PLOT, PAGE = "comparison.json", "comparison.png", "comparison.html"
 EMBEDDED_PROMPTS = 24
 PACKAGES = ("tiny", "emoji")
+#: option -> argument of a pipeline's call
+ARGUMENTS = {
+    "--height": "height",
+    "--width": "width",
+    "--frames": "num_frames",
+    "--guidance": "guidance_scale",
+    "--true-cfg": "true_cfg_scale",
+}
+NEGATIVE = " "  # as Qwen-Image's own examples have it
 
 
 def load(model: Path | None, dtype: str | None, threads: int | None) -> Model:
@@ -103,11 +114,71 @@ def studio_of(
     from fastdit.evaluate.studio import Studio
     from fastdit.evaluate.study import identity
 
-    arguments = {name: value for name, value in given.items() if value is not None}
+    arguments = arguments_of(loaded.pipeline, given)
     known = {**identity(loaded.pipeline), "prompts": list(prompts), "dtype": loaded.dtype}
     return Studio(
         loaded.pipeline, prompts, out / "drawn", arguments=arguments, identity=known, **settings
     )
+
+
+def arguments_of(pipe: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline's call is given, from the values of options by their names; None is the pipeline's default.
+
+    Raises:
+        ArgumentError: The pipeline does not take it, or would not heed it; names the option.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters
+    name = type(pipe).__name__
+    found = {}
+    for option, value in given.items():
+        argument = ARGUMENTS[option]
+        if value is None:
+            continue
+        if argument not in taken:
+            raise ArgumentError(f"{option}: {name} takes no {argument}")
+        found[argument] = value
+    # Such a pipeline asks for both, and tells its transformer the first alone.
+    if "guidance_scale" in found and "true_cfg_scale" in taken:
+        transformer = pipe.transformer
+        if not transformer.config.get("guidance_embeds"):
+            raise ArgumentError(
+                f"--guidance: {type(transformer).__name__} is told no guidance scale; "
+                f"--true-cfg is the scale of {name}"
+            )
+    if "true_cfg_scale" in found:  # it needs a prompt to lead away from
+        found["negative_prompt"] = NEGATIVE
+    return found
+
+
+def check_draws(studio: Studio, judges: Mapping[str, Any]) -> None:
+    """A picture is drawn and judged, before all of them are.
+
+    Raises:
+        ArgumentError: It cannot be, or is too small for the metrics.
+    """
+    from fastdit.evaluate.arms import Arm
+    from fastdit.evaluate.metrics import scales
+    from fastdit.evaluate.peers import said
+
+    name = type(studio.pipe).__name__
+    try:
+        picture = studio.sketch(Arm("stock", 2)).picture
+    except FastDiTError:
+        raise
+    except Exception as error:  # what a pipeline raises depends on what it cannot do
+        raise ArgumentError(f"{name} does not draw {studio.prompts[0]!r}: {said(error)}") from error
+    if picture.ndim not in (4, 5) or picture.shape[-1] != 3:
+        raise ArgumentError(f"{name} must draw pictures or videos in RGB, it gives {picture.shape}")
+    scales(picture.shape[-3:-1])
+    pair = np.concatenate([picture, picture])
+    for title, judge in judges.items():
+        try:
+            judge(pair, studio.prompts[:1] * 2, pair)
+        except Exception as error:  # so does what a network cannot take
+            size = " x ".join(map(str, picture.shape[-3:-1]))
+            raise ArgumentError(
+                f"judge {title!r} takes no picture of {size}: {said(error)}"
+            ) from error
 
 
 def book_of(path: Path | None, loaded: Model) -> Any:
@@ -120,27 +191,27 @@ def book_of(path: Path | None, loaded: Model) -> Any:
 
 
 def chosen(
-    loaded: Model, steps: int, methods: Mapping[str, Method], speeds: Sequence[float], book: Any
+    studio: Studio, steps: int, methods: Mapping[str, Method], speeds: Sequence[float], book: Any
 ) -> Field:
     """The arms of `fastdit eval`: the unpatched run, what was asked for, and fewer steps of every solver."""
     from fastdit.evaluate import contenders
     from fastdit.evaluate.arms import Arm
 
-    pipe, found = loaded.pipeline, contenders.Field()
+    found = contenders.Field()
     contenders.unpatched(found, steps)
     for name, method in methods.items():
         count = method.run_steps or steps
         arm = Arm(
             "stock", count, lambda pipe, _, method=method: method, key=contenders.key_of(method)
         )
-        contenders.patched(found, pipe, name, name, arm)
+        contenders.patched(found, studio, name, name, arm)
         found.judged[name] = None
-    contenders.budgeted(found, pipe, steps, speeds, book)
+    contenders.budgeted(found, studio, steps, speeds, book)
     if found.refused:
         name, why = next(iter(found.refused.items()))
         raise ArgumentError(f"{name}: {why}")
     counts = contenders.counts_of(steps, [*speeds, *contenders.BUDGETS])
-    contenders.fewer_steps(found, pipe, counts)
+    contenders.fewer_steps(found, studio, counts)
     return found
 
 
@@ -150,13 +221,12 @@ def everything(
     """The arms of `fastdit compare`."""
     from fastdit.evaluate import contenders
 
-    pipe, found = loaded.pipeline, contenders.Field()
+    found = contenders.Field()
     contenders.unpatched(found, steps)
-    contenders.fewer_steps(found, pipe, contenders.counts_of(steps, speeds))
-    contenders.budgeted(found, pipe, steps, speeds, book)
-    contenders.alone(found, pipe, steps, loaded.package)
-    calls = studio.sketch(found.arms[contenders.UNPATCHED])
-    contenders.others(found, studio, steps, calls)
+    contenders.fewer_steps(found, studio, contenders.counts_of(steps, speeds))
+    contenders.budgeted(found, studio, steps, speeds, book)
+    contenders.alone(found, studio, steps, loaded.package)
+    contenders.others(found, studio, steps)
     return found
 
 
@@ -208,6 +278,7 @@ def run(
     )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("what can run", total=None)
+        check_draws(studio, made)
         found = study.conduct(
             studio,
             field(),

@@ -13,6 +13,7 @@ from fastdit.files import check_folder
 from fastdit.schedules.schedule_file import MAX_COUNT
 
 _at_least_1 = options.real("a finite number of at least 1", lambda x: x >= 1)
+_finite = options.real("a finite number", lambda x: True)
 
 AnyModel = Annotated[
     Path | None,
@@ -87,6 +88,22 @@ StudySteps = Annotated[
 ]
 
 
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=options.MAX_SIZE, help="Frames of a video; the pipeline's default if left out."
+    ),
+]
+TrueCfg = Annotated[
+    float | None,
+    typer.Option(
+        "--true-cfg",
+        callback=_finite,
+        help="Scale of guidance by a run with an empty prompt, where the pipeline takes true_cfg_scale.",
+    ),
+]
+
+
 @app.command("eval")
 def evaluate(
     model: AnyModel = None,
@@ -104,6 +121,8 @@ def evaluate(
     guidance: options.GuidanceScale = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
+    frames: Frames = None,
+    true_cfg: TrueCfg = None,
     seed: options.SearchSeed = 0,
     batch: StudyBatch = 4,
     rounds: Rounds = 3,
@@ -122,11 +141,17 @@ def evaluate(
     methods |= arguments.ralu(ralu or ())
     speeds = list(speedup or ()) or ([] if methods else [2.0])
     view.conduct(
-        lambda loaded, studio, plans: view.chosen(loaded, steps, methods, speeds, plans),
+        lambda loaded, studio, plans: view.chosen(studio, steps, methods, speeds, plans),
         model,
         prompts,
         out,
-        arguments={"height": height, "width": width, "guidance_scale": guidance},
+        arguments={
+            "--height": height,
+            "--width": width,
+            "--frames": frames,
+            "--guidance": guidance,
+            "--true-cfg": true_cfg,
+        },
         book=book,
         judges=judge or (),
         pictures=pictures,
@@ -152,6 +177,8 @@ def compare(
     guidance: options.GuidanceScale = None,
     height: options.Pixels = None,
     width: options.Pixels = None,
+    frames: Frames = None,
+    true_cfg: TrueCfg = None,
     seed: options.SearchSeed = 0,
     batch: StudyBatch = 4,
     rounds: Rounds = 3,
@@ -173,7 +200,13 @@ def compare(
         model,
         prompts,
         out,
-        arguments={"height": height, "width": width, "guidance_scale": guidance},
+        arguments={
+            "--height": height,
+            "--width": width,
+            "--frames": frames,
+            "--guidance": guidance,
+            "--true-cfg": true_cfg,
+        },
         book=book,
         judges=judge or (),
         pictures=pictures,

@@ -1,5 +1,7 @@
-"""Adams and Bashforth's method of second order as a scheduler: the strongest baseline that uses each output twice.
+"""Euler's method on the trailing grid, and Adams and Bashforth's of second order, as schedulers.
 
+The trailing grid is 1, 1 - 1/n, ..., 1/n before the shift; pipelines that give levels of their own have theirs. Adams
+and Bashforth's is the strongest baseline that uses each output twice:
 x' = x + h (v + h / (2 h') (v - v')), where h is the step, h' the one before and v' its velocity; Euler's step first. It
 is what Euler takes from a velocity that is drawn on as a line.
 """
@@ -8,11 +10,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 
-class AB2Scheduler(FlowMatchEulerDiscreteScheduler):
+class TrailingScheduler(FlowMatchEulerDiscreteScheduler):
+    """Euler's with the trailing grid where no levels are given."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+        timesteps: Any = None,
+    ) -> None:
+        """As diffusers', whose pipelines ask for these names."""
+        if sigmas is None and timesteps is None and num_inference_steps:
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+        super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+
+
+class AB2Scheduler(TrailingScheduler):
     """It has Euler's sigmas and arguments."""
 
     before: tuple[Tensor, float] | None = None

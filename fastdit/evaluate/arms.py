@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from diffusers import DPMSolverMultistepScheduler, FlowMatchHeunDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
 from fastdit.errors import UnsupportedModelError
-from fastdit.evaluate.ab2 import AB2Scheduler
-from fastdit.schedules.solvers import converted, recommend
+from fastdit.evaluate.ab2 import AB2Scheduler, TrailingScheduler
+from fastdit.schedules.solvers import converted, follows_flow, recommend
 from fastdit.search import solution
 
 SOLVERS = ("euler", "unipc", "ab2")
@@ -68,15 +72,21 @@ class Arm:
             pipe.scheduler = converted(
                 pipe.stock_scheduler, DPMSolverMultistepScheduler, final_sigmas_type="zero"
             )
-        else:
-            cls = AB2Scheduler if self.solver == "ab2" else type(pipe.stock_scheduler)
+        elif self.solver == "stock":
             # Levels that are given are those of the run, to be shifted no more.
             shift = {"shift": 1.0} if self.sigmas else {}
-            pipe.scheduler = cls.from_config(config, **shift)
+            pipe.scheduler = type(pipe.stock_scheduler).from_config(config, **shift)
+        else:
+            told = "sigmas" in inspect.signature(type(pipe).__call__).parameters
+            euler = FlowMatchEulerDiscreteScheduler if told else TrailingScheduler
+            cls = AB2Scheduler if self.solver == "ab2" else euler
+            pipe.scheduler = converted(pipe.stock_scheduler, cls)
+            if self.sigmas:
+                pipe.scheduler = cls.from_config(pipe.scheduler.config, shift=1.0)
+            elif told:
+                arguments["sigmas"] = np.linspace(1, 1 / self.steps, self.steps).tolist()
         if self.sigmas:
             arguments["sigmas"] = list(self.sigmas)
-        elif self.solver in ("euler", "ab2"):
-            arguments["sigmas"] = np.linspace(1, 1 / self.steps, self.steps).tolist()
         return arguments
 
 
@@ -108,15 +118,13 @@ def check_solver(pipe: Any, solver: str) -> None:
     Raises:
         UnsupportedModelError: Naming why.
     """
-    own, kind = pipe.scheduler, type(pipe.scheduler).__name__
-    flow = kind.startswith("FlowMatch")
-    if solver in ("euler", "ab2"):
-        if not flow:
-            raise UnsupportedModelError(f"{solver} follows a flow, {kind} does not")
-        if "sigmas" not in inspect.signature(type(pipe).__call__).parameters:
-            raise UnsupportedModelError(
-                f"{solver} needs sigmas, which {type(pipe).__name__} takes none"
-            )
+    own = pipe.scheduler
+    if solver in ("euler", "ab2") and not follows_flow(own):
+        raise UnsupportedModelError(f"{solver} follows a flow, {type(own).__name__} does not")
+    if solver != "stock" and own.config.get("clip_sample"):
+        raise UnsupportedModelError(
+            f"{type(own).__name__} clips what it takes to be the picture, {solver} does not"
+        )
     if solver == "unipc" and recommend(pipe, 10).scheduler is own:
         raise UnsupportedModelError(recommend(pipe, 10).why)
     with prepared(pipe, Arm(solver, 10)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastdit.errors import FastDiTError
-from fastdit.evaluate import peers
+from fastdit.evaluate import authors_ras, peers
 from fastdit.evaluate.arms import RIVALS, Arm, check_solver, prepared
 from fastdit.evaluate.studio import UNPATCHED, Studio
 from fastdit.methods.budget import Budget
@@ -30,7 +30,12 @@ COMPOSED = "composed"
 ADVISED = "composed, recommended solver"
 INTERVALS = (2, 3, 4, 5)
 RATIOS = (0.5, 0.25)
-RESOLUTIONS = ("sd3-2x", "sd3-3x")
+#: RALU's published settings by family, and those that any has
+RESOLUTIONS = {
+    "sd3": ("sd3-2x", "sd3-3x"),
+    "flux": ("flux-4x", "flux-5x", "flux-7x"),
+    None: ("late",),
+}
 
 
 @dataclass
@@ -68,16 +73,25 @@ class Field:
         }
 
 
-def fewer_steps(found: Field, pipe: Any, counts: Sequence[int]) -> None:
+def fewer_steps(found: Field, studio: Studio, counts: Sequence[int]) -> None:
     """Plain steps of every solver that can stand for the pipeline's own, which is one of them."""
     for solver in ("stock", *RIVALS):
-        try:
-            check_solver(pipe, solver)
-        except FastDiTError as error:
-            found.refused[f"{FEWER}, {solver}"] = str(error)
+        if why := unfit(studio, solver):
+            found.refused[f"{FEWER}, {solver}"] = why
             continue
         for count in sorted(set(counts)):
             found.add(FEWER, f"{solver} {count}", Arm(solver, count))
+
+
+def unfit(studio: Studio, solver: str) -> str:
+    """This says why a solver cannot stand for the pipeline's own, and is "" where it can: a picture was drawn."""
+    try:
+        check_solver(studio.pipe, solver)
+        if solver != "stock":
+            studio.sketch(Arm(solver, 2))
+    except Exception as error:  # a pipeline may ask of its scheduler what that does not have
+        return peers.said(error)
+    return ""
 
 
 def counts_of(steps: int, budgets: Sequence[float]) -> list[int]:
@@ -86,10 +100,11 @@ def counts_of(steps: int, budgets: Sequence[float]) -> list[int]:
     return sorted({min(each, steps) for count in counts for each in (count, count + 1)})
 
 
-def patched(found: Field, pipe: Any, group: str, name: str, arm: Arm) -> None:
-    """An arm of the package's own, unless it does not fit the model or the number of steps."""
+def patched(found: Field, studio: Studio, group: str, name: str, arm: Arm) -> None:
+    """An arm of the package's own, unless it does not fit the model, the size or the number of steps."""
     from fastdit.patch import patch
 
+    pipe = studio.pipe
     try:
         with prepared(pipe, arm), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -97,7 +112,8 @@ def patched(found: Field, pipe: Any, group: str, name: str, arm: Arm) -> None:
             handle = patch(pipe, *(made if isinstance(made, (list, tuple)) else [made]))
             try:
                 # Heun calls the model oftener than it steps; a schedule knows how often.
-                handle.explain(steps=None if arm.solver == "heun" else arm.steps)
+                steps = None if arm.solver == "heun" else arm.steps
+                handle.explain(steps=steps, **studio.size)
             finally:
                 handle.unpatch()
     except FastDiTError as error:
@@ -107,28 +123,33 @@ def patched(found: Field, pipe: Any, group: str, name: str, arm: Arm) -> None:
 
 
 def budgeted(
-    found: Field, pipe: Any, steps: int, budgets: Sequence[float], book: PlanBook | None
+    found: Field, studio: Studio, steps: int, budgets: Sequence[float], book: PlanBook | None
 ) -> None:
     """Budgets under the pipeline's own solver, which are what is judged, and under the recommended one."""
-    own = recommend(pipe, steps).scheduler is pipe.scheduler
+    pipe = studio.pipe
+    own = type(recommend(pipe, steps).scheduler) is type(pipe.scheduler)
     key = "" if book is None else hashlib.sha256(book.to_json().encode()).hexdigest()[:16]
     for budget in budgets:
         method = Budget(speedup=budget, book=book)
         arm = Arm("stock", steps, lambda pipe, _, method=method: method, key=key)
         name = f"speedup {budget:g}"
-        patched(found, pipe, COMPOSED, name, arm)
+        patched(found, studio, COMPOSED, name, arm)
         if name in found.arms:
             found.judged[name] = budget
         if not own:
-            patched(found, pipe, ADVISED, f"{name}, unipc", replace(arm, solver="unipc"))
+            patched(found, studio, ADVISED, f"{name}, unipc", replace(arm, solver="unipc"))
 
 
-def alone(found: Field, pipe: Any, steps: int, package: Any) -> None:
+def alone(found: Field, studio: Studio, steps: int, package: Any) -> None:
     """This package's methods one by one, under the pipeline's own solver but for what was made for another."""
 
     def add(group: str, name: str, method: Any, solver: str = "stock", count: int = steps) -> None:
         patched(
-            found, pipe, group, name, Arm(solver, count, lambda pipe, _: method, key=key_of(method))
+            found,
+            studio,
+            group,
+            name,
+            Arm(solver, count, lambda pipe, _: method, key=key_of(method)),
         )
 
     for n in INTERVALS:
@@ -144,8 +165,8 @@ def alone(found: Field, pipe: Any, steps: int, package: Any) -> None:
         for solver in ("stock", "unipc"):
             name = f"every {n}, order 1, RAS {ratio:g}" + (", unipc" if solver == "unipc" else "")
             arm = Arm(solver, steps, lambda pipe, _, both=both: both)
-            patched(found, pipe, "forecasts and RAS", name, arm)
-    for name in RESOLUTIONS:
+            patched(found, studio, "forecasts and RAS", name, arm)
+    for name in RESOLUTIONS.get(family_of(studio.pipe), RESOLUTIONS[None]):
         method = RALU.preset(name)
         add("RALU", f"RALU {name}", method, count=method.run_steps)
     if package is not None and package.__name__ == "fastdit.tiny":
@@ -165,18 +186,27 @@ def _shipped(found: Field, add: Callable[..., None]) -> None:
     add("HarmoniCa", "HarmoniCa", method, "heun", method.source.provenance["training"]["steps"])
 
 
+def family_of(pipe: Any) -> str | None:
+    """The family of a pipeline's transformer; None without an adapter."""
+    from fastdit.patch import find_adapter
+
+    try:
+        return find_adapter(pipe.transformer).family
+    except FastDiTError:
+        return None
+
+
 def key_of(method: Any) -> str:
     """The hash of a method's schedule, if it has one: it tells pictures of methods of the same name apart."""
     return getattr(getattr(method, "source", None), "sha256", "")[:16]
 
 
-def others(found: Field, studio: Studio, steps: int, calls: int) -> None:
-    """Other projects' caches under the pipeline's own solver, those that run.
-
-    Args:
-        calls: Of the transformer in a step.
-    """
+def others(found: Field, studio: Studio, steps: int) -> None:
+    """Other projects' caches under the pipeline's own solver, those that run."""
     pipe = studio.pipe
+    if len(studio.transformers) > 1:
+        found.refused["other projects"] = "two transformers take turns, and a cache is set for one"
+        return
     plain = Arm("stock", steps)
 
     @functools.cache
@@ -184,22 +214,31 @@ def others(found: Field, studio: Studio, steps: int, calls: int) -> None:
         return tuple(peers.mag_ratios(pipe, steps, lambda: studio.sketch(plain)))
 
     opened: dict[str, Callable[[Any], Any]] = {}
-    try:
-        opened |= peers.of_cache_dit(pipe, steps)
-    except FastDiTError as error:
-        found.refused["cache-dit"] = str(error)
-    if calls > 1 and not hasattr(pipe.transformer, "cache_context"):
+    last = len(studio.prompts) - 1
+    seen, other = (studio.sketch(Arm("stock", 2), index) for index in (0, last))
+    for project, made in (
+        ("cache-dit", lambda: peers.of_cache_dit(pipe, steps)),
+        (authors_ras.NAME, lambda: authors_ras.arms_of(pipe, steps, seen.picture.shape[-3:-1])),
+    ):
+        try:
+            opened |= made()
+        except FastDiTError as error:
+            found.refused[project] = str(error)
+    if seen.calls > 1 and not hasattr(pipe.transformer, "cache_context"):
         found.refused["diffusers' caches"] = (
-            f"{type(pipe.transformer).__name__} has no cache contexts and is called {calls} times a step"
+            f"{type(pipe.transformer).__name__} has no cache contexts and is called {seen.calls} times a step"
         )
     else:
-        of_diffusers, refused = peers.of_diffusers(pipe, steps, ratios)
+        of_diffusers, refused = peers.of_diffusers(
+            pipe, steps, ratios, peers.Guided(seen.calls, seen.doubled, other.doubled, seen.listed)
+        )
         opened |= of_diffusers
         found.refused |= refused
     for name, around in opened.items():
         group = _group_of(name)
         found.peers.add(group)
-        found.add(group, name, Arm("stock", steps, around=functools.partial(around, pipe)))
+        arm = Arm("stock", steps, around=functools.partial(around, pipe))
+        found.add(group, name, replace(arm, alone=group == authors_ras.NAME))
 
 
 def _group_of(name: str) -> str:

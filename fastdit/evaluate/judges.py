@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from fastdit.errors import ArgumentError, DependencyError
 from fastdit.evaluate import frechet
-from fastdit.search.local_models import eight_bits, require_files
+from fastdit.search.image_reward import CHECKPOINT, VOCABULARY
+from fastdit.search.local_models import eight_bits
 from fastdit.search.quality import Clip, make_quality
 
 BATCH = 32
@@ -35,7 +36,19 @@ SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 #: of CMMD: the kernel's width, and what its value is multiplied by
 WIDTH, TIMES = 10.0, 1000.0
 
-#: pictures, prompts and the solution's pictures give {"value"}, and "low" and "high" where there is one of each picture
+CLIP = ("config.json", "preprocessor_config.json")
+#: judge -> files without which it does not begin
+FILES = {
+    "lpips": (ALEXNET, HEADS),
+    "clip": CLIP,
+    "hps": CLIP,
+    "image-reward": (CHECKPOINT, VOCABULARY),
+    "fid": (INCEPTION,),
+    "kid": (INCEPTION,),
+    "cmmd": CLIP,
+}
+
+#: pictures or videos, prompts and the solution's give {"value"}, and "low" and "high" where each picture has one
 Judged = Callable[[np.ndarray, Sequence[str], np.ndarray], dict[str, Any]]
 
 
@@ -48,7 +61,18 @@ def make_judge(name: str, folder: Path) -> Judged:
     """
     if name not in JUDGES:
         raise ArgumentError(f"a judge must be one of {', '.join(JUDGES)}, got {name!r}")
-    return JUDGES[name](folder)
+    missing = [file for file in FILES[name] if not (folder / file).is_file()]
+    if missing:
+        what = f"has no {', '.join(missing)}" if folder.is_dir() else "is not a folder"
+        raise ArgumentError(f"judge {name!r}: {folder} {what}; nothing is downloaded")
+    try:
+        return JUDGES[name](folder)
+    except DependencyError:
+        raise
+    except Exception as error:  # what a wrong file raises depends on where it is wrong
+        raise ArgumentError(
+            f"judge {name!r}: {folder} does not hold the released weights: {error!s:.300}"
+        ) from error
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -75,21 +99,15 @@ class Lpips:
     """
 
     def __init__(self, folder: Path) -> None:
-        require_files(folder, "lpips", (ALEXNET, HEADS))
-        try:
-            net, heads = (
-                torch.load(folder / name, map_location="cpu", weights_only=True)
-                for name in (ALEXNET, HEADS)
-            )
-            self._layers = [
-                (net[f"features.{at}.weight"].float(), net[f"features.{at}.bias"].float())
-                for at, _, _ in CONVOLUTIONS
-            ]
-            self._heads = [heads[f"lin{index}.model.1.weight"].float() for index in range(5)]
-        except Exception as error:  # what a wrong file raises depends on where it is wrong
-            raise ArgumentError(
-                f"judge 'lpips': {folder} does not hold the released weights: {error!s:.200}"
-            ) from error
+        net, heads = (
+            torch.load(folder / name, map_location="cpu", weights_only=True)
+            for name in (ALEXNET, HEADS)
+        )
+        self._layers = [
+            (net[f"features.{at}.weight"].float(), net[f"features.{at}.bias"].float())
+            for at, _, _ in CONVOLUTIONS
+        ]
+        self._heads = [heads[f"lin{index}.model.1.weight"].float() for index in range(5)]
 
     @torch.no_grad()
     def distances(self, pictures: np.ndarray, references: np.ndarray) -> np.ndarray:
@@ -118,7 +136,9 @@ class Lpips:
 
 def _lpips(folder: Path) -> Judged:
     judge = Lpips(folder)
-    return lambda pictures, prompts, truth: _mean(judge.distances(pictures, truth))
+    return lambda pictures, prompts, truth: _mean(
+        judge.distances(frames_of(pictures), frames_of(truth)), len(pictures)
+    )
 
 
 def _rewarded(name: str) -> Callable[[Path], Judged]:
@@ -126,14 +146,31 @@ def _rewarded(name: str) -> Callable[[Path], Judged]:
 
     def make(folder: Path) -> Judged:
         judge = Clip(folder) if name == "hps" else make_quality(name, folder)
-        return lambda pictures, prompts, truth: _mean(
-            1 - np.array(judge.losses(pictures, prompts, None))
-        )
+
+        def judged(
+            pictures: np.ndarray, prompts: Sequence[str], truth: np.ndarray
+        ) -> dict[str, Any]:
+            frames = frames_of(pictures)
+            texts = [text for text in prompts for _ in range(len(frames) // len(pictures))]
+            losses: list[float] = []
+            for start in range(0, len(frames), BATCH):
+                some = slice(start, start + BATCH)
+                losses += judge.losses(frames[some], texts[some], None)
+            return _mean(1 - np.array(losses), len(pictures))
+
+        return judged
 
     return make
 
 
-def _mean(values: np.ndarray) -> dict[str, Any]:
+def frames_of(pictures: np.ndarray) -> np.ndarray:
+    """Pictures [n, h, w, 3] as they are, videos [n, frames, h, w, 3] as pictures [n frames, h, w, 3]."""
+    return pictures if pictures.ndim == 4 else pictures.reshape(-1, *pictures.shape[2:])
+
+
+def _mean(values: np.ndarray, count: int) -> dict[str, Any]:
+    """Over so many pictures, or videos of which each has the mean of its frames; with a bootstrap interval."""
+    values = values.reshape(count, -1).mean(1)
     draws = np.random.default_rng(0).integers(0, len(values), (2000, len(values)))
     low, high = np.quantile(values[draws].mean(1), [0.025, 0.975])
     return {"value": float(values.mean()), "low": float(low), "high": float(high)}
@@ -181,21 +218,22 @@ def _of_sets(
     def make(folder: Path) -> Judged:
         of = features(folder)
         return lambda pictures, prompts, truth: {
-            "value": distance(of(pictures), of(truth)),
-            "pictures": len(pictures),
+            "value": distance(of(frames_of(pictures)), of(frames_of(truth))),
+            "pictures": len(frames_of(pictures)),
         }
 
     return make
 
 
 def _inception(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    require_files(folder, "fid", (INCEPTION,))
     if importlib.util.find_spec("torch_fidelity") is None:
         raise DependencyError(
             "fid and kid need the package torch-fidelity: pip install torch-fidelity"
         )
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    # It would run what the file holds; it is read as tensors before, which refuses a file that holds more.
+    torch.load(folder / INCEPTION, map_location="cpu", weights_only=True)
     net = FeatureExtractorInceptionV3(
         "inception", ["2048"], feature_extractor_weights_path=str(folder / INCEPTION)
     ).eval()

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-#: pixels of a picture's longer side at most, and pictures of an arm
-SIDE, SHOWN = 512, 12
+#: pixels of a picture's longer side at most, pictures of an arm, and frames of a video
+SIDE, SHOWN, FRAMES = 512, 12, 4
 QUALITY = 90
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -29,18 +29,18 @@ def write(result: Mapping[str, Any], pictures: Mapping[str, np.ndarray], path: P
 
     Args:
         result: Its JSON data, see `study.py`.
-        pictures: Name of an arm -> [n, h, w, 3] in [0, 1], in the order in which they are flipped through.
+        pictures: Name of an arm -> [n, h, w, 3] or [n, frames, h, w, 3] in [0, 1], in the order in which they are
+            flipped through.
     """
     rows = {row["arm"]: row for row in result["rows"]}
     count = min(SHOWN, len(result["prompts"]))
+    solution = f"{result['solution']['steps']} steps of {result['solution']['solver']}"
     data = {
         "prompts": list(result["prompts"][:count]),
         "arms": [
             {
                 "name": name,
-                "told": told(rows[name])
-                if name in rows
-                else f"{result['solution']['steps']} steps",
+                "told": told(rows[name]) if name in rows else solution,
                 "pictures": [encoded(picture) for picture in drawn[:count]],
             }
             for name, drawn in pictures.items()
@@ -52,7 +52,7 @@ def write(result: Mapping[str, Any], pictures: Mapping[str, np.ndarray], path: P
         "SUBTITLE": escape(
             f"{result['pictures']} pictures; {provenance['model']}; {provenance['scheduler']}; "
             f"{provenance['machine']}, {provenance['threads']} threads; "
-            f"errors are distances of latents to {result['solution']['steps']} steps, whose own error is about "
+            f"errors are distances of latents to {solution}, whose own error is about "
             f"{result['solution']['error']:.2g}; {provenance['made']}"
         ),
         "VERDICTS": _verdicts(result),
@@ -75,15 +75,22 @@ def told(row: Mapping[str, Any]) -> str:
 
 
 def encoded(picture: np.ndarray) -> str:
-    """A picture [h, w, 3], or the first frame of a video, as an address that holds it."""
+    """A picture [h, w, 3], or frames of a video beside each other, as an address that holds it."""
     from PIL import Image
 
-    frame = picture if picture.ndim == 3 else picture[0]
-    image = Image.fromarray((np.clip(frame, 0, 1) * 255).round().astype(np.uint8))
+    image = Image.fromarray((np.clip(strip(picture), 0, 1) * 255).round().astype(np.uint8))
     image.thumbnail((SIDE, SIDE))
     held = io.BytesIO()
     image.save(held, "WEBP", quality=QUALITY, lossless=max(image.size) <= 256)
     return f"data:image/webp;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def strip(picture: np.ndarray) -> np.ndarray:
+    """A picture [h, w, 3]; of a video [frames, h, w, 3] a few frames, evenly spread from the first to the last."""
+    if picture.ndim == 3:
+        return picture
+    places = np.linspace(0, len(picture) - 1, min(FRAMES, len(picture))).round().astype(int)
+    return np.concatenate(picture[places], axis=1)
 
 
 def _rows(result: Mapping[str, Any]) -> str:

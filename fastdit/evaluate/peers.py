@@ -16,7 +16,11 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from fastdit.errors import FastDiTError
 
@@ -104,7 +108,65 @@ def _db_cache(pipe: Any, steps: int, threshold: float, taylor: bool) -> Iterator
             cache_dit.disable_cache(given)
 
 
-def of_diffusers(pipe: Any, steps: int, ratios: Any) -> tuple[dict[str, Opened], dict[str, str]]:
+@dataclass(frozen=True)
+class Guided:
+    """How a pipeline runs its transformer with a prompt and without.
+
+    Attributes:
+        calls: In a step.
+        doubled: Name -> what a call is given for one picture with a row more, see `studio.Sketch`.
+        other: The same of another prompt.
+        listed: Whether it is given them in lists.
+    """
+
+    calls: int
+    doubled: Mapping[str, Tensor]
+    other: Mapping[str, Tensor]
+    listed: bool
+
+    @property
+    def prompt_first(self) -> bool:
+        """Whether the first of two rows is the prompt's: it alone is another where the prompt is."""
+        return any(
+            not torch.equal(one[:1], self.other[name][:1])
+            and torch.equal(one[1:], self.other[name][1:])
+            for name, one in self.doubled.items()
+            if name in self.other and one.shape == self.other[name].shape
+        )
+
+
+class Clock:
+    """It tells a transformer's timestep by counting its calls, since not every scheduler tells its step.
+
+    Args:
+        calls: In a step.
+    """
+
+    def __init__(self, pipe: Any, calls: int) -> None:
+        self._pipe, self._calls, self._seen = pipe, calls, 0
+
+    def __call__(self) -> int:
+        timesteps = self._pipe.scheduler.timesteps
+        return int(timesteps[max(0, self._seen - 1) // self._calls % len(timesteps)])
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, it counts."""
+        self._seen = 0
+
+        def tick(*_: Any) -> None:
+            self._seen += 1
+
+        hook = self._pipe.transformer.register_forward_pre_hook(tick)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def of_diffusers(
+    pipe: Any, steps: int, ratios: Any, guided: Guided
+) -> tuple[dict[str, Opened], dict[str, str]]:
     """The caches of the installed diffusers, and why some of them do not apply.
 
     Args:
@@ -112,13 +174,18 @@ def of_diffusers(pipe: Any, steps: int, ratios: Any) -> tuple[dict[str, Opened],
     """
     from diffusers import hooks
 
-    def now() -> int:
-        scheduler = pipe.scheduler
-        return int(scheduler.timesteps[scheduler.step_index or 0])
+    now = Clock(pipe, guided.calls)
 
     def made(name: str, **given: Any) -> Opened:
         config = getattr(hooks, f"{name}Config")(**given)
-        return functools.partial(hooked, config=config)
+        return functools.partial(hooked, config=config, clock=now)
+
+    def attention(name: str, **given: Any) -> Opened:
+        if guided.calls > 1:
+            raise Refused(
+                f"it keeps one output of an attention, and the model is called {guided.calls} times a step"
+            )
+        return made(name, current_timestep_callback=now, **given)
 
     weight = next(pipe.transformer.parameters())
     plans: dict[str, Callable[[], Mapping[str, Opened]]] = {
@@ -138,23 +205,14 @@ def of_diffusers(pipe: Any, steps: int, ratios: Any) -> tuple[dict[str, Opened],
             for each in TAYLOR_SEER
         },
         "PAB": lambda: {
-            f"{each}": made(
+            f"{each}": attention(
                 "PyramidAttentionBroadcast",
                 spatial_attention_block_skip_range=each,
                 cross_attention_block_skip_range=each + 1,
-                current_timestep_callback=now,
             )
             for each in PYRAMID
         },
-        "FasterCache": lambda: {
-            "2": made(
-                "FasterCache",
-                spatial_attention_block_skip_range=2,
-                current_timestep_callback=now,
-                attention_weight_callback=lambda _: 0.3,
-                tensor_format="BCHW",
-            )
-        },
+        "FasterCache": lambda: {"2": attention("FasterCache", **_faster_cache(pipe, guided))},
         "SeaCache": lambda: {"0.25": _sea_cache(pipe, made)},
     }
     found, refused = {}, {}
@@ -168,6 +226,27 @@ def of_diffusers(pipe: Any, steps: int, ratios: Any) -> tuple[dict[str, Opened],
     return found, refused
 
 
+def _faster_cache(pipe: Any, guided: Guided) -> dict[str, Any]:
+    """Its arguments: it computes the prompt's rows alone at some steps, which it takes to come last."""
+    if guided.prompt_first:
+        raise Refused(
+            f"it takes the prompt's rows to come last, {type(pipe).__name__} has them first"
+        )
+    if guided.listed:
+        raise Refused(f"it splits tensors of rows, {type(pipe).__name__} gives lists")
+    shape = guided.doubled["hidden_states"].shape if "hidden_states" in guided.doubled else ()
+    if len(shape) not in (0, 4, 5):
+        raise Refused(f"it splits latents by frequency, and those of this model are {list(shape)}")
+    video = "BCFHW" if len(shape) and shape[1] == pipe.transformer.config.in_channels else "BFCHW"
+    return {
+        "spatial_attention_block_skip_range": 2,
+        "attention_weight_callback": lambda _: 0.3,
+        "tensor_format": video if len(shape) == 5 else "BCHW",
+        "is_guidance_distilled": not guided.doubled,
+        "_unconditional_conditional_input_kwargs_identifiers": list(guided.doubled),
+    }
+
+
 def _sea_cache(pipe: Any, made: Callable[..., Opened]) -> Opened:
     kind = type(pipe.transformer).__name__
     if kind not in ("Cosmos3OmniTransformer", "WanTransformer3DModel"):
@@ -178,13 +257,15 @@ def _sea_cache(pipe: Any, made: Callable[..., Opened]) -> Opened:
 
 
 @contextmanager
-def hooked(pipe: Any, config: Any) -> Iterator[None]:
-    """Inside, a transformer has a cache of diffusers."""
+def hooked(pipe: Any, config: Any, clock: Clock | None = None) -> Iterator[None]:
+    """Inside, a transformer has a cache of diffusers, which may ask the clock."""
     from diffusers.models.cache_utils import CacheMixin
 
     transformer = pipe.transformer
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_was(pipe))
+        if clock is not None:
+            stack.enter_context(clock.running())
         if not isinstance(transformer, CacheMixin):
 
             def named() -> None:
@@ -208,12 +289,20 @@ def hooked(pipe: Any, config: Any) -> Iterator[None]:
 
 @contextmanager
 def as_it_was(pipe: Any) -> Iterator[None]:
-    """What is put on a pipeline's class, its transformer or modules of that inside the `with` goes with it."""
-    owners = [type(pipe), pipe, pipe.transformer, *pipe.transformer.modules()]
+    """What is put on a pipeline's class, its transformer or modules of that inside the `with` goes with it.
+
+    Parts that were taken out and put back stand in their old order, by which diffusers finds a first and a last block.
+    """
+    modules = list(pipe.transformer.modules())
+    owners = [type(pipe), pipe, *modules]
     before = [dict(vars(owner)) for owner in owners]
+    parts = [dict(module._modules) for module in modules]
     try:
         yield
     finally:
+        for module, old in zip(modules, parts, strict=True):
+            module._modules.clear()
+            module._modules.update(old)
         for owner, old in zip(owners, before, strict=True):
             now = vars(owner)
             for name in [n for n in now if n not in old]:

@@ -6,14 +6,15 @@ a study that was interrupted goes on; pictures with 16 bits, latents in float32.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import inspect
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from torch import Tensor, nn
 
 from fastdit.errors import ArgumentError, UnsupportedModelError
 from fastdit.evaluate.arms import Arm, prepared
+from fastdit.schedules.solvers import noise_of
 
 DEEP = 65535  # of 16 bits
 #: pictures of a timed call
 TIMED = 2
 ROUNDS = 3
 UNPATCHED = "unpatched"
+
+Lose = Callable[[str, Exception], None]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,24 @@ class Spent:
     flop_speedup: float | None
 
 
+@dataclass(frozen=True)
+class Sketch:
+    """How a pipeline draws a picture.
+
+    Attributes:
+        calls: Of its transformers in a step.
+        doubled: What the last call was given by name with a row more, of the run without a prompt; nothing where that
+            is a call of its own, or there is none.
+        listed: Whether it was given them in lists.
+        picture: [1, h, w, 3], or [1, frames, h, w, 3].
+    """
+
+    calls: int
+    doubled: Mapping[str, Tensor]
+    listed: bool
+    picture: np.ndarray
+
+
 @dataclass
 class _Call:
     """One call as it was seen from outside."""
@@ -85,13 +107,14 @@ class Studio:
         folder: What is drawn is kept here.
         seed: Of the first picture's noise, drawn on the CPU; the next one has the next.
         batch: Pictures of a call.
-        arguments: Further ones of the pipeline's call, e.g. height and guidance_scale.
+        arguments: Further ones of the pipeline's call, e.g. height and guidance_scale; a text goes with each prompt.
         backend: As in :func:`fastdit.patch`.
         identity: JSON data that the folder belongs to.
 
     Raises:
-        ArgumentError: The folder holds pictures of another study.
-        UnsupportedModelError: The pipeline tells nobody of its steps.
+        ArgumentError: The folder holds pictures of another study, or the pipeline takes no such argument.
+        UnsupportedModelError: The sampler draws noise at each step, so that it has no solution, or the pipeline has no
+            transformer or draws neither prompts nor classes.
     """
 
     def __init__(
@@ -111,14 +134,22 @@ class Studio:
         self.pipe, self.prompts, self.folder = pipe, tuple(prompts), folder
         self.seed, self.batch, self.backend = seed, batch, backend
         self.arguments = dict(arguments or {})
-        self._calls = calls(pipe, self.prompts)
+        self.transformers = transformers_of(pipe)
+        check_solvable(pipe)
         parameters = inspect.signature(type(pipe).__call__).parameters
+        if unknown := [name for name in self.arguments if name not in parameters]:
+            raise ArgumentError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
+        texts = {name: text for name, text in self.arguments.items() if isinstance(text, str)}
+        self._given = {n: value for n, value in self.arguments.items() if n not in texts}
+        self._calls = [call | texts for call in calls(pipe, self.prompts)]
         self._tells = next((n for n in ("callback_on_step_end", "callback") if n in parameters), "")
-        if not self._tells:
-            raise UnsupportedModelError(
-                f"{type(pipe).__name__} calls nobody at the end of a step, so its latents cannot be seen"
-            )
         self._belong({**(identity or {}), "seed": seed, "arguments": self.arguments})
+
+    @property
+    def size(self) -> dict[str, int]:
+        """That of its pictures as a handle's `explain` takes it, so far as it was asked for."""
+        named = {"height": "height", "width": "width", "frames": "num_frames"}
+        return {n: self.arguments[given] for n, given in named.items() if given in self.arguments}
 
     def _belong(self, identity: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +210,8 @@ class Studio:
         self, arguments: Mapping[str, Any], first: int, last: int, weigh: bool = False
     ) -> tuple[np.ndarray, _Call]:
         """Pictures of some prompts in one call, and what was seen of it."""
+        from fastdit.cli.loading import pictures_of
+
         asked: dict[str, list[Any]] = {}
         for call in self._calls[first:last]:
             for name, value in call.items():
@@ -189,18 +222,21 @@ class Studio:
         with self._watched(seen, weigh) as callback:
             output = self.pipe(
                 **asked,
-                **self.arguments,
+                **self._given,
                 **arguments,
                 **callback,
                 generator=noise,
                 output_type="np",
             )
-        found = output.images if hasattr(output, "images") else output.frames
-        return np.clip(np.asarray(found, dtype=np.float32), 0, 1), seen
+        seen.latents = rows_of(seen.latents, last - first, type(self.pipe).__name__)
+        return np.clip(np.asarray(pictures_of(output), dtype=np.float32), 0, 1), seen
 
     @contextmanager
     def _watched(self, seen: _Call, weigh: bool) -> Iterator[dict[str, Any]]:
-        """Inside, a call tells when its loop begins; its callback, in what this gives, when each step ends."""
+        """Inside, a call tells when its loop begins; its callback, in what this gives, when each step ends.
+
+        Of a pipeline that takes no callback the scheduler's steps tell, before anything else is done to the latents.
+        """
 
         def step(latents: Tensor) -> None:
             seen.ended, seen.latents = self._now(), latents
@@ -217,62 +253,93 @@ class Studio:
             seen.began = self._now()
             return made
 
-        prepare = getattr(self.pipe, "prepare_latents", None)
-        own = vars(self.pipe).get("prepare_latents")
-        if prepare is not None:
-            self.pipe.prepare_latents = begin
-        try:
+        prepare, take = getattr(self.pipe, "prepare_latents", None), self.pipe.scheduler.step
+
+        @functools.wraps(take)  # a pipeline may ask for its arguments
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            made = take(*args, **kwargs)
+            step(made[0])
+            return made
+
+        with ExitStack() as stack:
+            if prepare is not None:
+                stack.enter_context(_replaced(self.pipe, "prepare_latents", begin))
             if self._tells == "callback":
                 yield {"callback": lambda i, t, latents: step(latents), "callback_steps": 1}
-            else:
+            elif self._tells:
                 yield {"callback_on_step_end": told}
-        finally:
-            if own is not None:
-                self.pipe.prepare_latents = own
-            elif prepare is not None:
-                del self.pipe.prepare_latents
+            else:
+                stack.enter_context(_replaced(self.pipe.scheduler, "step", stepped))
+                yield {}
 
-    def sketch(self, arm: Arm) -> int:
-        """The first picture is drawn and not kept; so often the transformer was called in each step."""
-        seen = [0]
+    def sketch(self, arm: Arm, index: int = 0) -> Sketch:
+        """A picture is drawn and not kept."""
+        count, doubled, listed = 0, {}, False
 
-        def count(*_: Any) -> None:
-            seen[0] += 1
+        def look(_: Any, args: Any, given: Mapping[str, Any]) -> None:
+            nonlocal count, doubled, listed
+            count += 1
+            lists = (each for each in (*args, *given.values()) if isinstance(each, list))
+            listed = any(len(each) == 2 and isinstance(each[0], Tensor) for each in lists)
+            tensors = {n: each for n, each in given.items() if isinstance(each, Tensor)}
+            doubled = {n: each for n, each in tensors.items() if each.ndim and len(each) == 2}
 
-        hook = self.pipe.transformer.register_forward_pre_hook(count)
+        hooks = [
+            each.register_forward_pre_hook(look, with_kwargs=True) for each in self.transformers
+        ]
         try:
             with self._ready(arm) as (_, arguments):
-                self._call(arguments, 0, 1)
+                picture, _ = self._call(arguments, index, index + 1)
         finally:
-            hook.remove()
-        return -(-seen[0] // arm.steps)
+            for hook in hooks:
+                hook.remove()
+        return Sketch(-(-count // arm.steps), doubled, listed, picture)
 
     # ---- costs
 
-    def spent(self, arms: Mapping[str, Arm], rounds: int = ROUNDS) -> dict[str, Spent]:
+    def spent(
+        self, arms: Mapping[str, Arm], rounds: int = ROUNDS, lose: Lose | None = None
+    ) -> dict[str, Spent]:
         """What a picture costs in each way; the arms take turns, each after a call that is not timed.
 
         With a single thread on a CPU the processor's time is taken, which is wall time where nothing else runs.
+
+        Args:
+            lose: Told an arm that fails and its error, which it may raise; without it all are raised.
         """
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
         looks: dict[str, tuple[int, int, float | None]] = {}
-        count = min(TIMED, len(self.prompts))
         for turn in range(rounds):
-            for name, arm in arms.items():
-                last = 1 if arm.alone else count
-                with self._ready(arm) as (handle, arguments):
-                    if turn:
-                        self._call(arguments, 0, last)
-                    else:
-                        weigh = name == UNPATCHED or arm.around is not nullcontext
-                        looks[name] = self._look(handle, arguments, last, weigh)
-                    start = self._now()
-                    _, seen = self._call(arguments, 0, last)
-                    whole = self._now() - start
-                times[name].append(((seen.ended - seen.began) / last, whole / last))
+            for name in list(times):
+                try:
+                    look, seconds = self._timed(arms[name], name == UNPATCHED, first=not turn)
+                except Exception as error:
+                    if lose is None:
+                        raise
+                    lose(name, error)
+                    del times[name]
+                    continue
+                times[name].append(seconds)
+                looks[name] = looks.get(name, look)
         return {
-            name: Spent(*map(tuple, zip(*times[name], strict=True)), *looks[name]) for name in arms
+            name: Spent(*map(tuple, zip(*each, strict=True)), *looks[name])
+            for name, each in times.items()
         }
+
+    def _timed(
+        self, arm: Arm, own: bool, first: bool
+    ) -> tuple[tuple[int, int, float | None], tuple[float, float]]:
+        """What the first untimed call showed, and the seconds of a picture in the loop and in the call."""
+        last, look = 1 if arm.alone else min(TIMED, len(self.prompts)), (0, 0, None)
+        with self._ready(arm) as (handle, arguments):
+            if first:
+                look = self._look(handle, arguments, last, own or arm.around is not nullcontext)
+            else:
+                self._call(arguments, 0, last)
+            start = self._now()
+            _, seen = self._call(arguments, 0, last)
+            whole = self._now() - start
+        return look, ((seen.ended - seen.began) / last, whole / last)
 
     def _look(
         self, handle: Any, arguments: Any, last: int, weigh: bool
@@ -285,7 +352,8 @@ class Studio:
 
         hooks = []
         if handle is None:  # a patch runs no module's own forward, and reports
-            layers = (m for m in self.pipe.transformer.modules() if isinstance(m, nn.Linear))
+            modules = (module for each in self.transformers for module in each.modules())
+            layers = (module for module in modules if isinstance(module, nn.Linear))
             hooks = [layer.register_forward_hook(count) for layer in layers]
         if weigh:
             gc.freeze()  # what there is already is none of this call's
@@ -306,6 +374,54 @@ class Studio:
         elif torch.get_num_threads() == 1:
             return time.process_time()
         return time.perf_counter()
+
+
+def transformers_of(pipe: Any) -> list[nn.Module]:
+    """Those that denoise: one, or Wan 2.2's two.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
+    if found[0] is None:
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer to make faster")
+    return [each for each in found if each is not None]
+
+
+def check_solvable(pipe: Any) -> None:
+    """This refuses a pipeline whose runs have no solution.
+
+    Raises:
+        UnsupportedModelError: Its sampler draws noise at each step.
+    """
+    if noise := noise_of(pipe.scheduler):
+        raise UnsupportedModelError(
+            f"errors are distances to the solution that many steps come to, and a sampler that draws noise at each "
+            f"step ({noise}) comes to none: give the folder another scheduler"
+        )
+
+
+def rows_of(latents: Tensor | None, count: int, name: str) -> Tensor:
+    """The latents of so many pictures; DiT's pipeline has those without a class behind them.
+
+    Raises:
+        UnsupportedModelError: They were not seen, or are of another number of pictures.
+    """
+    if latents is None or len(latents) not in (count, 2 * count):
+        seen = "none were seen" if latents is None else f"{count} pictures have {len(latents)} rows"
+        raise UnsupportedModelError(f"the latents of {name} cannot be compared: {seen}")
+    return latents[:count]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, by: Any) -> Iterator[None]:
+    """Inside, an object has another attribute."""
+    own = vars(owner).get(name)
+    setattr(owner, name, by)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def _held_bytes() -> int:

@@ -26,7 +26,14 @@ from fastdit.evaluate.arms import Arm
 from fastdit.evaluate.contenders import COMPOSED, FEWER, Field, named
 from fastdit.evaluate.metrics import alike, away, scales
 from fastdit.evaluate.paired import RESAMPLES, ratio
-from fastdit.evaluate.studio import ROUNDS, UNPATCHED, Drawn, Spent, Studio
+from fastdit.evaluate.studio import (
+    ROUNDS,
+    UNPATCHED,
+    Drawn,
+    Spent,
+    Studio,
+    transformers_of,
+)
 from fastdit.search import solution
 from fastdit.search.front import hypervolume, non_dominated, on_axes
 
@@ -52,6 +59,7 @@ class Study:
         truth: Those of many steps.
         spent: Costs by arm.
         errors: Distances to the truth by arm [n].
+        solver, solved: By which the truth was found, and about how large its own error is.
     """
 
     field: Field
@@ -60,6 +68,7 @@ class Study:
     truth: Drawn
     spent: dict[str, Spent]
     errors: dict[str, np.ndarray]
+    solver: str
     solved: float
 
     def seconds(self, name: str) -> float:
@@ -99,30 +108,31 @@ class Study:
 def conduct(
     studio: Studio, found: Field, rounds: int = ROUNDS, watch: Watch = lambda what, done, all_: None
 ) -> Study:
-    """Everything is drawn, then timed; an arm that is refused, or of another project and fails, is left out.
-
-    Raises:
-        ArgumentError: The sampler draws noise, so that it has no solution.
-    """
-    solution.check_solvable(studio.pipe)
-    spent: dict[str, Spent] = {}
+    """Everything is drawn, then timed; an arm that is refused, or of another project and fails, is left out."""
     drawn: dict[str, Drawn] = {}
+
+    def lose(name: str, error: Exception) -> None:
+        """What another project raises is a result too."""
+        refused = isinstance(error, FastDiTError) and name != UNPATCHED
+        if not (refused or named(found.groups)[name] in found.peers):
+            raise error
+        found.drop(name, peers.said(error))
+        drawn.pop(name, None)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         watch("the solution", 0, len(found.arms))
+        solver = type(solution.solver(studio.pipe, solution.STEPS)).__name__
         truth = studio.drawn("solution", Arm("solution", solution.STEPS))
         coarser = studio.drawn("solution, half the steps", Arm("solution", solution.STEPS // 2))
         for done, (name, arm) in enumerate(found.arms.items()):
             watch(name, done, len(found.arms))
             try:
                 drawn[name] = studio.drawn(name, arm)
-            except Exception as error:  # what another project raises is a result too
-                refused = isinstance(error, FastDiTError) and name != UNPATCHED
-                if not (refused or named(found.groups)[name] in found.peers):
-                    raise
-                found.drop(name, peers.said(error))
+            except Exception as error:
+                lose(name, error)
         watch("times", len(found.arms), len(found.arms))
-        spent = studio.spent(found.arms, rounds)
+        spent = studio.spent(found.arms, rounds, lose)
     errors = {
         name: away(each.latents, truth.latents)
         for name, each in drawn.items()
@@ -130,9 +140,9 @@ def conduct(
     }
     for name in set(drawn) - set(errors):
         found.drop(name, "its latents have another shape")
-    # At the least the solver's error halves where its steps double.
+    # At the least a solver's error halves where its steps double.
     solved = float(np.exp(np.log(away(coarser.latents, truth.latents)).mean()))
-    return Study(found, studio, drawn, truth, spent, errors, solved)
+    return Study(found, studio, drawn, truth, spent, errors, solver, solved)
 
 
 def _same(drawn: Drawn, truth: Drawn) -> bool:
@@ -325,7 +335,7 @@ def result(
         "version": 1,
         "pictures": len(study.studio.prompts),
         "prompts": list(study.studio.prompts),
-        "solution": {"steps": solution.STEPS, "error": study.solved},
+        "solution": {"steps": solution.STEPS, "solver": study.solver, "error": study.solved},
         "ms_ssim_scales": scales(study.truth.pictures.shape[-3:-1]),
         "provenance": provenance(study.studio),
         "rows": rows(study, judge, judges),
@@ -363,7 +373,7 @@ def identity(pipe: Any) -> dict[str, Any]:
 
     return {
         "pipeline": type(pipe).__name__,
-        "model": f"{type(pipe.transformer).__name__} {fingerprint(pipe.transformer)}",
+        "model": ", ".join(f"{type(m).__name__} {fingerprint(m)}" for m in transformers_of(pipe)),
         "scheduler": sampler_of(pipe.scheduler),
     }
 

@@ -111,9 +111,12 @@ class Clip:
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         try:
-            self._model = CLIPModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
-            ).eval()
+            model, told = CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+            if missing := sorted(told["missing_keys"]):  # it has random ones in their place
+                raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} others")
+            self._model = model.eval()
             self._pictures = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
             self._words = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
