@@ -804,3 +804,50 @@ def test_arguments_that_a_method_refuses_change_nothing(pipe):
     with pytest.raises(ScheduleError, match="the schedule is for block kinds"):
         fastdit.patch(pipe, speedup=2, book=dataclasses.replace(book, plans=tuple(plans)))
     assert snapshot(pipe.transformer) == before
+
+
+# ---- guidance
+
+
+def guided(book, scale):
+    return dataclasses.replace(book, guidance={"guidance": scale})
+
+
+@pytest.mark.parametrize("budget", [{"speedup": 1.8}, {"latency": 4.95}])
+def test_at_another_guidance_steps_are_evenly_spread(pipe, book, budget):
+    """A book's plans were chosen at one; the pipeline's call says which it has, and so does its default."""
+    book = guided(book, 5.0)
+    handle = fastdit.patch(pipe, **budget, book=book)
+    generate(pipe, "sd3", steps=STEPS, guidance_scale=5.0)
+    assert computed(handle) == book.plans[2].computed
+    with pytest.warns(UserWarning, match="of another guidance: guidance is 7, it was made for 5"):
+        found = generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0)
+    assert computed(handle) == tuple(even_steps(STEPS, 4))
+    handle.unpatch()
+    fastdit.patch(pipe, speedup=2)
+    same_bits(found, generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0))
+
+
+@pytest.mark.parametrize("budget", [{"quality": "high"}, {"speedup": 1.8, "guard": True}])
+def test_what_a_book_promises_is_of_its_guidance(pipe, book, budget):
+    handle = fastdit.patch(pipe, **budget, book=guided(book, 5.0))
+    with pytest.raises(ScheduleError, match="guidance is 7, it was made for 5"):
+        generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0)
+    assert not handle.live_runs()
+    generate(pipe, "sd3", steps=STEPS, guidance_scale=5.0)
+
+
+def test_a_request_s_book_has_a_guidance_too(pipe, book):
+    handle = fastdit.patch(pipe, speedup=2)
+    with (
+        handle.budget(speedup=1.8, book=guided(book, 5.0)),
+        pytest.warns(UserWarning, match="of another guidance"),
+    ):
+        generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0)
+
+
+@pytest.mark.parametrize("guidance", [[7.0], {"scale": 7.0}, {"guidance": "7"}])
+def test_what_is_no_guidance_is_refused(book, guidance):
+    document = json.loads(book.to_json()) | {"guidance": guidance}
+    with pytest.raises(ScheduleError, match="guidance must be numbers by guidance and true"):
+        PlanBook.from_json(json.dumps(document))

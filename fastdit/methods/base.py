@@ -140,6 +140,7 @@ class Method:
         run_steps: The number of steps it was made for; None fits any.
         made_for: The only runs it fits, which is checked at a run's first transformer call; None fits any.
         otherwise: What to do about a run that it does not fit.
+        asks_guidance: What it does depends on the guidance, which is read when a run starts.
         guard: It compares its forecasts with what the model gives, see `runtime/guard.py`.
         forecasts: It extrapolates outputs that it reuses, see `schedules/forecast.py`.
         adapts: Whole steps are extrapolated only where that was better than a repeat before.
@@ -159,6 +160,7 @@ class Method:
     run_steps: int | None = None
     made_for: Conditions | None = None
     otherwise: str = "strict=False runs it all the same"
+    asks_guidance: bool = False
     guard: bool = False
     forecasts: bool = False
     adapts: bool = False
@@ -203,6 +205,10 @@ class Method:
 
     def bounds(self, steps: int) -> Mapping[int, float] | None:
         """Of a run of `steps` steps: step -> the most that a forecast may be off there; None where no guard watches."""
+        return None
+
+    def instead(self, run: Conditions) -> Method | None:
+        """In a run of these conditions this method has its place; None where it stays."""
         return None
 
     def begin(self, run: Any) -> MethodRun | None:

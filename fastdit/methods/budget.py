@@ -72,6 +72,7 @@ class Budget(Method):
     writes = frozenset({"reuse"})
     forecasts = True
     otherwise = "a speedup fits any"
+    asks_guidance = True
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in BUDGETS}
@@ -151,8 +152,28 @@ class Budget(Method):
 
     @property
     def made_for(self) -> Conditions | None:
-        """A time is one of pictures of the book's size."""
-        return None if self.latency is None else Conditions(image_tokens=self.book.image_tokens)
+        """A time is one of pictures of the book's size, a quality and a guard's bounds of its guidance."""
+        if self.latency is not None:
+            return Conditions(image_tokens=self.book.image_tokens)
+        if self.book is None or (self.speedup is not None and not self.guard):
+            return None
+        return Conditions(**self.book.guidance) if self.book.guidance else None
+
+    def instead(self, run: Conditions) -> Budget | None:
+        """Under another guidance than the book's a speed spreads the steps evenly, as without a book, and says so."""
+        if self.book is None or not (said := Conditions(**self.book.guidance).differing(run)):
+            return None
+        known = not self.beside(self.book.steps)
+        warnings.warn(
+            f"the plan book is of another guidance: {', '.join(said)}; "
+            + ("steps are evenly spread, and " if known else "")
+            + "how far the pictures are from the solution is not known",
+            stacklevel=2,
+        )
+        if not known:
+            return None
+        speed = self.speedup or max(1.0, self.book.speedup_of(self._plan(self.book)))
+        return replace(self, latency=None, speedup=speed, book=None)
 
     def asked(self, **budget: Any) -> Budget:
         """The same under another budget, and by another book where one is given."""

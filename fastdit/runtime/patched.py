@@ -65,7 +65,8 @@ class Patched:
         stands_in: Whether the adapter's own attention may run in the place of diffusers' processors.
         acts, forecasts, adapts: Whether a method leaves anything out, draws outputs through earlier ones, or does so
             where that was better than a repeat.
-        made_steps, made_for: The number of steps that a method was made for, or None, and method -> its conditions.
+        made_steps: The number of steps that a method was made for, or None.
+        asks_guidance: A run's guidance is read when it starts.
         max_cache_bytes: The least that a method allows caches to hold; None for no bound.
     """
 
@@ -95,7 +96,9 @@ class Patched:
         self.compiles = not (self.graphs is not None or self.forecasts or self.runs_model)
         self.adapts = any(method.adapts for method in self.methods)
         self.made_steps = self._first("run_steps")
-        self.made_for = {m.name: m.made_for for m in self.methods if m.made_for is not None}
+        self.asks_guidance = any(
+            method.made_for is not None or method.asks_guidance for method in self.methods
+        )
         bounds = (m.max_cache_bytes for m in self.methods if m.max_cache_bytes is not None)
         self.max_cache_bytes: int | None = min(bounds, default=None)
         self._cache_dtype: str | None = self._first("cache_dtype")
@@ -248,11 +251,15 @@ class Patched:
         arrivals.refuse_other_caches(self, transformer)
         if self.stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
-        made = [m for m in self.under(run.budget) if m.made_for is not None]
+        methods = self.under(run.budget)
+        made = [method for method in methods if method.made_for is not None]
+        found = Conditions(image_tokens=arguments.tokens, **run.guidance)
         if made:  # only where somebody asks: the timesteps may have to come from a GPU
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
             for method in made:
                 method.made_for.check(found, method.name, method.otherwise)
+        for other in filter(None, [method.instead(found) for method in methods]):
+            run.go_by(other)
         run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
         self.runs.note(run)
 

@@ -312,6 +312,11 @@ class Run:
         for branch in self.branches.values():
             branch.modulations = None
 
+    def go_by(self, budget: Any) -> None:
+        """Before its first call: it goes by this budget."""
+        self.budget = budget
+        self.plan = self.patched.plan(self.plan.steps, (), self.timesteps, budget)
+
     def plan_partial(self, partial: tuple[bool, ...]) -> None:
         """The plan is made anew for steps of which some compute a part of the tokens only."""
         if self.plan.reuse is not None:

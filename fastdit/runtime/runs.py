@@ -309,7 +309,7 @@ class Runs:
             run = call.runs.get(self._patched, _NEW)
             if run is _NEW or (run is not None and not run.live):
                 run = self._begin_in(call, frame, run is _NEW)
-            if self._patched.made_for and run is not None and not run.guidance:
+            if self._patched.asks_guidance and run is not None and not run.guidance:
                 run.guidance = guidance_of(frame.f_locals)
             site = frame.f_code, frame.f_lasti
         else:

@@ -28,6 +28,7 @@ FORMAT = "fastdit.plan_book"
 VERSION = 1
 #: a line is drawn through so many computed steps
 NODES = 2
+GUIDANCE = {"guidance", "true_guidance"}
 #: weights sum to 1 within this
 SUM = 1e-5
 #: a book per model
@@ -124,6 +125,8 @@ class PlanBook:
         plans: From the slowest to the fastest; the first computes all, and its ratio is 1.
         provenance: Free JSON data: machine, versions, prompts, sizes, solution.
         sigmas: Of each step; empty where no plan has weights.
+        guidance: The scales it was measured under, as fields of :class:`~fastdit.schedules.conditions.Conditions`;
+            empty where nobody said.
     """
 
     model: tuple[str, str]
@@ -136,6 +139,7 @@ class PlanBook:
     plans: tuple[Plan, ...]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     sigmas: tuple[float, ...] = ()
+    guidance: Mapping[str, float] = field(default_factory=dict)
 
     def seconds(self, computed: int, steps: int) -> float:
         """The steps of a run take so long per picture where so many compute."""
@@ -193,6 +197,7 @@ class PlanBook:
             "step_seconds": list(self.step_seconds),
             "other_seconds": self.other_seconds,
             "sigmas": list(self.sigmas),
+            "guidance": dict(self.guidance),
             "provenance": dict(self.provenance),
         }
         try:
@@ -281,6 +286,15 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         "a number for each step, where a plan has weights",
         sigmas,
     )
+    guidance = document.get("guidance", {})
+    _require(
+        isinstance(guidance, dict)
+        and set(guidance) <= GUIDANCE
+        and all(map(_is_number, guidance.values())),
+        "guidance",
+        f"numbers by {' and '.join(sorted(GUIDANCE))}",
+        guidance,
+    )
     advice = provenance.get("advice", [])
     _require(
         isinstance(advice, list) and all(map(_is_advice, advice)),
@@ -299,6 +313,7 @@ def _read(document: Mapping[str, Any]) -> PlanBook:
         plans,
         provenance,
         tuple(sigmas),
+        guidance,
     )
     times = [book.seconds_of(plan) for plan in plans]
     _require(sorted(set(times), reverse=True) == times, "plans", "ever faster", times)

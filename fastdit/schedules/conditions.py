@@ -48,6 +48,15 @@ class Conditions:
             **guidance_of(given),
         )
 
+    def differing(self, run: Conditions) -> list[str]:
+        """What another run is like that these conditions say otherwise, field by field; what nobody says is alike."""
+        found = []
+        for field in fields(self):
+            wanted, given = getattr(self, field.name), getattr(run, field.name)
+            if wanted is not None and given is not None and not _same(wanted, given):
+                found.append(f"{field.name} is {_short(given)}, it was made for {_short(wanted)}")
+        return found
+
     @property
     def facts(self) -> dict[str, Any]:
         """Files keep the fields so: without the later ones, where they are not known."""
@@ -63,12 +72,7 @@ class Conditions:
         Raises:
             ScheduleError: Naming every field that differs.
         """
-        found = []
-        for field in fields(self):
-            wanted, given = getattr(self, field.name), getattr(run, field.name)
-            if wanted is not None and given is not None and not _same(wanted, given):
-                found.append(f"{field.name} is {_short(given)}, it was made for {_short(wanted)}")
-        if found:
+        if found := self.differing(run):
             raise ScheduleError(f"{method} does not fit this run: {'; '.join(found)}. {otherwise}")
 
 

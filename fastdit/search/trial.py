@@ -208,6 +208,11 @@ class Trial:
             tuple(plans),
             {**self._provenance(), **facts},
             self.sigmas[:-1],
+            {
+                name: value
+                for name, value in self.handle.last_run().guidance.items()
+                if value is not None
+            },
         )
 
     def _times(self, plan: Plan) -> tuple[float, float]:
