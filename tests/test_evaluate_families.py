@@ -124,6 +124,17 @@ def test_a_study_of_every_family(name, tmp_path, monkeypatch):
     assert rows["stock 2"]["arithmetic"] == pytest.approx(2 / 3, abs=0.01)
 
 
+@pytest.mark.parametrize("solver", ["euler", "ab2"])
+def test_a_pipeline_that_takes_no_levels_has_the_trailing_grid(solver):
+    """Wan's, whose own scheduler is UniPC of a flow with a shift of 3."""
+    pipe = saved_families.build("wan")
+    with prepared(pipe, Arm(solver, 3)) as arguments:
+        assert arguments == {"num_inference_steps": 3}
+        pipe.scheduler.set_timesteps(3, device="cpu")
+        levels = np.array([1, 2 / 3, 1 / 3, 0])
+        np.testing.assert_allclose(pipe.scheduler.sigmas, 3 * levels / (1 + 2 * levels), atol=1e-6)
+
+
 # ---- what is refused, before anything is drawn
 
 
