@@ -40,6 +40,7 @@ ARGUMENTS = {
     "zimage": MIDDLE,
 }
 PATCHED = ("wan",)
+OLD = "qwen" not in FAMILIES  # diffusers before 0.37
 PEER = "diffusers TaylorSeer every 3"
 
 
@@ -75,6 +76,8 @@ def drawn_by_hand(studio: Studio, name: str, steps: int, **more) -> tuple[np.nda
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_study_of_every_family(name, tmp_path, monkeypatch):
+    if name == "wan" and OLD:
+        pytest.importorskip("ftfy", reason="its pipeline cleans prompts by ftfy")
     monkeypatch.setattr(study, "TRUTH", 4)
     studio = studio_of(name, tmp_path)
     evaluation.check_draws(studio, {})
@@ -94,10 +97,12 @@ def test_a_study_of_every_family(name, tmp_path, monkeypatch):
     found.groups = {group: arms for group, arms in found.groups.items() if arms}
     done = study.conduct(studio, found, rounds=1)
     rows = {row["arm"]: row for row in study.result(done)["rows"]}
-    # Z-Image gives its scheduler levels, which UniPC does not take.
-    assert done.solver == ("ab2" if name == "zimage" else "unipc")
+    # Z-Image gives its scheduler levels, which UniPC does not take; so did Lumina 2 once.
+    without = f"{contenders.FEWER}, unipc" in found.refused
+    assert done.solver == ("ab2" if without else "unipc")
+    assert without is (name == "zimage" or (name == "lumina2" and OLD))
     assert ("euler 2" in rows) is ("ab2 2" in rows) is (name not in ("pixart", "dit"))
-    assert ("dpm++ 2" in rows) is (name not in ("lumina2", "qwen", "zimage"))
+    assert OLD or ("dpm++ 2" in rows) is (name not in ("lumina2", "qwen", "zimage"))
     assert {"stock 2", UNPATCHED, *(["every 2"] if ours else [])} <= set(rows)
     if name == "lumina2":
         assert "is called 2 times a step" in found.refused["diffusers' caches"]
