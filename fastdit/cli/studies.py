@@ -188,8 +188,8 @@ def compare(
 ) -> None:
     """Set everything that makes a model faster beside each other: this package's ways, plain steps, other projects.
 
-    It writes JSON, a plot and one page to flip through, which needs nothing else. Peers are cache-dit, where it is
-    installed, and the caches of diffusers; what a model cannot run is told.
+    It writes JSON, a plot and one page to flip through, which needs nothing else. Peers are the caches of
+    diffusers and, where they are installed, cache-dit and microsoft/RAS; what a model cannot run is told.
     """
     from fastdit.cli import evaluation as view
 

@@ -79,7 +79,7 @@ def encoded(picture: np.ndarray) -> str:
     from PIL import Image
 
     image = Image.fromarray((np.clip(strip(picture), 0, 1) * 255).round().astype(np.uint8))
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((SIDE if picture.ndim == 3 else SIDE * FRAMES, SIDE))
     held = io.BytesIO()
     image.save(held, "WEBP", quality=QUALITY, lossless=max(image.size) <= 256)
     return f"data:image/webp;base64,{base64.b64encode(held.getvalue()).decode()}"

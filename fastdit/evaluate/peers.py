@@ -14,6 +14,7 @@ import importlib.util
 import io
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -338,5 +339,5 @@ def mag_ratios(pipe: Any, steps: int, draw: Callable[[], Any]) -> list[float]:
 
 def said(error: BaseException) -> str:
     """An error of another project in one line."""
-    text = " ".join(str(error).split())[:200]
+    text = textwrap.shorten(str(error), 240, placeholder=" ...")
     return text if isinstance(error, FastDiTError) else f"{type(error).__name__}: {text}"
