@@ -187,7 +187,7 @@ class Trial:
             1 + REPEATS
         ):  # in turns, so that a machine that slows down slows all of them
             patched = self._times(self.everything), self._times(some)
-            tokens = self.handle.last_run().image_tokens
+            run = self.handle.last_run()
             with self.handle.disabled():
                 turns.append((*patched, self._whole()))
         dense, fewer, stock = zip(*turns[1:], strict=True)
@@ -201,18 +201,14 @@ class Trial:
             (type(self.pipeline.transformer).__name__, config_hash(self.pipeline.transformer)),
             type(self.pipeline.scheduler).__name__,
             steps,
-            tokens,
+            run.image_tokens,
             unpatched,
             (full, drawn),
             other,
             tuple(plans),
             {**self._provenance(), **facts},
             self.sigmas[:-1],
-            {
-                name: value
-                for name, value in self.handle.last_run().guidance.items()
-                if value is not None
-            },
+            {name: scale for name, scale in run.guidance.items() if scale is not None},
         )
 
     def _times(self, plan: Plan) -> tuple[float, float]:
