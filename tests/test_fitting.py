@@ -187,12 +187,17 @@ def test_a_run_draws_by_the_book_s_weights(monkeypatch, guard):
         calm = dataclasses.replace(book.plans[1], bounds=(1e9,))
         book = dataclasses.replace(book, plans=(book.plans[0], calm))
     expected = by_hand(monkeypatch, DRAWN)
+    pipe.scheduler.set_timesteps(2 * STEPS)  # what comes is told all the same
     handle = fastdit.patch(pipe, speedup=2.5, book=book, guard=guard, backend="reference")
+    foreseen = handle.explain(steps=STEPS).cache_bytes
     for _ in range(2):  # the second by programs
         assert distance(generate(pipe, "sd3", steps=STEPS), expected) < 1e-6
     assert handle.last_run().plan.forecasts == (0, 1, 0, 1, 1, 0, 2, 1)
-    size = {"height": 32, "width": 64}
-    assert handle.explain(steps=STEPS, **size).cache_bytes > 0
+    assert handle.explain(steps=STEPS).cache_bytes == foreseen
+    plain = dataclasses.replace(book.plans[1], weights=None)
+    plain = dataclasses.replace(book, plans=(book.plans[0], plain))
+    lines = fastdit.patch(pipe, speedup=2.5, book=plain, guard=guard, backend="reference")
+    assert lines.explain(steps=STEPS).cache_bytes < foreseen  # of two outputs, not three
 
 
 def line():

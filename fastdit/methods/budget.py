@@ -26,7 +26,6 @@ from fastdit.methods.base import Method, check_noise
 from fastdit.schedules.book import ARGUMENTS, NODES, Plan, PlanBook
 from fastdit.schedules.conditions import Conditions
 from fastdit.schedules.schedule import Schedule
-from fastdit.schedules.solvers import step_sigmas
 from fastdit.schedules.spread import even_steps
 from fastdit.spec import ModelSpec
 
@@ -242,9 +241,9 @@ class Budget(Method):
         plan = self.plan_of(steps)
         if plan is None or not plan.weights or timesteps is None:
             return {}
-        scheduler = timesteps.scheduler
-        alike = type(scheduler).__name__ == self.book.scheduler
-        alike = alike and np.allclose(step_sigmas(scheduler), self.book.sigmas, atol=SAME)
+        if type(timesteps.scheduler).__name__ != self.book.scheduler:
+            return {}
+        alike = np.allclose(timesteps.sigmas_of(steps), self.book.sigmas, atol=SAME)
         return plan.weights_by_nodes if alike else {}
 
     def bounds(self, steps: int) -> Mapping[int, float] | None:

@@ -85,6 +85,13 @@ class Timesteps:
             )
         return found
 
+    def sigmas_of(self, steps: int) -> list[float]:
+        """This gives the sigma of each step: of the run that was set, or of a flow's run of `steps` steps to come."""
+        sigmas = step_sigmas(self.scheduler)
+        if len(sigmas) == steps:
+            return sigmas
+        return [each / self.scheduler.config.num_train_timesteps for each in self.of(steps)]
+
     def _custom(self) -> dict[str, Any]:
         given = {name: self.arguments.get(name) for name in _CUSTOM}
         return {name: values for name, values in given.items() if values is not None}
