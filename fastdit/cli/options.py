@@ -268,6 +268,14 @@ Unit = Annotated[
         help="What children inherit and change: a bit, as in the paper, or a whole step.",
     ),
 ]
+Tries = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        help="Plans with fitted weights that are measured for each number of steps.",
+        min=1,
+    ),
+]
 Seeds = Annotated[
     list[Path] | None,
     typer.Option(

@@ -217,9 +217,13 @@ def _candidates(
     lines = [foresight.improved((place, ORDER)) for place in starts]
     each = {place for place in given if len(place[0]) == count}
     if way is not None:
+        # Places that are best for lines, too: what a fit leaves is foreseen too low where few steps compute.
         begun = {*starts, *(place for place, _ in (*lines, *each))}
-        fits = {found.computed: found for found in (improved(way, place) for place in begun)}
-        return [_fitted(found) for found in sorted(fits.values(), key=lambda f: f.left)[:tries]]
+        fits = {improved(way, place).computed for place in begun}, {place for place, _ in lines}
+        ranked = [sorted((fit(way, p) for p in places), key=lambda f: f.left) for places in fits]
+        mixed = itertools.chain(*itertools.zip_longest(*ranked))
+        distinct = {found.computed: found for found in mixed if found is not None}
+        return [_fitted(found) for found in itertools.islice(distinct.values(), tries)]
     alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
     nearest = sorted(lines, key=lambda place: foresight.losses(place).mean())[:CLIMBED]
     each |= {foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in nearest}
