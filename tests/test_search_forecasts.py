@@ -21,9 +21,9 @@ from fastdit.cli.distance import relative_l2
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError, UnsupportedModelError
-from fastdit.evaluate.ab2 import AB2Scheduler
 from fastdit.schedules.schedule import Schedule
 from fastdit.search import Operators, Settings, Work, ecad, moves, seeds, solution
+from fastdit.search.ab2 import AB2Scheduler
 from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import LEDGER, evolve
 from fastdit.search.front import on_axes

@@ -20,8 +20,8 @@ from fastdit.cli.distance import relative_l2
 from fastdit.cli.sampler import swap_scheduler
 from fastdit.cli.search import load_pipeline
 from fastdit.errors import ArgumentError, ScheduleError, SearchError
-from fastdit.evaluate.ab2 import AB2Scheduler
 from fastdit.search import Knobs, Operators, Settings, Work, ecad, seeds
+from fastdit.search.ab2 import AB2Scheduler
 from fastdit.search.calibrate import calibrate
 from fastdit.search.evaluator import Evaluator, Task
 from fastdit.search.evolve import evolve

@@ -15,9 +15,9 @@ import bed as beds
 import fastdit
 import testbed
 from fastdit import tiny
-from fastdit.evaluate.ab2 import AB2Scheduler
 from fastdit.evaluate.arms import Arm, plain
 from fastdit.evaluate.paired import ratio, share
+from fastdit.search.ab2 import AB2Scheduler
 from fastdit.tiny.captions import parse
 from fastdit.tokens import resolution
 from subjects import SUBJECTS

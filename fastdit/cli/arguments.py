@@ -15,6 +15,7 @@ from fastdit.errors import ArgumentError, ScheduleError
 if TYPE_CHECKING:
     from fastdit.cli.loading import Model
     from fastdit.methods.base import Method
+    from fastdit.schedules.book import Plan
     from fastdit.schedules.schedule import Schedule
 
 
@@ -67,6 +68,19 @@ def read_schedule(path: Path, argument: str) -> Schedule:
         return Schedule.load(path)
     except ScheduleError as error:
         raise ScheduleError(f"{argument} {error}") from error
+
+
+def plans_of(path: Path | None, loaded: Model, steps: int) -> Sequence[Plan]:
+    """--seed-book becomes its plans but the first, which computes all."""
+    from fastdit import PlanBook
+
+    if path is None:
+        return ()
+    book = PlanBook.load(path)
+    book.check_model(loaded.pipeline.transformer)
+    if book.steps != steps:
+        raise ArgumentError(f"--seed-book must be of {steps} steps, {path} is of {book.steps}")
+    return book.plans[1:]
 
 
 def check_output(path: Path, argument: str, suffix: str = ".png") -> None:

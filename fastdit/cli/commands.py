@@ -226,6 +226,7 @@ def calibrate(
     steps: options.BookSteps = 28,
     guidance: options.GuidanceScale = None,
     seed_schedule: options.Seeds = None,
+    seed_book: options.SeedBook = None,
     tries: options.Tries = 2,
     seed: options.SearchSeed = 0,
     batch: options.SearchBatch = 2,
@@ -245,6 +246,8 @@ def calibrate(
 
     seeds = [arguments.read_schedule(path, "--seed-schedule") for path in seed_schedule or ()]
     loaded = arguments.load(model, dtype, embedded.value)
+    of_book = arguments.plans_of(seed_book, loaded, steps)
+    shipped = calibration.presets(embedded.value, steps) if model is None else ()
     given = {"height": height, "width": width, "guidance_scale": guidance}
     calibration.run(
         Console(),
@@ -252,7 +255,7 @@ def calibrate(
         out,
         prompts_of(prompts, model is None, calibration.EMBEDDED_PROMPTS, embedded.value),
         steps,
-        plans=seeds or (calibration.presets(embedded.value, steps) if model is None else ()),
+        plans=[*(seeds or shipped), *of_book],
         tries=tries,
         seed=seed,
         batch=batch,

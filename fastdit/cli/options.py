@@ -298,9 +298,7 @@ Surrogate = Annotated[
 ]
 SeedBook = Annotated[
     Path | None,
-    typer.Option(
-        "--seed-book", metavar="FILE", help="Plan book whose schedules the search begins with, too."
-    ),
+    typer.Option("--seed-book", metavar="FILE", help="Plan book whose plans are tried, too."),
 ]
 SearchSeed = Annotated[
     int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the search.")

@@ -16,9 +16,9 @@ from diffusers import (
 )
 
 from fastdit.errors import UnsupportedModelError
-from fastdit.evaluate.ab2 import AB2Scheduler, TrailingScheduler
 from fastdit.schedules.solvers import converted, follows_flow, recommend
 from fastdit.search import solution
+from fastdit.search.ab2 import AB2Scheduler, TrailingScheduler
 
 SOLVERS = ("euler", "unipc", "ab2")
 #: what a few steps may be made with in place of the pipeline's own solver

@@ -3,8 +3,8 @@
 For each number of computed steps there are evenly spread ones, drawn as lines, and others of whole steps. They begin
 dense early, or where the output changes by equal amounts (as InvarDiff, arXiv 2512.05134, places them), and are moved
 about while `foresight.py` sees them come nearer to the solution. Where the sampler takes Euler's steps along a flow,
-the outputs of drawn steps are sums with weights that are fitted (`fitting.py`), to the unpatched runs for two places,
-and once more to the runs by the better of them. Elsewhere one plan is drawn by one order, and one by an order for each
+the outputs of drawn steps are sums with weights that are fitted (`fitting.py`), to the unpatched runs for some places,
+and once more to the runs by the best of them. Elsewhere one plan is drawn by one order, and one by an order for each
 step. Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio, so that what
 is chosen on a few prompts holds on others. Schedules of components
 (`quantiles.py`, and those given) enter where they are nearer than every plan of whole steps that is as fast.
@@ -28,7 +28,7 @@ from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search.evaluator import Work
 from fastdit.search.fitting import Fit, Way, fit, improved
-from fastdit.search.foresight import Foresight, Place
+from fastdit.search.foresight import Foresight
 from fastdit.search.quantiles import quantile_schedule
 from fastdit.search.trial import ORDER, Interval, Measured, Trial, interval, plan_at
 from fastdit.spec import ModelSpec
@@ -101,7 +101,7 @@ def calibrate(
     try:
         trial.solve()
         stock, foresight = trial.look()
-        places = [(plan.computed, plan.order) for plan in given if plan.whole]
+        places = [plan for plan in given if plan.whole]
         candidates = {
             count: _candidates(foresight, stock.way, count, trial.moved, places, tries)
             for count in counts
@@ -206,16 +206,20 @@ def _candidates(
     way: Way | None,
     count: int,
     moved: Sequence[float],
-    given: Sequence[Place],
+    given: Sequence[Plan],
     tries: int,
 ) -> list[Plan]:
-    """So many steps compute: the best fits, or the best that is drawn by one order, and by one for each step."""
+    """So many steps compute: the best fits, or the best that is drawn by one order, and by one for each step.
+
+    Fits that are `given` are candidates as they are.
+    """
     steps = foresight.steps
     even = tuple(even_steps(steps, count))
     places = even, early_steps(steps, count), changing_steps(moved, count)
     starts = [_filled(place, count) for place in places]
     lines = [foresight.improved((place, ORDER)) for place in starts]
-    each = {place for place in given if len(place[0]) == count}
+    given = [plan for plan in given if len(plan.computed) == count]
+    each = {(plan.computed, plan.order) for plan in given}
     if way is not None:
         # Places that are best for lines, too: what a fit leaves is foreseen too low where few steps compute.
         begun = {*starts, *(place for place, _ in (*lines, *each))}
@@ -223,7 +227,8 @@ def _candidates(
         ranked = [sorted((fit(way, p) for p in places), key=lambda f: f.left) for places in fits]
         mixed = itertools.chain(*itertools.zip_longest(*ranked))
         distinct = {found.computed: found for found in mixed if found is not None}
-        return [_fitted(found) for found in itertools.islice(distinct.values(), tries)]
+        fitted = [_fitted(found) for found in itertools.islice(distinct.values(), tries)]
+        return [*fitted, *(replace(plan, bounds=()) for plan in given if plan.weights)]
     alike = {*lines, *((place, order) for place in starts for order in ORDERS[1:])}
     nearest = sorted(lines, key=lambda place: foresight.losses(place).mean())[:CLIMBED]
     each |= {foresight.improved((place, (ORDER,) * steps), ORDERS) for place, _ in nearest}

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastdit.schedules.forecast import last_nodes, weights
+from fastdit.schedules.forecast import MAX_ORDER, last_nodes, weights
 
 #: outputs that are added up
-NODES = 3
+NODES = MAX_ORDER + 1
 #: how much nearer a change of the line's weights has to bring a run, over the length of the change
 RIDGE = 0.03
 SHIFTS = (-2, -1, 1, 2)
@@ -46,7 +46,7 @@ class Way:
         """Of outputs [steps, pictures, ...] as the sampler takes them, and the solution's way, shaped like them."""
         rows = np.concatenate([outputs, moved]).reshape(2 * len(outputs), outputs.shape[1], -1)
         rows = rows.astype(np.float64)
-        length = np.linalg.norm(rows[-1], axis=-1, keepdims=True)
+        length = np.maximum(np.linalg.norm(rows[-1], axis=-1, keepdims=True), TINY)
         rows /= length
         return cls(tuple(map(float, sigmas)), np.einsum("ipx,jpx->ij", rows, rows))
 
@@ -81,6 +81,9 @@ def fit(way: Way, computed: Sequence[int]) -> Fit:
             continue
         nodes = last_nodes(computed[: index + 1], sigmas, NODES - 1)
         length = sigmas[end] - sigmas[step + 1]
+        if abs(length) < TINY:  # the run stays where it is
+            found |= dict.fromkeys(range(step + 1, end), (1.0,))
+            continue
         own = _line(sigmas, nodes, range(step + 1, end))
         left = -made
         left[steps + end - 1] += 1
@@ -116,7 +119,7 @@ def _line(sigmas: Sequence[float], nodes: Sequence[int], drawn: Sequence[int]) -
     lengths = [sigmas[step + 1] - sigmas[step] for step in drawn]
     found = np.zeros(len(nodes))
     found[: len(last)] = np.average(
-        [weights(at, sigmas[step]) for step in drawn], axis=0, weights=np.abs(lengths)
+        [weights(at, sigmas[step]) for step in drawn], axis=0, weights=lengths
     )
     return found
 

@@ -1,8 +1,7 @@
 """The solution of a sampler's equation: what many steps from the same noise come to.
 
 A flow is followed by AB2 at evenly spaced noise levels. A pipeline's own are shifted to where few steps need them and
-so are far apart near the picture: with a shift of 3 the last of 100 steps of UniPC begins at .03, and ends .01 of the
-latents' length from the solution, more than half as far as 28 steps of Euler do.
+so are far apart near the picture (docs/evaluate.md says how far off that is).
 """
 
 from __future__ import annotations
@@ -14,9 +13,18 @@ from typing import Any
 
 from fastdit.errors import ArgumentError
 from fastdit.schedules.solvers import converted, follows_flow, noise_of, recommend
+from fastdit.search.ab2 import AB2Scheduler
 
 #: many more than any run that is measured
 STEPS = 100
+EVEN = {
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 
 
 def check_solvable(pipeline: Any) -> None:
@@ -47,10 +55,8 @@ def solving(pipeline: Any, steps: int | None = None) -> Iterator[int]:
 
 
 def solver(pipeline: Any, steps: int) -> Any:
-    """The scheduler of the solution: for a model that predicts noise the recommended one."""
-    if not follows_flow(pipeline.scheduler):
+    """The scheduler of the solution; where no flow is followed from noise to a picture the recommended one."""
+    own = pipeline.scheduler
+    if not follows_flow(own) or own.config.get("invert_sigmas"):
         return recommend(pipeline, steps).scheduler
-    from fastdit.evaluate.ab2 import AB2Scheduler
-
-    even = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    return converted(pipeline.scheduler, AB2Scheduler, **even)
+    return converted(own, AB2Scheduler, **EVEN)

@@ -35,18 +35,23 @@ def told_of_steps(scheduler: Any, tell: Any) -> Iterator[None]:
 class Told:
     """The outputs and the latents of a run.
 
+    Args:
+        outputs: Keep the outputs, too.
+
     Attributes:
         outputs: Of the model, as the scheduler is given them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outputs: bool = True) -> None:
         self.outputs: list[np.ndarray] = []
+        self._keeps = outputs
         self._samples: list[np.ndarray] = []
 
     def __call__(self, output: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         if not self._samples:
             self._samples.append(before.float().cpu().numpy())
-        self.outputs.append(output.float().cpu().numpy())
+        if self._keeps:
+            self.outputs.append(output.float().cpu().numpy())
         self._samples.append(after.float().cpu().numpy())
 
     def adds(self, sigmas: Sequence[float]) -> bool:
@@ -60,7 +65,7 @@ class Told:
     def way(self, own: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
         """How far this run, of steps at its `own` sigmas, had moved from the noise when another's steps end.
 
-        Both lists have the end of the last step. Between this run's steps its latents lie on lines.
+        Both lists fall, and have the end of the last step. Between this run's steps its latents lie on lines.
         """
         samples, falling, at = np.stack(self._samples), -np.array(own), -np.array(sigmas[1:])
         right = np.clip(np.searchsorted(falling, at), 1, len(falling) - 1)

@@ -123,7 +123,7 @@ class Trial:
         with self.handle.disabled(), solution.solving(self.pipeline) as steps:
             scheduler = self.pipeline.scheduler
             for chunk in self._chunks():
-                told = Told()
+                told = Told(outputs=False)
                 with told_of_steps(scheduler, told):
                     self._truth.append(self.judge.draw(*chunk, steps))
                 self._moved.append(told.way([*step_sigmas(scheduler), 0.0], self.sigmas))
@@ -280,5 +280,5 @@ class Trial:
             "seed": self.work.seed,
             "batch": self.work.batch,
             "arguments": dict(self.work.arguments),
-            "solution": f"{solution.STEPS} steps",
+            "solution": f"{solution.STEPS} steps of {type(solution.solver(self.pipeline, solution.STEPS)).__name__}",
         }
