@@ -24,11 +24,12 @@ from fastdit.methods.budget import BYTES, SECONDS, parsed
 from fastdit.patch import find_adapter
 from fastdit.runtime import guard
 from fastdit.runtime.guard import Guard
-from fastdit.schedules.book import Plan, config_hash
+from fastdit.schedules.book import PACKAGED, Plan, config_hash
 from fastdit.schedules.spread import changing_steps, early_steps, even_steps
 from fastdit.search import solution
 from fastdit.search.calibrate import calibrate
 from fastdit.search.trial import MARGIN, interval
+from fastdit.tiny.pipeline import GUIDANCE_SCALE
 from snapshot import snapshot
 from tiny_models import generate
 
@@ -632,8 +633,10 @@ def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
 def test_a_calibration_leaves_nothing_behind(pipe):
     """Not where it breaks off, and it takes no patch away."""
     before = snapshot(pipe.transformer)
+    own = pipe.scheduler
     with pytest.raises(TypeError, match="not callable"):  # it has no tokenizer to draw by
         calibrate(pipe, ["a", "b"], 8)
+    assert pipe.scheduler is own
     assert snapshot(pipe.transformer) == before
     handle = fastdit.patch(pipe, speedup=2)
     with pytest.raises(ArgumentError, match="must not be patched"):
@@ -820,7 +823,7 @@ def test_at_another_guidance_steps_are_evenly_spread(pipe, book, budget):
     handle = fastdit.patch(pipe, **budget, book=book)
     generate(pipe, "sd3", steps=STEPS, guidance_scale=5.0)
     assert computed(handle) == book.plans[2].computed
-    with pytest.warns(UserWarning, match="of another guidance: guidance is 7, it was made for 5"):
+    with pytest.warns(UserWarning, match="of another run: guidance is 7, it was made for 5"):
         found = generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0)
     assert computed(handle) == tuple(even_steps(STEPS, 4))
     handle.unpatch()
@@ -828,7 +831,28 @@ def test_at_another_guidance_steps_are_evenly_spread(pipe, book, budget):
     same_bits(found, generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0))
 
 
-@pytest.mark.parametrize("budget", [{"quality": "high"}, {"speedup": 1.8, "guard": True}])
+def test_other_guidance_keeps_the_book_s_times(pipe, book):
+    """A patched step of this book takes less than the unpatched one: six steps are twice as fast, and six times is
+    within reach."""
+    book = dataclasses.replace(book, unpatched_seconds=1.5, step_seconds=(1.0, 0.0))
+    handle = fastdit.patch(pipe, speedup=2, book=guided(book, 5.0))
+    for speed, count in ((2, 6), (6, 2)):
+        with handle.budget(speedup=speed), pytest.warns(UserWarning, match="of another run"):
+            generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0)
+        assert computed(handle) == tuple(even_steps(STEPS, count))
+
+
+@pytest.mark.parametrize("scale", [np.float32(7.0), torch.tensor(7.0)])
+def test_a_guidance_may_be_a_scalar_of_any_kind(pipe, book, scale):
+    fastdit.patch(pipe, speedup=1.8, book=guided(book, 5.0))
+    with pytest.warns(UserWarning, match="guidance is 7"):
+        generate(pipe, "sd3", steps=STEPS, guidance_scale=scale)
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [{"quality": "high"}, {"speedup": 1.8, "guard": True}, {"latency": 4.95, "guard": True}],
+)
 def test_what_a_book_promises_is_of_its_guidance(pipe, book, budget):
     handle = fastdit.patch(pipe, **budget, book=guided(book, 5.0))
     with pytest.raises(ScheduleError, match="guidance is 7, it was made for 5"):
@@ -841,9 +865,16 @@ def test_a_request_s_book_has_a_guidance_too(pipe, book):
     handle = fastdit.patch(pipe, speedup=2)
     with (
         handle.budget(speedup=1.8, book=guided(book, 5.0)),
-        pytest.warns(UserWarning, match="of another guidance"),
+        pytest.warns(UserWarning, match="of another run"),
     ):
         generate(pipe, "sd3", steps=STEPS, guidance_scale=7.0)
+
+
+def test_books_in_the_package_say_their_guidance():
+    for path in PACKAGED.glob("*.json"):
+        found = PlanBook.load(path)
+        assert found.guidance == {"guidance": GUIDANCE_SCALE}
+        assert len(found.sigmas) == found.steps
 
 
 @pytest.mark.parametrize("guidance", [[7.0], {"scale": 7.0}, {"guidance": "7"}])

@@ -82,7 +82,6 @@ def test_the_solution_is_that_of_the_flow(scheduler, given):
     shifted = solve(
         fastdit.recommend(Pipe(scheduler), 100).scheduler, {"num_inference_steps": 100, **given}
     )
-    print(abs(found - SPREAD), abs(shifted - SPREAD))
     assert abs(found - SPREAD) < abs(shifted - SPREAD)
 
 

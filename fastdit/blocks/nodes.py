@@ -55,9 +55,7 @@ class Weights:
             known: dict[Sequence[int], tuple[float, ...]] = {(): (1.0,)}
             for steps, place in zip(nodes, places or [None] * len(nodes), strict=True):
                 if steps not in known:
-                    own = self.fitted.get((step, tuple(steps)))
-                    sigmas = list(map(self.sigmas.__getitem__, steps))
-                    known[steps] = own or weights(sigmas, self.sigmas[step])
+                    known[steps] = self._own(step, tuple(steps))
                 own = known[steps]
                 found += own if place is None else (own[place],)
             found[0] -= changes
@@ -67,6 +65,14 @@ class Weights:
                 made = torch.tensor(found, dtype=dtype).to(device, non_blocking=True)
             self._made[step, key] = made
         return self._made[step, key]
+
+    def _own(self, step: int, nodes: tuple[int, ...]) -> tuple[float, ...]:
+        """Those that were fitted for these nodes; for others a line's where any were fitted, else the polynomial's."""
+        if (step, nodes) in self.fitted:
+            return self.fitted[step, nodes]
+        drawn = nodes[:2] if self.fitted else nodes
+        found = weights([self.sigmas[node] for node in drawn], self.sigmas[step])
+        return (*found, *[0.0] * (len(nodes) - len(drawn)))
 
     def made_at(self, step: int) -> dict[Any, Tensor]:
         """Those of a step that were made so far, by key."""

@@ -269,12 +269,7 @@ Unit = Annotated[
     ),
 ]
 Tries = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        help="Plans with fitted weights that are measured for each number of steps.",
-        min=1,
-    ),
+    int, typer.Option(metavar="N", help="Fits measured for each number of steps.", min=1)
 ]
 Seeds = Annotated[
     list[Path] | None,

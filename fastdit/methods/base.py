@@ -207,8 +207,8 @@ class Method:
         """Of a run of `steps` steps: step -> the most that a forecast may be off there; None where no guard watches."""
         return None
 
-    def instead(self, run: Conditions) -> Method | None:
-        """In a run of these conditions this method has its place; None where it stays."""
+    def instead(self, run: Conditions, timesteps: Any) -> Method | None:
+        """In a run of these conditions and timesteps this method has its place; None where it stays."""
         return None
 
     def begin(self, run: Any) -> MethodRun | None:

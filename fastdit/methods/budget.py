@@ -151,28 +151,39 @@ class Budget(Method):
 
     @property
     def made_for(self) -> Conditions | None:
-        """A time is one of pictures of the book's size, a quality and a guard's bounds of its guidance."""
-        if self.latency is not None:
-            return Conditions(image_tokens=self.book.image_tokens)
-        if self.book is None or (self.speedup is not None and not self.guard):
-            return None
-        return Conditions(**self.book.guidance) if self.book.guidance else None
+        """A time is one of pictures of the book's size."""
+        return None if self.latency is None else Conditions(image_tokens=self.book.image_tokens)
 
-    def instead(self, run: Conditions) -> Budget | None:
-        """Under another guidance than the book's a speed spreads the steps evenly, as without a book, and says so."""
-        if self.book is None or not (said := Conditions(**self.book.guidance).differing(run)):
+    def instead(self, run: Conditions, timesteps: Any) -> Budget | None:
+        """In a run of another guidance or other sigmas than the book's a speed or a time spreads the steps evenly.
+
+        Raises:
+            ScheduleError: A quality, or a guard's bounds, were not measured on such a run.
+        """
+        plan = None if timesteps is None else self.plan_of(len(timesteps.scheduler.timesteps))
+        if plan is None:
             return None
-        known = not self.beside(self.book.steps)
+        said = Conditions(**self.book.guidance).differing(run)
+        if self.book.sigmas and not self._has_sigmas(timesteps):
+            said.append("its sampler or sigmas are others")
+        if not said:
+            return None
+        if self.quality is not None or self.guard:
+            raise ScheduleError(
+                f"{self}{', guard=True' if self.guard else ''} does not fit this run, the plan book is of another: "
+                f"{'; '.join(said)}. {self.otherwise}"
+            )
+        spread = not self._beside[id(plan)]
         warnings.warn(
-            f"the plan book is of another guidance: {', '.join(said)}; "
-            + ("steps are evenly spread, and " if known else "")
+            f"the plan book is of another run: {'; '.join(said)}; "
+            + ("steps are evenly spread, and " if spread else "")
             + "how far the pictures are from the solution is not known",
             stacklevel=2,
         )
-        if not known:
+        if not spread:
             return None
-        speed = self.speedup or max(1.0, self.book.speedup_of(self._plan(self.book)))
-        return replace(self, latency=None, speedup=speed, book=None)
+        speed = self.speedup or max(1.0, self.book.speedup_of(plan))
+        return replace(self, latency=None, speedup=speed, book=self.book.without_plans())
 
     def asked(self, **budget: Any) -> Budget:
         """The same under another budget, and by another book where one is given."""
@@ -241,10 +252,13 @@ class Budget(Method):
         plan = self.plan_of(steps)
         if plan is None or not plan.weights or timesteps is None:
             return {}
-        if type(timesteps.scheduler).__name__ != self.book.scheduler:
-            return {}
-        alike = np.allclose(timesteps.sigmas_of(steps), self.book.sigmas, atol=SAME)
-        return plan.weights_by_nodes if alike else {}
+        return plan.weights_by_nodes if self._has_sigmas(timesteps) else {}
+
+    def _has_sigmas(self, timesteps: Any) -> bool:
+        """Whether a run's sampler and sigmas are the book's."""
+        return type(timesteps.scheduler).__name__ == self.book.scheduler and np.allclose(
+            timesteps.sigmas_of(self.book.steps), self.book.sigmas, atol=SAME
+        )
 
     def bounds(self, steps: int) -> Mapping[int, float] | None:
         if not self.guard:
@@ -264,9 +278,8 @@ class Budget(Method):
         if self.book is None:
             return f"{found}; evenly spread without a plan book, so the error is not known"
         if plan is None:
-            return (
-                f"{found}; the plan book is of {self.book.steps} steps, so the error is not known"
-            )
+            other = f"of {self.book.steps} steps" if self.book.steps else "of other runs"
+            return f"{found}; the plan book is {other}, so the error is not known"
         if plan.schedule is not None:
             found += f", {plan.schedule.reuse_share:.0%} of the components' outputs reused"
         found += "".join(f", {method}" for method in self._beside[id(plan)])

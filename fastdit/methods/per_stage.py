@@ -65,6 +65,11 @@ class PerStage(Method):
                     f"guard=True compares outputs of all tokens and whole runs, and {method.name} in a stage has "
                     "neither; leave it out"
                 )
+            if getattr(method, "book", None) is not None:
+                raise ArgumentError(
+                    f"{method.name} goes by a plan book, which was measured on whole runs, and cannot run in a stage; "
+                    "leave the book out"
+                )
         if len({method.adapts for method in given if method.forecasts}) > 1:
             raise ArgumentError(
                 'order="auto" must be that of all stages that forecast, got it for some; give it to all of them or to '

@@ -258,7 +258,7 @@ class Patched:
             found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
             for method in made:
                 method.made_for.check(found, method.name, method.otherwise)
-        for other in filter(None, [method.instead(found) for method in methods]):
+        for other in filter(None, [m.instead(found, run.timesteps) for m in methods]):
             run.go_by(other)
         run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
         self.runs.note(run)

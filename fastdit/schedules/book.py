@@ -14,7 +14,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,10 @@ class PlanBook:
     def speedup_of(self, plan: Plan) -> float:
         """How much faster the steps of a run by one of the plans are than those of the unpatched one."""
         return self.steps * self.unpatched_seconds / self.seconds_of(plan)
+
+    def without_plans(self) -> PlanBook:
+        """Its times alone, by which steps are spread evenly."""
+        return replace(self, steps=0, plans=(), sigmas=(), guidance={})
 
     def check_model(self, transformer: Any) -> None:
         """It must be of this model.
@@ -375,22 +379,25 @@ def _weights(
     if given is None:
         return None
     drawn = [step for step in range(len(orders)) if step not in computed]
+    before = [sum(node < step for node in computed) for step in drawn]
     _require(
         isinstance(given, dict)
         and list(given) == list(map(str, drawn))
-        and all(map(_are_weights, given.values(), drawn))
+        and all(map(_are_weights, given.values(), before))
         and all(orders[step] for step in drawn),
         "weights",
-        f"for each drawn step, whose order is above 0, 1 to {MAX_ORDER + 1} numbers that sum to 1",
+        f"for each drawn step, whose order is above 0, a number for each of the last {NODES} to {MAX_ORDER + 1} steps "
+        "that computed, which sum to 1",
         given,
     )
     return {int(step): tuple(each) for step, each in given.items()}
 
 
-def _are_weights(given: Any, step: int) -> bool:
+def _are_weights(given: Any, before: int) -> bool:
+    """Of a step before which so many computed."""
     return (
         isinstance(given, list)
-        and 1 <= len(given) <= min(step, MAX_ORDER + 1)
+        and min(before, NODES) <= len(given) <= min(before, MAX_ORDER + 1)
         and all(isinstance(each, float) and math.isfinite(each) for each in given)
         and abs(sum(given) - 1) < SUM
     )

@@ -6,9 +6,12 @@ Plain data, compared field by field; a field that nobody can tell is None and fi
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import torch
 
 from fastdit.errors import ScheduleError
 
@@ -87,7 +90,9 @@ def guidance_of(given: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return float(value)
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def _same(wanted: Any, given: Any) -> bool:
