@@ -227,7 +227,7 @@ def test_elsewhere_steps_are_evenly_spread(other):
     assert run.plan.forecasts == (0, 1, 0, 1, 1, 0, 1, 1)
     assert not run.plan.weights
     handle = fastdit.patch(pipe, quality="high", book=book)
-    with pytest.raises(ScheduleError, match="of another|needs the sampler"):
+    with pytest.raises(ScheduleError, match=r"of another|needs the sampler"):
         generate(pipe, "sd3", steps=STEPS)
 
 
