@@ -12,14 +12,14 @@ import functools
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fastdit.blocks.held import is_held, weights_of
 from fastdit.runtime.install import LINK
@@ -121,8 +121,17 @@ def _told(given: Any) -> Any:
 
 def _on_one_device(given: Any) -> Any:
     """The arguments of an operation, all of them on the meta device where one is."""
-    metas = {part.is_meta for part in tree_iter(given) if isinstance(part, Tensor)}
+    metas = {tensor.is_meta for tensor in _tensors(given)}
     return tree_map_only(Tensor, lambda t: t.to("meta"), given) if len(metas) > 1 else given
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """Those of an operation's arguments."""
+    for part in given.values() if isinstance(given, dict) else given:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, (tuple, list, dict)):
+            yield from _tensors(part)
 
 
 @dataclass
