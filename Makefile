@@ -35,7 +35,7 @@ demo: $(VENV)/.built  ## install, then run the demo (DEMO="..." adds options)
 	$(VENV)/bin/fastdit demo $(DEMO)
 
 # What the build does not need is installed while it compiles.
-test:  ## install, then run the gates and all tests
+test: $(VENV)/.torch  ## install, then run the gates and all tests
 	@$(MAKE) --no-print-directory -j 2 $(VENV)/.testable $(OLDEST)/.installed $(LINT)/.installed $(DOCS)/.installed
 	$(TIMED) gates $(MAKE) --no-print-directory lint docs
 	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m "not kernels" --durations=10
