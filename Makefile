@@ -34,7 +34,9 @@ build: $(VENV)/.built  ## install the package into .venv
 demo: $(VENV)/.built  ## install, then run the demo (DEMO="..." adds options)
 	$(VENV)/bin/fastdit demo $(DEMO)
 
-test: $(VENV)/.testable $(OLDEST)/.installed  ## install, then run the gates and all tests
+# What the build does not need is installed while it compiles.
+test: $(VENV)/.torch  ## install, then run the gates and all tests
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.testable $(OLDEST)/.installed $(LINT)/.installed $(DOCS)/.installed
 	$(TIMED) gates $(MAKE) --no-print-directory lint docs
 	$(TIMED) tests env FASTDIT_TEST_INSTALLED=1 $(VENV)/bin/pytest -q $(PARALLEL) -m "not kernels" --durations=10
 	$(TIMED) "tests with the oldest diffusers" env FASTDIT_TEST_INSTALLED=1 \
@@ -82,7 +84,7 @@ $(VENV)/.torch: constraints/tested.txt
 
 $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 	@rm -rf build
-	archs=$$($(VENV)/bin/python tools/gpu_arch.py); $(TIMED) build $(PINNED) \
+	archs=$$($(VENV)/bin/python tools/gpu_arch.py); $(TIMED) build $(PINNED) MAKEFLAGS= \
 	    FASTDIT_CUDA_ARCHS=$${FASTDIT_CUDA_ARCHS:-$${archs:-90a-real}} $(PIP) install -q ".[cli]"
 	@touch $@
 

@@ -42,7 +42,8 @@ def measure(benchmark, copy_speed) -> Callable[..., None]:
 
     def run(function: Callable[[], object], bytes_moved: int, case: dict, contender: str) -> None:
         function()  # compiles, resolves and faults pages in, outside the timing
-        gc.collect()
+        if not benchmark.disabled:  # its garbage is of no other's time; to look for it takes long
+            gc.collect()
         benchmark.pedantic(function, rounds=ROUNDS, iterations=_iterations(bytes_moved))
         benchmark.extra_info |= {
             "case": case,

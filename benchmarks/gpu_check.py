@@ -201,7 +201,9 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that the machine lacks")
     parser.add_argument("--out", type=Path, help="by default in $OUT, else in benchmarks/results")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU; figures mean nothing")
-    parser.add_argument("--quick", action="store_true", help="a rehearsal of the fewest arms")
+    parser.add_argument(
+        "--quick", action="store_true", help="a rehearsal of the fewest arms, of few blocks"
+    )
     parser.add_argument("--list", action="store_true", help="say what sections there are")
     given = parser.parse_args()
     if given.list:

@@ -6,6 +6,7 @@ only what Python does of a step is left: it rehearses without a GPU, and on one 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 Inputs = dict[str, Any]
+DEPTHS = ("num_layers", "num_single_layers", "n_layers")
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,21 @@ class RealModel:
     steps: int
     inputs: Callable[..., Inputs] = field(repr=False)
 
-    def build(self, device: torch.device, dtype: torch.dtype, tiny: bool) -> nn.Module:
-        """Random weights, made on the device in the dtype."""
+    def depths(self) -> dict[str, int]:
+        """How many blocks of each kind it has, by the argument that says so."""
         import diffusers
 
-        config = self.config | (self.narrow if tiny else {})
+        given = inspect.signature(getattr(diffusers, self.cls)).parameters
+        stated = {name: p.default for name, p in given.items()} | self.config
+        return {name: stated[name] for name in DEPTHS if name in stated}
+
+    def build(
+        self, device: torch.device, dtype: torch.dtype, tiny: bool, **depths: int
+    ) -> nn.Module:
+        """Random weights, made on the device in the dtype; with `depths` in place of its own."""
+        import diffusers
+
+        config = self.config | (self.narrow if tiny else {}) | depths
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

@@ -23,19 +23,26 @@ class Runs:
     Args:
         real: The model.
         tiny: No width, few tokens and steps.
+        shallow: Four blocks of a kind.
 
     Attributes:
         steps: The model's usual number.
     """
 
     def __init__(
-        self, real: RealModel, device: torch.device, dtype: torch.dtype, tiny: bool
+        self,
+        real: RealModel,
+        device: torch.device,
+        dtype: torch.dtype,
+        tiny: bool,
+        shallow: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self.real = real
         self.tiny = tiny
         self.steps = TINY_STEPS if tiny else real.steps
-        self.pipe = _pipeline(real, real.build(device, dtype, tiny), tiny)
+        depths = dict.fromkeys(real.depths(), 4) if shallow else {}
+        self.pipe = _pipeline(real, real.build(device, dtype, tiny, **depths), tiny)
         self.pipe.set_progress_bar_config(disable=True)
         side = TINY_SIDE if tiny else SIDE
         self.prompt = _prompt(real, self.transformer, 8 if tiny else real.text)

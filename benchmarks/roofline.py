@@ -24,10 +24,11 @@ from fastdit import Schedule
 from op_cases import DTYPE, cases
 from real_models import MODELS, RealModel
 from shapes import ALL
-from traffic import KINDS, Traffic, patched, stock
+from traffic import KINDS, patched, stock
 
 H200 = {"copy_tb_s": 4.3, "matmul_tflop_s": 790.0}
-STEPS = 2  # of every(2): the second reuses everything
+STEPS = ("stock", "dense", "reused")  # the last reuses everything
+Count = dict[tuple[str, str], int]  # by step: bytes by kind, launches, and multiply-accumulates
 
 SAID = """\
 # What is possible
@@ -76,32 +77,26 @@ def op_rows(ceilings: dict[str, float], measured: list[dict[str, Any]]) -> Itera
 def step_rows(ceilings: dict[str, float], result: gpu_results.Result) -> Iterator[list[str]]:
     """Three rows for each model: a stock step, a dense one, and one that reuses everything."""
     for real in MODELS:
-        model = real.build(torch.device("meta"), DTYPE, tiny=False)
-        dense, reused = patched(real, model)
-        arithmetic = predicted(real, model)
-        steps = {"stock": stock(real, model), "dense": dense, "reused": reused}
-        for name, traffic in steps.items():
-            floor = (reused if name == "reused" else dense).bytes["fused ops"]
-            operations = 2 * arithmetic[name == "reused"]
+        counts = of_all_blocks(real)
+        for name in STEPS:
+            count = {what: value for (step, what), value in counts.items() if step == name}
+            floor = counts["dense" if name == "stock" else name, "fused ops"]
+            operations = 2 * count["macs"]
             products = operations / (ceilings["matmul_tflop_s"] * 1e12)
             per_byte = 1 / (ceilings["copy_tb_s"] * 1e12)
-            now = sum(traffic.bytes.values())
+            now = sum(count[kind] for kind in KINDS)
             yield [
                 real.name,
                 name,
                 f"{operations / 1e12:.2f}",
-                f"{traffic.launches:,}",
+                f"{count['launches']:,}",
                 f"{now / 1e9:.2f}",
-                _kinds(traffic),
+                " + ".join(f"{count[kind] / 1e9:.2f}" for kind in KINDS),
                 f"{floor / 1e9:.2f}",
                 f"{1e3 * (products + floor * per_byte):.2f}",
                 f"{1e3 * (products + now * per_byte):.2f}",
                 _measured(result, real.name, name) or "-",
             ]
-
-
-def _kinds(traffic: Traffic) -> str:
-    return " + ".join(f"{traffic.bytes[kind] / 1e9:.2f}" for kind in KINDS)
 
 
 def _measured(result: gpu_results.Result, model: str, step: str) -> str:
@@ -120,15 +115,43 @@ def _measured(result: gpu_results.Result, model: str, step: str) -> str:
     return ", ".join(f"{name} {ms:.1f}" for name, ms in found.items())
 
 
+def of_all_blocks(real: RealModel) -> Count:
+    """Of a model as deep as the published one, from models with few blocks: all but the first and last of a kind
+    are alike, so each further one adds what the third does.
+    """
+    few = dict.fromkeys(real.depths(), 2)
+    start = counted(real, **few)
+    total = dict(start)
+    for kind, depth in real.depths().items():
+        longer = counted(real, **few | {kind: 3})
+        for what, value in start.items():
+            total[what] += (depth - 2) * (longer[what] - value)
+    return total
+
+
+def counted(real: RealModel, **depths: int) -> Count:
+    """Of a model with so many blocks."""
+    model = real.build(torch.device("meta"), DTYPE, tiny=False, **depths)
+    dense, reused = patched(real, model)
+    found: Count = {}
+    for step, traffic in zip(STEPS, (stock(real, model), dense, reused), strict=True):
+        found |= {(step, kind): traffic.bytes[kind] for kind in KINDS}
+        found[step, "launches"] = traffic.launches
+    all_of_it, rest = predicted(real, model)
+    macs = zip(STEPS, (all_of_it, all_of_it, rest), strict=True)
+    return found | {(step, "macs"): value for step, value in macs}
+
+
 def predicted(real: RealModel, model: nn.Module) -> tuple[int, int]:
     """Multiply-accumulates of a dense and of a fully reused step."""
+    steps = 2  # of every(2): the second reuses everything
     size = {"height": 8 * real.latent, "width": 8 * real.latent, "text_tokens": real.text}
-    run = fastdit.patch(model, fastdit.Cached(Schedule.every(STEPS))).explain(
-        **size, batch=real.batch, cfg=False, steps=STEPS
+    run = fastdit.patch(model, fastdit.Cached(Schedule.every(steps))).explain(
+        **size, batch=real.batch, cfg=False, steps=steps
     )
-    plain = fastdit.patch(model).explain(**size, batch=real.batch, cfg=False, steps=STEPS)
+    plain = fastdit.patch(model).explain(**size, batch=real.batch, cfg=False, steps=steps)
     fastdit.unpatch(model)
-    dense = plain.macs // STEPS
+    dense = plain.macs // steps
     return dense, run.macs - dense
 
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import fastdit
 from dispatch_trace import bytes_of
 from fastdit import Schedule
+from fastdit.account.skeleton import output_of
 from real_models import RealModel
 
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "linear", "_addmm_activation"}
@@ -52,7 +53,7 @@ class Traffic(TorchDispatchMode):
         name = func.name().partition("::")[2].partition(".")[0]
         if name in ("_local_scalar_dense", "equal") and args[0].is_meta:
             return True  # of no memory nothing can be read: one step is like another
-        result = func(*args, **kwargs)
+        result = output_of(func, args, kwargs)
         aliases = [argument.alias_info for argument in func._schema.arguments]
         views = any(alias is not None and not alias.is_write for alias in aliases)
         if not (views or "empty" in name or name in VIEWS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,17 @@ def _fp64_throughout(request):
     casts = any(form in tiny_models.FAMILIES and tiny_models.FAMILIES[form].casts for form in forms)
     with tiny_models.fp64_throughout() if casts else contextlib.nullcontext():
         yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is imported stays: it is not looked through for garbage, here or in any test."""
+    gc.disable()
+    found = yield
+    gc.freeze()
+    gc.set_threshold(700, 10, 50)  # all of the rest seldom, since it grows little
+    gc.enable()
+    return found
 
 
 def pytest_collection_modifyitems(items):

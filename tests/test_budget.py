@@ -585,6 +585,7 @@ def test_the_interval_of_a_ratio():
     assert mean / low == pytest.approx(high / mean)
 
 
+@pytest.mark.slow
 def test_a_calibrated_book_has_the_measured_errors(monkeypatch):
     """Each ratio is that of the latents' distances to the solution, which is drawn here anew."""
     monkeypatch.setattr("fastdit.search.solution.STEPS", 12)

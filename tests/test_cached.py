@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -112,23 +114,22 @@ def test_bits_of_consumed_components_are_independent(family, kind, component, fr
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kind"), [entry[:2] for entry in CONSUMING])
 def test_every_pattern_of_consumed_components(family, kind):
-    """All 64 ways to set the three bits of a block in two later steps, followed by a step that consumes."""
+    """All 64 ways to set the three bits of a block in two later steps, each after a step that computes all of it and
+    before one that consumes, in one run."""
     model = tiny_models.transformer(family, torch.float64)
     inputs = [tiny_models.call(family, 1, torch.float64, step=step) for step in range(4)]
-    base, names = random_bits(model, 4, 0, compute=1.1)
-    handle = None
-    for pattern in range(64):
-        bits = {name: value.copy() for name, value in base.items()}
-        flags = [bool(pattern >> i & 1) for i in range(6)]
-        bits[kind][1, :, :3], bits[kind][2, :, :3] = flags[:3], flags[3:]
-        bits[kind][3, :, :3] = [0, 0, 1]
-        fastdit.unpatch(model)
-        with torch.no_grad(), Oracle(model, bits).installed():
-            expected = [sample(model(**given)) for given in inputs]
-        handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
-        with torch.no_grad(), handle.run(range(4)):
-            for given, wanted in zip(inputs, expected, strict=True):
-                assert distance(sample(model(**given)), wanted) <= FORWARD_FP64, flags
+    bits, names = random_bits(model, 4 * 64, 0, compute=1.1)
+    patterns = list(itertools.product([False, True], repeat=6))
+    for number, flags in enumerate(patterns):
+        _, second, third, last = bits[kind][4 * number : 4 * number + 4]
+        second[:, :3], third[:, :3], last[:, :3] = flags[:3], flags[3:], [0, 0, 1]
+    with torch.no_grad(), Oracle(model, bits).installed():
+        expected = [sample(model(**given)) for _ in patterns for given in inputs]
+    handle = fastdit.patch(model, Cached(Schedule.from_bits(bits, names)))
+    with torch.no_grad(), handle.run(range(4 * 64)):
+        for step, wanted in enumerate(expected):
+            actual = sample(model(**inputs[step % 4]))
+            assert distance(actual, wanted) <= FORWARD_FP64, patterns[step // 4]
 
 
 # ---- whole pipelines

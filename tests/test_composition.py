@@ -252,6 +252,7 @@ def restated(name: str, knobs: frozenset[str]) -> Tensor:
         return ralu_oracle.run(pipe, stages, noise, told, bits, choose, orders, whole)
 
 
+@pytest.mark.slow  # each method alone is held to the oldest diffusers by tests of its own
 @pytest.mark.parametrize(
     ("name", "knobs"), LEGAL, ids=[f"{name}-{'+'.join(knobs)}" for name, knobs in LEGAL]
 )

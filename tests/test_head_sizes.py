@@ -17,18 +17,19 @@ pytestmark = [pytest.mark.diffusers, pytest.mark.slow]
 
 
 def with_heads_of(family, size):
-    """A tiny model with 4 heads of this size, and the arguments of a call."""
-    changes = {"num_layers": 2, "num_attention_heads": 4, "attention_head_dim": size}
+    """A tiny model with a few heads of this size, and the arguments of a call."""
+    heads = 4 if size % 2 else 2  # positions are embedded in a multiple of four channels
+    changes = {"num_layers": 2, "num_attention_heads": heads, "attention_head_dim": size}
     given = tiny_models.call(family, 2, torch.float64)
     if family == "sd3.5":
-        changes["caption_projection_dim"] = 4 * size
+        changes["caption_projection_dim"] = heads * size
     if family == "flux":
         axis = size // 4 * 2
         changes["axes_dims_rope"] = (size - axis, axis // 2 // 2 * 2, axis - axis // 2 // 2 * 2)
     if family == "pixart-sigma":
-        changes["cross_attention_dim"] = 4 * size
+        changes["cross_attention_dim"] = heads * size
     if family == "lumina":
-        changes = {"num_attention_heads": 4, "num_kv_heads": 2, "hidden_size": 4 * size}
+        changes = {"num_attention_heads": 2, "num_kv_heads": 1, "hidden_size": 2 * size}
         given["image_rotary_emb"] = get_2d_rotary_pos_embed_lumina(size, 16, 16)
     model = tiny_models.FAMILIES[family].build()
     model = type(model).from_config({**model.config, **changes})

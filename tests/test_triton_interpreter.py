@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +31,15 @@ SHORT = {
     "test_triton_kernels.py": "not check_more_tiles_than_partial_sums and not check_model_widths "
     "and not however_the_keys_are_shared",
 }
-FILES = tuple(name for op in ops.FILES if (name := f"test_{op}.py") not in SHORT)
+#: by file; those of ops whose checks are all quick are whole
+QUICK = {f"test_{op}.py": "" for op in ops.FILES} | {
+    file: f" and ({c})" for file, c in SHORT.items()
+}
+LONG = {file: f" and not ({c})" for file, c in SHORT.items()} | {"test_triton_faults.py": ""}
+# A process takes seconds to begin, so the quick ones share two.
 RUNS = (
-    *((file, SELECTION) for file in FILES),
-    *((file, f"{SELECTION} and ({checks})") for file, checks in SHORT.items()),
-    *(
-        pytest.param(file, selection, marks=pytest.mark.kernels)
-        for file, selection in (
-            *((file, f"{SELECTION} and not ({checks})") for file, checks in SHORT.items()),
-            ("test_triton_faults.py", SELECTION),
-        )
-    ),
+    *({file: QUICK[file] for file in list(QUICK)[first::2]} for first in range(2)),
+    *(pytest.param({file: checks}, marks=pytest.mark.kernels) for file, checks in LONG.items()),
 )
 
 
@@ -48,15 +47,19 @@ RUNS = (
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed (triton==3.7.1)"
 )
-@pytest.mark.parametrize(("file", "selection"), RUNS)
-def test_kernels_in_the_interpreter(file, selection, tmp_path):
+@pytest.mark.parametrize("selections", RUNS, ids=lambda run: ", ".join(run))
+def test_kernels_in_the_interpreter(selections, tmp_path):
     path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     environment.pop("FASTDIT_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "interpreter", "-k", selection]
-    command += ["-o", f"cache_dir={tmp_path}", str(HERE / file)]
+    selection = " or ".join(f"({file}{checks})" for file, checks in selections.items())
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "interpreter"]
+    command += ["-k", f"{SELECTION} and ({selection})"]
+    command += ["-o", f"cache_dir={tmp_path}", *(str(HERE / file) for file in selections)]
     # Not in the checkout: `python -m` would import the package from there.
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    for file in selections:
+        assert re.search(rf"\b{file}::.* PASSED", done.stdout), file

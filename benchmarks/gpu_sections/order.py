@@ -28,7 +28,7 @@ class Order:
         rehearsal: Without a GPU, at sizes that mean nothing.
         chosen: MODEL:ARM of the section "rows".
         wheels: A folder of wheels that the machine lacks.
-        quick: A rehearsal of the fewest arms that go every way.
+        quick: A rehearsal of the fewest arms that go every way, on models of few blocks.
     """
 
     section: str

@@ -123,7 +123,7 @@ def measure(
     model = f"{real.name}{', no width' if tiny else ''}"
     place.promise([f"{model}: {name}" for name in names])
     try:
-        runs = Runs(real, place.device, place.dtype, tiny)
+        runs = Runs(real, place.device, place.dtype, tiny, shallow=place.order.quick)
     except ImportError as error:
         for name in names:
             place.lack(f"{model}: {name}", f"diffusers is not installed: {error}")

@@ -8,17 +8,18 @@ weights (offloading, quantization, casting) does not matter.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from fastdit.blocks.held import is_held, weights_of
 from fastdit.runtime.install import LINK
@@ -27,6 +28,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 #: what instances carry that is not structure
 _ADDED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl", LINK)
 _KEPT = 64
+#: what a new tensor of an operation is like, by that and its arguments
+_outputs: dict[Any, tuple[bool, list[tuple[Any, ...]]]] = {}
 _PLAIN = (int, float, str, bool, tuple)
 
 
@@ -58,7 +61,7 @@ class Macs(TorchDispatchMode):
         kwargs = kwargs or {}
         if not (func is torch.ops.aten.index.Tensor and args[0].is_meta):  # a mask says how many
             args, kwargs = _on_one_device((args, kwargs))
-        out = func(*args, **kwargs)
+        out = output_of(func, args, kwargs)
         name = func.overloadpacket
         if name in self._macs:
             macs = self._macs[name](*args, **kwargs, out_val=out) // 2
@@ -69,10 +72,66 @@ class Macs(TorchDispatchMode):
         return out
 
 
+def output_of(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation gives: a new tensor without values is made like the one that the same operation gave before,
+    since torch works out its shape in Python, for longer than all else takes.
+    """
+    given = func, torch.get_default_dtype(), args, kwargs
+    key = _told(given) if _is_functional(func) else None
+    if key is None:
+        return func(*args, **kwargs)
+    known = _outputs.get(key)
+    if known is None:
+        out = func(*args, **kwargs)
+        new = out if type(out) is tuple else (out,)
+        if all(type(part) is Tensor and part.is_meta for part in new):
+            made_once(_outputs, key, lambda: (type(out) is tuple, [*map(_like, new)]), 4096)
+        return out
+    several, likes = known
+    made = tuple(
+        torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        for shape, stride, dtype in likes
+    )
+    return made if several else made[0]
+
+
+def _like(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+@functools.cache
+def _is_functional(func: Any) -> bool:
+    """Whether an operation's output has memory of its own, and depends on nothing but its arguments."""
+    arguments, returns = func._schema.arguments, func._schema.returns
+    alone = not any(given.alias_info for given in (*arguments, *returns))
+    return alone and func.namespace == "aten" and "view" not in func.name()
+
+
+def _told(given: Any) -> Any:
+    """What a shape depends on, as a key; None where there is something else, such as a tensor with values."""
+    if isinstance(given, Tensor):
+        plain = type(given) in (Tensor, nn.Parameter) and given.is_meta
+        return _like(given) if plain else None
+    if isinstance(given, (tuple, list, dict)):
+        parts = given.items() if isinstance(given, dict) else given
+        told = [_told(part) for part in parts]
+        return None if None in told else (type(given), *told)
+    return type(given), given
+
+
 def _on_one_device(given: Any) -> Any:
     """The arguments of an operation, all of them on the meta device where one is."""
-    metas = {part.is_meta for part in tree_iter(given) if isinstance(part, Tensor)}
+    metas = {tensor.is_meta for tensor in _tensors(given)}
     return tree_map_only(Tensor, lambda t: t.to("meta"), given) if len(metas) > 1 else given
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """Those of an operation's arguments."""
+    for part in given.values() if isinstance(given, dict) else given:
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, (tuple, list, dict)):
+            yield from _tensors(part)
 
 
 @dataclass
@@ -134,10 +193,10 @@ def structure(adapter: Any, transformer: nn.Module) -> tuple[Any, ...]:
     return adapter.family, type(transformer), config, outside, *forms(adapter, transformer)
 
 
-def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+def made_once(kept: dict[Any, Any], key: Any, make: Callable[[], Any], most: int = _KEPT) -> Any:
     """This keeps what `make` made under a key the first time; the oldest of many are forgotten."""
     if key not in kept:
-        while len(kept) >= _KEPT:
+        while len(kept) >= most:
             kept.pop(next(iter(kept)), None)
         kept[key] = make()
     return kept[key]

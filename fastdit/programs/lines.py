@@ -10,11 +10,14 @@ from typing import Any
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ref:
-    """A tensor of a program, by its number."""
+    """A tensor of a program, by its number; there is one for each."""
 
     number: int
+
+    def __hash__(self) -> int:  # by which sets have one order
+        return self.number
 
 
 @dataclass(frozen=True)

@@ -233,8 +233,9 @@ class _Writer:
         """Line -> the tensors that nobody reads after it."""
         last = {ref: number for number, line in enumerate(lines) for ref in line.refs}
         found: dict[int, list[str]] = {}
+        kept = set(self._kept)
         for ref, number in last.items():
-            if ref not in self._kept and not isinstance(self._inputs.get(ref), Tensor):
+            if ref not in kept and not isinstance(self._inputs.get(ref), Tensor):
                 found.setdefault(number, []).append(f"t{ref.number}")
         return found
 
