@@ -5,17 +5,23 @@ from __future__ import annotations
 import re
 from typing import Any
 
+MODELS = {
+    "tiny": ("The model in the package", ""),
+    "emoji": ("The second model", " --embedded emoji"),
+}
 
-def verdicts(result: dict[str, Any]) -> list[str]:
-    """The verdicts of `fastdit compare` on the model in the package."""
+
+def verdicts(result: dict[str, Any], model: str) -> list[str]:
+    """The verdicts of `fastdit compare` on one of `MODELS`."""
+    name, option = MODELS[model]
     judged, told = result["verdicts"], result["provenance"]
     heads = [f"{v['budget']:g}x, reached {v['speedup']:.2f}x" for v in judged]
     lines = [
         (
-            f"The model in the package, 28 steps, {result['pictures']} pictures, {told['machine']}, {told['threads']} "
-            "threads, all in one run (`fastdit compare --pictures 12 --rounds 2`): the error of the plan of each "
-            "budget over that of the nearest arm of a group that takes no longer, with its 95 % interval. Below 1 the "
-            "plan is nearer to the solution; bold where the interval says so. The last column is the hypervolume of "
+            f"{name}, 28 steps, {result['pictures']} pictures, {told['machine']}, {told['threads']} "
+            f"threads, all in one run (`fastdit compare{option} --pictures 12 --rounds 2`): the error of the plan of "
+            "each budget over that of the nearest arm of a group that takes no longer, with its 95 % interval. Below 1 "
+            "the plan is nearer to the solution; bold where the interval says so. The last column is the hypervolume of "
             "the budgets' front less that of the group's."
         ),
         "",

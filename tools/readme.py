@@ -431,7 +431,12 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},
     ROOT / "docs" / "evaluate.md": {
-        "compared": lambda: comparison_tables.verdicts(_result("comparison.json"))
+        "compared-tiny": lambda: comparison_tables.verdicts(
+            _result("comparison-tiny.json"), "tiny"
+        ),
+        "compared-emoji": lambda: comparison_tables.verdicts(
+            _result("comparison-emoji.json"), "emoji"
+        ),
     },
     **{ROOT / "docs" / "methods" / f"{name}.md": made for name, made in METHOD_PAGES.items()},
 }
