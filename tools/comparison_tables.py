@@ -18,11 +18,11 @@ def verdicts(result: dict[str, Any], model: str) -> list[str]:
     heads = [f"{v['budget']:g}x, reached {v['speedup']:.2f}x" for v in judged]
     lines = [
         (
-            f"{name}, 28 steps, {result['pictures']} pictures, {told['machine']}, {told['threads']} "
-            f"threads, all in one run (`fastdit compare{option} --pictures 12 --rounds 2`): the error of the plan of "
-            "each budget over that of the nearest arm of a group that takes no longer, with its 95 % interval. Below 1 "
-            "the plan is nearer to the solution; bold where the interval says so. The last column is the hypervolume of "
-            "the budgets' front less that of the group's."
+            f"{name}, 28 steps, {result['pictures']} pictures, {told['machine']}, {told['threads']} threads, all in "
+            f"one run (`fastdit compare{option} --pictures 12 --rounds 2`): the error of the plan of each budget over "
+            "that of the nearest arm of a group that takes no longer, with its 95 % interval. Below 1 the plan is "
+            "nearer to the solution; bold where the interval says so. The last column is the hypervolume of the "
+            "budgets' front less that of the group's."
         ),
         "",
         f"| beside | {' | '.join(heads)} | front |",
