@@ -7,7 +7,7 @@ from typing import Any
 
 MODELS = {
     "tiny": ("The model in the package", ""),
-    "emoji": ("The second model", " --embedded emoji"),
+    "emoji": ("The second model", " --model emoji"),
 }
 
 
