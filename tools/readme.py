@@ -431,12 +431,7 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},
     ROOT / "docs" / "evaluate.md": {
-        "compared-tiny": lambda: comparison_tables.verdicts(
-            _result("comparison-tiny.json"), "tiny"
-        ),
-        "compared-emoji": lambda: comparison_tables.verdicts(
-            _result("comparison-emoji.json"), "emoji"
-        ),
+        "compared_tiny": lambda: comparison_tables.verdicts(_result("comparison-tiny.json"), "tiny")
     },
     **{ROOT / "docs" / "methods" / f"{name}.md": made for name, made in METHOD_PAGES.items()},
 }
