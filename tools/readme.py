@@ -431,10 +431,15 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},
     ROOT / "docs" / "evaluate.md": {
-        "compared_tiny": lambda: comparison_tables.verdicts(_result("comparison-tiny.json"), "tiny")
+        "compared_tiny": lambda: _compared("tiny"),
+        "compared_emoji": lambda: _compared("emoji"),
     },
     **{ROOT / "docs" / "methods" / f"{name}.md": made for name, made in METHOD_PAGES.items()},
 }
+
+
+def _compared(model: str) -> list[str]:
+    return comparison_tables.verdicts(_result(f"comparison-{model}.json"), model)
 
 
 def _result(name: str) -> dict[str, Any]:
