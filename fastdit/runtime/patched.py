@@ -251,17 +251,22 @@ class Patched:
         arrivals.refuse_other_caches(self, transformer)
         if self.stands_in:
             arrivals.refuse_other_attention(self, arguments.tells_attention)
+        if self.asks_guidance:
+            self._check_conditions(run, arguments.tokens)
+        run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
+        self.runs.note(run)
+
+    def _check_conditions(self, run: Run, tokens: int) -> None:
+        """This refuses a run that a method was not made for, or has another in its place."""
         methods = self.under(run.budget)
         made = [method for method in methods if method.made_for is not None]
-        found = Conditions(image_tokens=arguments.tokens, **run.guidance)
+        found = Conditions(image_tokens=tokens, **run.guidance)
         if made:  # only where somebody asks: the timesteps may have to come from a GPU
-            found = replace(Conditions.of(run.scheduler, arguments.tokens, {}), **run.guidance)
+            found = replace(Conditions.of(run.scheduler, tokens, {}), **run.guidance)
             for method in made:
                 method.made_for.check(found, method.name, method.otherwise)
         for other in filter(None, [m.instead(found, run.timesteps) for m in methods]):
             run.go_by(other)
-        run.image_tokens, run.text_tokens = arguments.tokens, arguments.text
-        self.runs.note(run)
 
     def _refuse_checkpointing(self, transformer: nn.Module) -> None:
         """Gradient checkpointing runs blocks again in the backward pass, when the caches have moved on."""
