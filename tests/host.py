@@ -7,6 +7,7 @@ what a dispatch trace sees of operators that make or change memory.
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import time
 from collections import Counter
@@ -239,11 +240,13 @@ def frames(name: str, pipe: Any, steps: int = STEPS) -> list[Counter[str]]:
             if event == "call":
                 entered[frame.f_code] += 1
 
+        gc.disable()  # what others left would be finalised, and counted, here
         sys.setprofile(profile)
         try:
             output = call()
         finally:
             sys.setprofile(None)
+            gc.enable()
         named = ((f"{code.co_filename}:{code.co_qualname}", n) for code, n in entered.items())
         found.append(Counter(dict(named)))
         return output
