@@ -122,8 +122,7 @@ def test_a_replayed_call(name, method, monkeypatch):
     trace = handle.last_run().trace
     assert trace.replayed >= 12 - 3, str(trace)
     replays = sorted(found)[: trace.replayed]
-    # Where tensors lie decides how often two of them have to be told apart: at most four calls.
-    assert max(replays) <= 254, found
+    assert max(replays) <= 250, found
 
 
 @pytest.mark.parametrize(

@@ -194,12 +194,14 @@ def alone(name: str, t: Tensor, others: Iterable[tuple[str, Tensor | None]]) -> 
 
 def disjoint(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
     """`t` is written while `other` is still read, so they must not share elements."""
-    ahead = other.data_ptr() - t.data_ptr()
-    if ahead >= 0:
-        clear = t.is_contiguous() and ahead >= t.nbytes
-    else:
-        clear = other.is_contiguous() and -ahead >= other.nbytes
-    if not clear and _overlap(t, other):
+    first, second = (t, other) if t.data_ptr() <= other.data_ptr() else (other, t)
+    offset = second.data_ptr() - first.data_ptr()
+    reach = first.nbytes if first.is_contiguous() else _extent(first) * first.itemsize
+    if offset >= reach or second.numel() == 0:
+        return
+    # Side by side within each sample of one buffer, like store[:, :T] and store[:, T:], or within
+    # each token of one, like kv[:, :, 0] and kv[:, :, 1].
+    if not (_side_by_side(first, second, offset, 1) or _side_by_side(first, second, offset, 2)):
         _refuse(name, f"memory it shares with {other_name}", "a tensor of its own")
 
 
@@ -232,16 +234,6 @@ def disjoint_or_same(name: str, t: Tensor, other_name: str, other: Tensor) -> No
     same = t.data_ptr() == other.data_ptr() and t.stride() == other.stride()
     if not same:
         disjoint(name, t, other_name, other)
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    first, second = (a, b) if a.data_ptr() <= b.data_ptr() else (b, a)
-    offset = second.data_ptr() - first.data_ptr()
-    if a.numel() == 0 or b.numel() == 0 or offset >= _extent(first) * first.element_size():
-        return False
-    # Side by side within each sample of one buffer, like store[:, :T] and store[:, T:], or within
-    # each token of one, like kv[:, :, 0] and kv[:, :, 1].
-    return not (_side_by_side(first, second, offset, 1) or _side_by_side(first, second, offset, 2))
 
 
 def _side_by_side(first: Tensor, second: Tensor, offset: int, outer: int) -> bool:
