@@ -312,3 +312,12 @@ def test_the_readme_says_what_the_comparisons_found():
     readme = (ROOT / "README.md").read_text()
     assert "plans of 1.5 to 5 times the speed are nearer" in readme
     assert "one that is level at 1.5 on the first" in readme
+
+
+def test_the_readme_says_what_a_budget_loses():
+    """Beside evenly spread steps, of which every plan of the package's book is the nearer, by its interval."""
+    result = json.loads((ROOT / "benchmarks" / "results" / "budget.json").read_text())
+    ratios = [row["over_even"] for row in result["held_out"]]
+    assert all(high < 1 for _, _, high in ratios)
+    least, most = (f"{each(value for value, _, _ in ratios):.2f}"[1:] for each in (min, max))
+    assert f"{least} to {most} of what evenly spread steps do" in (ROOT / "README.md").read_text()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastdit.errors import ArgumentError
 from fastdit.evaluate import judges
-from fastdit.tiny.tokenizer import build_tokenizer
+from saved_clip import save_clip
 
 PROMPTS = ["a red circle", "a green square", "a blue star"]
 
@@ -90,27 +90,8 @@ def test_lpips_is_its_formula(tmp_path):
 @torch.no_grad()
 def test_clip_hps_and_cmmd_see_what_transformers_sees(tmp_path):
     from safetensors.torch import load_file, save_file
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-    torch.manual_seed(0)
-    words = build_tokenizer()
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    text = {**small, "vocab_size": len(words), "eos_token_id": words.eos_token_id}
-    model = CLIPModel(
-        CLIPConfig(
-            text_config=text,
-            vision_config={**small, "image_size": 32, "patch_size": 16},
-            projection_dim=8,
-        )
-    ).eval()
-    shown = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    for part in (model, words, shown):
-        part.save_pretrained(tmp_path)
+    model, words, shown = save_clip(tmp_path)
 
     def embedded(images: np.ndarray) -> np.ndarray:
         pixels = [

@@ -26,6 +26,7 @@ from fastdit.search.evolve import LEDGER
 from fastdit.search.quality import make_quality
 from fastdit.search.ray_actors import RayActors
 from fastdit.search.workers import InProcess, Processes
+from saved_clip import save_clip
 from saved_pipelines import save_sd3
 
 PROMPTS = ("a red circle", "a blue square", "a small green cross")
@@ -179,27 +180,7 @@ def test_task_judges_by_the_prompt():
 
 
 def test_clip_reads_a_local_folder(tmp_path):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    from fastdit.tiny.tokenizer import build_tokenizer
-
-    torch.manual_seed(0)
-    words = build_tokenizer()
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": len(words), "eos_token_id": words.eos_token_id},
-        vision_config={**small, "image_size": 32, "patch_size": 16},
-        projection_dim=8,
-    )
-    model = CLIPModel(config).eval()
-    pictures = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    for part in (model, words, pictures):
-        part.save_pretrained(tmp_path)
+    model, words, pictures = save_clip(tmp_path)
     images = np.random.default_rng(0).random((2, 48, 48, 3)).astype(np.float32)
     quality = make_quality("clip", tmp_path)
     found = quality.losses(images, ["a red circle", "a square"], None)

@@ -11,6 +11,21 @@ MODELS = {
 }
 
 
+def solution(result: dict[str, Any]) -> list[str]:
+    """How far ways of many steps end from a finer solution."""
+    tiny, emoji = (result["models"][name] for name in MODELS)
+    return [
+        (
+            f"Relative distance of the latents to {result['fine']} even steps of AB2, the geometric mean over "
+            f"{result['pictures']} held-out pictures of each model in the package (`benchmarks/bench_solution.py`)."
+        ),
+        "",
+        "| | first | second |",
+        "|---|---|---|",
+        *(f"| {name} | {tiny[name]:.4f} | {emoji[name]:.4f} |" for name in tiny),
+    ]
+
+
 def verdicts(result: dict[str, Any], model: str) -> list[str]:
     """The verdicts of `fastdit compare` on one of `MODELS`."""
     name, option = MODELS[model]

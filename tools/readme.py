@@ -431,6 +431,7 @@ FILES: dict[Path, dict[str, Callable[[], list[str]]]] = {
     ROOT / "docs" / "kernels.md": {"tables": kernels},
     ROOT / "docs" / "gpu-check.md": {"sections": gpu_tables.sections},
     ROOT / "docs" / "evaluate.md": {
+        "solution": lambda: comparison_tables.solution(_result("solution.json")),
         "compared_tiny": lambda: _compared("tiny"),
         "compared_emoji": lambda: _compared("emoji"),
     },

@@ -129,8 +129,8 @@ def tables(result: Mapping[str, Any], machine: str) -> list[str]:
         (
             f"{result['pictures']} held-out prompts at {result['size']} x {result['size']} pixels on {on}, "
             f"equal noise for all. The truth is Heun's method in {_truth_steps(result)} steps, on the levels of few "
-            "steps: in 60 it ends .006 to .010 from finer solutions on four pictures of 128 x 128 pixels, more than is "
-            "estimated here, so errors near that say little ([evaluate](evaluate.md) has a nearer one); "
+            "steps, so it is farther from [finer solutions](evaluate.md#what-is-measured) than is estimated here, and "
+            "errors as small say little; "
             f"{_errors(result)}Clean pictures show objects of some shape, the score is the share of "
             "the prompt's objects that are there, the Fréchet distance is to the truth's pictures on features of the "
             f"model's own encoder; each less that of {solvers(result)} {MEANT[side]}. {told}({machine}; "

@@ -104,6 +104,12 @@ TrueCfg = Annotated[
 ]
 
 
+def _given(*values: float | None) -> dict[str, float | None]:
+    """Option -> its value."""
+    names = "--height", "--width", "--frames", "--guidance", "--true-cfg"
+    return dict(zip(names, values, strict=True))
+
+
 @app.command("eval")
 def evaluate(
     model: AnyModel = None,
@@ -145,13 +151,7 @@ def evaluate(
         model,
         prompts,
         out,
-        arguments={
-            "--height": height,
-            "--width": width,
-            "--frames": frames,
-            "--guidance": guidance,
-            "--true-cfg": true_cfg,
-        },
+        arguments=_given(height, width, frames, guidance, true_cfg),
         book=book,
         judges=judge or (),
         pictures=pictures,
@@ -200,13 +200,7 @@ def compare(
         model,
         prompts,
         out,
-        arguments={
-            "--height": height,
-            "--width": width,
-            "--frames": frames,
-            "--guidance": guidance,
-            "--true-cfg": true_cfg,
-        },
+        arguments=_given(height, width, frames, guidance, true_cfg),
         book=book,
         judges=judge or (),
         pictures=pictures,
