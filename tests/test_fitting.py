@@ -94,6 +94,14 @@ def test_weights_stay_near_the_line_where_nothing_is_won(monkeypatch):
         )
 
 
+def test_where_a_run_stays_its_last_output_is_repeated():
+    """A gap between two steps at one sigma has no length to fit to."""
+    sigmas = (1.0, 0.8, 0.6, 0.3, 0.3, 0.0)
+    outputs = runs()[0][:5]
+    moved = np.cumsum(np.diff(sigmas)[:, None, None] * outputs, axis=0)
+    assert fit(Way.of(sigmas, outputs, moved), (0, 1, 2, 4)).weights == {3: (1.0, 0.0, 0.0)}
+
+
 def test_steps_are_moved_while_less_is_left():
     outputs, moved = runs()
     way = Way.of(SIGMAS, outputs, moved)

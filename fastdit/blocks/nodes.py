@@ -6,14 +6,14 @@ written down in between.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastdit.schedules.forecast import last_nodes, weights
+from fastdit.schedules.forecast import Fitted, last_nodes, weights
 
 
 @dataclass(eq=False, repr=False)
@@ -22,11 +22,11 @@ class Weights:
 
     Attributes:
         sigmas: The sigma of each step.
-        fitted: (step, steps that were computed, latest first) -> weights in place of the polynomial's.
+        fitted: Those in place of the polynomial's.
     """
 
     sigmas: list[float]
-    fitted: Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]] = field(default_factory=dict)
+    fitted: Fitted = field(default_factory=dict)
     _made: dict[Any, Tensor] = field(default_factory=dict, init=False)
 
     def of(

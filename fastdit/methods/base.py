@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastdit.errors import ArgumentError, ScheduleError
 from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.forecast import Fitted
 from fastdit.schedules.schedule import Schedule
 from fastdit.spec import ModelSpec
 
@@ -234,14 +235,8 @@ class Method:
         """This is the `active` plan of `tokens` image tokens for a device, see :mod:`fastdit.tokens.waves`."""
         return plan
 
-    def weights(
-        self, steps: int, timesteps: Any = None
-    ) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]:
-        """Of a run of `steps` steps that this method alone decides: the weights of forecasts of whole steps.
-
-        Returns:
-            (step, steps that were computed, latest first) -> as many weights; none where a polynomial says them.
-        """
+    def weights(self, steps: int, timesteps: Any = None) -> Fitted:
+        """Of a run of `steps` steps that this method alone decides: the weights of forecasts of whole steps."""
         return {}
 
     def staged_schedule(

@@ -25,6 +25,7 @@ from fastdit.methods import methods as known
 from fastdit.methods.base import Method, check_noise
 from fastdit.schedules.book import ARGUMENTS, NODES, Plan, PlanBook
 from fastdit.schedules.conditions import Conditions
+from fastdit.schedules.forecast import Fitted
 from fastdit.schedules.schedule import Schedule
 from fastdit.schedules.spread import even_steps
 from fastdit.spec import ModelSpec
@@ -245,10 +246,8 @@ class Budget(Method):
         counts = range(steps, min(NODES, steps) - 1, -1)
         return even_steps(steps, self._nearest(counts, partial(self._speed, steps), steps)), 1
 
-    def weights(
-        self, steps: int, timesteps: Any = None
-    ) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]:
-        """Those of the book's plan hold under its sampler, at its sigmas; elsewhere lines are drawn."""
+    def weights(self, steps: int, timesteps: Any = None) -> Fitted:
+        """Those of the book's plan hold under its sampler, at its sigmas; elsewhere there are none."""
         plan = self.plan_of(steps)
         if plan is None or not plan.weights or timesteps is None:
             return {}

@@ -21,7 +21,7 @@ from typing import Any
 from fastdit import files
 from fastdit.checks import is_whole
 from fastdit.errors import ScheduleError
-from fastdit.schedules.forecast import MAX_ORDER
+from fastdit.schedules.forecast import MAX_ORDER, Fitted
 from fastdit.schedules.schedule import Schedule
 
 FORMAT = "fastdit.plan_book"
@@ -97,8 +97,8 @@ class Plan:
         return {n: value for n, value in found.items() if n in needed or value is not None}
 
     @property
-    def weights_by_nodes(self) -> dict[tuple[int, tuple[int, ...]], tuple[float, ...]]:
-        """(drawn step, computed steps, latest first) -> as many weights."""
+    def weights_by_nodes(self) -> Fitted:
+        """As runs look for them."""
         return {
             (step, tuple(node for node in reversed(self.computed) if node < step)[: len(own)]): own
             for step, own in (self.weights or {}).items()

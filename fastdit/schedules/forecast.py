@@ -8,10 +8,12 @@ step that it skips, AB2 that in its middle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 #: the highest order: through three values
 MAX_ORDER = 2
+#: (step, steps that were computed, latest first) -> as many weights, where they are not a polynomial's
+Fitted = Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]
 
 
 def weights(nodes: Sequence[float], at: float) -> tuple[float, ...]:

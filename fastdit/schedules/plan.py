@@ -19,6 +19,7 @@ import numpy as np
 from fastdit.errors import CompositionError
 from fastdit.schedules.actions import COMPUTE, DRAWN, KEEP, REUSE, BlockActions, drawn, order_of
 from fastdit.schedules.collapse import StepSums, find_sums
+from fastdit.schedules.forecast import Fitted
 from fastdit.spec import BlockKind, ModelSpec
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ class PlanningMethod(Protocol):
         self, spec: ModelSpec, stages: Sequence[int], timesteps: Any
     ) -> Schedule | None: ...
 
-    def weights(
-        self, steps: int, timesteps: Any
-    ) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]: ...
+    def weights(self, steps: int, timesteps: Any) -> Fitted: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +60,7 @@ class RunPlan:
         sums: Which reused outputs are kept as sums at each step; empty where none are.
         forecasts: Of which order the forecast is that stands for the model's whole output at each step, 0 where the
             model runs; empty where it always runs.
-        weights: (step, steps that were computed, latest first) -> the weights of that forecast, where they are not
-            those of its order.
+        weights: Of forecasts, where they are not those of their orders.
     """
 
     steps: int
@@ -70,9 +68,7 @@ class RunPlan:
     actions: Sequence[Sequence[BlockActions]]
     sums: Sequence[StepSums] = ()
     forecasts: Sequence[int] = ()
-    weights: Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]] = dataclasses.field(
-        default_factory=dict
-    )
+    weights: Fitted = dataclasses.field(default_factory=dict)
 
     def part(self, first: int, last: int) -> RunPlan:
         """This gives the steps from `first` to before `last`, for counting."""
@@ -151,7 +147,7 @@ def plan_run(
     forecasts = whole_forecasts(reuse, spec, fresh) if reuse is not None and reuse.forecasts else ()
     forecasts = forecasts if any(forecasts) else ()
     weights = weights_of(methods, steps, timesteps)
-    for (step, nodes), _ in weights.items():
+    for step, nodes in weights:
         forecasts = (*forecasts[:step], max(1, len(nodes) - 1), *forecasts[step + 1 :])
     given = spec, partial, fresh, forecasts, repeats, stays
     actions = lower(reuse, *given) if reuse is not None else ()
@@ -159,9 +155,7 @@ def plan_run(
     return RunPlan(steps, reuse, actions, sums, forecasts, weights)
 
 
-def weights_of(
-    methods: Sequence[PlanningMethod], steps: int, timesteps: Any
-) -> Mapping[tuple[int, tuple[int, ...]], tuple[float, ...]]:
+def weights_of(methods: Sequence[PlanningMethod], steps: int, timesteps: Any) -> Fitted:
     """This gives the weights of forecasts that a method has fitted for such a run of its own, with no other beside."""
     return methods[0].weights(steps, timesteps) if len(methods) == 1 else {}
 

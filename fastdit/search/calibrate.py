@@ -5,9 +5,8 @@ dense early, or where the output changes by equal amounts (as InvarDiff, arXiv 2
 about while `foresight.py` sees them come nearer to the solution. Where the sampler takes Euler's steps along a flow,
 the outputs of drawn steps are sums with weights that are fitted (`fitting.py`), to the unpatched runs for some places,
 and once more to the runs by the best of them. Elsewhere one plan is drawn by one order, and one by an order for each
-step. Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio, so that what
-is chosen on a few prompts holds on others. Schedules of components
-(`quantiles.py`, and those given) enter where they are nearer than every plan of whole steps that is as fast.
+step. Evenly spread ones stay unless another is nearer to the solution by the interval of the paired ratio. Schedules of
+components (`quantiles.py`, and those given) enter where they are nearer than every plan of whole steps that is as fast.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ def fit(way: Way, computed: Sequence[int]) -> Fit:
         nodes = last_nodes(computed[: index + 1], sigmas, NODES - 1)
         length = sigmas[end] - sigmas[step + 1]
         if abs(length) < TINY:  # the run stays where it is
-            found |= dict.fromkeys(range(step + 1, end), (1.0,))
+            repeat = (1.0, *[0.0] * (len(nodes) - 1))
+            found |= dict.fromkeys(range(step + 1, end), repeat)
             continue
         own = _line(sigmas, nodes, range(step + 1, end))
         left = -made
